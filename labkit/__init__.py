@@ -1,0 +1,71 @@
+"""labkit: a research workbench for LLM serving. `import labkit as lk`; every name is loaded on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "BlockManager": "core.manager",
+    "BlockTable": "core.manager",
+    "OutOfBlocksError": "core.manager",
+    "Span": "core.prefix",
+    "LRU": "core.eviction",
+    "FIFO": "core.eviction",
+    "LFU": "core.eviction",
+    "SLRU": "core.eviction",
+    "S3FIFO": "core.eviction",
+    "TTL": "core.eviction",
+    "CostAware": "core.eviction",
+    "Scheduler": "core.scheduler",
+    "RejectedError": "core.scheduler",
+    "SamplingParams": "core.params",
+    "Request": "core.request",
+    "Plan": "core.plan",
+    "Result": "core.plan",
+    "Failure": "core.plan",
+    "Outputs": "core.plan",
+    "EventLog": "core.events",
+    "diff": "core.diff",
+    "Engine": "engine",
+    "StalledError": "engine",
+    "FakeRunner": "runner.fake",
+    "SimRunner": "runner.sim",
+    "Layout": "runner.base",
+    "ByteTokenizer": "stopping",
+    "WallClock": "clock",
+    "VirtualClock": "clock",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from .clock import VirtualClock, WallClock
+    from .core.diff import diff
+    from .core.events import EventLog
+    from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
+    from .core.manager import BlockManager, BlockTable, OutOfBlocksError
+    from .core.params import SamplingParams
+    from .core.plan import Failure, Outputs, Plan, Result
+    from .core.prefix import Span
+    from .core.request import Request
+    from .core.scheduler import RejectedError, Scheduler
+    from .engine import Engine, StalledError
+    from .runner.base import Layout
+    from .runner.fake import FakeRunner
+    from .runner.sim import SimRunner
+    from .stopping import ByteTokenizer
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'labkit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,52 @@
+"""What time it is, in integer nanoseconds. Knows nothing of what happens in it."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def now(self) -> int: ...
+    def advance(self, seconds: float) -> None: ...
+    def wait_until(self, when: int) -> None: ...
+
+
+class WallClock:
+    """Real time since the clock was made. A step's seconds have passed by themselves."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter_ns()
+
+    def __repr__(self) -> str:
+        return f"WallClock({self.now() / 1e9:.3f} s)"
+
+    def now(self) -> int:
+        return time.perf_counter_ns() - self._start
+
+    def advance(self, seconds: float) -> None:
+        pass
+
+    def wait_until(self, when: int) -> None:
+        time.sleep(max(0.0, (when - self.now()) / 1e9))
+
+
+class VirtualClock:
+    """Time that passes only when told: a simulation's, or a reproducible test's."""
+
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = round(start * 1e9)
+
+    def __repr__(self) -> str:
+        return f"VirtualClock({self._now / 1e9:.6f} s)"
+
+    def now(self) -> int:
+        return self._now
+
+    def advance(self, seconds: float) -> None:
+        if seconds < 0:
+            raise ValueError(f"time does not run backwards: advance({seconds})")
+        self._now += round(seconds * 1e9)
+
+    def wait_until(self, when: int) -> None:
+        self._now = max(self._now, when)

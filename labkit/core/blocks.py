@@ -1,0 +1,179 @@
+"""Blocks by number and the tables that name them. Knows counts and places; refuses to know what is in a block.
+
+Physical block 0 is scratch: padding points to it and nothing counts it.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints: TypeAlias = NDArray[np.int64]
+Tokens: TypeAlias = NDArray[np.int32]
+
+NEVER = np.iinfo(np.int64).max
+
+
+class BlockPool:
+    """Reference counts of `num_blocks` blocks, and the free ones that hold nothing.
+
+    A free block that still holds cached tokens belongs to the eviction policy until someone evicts it.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.count = np.zeros(num_blocks + 1, np.int32)
+        self.free = list(range(num_blocks, 0, -1))  # reused last in, first out: the warmest memory first
+
+    def take(self, n: int) -> list[int]:
+        """The last `n` freed blocks, not yet counted."""
+        if n > len(self.free):
+            raise IndexError(f"{n} free blocks wanted, {len(self.free)} left")
+        if n == 0:
+            return []
+        taken = self.free[-n:]
+        del self.free[-n:]
+        taken.reverse()
+        return taken
+
+    def release(self, blocks: list[int]) -> list[int]:
+        """Count each block down once; those that nobody holds any longer, in the order given."""
+        if len(blocks) <= 8:  # below this a loop is cheaper than four numpy calls
+            count = self.count
+            gone = []
+            for block in blocks:
+                left = count[block] - 1
+                count[block] = left
+                if left == 0:
+                    gone.append(block)
+            return gone
+        at = np.asarray(blocks)
+        left = self.count[at] - 1
+        self.count[at] = left
+        return blocks if not left.any() else at[left == 0].tolist()
+
+
+class BlockTables:
+    """One row a table: its blocks, its token ids, how many of them are known and computed.
+
+    Everything is an array indexed by row, so that a step over all rows is a few vector operations. Width grows by
+    doubling; nobody pays rows x longest-possible up front. `blocks` has a leading group axis (size 1 until a model
+    mixes attention kinds). `room` is the number of token places the row's blocks offer, `next_full` the computed
+    length at which the next block is complete and can be stored.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self.block_size = block_size
+        self.num_rows = 0
+        self.free_rows: list[int] = []
+        self.row_of: dict[str, int] = {}
+        self.shared: set[int] = set()  # rows whose last block may be shared: they look before they write
+        self.hashes: list[list[bytes] | None] = []  # prompt hashes known from the lookup, spent as blocks fill
+        self.last_hash: list[bytes] = []  # hash of the last stored block, or the chain's root
+        self.span_keys: dict[int, dict[int, bytes]] = {}  # row -> block index -> what else enters its hash
+        self.num_blocks = np.zeros(0, np.int64)
+        self.room = np.zeros(0, np.int64)
+        self.num_tokens = np.zeros(0, np.int64)
+        self.num_computed = np.zeros(0, np.int64)
+        self.next_full = np.zeros(0, np.int64)
+        self.blocks = np.zeros((1, 0, 16), np.int32)  # [groups, rows, blocks]
+        self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
+        self._flatten()
+
+    def _flatten(self) -> None:
+        rows = np.arange(self.num_rows, dtype=np.int64)
+        self.flat_blocks = self.blocks.reshape(-1)
+        self.block_base = rows * self.blocks.shape[2]
+        self.flat_tokens = self.tokens.reshape(-1)
+        self.token_base = rows * self.tokens.shape[1]
+
+    def reserve(self, n: int) -> list[int]:
+        """`n` rows that nobody else will be given, lowest first."""
+        self._add_rows(n - len(self.free_rows))
+        rows = sorted(self.free_rows)[:n]
+        self.free_rows = [row for row in self.free_rows if row not in set(rows)]
+        return rows
+
+    def _add_rows(self, more: int) -> None:
+        if more <= 0:
+            return
+        first, self.num_rows = self.num_rows, self.num_rows + more
+        self.free_rows += range(first, self.num_rows)
+        for name in ("num_blocks", "room", "num_tokens", "num_computed", "next_full"):
+            setattr(self, name, np.concatenate((getattr(self, name), np.zeros(more, np.int64))))
+        self.blocks = np.concatenate((self.blocks, np.zeros((1, more, self.blocks.shape[2]), np.int32)), axis=1)
+        self.tokens = np.concatenate((self.tokens, np.zeros((more, self.tokens.shape[1]), np.int32)))
+        self.hashes += [None] * more
+        self.last_hash += [b""] * more
+        self._flatten()
+
+    def make_width(self, num_tokens: int) -> None:
+        """Room for rows of `num_tokens` tokens, by doubling."""
+        width = self.tokens.shape[1]
+        if num_tokens > width:
+            while width < num_tokens:
+                width *= 2
+            self.tokens = _widen(self.tokens, width)
+            self._flatten()
+        width = self.blocks.shape[2]
+        num_blocks = -(-num_tokens // self.block_size)
+        if num_blocks > width:
+            while width < num_blocks:
+                width *= 2
+            self.blocks = _widen(self.blocks, width)
+            self._flatten()
+
+    def open(self, name: str, row: int | None = None) -> int:
+        """Give `name` a row: a reserved one, or a fresh one."""
+        if row is None:
+            self._add_rows(1 - len(self.free_rows))
+            row = self.free_rows.pop(0)
+        self.row_of[name] = row
+        self.num_blocks[row] = self.room[row] = self.num_tokens[row] = self.num_computed[row] = 0
+        return row
+
+    def close(self, name: str, *, reserved: bool = False) -> None:
+        row = self.row_of.pop(name)
+        self.shared.discard(row)
+        self.span_keys.pop(row, None)
+        self.hashes[row] = None
+        self.last_hash[row] = b""
+        self.num_blocks[row] = self.room[row] = self.num_tokens[row] = self.num_computed[row] = 0
+        if not reserved:
+            self.free_rows.append(row)
+
+    def row_blocks(self, row: int) -> list[int]:
+        blocks: list[int] = self.blocks[0, row, : self.num_blocks[row]].tolist()
+        return blocks
+
+    def row_tokens(self, row: int) -> Tokens:
+        return self.tokens[row, : self.num_tokens[row]]
+
+    def append(self, row: int, blocks: list[int]) -> None:
+        have = int(self.num_blocks[row])
+        self.make_width((have + len(blocks)) * self.block_size + 1)  # a last token may be known that needs no place
+        self.blocks[0, row, have : have + len(blocks)] = blocks
+        self.num_blocks[row] = have + len(blocks)
+        self.room[row] = (have + len(blocks)) * self.block_size
+
+    def append_one(self, rows: Ints, blocks: list[int]) -> Ints:
+        """One more block for each of `rows`; the index it got in each row's table."""
+        index = self.num_blocks[rows]
+        self.make_width((int(index.max()) + 1) * self.block_size + 1)
+        self.flat_blocks[self.block_base[rows] + index] = blocks
+        self.num_blocks[rows] = index + 1
+        self.room[rows] += self.block_size
+        return index
+
+    def write_tokens(self, row: int, start: int, tokens: Tokens) -> None:
+        self.make_width(start + len(tokens))
+        self.tokens[row, start : start + len(tokens)] = tokens
+        self.num_tokens[row] = start + len(tokens)
+
+
+def _widen(array: Tokens, width: int) -> Tokens:
+    wide = np.zeros((*array.shape[:-1], width), array.dtype)
+    wide[..., : array.shape[-1]] = array
+    return wide

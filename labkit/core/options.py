@@ -1,0 +1,72 @@
+"""Names that people type. Knows the closest valid one; refuses to know what it means."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """The tail of an error message: the closest valid name, then all of them."""
+    names = list(valid)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {match[0]!r}? " if match else ""
+    return f"{hint}Valid: {', '.join(names)}"
+
+
+def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """`table[name]`, or a ValueError that names the closest valid one."""
+    if name not in table:
+        raise ValueError(f"unknown {kind} {name!r}; {closest(name, table)}")
+    return table[name]
+
+
+def check_names(owner: str, given: Iterable[str], valid: Iterable[str]) -> None:
+    names = list(valid)
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{owner} has no option {name!r}; {closest(name, names)}")
+
+
+def named_options(cls: C) -> C:
+    """Class decorator: an unknown keyword of the constructor is answered with the closest valid one."""
+    init: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    valid = [name for name in inspect.signature(init).parameters if name != "self"]
+
+    @functools.wraps(init)
+    def checked(self: object, *args: object, **options: object) -> None:
+        check_names(cls.__name__, options, valid)
+        init(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
+
+
+def whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
+    """`value` as an int within bounds, or an error that names it. bool is not a number here."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    number: int = value.__index__()
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    if most is not None and number > most:
+        raise ValueError(f"{name} must be at most {most}, got {number}")
+    return number
+
+
+def real(name: str, value: object, *, least: float, most: float = float("inf"), open_left: bool = False) -> float:
+    """`value` as a finite float in [least, most], or (least, most] when `open_left`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    inside = least < number <= most if open_left else least <= number <= most
+    if not inside or number == float("inf"):
+        bracket = "(" if open_left else "["
+        raise ValueError(f"{name} must lie in {bracket}{least:g}, {most:g}], got {number:g}")
+    return number

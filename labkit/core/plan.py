@@ -1,0 +1,121 @@
+"""What a runner is asked to compute and what it computed: plain columns, the only things that cross to a runner.
+
+A plan is immutable and stands alone: it may go to another process, to disk, to a simulator.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .blocks import Ints, Tokens
+from .params import SamplingParams
+from .prefix import Span
+from .request import Request
+
+Pairs = NDArray[np.int64]
+
+NO_INTS: Ints = np.zeros(0, np.int64)
+NO_PAIRS: Pairs = np.zeros((0, 2), np.int64)
+NO_INTS.flags.writeable = False
+NO_PAIRS.flags.writeable = False
+
+
+class Join(NamedTuple):
+    """A request takes a row. `tokens` are all its known ids; what of them the cache holds is not computed again."""
+
+    row: int
+    request: str
+    tokens: Tokens
+    num_prompt: int
+    params: SamplingParams
+    sample: int
+    adapter: str | None
+    spans: tuple[Span, ...]
+
+
+class TableChanges(NamedTuple):
+    """Block `block` stands at `index` of `row`'s table, in attention group `group`."""
+
+    group: Ints
+    row: Ints
+    index: Ints  # type: ignore[assignment]
+    block: Ints
+
+
+NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
+
+
+class Plan(NamedTuple):
+    """One step. Applied in this order: reset, leaves, joins, table changes, swap out, copy, swap in, compute.
+
+    Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
+    rows, one token each. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`, or, for the entries in `feed`, the row's
+    latest sample, which only the runner knows yet. Sample j is drawn from the logits of flat query position
+    `sample_query[j]` for row `sample_row[j]`; one position may serve several rows.
+    """
+
+    step: int
+    now: int
+    rows: Ints
+    start: Ints
+    count: Ints  # type: ignore[assignment]
+    num_decode: int
+    tokens: Tokens
+    indptr: Ints
+    feed: Ints
+    sample_query: Ints
+    sample_row: Ints
+    table_changes: TableChanges = NO_CHANGES
+    joins: tuple[Join, ...] = ()
+    leaves: tuple[int, ...] = ()
+    swap_out: Pairs = NO_PAIRS  # device block -> host block
+    copies: Pairs = NO_PAIRS  # block -> block
+    swap_in: Pairs = NO_PAIRS  # host block -> device block
+    reset: bool = False  # a step failed: forget every row
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.count.sum())
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return self.num_tokens - self.num_decode
+
+    def __repr__(self) -> str:
+        prefills = len(self.rows) - self.num_decode
+        parts = [f"{self.num_decode} decode rows", f"{prefills} prefills of {self.num_prefill_tokens} tokens"]
+        also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
+        parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
+        return f"Plan({self.step}: {', '.join(parts)})"
+
+
+class Result(NamedTuple):
+    """One token for each sample of the plan, the seconds it took, and an error text for rows that failed alone."""
+
+    tokens: Tokens
+    seconds: float = 0.0
+    errors: dict[int, str] | None = None
+
+
+class Failure(NamedTuple):
+    """The whole step failed: its requests go back to the queue with the tokens they had."""
+
+    error: BaseException
+    seconds: float = 0.0
+
+
+class Outputs(NamedTuple):
+    """What a step gave: one token for each of `rows`, and the requests that ended with it."""
+
+    step: int
+    now: int
+    rows: Ints
+    serials: Ints
+    tokens: Tokens
+    ended: tuple[Request, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Outputs({self.step}: {len(self.tokens)} tokens, {len(self.ended)} ended)"

@@ -1,0 +1,819 @@
+"""Decides who computes how many tokens, in which blocks. Knows nothing of tensors, text or clocks.
+
+There is no prefill phase and no decode phase: each step closes the gap between the tokens a row knows and the tokens it
+has computed, under one token budget. Decode rows go first, as one vector; then running prefills; then the queue.
+`schedule` gives a plan, `commit` takes its result. Rows and blocks that an uncommitted plan names are not reused:
+a row that must go while a plan in flight names it *drains*, and is given back when that plan is committed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from . import admission, preempt
+from .blocks import Ints
+from .draft import Chunk, Draft
+from .events import EventLog
+from .manager import BlockManager
+from .options import choose, named_options, real, whole
+from .pending import PendingPrefixes
+from .plan import NO_INTS, Failure, Outputs, Plan, Result
+from .policy import (
+    PREEMPTIONS,
+    Cost,
+    Order,
+    WaitingQueue,
+    default_recompute_cost,
+    default_swap_cost,
+    name_of,
+    order_of,
+)
+from .request import Request, Status
+
+MOST_REMEMBERED = 4096  # ended requests that can still be asked for by id
+
+
+class RejectedError(RuntimeError):
+    """A request that can never fit, or a full queue. Counted, logged, and nothing else has changed."""
+
+
+@named_options
+class Scheduler:
+    """One token budget, rows, and a queue, over a `BlockManager`.
+
+    `max_num_batched_tokens` bounds the tokens of a step, `max_num_seqs` the rows. A prefill takes at most
+    `max_prefill_chunk` tokens a step, and while others contend at most `prefill_share` of what is left; what nobody
+    else wants goes back to it. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) -> key`; `preemption`
+    is "recompute", "swap" or "auto", which takes the cheaper by `swap_cost` and `recompute_cost` (tokens -> seconds).
+    `watermark` of the blocks stay free when a request is admitted beside running ones. A request whose prefix another
+    row is computing waits for it when `prefix_hold`. `max_in_flight` plans may be launched before the first is
+    committed.
+
+    >>> bm = BlockManager(num_blocks=64, block_size=16)
+    >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
+    Scheduler(fcfs, 0 running of 8, 0 waiting, budget 64)
+    """
+
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        max_model_len: int | None = None,
+        max_waiting: int | None = None,
+        max_prefill_chunk: int | None = None,
+        prefill_share: float = 0.5,
+        order: str | Order = "fcfs",
+        preemption: str = "auto",
+        swap_cost: Cost | None = None,
+        recompute_cost: Cost | None = None,
+        watermark: float = 0.01,
+        prefix_hold: bool = True,
+        max_in_flight: int = 0,
+        log: EventLog | None = None,
+    ) -> None:
+        if not isinstance(blocks, BlockManager):
+            raise ValueError(f"a Scheduler stands on a BlockManager, got {type(blocks).__name__}")
+        if blocks.attached:
+            raise ValueError(f"{blocks!r} already serves a scheduler: make another BlockManager")
+        self.blocks = blocks
+        self.tables = blocks.tables
+        self.width = whole("max_num_seqs", max_num_seqs, least=1, most=2**20)
+        self.max_num_seqs = self.width
+        self.max_num_batched_tokens = whole("max_num_batched_tokens", max_num_batched_tokens, least=1)
+        self.max_model_len = None if max_model_len is None else whole("max_model_len", max_model_len, least=2)
+        self.max_waiting = None if max_waiting is None else whole("max_waiting", max_waiting, least=0)
+        self.max_prefill_chunk = (
+            None if max_prefill_chunk is None else whole("max_prefill_chunk", max_prefill_chunk, least=1)
+        )
+        self.prefill_share = real("prefill_share", prefill_share, least=0.0, most=1.0, open_left=True)
+        self.preemption = choose("preemption", preemption, PREEMPTIONS)
+        self.swap_cost = swap_cost or default_swap_cost
+        self.recompute_cost = recompute_cost or default_recompute_cost
+        self.watermark = real("watermark", watermark, least=0.0, most=1.0)
+        self.prefix_hold = bool(prefix_hold)
+        self.max_in_flight = whole("max_in_flight", max_in_flight, least=0, most=16)
+        self.log = log if log is not None else EventLog()
+        self.queue = WaitingQueue(order_of(order))
+
+        rows = self.tables.reserve(self.width)
+        self.num_rows = rows[-1] + 1  # a runner's arrays need this many
+        self.free_rows = rows[::-1]
+        places = self.num_rows
+        self.scheduled = np.zeros(places, np.int64)  # tokens launched
+        self.limit = np.zeros(places, np.int64)  # tokens at which it ends by length
+        self.no_stop_before = np.zeros(places, np.int64)  # tokens below which stop ids and eos are passed over
+        self.stops: list[Ints] = []  # one array over rows for each stop id that any request had so far
+        self.serial = np.zeros(places, np.int64)
+        self.rank = np.zeros((3, places), np.int64)  # priority, arrival, serial: the largest is preempted first
+        self.last_plan = np.full(places, -1, np.int64)
+        self.ones = np.ones(max(places, self.max_num_batched_tokens) + 1, np.int64)
+        self.counting = np.arange(len(self.ones) + 1, dtype=np.int64)
+        self.ones.flags.writeable = self.counting.flags.writeable = False
+        self.dropped = np.zeros(places, bool)  # ended while a plan in flight names it
+        self.row_request: list[Request | None] = [None] * places
+        self.decoding: Ints = NO_INTS  # rows with one token to compute, as one vector
+        self.prefilling: dict[int, None] = {}  # rows with more, in admission order
+        self.draining: dict[int, str | None] = {}  # row -> how its request was preempted, None if it ended
+        self.held: dict[int, str] = {}  # running row -> the limit that holds it
+        self.chunk_of: dict[int, int] = {}  # prefilling row -> tokens in its last step
+        self.in_flight: deque[Plan] = deque()
+        self.forks: dict[int, list[tuple[int, int, Request]]] = {}  # plan -> (parent row, child row, child)
+        self.host_releases: deque[tuple[int, list[int]]] = deque()  # (plan, host blocks free once it is committed)
+        self.void_until = -1  # plans up to this one were launched on top of one that failed
+        self.reset_runner = False
+
+        self.requests: dict[str, Request] = {}  # live ones
+        self.ended: OrderedDict[str, Request] = OrderedDict()
+        self.step = 0
+        self.num_submitted = self.num_finished = self.num_aborted = self.num_rejected = 0
+        self.num_swapped = self.num_preempted = self.num_attached = 0
+        self.cached_this_step = 0
+        self.last_head: tuple[str, str] | None = None
+        self.pending = PendingPrefixes()
+        self.forked: list[Request] = []  # since the last plan: a runner has yet to see their tables
+        self.leaves: list[int] = []  # rows given up since the last plan
+        self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
+        blocks.emit = blocks.prefix.emit = self._emit
+
+    def _emit(self, event: tuple[object, ...]) -> None:
+        self.log.add(event)
+
+    def __repr__(self) -> str:
+        return (
+            f"Scheduler({name_of(self.queue.order)}, {self.num_running} running of {self.max_num_seqs}, "
+            f"{self.num_waiting} waiting, budget {self.max_num_batched_tokens})"
+        )
+
+    @property
+    def num_running(self) -> int:
+        return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        going_on = sum(how is not None for how in self.draining.values()) if self.draining else 0
+        return len(self.queue) - self.num_swapped + len(self.pending) + self.num_attached + going_on
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.num_running or self.queue or self.pending or self.in_flight or self.draining)
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def room_for(self, num_prompt: int) -> int:
+        """The most tokens that a prompt of this length may be continued by."""
+        room = self.blocks.num_blocks * self.blocks.block_size
+        return (room if self.max_model_len is None else min(room, self.max_model_len)) - num_prompt
+
+    def why_never(self, request: Request) -> str | None:
+        """Why this request can never be served here, or None."""
+        bm, num_prompt = self.blocks, request.num_prompt
+        room = self.room_for(num_prompt)
+        most = request.params.max_tokens or 1
+        if self.max_model_len is not None and room < most:
+            what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
+            return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
+        if room < most:
+            needed = bm.blocks_for(num_prompt + most)
+            return (
+                f"{num_prompt} prompt tokens and max_tokens={most} need {needed} blocks of {bm.block_size}, "
+                f"the pool has {bm.num_blocks}: shorten one of them or make the pool larger"
+            )
+        return None
+
+    def check_new(self, ids: Iterable[str]) -> None:
+        for id in ids:
+            if id in self.requests or id in self.ended or id in self.tables.row_of:
+                raise ValueError(f"id {id!r} was submitted before, or names a table: ids are used once")
+
+    def submit(self, request: Request, now: int) -> None:
+        """Put a request, and the samples forked from it later, at its place in the queue."""
+        family = [request, *request.samples]
+        self.check_new(member.id for member in family)
+        reason = self.why_never(request)
+        if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
+            reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
+        if reason is None:
+            self.queue.key(request, now)  # a key that cannot be compared is refused here
+        for member in family:
+            self.num_submitted += 1
+            member.serial = self.num_submitted
+            member.tables = self.tables
+            params, parent = member.params, member.parent
+            self.log.add(
+                ("Submitted", member.id, member.num_prompt, params.max_tokens or 0, member.priority,
+                 parent.id if parent else None)
+            )  # fmt: skip
+            if reason is not None:
+                self._end_unplaced(member, Status.REJECTED, reason)
+            else:
+                member.status = Status.WAITING
+                self.requests[member.id] = member
+                self.queue.ask(member, now)
+        if reason is None:
+            self.num_attached += len(request.samples)
+            self.queue.push(request)
+        self.log.flush(self.step, now)
+        if reason is not None:
+            raise RejectedError(f"request {request.id!r} is rejected: {reason}")
+
+    def abort(self, id: str, now: int) -> Request:
+        """End a request in any state; with the samples that have not been forked from it yet."""
+        request = self.live(id)
+        for sample in request.samples:
+            if sample.status is Status.WAITING and sample.id in self.requests and self._is_attached(sample):
+                self.num_attached -= 1
+                self._end_unplaced(sample, Status.ABORTED, "abort")
+        self._withdraw(request, Status.ABORTED, "abort", now)
+        self.log.flush(self.step, now)
+        return request
+
+    def stop(self, id: str, keep: int, reason: str, now: int) -> Request:
+        """End a request with its first `keep` output tokens; may come any number of steps late, also after the end."""
+        request = self.requests.get(id) or self.ended.get(id)
+        if request is None:
+            raise ValueError(f"there is no request {id!r}")
+        if not 0 <= keep <= request.num_output:
+            raise ValueError(f"request {id!r} has {request.num_output} output tokens, cannot keep {keep}")
+        if request.ended:
+            request.output = request.output[:keep]
+            request.finish_reason = reason
+            self.log.add(("Finished", id, reason, keep))
+        else:
+            self._withdraw(request, Status.FINISHED, reason, now, keep)
+        self.log.flush(self.step, now)
+        return request
+
+    def live(self, id: str) -> Request:
+        if id not in self.requests:
+            over = "has ended" if id in self.ended else "was never submitted here"
+            raise ValueError(f"request {id!r} {over}")
+        return self.requests[id]
+
+    def _is_attached(self, sample: Request) -> bool:
+        return sample.row is None and sample not in self.queue and sample not in self.pending
+
+    def _withdraw(self, request: Request, status: Status, reason: str, now: int, keep: int | None = None) -> None:
+        """Take a request out of wherever it is, with its first `keep` output tokens."""
+        request.finished_at = now
+        row = request.row
+        if row is not None:
+            self._end_row(row, status, reason, keep)
+            self.remove_rows([row])
+            return
+        if request.status is Status.SWAPPED:
+            preempt.drop_host_blocks(self, request)
+        if request in self.queue:
+            self.queue.remove(request)
+        elif request in self.pending:
+            self.pending.unpark(request)
+        else:
+            self.num_attached -= 1
+        request.output = request.output[:keep]
+        self._end_unplaced(request, status, reason)
+
+    def _end_unplaced(self, request: Request, status: Status, reason: str) -> None:
+        """End a request that holds no row."""
+        request.finish_reason = reason
+        request.hashes = None
+        self._remember(request, status)
+
+    def _end_row(self, row: int, status: Status, reason: str, keep: int | None = None) -> None:
+        """End a running or draining request. Its row leaves `decoding`/`prefilling` through `remove_rows`."""
+        request = self.row_request[row]
+        assert request is not None
+        request.output = request.output_array[:keep].copy()
+        request.row = None
+        request.finish_reason = reason
+        self._remember(request, status)
+        self.draining.pop(row, None)
+        self.forget_pending(row)
+        if self.is_in_flight(row):
+            self.draining[row] = None
+            self.dropped[row] = True
+        else:
+            self.close_row(row)
+
+    def _remember(self, request: Request, status: Status) -> None:
+        request.status = status
+        self.queue.forget(request)
+        if status is Status.FINISHED:
+            self.num_finished += 1
+            self.log.add(("Finished", request.id, request.finish_reason, request.num_output))
+        elif status is Status.ABORTED:
+            self.num_aborted += 1
+            self.log.add(("Aborted", request.id, request.num_output))
+        else:
+            self.num_rejected += 1
+            self.log.add(("Rejected", request.id, request.finish_reason))
+        self.requests.pop(request.id, None)
+        self.ended[request.id] = request
+        if len(self.ended) > MOST_REMEMBERED:
+            self.ended.popitem(last=False)
+
+    def is_in_flight(self, row: int) -> bool:
+        return bool(self.in_flight) and int(self.last_plan[row]) >= self.in_flight[0].step
+
+    def close_row(self, row: int) -> None:
+        """Give a row and its blocks back."""
+        request = self.row_request[row]
+        assert request is not None
+        self.blocks.close(request.id, reserved=True)
+        self.row_request[row] = None
+        self.dropped[row] = False
+        self.held.pop(row, None)
+        self.chunk_of.pop(row, None)
+        self.leaves.append(row)
+        self.free_rows.append(row)
+
+    def remove_rows(self, rows: list[int]) -> None:
+        for row in rows:
+            self.prefilling.pop(row, None)
+        if len(rows) == 1:
+            self.decoding = self.decoding[self.decoding != rows[0]]
+        else:
+            gone = np.zeros(self.num_rows, bool)
+            gone[rows] = True
+            self.decoding = self.decoding[~gone[self.decoding]]
+
+    def forget_pending(self, row: int) -> None:
+        """The row will not store what it was computing: who waited for that goes back to the queue."""
+        for request in self.pending.settle(row, 0):
+            self.queue.push(request)
+
+    def set_stops(self, row: int, stop_ids: tuple[int, ...]) -> None:
+        while len(self.stops) < len(stop_ids):
+            self.stops.append(np.full(self.num_rows, -1, np.int64))
+        for i, column in enumerate(self.stops):
+            column[row] = stop_ids[i] if i < len(stop_ids) else -1
+
+    # -- a step: schedule ----------------------------------------------------------------------------------------
+
+    def schedule(self, now: int) -> Plan | None:
+        """The next step's plan, or None when there is nothing to compute now."""
+        if len(self.in_flight) > self.max_in_flight:
+            raise RuntimeError(f"{len(self.in_flight)} plans are in flight: commit one first")
+        blocks = self.blocks
+        blocks.step = self.step
+        blocks.tick(now)
+        if self.queue and self.queue.dynamic and self.free_rows and blocks.available:
+            self._refresh_order(now)
+        draft = Draft(now)
+        rows, start = self._plan_decodes(draft)
+        left = self.max_num_batched_tokens - len(rows)
+        if self.prefilling:
+            left = self._plan_prefills(draft, left)
+        if self.queue:
+            left = admission.admit(self, draft, left)
+        if draft.cut and left > 0:
+            self._give_back(draft, left)
+        if not len(rows) and not draft.chunks and not draft.copies and not self.swap_out:
+            self.log.flush(self.step, now)
+            return None
+        plan = self._build(draft, rows, start)
+        self.in_flight.append(plan)
+        self.step += 1
+        self.log.flush(plan.step, now)
+        return plan
+
+    def _refresh_order(self, now: int) -> None:
+        """A dynamic order's keys, asked before anything is decided: a function that raises leaves no trace."""
+        for request in self.queue:
+            hit = admission.peek(self, request, admission.known_hashes(self, request))
+            request.cached_tokens = len(hit) * self.blocks.block_size
+        self.queue.reorder(now)
+
+    def _plan_decodes(self, draft: Draft) -> tuple[Ints, Ints]:
+        """One token for every decode row, and a block for each that enters a new one."""
+        rows = self.decoding
+        if self.in_flight:  # rows whose last token is already on its way need no further step
+            rows = rows[self.scheduled[rows] + 1 < self.limit[rows]]
+        if len(rows) > self.max_num_batched_tokens:
+            rows = self._take_turns(rows)
+        start = self.scheduled[rows]
+        tables = self.tables
+        short = (start >= tables.room[rows]).nonzero()[0]
+        if len(short) or tables.shared:
+            rows, start = self._give_blocks(draft, rows, start, short)
+        self.scheduled[rows] = start + 1
+        self.last_plan[rows] = self.step
+        if self.held:
+            for row in [row for row in rows.tolist() if row in self.held]:
+                self._release_hold(row, 1)
+        return rows, start
+
+    def _take_turns(self, rows: Ints) -> Ints:
+        """More decode rows than budget: those that waited longest go, the others are held."""
+        longest = np.argsort(self.last_plan[rows], kind="stable")
+        for row in rows[longest[self.max_num_batched_tokens :]].tolist():
+            self.hold(row, "budget")
+        return rows[np.sort(longest[: self.max_num_batched_tokens])]
+
+    def _give_blocks(self, draft: Draft, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
+        """Blocks for rows at a border, copies for rows about to write into a shared block; preempt until they fit."""
+        blocks = self.blocks
+        while True:
+            copies = self._rows_to_copy(rows)
+            needed = len(short) + len(copies)
+            if needed <= blocks.available:
+                break
+            if blocks.release_pins():
+                continue
+            if needed <= blocks.available + self._num_coming_back():
+                rows = self._hold_those_without(rows, short, copies)
+            else:
+                needy = copies[0] if copies else int(rows[short[0]])
+                victim = preempt.victim(self)
+                preempt.preempt(self, victim, self._id(needy))
+                draft.preempted = True
+                rows = rows[rows != victim]
+            start = self.scheduled[rows]
+            short = (start >= self.tables.room[rows]).nonzero()[0]
+        for row in copies:
+            self.copy_if_shared(draft, row, int(self.scheduled[row]))
+        if len(short):
+            crossing = rows[short]
+            names = None
+            if len(short) > len(blocks.pool.free):
+                names = [self._id(row) for row in crossing.tolist()]
+            taken = blocks.take(len(short), names)
+            index = self.tables.append_one(crossing, taken)
+            draft.changes.append((crossing, index, np.array(taken, np.int64)))
+        return rows, start
+
+    def _rows_to_copy(self, rows: Ints) -> list[int]:
+        shared = self.tables.shared
+        if not shared:
+            return []
+        inside = np.zeros(self.tables.num_rows, bool)
+        inside[rows] = True
+        writing = [row for row in sorted(shared) if inside[row]]
+        copies = [row for row in writing if self.blocks.must_copy(row, int(self.scheduled[row]))]
+        shared.difference_update(set(writing).difference(copies))  # past what they share, or its last holder
+        return copies
+
+    def copy_if_shared(self, draft: Draft, row: int, start: int) -> None:
+        """Copy on write. The last holder keeps the original, so ask again for each."""
+        if self.blocks.must_copy(row, start):
+            index, source, copy = self.blocks.copy_on_write(row, start)
+            draft.copies.append((source, copy))
+            draft.change(row, index, [copy])
+
+    def _num_coming_back(self) -> int:
+        """Blocks that draining rows alone hold: theirs until the plans that name them are committed."""
+        count, tables = self.blocks.pool.count, self.tables
+        return sum(int((count[tables.row_blocks(row)] == 1).sum()) for row in self.draining)
+
+    def _hold_those_without(self, rows: Ints, short: Ints, copies: list[int]) -> Ints:
+        """Too few blocks until draining rows give theirs back: the most senior of the needy get what there is."""
+        needy = sorted({*rows[short].tolist(), *copies}, key=self._seniority)
+        held = needy[self.blocks.available :]
+        for row in held:
+            self.hold(row, "blocks")
+        return rows[~np.isin(rows, held)]
+
+    def _seniority(self, row: int) -> tuple[int, ...]:
+        return tuple(self.rank[:, row].tolist())
+
+    def _plan_prefills(self, draft: Draft, left: int) -> int:
+        contenders = len(self.prefilling) + min(len(self.queue), len(self.free_rows))
+        for row in sorted(self.prefilling, key=self._seniority):
+            if row not in self.prefilling:
+                continue  # preempted for a more senior one
+            contenders -= 1
+            if left <= 0:
+                self.hold(row, "budget")
+                continue
+            start = int(self.scheduled[row])
+            gap = int(self.tables.num_tokens[row]) - start
+            count = self.chunk(gap, left, contenders > 0)
+            fitting = self._make_fit(draft, row, start, count)
+            if fitting == 0:
+                self.hold(row, "blocks")
+                continue
+            chunk = Chunk(row, start, fitting, gap)
+            draft.chunks.append(chunk)
+            if fitting == count < gap:
+                draft.cut.append(chunk)
+            left -= fitting
+        return left
+
+    def chunk(self, gap: int, left: int, contended: bool) -> int:
+        """How many of `gap` tokens a prefill may compute with `left` tokens of budget."""
+        count = min(gap, left, self.max_prefill_chunk or gap)
+        if contended and count > self.blocks.block_size:
+            count = min(count, max(int(left * self.prefill_share), self.blocks.block_size))
+        return count
+
+    def _make_fit(self, draft: Draft, row: int, start: int, count: int) -> int:
+        """Blocks for a prefill's chunk, taken from less senior prefills when there are none; the tokens that fit."""
+        blocks, size = self.blocks, self.blocks.block_size
+        copies = blocks.must_copy(row, start)
+        if copies and not blocks.available:
+            return 0
+        self.copy_if_shared(draft, row, start)
+        room = int(self.tables.room[row])
+        while blocks.available < blocks.blocks_for(start + count) - room // size:
+            if blocks.release_pins():
+                continue
+            planned = {chunk.row for chunk in draft.chunks}
+            others = [r for r in self.prefilling if r not in planned and self._seniority(r) > self._seniority(row)]
+            if not others or self._num_coming_back():
+                break
+            victim = max(others, key=self._seniority)
+            preempt.preempt(self, victim, self._id(row))
+            draft.preempted = True
+        count = min(count, room + blocks.available * size - start)
+        if count > 0:
+            self.grow(draft, row, start + count)
+        return max(count, 0)
+
+    def grow(self, draft: Draft, row: int, num_tokens: int) -> None:
+        first = int(self.tables.num_blocks[row])
+        new = self.blocks.grow(row, num_tokens, self._id(row))
+        if new:
+            draft.change(row, first, new)
+
+    def _give_back(self, draft: Draft, left: int) -> None:
+        """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
+        for chunk in draft.cut:
+            room = int(self.tables.room[chunk.row]) + self.blocks.available * self.blocks.block_size - chunk.start
+            more = min(chunk.gap, chunk.count + left, self.max_prefill_chunk or chunk.gap, room) - chunk.count
+            if more > 0:
+                chunk.count += more
+                left -= more
+                self.grow(draft, chunk.row, chunk.start + chunk.count)
+
+    def _build(self, draft: Draft, rows: Ints, start: Ints) -> Plan:
+        if draft.chunks:
+            self._settle_chunks(draft)
+        for child in self.forked:
+            if child.row is not None:
+                draft.change(child.row, 0, self.tables.row_blocks(child.row))
+        self.forked.clear()
+        plan = draft.plan(self, rows, start)
+        if draft.forks:
+            self.forks[self.step] = draft.forks
+        if self.leaves or self.swap_out or self.reset_runner:
+            swap_out = np.array(self.swap_out, np.int64).reshape(-1, 2)
+            plan = plan._replace(leaves=tuple(self.leaves), swap_out=swap_out, reset=self.reset_runner)
+            self.leaves, self.swap_out, self.reset_runner = [], [], False
+        return plan
+
+    def _settle_chunks(self, draft: Draft) -> None:
+        """Rows whose chunk reaches their last known token draw a sample, and decode from the next step on."""
+        done = []
+        for chunk in draft.chunks:
+            row, count = chunk.row, chunk.count
+            self.scheduled[row] = chunk.start + count
+            self.last_plan[row] = self.step
+            if self.held.pop(row, None) is not None or self.chunk_of.get(row) != count:
+                self.chunk_of[row] = count
+                self.log.add(("Scheduled", self._id(row), count))
+            if count == chunk.gap:
+                done.append(row)
+                del self.prefilling[row]
+                self._promise_forks(draft, row)
+                del self.chunk_of[row]
+        if done:
+            self.decoding = np.concatenate((self.decoding, np.array(done, np.int64)))
+
+    def _promise_forks(self, draft: Draft, row: int) -> None:
+        """The last prompt chunk serves all samples: promise a row to each there is one for; the rest queue up."""
+        parent = self.row_request[row]
+        assert parent is not None
+        if not parent.samples or parent.num_output:
+            return
+        for child in parent.samples:
+            if child.ended or not self._is_attached(child):
+                continue
+            if self.free_rows and self.num_running + len(draft.forks) + 1 < self.max_num_seqs:
+                child_row = self.free_rows.pop()
+                draft.forks.append((row, child_row, child))
+                draft.joins.append(admission.join_of(child, child_row))
+            else:
+                self.num_attached -= 1
+                self.queue.push(child)
+
+    # -- a step: commit ------------------------------------------------------------------------------------------
+
+    def commit(self, plan: Plan, result: Result | Failure, now: int | None = None) -> Outputs:
+        """Append the step's tokens, store full blocks, end who is done, give back what drained."""
+        if not self.in_flight or self.in_flight[0] is not plan:
+            raise ValueError(f"{plan!r} is not the oldest plan in flight: plans are committed once, in launch order")
+        if now is None:
+            now = plan.now + round(result.seconds * 1e9)
+        if isinstance(result, Result) and len(result.tokens) != len(plan.sample_row):
+            raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has {len(result.tokens)}")
+        self.in_flight.popleft()
+        self.blocks.step = plan.step
+        if isinstance(result, Failure):
+            self._roll_back(plan, result)
+        if plan.step <= self.void_until:
+            for _, child_row, child in self.forks.pop(plan.step, ()):
+                self._break_promise(child_row, child)
+            outputs = Outputs(plan.step, now, NO_INTS, NO_INTS, NO_INTS.astype(np.int32))
+        else:
+            outputs = self._apply(plan, result, now)  # type: ignore[arg-type]
+        if self.draining:
+            self._drain(plan)
+        while self.host_releases and self.host_releases[0][0] <= plan.step:
+            _, free = self.host_releases.popleft()
+            self.blocks.host.free += self.blocks.host.release(free)
+        self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
+        return outputs
+
+    def _apply(self, plan: Plan, result: Result, now: int) -> Outputs:
+        tables = self.tables
+        rows, end = plan.rows, plan.start + plan.count
+        sampled, tokens = plan.sample_row, np.asarray(result.tokens, np.int32)
+        errors = result.errors or {}
+        void = self.dropped.copy() if self.draining or errors else None
+        if void is not None:
+            void[list(errors)] = True
+            rows, end = rows[~void[rows]], end[~void[rows]]
+        self.blocks.commit(rows, end)
+        if plan.step in self.forks:
+            void = self.dropped.copy() if void is None else void
+            void[self._fork(self.forks.pop(plan.step), errors, plan.step)] = True
+        if void is not None:
+            tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
+        known = tables.num_tokens[sampled]
+        if plan.num_decode < len(plan.rows):
+            self._settle_prefills(plan, sampled, now)
+        tables.flat_tokens[tables.token_base[sampled] + known] = tokens
+        known = known + 1
+        tables.num_tokens[sampled] = known
+        over = known >= self.limit[sampled]
+        for column in self.stops:
+            over |= (tokens == column[sampled]) & (known >= self.no_stop_before[sampled])
+        done = over.nonzero()[0]
+        ended: list[Request] = []
+        if len(done) or errors:
+            ended = self._finish(sampled[done].tolist(), tokens[done].tolist(), errors, now)
+        return Outputs(plan.step, now, sampled, self.serial[sampled], tokens, tuple(ended))
+
+    def _settle_prefills(self, plan: Plan, sampled: Ints, now: int) -> None:
+        """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
+        tables, size = self.tables, self.blocks.block_size
+        for row in plan.rows[plan.num_decode :].tolist():
+            num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
+            for request in self.pending.settle(row, num_left):
+                self.queue.push(request)
+        for row in sampled.tolist():
+            request = self.row_request[row]
+            if request is not None and request.first_token_at is None:
+                request.first_token_at = now
+                self.log.add(("Scheduled", request.id, 1))
+
+    def _finish(self, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
+        ended = []
+        for row, token in zip(rows, tokens, strict=True):
+            request = self.row_request[row]
+            assert request is not None
+            ended.append(request)
+            stops = self.tables.num_tokens[row] >= self.no_stop_before[row]
+            if stops and token in request.params.stop_token_ids:
+                reason = "stop"
+            elif stops and token in request.stop_ids:
+                reason = "eos"
+            else:
+                reason = "length"
+            request.finished_at = now
+            self._end_row(row, Status.FINISHED, reason)
+        for row, text in errors.items():
+            request = self.row_request[row]
+            if request is None or request.row != row:
+                continue  # it ended meanwhile
+            request.error = text
+            request.finished_at = now
+            ended.append(request)
+            rows = [*rows, row]
+            self._end_row(row, Status.FINISHED, "error")
+        self.remove_rows(rows)
+        return ended
+
+    def _fork(self, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
+        """The prompt is computed: its samples get tables over the same blocks. Rows that were promised in vain."""
+        in_vain, joining = [], []
+        for row, child_row, child in forks:
+            parent = self.row_request[row]
+            if child.ended or parent is None or parent.row != row or row in errors:
+                in_vain.append(child_row)
+                self._break_promise(child_row, child)
+                continue
+            self.num_attached -= 1
+            self.blocks.fork_row(row, child.id, child_row)
+            admission.occupy(self, child, child_row)
+            child.admitted_at = child.admitted_at or parent.admitted_at
+            self.scheduled[child_row] = self.tables.num_tokens[child_row]
+            self.last_plan[child_row] = step
+            self.log.add(("Forked", child.id, parent.id, child_row))
+            self.forked.append(child)
+            joining.append(child_row)
+        self.decoding = np.concatenate((self.decoding, np.array(joining, np.int64)))
+        return in_vain
+
+    def _break_promise(self, child_row: int, child: Request) -> None:
+        self.free_rows.append(child_row)
+        self.leaves.append(child_row)
+        if not child.ended:
+            self.num_attached -= 1
+            self.queue.push(child)
+
+    def _roll_back(self, plan: Plan, failure: Failure) -> None:
+        """Every running request goes back to the queue with the tokens it has, to be computed again: what the failed
+        step wrote, copied or moved is unknown, and the plans launched on top of it are void."""
+        self.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
+        self.void_until = self.step - 1
+        self.reset_runner = True
+        for row in [*self.decoding.tolist(), *self.prefilling]:
+            preempt.preempt(self, row, "", how="recompute")
+        for row, how in self.draining.items():
+            self.draining[row] = how and "recompute"
+        for request in list(self.requests.values()):
+            if request.status is Status.SWAPPED and request.swap_step >= plan.step:
+                preempt.drop_host_blocks(self, request)
+                request.status = Status.WAITING
+        self.forked.clear()
+
+    def _drain(self, plan: Plan) -> None:
+        for row in [row for row in self.draining if self.last_plan[row] <= plan.step]:
+            how = self.draining.pop(row)
+            if how is None:
+                self.close_row(row)
+            else:
+                preempt.vacate(self, row, how)
+
+    def _log_step(self, plan: Plan, num_outputs: int, duration: int, now: int) -> None:
+        blocks = self.blocks
+        cached = len(blocks.eviction)
+        free = len(blocks.pool.free)
+        prefill = plan.num_prefill_tokens if plan.num_decode < len(plan.rows) else 0
+        self.log.flush(
+            plan.step,
+            now,
+            (len(plan.rows), prefill, plan.num_decode, self.cached_this_step, num_outputs, self.num_running,
+             self.num_waiting, self.num_swapped, blocks.num_blocks - free - cached, cached, free, duration),
+        )  # fmt: skip
+        self.cached_this_step = 0
+        self.log.post()
+
+    def hold(self, row: int, limit: str) -> None:
+        """A running row gets nothing this step; written when the reason changes."""
+        if self.held.get(row) != limit:
+            self.held[row] = limit
+            self.log.add(("Held", self._id(row), limit, False))
+
+    def _release_hold(self, row: int, count: int) -> None:
+        del self.held[row]
+        self.log.add(("Scheduled", self._id(row), count))
+
+    def _id(self, row: int) -> str:
+        request = self.row_request[row]
+        assert request is not None
+        return request.id
+
+    # -- laws ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Conservation of requests, rows, blocks and tokens; raises AssertionError at the first that is broken."""
+        self.blocks.check()
+        self.pending.check()
+        going_on = self.num_running + self.num_waiting + self.num_swapped
+        ended = self.num_finished + self.num_aborted + self.num_rejected
+        assert self.num_submitted == going_on + ended, f"{self.num_submitted} submitted, {going_on} live, {ended} ended"
+        assert len(self.requests) == going_on, f"{len(self.requests)} live requests, {going_on} counted"
+        running = [*self.decoding.tolist(), *self.prefilling]
+        assert len(set(running)) == len(running), "a row is in two places"
+        assert len(running) <= self.width, "more rows than there are"
+        promised = [child_row for forks in self.forks.values() for _, child_row, _ in forks]
+        rows = [*running, *self.draining, *promised, *self.free_rows]
+        assert sorted(rows) == sorted(set(rows)) and len(rows) == self.width, "a row is lost or twice"
+        tables = self.tables
+        for row in running:
+            request = self.row_request[row]
+            assert request is not None and request.row == row and request.status is Status.RUNNING, f"row {row} astray"
+            computed, scheduled, known = tables.num_computed[row], self.scheduled[row], tables.num_tokens[row]
+            in_flight = sum(int((plan.sample_row == row).sum()) for plan in self.in_flight)
+            assert computed <= known, f"row {row}: {computed} computed of {known} known"
+            assert computed <= scheduled <= known + in_flight, f"row {row}: {computed} <= {scheduled} <= {known}"
+            assert scheduled <= tables.room[row], f"row {row}: {scheduled} scheduled, room for {tables.room[row]}"
+        host = sum(len(request.host_blocks) for request in self.requests.values())
+        host += sum(len(blocks) for _, blocks in self.host_releases)
+        assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is lost"
+        for plan in self.in_flight:
+            assert plan.num_tokens <= len(self.ones), "a plan exceeds every budget"
+
+    def check_idle(self) -> None:
+        """After the last request: every count is zero but people's own tables and pins."""
+        self.check()
+        assert not self.requests and not self.draining and not self.forks, "a request is left"
+        assert not self.pending.row_of and not self.held and not self.chunk_of, "a trace of a request is left"
+        assert len(self.blocks.host.free) == self.blocks.host.num_blocks, "a host block is left"
+        if not self.blocks.tables.row_of and not self.blocks.pins:
+            assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks are left in use"

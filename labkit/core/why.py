@@ -1,0 +1,203 @@
+"""Why a request waited: a fold over the event log. Knows events by name; refuses to know the scheduler.
+
+The log writes a hold once, when it begins or changes: one for the head of the queue, which is everyone's behind it too,
+and one for each request that is held apart. The fold spreads them over the steps between.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .events import Batch
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Steps `first..last` brought no token; `limit` bound, for the request or for `behind`, the head of the queue."""
+
+    first: int
+    last: int
+    limit: str
+    behind: str | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return self.last - self.first + 1
+
+    def __repr__(self) -> str:
+        steps = f"step {self.first}" if self.first == self.last else f"steps {self.first}-{self.last}"
+        if self.behind is None:
+            return f"{steps}: held by {self.limit}"
+        return f"{steps}: in order behind {self.behind!r}, held by {self.limit}"
+
+
+@dataclass(frozen=True)
+class Preemption:
+    step: int
+    how: str
+    needed_by: str
+    num_tokens: int
+
+    def __repr__(self) -> str:
+        what = f"{self.num_tokens} tokens to {'move back' if self.how == 'swap' else 'compute again'}"
+        whom = "itself" if self.needed_by == "" else repr(self.needed_by)
+        return f"step {self.step}: preempted by {self.how} for {whom}, {what}"
+
+
+@dataclass(frozen=True)
+class Why:
+    """One request's waits and preemptions, in order."""
+
+    request: str
+    status: str
+    waits: tuple[Wait, ...]
+    preemptions: tuple[Preemption, ...]
+
+    @property
+    def num_waited(self) -> int:
+        return sum(wait.num_steps for wait in self.waits)
+
+    def limits(self) -> dict[str, int]:
+        """limit -> steps it bound."""
+        steps: dict[str, int] = {}
+        for wait in self.waits:
+            steps[wait.limit] = steps.get(wait.limit, 0) + wait.num_steps
+        return steps
+
+    def frame(self) -> pandas.DataFrame:
+        """One line a step waited. Needs labkit[lab]."""
+        import pandas
+
+        lines = [(step, w.limit, w.behind) for w in self.waits for step in range(w.first, w.last + 1)]
+        return pandas.DataFrame(lines, columns=["step", "limit", "behind"])
+
+    def __repr__(self) -> str:
+        head = (
+            f"Why({self.request!r}: {self.status}, waited {self.num_waited} steps, preempted {len(self.preemptions)}x)"
+        )
+        parts: list[tuple[int, str]] = [(wait.first, repr(wait)) for wait in self.waits]
+        parts += [(preemption.step, repr(preemption)) for preemption in self.preemptions]
+        return "\n".join([head, *(f"  {text}" for _, text in sorted(parts, key=lambda part: part[0]))])
+
+
+@dataclass
+class _History:
+    status: str
+    since: int | None  # the first step it has been waiting for, while it does
+    holds: list[tuple[int, str | None]] = field(default_factory=list)  # (step, its own limit or None)
+    waits: list[Wait] = field(default_factory=list)
+    preemptions: list[Preemption] = field(default_factory=list)
+
+
+class Waits:
+    """The fold's state: the holds of the queue's head, and each request's history."""
+
+    def __init__(self) -> None:
+        self.heads: list[tuple[int, str, str]] = []  # (step, head, limit)
+        self.of: dict[str, _History] = {}
+        self.step = 0
+
+    def copy(self) -> Waits:
+        return copy.deepcopy(self)
+
+    def apply(self, batch: Batch) -> None:
+        self.step = batch.step
+        for event in batch.events:
+            handler = getattr(self, f"_{event[0].lower()}", None)
+            if handler is not None:
+                handler(batch.step, *event[1:])
+
+    def drop_ended(self) -> None:
+        for name in [name for name, history in self.of.items() if history.status in ("finished", "aborted")]:
+            del self.of[name]
+        waiting = [history.since for history in self.of.values() if history.since is not None]
+        first = min(waiting, default=self.step)
+        while len(self.heads) > 1 and self.heads[1][0] <= first:
+            del self.heads[0]
+
+    def why(self, name: str) -> Why:
+        if name not in self.of:
+            raise KeyError(f"the log knows no request {name!r}: it was never submitted, or its events were trimmed")
+        history = self.of[name]
+        waits = list(history.waits)
+        if history.since is not None:
+            waits += self._spread(name, history, self.step + 1)
+        return Why(name, history.status, tuple(waits), tuple(history.preemptions))
+
+    def _spread(self, name: str, history: _History, until: int) -> list[Wait]:
+        """The waits of steps `since..until-1`, cut where a hold begins or changes."""
+        assert history.since is not None
+        marks = {history.since}
+        marks |= {step for step, _ in history.holds if history.since < step < until}
+        marks |= {step for step, _, _ in self.heads if history.since < step < until}
+        cuts = [*sorted(marks), until]
+        waits: list[Wait] = []
+        for first, stop in pairwise(cuts):
+            own = [limit for step, limit in history.holds if step <= first]
+            head = [(other, limit) for step, other, limit in self.heads if step <= first]
+            limit, behind = "order", None
+            if own and own[-1] is not None:
+                limit = own[-1]
+            elif head:
+                limit = head[-1][1]
+                behind = None if head[-1][0] == name else head[-1][0]
+            if waits and (waits[-1].limit, waits[-1].behind) == (limit, behind):
+                waits[-1] = Wait(waits[-1].first, stop - 1, limit, behind)
+            else:
+                waits.append(Wait(first, stop - 1, limit, behind))
+        return waits
+
+    def _close(self, name: str, until: int, status: str) -> None:
+        history = self.of.get(name)
+        if history is None:
+            return
+        if history.since is not None and history.since < until:
+            history.waits += self._spread(name, history, until)
+        history.since = None
+        history.holds.clear()
+        history.status = status
+
+    def _submitted(self, step: int, request: str, *_: Any) -> None:
+        self.of[request] = _History("waiting", step)
+
+    def _held(self, step: int, request: str, limit: str, head: bool) -> None:
+        if head:
+            self.heads.append((step, request, limit))
+            return
+        history = self.of.get(request)
+        if history is not None:
+            history.holds.append((step, limit))
+            if history.since is None:
+                history.since = step
+
+    def _scheduled(self, step: int, request: str, _num_tokens: int) -> None:
+        self._close(request, step, "running")
+
+    def _admitted(self, step: int, request: str, *_: Any) -> None:
+        self._close(request, step, "running")
+
+    def _resumed(self, step: int, request: str, *_: Any) -> None:
+        self._close(request, step, "running")
+
+    def _forked(self, step: int, request: str, *_: Any) -> None:
+        self._close(request, step, "running")
+
+    def _preempted(self, step: int, request: str, how: str, needed_by: str, num_tokens: int) -> None:
+        self._close(request, step, "waiting")
+        history = self.of.get(request)
+        if history is not None:
+            whom = "" if needed_by == request else needed_by
+            history.preemptions.append(Preemption(step, how, whom, num_tokens))
+            history.since = step
+
+    def _finished(self, step: int, request: str, *_: Any) -> None:
+        self._close(request, step, "finished")
+
+    def _aborted(self, step: int, request: str, *_: Any) -> None:
+        self._close(request, step, "aborted")

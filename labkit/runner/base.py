@@ -1,0 +1,41 @@
+"""The boundary between deciding and computing: a runner is given plans and gives results. Knows no scheduler."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from labkit.core.plan import Plan, Result
+
+
+class Layout(NamedTuple):
+    """What a runner must have places for. Block 0 is scratch, beyond `num_blocks`."""
+
+    num_blocks: int
+    block_size: int
+    num_rows: int
+    num_host_blocks: int = 0
+
+
+class Pending(Protocol):
+    """A launched plan; `result()` waits for it."""
+
+    def result(self) -> Result: ...
+
+
+class Runner(Protocol):
+    """`open` once, then `launch` plans in order. A launch may return before the work is done."""
+
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+    def open(self, layout: Layout) -> None: ...
+    def launch(self, plan: Plan) -> Pending: ...
+
+
+class Done(NamedTuple):
+    """A plan that was computed at launch."""
+
+    value: Result
+
+    def result(self) -> Result:
+        return self.value

@@ -1,0 +1,90 @@
+"""A runner without a model: it stores token ids where a model stores keys and values, and reads them back through the
+block tables. A wrong copy, swap, table or input then shows as a wrong token."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+import numpy as np
+
+from labkit.core.options import named_options, real, whole
+from labkit.core.plan import Plan, Result
+from labkit.runner.base import Done, Layout
+from labkit.runner.rows import Rows
+
+
+def next_token(seed: int, sample_seed: int, context: np.ndarray, vocab_size: int) -> int:
+    """The fake model: a pure function of its seed, the sample's seed and every token before."""
+    key = f"{seed}:{sample_seed}".encode()
+    digest = blake2b(np.ascontiguousarray(context, np.int32).tobytes(), digest_size=8, key=key[:64]).digest()
+    return int.from_bytes(digest, "little") % vocab_size
+
+
+@named_options
+class FakeRunner:
+    """Tokens from a hash of the whole context, read through the block tables.
+
+    >>> FakeRunner(seed=0, vocab_size=256)
+    FakeRunner(seed 0, vocab 256, not open)
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab_size: int = 32_000,
+        eos_token_id: int | None = None,
+        seconds: float = 0.001,
+    ) -> None:
+        self.seed = whole("seed", seed, least=0)
+        self.vocab_size = whole("vocab_size", vocab_size, least=1)
+        self.eos_token_ids = () if eos_token_id is None else (whole("eos_token_id", eos_token_id, least=0),)
+        self.seconds = real("seconds", seconds, least=0.0)
+        self.layout: Layout | None = None
+
+    def __repr__(self) -> str:
+        where = "not open" if self.layout is None else f"{self.layout.num_blocks}x{self.layout.block_size}"
+        return f"FakeRunner(seed {self.seed}, vocab {self.vocab_size}, {where})"
+
+    def open(self, layout: Layout) -> None:
+        self.layout = layout
+        self.rows = Rows(layout)
+        self.memory = np.full((layout.num_blocks + 1, layout.block_size), -1, np.int32)
+        self.host = np.full((layout.num_host_blocks + 1, layout.block_size), -1, np.int32)
+
+    def launch(self, plan: Plan) -> Done:
+        rows, memory, host = self.rows, self.memory, self.host
+        rows.apply(plan)
+        for block, host_block in plan.swap_out:
+            host[host_block] = memory[block]
+        for source, copy in plan.copies:
+            memory[copy] = memory[source]
+        for host_block, block in plan.swap_in:
+            memory[block] = host[host_block]
+        for entry in range(len(plan.rows)):
+            self._write(plan, entry)
+        return Done(Result(self._sample(plan), self.seconds))
+
+    def _write(self, plan: Plan, entry: int) -> None:
+        assert self.layout is not None
+        start = int(plan.start[entry])
+        places = np.arange(start, start + int(plan.count[entry]))
+        size = self.layout.block_size
+        blocks = self.rows.tables[plan.rows[entry], places // size]
+        assert blocks.all(), f"row {plan.rows[entry]} writes tokens {places[0]}.. into the scratch block"
+        self.memory[blocks, places % size] = self.rows.inputs(plan, entry)
+
+    def _sample(self, plan: Plan) -> np.ndarray:
+        assert self.layout is not None
+        ends = np.cumsum(plan.count)
+        size = self.layout.block_size
+        tokens = np.zeros(len(plan.sample_row), np.int32)
+        entries = np.searchsorted(ends, plan.sample_query, side="right")
+        for i, (entry, row) in enumerate(zip(entries.tolist(), plan.sample_row.tolist(), strict=True)):
+            length = int(plan.start[entry] + plan.count[entry])
+            blocks = self.rows.tables[plan.rows[entry], : -(-length // size)]
+            context = self.memory[blocks].reshape(-1)[:length]
+            join = self.rows.joins[row]
+            assert join is not None, f"row {row} samples and never joined"
+            tokens[i] = next_token(self.seed, (join.params.seed or 0) + join.sample, context, self.vocab_size)
+        self.rows.latest[plan.sample_row] = tokens
+        return tokens

@@ -1,0 +1,43 @@
+"""A runner's own block tables, kept up with what plans say. Knows columns; refuses to know where they come from."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from labkit.core.plan import Join, Plan
+from labkit.runner.base import Layout
+
+
+class Rows:
+    """Block tables and joins by row, and each row's latest sample."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.tables = np.zeros((layout.num_rows, 16), np.int64)  # [rows, blocks]; unset entries name the scratch block
+        self.joins: list[Join | None] = [None] * layout.num_rows
+        self.latest = np.zeros(layout.num_rows, np.int32)
+
+    def apply(self, plan: Plan) -> None:
+        """Leaves, joins and table changes, in the plan's order."""
+        if plan.reset:
+            self.joins = [None] * self.layout.num_rows
+        for row in plan.leaves:
+            self.joins[row] = None
+        for join in plan.joins:
+            self.joins[join.row] = join
+            self.tables[join.row] = 0
+        changes = plan.table_changes
+        if len(changes.row):
+            self._make_width(int(changes.index.max()) + 1)
+            self.tables[changes.row, changes.index] = changes.block
+
+    def _make_width(self, num_blocks: int) -> None:
+        width = self.tables.shape[1]
+        if num_blocks > width:
+            grown = max(num_blocks, 2 * width)
+            self.tables = np.pad(self.tables, ((0, 0), (0, grown - width)))
+
+    def inputs(self, plan: Plan, entry: int) -> np.ndarray:
+        """The token ids that entry `entry` computes."""
+        given = plan.tokens[plan.indptr[entry] : plan.indptr[entry + 1]]
+        return given if len(given) else self.latest[plan.rows[entry], None]
