@@ -160,7 +160,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_running or self.queue or self.pending or self.in_flight or self.draining)
+        return bool(self.num_running or self.queue or self.pending or self.in_flight or self.draining or self.num_attached)
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -301,6 +301,7 @@ class Scheduler:
     def _remember(self, request: Request, status: Status) -> None:
         request.status = status
         self.queue.forget(request)
+        self._orphan(request)
         if status is Status.FINISHED:
             self.num_finished += 1
             self.log.add(("Finished", request.id, request.finish_reason, request.num_output))
@@ -314,6 +315,14 @@ class Scheduler:
         self.ended[request.id] = request
         if len(self.ended) > MOST_REMEMBERED:
             self.ended.popitem(last=False)
+
+    def _orphan(self, parent: Request) -> None:
+        """Samples that can no longer be forked from their parent are computed on their own."""
+        promised = {child.serial for forks in self.forks.values() for _, _, child in forks}
+        for sample in parent.samples:
+            if sample.id in self.requests and sample.serial not in promised and self._is_attached(sample):
+                self.num_attached -= 1
+                self.queue.push(sample)
 
     def is_in_flight(self, row: int) -> bool:
         return bool(self.in_flight) and int(self.last_plan[row]) >= self.in_flight[0].step
