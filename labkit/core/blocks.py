@@ -38,21 +38,11 @@ class BlockPool:
         taken.reverse()
         return taken
 
-    def release(self, blocks: list[int]) -> list[int]:
+    def release(self, blocks: Ints) -> Ints:
         """Count each block down once; those that nobody holds any longer, in the order given."""
-        if len(blocks) <= 8:  # below this a loop is cheaper than four numpy calls
-            count = self.count
-            gone = []
-            for block in blocks:
-                left = count[block] - 1
-                count[block] = left
-                if left == 0:
-                    gone.append(block)
-            return gone
-        at = np.asarray(blocks)
-        left = self.count[at] - 1
-        self.count[at] = left
-        return blocks if not left.any() else at[left == 0].tolist()
+        left = self.count[blocks] - 1
+        self.count[blocks] = left
+        return blocks[left == 0]
 
 
 class BlockTables:

@@ -257,7 +257,7 @@ class EventLog:
         else:
             batch = Batch(step, now, (), row)
         self._batches.append(batch)
-        self._size += len(batch.events) + (row is not None)
+        self._size += _size_of(batch)
         if self._subscribers:
             self._unposted.append(batch)
         if self.keep is not None and self._size > self.keep:
@@ -267,11 +267,10 @@ class EventLog:
         assert self.keep is not None
         while self._size > self.keep and len(self._batches) > 1:
             batch = self._batches.popleft()
-            size = len(batch.events) + (batch.row is not None)
+            size = _size_of(batch)
             self._size -= size
             self.num_trimmed += size
-            self._trimmed.apply(batch)
-            self._trimmed.drop_ended()
+            self._trimmed.apply(batch, forget_ended=True)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber(batches)` once a step; returns a function that ends it. One that raises is unsubscribed."""
@@ -293,7 +292,10 @@ class EventLog:
     def __iter__(self) -> Iterator[Event]:
         for step, now, events, row in self._batches:
             for event in events:
-                yield _read(step, now, event)
+                if event[0] == "Stored":
+                    yield from _read_stored(step, now, *event[1:])
+                else:
+                    yield _read(step, now, event)
             if row is not None:
                 yield Step(step, now, *row)
 
@@ -343,7 +345,7 @@ class EventLog:
             raise ValueError("the log was trimmed past that point: give EventLog a larger keep")
         while self._batches and self.mark() > mark:
             batch = self._batches.pop()
-            self._size -= len(batch.events) + (batch.row is not None)
+            self._size -= _size_of(batch)
         self._pending.clear()
         last = self._batches[-1] if self._batches else Batch(0, 0, (), None)
         if self._subscribers:
@@ -382,7 +384,10 @@ class EventLog:
             if moment is not None and moment != (step, now):
                 log.flush(*moment)
             moment = (step, now)
-            if kind == "Step":
+            if kind == "Stored":
+                digest, parent, block, ids = values
+                log.add((kind, digest, parent, np.array([block]), np.array([ids], np.int32)))
+            elif kind == "Step":
                 log.flush(step, now, tuple(values))
                 moment = None
             else:
@@ -394,18 +399,28 @@ class EventLog:
 
 def _read(step: int, now: int, event: tuple[Any, ...]) -> Event:
     kind = event[0]
-    if kind == "Stored":
-        _, digest, parent, block, tokens = event
-        return Stored(step, now, digest.hex(), parent.hex(), block, tuple(np.frombuffer(tokens, np.int32).tolist()))
     if kind == "Removed":
         return Removed(step, now, event[1].hex(), *event[2:])
     return EVENTS[kind](step, now, *event[1:])
+
+
+def _read_stored(step: int, now: int, digests: Any, parents: Any, blocks: Any, tokens: Any) -> Iterator[Event]:
+    for i, (block, ids) in enumerate(zip(blocks.tolist(), tokens.tolist(), strict=True)):
+        at = slice(32 * i, 32 * i + 32)
+        yield Stored(step, now, digests[at].hex(), parents[at].hex(), block, tuple(ids))
+
+
+def _size_of(batch: Batch) -> int:
+    """Events in a batch; the blocks stored together are one tuple of columns, and one event each."""
+    size = len(batch.events) + (batch.row is not None)
+    for event in batch.events:
+        if event[0] == "Stored":
+            size += len(event[3]) - 1
+    return size
 
 
 def _written(kind: str, name: str, value: Any) -> Any:
     """The form an event's field has on the hot path."""
     if kind in ("Stored", "Removed") and name in ("hash", "parent"):
         return bytes.fromhex(value)
-    if kind == "Stored" and name == "tokens":
-        return np.array(value, np.int32).tobytes()
     return value

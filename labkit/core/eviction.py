@@ -169,7 +169,7 @@ class FIFO(Scored):
     name = "fifo"
 
     def key(self, block: int) -> float:
-        return self.cache.stored_at[block]
+        return int(self.cache.stored_at[block])
 
 
 class LFU(Scored):
@@ -178,7 +178,7 @@ class LFU(Scored):
     name = "lfu"
 
     def key(self, block: int) -> float:
-        return self.cache.hits[block]
+        return int(self.cache.hits[block])
 
 
 @named_options
@@ -247,8 +247,7 @@ class S3FIFO:
 
     def freed(self, blocks: list[int]) -> None:
         for block in blocks:
-            digest = self.cache.hash_of[block]
-            if digest is not None and self._ghosts.pop(digest, 0) is None:
+            if self._ghosts.pop(self.cache.hash_of(block), 0) is None:
                 self._in_main.add(block)
             (self._main if block in self._in_main else self._small)[block] = None
 
@@ -263,7 +262,7 @@ class S3FIFO:
             self._spent.pop(block, None)
 
     def _credit(self, block: int) -> int:
-        return min(self.cache.hits[block], 3) - self._spent.get(block, 0)
+        return min(int(self.cache.hits[block]), 3) - self._spent.get(block, 0)
 
     def evict(self, n: int) -> list[int]:
         evicted: list[int] = []
@@ -283,9 +282,8 @@ class S3FIFO:
                 self._main[block] = None
                 continue
             passed = 0
-            digest = self.cache.hash_of[block]
-            if from_small and digest is not None:
-                self._ghosts[digest] = None
+            if from_small:
+                self._ghosts[self.cache.hash_of(block)] = None
                 if len(self._ghosts) > self.cache.num_blocks:
                     self._ghosts.popitem(last=False)
             self._in_main.discard(block)
@@ -358,7 +356,7 @@ class CostAware(Scored):
         self._age = 0.0
 
     def key(self, block: int) -> float:
-        return self._age + self.cost(info(self.cache, block, self._num_freed)) * (1 + self.cache.hits[block])
+        return self._age + self.cost(info(self.cache, block, self._num_freed)) * (1 + int(self.cache.hits[block]))
 
     def evicted(self, key: float) -> None:
         self._age = max(self._age, key)
@@ -390,7 +388,12 @@ class Function(Scored):
 
 def info(cache: PrefixCache, block: int, freed_at: int) -> BlockInfo:
     return BlockInfo(
-        block, cache.depth_of[block], cache.hits[block], cache.children[block], cache.stored_at[block], freed_at
+        block,
+        int(cache.depth_of[block]),
+        int(cache.hits[block]),
+        int(cache.children[block]),
+        int(cache.stored_at[block]),
+        freed_at,
     )
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .blocks import NEVER, BlockPool, BlockTables, Ints, Tokens
 from .eviction import EvictionChoice, EvictionPolicy, eviction_policy
 from .options import named_options, real, whole
-from .prefix import EventSink, Explanation, Ghost, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
+from .prefix import EventSink, Explanation, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
 from .stats import BlockStats, block_stats
 
 TokenIds: TypeAlias = "Sequence[int] | Iterable[int] | NDArray[np.integer[np.typing.NBitBase]]"
@@ -136,6 +136,7 @@ class BlockManager:
         self.num_hit_queries = 0
         self.num_copied = 0
         self.num_evicted = 0
+        self._within = np.arange(self.block_size)
         self._own_rows: set[int] = set()  # rows of tables that people made
 
     def __repr__(self) -> str:
@@ -357,16 +358,12 @@ class BlockManager:
         tables.write_tokens(row, 0, tokens)
         if hit:
             self.hold(hit)
-            hits = self.prefix.hits
-            for block in hit:
-                hits[block] += 1
+            self.prefix.hits[hit] += 1
             tables.append(row, hit)
             tables.num_computed[row] = len(hit) * self.block_size
             if tables.next_full[row] != NEVER:
                 tables.next_full[row] = (len(hit) + 1) * self.block_size
-            digest = self.prefix.hash_of[hit[-1]]
-            assert digest is not None
-            tables.last_hash[row] = digest
+            tables.last_hash[row] = self.prefix.hash_of(hit[-1])
 
     def hold(self, blocks: list[int]) -> None:
         """Count blocks up; those that were only cached are no longer up for eviction."""
@@ -381,16 +378,13 @@ class BlockManager:
     def release(self, blocks: list[int]) -> None:
         """Count blocks down, the last of a chain first. Whoever is free then: cached ones wait in line to be evicted,
         the others are the next to be reused."""
-        blocks.reverse()
-        gone = self.pool.release(blocks)
-        if not gone:
+        if not blocks:
             return
-        hash_of = self.prefix.hash_of
-        cached = [block for block in gone if hash_of[block] is not None]
-        if len(cached) < len(gone):
-            self.pool.free += [block for block in gone if hash_of[block] is None]
-        if cached:
-            self._eviction.freed(cached)
+        gone = self.pool.release(np.array(blocks[::-1], np.int64))
+        stored = self.prefix.stored[gone]
+        self.pool.free += gone[~stored].tolist()
+        if stored.any():
+            self._eviction.freed(gone[stored].tolist())
 
     def take(self, n: int, names: str | Sequence[str | None] | None = None) -> list[int]:
         """`n` empty blocks, counted once each, evicting what must go. `names` says for whom, once or for each."""
@@ -415,7 +409,7 @@ class BlockManager:
         first = wanted - n
         remove, step = self.prefix.remove, self.step
         for i, block in enumerate(evicted):
-            remove(block, Ghost(step, names if names is None or isinstance(names, str) else names[first + i]))
+            remove(block, step, names if names is None or isinstance(names, str) else names[first + i])
         self.num_evicted += n
         return evicted
 
@@ -436,7 +430,7 @@ class BlockManager:
         if index >= self.tables.num_blocks[row]:
             return False
         block = self.tables.blocks[0, row, index]
-        return bool(self.pool.count[block] > 1) or self.prefix.hash_of[block] is not None
+        return bool(self.pool.count[block] > 1 or self.prefix.stored[block])
 
     def copy_on_write(self, row: int, start: int) -> tuple[int, int, int]:
         """Give the row its own copy of the block that token `start` is written to: (index, source, copy)."""
@@ -498,41 +492,47 @@ class BlockManager:
             rows, first = rows[~slow], first[~slow]
             if not len(rows):
                 return
-        data = tables.flat_tokens[(tables.token_base[rows] + first)[:, None] + np.arange(size)].tobytes()
-        index = first // size
-        at = tables.block_base[rows] + index
-        blocks = tables.flat_blocks[at].tolist()
-        parents = tables.flat_blocks[at - 1].tolist()  # wrong where index is 0, and not used there
+        tokens = tables.flat_tokens[(tables.token_base[rows] + first)[:, None] + self._within]  # [rows, block_size]
+        data = tokens.tobytes()
+        depths = first // size
+        at = tables.block_base[rows] + depths
+        parents = np.where(depths > 0, tables.flat_blocks[at - 1], 0)
         tables.next_full[rows] = first + 2 * size
-        store, last_hash, known = self.prefix.store, tables.last_hash, tables.hashes
+        last_hash, known = tables.last_hash, tables.hashes
+        before, digests = [], []
         width, begin = 4 * size, 0
-        for row, block, parent, depth in zip(rows.tolist(), blocks, parents, index.tolist(), strict=True):
-            before = last_hash[row]
-            chunk = data[begin : begin + width]
-            begin += width
+        for row, depth in zip(rows.tolist(), depths.tolist(), strict=True):
+            digest = last_hash[row]
+            before.append(digest)
             hashes = known[row]
-            if hashes is None or depth >= len(hashes):
-                known[row] = None
-                digest = sha256(before + chunk).digest()
-            else:
+            if hashes is not None and depth < len(hashes):
                 digest = hashes[depth]
+            else:
+                digest = sha256(digest + data[begin : begin + width]).digest()
+            begin += width
+            digests.append(digest)
             last_hash[row] = digest
-            store(block, digest, before, parent if depth else 0, depth, chunk)
+        self.prefix.store(tables.flat_blocks[at].tolist(), digests, before, parents, depths, tokens)
 
     def _store_run(self, row: int, first: int, stop: int) -> None:
+        """Blocks `first..stop-1` of one row."""
         tables, size = self.tables, self.block_size
-        blocks = tables.blocks[0, row, :stop].tolist()
-        data = tables.tokens[row, first * size : stop * size].tobytes()
-        hashes, keys = tables.hashes[row] or [], tables.span_keys.get(row, {})
-        digest, store, width = tables.last_hash[row], self.prefix.store, 4 * size
-        for index in range(first, stop):
-            chunk = data[(index - first) * width : (index - first + 1) * width]
-            before = digest
-            known = index < len(hashes)
-            digest = hashes[index] if known else sha256(before + chunk + keys.get(index, b"")).digest()
-            store(blocks[index], digest, before, blocks[index - 1] if index else 0, index, chunk)
-        tables.last_hash[row] = digest
+        tokens = tables.tokens[row, first * size : stop * size]
+        before = [tables.last_hash[row]]
+        known = tables.hashes[row] or []
+        digests = known[first:stop]
+        if len(digests) < stop - first:
+            keys = tables.span_keys.get(row, {})
+            done = first + len(digests)
+            parent = digests[-1] if digests else before[0]
+            digests = digests + hash_blocks(tokens[(done - first) * size :], size, parent, keys, done)
+        table = tables.blocks[0, row]
+        parents = table[first - 1 : stop - 1] if first else np.concatenate((table[:1] * 0, table[: stop - 1]))
+        tables.last_hash[row] = digests[-1]
         tables.next_full[row] = (stop + 1) * size
+        depths = np.arange(first, stop)
+        blocks = table[first:stop].tolist()
+        self.prefix.store(blocks, digests, before + digests[:-1], parents, depths, tokens.reshape(-1, size).copy())
 
     def release_pins(self) -> bool:
         """Let go of the oldest pin; whether there was one."""
@@ -550,7 +550,7 @@ class BlockManager:
         if expired is not None and (old := expired(now)):
             self._eviction.forget(old)
             for block in old:
-                self.prefix.remove(block, Ghost(self.step, None))
+                self.prefix.remove(block, self.step, None)
             self.pool.free += old
 
     def clear_prefixes(self) -> None:
@@ -583,9 +583,8 @@ class BlockManager:
         assert len(candidates) == len(self._eviction), "the eviction policy miscounts its candidates"
         places = np.concatenate((np.flatnonzero(counted), np.array(pool.free + candidates, np.int64)))
         assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, "a block is lost or twice"
-        hash_of = self.prefix.hash_of
-        assert all(hash_of[block] is not None for block in candidates), "a candidate for eviction holds nothing"
-        assert all(hash_of[block] is None for block in pool.free), "a free block still has a hash"
+        assert self.prefix.stored[candidates].all(), "a candidate for eviction holds nothing"
+        assert not self.prefix.stored[pool.free].any(), "a free block still has a hash"
         self.prefix.check()
         host = self.host
         assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is lost"

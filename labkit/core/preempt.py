@@ -79,6 +79,6 @@ def drop_host_blocks(s: Scheduler, request: Request) -> None:
     """A swapped request no longer needs its blocks: it ended, or will compute them again."""
     gone = set(request.host_blocks)
     s.swap_out = [(block, host) for block, host in s.swap_out if host not in gone]
-    s.blocks.host.free += s.blocks.host.release(request.host_blocks)
+    s.blocks.host.free += s.blocks.host.release(np.array(request.host_blocks, np.int64)).tolist()
     request.host_blocks, request.num_computed = [], 0
     s.num_swapped -= 1

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 
 import numpy as np
 
-from .blocks import Tokens
+from .blocks import Ints, Tokens
 
 EventSink = Callable[[tuple[object, ...]], None]
 
@@ -57,14 +58,6 @@ class Explanation:
         return f"Explanation({self.num_hit} of {self.num_tokens} tokens: {self.reason} - {self.detail})"
 
 
-@dataclass(frozen=True)
-class Ghost:
-    """What is remembered of a hash after its last copy was evicted."""
-
-    step: int
-    request: str | None
-
-
 def root_hash(salt: str | None, adapter: str | None, group: int = 0) -> bytes:
     """Where a chain starts. Lengths are written out, so that no salt can pass for an adapter or for tokens."""
     parts = [b"labkit", str(group).encode()]
@@ -82,15 +75,17 @@ def span_keys(spans: Iterable[Span], block_size: int) -> dict[int, bytes]:
     return {index: sha256(b"".join(parts)).digest() for index, parts in found.items()}
 
 
-def hash_blocks(tokens: Tokens, block_size: int, parent: bytes, keys: dict[int, bytes] | None = None) -> list[bytes]:
-    """The chained hash of every full block of `tokens`."""
+def hash_blocks(
+    tokens: Tokens, block_size: int, parent: bytes, keys: dict[int, bytes] | None = None, first: int = 0
+) -> list[bytes]:
+    """The chained hash of every full block of `tokens`; `first` is the index of their first block in the chain."""
     width = 4 * block_size
     data = np.ascontiguousarray(tokens, np.int32).tobytes()
     hashes: list[bytes] = []
     append = hashes.append
     if keys:
         for index in range(len(tokens) // block_size):
-            parent = sha256(parent + data[index * width : (index + 1) * width] + keys.get(index, b"")).digest()
+            parent = sha256(parent + data[index * width : (index + 1) * width] + keys.get(first + index, b"")).digest()
             append(parent)
         return hashes
     for at in range(0, len(data) - width + 1, width):
@@ -108,18 +103,20 @@ class PrefixCache:
         self.block_size = block_size
         self.block_of: dict[bytes, int] = {}
         self.spares: dict[bytes, list[int]] = {}  # further copies of a hash, oldest first
-        self.hash_of: list[bytes | None] = [None] * places
-        self.parent_hash_of: list[bytes] = [b""] * places
-        self.tokens_of: list[bytes] = [b""] * places
-        self.depth_of = [0] * places
-        self.parent_of = [0] * places
-        self.children = [0] * places  # stored blocks whose physical parent this is
-        self.hits = [0] * places
-        self.stored_at = [0] * places
-        self._stamp = [0] * places  # tells a parent from a later user of the same block
-        self._parent_stamp = [0] * places
+        self.stored = np.zeros(places, bool)  # arrays, not lists of bytes: a full garbage collection skips them
+        self._hash_of = np.zeros((places, 32), np.uint8)
+        self._parent_hash_of = np.zeros((places, 32), np.uint8)
+        self.tokens_of = np.zeros((places, block_size), np.int32)
+        self.depth_of = np.zeros(places, np.int64)
+        self.parent_of = np.zeros(places, np.int64)
+        self.children = np.zeros(places, np.int64)  # stored blocks whose physical parent this is
+        self.hits = np.zeros(places, np.int64)
+        self.stored_at = np.zeros(places, np.int64)
+        self._stamp = np.zeros(places, np.int64)  # tells a parent from a later user of the same block
+        self._parent_stamp = np.zeros(places, np.int64)
         self.num_stored = 0
-        self.ghosts: dict[bytes, Ghost] = {}
+        self.ghost_step: dict[bytes, int] = {}  # evicted hash -> the step it happened in, oldest first
+        self.ghost_for: dict[bytes, str | None] = {}  # evicted hash -> the request it made room for
         self.roots: dict[bytes, tuple[str | None, str | None]] = {}
         self.emit: EventSink | None = None
 
@@ -128,7 +125,7 @@ class PrefixCache:
 
     def __repr__(self) -> str:
         copies = sum(map(len, self.spares.values()))
-        return f"PrefixCache({len(self)} hashes, {copies} duplicates, {len(self.ghosts)} ghosts)"
+        return f"PrefixCache({len(self)} hashes, {copies} duplicates, {len(self.ghost_step)} ghosts)"
 
     def root(self, salt: str | None, adapter: str | None) -> bytes:
         digest = root_hash(salt, adapter)
@@ -149,38 +146,61 @@ class PrefixCache:
             found.append(block)
         return found
 
-    def store(self, block: int, digest: bytes, parent_digest: bytes, parent: int, depth: int, tokens: bytes) -> None:
-        """`block` now holds `tokens`, computed, after the prefix that ends in physical block `parent` (0: none)."""
-        self.hash_of[block] = digest
-        self.parent_hash_of[block] = parent_digest
-        self.tokens_of[block] = tokens
-        self.depth_of[block] = depth
-        self.parent_of[block] = parent
-        if parent:
-            self._parent_stamp[block] = self._stamp[parent]
-            self.children[parent] += 1
-        self.num_stored += 1
-        self.stored_at[block] = self.num_stored
-        if self.block_of.setdefault(digest, block) != block:
-            self.spares.setdefault(digest, []).append(block)
-            return
-        if self.ghosts:
-            self.ghosts.pop(digest, None)
-        if self.emit is not None:
-            self.emit(("Stored", digest, parent_digest, block, tokens))
+    def store(
+        self,
+        blocks: list[int],
+        digests: list[bytes],
+        parent_digests: list[bytes],
+        parents: Ints,
+        depths: Ints,
+        tokens: Tokens,
+    ) -> None:
+        """`blocks` now hold `tokens` [blocks, block_size], computed, each after the prefix that ends in the physical
+        block `parents` (0: none)."""
+        at = np.array(blocks, np.int64)
+        self.tokens_of[at] = tokens
+        self.depth_of[at] = depths
+        self.parent_of[at] = parents
+        self._parent_stamp[at] = self._stamp[parents]
+        np.add.at(self.children, parents, 1)
+        self.stored_at[at] = np.arange(self.num_stored, self.num_stored + len(blocks))
+        self.num_stored += len(blocks)
+        self.stored[at] = True
+        joined, joined_parents = b"".join(digests), b"".join(parent_digests)
+        self._hash_of[at] = np.frombuffer(joined, np.uint8).reshape(-1, 32)
+        self._parent_hash_of[at] = np.frombuffer(joined_parents, np.uint8).reshape(-1, 32)
+        first_copy, ghosts = self.block_of.setdefault, self.ghost_step
+        copies = [i for i, digest in enumerate(digests) if first_copy(digest, blocks[i]) != blocks[i]]
+        if ghosts:
+            for digest in digests:
+                if digest in ghosts:
+                    del ghosts[digest], self.ghost_for[digest]
+        for i in copies:
+            self.spares.setdefault(digests[i], []).append(blocks[i])
+        if self.emit is not None and len(copies) < len(blocks):
+            if copies:
+                fresh = np.delete(np.arange(len(blocks)), copies)
+                at, tokens = at[fresh], tokens[fresh]
+                joined, joined_parents = self._hash_of[at].tobytes(), self._parent_hash_of[at].tobytes()
+            self.emit(("Stored", joined, joined_parents, at, tokens))
+
+    def hash_of(self, block: int) -> bytes:
+        """What a stored block is found by."""
+        assert self.stored[block], f"block {block} holds nothing"
+        digest: bytes = self._hash_of[block].tobytes()
+        return digest
 
     def has_parent(self, block: int) -> int:
         """The stored block right before `block`, or 0 when it is gone."""
-        parent = self.parent_of[block]
+        parent = int(self.parent_of[block])
         return parent if parent and self._parent_stamp[block] == self._stamp[parent] else 0
 
-    def remove(self, block: int, ghost: Ghost | None) -> None:
-        """Forget what `block` held; `ghost` says for whom, when it was evicted."""
-        digest = self.hash_of[block]
-        assert digest is not None, f"block {block} holds nothing"
+    def remove(self, block: int, step: int, request: str | None) -> None:
+        """Forget what `block` held: evicted at `step` for `request`."""
+        digest = self.hash_of(block)
         if parent := self.has_parent(block):
             self.children[parent] -= 1
-        self.hash_of[block] = None
+        self.stored[block] = False
         self._stamp[block] += 1
         self.children[block] = self.hits[block] = self.parent_of[block] = 0
         spares = self.spares.get(digest)
@@ -191,29 +211,27 @@ class PrefixCache:
             self.block_of[digest] = spares.pop(0)
         else:
             del self.block_of[digest]
-            if ghost is not None:
-                self._remember(digest, ghost)
+            self._remember(digest, step, request)
             if self.emit is not None:
-                self.emit(("Removed", digest, block, ghost.request if ghost else None))
+                self.emit(("Removed", digest, block, request))
         if spares is not None and not spares:
             del self.spares[digest]
 
-    def _remember(self, digest: bytes, ghost: Ghost) -> None:
-        ghosts = self.ghosts
-        ghosts.pop(digest, None)
-        ghosts[digest] = ghost
-        if len(ghosts) > 4 * self.num_blocks:
-            del ghosts[next(iter(ghosts))]
+    def _remember(self, digest: bytes, step: int, request: str | None) -> None:
+        self.ghost_step[digest] = step
+        self.ghost_for[digest] = request
+        if len(self.ghost_step) > 4 * self.num_blocks:
+            for oldest in list(islice(self.ghost_step, self.num_blocks)):  # many at once: a dict's front is slow to pop
+                del self.ghost_step[oldest], self.ghost_for[oldest]
 
     def clear(self) -> None:
-        for block, digest in enumerate(self.hash_of):
-            if digest is not None:
-                self._stamp[block] += 1
-                self.hash_of[block] = None
-                self.children[block] = self.hits[block] = self.parent_of[block] = 0
+        self._stamp[self.stored] += 1
+        self.stored[:] = False
+        self.children[:] = self.hits[:] = self.parent_of[:] = 0
         self.block_of.clear()
         self.spares.clear()
-        self.ghosts.clear()
+        self.ghost_step.clear()
+        self.ghost_for.clear()
         if self.emit is not None:
             self.emit(("Cleared",))
 
@@ -238,11 +256,13 @@ class PrefixCache:
             return because("capped", "at least one token must be computed to have logits")
         if num_found == len(hashes):
             return because("all full blocks hit", f"the last {len(tokens) - num_found * size} tokens fill no block")
-        ghost = self.ghosts.get(hashes[num_found])
+        missing = hashes[num_found]
         at = num_found * size
-        if ghost is not None:
-            whom = f" for request {ghost.request!r}" if ghost.request is not None else ""
-            return because("evicted", f"tokens {at}..{at + size - 1} were evicted at step {ghost.step}{whom}")
+        if missing in self.ghost_step:
+            request = self.ghost_for[missing]
+            whom = f" for request {request!r}" if request is not None else ""
+            step = self.ghost_step[missing]
+            return because("evicted", f"tokens {at}..{at + size - 1} were evicted at step {step}{whom}")
         parent = hashes[num_found - 1] if num_found else root
         wanted = tokens[at : at + size]
         siblings = [self._common(block, wanted) for block in self._children_of(parent)]
@@ -256,20 +276,19 @@ class PrefixCache:
 
     def _children_of(self, parent_digest: bytes) -> list[int]:
         """Scans every block: an explanation is asked for by people, a store happens every step."""
-        hash_of = self.hash_of
-        return [b for b, p in enumerate(self.parent_hash_of) if p == parent_digest and hash_of[b] is not None]
+        same = (self._parent_hash_of == np.frombuffer(parent_digest, np.uint8)).all(axis=1)
+        blocks: list[int] = (same & self.stored).nonzero()[0].tolist()
+        return blocks
 
     def _common(self, block: int, wanted: Tokens) -> int:
-        differs = np.flatnonzero(np.frombuffer(self.tokens_of[block], np.int32) != wanted)
+        differs = np.flatnonzero(self.tokens_of[block] != wanted)
         return int(differs[0]) if len(differs) else self.block_size
 
     def _other_root(self, tokens: Tokens, salt: str | None, adapter: str | None) -> tuple[str, str]:
         """Nothing under this root: would the same tokens have hit under another salt or adapter?"""
-        first = np.ascontiguousarray(tokens[: self.block_size], np.int32).tobytes()
-        for block, digest in enumerate(self.hash_of):
-            if digest is None or self.depth_of[block] or self.tokens_of[block] != first:
-                continue
-            other = self.roots.get(self.parent_hash_of[block])
+        same = self.stored & (self.depth_of == 0) & (self.tokens_of == tokens[: self.block_size]).all(axis=1)
+        for block in same.nonzero()[0].tolist():
+            other = self.roots.get(self._parent_hash_of[block].tobytes())
             if other is None:
                 continue
             if other[1] != adapter:
@@ -281,14 +300,14 @@ class PrefixCache:
     def check(self) -> None:
         """The map and the blocks say the same: every stored block is found by its hash, or is a spare of it."""
         copies: dict[bytes, set[int]] = {}
-        children = [0] * len(self.hash_of)
-        for block, digest in enumerate(self.hash_of):
-            if digest is not None:
-                copies.setdefault(digest, set()).add(block)
-                children[self.has_parent(block)] += 1
+        children = np.zeros(len(self.stored), np.int64)
+        for block in self.stored.nonzero()[0].tolist():
+            copies.setdefault(self.hash_of(block), set()).add(block)
+            children[self.has_parent(block)] += 1
         known = {digest: {block, *self.spares.get(digest, ())} for digest, block in self.block_of.items()}
         assert copies == known, "the hash map and the blocks disagree"
         assert self.spares.keys() <= self.block_of.keys(), "a spare without a first copy"
-        assert children[1:] == self.children[1:], "children are miscounted"
-        assert len(self.ghosts) <= 4 * self.num_blocks, "ghosts are unbounded"
-        assert not (self.ghosts.keys() & self.block_of.keys()), "a stored hash is also a ghost"
+        assert (children[1:] == self.children[1:]).all(), "children are miscounted"
+        assert self.ghost_step.keys() == self.ghost_for.keys(), "half a ghost"
+        assert len(self.ghost_step) <= 4 * self.num_blocks, "ghosts are unbounded"
+        assert not (self.ghost_step.keys() & self.block_of.keys()), "a stored hash is also a ghost"

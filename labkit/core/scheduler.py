@@ -160,7 +160,9 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.num_running or self.queue or self.pending or self.in_flight or self.draining or self.num_attached)
+        return bool(
+            self.num_running or self.queue or self.pending or self.in_flight or self.draining or self.num_attached
+        )
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -632,7 +634,7 @@ class Scheduler:
             self._drain(plan)
         while self.host_releases and self.host_releases[0][0] <= plan.step:
             _, free = self.host_releases.popleft()
-            self.blocks.host.free += self.blocks.host.release(free)
+            self.blocks.host.free += self.blocks.host.release(np.array(free, np.int64)).tolist()
         self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
         return outputs
 

@@ -7,6 +7,8 @@ and one for each request that is held apart. The fold spreads them over the step
 from __future__ import annotations
 
 import copy
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -95,6 +97,10 @@ class _History:
     preemptions: list[Preemption] = field(default_factory=list)
 
 
+def _step_of(head: tuple[int, str, str]) -> int:
+    return head[0]
+
+
 class Waits:
     """The fold's state: the holds of the queue's head, and each request's history."""
 
@@ -106,20 +112,22 @@ class Waits:
     def copy(self) -> Waits:
         return copy.deepcopy(self)
 
-    def apply(self, batch: Batch) -> None:
+    def apply(self, batch: Batch, forget_ended: bool = False) -> None:
         self.step = batch.step
         for event in batch.events:
-            handler = getattr(self, f"_{event[0].lower()}", None)
+            handler = _HANDLERS.get(event[0])
             if handler is not None:
-                handler(batch.step, *event[1:])
+                handler(self, batch.step, *event[1:])
+                if forget_ended and event[0] in ("Finished", "Aborted", "Rejected"):
+                    self.of.pop(event[1], None)
+        if forget_ended and len(self.heads) > 4096:
+            self._forget_heads()
 
-    def drop_ended(self) -> None:
-        for name in [name for name, history in self.of.items() if history.status in ("finished", "aborted")]:
-            del self.of[name]
-        waiting = [history.since for history in self.of.values() if history.since is not None]
-        first = min(waiting, default=self.step)
-        while len(self.heads) > 1 and self.heads[1][0] <= first:
-            del self.heads[0]
+    def _forget_heads(self) -> None:
+        """Drop holds of the queue's head that ended before anyone who still waits began to."""
+        first = min((h.since for h in self.of.values() if h.since is not None), default=self.step)
+        cut = bisect_right(self.heads, first, key=_step_of) - 1
+        del self.heads[: max(cut, 0)]
 
     def why(self, name: str) -> Why:
         if name not in self.of:
@@ -133,14 +141,17 @@ class Waits:
     def _spread(self, name: str, history: _History, until: int) -> list[Wait]:
         """The waits of steps `since..until-1`, cut where a hold begins or changes."""
         assert history.since is not None
-        marks = {history.since}
-        marks |= {step for step, _ in history.holds if history.since < step < until}
-        marks |= {step for step, _, _ in self.heads if history.since < step < until}
+        since, at = history.since, _step_of
+        first_head = max(bisect_right(self.heads, since, key=at) - 1, 0)
+        heads = self.heads[first_head : bisect_right(self.heads, until, key=at)]
+        marks = {since}
+        marks |= {step for step, _ in history.holds if since < step < until}
+        marks |= {step for step, _, _ in heads if since < step < until}
         cuts = [*sorted(marks), until]
         waits: list[Wait] = []
         for first, stop in pairwise(cuts):
             own = [limit for step, limit in history.holds if step <= first]
-            head = [(other, limit) for step, other, limit in self.heads if step <= first]
+            head = [(other, limit) for step, other, limit in heads if step <= first]
             limit, behind = "order", None
             if own and own[-1] is not None:
                 limit = own[-1]
@@ -201,3 +212,20 @@ class Waits:
 
     def _aborted(self, step: int, request: str, *_: Any) -> None:
         self._close(request, step, "aborted")
+
+    def _rejected(self, step: int, request: str, *_: Any) -> None:
+        self._close(request, step, "rejected")
+
+
+_HANDLERS: dict[str, Callable[..., None]] = {
+    "Submitted": Waits._submitted,
+    "Held": Waits._held,
+    "Scheduled": Waits._scheduled,
+    "Admitted": Waits._admitted,
+    "Resumed": Waits._resumed,
+    "Forked": Waits._forked,
+    "Preempted": Waits._preempted,
+    "Finished": Waits._finished,
+    "Aborted": Waits._aborted,
+    "Rejected": Waits._rejected,
+}
