@@ -42,7 +42,8 @@ class BlockPool:
         """Count each block down once; those that nobody holds any longer, in the order given."""
         left = self.count[blocks] - 1
         self.count[blocks] = left
-        return blocks[left == 0]
+        gone: Ints = blocks[left == 0]
+        return gone
 
 
 class BlockTables:

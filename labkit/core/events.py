@@ -386,7 +386,7 @@ class EventLog:
             moment = (step, now)
             if kind == "Stored":
                 digest, parent, block, ids = values
-                log.add((kind, digest, parent, np.array([block]), np.array([ids], np.int32)))
+                log.add((kind, digest, parent, (block,), np.array(ids, np.int32).tobytes()))
             elif kind == "Step":
                 log.flush(step, now, tuple(values))
                 moment = None
@@ -405,7 +405,8 @@ def _read(step: int, now: int, event: tuple[Any, ...]) -> Event:
 
 
 def _read_stored(step: int, now: int, digests: Any, parents: Any, blocks: Any, tokens: Any) -> Iterator[Event]:
-    for i, (block, ids) in enumerate(zip(blocks.tolist(), tokens.tolist(), strict=True)):
+    ids_of = np.frombuffer(tokens, np.int32).reshape(len(blocks), -1).tolist()
+    for i, (block, ids) in enumerate(zip(blocks, ids_of, strict=True)):
         at = slice(32 * i, 32 * i + 32)
         yield Stored(step, now, digests[at].hex(), parents[at].hex(), block, tuple(ids))
 

@@ -476,7 +476,10 @@ class BlockManager:
         tables = self.tables
         tables.num_computed[rows] = end
         full = (end >= tables.next_full[rows]).nonzero()[0]
-        if len(full):
+        if 0 < len(full) <= 8:
+            for row, stop in zip(rows[full].tolist(), end[full].tolist(), strict=True):
+                self._store_row(row, stop)
+        elif len(full):
             self._store(rows[full], end[full])
 
     def _store(self, rows: Ints, end: Ints) -> None:
@@ -513,6 +516,26 @@ class BlockManager:
             digests.append(digest)
             last_hash[row] = digest
         self.prefix.store(tables.flat_blocks[at].tolist(), digests, before, parents, depths, tokens)
+
+    def _store_row(self, row: int, stop: int) -> None:
+        """What `_store` does, for one row: with few at a border, scalars are cheaper than vectors."""
+        tables, size = self.tables, self.block_size
+        first = int(tables.next_full[row]) - size
+        depth = first // size
+        if stop - first >= 2 * size or row in tables.span_keys:
+            return self._store_run(row, depth, stop // size)
+        tokens = tables.tokens[row, first : first + size]
+        before, hashes = tables.last_hash[row], tables.hashes[row]
+        if hashes is not None and depth < len(hashes):
+            digest = hashes[depth]
+        else:
+            tables.hashes[row] = None
+            digest = sha256(before + tokens.tobytes()).digest()
+        tables.last_hash[row] = digest
+        tables.next_full[row] = first + 2 * size
+        table = tables.blocks[0, row]
+        parent = int(table[depth - 1]) if depth else 0
+        self.prefix.store_one(int(table[depth]), digest, before, parent, depth, tokens)
 
     def _store_run(self, row: int, first: int, stop: int) -> None:
         """Blocks `first..stop-1` of one row."""

@@ -10,7 +10,6 @@ import copy
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,17 +91,23 @@ class Why:
 class _History:
     status: str
     since: int | None  # the first step it has been waiting for, while it does
-    holds: list[tuple[int, str | None]] = field(default_factory=list)  # (step, its own limit or None)
-    waits: list[Wait] = field(default_factory=list)
+    intervals: list[tuple[int, int]] = field(default_factory=list)  # steps waited, [first, until)
+    holds: list[tuple[int, str]] = field(default_factory=list)  # (step, the limit that holds it apart from the queue)
     preemptions: list[Preemption] = field(default_factory=list)
 
+    @property
+    def first(self) -> int | None:
+        """The first step it ever waited."""
+        return self.intervals[0][0] if self.intervals else self.since
 
-def _step_of(head: tuple[int, str, str]) -> int:
-    return head[0]
+
+def _step_of(hold: tuple[int, *tuple[str, ...]]) -> int:
+    return hold[0]
 
 
 class Waits:
-    """The fold's state: the holds of the queue's head, and each request's history."""
+    """The fold's state: the holds of the queue's head, and each request's history. An event costs O(1); the steps are
+    spread over the holds only when someone asks."""
 
     def __init__(self) -> None:
         self.heads: list[tuple[int, str, str]] = []  # (step, head, limit)
@@ -124,8 +129,8 @@ class Waits:
             self._forget_heads()
 
     def _forget_heads(self) -> None:
-        """Drop holds of the queue's head that ended before anyone who still waits began to."""
-        first = min((h.since for h in self.of.values() if h.since is not None), default=self.step)
+        """Drop holds of the queue's head that ended before anyone who is still remembered began to wait."""
+        first = min((h.first for h in self.of.values() if h.first is not None), default=self.step)
         cut = bisect_right(self.heads, first, key=_step_of) - 1
         del self.heads[: max(cut, 0)]
 
@@ -133,35 +138,42 @@ class Waits:
         if name not in self.of:
             raise KeyError(f"the log knows no request {name!r}: it was never submitted, or its events were trimmed")
         history = self.of[name]
-        waits = list(history.waits)
-        if history.since is not None:
-            waits += self._spread(name, history, self.step + 1)
+        intervals = list(history.intervals)
+        if history.since is not None and history.since <= self.step:
+            intervals.append((history.since, self.step + 1))
+        waits = [wait for first, until in intervals for wait in self._spread(name, history, first, until)]
         return Why(name, history.status, tuple(waits), tuple(history.preemptions))
 
-    def _spread(self, name: str, history: _History, until: int) -> list[Wait]:
-        """The waits of steps `since..until-1`, cut where a hold begins or changes."""
-        assert history.since is not None
-        since, at = history.since, _step_of
-        first_head = max(bisect_right(self.heads, since, key=at) - 1, 0)
-        heads = self.heads[first_head : bisect_right(self.heads, until, key=at)]
-        marks = {since}
-        marks |= {step for step, _ in history.holds if since < step < until}
-        marks |= {step for step, _, _ in heads if since < step < until}
-        cuts = [*sorted(marks), until]
+    def _spread(self, name: str, history: _History, first: int, until: int) -> list[Wait]:
+        """The waits of steps `first..until-1`, cut where a hold begins or changes. A hold of its own outranks the
+        head's."""
+        changes: list[tuple[int, int, str, str | None]] = []  # (step, rank, limit, behind)
+        start = max(bisect_right(self.heads, first, key=_step_of) - 1, 0)
+        for step, head, limit in self.heads[start : bisect_right(self.heads, until - 1, key=_step_of)]:
+            changes.append((max(step, first), 0, limit, None if head == name else head))
+        for step, limit in history.holds:
+            if first <= step < until:
+                changes.append((step, 1, limit, None))
+        changes.sort(key=lambda change: change[:2])
         waits: list[Wait] = []
-        for first, stop in pairwise(cuts):
-            own = [limit for step, limit in history.holds if step <= first]
-            head = [(other, limit) for step, other, limit in heads if step <= first]
-            limit, behind = "order", None
-            if own and own[-1] is not None:
-                limit = own[-1]
-            elif head:
-                limit = head[-1][1]
-                behind = None if head[-1][0] == name else head[-1][0]
-            if waits and (waits[-1].limit, waits[-1].behind) == (limit, behind):
-                waits[-1] = Wait(waits[-1].first, stop - 1, limit, behind)
+        bound: tuple[str, str | None] = ("order", None)
+        own = False
+
+        def close(stop: int) -> None:
+            begin = waits[-1].last + 1 if waits else first
+            if begin >= stop:
+                return
+            if waits and (waits[-1].limit, waits[-1].behind) == bound:
+                waits[-1] = Wait(waits[-1].first, stop - 1, *bound)
             else:
-                waits.append(Wait(first, stop - 1, limit, behind))
+                waits.append(Wait(begin, stop - 1, *bound))
+
+        for step, rank, limit, behind in changes:
+            if own and rank == 0:
+                continue
+            close(step)
+            bound, own = (limit, behind), rank == 1
+        close(until)
         return waits
 
     def _close(self, name: str, until: int, status: str) -> None:
@@ -169,9 +181,8 @@ class Waits:
         if history is None:
             return
         if history.since is not None and history.since < until:
-            history.waits += self._spread(name, history, until)
+            history.intervals.append((history.since, until))
         history.since = None
-        history.holds.clear()
         history.status = status
 
     def _submitted(self, step: int, request: str, *_: Any) -> None:
