@@ -24,7 +24,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self.count = np.zeros(num_blocks + 1, np.int32)
+        self.count = np.full(num_blocks + 1, 0, np.int32)
         self.free = list(range(num_blocks, 0, -1))  # reused last in, first out: the warmest memory first
 
     def take(self, n: int) -> list[int]:

@@ -265,7 +265,9 @@ class EventLog:
 
     def _trim(self) -> None:
         assert self.keep is not None
-        while self._size > self.keep and len(self._batches) > 1:
+        for _ in range(64):  # a long way back is caught up over several steps
+            if self._size <= self.keep or len(self._batches) == 1:
+                break
             batch = self._batches.popleft()
             size = _size_of(batch)
             self._size -= size
@@ -292,8 +294,8 @@ class EventLog:
     def __iter__(self) -> Iterator[Event]:
         for step, now, events, row in self._batches:
             for event in events:
-                if event[0] == "Stored":
-                    yield from _read_stored(step, now, *event[1:])
+                if event[0] in ("Stored", "Removed"):
+                    yield from _COLUMNS[event[0]](step, now, *event[1:])
                 else:
                     yield _read(step, now, event)
             if row is not None:
@@ -387,6 +389,9 @@ class EventLog:
             if kind == "Stored":
                 digest, parent, block, ids = values
                 log.add((kind, digest, parent, (block,), np.array(ids, np.int32).tobytes()))
+            elif kind == "Removed":
+                digest, block, request = values
+                log.add((kind, digest, (block,), (request,)))
             elif kind == "Step":
                 log.flush(step, now, tuple(values))
                 moment = None
@@ -399,8 +404,6 @@ class EventLog:
 
 def _read(step: int, now: int, event: tuple[Any, ...]) -> Event:
     kind = event[0]
-    if kind == "Removed":
-        return Removed(step, now, event[1].hex(), *event[2:])
     return EVENTS[kind](step, now, *event[1:])
 
 
@@ -411,12 +414,20 @@ def _read_stored(step: int, now: int, digests: Any, parents: Any, blocks: Any, t
         yield Stored(step, now, digests[at].hex(), parents[at].hex(), block, tuple(ids))
 
 
+def _read_removed(step: int, now: int, digests: Any, blocks: Any, requests: Any) -> Iterator[Event]:
+    for i, (block, request) in enumerate(zip(blocks, requests, strict=True)):
+        yield Removed(step, now, digests[32 * i : 32 * i + 32].hex(), block, request)
+
+
+_COLUMNS: dict[str, Callable[..., Iterator[Event]]] = {"Stored": _read_stored, "Removed": _read_removed}
+
+
 def _size_of(batch: Batch) -> int:
     """Events in a batch; the blocks stored together are one tuple of columns, and one event each."""
     size = len(batch.events) + (batch.row is not None)
     for event in batch.events:
-        if event[0] == "Stored":
-            size += len(event[3]) - 1
+        if event[0] in _COLUMNS:
+            size += len(event[1]) // 32 - 1
     return size
 
 

@@ -406,10 +406,8 @@ class BlockManager:
         if n > len(self._eviction):
             raise OutOfBlocksError(f"{wanted} blocks wanted, {self.available} available")
         evicted = self._eviction.evict(n)
-        first = wanted - n
-        remove, step = self.prefix.remove, self.step
-        for i, block in enumerate(evicted):
-            remove(block, step, names if names is None or isinstance(names, str) else names[first + i])
+        each = [names] * n if names is None or isinstance(names, str) else names[wanted - n :]
+        self.prefix.remove(evicted, self.step, each)
         self.num_evicted += n
         return evicted
 
@@ -572,8 +570,7 @@ class BlockManager:
         expired = getattr(self._eviction, "expired", None)
         if expired is not None and (old := expired(now)):
             self._eviction.forget(old)
-            for block in old:
-                self.prefix.remove(block, self.step, None)
+            self.prefix.remove(old, self.step, [None] * len(old))
             self.pool.free += old
 
     def clear_prefixes(self) -> None:

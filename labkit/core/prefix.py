@@ -105,17 +105,18 @@ class PrefixCache:
         self.block_size = block_size
         self.block_of: dict[bytes, int] = {}
         self.spares: dict[bytes, list[int]] = {}  # further copies of a hash, oldest first
-        self.stored = np.zeros(places, bool)  # arrays, not lists of bytes: a full garbage collection skips them
-        self._hash_of = np.zeros(places, DIGEST)
-        self._parent_hash_of = np.zeros(places, DIGEST)
-        self.tokens_of = np.zeros((places, block_size), np.int32)
-        self.depth_of = np.zeros(places, np.int64)
-        self.parent_of = np.zeros(places, np.int64)
-        self.children = np.zeros(places, np.int64)  # stored blocks whose physical parent this is
-        self.hits = np.zeros(places, np.int64)
-        self.stored_at = np.zeros(places, np.int64)
-        self._stamp = np.zeros(places, np.int64)  # tells a parent from a later user of the same block
-        self._parent_stamp = np.zeros(places, np.int64)
+        # np.full, not np.zeros: zeros are mapped when first touched, which costs the step that does it
+        self.stored = np.full(places, False)  # arrays, not lists of bytes: a full garbage collection skips them
+        self._hash_of = np.full(places, b"", DIGEST)
+        self._parent_hash_of = np.full(places, b"", DIGEST)
+        self.tokens_of = np.full((places, block_size), 0, np.int32)
+        self.depth_of = np.full(places, 0, np.int64)
+        self.parent_of = np.full(places, 0, np.int64)
+        self.children = np.full(places, 0, np.int64)  # stored blocks whose physical parent this is
+        self.hits = np.full(places, 0, np.int64)
+        self.stored_at = np.full(places, 0, np.int64)
+        self._stamp = np.full(places, 0, np.int64)  # tells a parent from a later user of the same block
+        self._parent_stamp = np.full(places, 0, np.int64)
         self.num_stored = 0
         self.ghost_step: dict[bytes, int] = {}  # evicted hash -> the step it happened in, oldest first
         self.ghost_for: dict[bytes, str | None] = {}  # evicted hash -> the request it made room for
@@ -219,34 +220,41 @@ class PrefixCache:
         parent = int(self.parent_of[block])
         return parent if parent and self._parent_stamp[block] == self._stamp[parent] else 0
 
-    def remove(self, block: int, step: int, request: str | None) -> None:
-        """Forget what `block` held: evicted at `step` for `request`."""
-        digest = self.hash_of(block)
-        if parent := self.has_parent(block):
-            self.children[parent] -= 1
-        self.stored[block] = False
-        self._stamp[block] += 1
-        self.children[block] = self.hits[block] = self.parent_of[block] = 0
-        spares = self.spares.get(digest)
-        if self.block_of[digest] != block:
-            assert spares is not None
-            spares.remove(block)
-        elif spares:
-            self.block_of[digest] = spares.pop(0)
-        else:
-            del self.block_of[digest]
-            self._remember(digest, step, request)
-            if self.emit is not None:
-                self.emit(("Removed", digest, block, request))
-        if spares is not None and not spares:
-            del self.spares[digest]
-
-    def _remember(self, digest: bytes, step: int, request: str | None) -> None:
-        self.ghost_step[digest] = step
-        self.ghost_for[digest] = request
-        if len(self.ghost_step) > 4 * self.num_blocks:
-            for oldest in list(islice(self.ghost_step, self.num_blocks)):  # many at once: a dict's front is slow to pop
-                del self.ghost_step[oldest], self.ghost_for[oldest]
+    def remove(self, blocks: list[int], step: int, requests: Sequence[str | None]) -> None:
+        """Forget what these blocks held: evicted at `step`, each for one of `requests`."""
+        at = np.array(blocks, np.int64)
+        assert self.stored[at].all(), f"one of the blocks {blocks} holds nothing"
+        joined = self._hash_of[at].tobytes()
+        parents = self.parent_of[at]
+        same = self._parent_stamp[at] == self._stamp[parents]
+        np.subtract.at(self.children, parents[same], 1)
+        self.stored[at] = False
+        self._stamp[at] += 1
+        self.children[at] = self.hits[at] = self.parent_of[at] = 0
+        block_of, spares_of = self.block_of, self.spares
+        step_of, request_of = self.ghost_step, self.ghost_for
+        gone = []
+        for i, block in enumerate(blocks):
+            digest = joined[32 * i : 32 * i + 32]
+            if spares_of and (spares := spares_of.get(digest)) is not None:
+                if block_of[digest] == block:
+                    block_of[digest] = spares.pop(0)
+                else:
+                    spares.remove(block)
+                if not spares:
+                    del spares_of[digest]
+                continue
+            del block_of[digest]
+            step_of[digest] = step
+            request_of[digest] = requests[i]
+            gone.append(i)
+        if len(step_of) > 4 * self.num_blocks:
+            for oldest in list(islice(step_of, max(self.num_blocks, len(step_of) - 4 * self.num_blocks))):
+                del step_of[oldest], request_of[oldest]  # many at once: a dict's front is slow to find
+        if self.emit is not None and gone:
+            if len(gone) < len(blocks):
+                joined = b"".join(joined[32 * i : 32 * i + 32] for i in gone)
+            self.emit(("Removed", joined, tuple(blocks[i] for i in gone), tuple(requests[i] for i in gone)))
 
     def clear(self) -> None:
         self._stamp[self.stored] += 1
