@@ -655,7 +655,7 @@ class Scheduler:
             tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
         known = tables.num_tokens[sampled]
         if plan.num_decode < len(plan.rows):
-            self._settle_prefills(plan, sampled, now)
+            self._settle_prefills(plan, now)
         tables.flat_tokens[tables.token_base[sampled] + known] = tokens
         known = known + 1
         tables.num_tokens[sampled] = known
@@ -668,16 +668,16 @@ class Scheduler:
             ended = self._finish(sampled[done].tolist(), tokens[done].tolist(), errors, now)
         return Outputs(plan.step, now, sampled, self.serial[sampled], tokens, tuple(ended))
 
-    def _settle_prefills(self, plan: Plan, sampled: Ints, now: int) -> None:
+    def _settle_prefills(self, plan: Plan, now: int) -> None:
         """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
         tables, size = self.tables, self.blocks.block_size
         for row in plan.rows[plan.num_decode :].tolist():
             num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
             for request in self.pending.settle(row, num_left):
                 self.queue.push(request)
-        for row in sampled.tolist():
+        for row in plan.sample_row[plan.num_decode :].tolist():
             request = self.row_request[row]
-            if request is not None and request.first_token_at is None:
+            if request is not None and request.row == row and request.first_token_at is None:
                 request.first_token_at = now
                 self.log.add(("Scheduled", request.id, 1))
 
