@@ -1,0 +1,57 @@
+"""The `labkit` command: parses words, calls functions, prints. Knows nothing that a function elsewhere does not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from labkit import __version__
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="labkit", description="A research workbench for LLM serving.")
+    parser.add_argument("--version", action="version", version=f"labkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="serve a mixed workload on the simulator and explain what happened")
+    demo.add_argument("--requests", type=int, default=80, help="how many requests (default 80)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--log", metavar="FILE", help="save the event log as JSON lines")
+
+    bench = commands.add_parser("bench", help="measure")
+    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
+    scheduler = kinds.add_parser("scheduler", help="microseconds that schedule + commit take")
+    scheduler.add_argument("--python", metavar="PATH", help="an interpreter that has vLLM, to time its scheduler too")
+    scheduler.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
+    scheduler.add_argument("--quick", action="store_true", help="a twentieth of the steps")
+
+    args = parser.parse_args(argv)
+    try:
+        return {"demo": _demo, "bench": _bench_scheduler}[args.command](args)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"labkit {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from labkit.demo import run
+
+    print(run(num_requests=args.requests, seed=args.seed, log_file=args.log))
+    return 0
+
+
+def _bench_scheduler(args: argparse.Namespace) -> int:
+    from labkit.bench import scheduler
+
+    found = scheduler.run(python=args.python, quick=args.quick)
+    print(scheduler.table(found))
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=1)
+            file.write("\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
