@@ -1,4 +1,4 @@
-"""What `labkit demo` runs: one workload on the simulator, told in a page. Knows how to tell; measures nothing itself."""
+"""What `labkit demo` runs: one workload on the simulator, told in a page. Knows how to tell; decides nothing."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from labkit.core.manager import BlockManager
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.scheduler import Scheduler
+from labkit.core.stats import BlockStats
 from labkit.engine import Engine
 from labkit.runner.sim import SimRunner
 
@@ -101,14 +102,15 @@ def _p99(values: list[float]) -> float:
     return sorted(values)[min(len(values) - 1, int(0.99 * len(values)))]
 
 
-def _memory(eng: Engine, fullest: object) -> str:
+def _memory(eng: Engine, fullest: BlockStats) -> str:
     stats = eng.blocks.stats()
-    waste, contiguous = fullest.waste, fullest.contiguous_waste(LONGEST)  # type: ignore[attr-defined]
+    waste, contiguous = fullest.waste, fullest.contiguous_waste(LONGEST)
+    hits = f"{stats.hit_rate or 0:.1%} of queried prompt tokens hit"
     return (
         f"at its fullest: {fullest!r}\n"
         f"  waste             {waste:.1%} of the places in used blocks; {contiguous:.0%} had each request reserved "
         f"{LONGEST} in one piece\n"
-        f"  prefix cache      {stats.hit_rate or 0:.1%} of queried prompt tokens hit, {stats.num_evicted} blocks evicted\n"
+        f"  prefix cache      {hits}, {stats.num_evicted} blocks evicted\n"
         f"  preemptions       {eng.scheduler.num_preempted}"
     )
 

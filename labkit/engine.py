@@ -331,8 +331,7 @@ class Engine:
         self.log.flush(s.step, self.clock.now())
 
     def _set_budget(self, tokens: int) -> None:
-        most = len(self.scheduler.ones) - 1
-        self.scheduler.max_num_batched_tokens = whole("budget", tokens, least=1, most=most)
+        self.scheduler.max_num_batched_tokens = whole("budget", tokens, least=1)
 
     def _set_rows(self, rows: int) -> None:
         self.scheduler.max_num_seqs = whole("rows", rows, least=1, most=self.scheduler.width)

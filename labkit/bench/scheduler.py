@@ -202,11 +202,11 @@ def table(found: dict) -> str:
             line += f" {other['mean']:>10.0f} {other['p99']:>8.0f} {other['mean'] / row['mean']:>6.1f}x"
         lines.append(line)
     lines.append("")
-    for row in found["replacement"]:
-        lines.append(
-            f"a request that finishes and is replaced, tight pool, {row['rows']} rows: {row['us_each']:.0f} us "
-            f"({row['replaced']} replaced, {row['evicted']} blocks evicted)"
-        )
+    lines += [
+        f"a request that finishes and is replaced, tight pool, {row['rows']} rows: {row['us_each']:.0f} us "
+        f"({row['replaced']} replaced, {row['evicted']} blocks evicted)"
+        for row in found["replacement"]
+    ]
     long, waiting = found["long_prompt"], found["waiting"]
     lines.append(
         f"a {long['tokens']}-token prompt: hash, look up, allocate, store in {long['ms']:.2f} ms "

@@ -62,7 +62,7 @@ def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int)
     hit = peek(s, request, hashes)
     if hashes and s.prefix_hold and (digest := s.pending.last_shared(hashes, len(hit))) and reads_cache(request):
         usable = max(len(tokens) - 1, 0) // blocks.block_size
-        if len(hit) < usable:
+        if len(hit) < usable and request.status is not Status.SWAPPED:
             s.queue.pop()
             s.pending.park(request, digest)
             s.log.add(("Held", request.id, "prefix pending", False))
@@ -75,6 +75,9 @@ def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int)
         needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
     if needed + reserve > blocks.available:
         return "blocks", 0
+    gap = len(tokens) - max(len(hit) * blocks.block_size, request.num_computed)
+    if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
+        return "budget", 0
     s.queue.pop()
     return None, _place(s, draft, request, hashes, hit, left)
 
@@ -126,7 +129,7 @@ def _place(s: Scheduler, draft: Draft, request: Request, hashes: list[bytes], hi
         s.log.add(("Resumed", request.id, row, int(tables.num_computed[row])))
     start = int(tables.num_computed[row])
     gap = len(tokens) - start
-    contended = len(s.queue) > 0 and len(s.free_rows) > 0
+    contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
     count = s.chunk(gap, left, contended)
     blocks.grow(row, start + count, request.id)
     draft.joins.append(join_of(request, row))

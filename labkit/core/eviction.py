@@ -183,8 +183,8 @@ class LFU(Scored):
 
 @named_options
 class SLRU:
-    """Two LRU segments: a block enters on probation and is protected once hit, while `protected` of the candidates
-    allow it; the oldest protected block steps back to probation."""
+    """Two LRU segments: a block enters on probation and is protected once hit. At most a share `protected` of the pool
+    is; beyond it the oldest protected block steps back to probation."""
 
     name = "slru"
 
@@ -205,7 +205,7 @@ class SLRU:
     def freed(self, blocks: list[int]) -> None:
         for block in blocks:
             (self._protected if self.cache.hits[block] else self._probation)[block] = None
-        while len(self._protected) > self.share * len(self):
+        while len(self._protected) > self.share * self.cache.num_blocks:
             self._probation[self._protected.popitem(last=False)[0]] = None
 
     def forget(self, blocks: list[int]) -> None:

@@ -33,16 +33,24 @@ def as_tokens(tokens: TokenIds, what: str = "prompt") -> Tokens:
     """Token ids as int32, or a ValueError that names the first bad one."""
     if isinstance(tokens, (str, bytes)):
         raise ValueError(f"{what} must be token ids, got text: encode it with the model's tokenizer first")
-    array = tokens if isinstance(tokens, np.ndarray) else np.asarray(list(tokens))
+    try:
+        given = tokens if isinstance(tokens, np.ndarray) else list(tokens)
+        array = np.asarray(given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} must be one flat list of token ids: {error}") from None
     if array.ndim != 1:
         raise ValueError(f"{what} must be one flat list of token ids, got shape {array.shape}")
     if array.size and array.dtype.kind not in "iu":
-        bad = next(i for i, t in enumerate(array.tolist()) if not isinstance(t, int) or isinstance(t, bool))
-        raise ValueError(f"{what}[{bad}] is {array.tolist()[bad]!r}: token ids are whole numbers")
+        bad, value = next((i, t) for i, t in enumerate(given) if not _is_whole(t))
+        raise ValueError(f"{what}[{bad}] is {value!r}: token ids are whole numbers")
     if array.size and (array.min() < 0 or array.max() > MOST_TOKEN_ID):
         bad = int(np.flatnonzero((array < 0) | (array > MOST_TOKEN_ID))[0])
         raise ValueError(f"{what}[{bad}] is {int(array[bad])}: token ids lie in 0..{MOST_TOKEN_ID}")
     return array.astype(np.int32)
+
+
+def _is_whole(value: object) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_)) and abs(int(value)) < 2**62
 
 
 class BlockTable:
@@ -83,7 +91,7 @@ class BlockTable:
         if self.name not in self._manager.tables.row_of:
             return f"BlockTable({self.name!r}: freed)"
         count = self._manager.pool.count
-        cells = " ".join(f"{b}x{count[b]}" if count[b] > 1 else str(b) for b in self.blocks)
+        cells = " ".join("-" if not b else f"{b}x{count[b]}" if count[b] > 1 else str(b) for b in self.blocks)
         return f"BlockTable({self.name!r}: {self.num_tokens} tokens in blocks {cells or 'none'})"
 
 
@@ -198,14 +206,16 @@ class BlockManager:
         salt: str | None = None,
         adapter: str | None = None,
         spans: Sequence[Span] = (),
+        window: int | None = None,
     ) -> BlockTable:
-        """A table for `tokens`, starting with the blocks that the prefix cache already holds."""
+        """A table for `tokens`, starting with the blocks that the prefix cache already holds. With a sliding `window`
+        only the last blocks of the prefix need to be there; the entries before them name the scratch block."""
         self._check_new(name)
         ids = as_tokens(tokens, "tokens")
         keys = span_keys(spans, self.block_size)
         root = self.prefix.root(salt, adapter)
         hashes = hash_blocks(ids, self.block_size, root, keys)
-        hit = self.hit(hashes, len(ids), spans) if self.prefix_caching else []
+        hit = self.hit(hashes, len(ids), spans, window) if self.prefix_caching else []
         self._check_fits(name, self.blocks_for(len(ids)) - len(hit), hit)
         row = self.open(name, root, hashes, keys)
         if self.prefix_caching and len(ids):
@@ -253,10 +263,14 @@ class BlockManager:
         salt: str | None = None,
         adapter: str | None = None,
         spans: Sequence[Span] = (),
+        window: int | None = None,
     ) -> Lookup:
         """What an allocation would hit. A pure peek: no count, no order, no statistic changes."""
         ids = as_tokens(tokens, "tokens")
-        hit = self._peek(ids, salt, adapter, spans)
+        hit: list[int] = []
+        if self.prefix_caching:
+            hashes = hash_blocks(ids, self.block_size, root_hash(salt, adapter), span_keys(spans, self.block_size))
+            hit = self.hit(hashes, len(ids), spans, window)
         return Lookup(len(ids), len(hit) * self.block_size, tuple(hit))
 
     def explain(
@@ -318,17 +332,41 @@ class BlockManager:
                 usable = span.start // self.block_size
         return usable
 
-    def hit(self, hashes: list[bytes], num_tokens: int, spans: Sequence[Span] = ()) -> list[int]:
+    def hit(
+        self, hashes: list[bytes], num_tokens: int, spans: Sequence[Span] = (), window: int | None = None
+    ) -> list[int]:
         """The cached blocks a prompt may start with. Changes nothing."""
         usable = max(num_tokens - 1, 0) // self.block_size
+        if window is not None:
+            return self._hit_window(hashes[: self.usable_blocks(num_tokens, spans, num_tokens)], window)
         found = self.prefix.find(hashes[:usable])
         if spans:
             found = found[: self.usable_blocks(len(found) * self.block_size, spans, num_tokens)]
         return found
 
+    def _hit_window(self, hashes: list[bytes], window: int) -> list[int]:
+        """The longest prefix whose last `window` tokens are cached, scratch in place of the blocks before them."""
+        reach = self.blocks_for(whole("window", window, least=1))
+        found = [self.prefix.block_of.get(digest, 0) for digest in hashes]
+        for end in range(len(found), 0, -1):
+            first = max(0, end - reach)
+            if all(found[first:end]):
+                return [0] * first + found[first:end]
+        return []
+
+    def release_front(self, name: str, num_tokens: int) -> None:
+        """The first `num_tokens` tokens of a table have left the attention window: release the blocks that hold only
+        such tokens. Their entries name the scratch block."""
+        row = self.row(name)
+        table = self.tables.blocks[0, row]
+        most = int(self.tables.num_computed[row])
+        gone = table[: whole("num_tokens", num_tokens, least=0, most=most) // self.block_size]
+        self.release(gone.tolist())
+        gone[:] = 0
+
     def num_revived(self, hit: list[int]) -> int:
         """How many of these blocks nobody holds: taking them makes that many fewer available."""
-        return int((self.pool.count[hit] == 0).sum()) if hit else 0
+        return int((self.pool.count[[block for block in hit if block]] == 0).sum()) if hit else 0
 
     def count_query(self, num_tokens: int, num_hit_blocks: int) -> None:
         self.num_queries += 1
@@ -367,9 +405,10 @@ class BlockManager:
 
     def hold(self, blocks: list[int]) -> None:
         """Count blocks up; those that were only cached are no longer up for eviction."""
-        if not blocks:
+        at = np.array(blocks, np.int64)
+        at = at[at > 0]
+        if not len(at):
             return
-        at = np.asarray(blocks)
         idle = self.pool.count[at] == 0
         if idle.any():
             self._eviction.touched(at[idle].tolist())
@@ -380,7 +419,8 @@ class BlockManager:
         the others are the next to be reused."""
         if not blocks:
             return
-        gone = self.pool.release(np.array(blocks[::-1], np.int64))
+        at = np.array(blocks[::-1], np.int64)
+        gone = self.pool.release(at[at > 0])
         stored = self.prefix.stored[gone]
         self.pool.free += gone[~stored].tolist()
         if stored.any():
@@ -589,15 +629,15 @@ class BlockManager:
         tables, pool = self.tables, self.pool
         counted = np.zeros(self.num_blocks + 1, np.int64)
         for row in tables.row_of.values():
-            blocks = tables.row_blocks(row)
+            table = tables.row_blocks(row)
+            blocks = [block for block in table if block]
             assert len(set(blocks)) == len(blocks), f"row {row} names a block twice"
             np.add.at(counted, blocks, 1)
-            assert tables.room[row] == len(blocks) * self.block_size, f"row {row}: room and blocks disagree"
+            assert tables.room[row] == len(table) * self.block_size, f"row {row}: room and blocks disagree"
             assert tables.num_computed[row] <= tables.num_tokens[row], f"row {row}: more computed than known"
             assert tables.num_computed[row] <= tables.room[row], f"row {row}: more computed than there is room for"
         for pin in self.pins:
             np.add.at(counted, list(pin.blocks), 1)
-        assert counted[0] == 0, "a table names the scratch block"
         assert (counted == pool.count).all(), f"counts are wrong: {np.flatnonzero(counted != pool.count)[:8]}"
         candidates = self._eviction.candidates()
         assert len(candidates) == len(self._eviction), "the eviction policy miscounts its candidates"
@@ -613,12 +653,6 @@ class BlockManager:
 
     def _commit_named(self, row: int) -> None:
         self.commit(np.array([row]), self.tables.num_tokens[[row]])
-
-    def _peek(self, ids: Tokens, salt: str | None, adapter: str | None, spans: Sequence[Span]) -> list[int]:
-        if not self.prefix_caching:
-            return []
-        hashes = hash_blocks(ids, self.block_size, root_hash(salt, adapter), span_keys(spans, self.block_size))
-        return self.hit(hashes, len(ids), spans)
 
     def _check_new(self, name: str) -> None:
         if not isinstance(name, str) or not name:

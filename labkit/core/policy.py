@@ -95,13 +95,13 @@ class WaitingQueue:
         key = self.order(request, now)
         if not isinstance(key, (int, float, tuple)) or key != key:
             raise ValueError(
-                f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}: keys are numbers or tuples"
+                f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}: keys are numbers, or tuples of them"
             )
         return key
 
-    def ask(self, request: Request, now: int) -> None:
-        """Fix the request's key: once, at submission."""
-        self._keys[request.serial] = self.key(request, now)
+    def set_key(self, request: Request, key: Key) -> None:
+        """The key a request keeps while it lives, whenever it comes back."""
+        self._keys[request.serial] = key
 
     def forget(self, request: Request) -> None:
         self._keys.pop(request.serial, None)

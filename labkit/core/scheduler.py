@@ -46,7 +46,8 @@ class Scheduler:
 
     `max_num_batched_tokens` bounds the tokens of a step, `max_num_seqs` the rows. A prefill takes at most
     `max_prefill_chunk` tokens a step, and while others contend at most `prefill_share` of what is left; what nobody
-    else wants goes back to it. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) -> key`; `preemption`
+    else wants goes back to it; without `chunked_prefill` a prompt waits for a step that has room for all of it,
+    unless no step ever has. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) -> key`; `preemption`
     is "recompute", "swap" or "auto", which takes the cheaper by `swap_cost` and `recompute_cost` (tokens -> seconds).
     `watermark` of the blocks stay free when a request is admitted beside running ones. A request whose prefix another
     row is computing waits for it when `prefix_hold`. `max_in_flight` plans may be launched before the first is
@@ -65,6 +66,7 @@ class Scheduler:
         max_num_batched_tokens: int = 2048,
         max_model_len: int | None = None,
         max_waiting: int | None = None,
+        chunked_prefill: bool = True,
         max_prefill_chunk: int | None = None,
         prefill_share: float = 0.5,
         order: str | Order = "fcfs",
@@ -90,6 +92,7 @@ class Scheduler:
         self.max_prefill_chunk = (
             None if max_prefill_chunk is None else whole("max_prefill_chunk", max_prefill_chunk, least=1)
         )
+        self.chunked_prefill = bool(chunked_prefill)
         self.prefill_share = real("prefill_share", prefill_share, least=0.0, most=1.0, open_left=True)
         self.preemption = choose("preemption", preemption, PREEMPTIONS)
         self.swap_cost = swap_cost or default_swap_cost
@@ -111,7 +114,7 @@ class Scheduler:
         self.serial = np.zeros(places, np.int64)
         self.rank = np.zeros((3, places), np.int64)  # priority, arrival, serial: the largest is preempted first
         self.last_plan = np.full(places, -1, np.int64)
-        self.ones = np.ones(max(places, self.max_num_batched_tokens) + 1, np.int64)
+        self.ones = np.ones(places + 1, np.int64)
         self.counting = np.arange(len(self.ones) + 1, dtype=np.int64)
         self.ones.flags.writeable = self.counting.flags.writeable = False
         self.dropped = np.zeros(places, bool)  # ended while a plan in flight names it
@@ -199,9 +202,8 @@ class Scheduler:
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
-        if reason is None:
-            self.queue.key(request, now)  # a key that cannot be compared is refused here
-        for member in family:
+        keys = [self.queue.key(member, now) for member in family]  # a function that raises has changed nothing yet
+        for member, key in zip(family, keys, strict=True):
             self.num_submitted += 1
             member.serial = self.num_submitted
             member.tables = self.tables
@@ -215,7 +217,7 @@ class Scheduler:
             else:
                 member.status = Status.WAITING
                 self.requests[member.id] = member
-                self.queue.ask(member, now)
+                self.queue.set_key(member, key)
         if reason is None:
             self.num_attached += len(request.samples)
             self.queue.push(request)
@@ -817,8 +819,6 @@ class Scheduler:
         host = sum(len(request.host_blocks) for request in self.requests.values())
         host += sum(len(blocks) for _, blocks in self.host_releases)
         assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is lost"
-        for plan in self.in_flight:
-            assert plan.num_tokens <= len(self.ones), "a plan exceeds every budget"
 
     def check_idle(self) -> None:
         """After the last request: every count is zero but people's own tables and pins."""

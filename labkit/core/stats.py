@@ -81,6 +81,7 @@ def block_stats(manager: BlockManager) -> BlockStats:
         filled[blocks[:full]] = size
         if rest:
             filled[blocks[full]] = max(int(filled[blocks[full]]), rest)
+    filled[0] = 0
     for pin in manager.pins:
         filled[list(pin.blocks)] = size
     return BlockStats(
