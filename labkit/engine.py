@@ -66,8 +66,9 @@ class Engine:
         self.stops = StopStrings(tokenizer) if tokenizer is not None else None
         self.in_flight: deque[tuple[Plan, Pending]] = deque()
         self.listeners: list[Listener] = []
+        self.arriving: dict[str, Request] = {}  # submitted, with an arrival still to come
         self._arrivals: list[tuple[int, int, Request]] = []
-        self._num_made = 0
+        self._num_made = self._num_arrivals = 0
         self._watched: set[str] = set()  # requests with stop strings
         blocks = scheduler.blocks
         runner.open(Layout(blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks))
@@ -104,12 +105,18 @@ class Engine:
         spans: Sequence[Span] = (),
     ) -> Request:
         """Hand in a prompt, now or to arrive at `arrival` seconds. Errors are raised here, and change nothing."""
-        request = self._request(prompt, params or SamplingParams(), id, arrival, priority, salt, adapter, spans)
+        params = SamplingParams() if params is None else params
+        request = self._request(prompt, params, id, arrival, priority, salt, adapter, spans)
+        family = {member.id: member for member in (request, *request.samples)}
+        if taken := family.keys() & self.arriving.keys():
+            raise ValueError(f"id {min(taken)!r} was submitted before: ids are used once")
         if request.arrival > self.clock.now():
-            self.scheduler.check_new(member.id for member in (request, *request.samples))
+            self.scheduler.check_new(family)
             if (reason := self.scheduler.why_never(request)) is not None:
                 raise RejectedError(f"request {request.id!r} is rejected: {reason}")
-            heapq.heappush(self._arrivals, (request.arrival, self._num_made, request))
+            self.arriving |= family
+            self._num_arrivals += 1
+            heapq.heappush(self._arrivals, (request.arrival, self._num_arrivals, request))
         else:
             self.scheduler.submit(request, self.clock.now())
             self._watch(request)
@@ -164,16 +171,13 @@ class Engine:
         while True:
             self._num_made += 1
             id = f"r{self._num_made}"
-            if id not in self.scheduler.requests and id not in self.scheduler.ended and not self._arriving(id):
+            if id not in self.scheduler.requests and id not in self.scheduler.ended and id not in self.arriving:
                 return id
-
-    def _arriving(self, id: str) -> Request | None:
-        return next((request for _, _, request in self._arrivals if request.id == id), None)
 
     def request(self, id: str) -> Request:
         """A request by its id: live, arriving, or one of the latest that ended."""
         s = self.scheduler
-        found = s.requests.get(id) or s.ended.get(id) or self._arriving(id)
+        found = s.requests.get(id) or s.ended.get(id) or self.arriving.get(id)
         if found is None:
             raise ValueError(f"there is no request {id!r}")
         return found
@@ -189,6 +193,7 @@ class Engine:
             heapq.heapify(self._arrivals)
             for member in (found, *found.samples):
                 member.status, member.finish_reason = Status.ABORTED, "abort"
+                self.arriving.pop(member.id, None)
             return found
         return self.scheduler.abort(id, self.clock.now())
 
@@ -217,6 +222,8 @@ class Engine:
     def _let_arrive(self) -> None:
         while self._arrivals and self._arrivals[0][0] <= self.clock.now():
             request = heapq.heappop(self._arrivals)[2]
+            for member in (request, *request.samples):
+                self.arriving.pop(member.id, None)
             try:
                 self.scheduler.submit(request, self.clock.now())
             except RejectedError:

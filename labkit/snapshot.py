@@ -41,7 +41,7 @@ def _parts(engine: Engine) -> list[object]:
 
 def _requests(engine: Engine) -> list[Request]:
     s = engine.scheduler
-    arriving = [member for _, _, request in engine._arrivals for member in (request, *request.samples)]
+    arriving = engine.arriving.values()
     rows = [request for request in s.row_request if request is not None]
     return [*s.requests.values(), *s.ended.values(), *arriving, *rows]
 
@@ -49,7 +49,16 @@ def _requests(engine: Engine) -> list[Request]:
 def _fields(thing: object) -> dict[str, Any]:
     if isinstance(thing, Request):
         return {name: getattr(thing, name) for name in Request.__slots__}
-    return {name: value for name, value in vars(thing).items() if name not in KEPT or hasattr(thing, "cost")}
+    kept = KEPT if hasattr(thing, "listeners") else frozenset()
+    return {name: value for name, value in thing.__getstate__().items() if name not in kept}  # type: ignore[attr-defined]
+
+
+def _put_back(thing: object, state: dict[str, Any]) -> None:
+    if hasattr(thing, "__setstate__"):
+        thing.__setstate__(state)
+        return
+    for name, value in state.items():
+        setattr(thing, name, value)
 
 
 def _copy_state(things: list[object], states: list[dict[str, Any]], log: object) -> list[dict[str, Any]]:
@@ -79,8 +88,7 @@ def restore_engine(engine: Engine, snapshot: Snapshot) -> None:
     things = [thing for thing, _ in snapshot.state]
     states = _copy_state(things, [state for _, state in snapshot.state], engine.log)
     for thing, state in zip(things, states, strict=True):
-        for name, value in state.items():
-            setattr(thing, name, value)
+        _put_back(thing, state)
 
 
 def copy_engine(engine: Engine) -> Engine:

@@ -73,6 +73,14 @@ class BlockTables:
         self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
         self._flatten()
 
+    def __getstate__(self) -> dict[str, object]:
+        """Without the views: a copy makes its own."""
+        return {name: value for name, value in vars(self).items() if name not in ("flat_blocks", "flat_tokens")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._flatten()
+
     def _flatten(self) -> None:
         rows = np.arange(self.num_rows, dtype=np.int64)
         self.flat_blocks = self.blocks.reshape(-1)

@@ -317,16 +317,10 @@ class EventLog:
         except ImportError as error:
             raise ImportError("frame() needs pandas: pip install 'labkit[lab]'") from error
         chosen = self.events(*([] if kind is None else [kind]))
-        columns = ["step", "now", "event"]
-        records = []
-        for event in chosen:
-            record = {"event": type(event).__name__, **event.__dict__}
-            records.append(record)
-            if len(records) == 1 or kind is None:
-                columns += [name for name in record if name not in columns]
-        if kind is not None and not records:
-            columns = ["event", *NAMES[kind if isinstance(kind, str) else kind.__name__]]
-        frame = pandas.DataFrame.from_records(records, columns=columns)
+        records = [{"event": type(event).__name__, **event.__dict__} for event in chosen]
+        kinds = EVENTS if kind is None else [kind if isinstance(kind, str) else kind.__name__]
+        columns = dict.fromkeys(["step", "now", "event", *(name for one in kinds for name in NAMES[one])])
+        frame = pandas.DataFrame.from_records(records, columns=list(columns))
         frame.insert(1, "time", frame.pop("now") / 1e9)
         return frame
 

@@ -1,0 +1,110 @@
+"""The direction of imports, read off the source; and what `import labkit` costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STANDARD = set(sys.stdlib_module_names)
+
+# Each part of the house and what it may import of labkit, the standard library apart.
+MAY_IMPORT = {
+    "core": {"core"},
+    "clock": set(),
+    "stopping": {"core"},
+    "runner": {"core", "runner"},
+    "snapshot": {"core", "engine"},  # the engine only as a type
+    "engine": {"clock", "core", "runner", "snapshot", "stopping"},
+    "bench": {"core", "runner", "engine", "bench"},
+    "demo": {"clock", "core", "runner", "engine"},
+    "cli": {"bench", "demo", ""},
+    "__init__": {"clock", "core", "runner", "engine", "stopping"},
+}
+THIRD_PARTY = {"core": {"numpy", "pandas"}}  # pandas inside functions only; everything else: numpy
+LAZY = {"pandas"}
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "labkit").rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(ROOT / "labkit").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module imported, is it at the top of the file)."""
+    package = ["labkit", *path.relative_to(ROOT / "labkit").parent.parts]
+    tree = ast.parse(path.read_text())
+    top = set(map(id, tree.body))
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found.append((name, id(node) in top))
+            if not node.module:
+                found[-1:] = [(f"{name}.{alias.name}", id(node) in top) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path):
+    part = part_of(path)
+    if path.name.startswith("peer_"):
+        assert not [name for name, _ in imports(path) if name.startswith("labkit")]
+        return
+    for name, _ in imports(path):
+        head, *rest = name.split(".")
+        if head == "labkit":
+            assert (rest[0] if rest else "") in MAY_IMPORT[part], f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_other_packages_are_few_and_the_heavy_ones_are_imported_where_used(path: Path):
+    part = part_of(path)
+    allowed = THIRD_PARTY.get(part, {"numpy"})
+    if path.name.startswith("peer_"):
+        return
+    for name, top in imports(path):
+        head = name.split(".")[0]
+        if head not in STANDARD and head != "labkit":
+            assert head in allowed, f"{path.name} imports {name}"
+            assert not (top and head in LAZY), f"{path.name} imports {name} at its top"
+
+
+def test_every_part_of_the_house_is_listed():
+    assert {part_of(path) for path in modules()} == set(MAY_IMPORT)
+
+
+def test_the_kernels_package_never_imports_labkit():
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert "labkit" not in {name.split(".")[0] for name, _ in imports(path)}, path
+
+
+def test_importing_labkit_is_quick_and_brings_no_torch():
+    script = (
+        "import sys, time; begin = time.perf_counter(); import labkit; took = time.perf_counter() - begin\n"
+        "labkit.Engine, labkit.FakeRunner, labkit.SimRunner, labkit.diff\n"
+        "heavy = {'torch', 'transformers', 'triton', 'pandas', 'plotly', 'ipywidgets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nprint(took)"
+    )
+    best = min(float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(3))
+    assert best < 0.3, f"import labkit took {best:.3f} s"
+
+
+def test_every_public_name_resolves_and_files_open_with_what_they_know():
+    import labkit
+
+    for name in labkit.__all__:
+        assert getattr(labkit, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Enginee'"):
+        labkit.Enginee  # noqa: B018
+    for path in modules():
+        if path.read_text().strip():
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without a word"
