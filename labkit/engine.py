@@ -333,6 +333,7 @@ class Engine:
         check_names("Engine.control", settings, setters)
         for name, value in settings.items():
             setters[name](value)
+            s.blocked = None  # whoever was held asks again
             shown = value if isinstance(value, (str, int, float, bool, type(None))) else name_of(value)
             self.log.add(("Control", name, str(shown)))
         self.log.flush(s.step, self.clock.now())

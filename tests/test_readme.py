@@ -15,7 +15,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
-def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say():
+def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert len(blocks("python")) >= 3
     space: dict = {}
     for block in blocks("python"):

@@ -57,6 +57,9 @@ def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int)
         return "blocks", 0
     if not s.free_rows or s.num_running >= s.max_num_seqs:
         return "rows", 0
+    alone = not s.num_running and not s.draining
+    if not alone and _still_blocked(s, request):
+        return "blocks", 0
     tokens = request.tokens
     hashes = known_hashes(s, request)
     hit = peek(s, request, hashes)
@@ -68,18 +71,27 @@ def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int)
             s.log.add(("Held", request.id, "prefix pending", False))
             return "prefix pending", 0
     needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
-    alone = not s.num_running and not s.draining
     reserve = 0 if alone else promised + int(s.watermark * blocks.num_blocks)
     while alone and needed > blocks.available and blocks.release_pins():
         hit = peek(s, request, hashes)
         needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
     if needed + reserve > blocks.available:
+        s.blocked = (request.serial, blocks.available, hashes[len(hit)] if len(hit) < len(hashes) else None)
         return "blocks", 0
     gap = len(tokens) - max(len(hit) * blocks.block_size, request.num_computed)
     if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
         return "budget", 0
     s.queue.pop()
     return None, _place(s, draft, request, hashes, hit, left)
+
+
+def _still_blocked(s: Scheduler, request: Request) -> bool:
+    """Nothing has changed for the better since this request last found too few blocks: no more are available, and the
+    first block it missed has not been stored. Spares a blocked head its lookup in every step."""
+    if s.blocked is None:
+        return False
+    serial, available, missing = s.blocked
+    return serial == request.serial and s.blocks.available <= available and missing not in s.blocks.prefix.block_of
 
 
 def reads_cache(request: Request) -> bool:

@@ -137,6 +137,7 @@ class Scheduler:
         self.num_swapped = self.num_preempted = self.num_attached = 0
         self.cached_this_step = 0
         self.last_head: tuple[str, str] | None = None
+        self.blocked: tuple[int, int, bytes | None] | None = None  # serial, blocks available, first hash it missed
         self.pending = PendingPrefixes()
         self.forked: list[Request] = []  # since the last plan: a runner has yet to see their tables
         self.leaves: list[int] = []  # rows given up since the last plan
