@@ -9,7 +9,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "BlockManager": "core.manager",
-    "BlockTable": "core.manager",
+    "BlockTable": "core.table",
     "OutOfBlocksError": "core.manager",
     "Span": "core.prefix",
     "LRU": "core.eviction",
@@ -46,12 +46,13 @@ if TYPE_CHECKING:
     from .core.diff import diff
     from .core.events import EventLog
     from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
-    from .core.manager import BlockManager, BlockTable, OutOfBlocksError
+    from .core.manager import BlockManager, OutOfBlocksError
     from .core.params import SamplingParams
     from .core.plan import Failure, Outputs, Plan, Result
     from .core.prefix import Span
     from .core.request import Request
     from .core.scheduler import RejectedError, Scheduler
+    from .core.table import BlockTable
     from .engine import Engine, StalledError
     from .runner.base import Layout
     from .runner.fake import FakeRunner

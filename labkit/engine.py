@@ -16,7 +16,7 @@ import numpy as np
 
 from labkit.clock import Clock, WallClock
 from labkit.core.events import EventLog
-from labkit.core.manager import BlockManager, TokenIds, as_tokens
+from labkit.core.manager import BlockManager
 from labkit.core.options import check_names, choose, named_options, real, whole
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Failure, Outputs, Plan
@@ -24,6 +24,7 @@ from labkit.core.policy import PREEMPTIONS, name_of, order_of
 from labkit.core.prefix import Span
 from labkit.core.request import Request, Status
 from labkit.core.scheduler import RejectedError, Scheduler
+from labkit.core.tokens import TokenIds, as_tokens
 from labkit.runner.base import Layout, Pending, Runner
 from labkit.snapshot import Snapshot, copy_engine, restore_engine, take_snapshot
 from labkit.stopping import Decoder, StopStrings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import planning
 from .draft import Chunk, Draft
 from .plan import Join
 from .prefix import hash_blocks, span_keys
@@ -142,7 +143,7 @@ def _place(s: Scheduler, draft: Draft, request: Request, hashes: list[bytes], hi
     start = int(tables.num_computed[row])
     gap = len(tokens) - start
     contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
-    count = s.chunk(gap, left, contended)
+    count = planning.chunk_size(s, gap, left, contended)
     blocks.grow(row, start + count, request.id)
     draft.joins.append(join_of(request, row))
     draft.change(row, 0, tables.row_blocks(row))

@@ -6,102 +6,22 @@ name) and the scheduler (rows and vectors of rows).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from hashlib import sha256
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .blocks import NEVER, BlockPool, BlockTables, Ints, Tokens
 from .eviction import EvictionChoice, EvictionPolicy, eviction_policy
 from .options import named_options, real, whole
 from .prefix import EventSink, Explanation, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
 from .stats import BlockStats, block_stats
-
-TokenIds: TypeAlias = "Sequence[int] | Iterable[int] | NDArray[np.integer[np.typing.NBitBase]]"
-
-MOST_TOKEN_ID = 2**31 - 1
+from .table import BlockTable, Pin
+from .tokens import TokenIds, as_tokens
 
 
 class OutOfBlocksError(RuntimeError):
     """More blocks were asked for than are free or evictable. Nothing was changed."""
-
-
-def as_tokens(tokens: TokenIds, what: str = "prompt") -> Tokens:
-    """Token ids as int32, or a ValueError that names the first bad one."""
-    if isinstance(tokens, (str, bytes)):
-        raise ValueError(f"{what} must be token ids, got text: encode it with the model's tokenizer first")
-    try:
-        given = tokens if isinstance(tokens, np.ndarray) else list(tokens)
-        array = np.asarray(given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} must be one flat list of token ids: {error}") from None
-    if array.ndim != 1:
-        raise ValueError(f"{what} must be one flat list of token ids, got shape {array.shape}")
-    if array.size and array.dtype.kind not in "iu":
-        bad, value = next((i, t) for i, t in enumerate(given) if not _is_whole(t))
-        raise ValueError(f"{what}[{bad}] is {value!r}: token ids are whole numbers")
-    if array.size and (array.min() < 0 or array.max() > MOST_TOKEN_ID):
-        bad = int(np.flatnonzero((array < 0) | (array > MOST_TOKEN_ID))[0])
-        raise ValueError(f"{what}[{bad}] is {int(array[bad])}: token ids lie in 0..{MOST_TOKEN_ID}")
-    return array.astype(np.int32)
-
-
-def _is_whole(value: object) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, (bool, np.bool_)) and abs(int(value)) < 2**62
-
-
-class BlockTable:
-    """A name's view of its row: prints its blocks, and which of them it shares."""
-
-    def __init__(self, manager: BlockManager, name: str) -> None:
-        self._manager = manager
-        self.name = name
-
-    @property
-    def blocks(self) -> list[int]:
-        return self._manager.tables.row_blocks(self._row)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self._manager.tables.num_tokens[self._row])
-
-    @property
-    def tokens(self) -> list[int]:
-        tokens: list[int] = self._manager.tables.row_tokens(self._row).tolist()
-        return tokens
-
-    @property
-    def _row(self) -> int:
-        return self._manager.row(self.name)
-
-    def place(self, token: int) -> tuple[int, int]:
-        """(physical block, offset in it) of the token at this index."""
-        if not 0 <= token < self.num_tokens:
-            raise IndexError(f"table {self.name!r} holds {self.num_tokens} tokens, there is no token {token}")
-        index, offset = divmod(token, self._manager.block_size)
-        return self.blocks[index], offset
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __repr__(self) -> str:
-        if self.name not in self._manager.tables.row_of:
-            return f"BlockTable({self.name!r}: freed)"
-        count = self._manager.pool.count
-        cells = " ".join("-" if not b else f"{b}x{count[b]}" if count[b] > 1 else str(b) for b in self.blocks)
-        return f"BlockTable({self.name!r}: {self.num_tokens} tokens in blocks {cells or 'none'})"
-
-
-@dataclass(frozen=True)
-class Pin:
-    """A soft hold on cached blocks: released at `expires` (ns), or before a request would starve."""
-
-    blocks: tuple[int, ...]
-    num_tokens: int
-    expires: int | None
 
 
 @named_options

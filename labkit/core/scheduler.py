@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from . import admission, preempt
+from . import admission, committing, planning, preempt
 from .blocks import Ints
-from .draft import Chunk, Draft
+from .draft import Draft
 from .events import EventLog
 from .manager import BlockManager
 from .options import choose, named_options, real, whole
@@ -230,7 +230,7 @@ class Scheduler:
         """End a request in any state; with the samples that have not been forked from it yet."""
         request = self.live(id)
         for sample in request.samples:
-            if sample.status is Status.WAITING and sample.id in self.requests and self._is_attached(sample):
+            if sample.status is Status.WAITING and sample.id in self.requests and self.is_attached(sample):
                 self.num_attached -= 1
                 self._end_unplaced(sample, Status.ABORTED, "abort")
         self._withdraw(request, Status.ABORTED, "abort", now)
@@ -259,7 +259,7 @@ class Scheduler:
             raise ValueError(f"request {id!r} {over}")
         return self.requests[id]
 
-    def _is_attached(self, sample: Request) -> bool:
+    def is_attached(self, sample: Request) -> bool:
         return sample.row is None and sample not in self.queue and sample not in self.pending
 
     def _withdraw(self, request: Request, status: Status, reason: str, now: int, keep: int | None = None) -> None:
@@ -267,7 +267,7 @@ class Scheduler:
         request.finished_at = now
         row = request.row
         if row is not None:
-            self._end_row(row, status, reason, keep)
+            self.end_row(row, status, reason, keep)
             self.remove_rows([row])
             return
         if request.status is Status.SWAPPED:
@@ -287,7 +287,7 @@ class Scheduler:
         request.hashes = None
         self._remember(request, status)
 
-    def _end_row(self, row: int, status: Status, reason: str, keep: int | None = None) -> None:
+    def end_row(self, row: int, status: Status, reason: str, keep: int | None = None) -> None:
         """End a running or draining request. Its row leaves `decoding`/`prefilling` through `remove_rows`."""
         request = self.row_request[row]
         assert request is not None
@@ -325,7 +325,7 @@ class Scheduler:
         """Samples that can no longer be forked from their parent are computed on their own."""
         promised = {child.serial for forks in self.forks.values() for _, _, child in forks}
         for sample in parent.samples:
-            if sample.id in self.requests and sample.serial not in promised and self._is_attached(sample):
+            if sample.id in self.requests and sample.serial not in promised and self.is_attached(sample):
                 self.num_attached -= 1
                 self.queue.push(sample)
 
@@ -377,18 +377,18 @@ class Scheduler:
         if self.queue and self.queue.dynamic and self.free_rows and blocks.available:
             self._refresh_order(now)
         draft = Draft(now)
-        rows, start = self._plan_decodes(draft)
+        rows, start = planning.plan_decodes(self, draft)
         left = self.max_num_batched_tokens - len(rows)
         if self.prefilling:
-            left = self._plan_prefills(draft, left)
+            left = planning.plan_prefills(self, draft, left)
         if self.queue:
             left = admission.admit(self, draft, left)
         if draft.cut and left > 0:
-            self._give_back(draft, left)
+            planning.give_back(self, draft, left)
         if not len(rows) and not draft.chunks and not draft.copies and not self.swap_out:
             self.log.flush(self.step, now)
             return None
-        plan = self._build(draft, rows, start)
+        plan = planning.build(self, draft, rows, start)
         self.in_flight.append(plan)
         self.step += 1
         self.log.flush(plan.step, now)
@@ -401,217 +401,8 @@ class Scheduler:
             request.cached_tokens = len(hit) * self.blocks.block_size
         self.queue.reorder(now)
 
-    def _plan_decodes(self, draft: Draft) -> tuple[Ints, Ints]:
-        """One token for every decode row, and a block for each that enters a new one."""
-        rows = self.decoding
-        if self.in_flight:  # rows whose last token is already on its way need no further step
-            rows = rows[self.scheduled[rows] + 1 < self.limit[rows]]
-        if len(rows) > self.max_num_batched_tokens:
-            rows = self._take_turns(rows)
-        start = self.scheduled[rows]
-        tables = self.tables
-        short = (start >= tables.room[rows]).nonzero()[0]
-        if len(short) or tables.shared:
-            rows, start = self._give_blocks(draft, rows, start, short)
-        self.scheduled[rows] = start + 1
-        self.last_plan[rows] = self.step
-        if self.held:
-            for row in [row for row in rows.tolist() if row in self.held]:
-                self._release_hold(row, 1)
-        return rows, start
-
-    def _take_turns(self, rows: Ints) -> Ints:
-        """More decode rows than budget: those that waited longest go, the others are held."""
-        longest = np.argsort(self.last_plan[rows], kind="stable")
-        for row in rows[longest[self.max_num_batched_tokens :]].tolist():
-            self.hold(row, "budget")
-        return rows[np.sort(longest[: self.max_num_batched_tokens])]
-
-    def _give_blocks(self, draft: Draft, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
-        """Blocks for rows at a border, copies for rows about to write into a shared block; preempt until they fit."""
-        blocks = self.blocks
-        while True:
-            copies = self._rows_to_copy(rows)
-            needed = len(short) + len(copies)
-            if needed <= blocks.available:
-                break
-            if blocks.release_pins():
-                continue
-            if needed <= blocks.available + self._num_coming_back():
-                rows = self._hold_those_without(rows, short, copies)
-            else:
-                needy = copies[0] if copies else int(rows[short[0]])
-                victim = preempt.victim(self)
-                preempt.preempt(self, victim, self._id(needy))
-                draft.preempted = True
-                rows = rows[rows != victim]
-            start = self.scheduled[rows]
-            short = (start >= self.tables.room[rows]).nonzero()[0]
-        for row in copies:
-            self.copy_if_shared(draft, row, int(self.scheduled[row]))
-        if len(short):
-            crossing = rows[short]
-            names = None
-            if len(short) > len(blocks.pool.free):
-                names = [self._id(row) for row in crossing.tolist()]
-            taken = blocks.take(len(short), names)
-            index = self.tables.append_one(crossing, taken)
-            draft.changes.append((crossing, index, np.array(taken, np.int64)))
-        return rows, start
-
-    def _rows_to_copy(self, rows: Ints) -> list[int]:
-        shared = self.tables.shared
-        if not shared:
-            return []
-        inside = np.zeros(self.tables.num_rows, bool)
-        inside[rows] = True
-        writing = [row for row in sorted(shared) if inside[row]]
-        copies = [row for row in writing if self.blocks.must_copy(row, int(self.scheduled[row]))]
-        shared.difference_update(set(writing).difference(copies))  # past what they share, or its last holder
-        return copies
-
-    def copy_if_shared(self, draft: Draft, row: int, start: int) -> None:
-        """Copy on write. The last holder keeps the original, so ask again for each."""
-        if self.blocks.must_copy(row, start):
-            index, source, copy = self.blocks.copy_on_write(row, start)
-            draft.copies.append((source, copy))
-            draft.change(row, index, [copy])
-
-    def _num_coming_back(self) -> int:
-        """Blocks that draining rows alone hold: theirs until the plans that name them are committed."""
-        count, tables = self.blocks.pool.count, self.tables
-        return sum(int((count[tables.row_blocks(row)] == 1).sum()) for row in self.draining)
-
-    def _hold_those_without(self, rows: Ints, short: Ints, copies: list[int]) -> Ints:
-        """Too few blocks until draining rows give theirs back: the most senior of the needy get what there is."""
-        needy = sorted({*rows[short].tolist(), *copies}, key=self._seniority)
-        held = needy[self.blocks.available :]
-        for row in held:
-            self.hold(row, "blocks")
-        return rows[~np.isin(rows, held)]
-
-    def _seniority(self, row: int) -> tuple[int, ...]:
+    def seniority(self, row: int) -> tuple[int, ...]:
         return tuple(self.rank[:, row].tolist())
-
-    def _plan_prefills(self, draft: Draft, left: int) -> int:
-        contenders = len(self.prefilling) + min(len(self.queue), len(self.free_rows))
-        for row in sorted(self.prefilling, key=self._seniority):
-            if row not in self.prefilling:
-                continue  # preempted for a more senior one
-            contenders -= 1
-            if left <= 0:
-                self.hold(row, "budget")
-                continue
-            start = int(self.scheduled[row])
-            gap = int(self.tables.num_tokens[row]) - start
-            count = self.chunk(gap, left, contenders > 0)
-            fitting = self._make_fit(draft, row, start, count)
-            if fitting == 0:
-                self.hold(row, "blocks")
-                continue
-            chunk = Chunk(row, start, fitting, gap)
-            draft.chunks.append(chunk)
-            if fitting == count < gap:
-                draft.cut.append(chunk)
-            left -= fitting
-        return left
-
-    def chunk(self, gap: int, left: int, contended: bool) -> int:
-        """How many of `gap` tokens a prefill may compute with `left` tokens of budget."""
-        count = min(gap, left, self.max_prefill_chunk or gap)
-        if contended and count > self.blocks.block_size:
-            count = min(count, max(int(left * self.prefill_share), self.blocks.block_size))
-        return count
-
-    def _make_fit(self, draft: Draft, row: int, start: int, count: int) -> int:
-        """Blocks for a prefill's chunk, taken from less senior prefills when there are none; the tokens that fit."""
-        blocks, size = self.blocks, self.blocks.block_size
-        copies = blocks.must_copy(row, start)
-        if copies and not blocks.available:
-            return 0
-        self.copy_if_shared(draft, row, start)
-        room = int(self.tables.room[row])
-        while blocks.available < blocks.blocks_for(start + count) - room // size:
-            if blocks.release_pins():
-                continue
-            planned = {chunk.row for chunk in draft.chunks}
-            others = [r for r in self.prefilling if r not in planned and self._seniority(r) > self._seniority(row)]
-            if not others or self._num_coming_back():
-                break
-            victim = max(others, key=self._seniority)
-            preempt.preempt(self, victim, self._id(row))
-            draft.preempted = True
-        count = min(count, room + blocks.available * size - start)
-        if count > 0:
-            self.grow(draft, row, start + count)
-        return max(count, 0)
-
-    def grow(self, draft: Draft, row: int, num_tokens: int) -> None:
-        first = int(self.tables.num_blocks[row])
-        new = self.blocks.grow(row, num_tokens, self._id(row))
-        if new:
-            draft.change(row, first, new)
-
-    def _give_back(self, draft: Draft, left: int) -> None:
-        """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
-        for chunk in draft.cut:
-            room = int(self.tables.room[chunk.row]) + self.blocks.available * self.blocks.block_size - chunk.start
-            more = min(chunk.gap, chunk.count + left, self.max_prefill_chunk or chunk.gap, room) - chunk.count
-            if more > 0:
-                chunk.count += more
-                left -= more
-                self.grow(draft, chunk.row, chunk.start + chunk.count)
-
-    def _build(self, draft: Draft, rows: Ints, start: Ints) -> Plan:
-        if draft.chunks:
-            self._settle_chunks(draft)
-        for child in self.forked:
-            if child.row is not None:
-                draft.change(child.row, 0, self.tables.row_blocks(child.row))
-        self.forked.clear()
-        plan = draft.plan(self, rows, start)
-        if draft.forks:
-            self.forks[self.step] = draft.forks
-        if self.leaves or self.swap_out or self.reset_runner:
-            swap_out = np.array(self.swap_out, np.int64).reshape(-1, 2)
-            plan = plan._replace(leaves=tuple(self.leaves), swap_out=swap_out, reset=self.reset_runner)
-            self.leaves, self.swap_out, self.reset_runner = [], [], False
-        return plan
-
-    def _settle_chunks(self, draft: Draft) -> None:
-        """Rows whose chunk reaches their last known token draw a sample, and decode from the next step on."""
-        done = []
-        for chunk in draft.chunks:
-            row, count = chunk.row, chunk.count
-            self.scheduled[row] = chunk.start + count
-            self.last_plan[row] = self.step
-            if self.held.pop(row, None) is not None or self.chunk_of.get(row) != count:
-                self.chunk_of[row] = count
-                self.log.add(("Scheduled", self._id(row), count))
-            if count == chunk.gap:
-                done.append(row)
-                del self.prefilling[row]
-                self._promise_forks(draft, row)
-                del self.chunk_of[row]
-        if done:
-            self.decoding = np.concatenate((self.decoding, np.array(done, np.int64)))
-
-    def _promise_forks(self, draft: Draft, row: int) -> None:
-        """The last prompt chunk serves all samples: promise a row to each there is one for; the rest queue up."""
-        parent = self.row_request[row]
-        assert parent is not None
-        if not parent.samples or parent.num_output:
-            return
-        for child in parent.samples:
-            if child.ended or not self._is_attached(child):
-                continue
-            if self.free_rows and self.num_running + len(draft.forks) + 1 < self.max_num_seqs:
-                child_row = self.free_rows.pop()
-                draft.forks.append((row, child_row, child))
-                draft.joins.append(admission.join_of(child, child_row))
-            else:
-                self.num_attached -= 1
-                self.queue.push(child)
 
     # -- a step: commit ------------------------------------------------------------------------------------------
 
@@ -626,142 +417,20 @@ class Scheduler:
         self.in_flight.popleft()
         self.blocks.step = plan.step
         if isinstance(result, Failure):
-            self._roll_back(plan, result)
+            committing.roll_back(self, plan, result)
         if plan.step <= self.void_until:
             for _, child_row, child in self.forks.pop(plan.step, ()):
-                self._break_promise(child_row, child)
+                committing.break_promise(self, child_row, child)
             outputs = Outputs(plan.step, now, NO_INTS, NO_INTS, NO_INTS.astype(np.int32))
         else:
-            outputs = self._apply(plan, result, now)  # type: ignore[arg-type]
+            outputs = committing.apply(self, plan, result, now)  # type: ignore[arg-type]
         if self.draining:
-            self._drain(plan)
+            committing.drain(self, plan)
         while self.host_releases and self.host_releases[0][0] <= plan.step:
             _, free = self.host_releases.popleft()
             self.blocks.host.free += self.blocks.host.release(np.array(free, np.int64)).tolist()
         self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
         return outputs
-
-    def _apply(self, plan: Plan, result: Result, now: int) -> Outputs:
-        tables = self.tables
-        rows, end = plan.rows, plan.start + plan.count
-        sampled, tokens = plan.sample_row, np.asarray(result.tokens, np.int32)
-        errors = result.errors or {}
-        void = self.dropped.copy() if self.draining or errors else None
-        if void is not None:
-            void[list(errors)] = True
-            rows, end = rows[~void[rows]], end[~void[rows]]
-        self.blocks.commit(rows, end)
-        if plan.step in self.forks:
-            void = self.dropped.copy() if void is None else void
-            void[self._fork(self.forks.pop(plan.step), errors, plan.step)] = True
-        if void is not None:
-            tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
-        known = tables.num_tokens[sampled]
-        if plan.num_decode < len(plan.rows):
-            self._settle_prefills(plan, now)
-        tables.flat_tokens[tables.token_base[sampled] + known] = tokens
-        known = known + 1
-        tables.num_tokens[sampled] = known
-        over = known >= self.limit[sampled]
-        for column in self.stops:
-            over |= (tokens == column[sampled]) & (known >= self.no_stop_before[sampled])
-        done = over.nonzero()[0]
-        ended: list[Request] = []
-        if len(done) or errors:
-            ended = self._finish(sampled[done].tolist(), tokens[done].tolist(), errors, now)
-        return Outputs(plan.step, now, sampled, self.serial[sampled], tokens, tuple(ended))
-
-    def _settle_prefills(self, plan: Plan, now: int) -> None:
-        """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
-        tables, size = self.tables, self.blocks.block_size
-        for row in plan.rows[plan.num_decode :].tolist():
-            num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
-            for request in self.pending.settle(row, num_left):
-                self.queue.push(request)
-        for row in plan.sample_row[plan.num_decode :].tolist():
-            request = self.row_request[row]
-            if request is not None and request.row == row and request.first_token_at is None:
-                request.first_token_at = now
-                self.log.add(("Scheduled", request.id, 1))
-
-    def _finish(self, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
-        ended = []
-        for row, token in zip(rows, tokens, strict=True):
-            request = self.row_request[row]
-            assert request is not None
-            ended.append(request)
-            stops = self.tables.num_tokens[row] >= self.no_stop_before[row]
-            if stops and token in request.params.stop_token_ids:
-                reason = "stop"
-            elif stops and token in request.stop_ids:
-                reason = "eos"
-            else:
-                reason = "length"
-            request.finished_at = now
-            self._end_row(row, Status.FINISHED, reason)
-        for row, text in errors.items():
-            request = self.row_request[row]
-            if request is None or request.row != row:
-                continue  # it ended meanwhile
-            request.error = text
-            request.finished_at = now
-            ended.append(request)
-            rows = [*rows, row]
-            self._end_row(row, Status.FINISHED, "error")
-        self.remove_rows(rows)
-        return ended
-
-    def _fork(self, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
-        """The prompt is computed: its samples get tables over the same blocks. Rows that were promised in vain."""
-        in_vain, joining = [], []
-        for row, child_row, child in forks:
-            parent = self.row_request[row]
-            if child.ended or parent is None or parent.row != row or row in errors:
-                in_vain.append(child_row)
-                self._break_promise(child_row, child)
-                continue
-            self.num_attached -= 1
-            self.blocks.fork_row(row, child.id, child_row)
-            admission.occupy(self, child, child_row)
-            child.admitted_at = child.admitted_at or parent.admitted_at
-            self.scheduled[child_row] = self.tables.num_tokens[child_row]
-            self.last_plan[child_row] = step
-            self.log.add(("Forked", child.id, parent.id, child_row))
-            self.forked.append(child)
-            joining.append(child_row)
-        self.decoding = np.concatenate((self.decoding, np.array(joining, np.int64)))
-        return in_vain
-
-    def _break_promise(self, child_row: int, child: Request) -> None:
-        self.free_rows.append(child_row)
-        self.leaves.append(child_row)
-        if not child.ended:
-            self.num_attached -= 1
-            self.queue.push(child)
-
-    def _roll_back(self, plan: Plan, failure: Failure) -> None:
-        """Every running request goes back to the queue with the tokens it has, to be computed again: what the failed
-        step wrote, copied or moved is unknown, and the plans launched on top of it are void."""
-        self.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
-        self.void_until = self.step - 1
-        self.reset_runner = True
-        for row in [*self.decoding.tolist(), *self.prefilling]:
-            preempt.preempt(self, row, "", how="recompute")
-        for row, how in self.draining.items():
-            self.draining[row] = how and "recompute"
-        for request in list(self.requests.values()):
-            if request.status is Status.SWAPPED and request.swap_step >= plan.step:
-                preempt.drop_host_blocks(self, request)
-                request.status = Status.WAITING
-        self.forked.clear()
-
-    def _drain(self, plan: Plan) -> None:
-        for row in [row for row in self.draining if self.last_plan[row] <= plan.step]:
-            how = self.draining.pop(row)
-            if how is None:
-                self.close_row(row)
-            else:
-                preempt.vacate(self, row, how)
 
     def _log_step(self, plan: Plan, num_outputs: int, duration: int, now: int) -> None:
         blocks = self.blocks
@@ -781,13 +450,13 @@ class Scheduler:
         """A running row gets nothing this step; written when the reason changes."""
         if self.held.get(row) != limit:
             self.held[row] = limit
-            self.log.add(("Held", self._id(row), limit, False))
+            self.log.add(("Held", self.id_of(row), limit, False))
 
-    def _release_hold(self, row: int, count: int) -> None:
+    def release_hold(self, row: int, count: int) -> None:
         del self.held[row]
-        self.log.add(("Scheduled", self._id(row), count))
+        self.log.add(("Scheduled", self.id_of(row), count))
 
-    def _id(self, row: int) -> str:
+    def id_of(self, row: int) -> str:
         request = self.row_request[row]
         assert request is not None
         return request.id

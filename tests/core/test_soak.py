@@ -1,6 +1,7 @@
 """20,000 random steps: mixed priorities, aborts, forks, swaps, failures, live controls, tiny pools, lag 0, 1 and 2."""
 
 import contextlib
+import os
 import random
 
 import pytest
@@ -92,14 +93,15 @@ class Life:
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
 def test_random_lives_end_with_every_count_zero_and_every_token_right(lag):
-    seed = random.randrange(2**32)
+    seed = int(os.environ.get("LABKIT_SEED") or random.randrange(2**32))  # a failing seed, to run again
     print(f"seed {seed}")
     rng = random.Random(seed)
-    steps = 0
+    steps = lives = 0
     seen = set()
-    while steps < STEPS // 3:
+    while steps < STEPS // 3 or lives < 15:
+        lives += 1
         life = Life(rng, seed, lag)
-        for _ in range(rng.randrange(100, 400)):
+        for _ in range(rng.randrange(50, 250)):
             life.act()
             life.step()
             steps += 1
