@@ -194,7 +194,7 @@ def steps_without_tokens(runner: Recording, eng: lk.Engine, request: lk.Request)
                 row = None
         if row is not None and row in plan.rows.tolist():
             worked.add(plan.step)
-    return {step for step in range(since, max(worked) + 1)} - worked
+    return set(range(since, max(worked) + 1)) - worked
 
 
 @pytest.mark.parametrize("budget", [3, 8, 64])
