@@ -534,13 +534,12 @@ class BlockManager:
             self.pool.free += old
 
     def clear_prefixes(self) -> None:
-        """Forget every hash; blocks in use stay in use, and are never stored again."""
+        """Forget every hash; blocks in use stay in use, and chains that have begun are never stored again."""
         cached = self._eviction.candidates()
         self._eviction.forget(cached)
         self.prefix.clear()
         self.pool.free += cached
-        self.tables.next_full[:] = NEVER
-        self.tables.hashes = [None] * self.tables.num_rows
+        self.tables.next_full[self.tables.num_computed > 0] = NEVER
 
     # -- laws ----------------------------------------------------------------------------------------------------
 
