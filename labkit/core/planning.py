@@ -21,16 +21,21 @@ if TYPE_CHECKING:
 
 def plan_decodes(s: Scheduler, draft: Draft) -> tuple[Ints, Ints]:
     """One token for every decode row, and a block for each that enters a new one."""
-    rows = s.decoding
-    if s.in_flight:  # rows whose last token is already on its way need no further step
-        rows = rows[s.scheduled[rows] + 1 < s.limit[rows]]
-    if len(rows) > s.max_num_batched_tokens:
-        rows = _take_turns(s, rows)
-    start = s.scheduled[rows]
     tables = s.tables
-    short = (start >= tables.room[rows]).nonzero()[0]
-    if len(short) or tables.shared:
+    while True:
+        rows = s.decoding
+        if s.in_flight:  # rows whose last token is already on its way need no further step
+            rows = rows[s.scheduled[rows] + 1 < s.limit[rows]]
+        if len(rows) > s.max_num_batched_tokens:
+            rows = _take_turns(s, rows)
+        start = s.scheduled[rows]
+        short = (start >= tables.room[rows]).nonzero()[0]
+        if not len(short) and not tables.shared:
+            break
+        num_before = len(s.decoding)
         rows, start = _give_blocks(s, draft, rows, start, short)
+        if len(rows) or len(s.decoding) == num_before:
+            break  # else all whose turn it was have been preempted: the others' turn
     s.scheduled[rows] = start + 1
     s.last_plan[rows] = s.step
     if s.held:

@@ -117,3 +117,15 @@ def test_random_lives_end_with_every_count_zero_and_every_token_right(lag):
         seen |= {type(event).__name__ for event in life.eng.log}
     expected = {"Submitted", "Admitted", "Held", "Preempted", "Resumed", "Forked", "Finished", "Aborted", "Copied"}
     assert expected <= seen, f"a life too quiet: {expected - seen} never happened"
+
+
+@pytest.mark.parametrize(("seed", "lag"), [(1461582792, 0)])  # the row whose turn it was under budget 1 preempted itself
+def test_seeds_that_once_failed(seed, lag):
+    rng = random.Random(seed)
+    for _ in range(15):
+        life = Life(rng, seed, lag)
+        for _ in range(rng.randrange(50, 250)):
+            life.act()
+            life.step()
+        while life.step():
+            pass
