@@ -53,22 +53,32 @@ class Draft:
     def plan(self, scheduler: Scheduler, decodes: Ints, start: Ints) -> Plan:
         """The plan, its columns decode rows first."""
         s, num_decode = scheduler, len(decodes)
+        tokens, ends, feed = self._decode_tokens(s, decodes, start)
+        rows, count = decodes, s.ones[:num_decode]
+        sample_row, sample_query = decodes, s.counting[:num_decode]
         if self.chunks:
-            columns = np.array([(c.row, c.start, c.count, c.count == c.gap) for c in self.chunks], np.int64)
-            rows = np.concatenate((decodes, columns[:, 0]))
-            start = np.concatenate((start, columns[:, 1]))
-            count = np.concatenate((s.ones[:num_decode], columns[:, 2]))
-            samples = np.concatenate((s.ones[:num_decode], columns[:, 3])).nonzero()[0]
-            sample_row = rows[samples]
-            sample_query = np.cumsum(count)[samples] - 1
-        else:
-            rows, count = decodes, s.ones[:num_decode]
-            sample_row, sample_query = decodes, s.counting[:num_decode]
-        if self.forks:
-            query_of = dict(zip(sample_row.tolist(), sample_query.tolist(), strict=True))
-            sample_row = np.concatenate((sample_row, [child for _, child, _ in self.forks]))
-            sample_query = np.concatenate((sample_query, [query_of[parent] for parent, _, _ in self.forks]))
-        tokens, indptr, feed = self._host_tokens(s, decodes, start[:num_decode])
+            chunks, query = self.chunks, num_decode - 1
+            queries, indptr, end = [], [], int(ends[-1])
+            for chunk in chunks:
+                query += chunk.count
+                end += chunk.count
+                indptr.append(end)
+                queries.append(query)
+            done = [i for i, chunk in enumerate(chunks) if chunk.count == chunk.gap]
+            rows = np.concatenate((decodes, [chunk.row for chunk in chunks]))
+            start = np.concatenate((start, [chunk.start for chunk in chunks]))
+            count = np.concatenate((count, [chunk.count for chunk in chunks]))
+            ends = np.concatenate((ends, indptr))
+            new_rows = [chunks[i].row for i in done]
+            new_queries = [queries[i] for i in done]
+            for parent, child, _ in self.forks:
+                new_queries.append(new_queries[new_rows.index(parent)])
+                new_rows.append(child)
+            if new_rows:
+                sample_row = np.concatenate((sample_row, new_rows))
+                sample_query = np.concatenate((sample_query, new_queries))
+            known = s.tables.tokens
+            tokens = np.concatenate((tokens, *(known[c.row, c.start : c.start + c.count] for c in chunks)))
         return Plan(
             step=s.step,
             now=self.now,
@@ -77,7 +87,7 @@ class Draft:
             count=count,
             num_decode=num_decode,
             tokens=tokens,
-            indptr=indptr,
+            indptr=ends,
             feed=feed,
             sample_query=sample_query,
             sample_row=sample_row,
@@ -87,24 +97,17 @@ class Draft:
             swap_in=_pairs(self.swap_in),
         )
 
-    def _host_tokens(self, s: Scheduler, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:
-        """Token ids by entry in CSR form, and the entries whose token only the runner knows yet."""
-        tables, num_decode = s.tables, len(decodes)
-        feed, indptr = NO_INTS, s.counting[: num_decode + 1]
-        known = decodes
+    def _decode_tokens(self, s: Scheduler, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:
+        """Token ids of the decode rows in CSR form, and the entries whose token only the runner knows yet."""
+        tables = s.tables
+        indptr, feed = s.counting[: len(decodes) + 1], NO_INTS
         if s.in_flight:
             fed = start >= tables.num_tokens[decodes]
             if fed.any():
                 feed = fed.nonzero()[0]
-                known, start = decodes[~fed], start[~fed]
-                indptr = np.concatenate((NO_INTS, [0], np.cumsum(~fed)))
-        tokens = tables.flat_tokens[tables.token_base[known] + start]
-        if self.chunks:
-            parts = [tokens, *(tables.tokens[c.row, c.start : c.start + c.count] for c in self.chunks)]
-            tokens = np.concatenate(parts)
-            ends = indptr[-1] + np.cumsum([c.count for c in self.chunks])
-            indptr = np.concatenate((indptr, ends))
-        return tokens, indptr, feed
+                decodes, start = decodes[~fed], start[~fed]
+                indptr = np.concatenate(([0], np.cumsum(~fed)))
+        return tables.flat_tokens[tables.token_base[decodes] + start], indptr, feed
 
 
 def _pairs(pairs: list[tuple[int, int]]) -> Pairs:

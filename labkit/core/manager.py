@@ -445,12 +445,13 @@ class BlockManager:
         together; a run of them for a prefill, row by row."""
         tables, size = self.tables, self.block_size
         first = tables.next_full[rows] - size
-        several = end - first >= 2 * size
-        if tables.span_keys or several.any():
-            slow = several | np.isin(rows, list(tables.span_keys))
-            for row, start, stop in zip(rows[slow].tolist(), first[slow].tolist(), end[slow].tolist(), strict=True):
-                self._store_run(row, start // size, stop // size)
-            rows, first = rows[~slow], first[~slow]
+        apart = end - first >= 2 * size
+        if tables.span_keys:
+            apart |= np.isin(rows, list(tables.span_keys))
+        if apart.any():
+            for i in apart.nonzero()[0].tolist():
+                self._store_run(int(rows[i]), int(first[i]) // size, int(end[i]) // size)
+            rows, first = rows[~apart], first[~apart]
             if not len(rows):
                 return
         tokens = tables.flat_tokens[(tables.token_base[rows] + first)[:, None] + self._within]  # [rows, block_size]

@@ -145,8 +145,9 @@ class Request:
 
     @property
     def tokens(self) -> Tokens:
-        """All known token ids, prompt first; a copy."""
-        return np.concatenate((self.prompt, self.output_array))
+        """All known token ids, prompt first."""
+        output = self.output_array
+        return np.concatenate((self.prompt, output)) if len(output) else self.prompt
 
     @property
     def ended(self) -> bool:

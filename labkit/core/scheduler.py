@@ -179,7 +179,7 @@ class Scheduler:
         """Why this request can never be served here, or None."""
         bm, num_prompt = self.blocks, request.num_prompt
         room = self.room_for(num_prompt)
-        most = request.params.max_tokens or 1
+        most = request.params.max_tokens or 1  # None asks for whatever is left, but at least one
         if self.max_model_len is not None and room < most:
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
             return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
@@ -200,6 +200,8 @@ class Scheduler:
         """Put a request, and the samples forked from it later, at its place in the queue."""
         family = [request, *request.samples]
         self.check_new(member.id for member in family)
+        if request.params.max_tokens is None:
+            raise ValueError(f"request {request.id!r} has no max_tokens: the most it may have is room_for(num_prompt)")
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
@@ -306,7 +308,8 @@ class Scheduler:
     def _remember(self, request: Request, status: Status) -> None:
         request.status = status
         self.queue.forget(request)
-        self._orphan(request)
+        if request.samples:
+            self._orphan(request)
         if status is Status.FINISHED:
             self.num_finished += 1
             self.log.add(("Finished", request.id, request.finish_reason, request.num_output))
