@@ -27,7 +27,7 @@ _HOME = {
     "Result": "core.plan",
     "Failure": "core.plan",
     "Outputs": "core.plan",
-    "EventLog": "core.events",
+    "EventLog": "core.log",
     "diff": "core.diff",
     "Engine": "engine",
     "StalledError": "engine",
@@ -44,8 +44,8 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from .clock import VirtualClock, WallClock
     from .core.diff import diff
-    from .core.events import EventLog
     from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
+    from .core.log import EventLog
     from .core.manager import BlockManager, OutOfBlocksError
     from .core.params import SamplingParams
     from .core.plan import Failure, Outputs, Plan, Result

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from labkit.clock import Clock, WallClock
-from labkit.core.events import EventLog
+from labkit.core.log import EventLog
 from labkit.core.manager import BlockManager
 from labkit.core.options import check_names, choose, named_options, real, whole
 from labkit.core.params import SamplingParams

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit.core.events import EventLog
+from labkit.core.log import EventLog
 from labkit.core.manager import BlockManager
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result

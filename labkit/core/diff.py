@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from .events import Event, EventLog, Finished, Preempted, Submitted
+from .events import Event, Finished, Preempted, Submitted
+from .log import EventLog
 
 if TYPE_CHECKING:
     import pandas

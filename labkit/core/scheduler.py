@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from . import admission, committing, planning, preempt
 from .blocks import Ints
 from .draft import Draft
-from .events import EventLog
+from .log import EventLog
 from .manager import BlockManager
 from .options import choose, named_options, real, whole
 from .pending import PendingPrefixes
@@ -144,8 +145,11 @@ class Scheduler:
         self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
         blocks.emit = blocks.prefix.emit = self._emit
 
-    def _emit(self, event: tuple[object, ...]) -> None:
-        self.log.add(event)
+    def _emit(self, event: tuple[Any, ...]) -> None:
+        if event[0] == "Stored":
+            self.log.add_stored(*event[1:])
+        else:
+            self.log.add(event)
 
     def __repr__(self) -> str:
         return (
