@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from .packing import Piece, unpack_stored
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -201,9 +201,11 @@ def read(batch: Batch) -> Iterator[Event]:
         yield Step(step, now, *row)
 
 
-def _read_stored(step: int, now: int, n: int, size: int, piece: Piece, at: int) -> Iterator[Event]:
-    digests, parents, blocks, tokens = unpack_stored(n, size, piece, at)
-    for i, (block, ids) in enumerate(zip(blocks, tokens, strict=True)):
+def _read_stored(
+    step: int, now: int, digests: bytes, parents: bytes, blocks: tuple[int, ...], tokens: bytes
+) -> Iterator[Event]:
+    ids_of = np.frombuffer(tokens, np.int32).reshape(len(blocks), -1).tolist()
+    for i, (block, ids) in enumerate(zip(blocks, ids_of, strict=True)):
         digest = slice(32 * i, 32 * i + 32)
         yield Stored(step, now, digests[digest].hex(), parents[digest].hex(), block, tuple(ids))
 
@@ -219,8 +221,6 @@ def size_of(batch: Batch) -> int:
     """Events in a batch."""
     size = len(batch.events) + (batch.row is not None)
     for event in batch.events:
-        if event[0] == "Stored":
-            size += int(event[1]) - 1
-        elif event[0] == "Removed":
-            size += len(event[2]) - 1
+        if event[0] in ("Stored", "Removed"):
+            size += len(event[1]) // 32 - 1
     return size

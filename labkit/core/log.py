@@ -10,10 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from .blocks import Tokens
 from .events import EVENTS, NAMES, Batch, Event, read, size_of
 from .options import closest
-from .packing import Packing
 from .why import Waits, Why
 
 if TYPE_CHECKING:
@@ -41,12 +39,11 @@ class EventLog:
         self._size = 0
         self._trimmed = Waits()
         self.num_trimmed = 0
-        self._pack = Packing()
         self.add = self._pending.append  # hot: one call an event
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and saved engines carry the events, not who listens."""
-        fresh = {"_subscribers": [], "_unposted": [], "_batches": self._batches.copy(), "_pack": Packing()}
+        fresh = {"_subscribers": [], "_unposted": [], "_batches": self._batches.copy()}
         state = {**vars(self), **fresh}
         del state["add"]
         return state
@@ -72,10 +69,6 @@ class EventLog:
         trimmed = f", {self.num_trimmed} trimmed" if self.num_trimmed else ""
         steps = sum(batch.row is not None for batch in self._batches)
         return f"EventLog({self._size} events, {steps} steps{trimmed})"
-
-    def add_stored(self, digests: bytes, parents: bytes, blocks: Tokens, tokens: Tokens, size: int) -> None:
-        """Blocks stored together, in columns; the bulk of a busy log, so it is packed."""
-        self._pending.append(("Stored", len(blocks), size, *self._pack.keep(digests, parents, blocks, tokens)))
 
     def flush(self, step: int, now: int, row: tuple[int, ...] | None = None) -> None:
         """Close the moment: what was added since the last flush happened at `now`."""
@@ -207,8 +200,7 @@ class EventLog:
             moment = (step, now)
             if kind == "Stored":
                 digest, parent, block, ids = values
-                tokens = np.array(ids, np.int32)
-                log.add_stored(digest, bytes.fromhex(parent), np.array([block], np.int32), tokens, len(tokens))
+                log.add((kind, digest, bytes.fromhex(parent), (block,), np.array(ids, np.int32).tobytes()))
             elif kind == "Removed":
                 digest, block, request = values
                 log.add((kind, digest, (block,), (request,)))

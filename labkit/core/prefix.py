@@ -185,7 +185,7 @@ class PrefixCache:
                 fresh = np.delete(np.arange(len(blocks)), copies)
                 at, tokens = at[fresh], tokens[fresh]
                 joined, joined_parents = self._hash_of[at].tobytes(), self._parent_hash_of[at].tobytes()
-            self.emit(("Stored", joined, joined_parents, at.astype(np.int32), tokens, self.block_size))
+            self.emit(("Stored", joined, joined_parents, tuple(at.tolist()), tokens.tobytes()))
 
     def store_one(
         self, block: int, digest: bytes, parent_digest: bytes, parent: int, depth: int, tokens: Tokens
@@ -207,7 +207,7 @@ class PrefixCache:
         if self.ghost_step.pop(digest, None) is not None:
             del self.ghost_for[digest]
         if self.emit is not None:
-            self.emit(("Stored", digest, parent_digest, np.array((block,), np.int32), tokens, self.block_size))
+            self.emit(("Stored", digest, parent_digest, (block,), tokens.tobytes()))
 
     def hash_of(self, block: int) -> bytes:
         """What a stored block is found by."""

@@ -146,10 +146,7 @@ class Scheduler:
         blocks.emit = blocks.prefix.emit = self._emit
 
     def _emit(self, event: tuple[Any, ...]) -> None:
-        if event[0] == "Stored":
-            self.log.add_stored(*event[1:])
-        else:
-            self.log.add(event)
+        self.log.add(event)
 
     def __repr__(self) -> str:
         return (
