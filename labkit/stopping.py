@@ -7,6 +7,9 @@ from typing import Protocol
 from labkit.core.request import Request
 
 
+HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
+
+
 class Decoder(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
@@ -34,8 +37,8 @@ class StopStrings:
         self.decoder = decoder
 
     def find(self, request: Request, num_new: int) -> int | None:
-        """Output tokens to keep, or None while no stop string has appeared. A token that the match begins inside is
-        kept: half a token cannot be."""
+        """Output tokens to keep, or None while no stop string ends in the new tokens. One that ended before `min_tokens`
+        is passed over for good. A token that the match begins inside is kept: half a token cannot be."""
         params = request.params
         ids = request.output_ids
         reach = max(len(stop.encode()) for stop in params.stop)
@@ -44,8 +47,10 @@ class StopStrings:
         for end in range(max(1, len(window) - num_new + 1), len(window) + 1):
             if first + end < params.min_tokens:
                 continue
+            before = len(self.decoder.decode(window[: end - 1]).rstrip(HALF))
             text = self.decoder.decode(window[:end])
-            found = [(text.find(stop), stop) for stop in params.stop if stop in text]
+            ends_here = ((text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in params.stop)
+            found = [(at, stop) for at, stop in ends_here if at >= 0]
             if found:
                 if params.include_stop_str_in_output:
                     return first + end

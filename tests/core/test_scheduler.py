@@ -409,6 +409,20 @@ def test_min_tokens_holds_stop_strings_back():
     assert request.num_output == 4
 
 
+def test_a_stop_string_held_back_is_passed_over_for_good():
+    eng = text_engine(b"x-----x---")
+    request = eng.submit([1], params(10, stop="x", min_tokens=4))
+    run(eng)
+    assert (bytes(request.output_ids), request.finish_reason) == (b"x-----", "stop string")
+
+
+def test_stop_strings_may_hold_characters_of_several_bytes():
+    eng = text_engine("caffè é bar".encode())
+    request = eng.submit([1], params(12, stop=["é"]))
+    run(eng)
+    assert bytes(request.output_ids).decode() == "caffè "
+
+
 def test_a_stop_may_come_steps_late():
     eng = scripted([1, 2, 3, 4, 5])
     request = eng.submit([1], params(5))

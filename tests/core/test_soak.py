@@ -119,7 +119,9 @@ def test_random_lives_end_with_every_count_zero_and_every_token_right(lag):
     assert expected <= seen, f"a life too quiet: {expected - seen} never happened"
 
 
-@pytest.mark.parametrize(("seed", "lag"), [(1461582792, 0)])  # the row whose turn it was under budget 1 preempted itself
+@pytest.mark.parametrize(
+    ("seed", "lag"), [(1461582792, 0)]
+)  # the row whose turn it was under budget 1 preempted itself
 def test_seeds_that_once_failed(seed, lag):
     rng = random.Random(seed)
     for _ in range(15):
