@@ -6,7 +6,6 @@ from typing import Protocol
 
 from labkit.core.request import Request
 
-
 HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
 
 
@@ -37,8 +36,8 @@ class StopStrings:
         self.decoder = decoder
 
     def find(self, request: Request, num_new: int) -> int | None:
-        """Output tokens to keep, or None while no stop string ends in the new tokens. One that ended before `min_tokens`
-        is passed over for good. A token that the match begins inside is kept: half a token cannot be."""
+        """Output tokens to keep, or None while no stop string ends in the new tokens. One that ended before
+        `min_tokens` is passed over for good. A token that the match begins inside is kept: half a token cannot be."""
         params = request.params
         ids = request.output_ids
         reach = max(len(stop.encode()) for stop in params.stop)

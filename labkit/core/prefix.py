@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
 
@@ -60,6 +61,7 @@ class Explanation:
         return f"Explanation({self.num_hit} of {self.num_tokens} tokens: {self.reason} - {self.detail})"
 
 
+@lru_cache(maxsize=1024)
 def root_hash(salt: str | None, adapter: str | None, group: int = 0) -> bytes:
     """Where a chain starts. Lengths are written out, so that no salt can pass for an adapter or for tokens."""
     parts = [b"labkit", str(group).encode()]
