@@ -175,7 +175,8 @@ class PrefixCache:
         self._hash_of[at] = np.frombuffer(joined, DIGEST)
         self._parent_hash_of[at] = np.frombuffer(joined_parents, DIGEST)
         first_copy, ghosts = self.block_of.setdefault, self.ghost_step
-        copies = [i for i, digest in enumerate(digests) if first_copy(digest, blocks[i]) != blocks[i]]
+        firsts = map(first_copy, digests, blocks)
+        copies = [i for i, (first, block) in enumerate(zip(firsts, blocks, strict=True)) if first != block]
         if ghosts:
             for digest in digests:
                 if digest in ghosts:
@@ -256,7 +257,8 @@ class PrefixCache:
         if self.emit is not None and gone:
             if len(gone) < len(blocks):
                 joined = b"".join(joined[32 * i : 32 * i + 32] for i in gone)
-            self.emit(("Removed", joined, tuple(blocks[i] for i in gone), tuple(requests[i] for i in gone)))
+                blocks, requests = [blocks[i] for i in gone], [requests[i] for i in gone]
+            self.emit(("Removed", joined, tuple(blocks), tuple(requests)))
 
     def clear(self) -> None:
         self._stamp[self.stored] += 1
