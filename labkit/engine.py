@@ -17,7 +17,7 @@ import numpy as np
 from labkit.clock import Clock, WallClock
 from labkit.core.log import EventLog
 from labkit.core.manager import BlockManager
-from labkit.core.options import check_names, choose, named_options, real, whole
+from labkit.core.options import check_names, choose, named_arguments, named_options, real, whole
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Failure, Outputs, Plan
 from labkit.core.policy import PREEMPTIONS, name_of, order_of
@@ -93,6 +93,7 @@ class Engine:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
+    @named_arguments
     def submit(
         self,
         prompt: TokenIds,

@@ -344,6 +344,18 @@ def test_bad_requests_are_named_and_leave_no_trace(prompt, options, message):
     eng.check()
 
 
+def test_unknown_arguments_are_answered_with_the_closest_valid_one():
+    eng = engine()
+    for call, message in [
+        (lambda: eng.submit([1], priorty=1), "Engine.submit has no option 'priorty'; did you mean 'priority'"),
+        (lambda: eng.blocks.lookup([1], sallt="x"), "BlockManager.lookup has no option 'sallt'; did you mean 'salt'"),
+        (lambda: lk.EventLog(kep=3), "EventLog has no option 'kep'; did you mean 'keep'"),
+    ]:
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert message in str(caught.value)
+
+
 def test_an_id_is_used_once():
     eng = engine()
     eng.submit([1], params(2), id="q")

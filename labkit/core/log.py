@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from .events import EVENTS, NAMES, Batch, Event, read, size_of
-from .options import closest
+from .options import closest, named_options
 from .why import Waits, Why
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 Subscriber = Callable[[list[Batch]], None]
 
 
+@named_options
 class EventLog:
     """An append-only log, bounded to the latest `keep` events; `keep=None` keeps all.
 

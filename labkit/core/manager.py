@@ -13,7 +13,7 @@ import numpy as np
 
 from .blocks import NEVER, BlockPool, BlockTables, Ints, Tokens
 from .eviction import EvictionChoice, EvictionPolicy, eviction_policy
-from .options import named_options, real, whole
+from .options import named_arguments, named_options, real, whole
 from .prefix import EventSink, Explanation, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
 from .stats import BlockStats, block_stats
 from .table import BlockTable, Pin
@@ -118,6 +118,7 @@ class BlockManager:
 
     # -- people's door: tables by name ---------------------------------------------------------------------------
 
+    @named_arguments
     def allocate(
         self,
         name: str,
@@ -176,6 +177,7 @@ class BlockManager:
         self.close(name)
         self._own_rows.discard(row)
 
+    @named_arguments
     def lookup(
         self,
         tokens: TokenIds,
@@ -193,6 +195,7 @@ class BlockManager:
             hit = self.hit(hashes, len(ids), spans, window)
         return Lookup(len(ids), len(hit) * self.block_size, tuple(hit))
 
+    @named_arguments
     def explain(
         self,
         tokens: TokenIds,
@@ -208,6 +211,7 @@ class BlockManager:
         usable = self.usable_blocks(len(ids), spans, len(ids))
         return self.prefix.explain(ids, usable, salt, adapter, spans)
 
+    @named_arguments
     def pin(
         self,
         tokens: TokenIds,

@@ -6,8 +6,9 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
 
@@ -46,6 +47,18 @@ def named_options(cls: C) -> C:
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
+
+
+def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator for methods: an unknown keyword is answered with the closest valid one."""
+    valid = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **options: P.kwargs) -> T:
+        check_names(function.__qualname__, options, valid)
+        return function(*args, **options)
+
+    return checked
 
 
 def whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
