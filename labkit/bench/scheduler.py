@@ -159,6 +159,19 @@ def waiting_memory(n: int = 2000, num_prompt: int = PROMPT) -> dict[str, float]:
     return {"prompt_tokens": num_prompt, "bytes": held / n, "bytes_beside_tokens": held / n - 4 * num_prompt}
 
 
+def machine_tail(repeats: int = 5000) -> dict[str, float]:
+    """Microseconds that a fixed handful of numpy calls takes: what p99 is when nothing of ours varies."""
+    array, rows = np.zeros(4096, np.int64), np.random.default_rng(5).permutation(4096)[:16]
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter_ns()
+        for _ in range(50):
+            array[rows] = array[rows] + 1
+        times.append((time.perf_counter_ns() - begin) / 1e3)
+    p50, p99 = np.percentile(times, (50, 99)).tolist()
+    return {"p50": p50, "p99": p99}
+
+
 def peer_steps(python: str, rows: tuple[int, ...]) -> dict[str, object]:
     """The same steps in vLLM's scheduler, by the interpreter that has it."""
     script = Path(__file__).with_name("peer_vllm_scheduler.py")
@@ -185,6 +198,7 @@ def run(python: str | None = None, quick: bool = False) -> dict[str, object]:
         "replacement": [replacement(rows, 100 if quick else 600) for rows in (16, 256)],
         "long_prompt": long_prompt(repeats=3 if quick else 9),
         "waiting": waiting_memory(200 if quick else 2000),
+        "machine": machine_tail(500 if quick else 5000),
         "vllm": peer_steps(python, ROWS[:3]) if python else None,
     }
 
@@ -215,6 +229,10 @@ def table(found: dict) -> str:
     lines.append(
         f"a waiting request: {waiting['bytes']:.0f} bytes with a {waiting['prompt_tokens']}-token prompt, "
         f"4 a token and {waiting['bytes_beside_tokens']:.0f} beside them"
+    )
+    machine = found["machine"]
+    lines.append(
+        f"this machine's own tail: a fixed numpy loop has p50 {machine['p50']:.0f} us, p99 {machine['p99']:.0f}"
     )
     if found["vllm"]:
         lines.append(f"vLLM {found['vllm']['version']}, same machine, same run")
