@@ -1,0 +1,1 @@
+"""Measurements that `labkit bench` runs, ours and peers'."""
