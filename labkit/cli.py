@@ -29,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return {"demo": _demo, "bench": _bench_scheduler}[args.command](args)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = None
+        return 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"labkit {args.command}: {error}", file=sys.stderr)
         return 2
