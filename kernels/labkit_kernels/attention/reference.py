@@ -1,0 +1,98 @@
+"""Attention over keys and values that lie in blocks, in plain torch: one sequence at a time, whole score matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def paged_attention(
+    q: Tensor,  # [tokens, query heads, head size]
+    k_cache: Tensor,  # [blocks, key heads, block size, head size]
+    v_cache: Tensor,  # [blocks, key heads, block size, value size]
+    block_table: Tensor,  # [sequences, most blocks] int32
+    query_start: Tensor,  # [sequences + 1] int32: sequence i's queries are rows query_start[i] .. query_start[i + 1]
+    seq_len: Tensor,  # [sequences] int32: keys in the cache, these queries' own included
+    *,
+    scale: float,
+    window: int = 0,  # each query sees the last `window` keys, itself included; 0: all
+    softcap: float = 0.0,  # scores become softcap * tanh(score / softcap); 0: off
+    sinks: Tensor | None = None,  # [query heads]: a score that takes part in the softmax and has no value
+    alibi: Tensor | None = None,  # [query heads]: slope * (key position - query position) is added
+    max_query_len: int = 0,  # bounds that the caller knows and a kernel need not read back; 0: unknown
+    max_seq_len: int = 0,
+) -> Tensor:
+    """Causal attention of each sequence's last queries over all of its keys: decode, prefill and any mixture.
+
+    Query heads share a key head in groups of `query heads / key heads`. Returns [tokens, query heads, value size].
+    """
+    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
+    for i in range(len(seq_len)):
+        begin, end = int(query_start[i]), int(query_start[i + 1])
+        if begin == end:
+            continue
+        length = int(seq_len[i])
+        keys = gather(k_cache, block_table[i], length)
+        values = gather(v_cache, block_table[i], length).float()
+        weights = _weights(q[begin:end], keys, scale, window, softcap, sinks, alibi)
+        group = q.shape[1] // values.shape[0]
+        out[begin:end] = torch.einsum("hqk,hkd->qhd", weights, values.repeat_interleave(group, 0)).to(q.dtype)
+    return out
+
+
+def gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
+    """A sequence's keys or values, in order: [key heads, length, size]."""
+    size = cache.shape[2]
+    blocks = cache[table[: -(-length // size)].long()]  # [blocks, heads, block size, size]
+    return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def attention_weights(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_len: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+) -> list[Tensor]:
+    """What `paged_attention` multiplies the values by: for each sequence [query heads, queries, keys], float32."""
+    found = []
+    for i in range(len(seq_len)):
+        keys = gather(k_cache, block_table[i], int(seq_len[i]))
+        queries = q[int(query_start[i]) : int(query_start[i + 1])]
+        found.append(_weights(queries, keys, scale, window, softcap, sinks, alibi))
+    return found
+
+
+def _weights(
+    q: Tensor,
+    keys: Tensor,  # [key heads, keys, head size]
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    alibi: Tensor | None,
+) -> Tensor:
+    num_queries, num_heads, _ = q.shape
+    num_keys = keys.shape[1]
+    wide = keys.float().repeat_interleave(num_heads // keys.shape[0], 0)
+    scores = torch.einsum("qhd,hkd->hqk", q.float(), wide) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    key_at = torch.arange(num_keys, device=q.device)
+    query_at = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+    if alibi is not None:
+        scores = scores + alibi.float()[:, None, None] * (key_at - query_at)
+    seen = key_at <= query_at
+    if window:
+        seen &= key_at > query_at - window
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        sink = sinks.float()[:, None, None].expand(-1, num_queries, 1)
+        return torch.cat((scores, sink), -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)

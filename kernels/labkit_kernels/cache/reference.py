@@ -1,0 +1,36 @@
+"""Keys and values in blocks, in plain torch. A cache is [blocks, key heads, block size, head size]: one head of one
+block lies in one piece. A slot is block * block size + place; block 0 is scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def store_kv(
+    k: Tensor,  # [tokens, key heads, head size]
+    v: Tensor,  # [tokens, key heads, value size]
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,  # [tokens] int64
+) -> None:
+    """Write each token's key and value to its slot."""
+    size = k_cache.shape[2]
+    block, place = slots // size, slots % size
+    k_cache[block, :, place] = k.to(k_cache.dtype)
+    v_cache[block, :, place] = v.to(v_cache.dtype)
+
+
+def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:
+    """Copy block pairs[i, 0] to block pairs[i, 1] in every cache. No block is both source and target."""
+    source, target = pairs.unbind(1)  # [pairs, 2] int64, on the caches' device
+    for cache in caches:
+        cache[target] = cache[source]
+
+
+def swap_blocks(sources: Sequence[Tensor], targets: Sequence[Tensor], pairs: Tensor) -> None:
+    """Copy block pairs[i, 0] of each source to block pairs[i, 1] of its target, which may be on another device."""
+    source, target = pairs.unbind(1)  # [pairs, 2] int64, on the host
+    for one, other in zip(sources, targets, strict=True):
+        other[target.to(other.device)] = one[source.to(one.device)].to(other.device)

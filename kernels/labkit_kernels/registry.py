@@ -1,0 +1,151 @@
+"""An op and its variants: who may compute what, and which one is picked. Knows names, devices and dtypes; refuses to
+know what an op is for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+OPS: dict[str, Op] = {}
+_generation = 0
+
+
+def generation() -> int:
+    """Grows whenever a pick may come out differently: whoever keeps picked functions compares it, once a step."""
+    return _generation
+
+
+def _changed() -> None:
+    global _generation
+    _generation += 1
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One implementation of an op. `accepts(**facts)` says why it cannot serve a shape, or None."""
+
+    name: str
+    function: Callable[..., Any]
+    device: str | None = None  # "cuda", "cpu"; None: any
+    dtypes: tuple[torch.dtype, ...] | None = None
+    accepts: Callable[..., str | None] | None = None
+    picked: bool = True  # False: only by name, as variants made in a cell are
+
+    def why_not(self, device: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
+        if self.device is not None and self.device != device:
+            return f"runs on {self.device}, not on {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"takes {', '.join(map(str, self.dtypes))}, not {dtype}"
+        return self.accepts(**facts) if self.accepts is not None else None
+
+
+class Op:
+    """A named computation with a reference that is obviously right, and variants that must agree with it.
+
+    `cases(device)` yields `check.Case`s; `tolerance(dtype)` says how far a variant may be off, and `why`;
+    `traffic(*args)` and `flops(*args)` count what one call must move and compute. `sources` names the modules of a
+    device that register its variants; they are imported when that device first asks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Any],
+        cases: Callable[..., Iterator[Any]],
+        tolerance: Callable[[torch.dtype], Any],
+        traffic: Callable[..., int] | None = None,
+        flops: Callable[..., int] | None = None,
+        home: str,
+        sources: dict[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self.name, self.reference, self.cases, self.tolerance = name, reference, cases, tolerance
+        self.traffic, self.flops, self.home = traffic, flops, home
+        self.sources = dict(sources or {})
+        self.variants: dict[str, Variant] = {"reference": Variant("reference", reference)}
+        self._forced: list[str] = []
+        OPS[name] = self
+
+    def __repr__(self) -> str:
+        forced = f", using {self._forced[-1]}" if self._forced else ""
+        return f"Op({self.name}: {', '.join(self.variants)}{forced})"
+
+    def variant(
+        self,
+        name: str,
+        *,
+        device: str | None = None,
+        dtypes: tuple[torch.dtype, ...] | None = None,
+        accepts: Callable[..., str | None] | None = None,
+        picked: bool = False,
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register the decorated function. One made in a cell is used by name; a built-in also says `picked=True`."""
+        if not isinstance(name, str) or not name or name == "reference":
+            raise ValueError(f"a variant's name is a non-empty string other than 'reference', got {name!r}")
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            self.variants[name] = Variant(name, function, device, dtypes, accepts, picked)
+            _changed()
+            return function
+
+        return register
+
+    def load(self, device: str) -> None:
+        """Import the modules that register this device's variants."""
+        for module in self.sources.pop(device, ()):
+            importlib.import_module(f"{self.home}.{module}")
+
+    def get(self, name: str) -> Variant:
+        if name not in self.variants:
+            for device in list(self.sources):
+                self.load(device)
+        if name not in self.variants:
+            raise ValueError(f"op {self.name} has no variant {name!r}: it has {', '.join(self.variants)}")
+        return self.variants[name]
+
+    def pick(self, device: str | torch.device, dtype: torch.dtype, **facts: Any) -> Callable[..., Any]:
+        """The function to call for this device, dtype and shape: the one in `use`, else the last registered built-in
+        that can, else the reference."""
+        return self.picked(device, dtype, **facts).function
+
+    def picked(self, device: str | torch.device, dtype: torch.dtype, **facts: Any) -> Variant:
+        device = torch.device(device).type
+        self.load(device)
+        if self._forced:
+            forced = self.variants[self._forced[-1]]
+            if (reason := forced.why_not(device, dtype, facts)) is not None:
+                raise ValueError(f"variant {forced.name!r} of {self.name} cannot serve this: {reason}")
+            return forced
+        for variant in reversed(self.variants.values()):
+            if variant.picked and variant.why_not(device, dtype, facts) is None:
+                return variant
+        raise AssertionError("the reference serves everything")
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Variant]:
+        """Within the block, this variant is picked by everyone, running engines included."""
+        variant = self.get(name)
+        self._forced.append(name)
+        _changed()
+        try:
+            yield variant
+        finally:
+            self._forced.remove(name)
+            _changed()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Pick and call: for a notebook; hot paths pick once."""
+        first = next(arg for arg in args if isinstance(arg, torch.Tensor))
+        return self.pick(first.device, first.dtype)(*args, **options)
+
+
+def get(name: str) -> Op:
+    """An op by name."""
+    if name not in OPS:
+        raise ValueError(f"there is no op {name!r}: there are {', '.join(sorted(OPS))}")
+    return OPS[name]

@@ -1,0 +1,69 @@
+"""The boundary between a runner and a model: a batch goes in, hidden states come out. Knows tensors; refuses to know
+requests, blocks by count and text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [blocks, key heads, block size, size]
+
+
+class KVSpec(NamedTuple):
+    """What one layer keeps of each token."""
+
+    num_heads: int
+    key_size: int
+    value_size: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tokens, flattened: decode rows and prefill chunks alike are sequences whose last queries they are."""
+
+    token_ids: Tensor  # [tokens] int64
+    positions: Tensor  # [tokens] int64
+    slots: Tensor  # [tokens] int64: where each token's key and value go
+    block_table: Tensor  # [sequences, most blocks] int32
+    query_start: Tensor  # [sequences + 1] int32
+    seq_len: Tensor  # [sequences] int32: keys of each sequence, this step's included
+    max_query_len: int
+    max_seq_len: int
+
+
+@dataclass
+class Capture:
+    """Layers whose output or attention a caller wants, and what they gave in the latest forward.
+
+    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings); `attention[i]` is a list over sequences
+    of [query heads, queries, keys].
+    """
+
+    hidden_layers: frozenset[int] = frozenset()
+    attention_layers: frozenset[int] = frozenset()
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, list[Tensor]] = field(default_factory=dict)
+
+
+class Model(Protocol):
+    """A causal language model over a paged cache."""
+
+    name: str  # the architecture, for people
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int  # positions it was made for
+    kv: tuple[KVSpec, ...]  # one a layer
+    dtype: torch.dtype
+    device: torch.device
+
+    def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
+        """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[rows, hidden size] -> [rows, vocabulary], float32."""
+        ...
