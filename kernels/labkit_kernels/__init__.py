@@ -1,1 +1,1 @@
-"""Ops of LLM inference with references, variants, checks and benches. Knows tensors and scalars; never imports labkit."""
+"""Ops of LLM inference: references, variants, checks, benches. Knows tensors and scalars; never imports labkit."""

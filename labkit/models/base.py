@@ -9,7 +9,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-
 KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [blocks, key heads, block size, size]
 
 

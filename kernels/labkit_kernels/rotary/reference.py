@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from labkit_kernels.norm.reference import rms_norm
+from torch import Tensor
 
 
 def rope(
