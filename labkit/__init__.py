@@ -34,7 +34,10 @@ _HOME = {
     "FakeRunner": "runner.fake",
     "SimRunner": "runner.sim",
     "Layout": "runner.base",
-    "ByteTokenizer": "stopping",
+    "ByteTokenizer": "tokenizer",
+    "Tokenizer": "tokenizer",
+    "Handle": "handle",
+    "RequestError": "handle",
     "WallClock": "clock",
     "VirtualClock": "clock",
 }
@@ -54,10 +57,11 @@ if TYPE_CHECKING:
     from .core.scheduler import RejectedError, Scheduler
     from .core.table import BlockTable
     from .engine import Engine, StalledError
+    from .handle import Handle, RequestError
     from .runner.base import Layout
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
-    from .stopping import ByteTokenizer
+    from .tokenizer import ByteTokenizer, Tokenizer
 
 
 def __getattr__(name: str) -> object:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from labkit.core.options import real
+
 
 class Clock(Protocol):
     def now(self) -> int: ...
@@ -35,7 +37,7 @@ class VirtualClock:
     """Time that passes only when told: a simulation's, or a reproducible test's."""
 
     def __init__(self, start: float = 0.0) -> None:
-        self._now = round(start * 1e9)
+        self._now = round(real("start", start, least=0.0) * 1e9)
 
     def __repr__(self) -> str:
         return f"VirtualClock({self._now / 1e9:.6f} s)"

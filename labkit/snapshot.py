@@ -14,7 +14,9 @@ from labkit.core.request import Request, Status
 if TYPE_CHECKING:
     from labkit.engine import Engine
 
-KEPT = frozenset({"listeners", "scheduler", "runner", "clock", "stops"})  # of the engine itself: who it is
+KEPT = frozenset(
+    {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "bell", "lock", "closed", "_finalizer"}
+)  # of the engine itself: who it is
 
 
 class Snapshot:

@@ -96,8 +96,9 @@ def _still_blocked(s: Scheduler, request: Request) -> bool:
 
 
 def reads_cache(request: Request) -> bool:
-    """Prompt logprobs need every prompt position computed."""
-    return request.params.prompt_logprobs is None or len(request.output) > 0
+    """Prompt logprobs and a look inside need every prompt position computed."""
+    params = request.params
+    return (params.prompt_logprobs is None and not params.capture) or len(request.output) > 0
 
 
 def known_hashes(s: Scheduler, request: Request) -> list[bytes]:

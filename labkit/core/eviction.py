@@ -110,10 +110,22 @@ class Scored:
     def key(self, block: int) -> float:
         raise NotImplementedError
 
+    def safe_key(self, block: int) -> float:
+        """The key; of a scoring function that fails, a warning and the lowest: cached blocks can always be computed
+        again, and a step half done cannot be undone."""
+        try:
+            key = float(self.key(block))
+            if key == key:
+                return key
+            raise ValueError("the score is nan")
+        except Exception as error:
+            warnings.warn(f"eviction policy {self.name!r} failed on block {block}: {error!r}", stacklevel=2)
+            return float("-inf")
+
     def freed(self, blocks: list[int]) -> None:
         for block in blocks:
             self._num_freed += 1
-            entry = (self.key(block), self._num_freed, block)
+            entry = (self.safe_key(block), self._num_freed, block)
             self._live[block] = entry
             heapq.heappush(self._heap, entry)
         if len(self._heap) > 2 * len(self._live) + 64:
@@ -352,6 +364,8 @@ class CostAware(Scored):
     def __init__(self, cost: Callable[[BlockInfo], float] | None = None, depth_half: float = 128.0) -> None:
         super().__init__()
         half = real("depth_half", depth_half, least=0.0, open_left=True)
+        if cost is not None and not callable(cost):
+            raise ValueError(f"cost must be a function of a block, got {cost!r}")
         self.cost = cost or (lambda block: 1.0 + block.depth / half)
         self._age = 0.0
 
@@ -365,8 +379,7 @@ class CostAware(Scored):
 class Function(Scored):
     """A plain function `f(block) -> score`: the lowest score goes first.
 
-    It is tried once when given. A later exception is a warning, and that block goes first: cached blocks can always be
-    computed again, and a step half done cannot be undone.
+    It is tried once when given. A later exception is a warning, and that block goes first.
     """
 
     def __init__(self, function: Callable[[BlockInfo], float]) -> None:
@@ -379,11 +392,7 @@ class Function(Scored):
         return f"Function({self.name}: {len(self)} candidates)"
 
     def key(self, block: int) -> float:
-        try:
-            return float(self.function(info(self.cache, block, self._num_freed)))
-        except Exception as error:
-            warnings.warn(f"eviction policy {self.name!r} failed on block {block}: {error!r}", stacklevel=2)
-            return float("-inf")
+        return float(self.function(info(self.cache, block, self._num_freed)))
 
 
 def info(cache: PrefixCache, block: int, freed_at: int) -> BlockInfo:
@@ -412,7 +421,11 @@ def eviction_policy(choice: EvictionChoice) -> EvictionPolicy:
     """A policy from its name, from a scoring function, or as it is."""
     if isinstance(choice, str):
         return choose("eviction policy", choice, EVICTION_POLICIES)()
+    if isinstance(choice, type):
+        raise ValueError(f"eviction must be an instance: {choice.__name__}(), not the class")
     if isinstance(choice, EvictionPolicy):
+        if len(choice):
+            raise ValueError(f"{choice!r} already serves a block manager: make another one")
         return choice
     if callable(choice):
         return Function(choice)

@@ -6,14 +6,14 @@ name) and the scheduler (rows and vectors of rows).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 
 import numpy as np
 
 from .blocks import NEVER, BlockPool, BlockTables, Ints, Tokens
 from .eviction import EvictionChoice, EvictionPolicy, eviction_policy
-from .options import named_arguments, named_options, real, whole
+from .options import flag, named_arguments, named_options, real, whole
 from .prefix import EventSink, Explanation, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
 from .stats import BlockStats, block_stats
 from .table import BlockTable, Pin
@@ -50,13 +50,14 @@ class BlockManager:
         self.host = BlockPool(whole("num_host_blocks", num_host_blocks, least=0, most=2**31 - 2))
         self.tables = BlockTables(block_size)
         self.prefix = PrefixCache(num_blocks, block_size)
-        self.prefix_caching = bool(prefix_caching)
+        self.prefix_caching = flag("prefix_caching", prefix_caching)
         self._eviction = eviction_policy(eviction)
         self._eviction.attach(self.prefix)
         self.pins: list[Pin] = []
         self.now = 0
         self.step = 0
         self.attached = False  # a runner computes these blocks: nothing may be stored that it did not compute
+        self.taken: Callable[[str], bool] = _nobody  # is this name a request's?
         self.emit: EventSink | None = None
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
@@ -111,9 +112,14 @@ class BlockManager:
 
     @eviction.setter
     def eviction(self, choice: EvictionChoice) -> None:
-        policy = eviction_policy(choice)
+        policy, old = eviction_policy(choice), self._eviction
+        if policy is old:
+            return
+        cached = old.candidates()
         policy.attach(self.prefix)
-        policy.freed(self._eviction.candidates())
+        _tell_time(policy, self.now)
+        policy.freed(cached)
+        old.forget(cached)
         self._eviction = policy
 
     # -- people's door: tables by name ---------------------------------------------------------------------------
@@ -133,7 +139,7 @@ class BlockManager:
         only the last blocks of the prefix need to be there; the entries before them name the scratch block."""
         self._check_new(name)
         ids = as_tokens(tokens, "tokens")
-        keys = span_keys(spans, self.block_size)
+        keys = span_keys(spans, self.block_size, len(ids))
         root = self.prefix.root(salt, adapter)
         hashes = hash_blocks(ids, self.block_size, root, keys)
         hit = self.hit(hashes, len(ids), spans, window) if self.prefix_caching else []
@@ -191,7 +197,9 @@ class BlockManager:
         ids = as_tokens(tokens, "tokens")
         hit: list[int] = []
         if self.prefix_caching:
-            hashes = hash_blocks(ids, self.block_size, root_hash(salt, adapter), span_keys(spans, self.block_size))
+            hashes = hash_blocks(
+                ids, self.block_size, root_hash(salt, adapter), span_keys(spans, self.block_size, len(ids))
+            )
             hit = self.hit(hashes, len(ids), spans, window)
         return Lookup(len(ids), len(hit) * self.block_size, tuple(hit))
 
@@ -282,6 +290,8 @@ class BlockManager:
         """The first `num_tokens` tokens of a table have left the attention window: release the blocks that hold only
         such tokens. Their entries name the scratch block."""
         row = self.row(name)
+        if row not in self._own_rows:
+            raise ValueError(f"table {name!r} belongs to a running request: only a step releases its blocks")
         table = self.tables.blocks[0, row]
         most = int(self.tables.num_computed[row])
         gone = table[: whole("num_tokens", num_tokens, least=0, most=most) // self.block_size]
@@ -538,6 +548,13 @@ class BlockManager:
             self.prefix.remove(old, self.step, [None] * len(old))
             self.pool.free += old
 
+    def attach(self) -> None:
+        """A runner computes these blocks from now on. What was stored before is in no runner's memory, and tables that
+        people made are never stored."""
+        self.clear_prefixes()
+        self.tables.next_full[list(self._own_rows)] = NEVER
+        self.attached = True
+
     def clear_prefixes(self) -> None:
         """Forget every hash; blocks in use stay in use, and chains that have begun are never stored again."""
         cached = self._eviction.candidates()
@@ -583,6 +600,8 @@ class BlockManager:
             raise ValueError(f"a table's name must be a non-empty string, got {name!r}")
         if name in self.tables.row_of:
             raise ValueError(f"there is already a table {name!r}")
+        if self.taken(name):
+            raise ValueError(f"{name!r} is the id of a request: choose another name")
 
     def _check_fits(self, name: str, wanted: int, hit: list[int]) -> None:
         available = self.available - self.num_revived(hit)
@@ -591,3 +610,13 @@ class BlockManager:
                 f"table {name!r} needs {wanted} more blocks of {self.block_size} tokens, "
                 f"{available} of {self.num_blocks} are available"
             )
+
+
+def _nobody(name: str) -> bool:
+    return False
+
+
+def _tell_time(policy: EvictionPolicy, now: int) -> None:
+    """Policies that reckon with time are told before they are given blocks."""
+    if (expired := getattr(policy, "expired", None)) is not None:
+        expired(now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
@@ -23,7 +24,9 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
     """`table[name]`, or a ValueError that names the closest valid one."""
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
+        if not isinstance(name, str):
+            raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}")
         raise ValueError(f"unknown {kind} {name!r}; {closest(name, table)}")
     return table[name]
 
@@ -73,9 +76,16 @@ def whole(name: str, value: object, *, least: int, most: int | None = None) -> i
     return number
 
 
+def flag(name: str, value: object) -> bool:
+    """`value` if it is True or False; "off" is neither."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def real(name: str, value: object, *, least: float, most: float = float("inf"), open_left: bool = False) -> float:
     """`value` as a finite float in [least, most], or (least, most] when `open_left`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
     number = float(value)
     inside = least < number <= most if open_left else least <= number <= most

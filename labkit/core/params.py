@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
-from .options import named_options, real, whole
+from .options import choose, flag, named_options, real, whole
 
 MOST_SAMPLES = 1024
 MOST_STOPS = 64
 MOST_LOGPROBS = 128
+
+FLAGS = (
+    "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"
+)  # fmt: skip
+LogitsProcessor = Callable[[list[int], list[int], Any], Any]  # (prompt ids, output ids, logits) -> logits
 
 
 @named_options
@@ -20,6 +26,12 @@ class SamplingParams:
     `max_tokens=None` means the room that is left. Ties go abort, stop string, stop id, eos, length;
     `min_tokens` holds back stop strings, stop ids and eos, never length or abort.
     Fake and simulated runners draw tokens from a hash and read none of the sampler's fields.
+
+    `temperature=0` takes the likeliest token. `logit_bias` adds to a token's logit, `allowed_token_ids` leaves only
+    these, `bad_words` (text) and `bad_word_ids` (token ids) are never completed; each of `logits_processors` is a
+    function `f(prompt_ids, output_ids, logits) -> logits`. `logprobs=k` asks for the chosen token's and the k largest
+    log-probabilities, `prompt_logprobs=k` for the prompt's. A `seed` gives the same text whatever else is served.
+    `capture={"hidden": [0], "attention": [3]}` keeps the output or the attention of these layers.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])
     SamplingParams(max_tokens=20, stop_token_ids=(2,))
@@ -42,6 +54,15 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logit_bias: Mapping[Any, float] | None = None  # token id, as a number or its digits
+    allowed_token_ids: tuple[int, ...] | list[int] | None = None
+    bad_words: tuple[str, ...] | list[str] | str = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] | list[list[int]] = ()
+    logits_processors: tuple[LogitsProcessor, ...] | list[LogitsProcessor] = ()
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    capture: Mapping[str, Iterable[int]] | None = None
 
     def __post_init__(self) -> None:
         whole("n", self.n, least=1, most=MOST_SAMPLES)
@@ -50,12 +71,14 @@ class SamplingParams:
         whole("min_tokens", self.min_tokens, least=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stop = (self.stop,) if isinstance(self.stop, str) else _several("stop", self.stop)
         if not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be non-empty strings, got {self.stop!r}")
         object.__setattr__(self, "stop", _bounded("stop", stop))
-        ids = tuple(whole("stop_token_ids", i, least=0) for i in self.stop_token_ids)
+        ids = tuple(whole("stop_token_ids", i, least=0) for i in _several("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "stop_token_ids", _bounded("stop_token_ids", ids))
+        for name in FLAGS:
+            flag(name, getattr(self, name))
         real("temperature", self.temperature, least=0.0)
         real("top_p", self.top_p, least=0.0, most=1.0, open_left=True)
         whole("top_k", self.top_k, least=0)
@@ -68,6 +91,54 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=0, most=MOST_LOGPROBS)
+        self._check_masks()
+        self._check_capture()
+
+    def _check_masks(self) -> None:
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise ValueError(f"logit_bias maps token ids to numbers, got {self.logit_bias!r}")
+            bias = {
+                whole("logit_bias", int(k) if isinstance(k, str) and k.isdecimal() else k, least=0): real(
+                    f"logit_bias[{k}]", v, least=-100.0, most=100.0
+                )
+                for k, v in self.logit_bias.items()
+            }
+            object.__setattr__(self, "logit_bias", bias)
+        if self.allowed_token_ids is not None:
+            allowed = tuple(
+                whole("allowed_token_ids", i, least=0) for i in _several("allowed_token_ids", self.allowed_token_ids)
+            )
+            if not allowed:
+                raise ValueError("allowed_token_ids is empty: no token could be drawn; None allows all")
+            object.__setattr__(self, "allowed_token_ids", allowed)
+        words = (self.bad_words,) if isinstance(self.bad_words, str) else _several("bad_words", self.bad_words)
+        if not all(isinstance(word, str) and word for word in words):
+            raise ValueError(f"bad_words must be non-empty strings, got {self.bad_words!r}")
+        object.__setattr__(self, "bad_words", _bounded("bad_words", words))
+        each = (_several("bad_word_ids", word) for word in _several("bad_word_ids", self.bad_word_ids))
+        ids = tuple(tuple(whole("bad_word_ids", i, least=0) for i in word) for word in each)
+        if not all(ids):
+            raise ValueError("bad_word_ids holds an empty word")
+        object.__setattr__(self, "bad_word_ids", ids)
+        given = self.logits_processors
+        functions = (given,) if callable(given) else _several("logits_processors", given)
+        if not all(callable(function) for function in functions):
+            raise ValueError(f"logits_processors are functions f(prompt_ids, output_ids, logits), got {functions!r}")
+        object.__setattr__(self, "logits_processors", functions)
+
+    def _check_capture(self) -> None:
+        if self.capture is None:
+            return
+        if not isinstance(self.capture, Mapping):
+            raise ValueError(f"capture maps 'hidden' and 'attention' to layer numbers, got {self.capture!r}")
+        for what in self.capture:
+            choose("capture", what, {"hidden": None, "attention": None})
+        chosen = {
+            what: tuple(whole(f"capture[{what!r}]", i, least=-1 if what == "hidden" else 0) for i in which)
+            for what, which in self.capture.items()
+        }
+        object.__setattr__(self, "capture", chosen)
 
     def __repr__(self) -> str:
         changed = (
@@ -76,6 +147,15 @@ class SamplingParams:
             if getattr(self, f.name) != f.default or f.name == "max_tokens"
         )
         return f"SamplingParams({', '.join(changed)})"
+
+
+def _several(name: str, values: Any) -> tuple[Any, ...]:
+    """A list as a tuple; None is an empty one."""
+    if values is None:
+        return ()
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list, got {values!r}")
+    return tuple(values)
 
 
 def _bounded(name: str, values: tuple[object, ...]) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ A plan is immutable and stands alone: it may go to another process, to disk, to 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,12 +92,31 @@ class Plan(NamedTuple):
         return f"Plan({self.step}: {', '.join(parts)})"
 
 
+class TokenLogprobs(NamedTuple):
+    """How likely a token was: its log-probability, its rank (1: the likeliest), and the likeliest tokens' own."""
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top: tuple[float, ...] = ()
+
+
+class Extras(NamedTuple):
+    """What a request asked for beside its token."""
+
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: dict[int, TokenLogprobs] | None = None  # by position in the prompt
+    captured: dict[tuple[str, int], tuple[int, Any]] | None = None  # (what, layer) -> first position, array
+
+
 class Result(NamedTuple):
-    """One token for each sample of the plan, the seconds it took, and an error text for rows that failed alone."""
+    """One token for each sample of the plan, the seconds it took, and an error text for rows that failed alone.
+    `extras` are by request id; the core hands them on unread."""
 
     tokens: Tokens
     seconds: float = 0.0
     errors: dict[int, str] | None = None
+    extras: dict[str, Extras] | None = None
 
 
 class Failure(NamedTuple):

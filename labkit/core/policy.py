@@ -7,6 +7,7 @@ submission, or, when it has an attribute `dynamic = True`, whenever there is a p
 from __future__ import annotations
 
 import heapq
+import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -55,6 +56,14 @@ def name_of(function: object) -> str:
     return getattr(function, "__name__", None) or type(function).__name__
 
 
+def _shape_of(key: Key) -> Any:
+    """ "n" for a number, a tuple of shapes for a tuple, None for what cannot be ordered."""
+    if isinstance(key, tuple):
+        shapes = tuple(map(_shape_of, key))
+        return None if None in shapes else shapes
+    return "n" if isinstance(key, numbers.Real) and key == key else None
+
+
 PREEMPTIONS = {"recompute": "recompute", "swap": "swap", "auto": "auto"}
 
 
@@ -75,6 +84,8 @@ class WaitingQueue:
         self.order = order
         self._heap: list[list[Any]] = []  # [key, serial, request or None]
         self._entries: dict[int, list[Any]] = {}  # serial -> its entry
+        self._shaped_by: Order | None = None  # the order whose keys have this form
+        self._shape: Any = None
         self._keys: dict[int, Key] = {}  # serial -> its key, kept while the request lives
 
     def __len__(self) -> int:
@@ -93,9 +104,17 @@ class WaitingQueue:
     def key(self, request: Request, now: int) -> Key:
         """The order's key, or a ValueError when it cannot be compared."""
         key = self.order(request, now)
-        if not isinstance(key, (int, float, tuple)) or key != key:
+        shape = _shape_of(key)
+        if shape is None:
             raise ValueError(
                 f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}: keys are numbers, or tuples of them"
+            )
+        if self._shaped_by is not self.order:
+            self._shaped_by, self._shape = self.order, shape
+        if shape != self._shape:
+            raise ValueError(
+                f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}, which cannot be compared with its "
+                f"earlier keys: all need one form"
             )
         return key
 

@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 
 from .blocks import Ints, Tokens
+from .options import whole
 
 EventSink = Callable[[tuple[object, ...]], None]
 
@@ -29,6 +30,12 @@ class Span:
     start: int
     length: int
     key: bytes
+
+    def __post_init__(self) -> None:
+        whole("a span's start", self.start, least=0)
+        whole("a span's length", self.length, least=1)
+        if not isinstance(self.key, bytes):
+            raise ValueError(f"a span's key is the bytes of its content's hash, got {self.key!r}")
 
     @property
     def end(self) -> int:
@@ -61,18 +68,29 @@ class Explanation:
         return f"Explanation({self.num_hit} of {self.num_tokens} tokens: {self.reason} - {self.detail})"
 
 
-@lru_cache(maxsize=1024)
 def root_hash(salt: str | None, adapter: str | None, group: int = 0) -> bytes:
     """Where a chain starts. Lengths are written out, so that no salt can pass for an adapter or for tokens."""
+    for name, value in (("salt", salt), ("adapter", adapter)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} must be a string, got {value!r}")
+    return _root_hash(salt, adapter, group)
+
+
+@lru_cache(maxsize=1024)
+def _root_hash(salt: str | None, adapter: str | None, group: int) -> bytes:
     parts = [b"labkit", str(group).encode()]
     parts += [b"-" if name is None else f"{len(name)}:{name}".encode() for name in (salt, adapter)]
     return sha256(b"|".join(parts)).digest()
 
 
-def span_keys(spans: Iterable[Span], block_size: int) -> dict[int, bytes]:
+def span_keys(spans: Iterable[Span], block_size: int, num_tokens: int | None = None) -> dict[int, bytes]:
     """block index -> 32 bytes that stand for the spans it touches, and where in the block they lie."""
     found: dict[int, list[bytes]] = {}
     for span in spans:
+        if not isinstance(span, Span):
+            raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
+        if num_tokens is not None and span.end > num_tokens:
+            raise ValueError(f"{span!r} does not lie within {num_tokens} tokens")
         for index in range(span.start // block_size, -(-span.end // block_size)):
             place = f"{span.start - index * block_size}:{span.length}:".encode()
             found.setdefault(index, []).append(place + sha256(span.key).digest())

@@ -19,7 +19,7 @@ from .blocks import Ints
 from .draft import Draft
 from .log import EventLog
 from .manager import BlockManager
-from .options import choose, named_options, real, whole
+from .options import choose, flag, named_options, real, whole
 from .pending import PendingPrefixes
 from .plan import NO_INTS, Failure, Outputs, Plan, Result
 from .policy import (
@@ -81,7 +81,7 @@ class Scheduler:
     ) -> None:
         if not isinstance(blocks, BlockManager):
             raise ValueError(f"a Scheduler stands on a BlockManager, got {type(blocks).__name__}")
-        if blocks.attached:
+        if blocks.attached or blocks.emit is not None:
             raise ValueError(f"{blocks!r} already serves a scheduler: make another BlockManager")
         self.blocks = blocks
         self.tables = blocks.tables
@@ -93,14 +93,19 @@ class Scheduler:
         self.max_prefill_chunk = (
             None if max_prefill_chunk is None else whole("max_prefill_chunk", max_prefill_chunk, least=1)
         )
-        self.chunked_prefill = bool(chunked_prefill)
+        self.chunked_prefill = flag("chunked_prefill", chunked_prefill)
         self.prefill_share = real("prefill_share", prefill_share, least=0.0, most=1.0, open_left=True)
         self.preemption = choose("preemption", preemption, PREEMPTIONS)
         self.swap_cost = swap_cost or default_swap_cost
         self.recompute_cost = recompute_cost or default_recompute_cost
         self.watermark = real("watermark", watermark, least=0.0, most=1.0)
-        self.prefix_hold = bool(prefix_hold)
+        self.prefix_hold = flag("prefix_hold", prefix_hold)
         self.max_in_flight = whole("max_in_flight", max_in_flight, least=0, most=16)
+        for name, cost in (("swap_cost", swap_cost), ("recompute_cost", recompute_cost)):
+            if cost is not None and not callable(cost):
+                raise ValueError(f"{name} must be a function of a number of tokens, got {cost!r}")
+        if log is not None and not isinstance(log, EventLog):
+            raise ValueError(f"log must be an EventLog, got {log!r}")
         self.log = log if log is not None else EventLog()
         self.queue = WaitingQueue(order_of(order))
 
@@ -321,6 +326,10 @@ class Scheduler:
             self.num_rejected += 1
             self.log.add(("Rejected", request.id, request.finish_reason))
         self.requests.pop(request.id, None)
+        self.remember(request)
+
+    def remember(self, request: Request) -> None:
+        """A request that ended before it was submitted can still be asked for by its id."""
         self.ended[request.id] = request
         if len(self.ended) > MOST_REMEMBERED:
             self.ended.popitem(last=False)

@@ -26,8 +26,9 @@ def as_tokens(tokens: TokenIds, what: str = "prompt") -> Tokens:
         raise ValueError(f"{what} must be one flat list of token ids: {error}") from None
     if array.ndim != 1:
         raise ValueError(f"{what} must be one flat list of token ids, got shape {array.shape}")
-    if array.size and array.dtype.kind not in "iu":
-        bad, value = next((i, t) for i, t in enumerate(given) if not _is_whole(t))
+    odd = array.dtype.kind not in "iu" or (isinstance(given, list) and any(isinstance(t, bool) for t in given))
+    if array.size and odd:
+        bad, value = next(((i, t) for i, t in enumerate(given) if not _is_whole(t)), (0, given[0]))
         raise ValueError(f"{what}[{bad}] is {value!r}: token ids are whole numbers")
     if array.size and (array.min() < 0 or array.max() > MOST_TOKEN_ID):
         bad = int(np.flatnonzero((array < 0) | (array > MOST_TOKEN_ID))[0])

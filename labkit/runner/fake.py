@@ -37,7 +37,8 @@ class FakeRunner:
     ) -> None:
         self.seed = whole("seed", seed, least=0)
         self.vocab_size = whole("vocab_size", vocab_size, least=1)
-        self.eos_token_ids = () if eos_token_id is None else (whole("eos_token_id", eos_token_id, least=0),)
+        most = self.vocab_size - 1
+        self.eos_token_ids = () if eos_token_id is None else (whole("eos_token_id", eos_token_id, least=0, most=most),)
         self.seconds = real("seconds", seconds, least=0.0)
         self.layout: Layout | None = None
 
@@ -46,6 +47,8 @@ class FakeRunner:
         return f"FakeRunner(seed {self.seed}, vocab {self.vocab_size}, {where})"
 
     def open(self, layout: Layout) -> None:
+        if self.layout is not None:
+            raise ValueError("this FakeRunner already serves an engine: make another one")
         self.layout = layout
         self.rows = Rows(layout)
         self.memory = np.full((layout.num_blocks + 1, layout.block_size), -1, np.int32)

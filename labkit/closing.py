@@ -1,0 +1,53 @@
+"""What an engine leaves behind. Knows weak references and threads; refuses to know what they were for."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any, NamedTuple
+
+
+class Held(NamedTuple):
+    """Memory that should be gone after closing: (what, bytes, weak reference)."""
+
+    what: str
+    num_bytes: int
+    ref: weakref.ref[Any]
+
+
+def held_memory(runner: Any) -> list[Held]:
+    """Weak references to a runner's keys, values and weights, by its own account."""
+    tensors = getattr(runner, "memory_parts", None)
+    if tensors is None:
+        return []
+    return [Held(what, tensor.numel() * tensor.element_size(), weakref.ref(tensor)) for what, tensor in tensors()]
+
+
+class LeakReport(NamedTuple):
+    """What is still there after `close()`: nothing, if all is well."""
+
+    thread: str | None
+    kv_bytes: int
+    weight_bytes: int
+    num_aborted: int
+
+    @classmethod
+    def of(cls, memory: list[Held], worker: Any, num_aborted: int) -> LeakReport:
+        gc.collect()
+        left = {"kv": 0, "weights": 0}
+        for what, num_bytes, ref in memory:
+            if ref() is not None:
+                left[what] += num_bytes
+        return cls(None if worker is None else repr(worker), left["kv"], left["weights"], num_aborted)
+
+    @property
+    def ok(self) -> bool:
+        return self.thread is None and not self.kv_bytes and not self.weight_bytes
+
+    def __repr__(self) -> str:
+        if self.ok:
+            return f"LeakReport(nothing left; {self.num_aborted} requests aborted)"
+        return (
+            f"LeakReport(LEFT: thread {self.thread}, {self.kv_bytes / 2**20:.1f} MiB of keys and values, "
+            f"{self.weight_bytes / 2**20:.1f} MiB of weights)"
+        )

@@ -1,0 +1,242 @@
+"""Text to token ids and back, from a model's own files. Knows the tokenizers library; refuses to know models.
+
+Where a folder has a `tokenizer.json` it is read directly: importing all of transformers for it would double the start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
+CONTEXT = 6  # prompt tokens that a stream is shown, so that a first space or a joined character comes out right
+
+Message = Mapping[str, Any]
+
+
+class Decoder(Protocol):
+    """All that an engine needs to show text."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class TextStream(Protocol):
+    """Tokens in, complete characters out."""
+
+    def feed(self, ids: list[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """Token ids that are bytes: enough to read a fake runner's output as text, and to try stop strings. Ids beyond
+    255 read as a character that is none."""
+
+    vocab_size = 256
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(min(id, 255) for id in ids).decode("utf-8", errors="replace")
+
+
+class Tokenizer:
+    """A model's tokenizer and chat template.
+
+    >>> import labkit as lk
+    >>> tokenizer = lk.Tokenizer.load(lk.assets.path("tiny"))
+    >>> tokenizer.decode(tokenizer.encode("def f(x):"))
+    'def f(x):'
+    """
+
+    def __init__(self, backend: Any, config: Mapping[str, Any] | None = None, template: str | None = None) -> None:
+        self.backend = backend  # tokenizers.Tokenizer
+        self.config = dict(config or {})
+        self.template = template
+        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
+        self._compiled: Any = None
+
+    def __repr__(self) -> str:
+        chat = "with a chat template" if self.template else "no chat template"
+        return f"Tokenizer({self.vocab_size} tokens, {chat})"
+
+    @classmethod
+    def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        folder = Path(folder)
+        config = _json(folder / "tokenizer_config.json")
+        template = _template(folder, config)
+        if (folder / "tokenizer.json").exists():
+            from tokenizers import Tokenizer as Backend
+
+            try:
+                return cls(Backend.from_file(str(folder / "tokenizer.json")), config, template)
+            except Exception as error:  # tokenizers raises bare Exception
+                raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        from transformers import AutoTokenizer
+
+        try:
+            slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError) as error:
+            raise ValueError(
+                f"{folder} holds no tokenizer that can be read: {error} (skip_tokenizer_init=True does without)"
+            ) from error
+        backend = getattr(slow, "backend_tokenizer", None)
+        if backend is None:
+            raise ValueError(f"{folder} has a tokenizer of a kind without a tokenizer.json: save a fast one beside it")
+        return cls(backend, config, template or slow.chat_template)
+
+    @property
+    def eos_token(self) -> str | None:
+        return self._special("eos_token")
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
+
+    def _special(self, name: str) -> str | None:
+        token = self.config.get(name)
+        return token.get("content") if isinstance(token, dict) else token
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, got {type(text).__name__}")
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, id: int) -> str:
+        """One token as text."""
+        return self.decode([id], skip_special_tokens=False)
+
+    def stream(self, prompt: Sequence[int] = (), skip_special_tokens: bool = True) -> TextStream:
+        return _BackendStream(self.backend, [int(i) for i in prompt[-CONTEXT:]], skip_special_tokens)
+
+    # -- chat ----------------------------------------------------------------------------------------------------
+
+    def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> list[int]:
+        """Token ids of a conversation in the model's own form, up to where the assistant speaks next."""
+        text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, **more)
+        return self.encode(text, add_special_tokens=False)
+
+    def chat_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> str:
+        if self.template is None:
+            raise ValueError(
+                "this model's tokenizer has no chat template: give it one (tokenizer.template = ...), or write the "
+                "prompt as text"
+            )
+        _check_messages(messages)
+        if self._compiled is None:
+            self._compiled = _compile(self.template)
+        specials = {name: self._special(name) for name in self.config if name.endswith("_token")}
+        from jinja2 import TemplateError
+
+        try:
+            text: str = self._compiled.render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **specials | more
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template does not take these messages: {error}") from error
+        return text
+
+
+class _BackendStream:
+    """tokenizers' own stream decoder."""
+
+    def __init__(self, backend: Any, context: list[int], skip_special_tokens: bool) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self.backend, self.make = backend, lambda: DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.stream = self.make()
+        if context:
+            self.stream.step(backend, context)
+
+    def feed(self, ids: list[int]) -> str:
+        try:
+            return "".join(piece for id in ids if (piece := self.stream.step(self.backend, id)))
+        except Exception:  # tokenizers raises a bare Exception on bytes that never make a character; go on behind them
+            self.stream = self.make()
+            return ""
+
+
+class DecodedStream:
+    """The same for anything that can only decode whole lists: text counts once it ends in no half character."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def feed(self, ids: list[int]) -> str:
+        self.ids += ids
+        text = self.decoder.decode(self.ids)
+        complete = len(text.rstrip(HALF)) if len(self.ids) - self._half(text) < 4 else len(text)
+        piece = text[self.shown : complete]
+        self.shown = max(self.shown, complete)
+        if len(self.ids) > 64 and self.shown == len(text):  # nothing pending: start afresh
+            self.ids, self.shown = [], 0
+        return piece
+
+    def _half(self, text: str) -> int:
+        """Tokens before the pending tail: a tail of four tokens or more is no character in the making."""
+        want, keep = text.rstrip(HALF), max(0, len(self.ids) - 4)
+        return keep if len(self.decoder.decode(self.ids[:keep])) >= len(want) else len(self.ids)
+
+
+def stream_of(decoder: Decoder, prompt: Sequence[int], skip_special_tokens: bool = True) -> TextStream:
+    if isinstance(decoder, Tokenizer):
+        return decoder.stream(prompt, skip_special_tokens)
+    return DecodedStream(decoder)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several by name
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
+
+
+def _check_messages(messages: Sequence[Message]) -> None:
+    if isinstance(messages, (str, Mapping)) or not messages:
+        raise ValueError('messages is a list like [{"role": "user", "content": "..."}]')
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f'messages[{i}] needs a "role" and a "content", got {message!r}')
+
+
+def _compile(template: str) -> Any:
+    """As transformers does: sandboxed, blocks trimmed."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **more: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **more)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(template)
+    except TemplateError as error:
+        raise ValueError(f"the chat template cannot be read: {error}") from error
