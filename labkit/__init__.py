@@ -31,6 +31,9 @@ _HOME = {
     "diff": "core.diff",
     "Engine": "engine",
     "StalledError": "engine",
+    "LLM": "llm",
+    "TorchRunner": "runner.torch",
+    "load_model": "models",
     "FakeRunner": "runner.fake",
     "SimRunner": "runner.sim",
     "Layout": "runner.base",
@@ -41,6 +44,8 @@ _HOME = {
     "WallClock": "clock",
     "VirtualClock": "clock",
 }
+
+_MODULES = ("assets",)
 
 __all__ = ["__version__", *_HOME]
 
@@ -58,13 +63,18 @@ if TYPE_CHECKING:
     from .core.table import BlockTable
     from .engine import Engine, StalledError
     from .handle import Handle, RequestError
+    from .llm import LLM
+    from .models import load_model
     from .runner.base import Layout
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
+    from .runner.torch import TorchRunner
     from .tokenizer import ByteTokenizer, Tokenizer
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'labkit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

@@ -17,12 +17,13 @@ from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from labkit.build import Options, build
 from labkit.clock import Clock, WallClock
 from labkit.closing import LeakReport, held_memory
 from labkit.core.eviction import eviction_policy
 from labkit.core.log import EventLog
 from labkit.core.manager import BlockManager
-from labkit.core.options import check_names, choose, flag, named_arguments, named_options, real, whole
+from labkit.core.options import check_names, choose, flag, named_arguments, real, whole
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.policy import PREEMPTIONS, name_of, order_of
@@ -48,12 +49,11 @@ class StalledError(RuntimeError):
     """Requests wait, and nothing that runs will ever make room for them."""
 
 
-@named_options
 class Engine:
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other; the options are those of
-    `labkit.build.build`. Or it is given its parts:
+    `labkit.build.Options`. Or it is given its parts:
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16))
@@ -77,10 +77,9 @@ class Engine:
         tokenizer: Decoder | None = None,
         **options: Any,
     ) -> None:
+        check_names("Engine", options, (*_PARTS, *Options.__dataclass_fields__))
         self.worker: Worker | None = None
         if scheduler is None and runner is None:
-            from labkit.build import build
-
             self.worker = Worker()
             try:
                 parts = self.worker.call(lambda: build(model, tokenizer=tokenizer, **options))
@@ -740,4 +739,5 @@ def _is_ids(prompts: Any) -> bool:
     return first is not None and not isinstance(first, (str, Mapping, Sequence, np.ndarray))
 
 
+_PARTS = ("model", "scheduler", "runner", "clock", "tokenizer")
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "engine": {"build", "clock", "closing", "core", "handle", "intake", "runner", "snapshot", "tokenizer", "worker"},
     "bench": {"core", "runner", "engine", "bench"},
     "demo": {"clock", "core", "runner", "engine"},
+    "llm": {"closing", "core", "engine", "handle"},
     "cli": {"bench", "demo", ""},
     "__init__": {"clock", "core", "runner", "engine", "handle", "tokenizer", "assets", "models", "llm"},
 }

@@ -1,1 +1,83 @@
 """What computes hidden states: a native decoder for the common families, transformers for every other one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from labkit.core.options import choose, whole
+
+if TYPE_CHECKING:
+    from .base import Model
+
+LOAD_FORMATS = {"auto": "safetensors", "dummy": "random weights"}
+PATHS = {"auto": None, "native": None, "transformers": None}
+
+
+def load_model(
+    source: str | Path | Any,
+    *,
+    dtype: str | Any = "auto",
+    device: str | Any = "cpu",
+    load_format: str = "auto",
+    path: str = "auto",
+    max_model_len: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Model:
+    """A model from a folder, a hub's name, or a transformers config (which needs load_format="dummy").
+
+    `path` is "native" (our decoder), "transformers" (any causal model that goes through its attention interface) or
+    "auto": native where it can. `max_model_len` bounds the positions that tables are made for.
+    """
+    import torch
+
+    from labkit.loading.checkpoint import Checkpoint, Dummy, load_config, resolve
+
+    choose("load_format", load_format, LOAD_FORMATS)
+    choose("path", path, PATHS)
+    folder = None
+    if isinstance(source, (str, Path)):
+        folder = resolve(source)
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+    else:
+        config = source
+        if not hasattr(config, "model_type"):
+            raise ValueError(f"a model is a folder, a hub's name or a transformers config, got {source!r}")
+        if load_format != "dummy":
+            raise ValueError('a config has no weights: load_format="dummy" makes random ones')
+    device = torch.device(device)
+    dtype = _dtype(dtype, config)
+    longest = getattr(config, "max_position_embeddings", None) or 2048
+    length = longest if max_model_len is None else whole("max_model_len", max_model_len, least=2)
+    weights: Any = (
+        Dummy(config, seed, trust_remote_code=trust_remote_code) if load_format == "dummy" else Checkpoint(folder)  # type: ignore[arg-type]
+    )
+    try:
+        return _build(config, weights, dtype, device, length, path)
+    finally:
+        weights.close()
+
+
+def _build(config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str) -> Model:
+    from .decoder import FAMILIES, Decoder
+
+    native = config.model_type in FAMILIES
+    if path == "native" and not native:
+        raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
+    if native and path != "transformers":
+        return Decoder(config, weights, dtype, device, length)
+    raise ValueError(f"{config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+
+
+def _dtype(name: Any, config: Any) -> Any:
+    import torch
+
+    if isinstance(name, torch.dtype):
+        return name
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    aliases = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
+    if name == "auto":
+        given = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+        return kinds.get(given, torch.float32) if isinstance(given, str) else given
+    return choose("dtype", aliases.get(name, name), {"auto": None, **kinds})

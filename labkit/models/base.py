@@ -3,6 +3,7 @@ requests, blocks by count and text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -61,6 +62,14 @@ class Model(Protocol):
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""
+        ...
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Every weight once."""
+        ...
+
+    def refresh_ops(self) -> None:
+        """Pick every op again."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

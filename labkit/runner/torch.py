@@ -108,6 +108,15 @@ class TorchRunner:
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows, dtype=torch.int64, device=self.device)
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.model.kv)
+
+    def memory_parts(self) -> list[tuple[str, Tensor]]:
+        """Every tensor that must be gone after closing."""
+        kv = [("kv", tensor) for tensor in (*_flat(self.caches), *_flat(self.host))]
+        return [*kv, *(("weights", tensor) for tensor in self.model.tensors())]
+
     def close(self) -> None:
         """Let go of the cache and the model; the runner is of no further use."""
         self.caches, self.host, self.layout = [], [], None
@@ -211,7 +220,7 @@ class TorchRunner:
         return _Inputs(batch, query_start, seq_len)
 
     def _put(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _draw(self, plan: Plan, inputs: _Inputs, hidden: Tensor) -> Drawn | None:

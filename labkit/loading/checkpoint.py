@@ -1,0 +1,211 @@
+"""Tensors by name, from safetensors files or from a seed. Knows files; refuses to know what a tensor is for.
+
+One shard is open at a time, so that memory never holds more than the weights made so far and the pages of one file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from labkit.core.options import closest
+
+
+class Source(Protocol):
+    """What a model is built from."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+
+
+def resolve(source: str | Path) -> Path:
+    """The folder of a model: a local one, or one that a hub's client brings.
+
+    `hf:org/name` (or plain `org/name`) goes through huggingface_hub, which reads HF_ENDPOINT, HF_HOME and
+    HF_HUB_OFFLINE; `ms:org/name` through modelscope.
+    """
+    if not isinstance(source, (str, Path)) or not str(source):
+        raise ValueError(f"a model is a folder, 'hf:org/name' or 'ms:org/name', got {source!r}")
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(source)
+    if folder.exists():
+        raise ValueError(f"{name!r} is a file: give the folder that holds config.json and *.safetensors")
+    hub, _, rest = name.partition(":") if name.startswith(("hf:", "ms:")) else ("hf", ":", name)
+    if rest.count("/") != 1 or rest.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {name!r} (and it is no 'hf:org/name' or 'ms:org/name')")
+    return _from_modelscope(rest) if hub == "ms" else _from_hub(rest)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+    except Exception as error:  # many kinds: offline, missing, gated
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"model {name!r}: there is no such folder here, and the hub did not give it "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _from_modelscope(name: str) -> Path:
+    try:
+        from modelscope import snapshot_download  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ValueError(f"model 'ms:{name}' needs the package modelscope: pip install modelscope") from error
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:
+        raise ValueError(f"model 'ms:{name}': modelscope did not give it ({error})") from error
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model's transformers config."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json: is it a model's folder?")
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    kind = plain.get("model_type")
+    if plain.get("auto_map") and not trust_remote_code:
+        from transformers import CONFIG_MAPPING
+
+        if kind not in CONFIG_MAPPING:
+            raise ValueError(f"{folder} brings code of its own: pass trust_remote_code=True if you trust who made it")
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if kind is None or (kind not in CONFIG_MAPPING and not plain.get("auto_map")):
+        near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{path} names the model type {kind!r}, which transformers does not know{hint}")
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+class Checkpoint:
+    """The safetensors of a folder, in one file or in shards."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.files = self._find_files()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.file_of: dict[str, Path] = {}
+        for path in self.files:
+            with self._open(path) as file:
+                for name in file.keys():  # noqa: SIM118  # not a dict
+                    self.shapes[name] = tuple(file.get_slice(name).get_shape())
+                    self.file_of[name] = path
+        self._check_index()
+        self._file: Any = None
+        self._path: Path | None = None
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({self.folder.name}: {len(self.shapes)} tensors in {len(self.files)} files)"
+
+    def _find_files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                self.index: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{index} cannot be read: {error}") from error
+            files = [self.folder / name for name in sorted(set(self.index.values()))]
+            if missing := [path.name for path in files if not path.exists()]:
+                raise ValueError(f"{self.folder} lacks {', '.join(missing[:3])} of its {len(files)} shards")
+            return files
+        self.index = {}
+        files = sorted(self.folder.glob("*.safetensors"))
+        if files:
+            return files
+        if list(self.folder.glob("pytorch_model*.bin")):
+            raise ValueError(
+                f"{self.folder} holds only pytorch_model.bin, which can run code when read: convert it to safetensors "
+                f"(model.save_pretrained of transformers writes them)"
+            )
+        raise ValueError(
+            f'{self.folder} holds a config and no weights (*.safetensors): load_format="dummy" makes random ones'
+        )
+
+    def _check_index(self) -> None:
+        if lost := [name for name in self.index if name not in self.shapes]:
+            raise ValueError(
+                f"{self.folder}: the index names {len(lost)} tensors that no shard holds, {lost[0]!r} first"
+            )
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if name not in self.file_of:
+            raise ValueError(f"{self.folder} lacks tensor {name!r}; {closest(name, list(self.shapes)[:8])}")
+        path = self.file_of[name]
+        if path != self._path:
+            self._file, self._path = self._open(path), path
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor.to(device=device, dtype=dtype)
+
+    def close(self) -> None:
+        self._file = self._path = None
+
+
+class Dummy:
+    """Random weights for a config: each tensor a function of the seed and its own name."""
+
+    def __init__(self, config: Any, seed: int = 0, *, trust_remote_code: bool = False) -> None:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        self.seed, self.scale = seed, float(getattr(config, "initializer_range", 0.02) or 0.02)
+
+    def __repr__(self) -> str:
+        return f"Dummy({len(self.shapes)} tensors, seed {self.seed})"
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        shape = self.shapes[name]
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+        noise = torch.empty(shape, dtype=dtype, device=device)
+        if noise.is_floating_point():
+            noise.normal_(0.0, self.scale, generator=generator)
+            if len(shape) == 1 and name.endswith("norm.weight"):
+                noise += 1.0
+            return noise
+        return noise.zero_()
+
+    def close(self) -> None:
+        pass
+
+
+def check_taken(source: Source, taken: Iterable[str], where: str) -> None:
+    """Tensors that a model did not ask for tell that it is not the model they were saved from."""
+    ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "lm_head.weight")
+    known = set(taken)
+    left = [name for name in source.shapes if name not in known and not name.endswith(ignored)]
+    if left:
+        shown = ", ".join(left[:3])
+        raise ValueError(f"{where}: {len(left)} tensors have no place in this architecture: {shown}")
+
+
+def num_bytes(source: Source, dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for shape in source.shapes.values()) * dtype.itemsize

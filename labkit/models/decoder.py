@@ -1,0 +1,398 @@
+"""One decoder for the families that are variations of Llama, driven by the Hugging Face config and by which tensors
+there are. Knows layers and ops; refuses to know checkpoint files, requests and who calls.
+
+Read `Decoder.forward`, then `Layer`: what differs between families are norms (which, and where), windows, scales,
+rotary positions, and what stands in for the MLP. Biases, q/k norms, fused or split projections are seen by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from labkit_kernels.attention.reference import attention_weights
+from torch import Tensor
+
+from labkit.loading.checkpoint import Source, check_taken
+from labkit.loading.dense import Linear
+from labkit.models.base import Batch, Capture, KVCache, KVSpec
+from labkit.models.ops import Ops
+from labkit.models.rotary import rope_table
+
+FAMILIES = {
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
+    "olmo2", "starcoder2", "granite", "smollm3",
+}  # fmt: skip
+GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a config the layers need, under one name each."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    eps: float
+    activation: str
+    scale: float  # of attention scores
+    softcap: float
+    logit_softcap: float
+    embed_scale: float
+    residual_scale: float
+    logit_divisor: float
+    norm_offset: float  # gemma scales by 1 + w
+    windows: tuple[int, ...]  # by layer; 0: sees everything
+    layer_types: tuple[str, ...]
+    ropes: tuple[bool, ...]
+    num_experts_per_tok: int
+    norm_topk: bool
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        def get(*names: str, default: Any = None) -> Any:
+            """The first of these that the config sets."""
+            return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+
+        layers, heads = config.num_hidden_layers, config.num_attention_heads
+        head_size = get("head_dim", default=config.hidden_size // heads)
+        gemma = config.model_type.startswith("gemma")
+        scale = get("attention_multiplier")
+        if scale is None:
+            scale = get("query_pre_attn_scalar", default=head_size) ** -0.5
+        types = tuple(get("layer_types", default=["sliding_attention"] * layers))
+        window = get("sliding_window", default=0) if get("use_sliding_window", default=True) else 0
+        return cls(
+            hidden_size=config.hidden_size,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=get("num_key_value_heads", default=heads),
+            head_size=head_size,
+            eps=get("rms_norm_eps", "norm_epsilon", "layer_norm_eps", default=1e-6),
+            activation=get("hidden_activation", "hidden_act", default="silu") if gemma else config.hidden_act,
+            scale=scale,
+            softcap=get("attn_logit_softcapping", default=0.0),
+            logit_softcap=get("final_logit_softcapping", default=0.0),
+            embed_scale=config.hidden_size**0.5 if gemma else get("embedding_multiplier", default=1.0),
+            residual_scale=get("residual_multiplier", default=1.0),
+            logit_divisor=get("logits_scaling", default=1.0),
+            norm_offset=1.0 if gemma else 0.0,
+            windows=tuple(window if kind == "sliding_attention" else 0 for kind in types),
+            layer_types=types,
+            ropes=tuple(bool(use) for use in get("no_rope_layers", default=[1] * layers)),
+            num_experts_per_tok=get("num_experts_per_tok", default=0),
+            norm_topk=config.model_type == "mixtral" or bool(get("norm_topk_prob", default=False)),
+        )
+
+
+class Weights:
+    """Reads a source's tensors by name for one model, and remembers which were read."""
+
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.source, self.dtype, self.device = source, dtype, device
+        self.taken: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self.source.shapes
+
+    def get(self, name: str, *shape: int) -> Tensor:
+        """A tensor, of this shape if one is given."""
+        if not self.has(name):
+            raise ValueError(f"{self.source!r} lacks tensor {name!r}")
+        if shape and self.source.shapes[name] != shape:
+            raise ValueError(f"tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}")
+        self.taken.add(name)
+        return self.source.read(name, self.dtype, self.device)
+
+    def linear(self, names: list[str], sizes: list[int], inner: int) -> Linear:
+        """One linear layer of several stored ones: their outputs side by side."""
+        weight = torch.empty(sum(sizes), inner, dtype=self.dtype, device=self.device)
+        with_bias = self.has(f"{names[0]}.bias")
+        bias = torch.empty(sum(sizes), dtype=self.dtype, device=self.device) if with_bias else None
+        at = 0
+        for name, size in zip(names, sizes, strict=True):
+            weight[at : at + size] = self.get(f"{name}.weight", size, inner)
+            if bias is not None:
+                bias[at : at + size] = self.get(f"{name}.bias", size)
+            at += size
+        return Linear(weight, bias)
+
+
+class Norm:
+    """RMS norm, or layer norm where there is a bias."""
+
+    def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
+        self.weight = weights.get(f"{name}.weight")
+        if shape.norm_offset:
+            self.weight = self.weight.float() + shape.norm_offset
+        self.bias = weights.get(f"{name}.bias") if weights.has(f"{name}.bias") else None
+        self.eps, self.ops = shape.eps, ops
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+
+class Attention:
+    def __init__(self, weights: Weights, name: str, index: int, shape: Shape, table: Tensor | None, ops: Ops) -> None:
+        self.shape, self.ops, self.index, self.table = shape, ops, index, table
+        sizes = [shape.num_heads * shape.head_size, *[shape.num_kv_heads * shape.head_size] * 2]
+        fused = weights.has(f"{name}.qkv_proj.weight")
+        names = [f"{name}.{part}_proj" for part in "qkv"]
+        if fused:
+            names, merged = [f"{name}.qkv_proj"], [sum(sizes)]
+        self.qkv = weights.linear(names, merged if fused else sizes, shape.hidden_size)
+        self.out = weights.linear([f"{name}.o_proj"], [shape.hidden_size], sizes[0])
+        self.sizes = sizes
+        self.q_norm = Norm(weights, f"{name}.q_norm", shape, ops) if weights.has(f"{name}.q_norm.weight") else None
+        self.k_norm = Norm(weights, f"{name}.k_norm", shape, ops) if self.q_norm else None
+        self.per_head = self.q_norm is not None and len(self.q_norm.weight) == shape.head_size
+
+    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture | None) -> Tensor:
+        shape, ops = self.shape, self.ops
+        q, k, v = self.qkv(x).split(self.sizes, -1)  # [tokens, heads * head size]
+        if self.q_norm is not None and self.k_norm is not None and not self.per_head:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
+        if self.table is not None:
+            norms = {}
+            if self.per_head and self.q_norm is not None and self.k_norm is not None:
+                norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
+            q, k = ops.rope(q, k, self.table, batch.positions, **norms)
+        elif self.per_head and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        ops.store_kv(k, v, *cache, batch.slots)
+        where = (batch.block_table, batch.query_start, batch.seq_len)
+        options: dict[str, Any] = {"scale": shape.scale, "window": shape.windows[self.index], "softcap": shape.softcap}
+        if capture is not None and self.index in capture.attention_layers:
+            capture.attention[self.index] = attention_weights(q, cache[0], *where, **options)
+        seen = ops.paged_attention(
+            q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
+        )
+        return self.out(seen.flatten(1))
+
+    def tensors(self) -> list[Tensor]:
+        norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
+        return [tensor for part in (self.qkv, self.out, *norms) for tensor in part.tensors()]
+
+
+class MLP:
+    """Gated (gate and up merged), or plain."""
+
+    def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
+        self.ops, self.activation = ops, shape.activation
+        self.gated = not weights.has(f"{name}.c_fc.weight")
+        if not self.gated:
+            inner = weights.source.shapes[f"{name}.c_fc.weight"][0]
+            self.up = weights.linear([f"{name}.c_fc"], [inner], shape.hidden_size)
+            self.down = weights.linear([f"{name}.c_proj"], [shape.hidden_size], inner)
+            return
+        if weights.has(f"{name}.gate_up_proj.weight"):
+            inner = weights.source.shapes[f"{name}.gate_up_proj.weight"][0] // 2
+            self.up = weights.linear([f"{name}.gate_up_proj"], [2 * inner], shape.hidden_size)
+        else:
+            if not weights.has(f"{name}.gate_proj.weight"):
+                raise ValueError(f"{weights.source!r} lacks tensor '{name}.gate_proj.weight'")
+            inner = weights.source.shapes[f"{name}.gate_proj.weight"][0]
+            self.up = weights.linear([f"{name}.gate_proj", f"{name}.up_proj"], [inner, inner], shape.hidden_size)
+        self.down = weights.linear([f"{name}.down_proj"], [shape.hidden_size], inner)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        return self.down(gate(self.ops, self.activation, x) if self.gated else plain(self.activation, x))
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.up.tensors(), *self.down.tensors()]
+
+
+def gate(ops: Ops, activation: str, x: Tensor) -> Tensor:
+    if activation == "silu":
+        return ops.silu_mul(x)
+    if activation in GELU:
+        return ops.gelu_mul(x, GELU[activation])
+    raise ValueError(f"activation {activation!r} is not known; known: silu, {', '.join(GELU)}")
+
+
+def plain(activation: str, x: Tensor) -> Tensor:
+    if activation in GELU:
+        return F.gelu(x, approximate=GELU[activation])
+    functions = {"relu": F.relu, "silu": F.silu}
+    if activation not in functions:
+        raise ValueError(f"activation {activation!r} is not known; known: relu, silu, {', '.join(GELU)}")
+    return functions[activation](x)
+
+
+class Experts:
+    """Each token goes through its few best experts, and through the shared one where there is one."""
+
+    def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
+        self.shape, self.ops = shape, ops
+        router = f"{name}.gate.weight"
+        self.router = Linear(weights.get(router))
+        num = weights.source.shapes[router][0]
+        if weights.has(f"{name}.experts.gate_up_proj"):
+            self.up = weights.get(f"{name}.experts.gate_up_proj")  # [experts, 2 * inner, hidden]
+            self.down = weights.get(f"{name}.experts.down_proj")  # [experts, hidden, inner]
+        else:
+            first, second, last = ("w1", "w3", "w2")
+            if weights.has(f"{name}.experts.0.gate_proj.weight"):
+                first, second, last = "gate_proj", "up_proj", "down_proj"
+            inner = weights.source.shapes.get(f"{name}.experts.0.{first}.weight", (0,))[0]
+            like = {"dtype": weights.dtype, "device": weights.device}
+            self.up = torch.empty(num, 2 * inner, shape.hidden_size, **like)  # type: ignore[arg-type]
+            self.down = torch.empty(num, shape.hidden_size, inner, **like)  # type: ignore[arg-type]
+            for i in range(num):
+                self.up[i, :inner] = weights.get(f"{name}.experts.{i}.{first}.weight", inner, shape.hidden_size)
+                self.up[i, inner:] = weights.get(f"{name}.experts.{i}.{second}.weight", inner, shape.hidden_size)
+                self.down[i] = weights.get(f"{name}.experts.{i}.{last}.weight", shape.hidden_size, inner)
+        self.shared = self.shared_gate = None
+        if weights.has(f"{name}.shared_expert_gate.weight"):
+            self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
+            self.shared_gate = Linear(weights.get(f"{name}.shared_expert_gate.weight"))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        chances = self.router(x).float().softmax(-1)
+        share, expert = chances.topk(self.shape.num_experts_per_tok, -1)  # [tokens, chosen]
+        if self.shape.norm_topk:
+            share = share / share.sum(-1, keepdim=True)
+        order = expert.flatten().argsort(stable=True)  # one run of tokens an expert
+        token = order // expert.shape[1]
+        weight = share.flatten()[order, None].to(x.dtype)
+        out, at = torch.zeros_like(x), 0
+        for i, count in enumerate(torch.bincount(expert.flatten(), minlength=len(self.up)).tolist()):
+            if count:
+                run = slice(at, at + count)
+                inner = gate(self.ops, self.shape.activation, F.linear(x[token[run]], self.up[i]))
+                out.index_add_(0, token[run], F.linear(inner, self.down[i]) * weight[run])
+                at += count
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return out
+
+    def tensors(self) -> list[Tensor]:
+        shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []
+        return [*self.router.tensors(), self.up, self.down, *shared]
+
+
+class Layer:
+    """Attention and MLP, each with a norm before it, behind it, or both."""
+
+    def __init__(self, weights: Weights, name: str, index: int, shape: Shape, table: Tensor | None, ops: Ops) -> None:
+        def norm(part: str) -> Norm | None:
+            return Norm(weights, f"{name}.{part}", shape, ops) if weights.has(f"{name}.{part}.weight") else None
+
+        self.scale = shape.residual_scale
+        self.attention = Attention(weights, f"{name}.self_attn", index, shape, table, ops)
+        mlp = f"{name}.block_sparse_moe" if weights.has(f"{name}.block_sparse_moe.gate.weight") else f"{name}.mlp"
+        self.mlp = (Experts if weights.has(f"{mlp}.gate.weight") else MLP)(weights, mlp, shape, ops)
+        self.before_attention = norm("input_layernorm")
+        sandwich = weights.has(f"{name}.pre_feedforward_layernorm.weight")
+        if sandwich or self.before_attention is None:  # gemma2, gemma3: both sides; olmo2: behind
+            self.after_attention = norm("post_attention_layernorm")
+            self.before_mlp = norm("pre_feedforward_layernorm")
+            self.after_mlp = norm("post_feedforward_layernorm")
+        else:
+            self.before_mlp = norm("post_attention_layernorm")
+            self.after_attention = self.after_mlp = None
+        if self.before_mlp is None and self.after_mlp is None:
+            raise ValueError(f"{weights.source!r} lacks the norms of {name}")
+
+    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture | None) -> Tensor:
+        part = self.attention(_maybe(self.before_attention, x), batch, cache, capture)
+        x = self._add(x, _maybe(self.after_attention, part))
+        part = self.mlp(_maybe(self.before_mlp, x))
+        return self._add(x, _maybe(self.after_mlp, part))
+
+    def _add(self, x: Tensor, part: Tensor) -> Tensor:
+        return x + (part if self.scale == 1.0 else part * self.scale)
+
+    def tensors(self) -> list[Tensor]:
+        norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        parts = [self.attention, self.mlp, *(norm for norm in norms if norm is not None)]
+        return [tensor for part in parts for tensor in part.tensors()]
+
+
+def _maybe(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
+
+
+class Decoder:
+    """Embeddings, layers, a norm and a head; see `labkit.models.base.Model`."""
+
+    def __init__(
+        self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int
+    ) -> None:
+        self.name = config.architectures[0] if config.architectures else config.model_type
+        self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
+        self.shape = shape = Shape.of(config)
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.kv = (KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size),) * shape.num_layers
+        self.ops = Ops(device, dtype)
+        weights = Weights(source, dtype, device)
+        self.embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
+        self.tables = self._tables(config, shape)
+        self.layers = [
+            Layer(weights, f"model.layers.{i}", i, shape, self.tables[shape.layer_types[i]] if rope else None, self.ops)
+            for i, rope in enumerate(shape.ropes)
+        ]
+        self.norm = Norm(weights, "model.norm", shape, self.ops)
+        tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
+        self.head = Linear(self.embedding if tied else weights.get("lm_head.weight", self.vocab_size, self.hidden_size))
+        check_taken(source, weights.taken, repr(source))
+
+    def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
+        """One rope table a kind of layer; kinds that share their parameters share the table."""
+        given = getattr(config, "rope_parameters", None) or {}
+        kinds = set(shape.layer_types)
+        own = {kind: rope_table(config, shape.head_size, self.max_model_len, kind) for kind in kinds & set(given)}
+        if own.keys() != kinds:
+            shared = rope_table(config, shape.head_size, self.max_model_len)
+            own |= dict.fromkeys(kinds - own.keys(), shared)
+        return {kind: table.to(self.device) for kind, table in own.items()}
+
+    def __repr__(self) -> str:
+        size = sum(tensor.numel() for tensor in self.tensors())
+        return f"Decoder({self.name}: {size / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every weight once."""
+        yield self.embedding
+        for part in (*self.layers, self.norm):
+            yield from part.tensors()
+        if self.head.weight is not self.embedding:
+            yield self.head.weight
+
+    def refresh_ops(self) -> None:
+        self.ops.pick()
+
+    def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
+        x = F.embedding(batch.token_ids, self.embedding)  # [tokens, hidden size]
+        if self.shape.embed_scale != 1.0:
+            x = x * torch.tensor(self.shape.embed_scale, dtype=self.dtype)
+        _keep(capture, -1, x)
+        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x = layer(x, batch, cache, capture)
+            _keep(capture, i, x)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        logits = self.head(hidden).float()
+        if self.shape.logit_divisor != 1.0:
+            logits = logits / self.shape.logit_divisor
+        if self.shape.logit_softcap:
+            logits = torch.tanh(logits / self.shape.logit_softcap) * self.shape.logit_softcap
+        return logits
+
+
+def _keep(capture: Capture | None, layer: int, x: Tensor) -> None:
+    if capture is not None and layer in capture.hidden_layers:
+        capture.hidden[layer] = x

@@ -1,0 +1,31 @@
+"""The ops a model calls, picked for its device and dtype. Knows the registry; refuses to know any op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from labkit_kernels import get
+
+NAMES = ("rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "paged_attention")
+
+
+class Ops:
+    """Bare functions by name: `ops.rms_norm(x, weight, eps)`. `pick` again when the registry's generation changed."""
+
+    rms_norm: Callable[..., Any]
+    layer_norm: Callable[..., Any]
+    rope: Callable[..., Any]
+    silu_mul: Callable[..., Any]
+    gelu_mul: Callable[..., Any]
+    store_kv: Callable[..., Any]
+    paged_attention: Callable[..., Any]
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.pick()
+
+    def pick(self) -> None:
+        for name in NAMES:
+            setattr(self, name, get(name).pick(self.device, self.dtype))

@@ -1,0 +1,74 @@
+"""Small configs of every architecture, with every number that a mistake could hide behind set to something unusual.
+Knows transformers' config classes."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from transformers import CONFIG_MAPPING
+
+VOCAB = 97
+COMMON = {"vocab_size": VOCAB, "max_position_embeddings": 256, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+LLAMA_LIKE = {
+    "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "initializer_range": 0.2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+NATIVE = {
+    "llama": {"attention_bias": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0,
+              "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "mistral": {"sliding_window": 9, "head_dim": 16},
+    "qwen2": {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {"head_dim": 16, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0,
+              "original_max_position_embeddings": 128}},
+    "phi3": {"sliding_window": 11, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+             "partial_rotary_factor": 0.5}},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 8, "attn_logit_softcapping": 3.0,
+               "final_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 20, "sliding_window": 8, "num_hidden_layers": 3,
+                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                    "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                                        "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 56, "norm_topk_prob": False, "decoder_sparse_step": 2},
+    "qwen3_moe": {**EXPERTS, "head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [0]},
+    "olmo2": {"num_key_value_heads": 3},
+    "starcoder2": {"sliding_window": 10, "use_bias": True},
+    "granite": {"embedding_multiplier": 3.0, "logits_scaling": 1.7, "residual_multiplier": 0.6,
+                "attention_multiplier": 0.3, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4,
+                "factor": 2.0}},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "layer_types": None},
+}  # fmt: skip
+
+
+def config(kind: str, seed: int = 0):
+    """A small config of this architecture; the seed also draws a shape."""
+    rng = random.Random(f"{kind}:{seed}")
+    shape = dict(LLAMA_LIKE)
+    if seed:
+        heads = rng.choice([2, 4, 6])
+        shape |= {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": rng.choice([1, 2])}
+        shape["intermediate_size"] = rng.choice([40, 64, 100])
+    options = {**COMMON, **shape, **NATIVE[kind]}
+    options["num_key_value_heads"] = min(options["num_key_value_heads"], options["num_attention_heads"])
+    while options["num_attention_heads"] % options["num_key_value_heads"]:
+        options["num_key_value_heads"] -= 1
+    return CONFIG_MAPPING[kind](**{name: value for name, value in options.items() if value is not None})
+
+
+def reference_model(config, seed: int = 0):
+    """transformers' own model with random weights; norms and biases are random too."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if value.ndim == 1:
+                value += 0.1 * torch.randn_like(value)
+            if "experts" in name or "gate.weight" in name:
+                value.normal_(0.0, 0.3)
+    return model
