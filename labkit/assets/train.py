@@ -326,8 +326,9 @@ def main(argv: list[str] | None = None) -> None:
 
         def save(model, folder: Path = folder) -> None:
             state = {key: value.bfloat16() for key, value in model.state_dict().items() if key != "lm_head.weight"}
-            model.config.dtype = torch.bfloat16
             model.save_pretrained(folder, state_dict=state)
+            config = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
 
         model, steps, num_tokens, history = train(
             name, stream, minutes * 60, 4096 if args.quick else 8192, not args.quick, save
