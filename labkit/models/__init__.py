@@ -54,12 +54,14 @@ def load_model(
         Dummy(config, seed, trust_remote_code=trust_remote_code) if load_format == "dummy" else Checkpoint(folder)  # type: ignore[arg-type]
     )
     try:
-        return _build(config, weights, dtype, device, length, path)
+        return _build(config, weights, dtype, device, length, path, trust_remote_code)
     finally:
         weights.close()
 
 
-def _build(config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str) -> Model:
+def _build(
+    config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool
+) -> Model:
     from .decoder import FAMILIES, Decoder
 
     native = config.model_type in FAMILIES
@@ -67,7 +69,10 @@ def _build(config: Any, weights: Any, dtype: Any, device: Any, length: int, path
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
         return Decoder(config, weights, dtype, device, length)
-    raise ValueError(f"{config.model_type!r} is not supported; supported are {', '.join(sorted(FAMILIES))}")
+    from .transformers import TransformersModel
+
+    folder = getattr(weights, "folder", None)  # a checkpoint is read by transformers itself
+    return TransformersModel(config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code)
 
 
 def _dtype(name: Any, config: Any) -> Any:

@@ -44,6 +44,35 @@ NATIVE = {
 }  # fmt: skip
 
 
+GPT_LIKE = {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 256}
+OTHERS = {
+    "gpt2": {**GPT_LIKE, "initializer_range": 0.2},
+    "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": None},
+    "opt": {"ffn_dim": 72, "word_embed_proj_dim": 48},
+    "stablelm": {},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi": {"partial_rotary_factor": 0.5},
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "olmo": {},
+    "persimmon": {"num_key_value_heads": None},
+    "nemotron": {},
+    "biogpt": {"num_key_value_heads": None},
+    "exaone4": {"sliding_window": 9},
+    "helium": {"head_dim": 0},
+    "gpt_bigcode": {**GPT_LIKE, "multi_query": True},
+    "deepseek_v3": {"num_key_value_heads": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
+                    "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "kv_lora_rank": 16,
+                    "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9, "head_dim": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "bloom": {"n_layer": 2, "n_head": 6},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "gptj": {**GPT_LIKE, "rotary_dim": 8},
+}  # fmt: skip
+
+
 def config(kind: str, seed: int = 0):
     """A small config of this architecture; the seed also draws a shape."""
     rng = random.Random(f"{kind}:{seed}")
@@ -52,10 +81,12 @@ def config(kind: str, seed: int = 0):
         heads = rng.choice([2, 4, 6])
         shape |= {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": rng.choice([1, 2])}
         shape["intermediate_size"] = rng.choice([40, 64, 100])
-    options = {**COMMON, **shape, **NATIVE[kind]}
-    options["num_key_value_heads"] = min(options["num_key_value_heads"], options["num_attention_heads"])
-    while options["num_attention_heads"] % options["num_key_value_heads"]:
-        options["num_key_value_heads"] -= 1
+    options = {**COMMON, **shape, **(NATIVE | OTHERS)[kind]}
+    if options.get("head_dim") == 0:
+        options["head_dim"] = options["hidden_size"] // options["num_attention_heads"]
+    heads, keys = options["num_attention_heads"], options["num_key_value_heads"]
+    if keys is not None:
+        options["num_key_value_heads"] = next(n for n in range(min(keys, heads), 0, -1) if heads % n == 0)
     return CONFIG_MAPPING[kind](**{name: value for name, value in options.items() if value is not None})
 
 

@@ -1,0 +1,238 @@
+"""Any other causal model, run by transformers' own code with labkit's paged attention in place of its own.
+
+Knows transformers' attention interface; refuses to know any architecture. What does not go through the interface, or
+goes through it and would come out wrong, is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from labkit_kernels.attention.reference import attention_weights
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from labkit.loading.checkpoint import Source
+from labkit.models.base import Batch, Capture, KVCache, KVSpec
+from labkit.models.ops import Ops
+from labkit.models.rotary import rope_parameters
+
+NAME = "labkit_paged"
+WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not told to the interface
+BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
+
+
+class _Step(threading.local):
+    """What the attention of the forward that runs in this thread needs beyond its arguments."""
+
+    batch: Batch | None = None
+    caches: list[KVCache] | None = None
+    ops: Ops | None = None
+    capture: Capture | None = None
+    layer = 0  # layers call in order, once each
+    seen: list[KVSpec] | None = None  # while probing
+
+
+_step = _Step()
+
+
+def _attention(
+    module: nn.Module,
+    q: Tensor,  # [1, query heads, tokens, size]
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer; keys and values come with positions in them, and not repeated."""
+    step = _step
+    if step.seen is not None:
+        step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3]))
+        return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3]), None
+    assert step.batch is not None and step.caches is not None and step.ops is not None
+    layer, step.layer = step.layer, step.layer + 1
+    cache, batch = step.caches[layer], step.batch
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, size]
+    step.ops.store_kv(k, v, *cache, batch.slots)
+    where = (batch.block_table, batch.query_start, batch.seq_len)
+    options: dict[str, Any] = {
+        "scale": scaling if scaling is not None else q.shape[-1] ** -0.5,
+        "window": sliding_window or 0,
+        "softcap": softcap or 0.0,
+        "sinks": s_aux,
+        "alibi": others.get("labkit_alibi"),
+    }
+    if step.capture is not None and layer in step.capture.attention_layers:
+        step.capture.attention[layer] = attention_weights(q, cache[0], *where, **options)
+    out = step.ops.paged_attention(
+        q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
+    )
+    return out[None], None
+
+
+AttentionInterface.register(NAME, _attention)  # and no mask of that name, so that none is made
+
+
+class _Hidden(BaseModelOutputWithPast):
+    """Hidden states, and None for whatever else a head may pass on."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """Stands where the layers were: the head is then transformers' own, scales and caps included."""
+
+    hidden: Tensor
+
+    @property
+    def decoder(self) -> _Given:  # opt's head asks past its model
+        return self
+
+    def forward(self, *args: Any, **options: Any) -> BaseModelOutputWithPast:
+        return _Hidden(last_hidden_state=self.hidden)
+
+
+class TransformersModel:
+    """See `labkit.models.base.Model`."""
+
+    def __init__(
+        self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
+        folder: Any = None, trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        kind = config.model_type
+        if kind in WRONG:
+            raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} does not reach an attention from outside")
+        _refuse_lengths(config, max_model_len)
+        self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
+        self.causal = self._load(config, source, folder, trust_remote_code)
+        self.name = type(self.causal).__name__
+        prefix = self.causal.base_model_prefix
+        self.body = getattr(self.causal, prefix)
+        self.head = copy.copy(self.causal)
+        self.head._modules = {**self.causal._modules, prefix: _Given()}
+        self.given: _Given = self.head._modules[prefix]  # type: ignore[assignment]
+        self.vocab_size = int(self.causal.get_output_embeddings().weight.shape[0])
+        self.ops = Ops(device, dtype)
+        self.kv = self._probe()
+        self.hidden_size = int(self._hidden_size)
+
+    def _load(self, config: Any, source: Source, folder: Any, trust_remote_code: bool) -> Any:
+        options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
+        try:
+            if folder is not None:
+                model = AutoModelForCausalLM.from_pretrained(folder, device_map=None, **options)
+            else:
+                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+        except (ValueError, KeyError, ImportError, AttributeError) as error:
+            raise ValueError(f"transformers cannot build a causal model of {config.model_type!r}: {error}") from error
+        model = model.to(self.device).eval().requires_grad_(False)
+        if folder is None:
+            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            with torch.no_grad():
+                for name, value in model.state_dict().items():
+                    if name not in tied:
+                        value.copy_(source.read(name, value.dtype, self.device))
+        if adapt(model):
+            model.config._attn_implementation = NAME  # so that no mask is made
+        else:
+            model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise ValueError(f"{config.model_type!r} is not supported: transformers keeps its own attention for it")
+        return model
+
+    def _probe(self) -> tuple[KVSpec, ...]:
+        """One forward with nothing behind it tells what each layer keeps, and that each layer asks."""
+        _step.seen = seen = []
+        try:
+            with torch.inference_mode():
+                ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
+                at = torch.arange(2, device=self.device)[None]
+                out = self.body(input_ids=ids, position_ids=at, use_cache=False)
+                self._hidden_size = out[0].shape[-1]
+        except (TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{self.config.model_type!r} is not supported: its forward failed ({error})") from error
+        finally:
+            _step.seen = None
+        layers = getattr(self.config, "num_hidden_layers", None)
+        if len(seen) != layers:
+            raise ValueError(
+                f"{self.config.model_type!r} is not supported: of its {layers} layers {len(seen)} go through "
+                f"transformers' attention interface"
+            )
+        return tuple(seen)
+
+    def __repr__(self) -> str:
+        size = sum(tensor.numel() for tensor in self.tensors())
+        return f"TransformersModel({self.name}: {size / 1e6:.1f}M parameters, {len(self.kv)} layers)"
+
+    def tensors(self) -> Iterator[Tensor]:
+        return self.causal.parameters()
+
+    def refresh_ops(self) -> None:
+        self.ops.pick()
+
+    def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
+        step = _step
+        step.batch, step.caches, step.ops, step.capture, step.layer = batch, caches, self.ops, capture, 0
+        wants_hidden = capture is not None and bool(capture.hidden_layers)
+        try:
+            out = self.body(
+                input_ids=batch.token_ids[None],
+                position_ids=batch.positions[None],
+                use_cache=False,
+                **({"output_hidden_states": True} if wants_hidden else {}),
+            )
+        finally:
+            step.batch = step.caches = step.ops = step.capture = None
+        if capture is not None:
+            for layer in capture.hidden_layers:
+                capture.hidden[layer] = out.hidden_states[layer + 1][0]
+        return out[0][0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        self.given.hidden = hidden[None]
+        ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)
+        logits = self.head(input_ids=ids, use_cache=False).logits
+        del self.given.hidden
+        return logits[0].float()
+
+
+def _refuse_lengths(config: Any, max_model_len: int) -> None:
+    """Frequencies that follow the longest request of a batch would let requests change each other."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = given if given and all(isinstance(value, dict) for value in given.values()) else [None]
+    for layer_type in kinds:
+        parameters = rope_parameters(config, layer_type)
+        name = BY_LENGTH.get(parameters["rope_type"])
+        if name is None:
+            continue
+        most = parameters.get(name) or getattr(config, name, None) or config.max_position_embeddings
+        if max_model_len > most:
+            raise ValueError(
+                f"{config.model_type!r} with {parameters['rope_type']} rope changes its frequencies beyond {most} "
+                f"positions, for a whole batch at once: load it with max_model_len={most}"
+            )
+
+
+def adapt(model: nn.Module) -> bool:
+    """Families whose attention does not ask the interface get one that does. Is this one of them?"""
+    from labkit.models.adapters import ADAPTERS
+
+    forward = ADAPTERS.get(model.config.model_type)
+    if forward is None:
+        return False
+    for module in model.modules():
+        if type(module).__name__ in forward:
+            module.forward = forward[type(module).__name__].__get__(module)  # type: ignore[method-assign]
+    return True

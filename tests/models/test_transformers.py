@@ -1,0 +1,72 @@
+"""Models that transformers runs, with our attention in place of theirs: same logits, or a refusal by name."""
+
+import random
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig
+
+from labkit.models import load_model
+from tests.models.configs import NATIVE, OTHERS, config, reference_model
+from tests.models.test_decoder import paged_logits, prompts_of
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_logits_are_those_of_transformers_alone(kind, seed, tmp_path):
+    reference = reference_model(config(kind, seed), seed)
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="float32")
+    rng = random.Random(seed)
+    prompts = prompts_of(rng)
+    for prompt, found in zip(prompts, paged_logits(model, prompts, rng.choice([1, 3, 16]), rng), strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).logits[0]
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), f"{kind}, seed {seed}"
+
+
+@pytest.mark.parametrize("kind", sorted(NATIVE))
+def test_native_and_transformers_paths_agree_on_the_same_weights(kind):
+    settings = config(kind)
+    paths = [
+        load_model(settings, load_format="dummy", dtype="float32", path=path) for path in ("native", "transformers")
+    ]
+    prompts = prompts_of(random.Random(1))
+    ours, theirs = (paged_logits(model, prompts, 16, random.Random(2)) for model in paths)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("mamba", "of its 2 layers 0 go through transformers' attention interface"),
+        ("codegen", "is not supported"),
+        ("llama4_text", "'llama4_text' is not supported: its chunked attention"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_by_name(kind, message):
+    settings = CONFIG_MAPPING[kind]()
+    for name, value in {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "n_embd": 32, "n_layer": 2,
+                        "n_head": 4, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+                        "rotary_dim": 4, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0}.items():  # fmt: skip
+        if hasattr(settings, name):
+            setattr(settings, name, value)
+    with pytest.raises(ValueError, match=message):
+        load_model(settings, load_format="dummy", path="transformers")
+
+
+def test_frequencies_that_follow_the_batch_are_refused_beyond_their_length():
+    settings = config("llama")
+    settings.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ValueError, match="load it with max_model_len=256"):
+        load_model(settings, load_format="dummy", path="transformers", max_model_len=512)
+    load_model(settings, load_format="dummy", path="transformers", max_model_len=256)
+    load_model(settings, load_format="dummy", max_model_len=512)  # the native decoder has one table for all
+
+
+def test_the_path_is_chosen_by_what_there_is(tmp_path):
+    AutoConfig.for_model("gpt2", **OTHERS["gpt2"], vocab_size=97).save_pretrained(tmp_path)
+    assert "TransformersModel(GPT2LMHeadModel" in repr(load_model(tmp_path, load_format="dummy"))
+    with pytest.raises(ValueError, match="'gpt2' has no native decoder"):
+        load_model(tmp_path, load_format="dummy", path="native")
