@@ -9,7 +9,8 @@ from collections.abc import AsyncIterator, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.plan import Extras, TokenLogprobs
-from labkit.core.request import Request
+from labkit.core.request import Request, Status
+from labkit.core.scheduler import RejectedError
 from labkit.text import Text
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ class Handle(Request):
     def _unless_failed(self) -> Handle:
         if self.error is not None:
             raise RequestError(f"request {self.id!r} failed: {self.error}")
+        if self.status is Status.REJECTED:
+            raise RejectedError(f"request {self.id!r} is rejected: {self.finish_reason}")
         return self
 
     def _pieces(self) -> tuple[Any, int]:

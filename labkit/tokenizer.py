@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
+LONGEST = 4  # bytes of a character
 CONTEXT = 6  # prompt tokens that a stream is shown, so that a first space or a joined character comes out right
 
 Message = Mapping[str, Any]
@@ -169,22 +170,24 @@ class DecodedStream:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.ids: list[int] = []
-        self.shown = 0
+        self.shown = 0  # characters
+        self.settled = 0  # tokens up to the last one that completed a character
 
     def feed(self, ids: list[int]) -> str:
-        self.ids += ids
-        text = self.decoder.decode(self.ids)
-        complete = len(text.rstrip(HALF)) if len(self.ids) - self._half(text) < 4 else len(text)
-        piece = text[self.shown : complete]
-        self.shown = max(self.shown, complete)
-        if len(self.ids) > 64 and self.shown == len(text):  # nothing pending: start afresh
-            self.ids, self.shown = [], 0
+        before = self.shown
+        for id in ids:
+            self.ids.append(id)
+            text = self.decoder.decode(self.ids)
+            complete = len(text.rstrip(HALF))
+            if complete == len(text) or len(self.ids) - self.settled >= LONGEST:  # or it is no character in the making
+                complete, self.settled = len(text), len(self.ids)
+            elif complete > self.shown:
+                self.settled = len(self.ids) - 1
+            self.shown = max(self.shown, complete)
+        piece = self.decoder.decode(self.ids)[before : self.shown] if ids else ""
+        if len(self.ids) > 64 and self.settled == len(self.ids):  # nothing pending: start afresh
+            self.ids, self.shown, self.settled = [], 0, 0
         return piece
-
-    def _half(self, text: str) -> int:
-        """Tokens before the pending tail: a tail of four tokens or more is no character in the making."""
-        want, keep = text.rstrip(HALF), max(0, len(self.ids) - 4)
-        return keep if len(self.decoder.decode(self.ids[:keep])) >= len(want) else len(self.ids)
 
 
 def stream_of(decoder: Decoder, prompt: Sequence[int], skip_special_tokens: bool = True) -> TextStream:

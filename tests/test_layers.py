@@ -43,6 +43,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "tokenizer": {"tokenizers", "transformers", "jinja2"},
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
     "handle": {"torch"},
+    "build": {"torch"},
 }
 LAZY = {"pandas"}
 

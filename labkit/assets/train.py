@@ -35,7 +35,7 @@ SHAPES = {  # hidden size, layers, heads, key heads, intermediate size
     "tiny": (256, 8, 8, 4, 688),
     "tiny-draft": (128, 3, 4, 2, 344),
 }
-CONTEXT, LONG = 512, 2048  # most steps; the last tenth
+CONTEXT, LONG = 1024, 2048  # most steps; the last sixth
 
 
 # -- the corpus --------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def train(name: str, stream: np.ndarray, seconds: float, tokens_a_step: int, fas
     history, begin, step, num_tokens, saved = [], time.monotonic(), 0, 0, time.monotonic()
     while (spent := (time.monotonic() - begin) / seconds) < 1:
         rate = min(1.0, (step + 1) / 30) * min(1.0, (1 - spent) / 0.5)
-        late = spent > 0.9
+        late = spent > 0.84
         batch = batches(stream, LONG if late else CONTEXT, tokens_a_step, rng)
         loss = (loss_of if late else compiled)(model, batch)
         loss.backward()
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in SHAPES if args.which == "both" else [args.which]:
         folder = args.out / name
         save_tokenizer(tokenizer, folder)
-        minutes = 0.05 if args.quick else args.minutes / (5 if name == "tiny-draft" and args.which == "both" else 1)
+        minutes = 0.15 if args.quick else args.minutes / (5 if name == "tiny-draft" and args.which == "both" else 1)
 
         def save(model, folder: Path = folder) -> None:
             state = {key: value.bfloat16() for key, value in model.state_dict().items() if key != "lm_head.weight"}
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
             (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
 
         model, steps, num_tokens, history = train(
-            name, stream, minutes * 60, 4096 if args.quick else 8192, not args.quick, save
+            name, stream, minutes * 60, CONTEXT if args.quick else 8192, not args.quick, save
         )
         from transformers import LlamaForCausalLM
 
@@ -343,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
             "parameters": f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M, bfloat16",
             "shape": "hidden {}, {} layers, {} heads, {} key heads, intermediate {}".format(*SHAPES[name]),
             "vocabulary": f"{tokenizer.get_vocab_size()}, byte-level BPE",
-            "context": f"{LONG} ({CONTEXT} for nine tenths of the training)",
+            "context": f"{LONG} ({CONTEXT} for five sixths of the training)",
             "trained on": f"{len(texts)} files, {num_bytes(texts):,} bytes; {len(talks):,} questions made from them",
             "steps, tokens": f"{steps:,}, {num_tokens:,}",
             "last training loss": f"{np.mean([loss for _, loss in history[-50:]]):.3f} nats a token",
