@@ -14,8 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="serve a mixed workload on the simulator and explain what happened")
-    demo.add_argument("--requests", type=int, default=80, help="how many requests (default 80)")
+    demo = commands.add_parser("demo", help="serve a mixed workload on the embedded model and explain what happened")
+    demo.add_argument("--requests", type=int, default=60, help="how many requests (default 60)")
+    demo.add_argument("--simulate", action="store_true", help="on the simulator, with a what-if at half time")
+    demo.add_argument("--html", metavar="FILE", default="labkit-demo.html", help="where the page with plots goes")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--log", metavar="FILE", help="save the event log as JSON lines")
 
@@ -26,9 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     scheduler.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     scheduler.add_argument("--quick", action="store_true", help="a twentieth of the steps")
 
+    kernels = commands.add_parser("kernels", help="list, check, bench or compile the ops' variants", add_help=False)
+    kernels.add_argument("words", nargs=argparse.REMAINDER)
+
     args = parser.parse_args(argv)
     try:
-        return {"demo": _demo, "bench": _bench_scheduler}[args.command](args)
+        return {"demo": _demo, "bench": _bench_scheduler, "kernels": _kernels}[args.command](args)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
@@ -38,10 +43,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from labkit.demo import run
+    from labkit.demo import run, simulate
 
-    print(run(num_requests=args.requests, seed=args.seed, log_file=args.log))
+    if args.simulate:
+        print(simulate(num_requests=args.requests, seed=args.seed, log_file=args.log))
+    else:
+        print(run(num_requests=args.requests, seed=args.seed, log_file=args.log, html_file=args.html))
     return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from labkit_kernels.__main__ import main as kernels
+
+    return kernels(args.words)
 
 
 def _bench_scheduler(args: argparse.Namespace) -> int:

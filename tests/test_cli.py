@@ -12,7 +12,7 @@ from labkit.cli import main
 
 def test_demo_tells_what_happened_and_saves_the_log(capsys, tmp_path: Path):
     path = tmp_path / "log.jsonl"
-    assert main(["demo", "--requests", "60", "--log", str(path)]) == 0
+    assert main(["demo", "--simulate", "--requests", "60", "--log", str(path)]) == 0
     told = capsys.readouterr().out
     for word in ("output tokens/s", "first token", "waste", "prefix cache", "held by", "the second half again"):
         assert word in told
@@ -20,10 +20,21 @@ def test_demo_tells_what_happened_and_saves_the_log(capsys, tmp_path: Path):
 
 
 def test_demo_is_reproducible(capsys):
-    main(["demo", "--requests", "20"])
+    main(["demo", "--simulate", "--requests", "20"])
     first = capsys.readouterr().out
-    main(["demo", "--requests", "20"])
+    main(["demo", "--simulate", "--requests", "20"])
     assert capsys.readouterr().out == first
+
+
+def test_demo_serves_real_text_and_writes_a_page_that_needs_nothing_else(capsys, tmp_path: Path):
+    page = tmp_path / "page.html"
+    assert main(["demo", "--requests", "8", "--html", str(page)]) == 0
+    told = capsys.readouterr().out
+    for word in ("one of the answers", "output tokens/s", "first token", "waste", "prompt tokens hit"):
+        assert word in told
+    html = page.read_text()
+    assert html.count("<svg") == 3 and "<polygon" in html and "tokens/s" in html
+    assert "http" not in html and "<script" not in html
 
 
 def test_bad_arguments_are_answered_in_a_line(capsys):

@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "snapshot": {"core", "engine"},  # the engine only as a type
     "engine": {"build", "clock", "closing", "core", "handle", "intake", "runner", "snapshot", "tokenizer", "worker"},
     "bench": {"core", "runner", "engine", "bench"},
-    "demo": {"clock", "core", "runner", "engine"},
+    "demo": {"clock", "core", "runner", "engine", "report"},
+    "report": {"core"},
     "llm": {"closing", "core", "engine", "handle"},
     "cli": {"bench", "demo", ""},
     "__init__": {"clock", "core", "runner", "engine", "handle", "tokenizer", "assets", "models", "llm"},
@@ -44,6 +45,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
     "handle": {"torch"},
     "build": {"torch"},
+    "cli": {"labkit_kernels"},
 }
 LAZY = {"pandas"}
 
