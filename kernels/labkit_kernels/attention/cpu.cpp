@@ -271,57 +271,100 @@ void write_row(const Call& call, const Item& item, int64_t r, const float* value
     for (; d < call.value_size; d++) labkit::from_float(to + d, values[d] * by);
 }
 
+// One row's end: into the output, or, of a cut item, to where `combine` finds it.
+template <class T>
+void finish(const Call& call, const Item& item, int64_t r, float most, float sum, const float* values, Parts& parts) {
+    if (item.num_parts == 1) {
+        write_row<T>(call, item, r, values, sum > 0.f ? 1.f / sum : 0.f);
+        return;
+    }
+    const int64_t at = parts.row(item, item.part) + r, wide = padded(call.value_size);
+    parts.most[at] = most;
+    parts.sum[at] = sum;
+    std::memcpy(parts.out.data() + at * wide, values, wide * sizeof(float));
+}
+
+inline int first_position(const Call& call, const Item& item) {
+    return call.seq_len[item.seq] - (call.query_start[item.seq + 1] - call.query_start[item.seq]) + item.query;
+}
+
+template <class T>
+inline const T* query_row(const Call& call, const Item& item, int64_t r) {
+    const int64_t group = call.num_heads / call.num_kv_heads;
+    return static_cast<const T*>(call.q) + (call.query_start[item.seq] + item.query + r / group) * call.q_token +
+           (item.head * group + r % group) * call.q_head;
+}
+
+// Goes over an item's keys tile by tile; asks memory for the tile after this one.
+template <class T>
+struct Walk {
+    const Call& call;
+    const Item& item;
+    int begin, count;
+    Rows keys, values;
+
+    Walk(const Call& call, const Item& item) : call(call), item(item), begin(item.begin - KEYS), count(0) {
+        if (item.begin < item.end) find(item.begin);
+    }
+
+    bool next() {
+        begin += KEYS;
+        if (begin >= item.end) return false;
+        keys = next_keys;
+        values = next_values;
+        count = std::min(KEYS, item.end - begin);
+        if (begin + KEYS < item.end) {
+            const int ahead = find(begin + KEYS);
+            prefetch<T>(next_keys, ahead, call.head_size);
+            prefetch<T>(next_values, ahead, call.value_size);
+        }
+        return true;
+    }
+
+  private:
+    Rows next_keys, next_values;
+
+    int find(int from) {
+        const int32_t* table = call.table + item.seq * call.table_row;
+        const int n = std::min(KEYS, item.end - from);
+        find_rows<T>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, from, n, next_keys);
+        find_rows<T>(call.v, call.v_block, call.v_head, call.v_slot, table, call.block_size, item.head, from, n,
+                     next_values);
+        return n;
+    }
+};
+
 template <class T>
 void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     const int64_t group = call.num_heads / call.num_kv_heads, rows = item.num_queries * group;
     const int64_t size = call.head_size, wide = padded(call.value_size);
-    const int length = call.seq_len[item.seq];
-    const int position = length - (call.query_start[item.seq + 1] - call.query_start[item.seq]) + item.query;
-    const int32_t* table = call.table + item.seq * call.table_row;
+    const int position = first_position(call, item);
 
     s.fit(rows, size, wide);
+    std::memset(s.out, 0, rows * wide * sizeof(float));
     for (int64_t r = 0; r < rows; r++) {
-        const T* from = static_cast<const T*>(call.q) +
-                        (call.query_start[item.seq] + item.query + r / group) * call.q_token +
-                        (item.head * group + r % group) * call.q_head;
+        const T* from = query_row<T>(call, item, r);
         for (int64_t d = 0; d < size; d++) s.q[r * size + d] = labkit::to_float(from[d]);
-        const bool sink = call.sinks && item.part == 0;
-        s.most[r] = sink ? call.sinks[item.head * group + r % group] * LOG2E : -INFINITY;
-        std::memset(s.sum + r * W, 0, W * sizeof(float));
+        const float* sink = call.sinks && item.part == 0 ? call.sinks + item.head * group + r % group : nullptr;
+        s.most[r] = sink ? *sink * LOG2E : -INFINITY;
+        labkit::store(s.sum + r * W, vf{});
         s.sum[r * W] = sink ? 1.f : 0.f;
     }
-    std::memset(s.out, 0, rows * wide * sizeof(float));
 
-    Rows keys, values, next_keys, next_values;
-    auto find = [&](int begin, Rows& k, Rows& v) {
-        const int count = std::min(KEYS, item.end - begin);
-        find_rows<T>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, begin, count, k);
-        find_rows<T>(call.v, call.v_block, call.v_head, call.v_slot, table, call.block_size, item.head, begin, count, v);
-    };
     const float* value_rows[KEYS];
     auto key_row = [keys = s.keys](int64_t d) { return keys + d * KEYS; };
     auto value_row = [&value_rows](int64_t k) { return value_rows[k]; };
-    if (item.begin < item.end) find(item.begin, next_keys, next_values);
-    for (int begin = item.begin; begin < item.end; begin += KEYS) {
-        const int count = std::min(KEYS, item.end - begin);
-        keys = next_keys;
-        values = next_values;
-        if (begin + KEYS < item.end) {
-            find(begin + KEYS, next_keys, next_values);
-            const int ahead = std::min(KEYS, item.end - begin - KEYS);
-            prefetch<T>(next_keys, ahead, size);
-            prefetch<T>(next_values, ahead, call.value_size);
-        }
-        transpose_keys<T>(keys, count, size, s.keys);
-        float_rows<T>(values, count, call.value_size, s.values, value_rows);
-
+    Walk<T> walk(call, item);
+    while (walk.next()) {
+        const int begin = walk.begin, count = walk.count, columns = padded(count);
         // Rows above see none of these keys yet, rows below (with a window) none of them any more.
         const int64_t top = std::clamp<int64_t>(begin - position, 0, item.num_queries) * group;
         int64_t bottom = rows;
         if (call.window)
             bottom = std::clamp<int64_t>(begin + count - 1 + call.window - position, 0, item.num_queries) * group;
         if (top >= bottom) continue;
-        const int columns = padded(count);
+        transpose_keys<T>(walk.keys, count, size, s.keys);
+        float_rows<T>(walk.values, count, call.value_size, s.values, value_rows);
         multiply(s.q + top * size, size, key_row, s.scores + top * KEYS, KEYS, bottom - top, columns, size, nullptr);
         for (int64_t r = top; r < bottom; r++) {
             const int at = position + r / group;
@@ -337,19 +380,14 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         multiply(s.scores + top * KEYS, KEYS, value_row, s.out + top * wide, wide, bottom - top, wide, count,
                  s.rescale + top);
     }
-
-    for (int64_t r = 0; r < rows; r++) {
-        const float sum = labkit::reduce_sum(labkit::load(s.sum + r * W));
-        if (item.num_parts == 1) {
-            write_row<T>(call, item, r, s.out + r * wide, sum > 0.f ? 1.f / sum : 0.f);
-        } else {
-            const int64_t at = parts.row(item, item.part) + r;
-            parts.most[at] = s.most[r];
-            parts.sum[at] = sum;
-            std::memcpy(parts.out.data() + at * wide, s.out + r * wide, wide * sizeof(float));
-        }
-    }
+    for (int64_t r = 0; r < rows; r++)
+        finish<T>(call, item, r, s.most[r], labkit::reduce_sum(labkit::load(s.sum + r * W)), s.out + r * wide, parts);
 }
+
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define LABKIT_AMX 1
+#include "amx.h"
+#endif
 
 // Adds up the parts of a cut item.
 template <class T>
@@ -442,12 +480,23 @@ void run(const Call& call) {
     }
     const int64_t count = items.size();
     std::atomic<int64_t> next{0};
-    auto work = [&] {
-        static thread_local Scratch scratch;
+    auto loop = [&](auto&& one) {
         for (int64_t i = next++; i < count; i = next++) {
-            attend<T>(call, items[i], scratch, parts);
+            one(items[i]);
             if (items[i].num_parts > 1 && --left[items[i].slot] == 0) combine<T>(call, items[i], parts);
         }
+    };
+    auto work = [&] {
+#ifdef LABKIT_AMX
+        if (std::is_same_v<T, bf16> && amx::available()) {
+            static thread_local amx::Scratch scratch;
+            amx::Tiles tiles;
+            loop([&](const Item& item) { amx::attend(call, item, scratch, parts); });
+            return;
+        }
+#endif
+        static thread_local Scratch scratch;
+        loop([&](const Item& item) { attend<T>(call, item, scratch, parts); });
     };
     if (threads == 1) {
         work();
