@@ -1,1 +1,32 @@
 """Ops of LLM inference: references, variants, checks, benches. Knows tensors and scalars; never imports labkit."""
+
+from .activation import gelu_mul, silu_mul
+from .attention import paged_attention
+from .cache import copy_blocks, store_kv, swap_blocks
+from .check import Case, Report, Tolerance, check
+from .norm import layer_norm, rms_norm
+from .registry import OPS, Op, Variant, generation, get
+from .rotary import rope
+from .sampling import sample
+
+__all__ = [
+    "OPS",
+    "Case",
+    "Op",
+    "Report",
+    "Tolerance",
+    "Variant",
+    "check",
+    "copy_blocks",
+    "gelu_mul",
+    "generation",
+    "get",
+    "layer_norm",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "sample",
+    "silu_mul",
+    "store_kv",
+    "swap_blocks",
+]

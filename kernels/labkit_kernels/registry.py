@@ -47,9 +47,9 @@ class Variant:
 class Op:
     """A named computation with a reference that is obviously right, and variants that must agree with it.
 
-    `cases(device)` yields `check.Case`s; `tolerance(dtype)` says how far a variant may be off, and `why`;
-    `traffic(*args)` and `flops(*args)` count what one call must move and compute. `sources` names the modules of a
-    device that register its variants; they are imported when that device first asks.
+    `cases()` yields `check.Case`s; `tolerance(dtype)` says how far a variant may be off, and why (`compare` where a
+    plain difference is not the measure); `traffic(*args)` and `flops(*args)` count what one call must move and compute.
+    `sources` names the modules of a device that register its variants; they are imported when that device first asks.
     """
 
     def __init__(
@@ -57,15 +57,16 @@ class Op:
         name: str,
         *,
         reference: Callable[..., Any],
-        cases: Callable[..., Iterator[Any]],
+        cases: Callable[[], Iterator[Any]],
         tolerance: Callable[[torch.dtype], Any],
         traffic: Callable[..., int] | None = None,
         flops: Callable[..., int] | None = None,
+        compare: Callable[[Any, Any, Any], float] | None = None,
         home: str,
         sources: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.name, self.reference, self.cases, self.tolerance = name, reference, cases, tolerance
-        self.traffic, self.flops, self.home = traffic, flops, home
+        self.traffic, self.flops, self.compare, self.home = traffic, flops, compare, home
         self.sources = dict(sources or {})
         self.variants: dict[str, Variant] = {"reference": Variant("reference", reference)}
         self._forced: list[str] = []

@@ -1,0 +1,47 @@
+"""Gated activations: two values read and one written for each place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from labkit_kernels.check import Case
+from labkit_kernels.registry import Op
+from labkit_kernels.tolerances import rounded_once
+
+from . import reference
+
+
+def _cases(*options: str) -> Iterator[Case]:
+    for rows, size in [(1, 32), (7, 688), (33, 97)]:
+        for option in options or (None,):
+
+            def make(device, dtype, generator, rows=rows, size=size, option=option):
+                x = 3 * torch.randn(rows, 2 * size, device=device, dtype=dtype, generator=generator)
+                return (x,) if option is None else (x, option), {}
+
+            yield Case(f"{rows}x{size}{f', {option}' if option else ''}", make)
+
+
+def _traffic(x: Tensor, *rest: object) -> int:
+    return x.numel() * x.element_size() * 3 // 2
+
+
+silu_mul = Op(
+    "silu_mul",
+    reference=reference.silu_mul,
+    cases=_cases,
+    tolerance=rounded_once,
+    traffic=_traffic,
+    home=__name__,
+)
+gelu_mul = Op(
+    "gelu_mul",
+    reference=reference.gelu_mul,
+    cases=lambda: _cases("tanh", "none"),
+    tolerance=rounded_once,
+    traffic=_traffic,
+    home=__name__,
+)

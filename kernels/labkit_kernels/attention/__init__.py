@@ -1,0 +1,117 @@
+"""Attention over keys and values in blocks: decode reads the whole cache of each sequence, prefill computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit_kernels.check import Case, Tolerance
+from labkit_kernels.registry import Op
+
+from . import reference
+
+# (name, [(queries, keys)], query heads, key heads, head size, value size, block size, options)
+CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
+    ("decode, one token", [(1, 1)], 1, 1, 32, 32, 16, ()),
+    ("decode, groups", [(1, 5), (1, 17), (1, 64), (1, 131)], 8, 2, 64, 64, 16, ()),
+    ("decode, blocks of 1", [(1, 7), (1, 3)], 4, 4, 32, 32, 1, ()),
+    ("decode, odd head", [(1, 33), (1, 2)], 6, 3, 80, 80, 3, ()),
+    ("prefill", [(37, 37)], 4, 1, 96, 96, 16, ()),
+    ("prefill on a past", [(19, 83), (5, 5)], 4, 2, 64, 64, 64, ()),
+    ("mixed", [(1, 40), (13, 29), (1, 1), (64, 64), (0, 9)], 14, 2, 64, 64, 16, ()),
+    ("values of another size", [(9, 21), (1, 21)], 4, 4, 192, 128, 16, ()),
+    ("large heads", [(3, 19)], 2, 1, 256, 256, 16, ()),
+    ("window", [(1, 50), (21, 45), (1, 3)], 4, 2, 32, 32, 16, ("window",)),
+    ("soft cap", [(1, 20), (7, 7)], 4, 2, 32, 32, 3, ("softcap",)),
+    ("sinks", [(1, 20), (7, 13)], 4, 2, 64, 64, 16, ("sinks",)),
+    ("ALiBi", [(1, 31), (11, 12)], 6, 6, 32, 32, 16, ("alibi",)),
+    ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("window", "softcap", "sinks", "alibi")),
+]
+
+
+def make_batch(
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    lengths: list[tuple[int, int]],
+    heads: int,
+    key_heads: int,
+    size: int,
+    value_size: int,
+    block: int,
+    wanted: tuple[str, ...] = (),
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Sequences of (queries, keys) whose blocks lie anywhere; what was never written is far out of range."""
+    needed = [-(-keys // block) for _, keys in lengths]
+    total = sum(needed) + 3
+    shuffled = (torch.randperm(total - 1, device=device, generator=generator) + 1).tolist()
+    table = torch.zeros(len(lengths), max(needed), dtype=torch.int32, device=device)
+    for i, n in enumerate(needed):
+        table[i, :n] = torch.tensor([shuffled.pop() for _ in range(n)], dtype=torch.int32)
+    like = {"device": device, "dtype": dtype, "generator": generator}
+    queries = sum(count for count, _ in lengths)
+    q = torch.randn(queries, heads * size + 8, **like)[:, : heads * size].unflatten(-1, (heads, size))
+    k_cache = torch.randn(total, key_heads, block, size, **like)
+    v_cache = torch.randn(total, key_heads, block, value_size, **like)
+    counts = torch.tensor([0, *(count for count, _ in lengths)])
+    query_start = counts.cumsum(0).to(device=device, dtype=torch.int32)
+    seq_len = torch.tensor([keys for _, keys in lengths], dtype=torch.int32, device=device)
+    options: dict[str, Any] = {"scale": size**-0.5}
+    options |= {"max_query_len": max(c for c, _ in lengths), "max_seq_len": max(k for _, k in lengths)}
+    if "window" in wanted:
+        options["window"] = 11
+    if "softcap" in wanted:
+        options["softcap"] = 2.0
+    if "sinks" in wanted:
+        options["sinks"] = torch.randn(heads, **like)
+    if "alibi" in wanted:
+        options["alibi"] = torch.rand(heads, device=device, generator=generator) * 0.3
+    return (q, k_cache, v_cache, table, query_start, seq_len), options
+
+
+def _cases() -> Iterator[Case]:
+    for name, *rest in CASES:
+        yield Case(name, lambda device, dtype, generator, rest=rest: make_batch(device, dtype, generator, *rest))
+
+
+def _tolerance(dtype: torch.dtype) -> Tolerance:
+    unit = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]
+    return Tolerance(unit, unit, "softmax in float32 over parts in another order; weights may be rounded to the dtype")
+
+
+def _keys_read(lengths: Tensor, window: int) -> int:
+    return int((lengths.clamp(max=window) if window else lengths).sum())
+
+
+def _traffic(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
+) -> int:
+    """Every key and value once, queries in and results out."""
+    per_key = k_cache.shape[1] * (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
+    per_query = q.shape[1] * (k_cache.shape[3] + v_cache.shape[3]) * q.element_size()
+    return _keys_read(seq_len, options.get("window", 0)) * per_key + q.shape[0] * per_query
+
+
+def _flops(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
+) -> int:
+    total, window = 0, options.get("window", 0)
+    for count, length in zip(start.diff().tolist(), seq_len.tolist(), strict=True):
+        seen = torch.arange(length - count + 1, length + 1)
+        total += int((seen.clamp(max=window) if window else seen).sum())
+    return 2 * total * q.shape[1] * (k_cache.shape[3] + v_cache.shape[3])
+
+
+paged_attention = Op(
+    "paged_attention",
+    reference=reference.paged_attention,
+    cases=_cases,
+    tolerance=_tolerance,
+    traffic=_traffic,
+    flops=_flops,
+    home=__name__,
+    sources={"cpu": ("cpu",)},
+)
