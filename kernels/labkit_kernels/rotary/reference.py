@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from labkit_kernels.norm.reference import rms_norm
 from torch import Tensor
+
+from labkit_kernels.norm.reference import rms_norm
 
 
 def rope(
