@@ -36,6 +36,7 @@ silu_mul = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
+    sources={"cpu": ("cpu",)},
 )
 gelu_mul = Op(
     "gelu_mul",
@@ -44,4 +45,5 @@ gelu_mul = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
+    sources={"cpu": ("cpu",)},
 )
