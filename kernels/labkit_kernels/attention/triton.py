@@ -5,7 +5,7 @@ A decode step reads `2 * keys * key heads * head size` numbers and computes two 
 at the speed of memory, if enough programs ask for it. So the query heads that share a key head are the rows of one
 program (each key is read once for all of them), and when sequences are too few to fill the device their keys are split
 between programs, whose parts a second kernel adds up. A prefill is bound by the tensor cores: rows are queries x group,
-the tiles that every row sees whole run without a mask, and only those on the diagonal or on a window's edge pay for one.
+tiles that every row sees whole run without a mask, and only those on the diagonal or on a window's edge pay for one.
 
 Both are one kernel. Keys are found by position: a tile of keys need not be a block of the cache, and any block size
 will do; where a tile lies in one block its number is read once.
@@ -20,7 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from labkit_kernels.check import interpreting
+
+from . import paged_attention as op
+
 LOG2E = tl.constexpr(1.4426950408889634)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if interpreting():
+    DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
 MOST_HEADS = 64  # of a group, in one program
 DECODE_ROWS = 64  # query tokens x heads, up to which a sequence is one row block
 
@@ -294,13 +301,9 @@ def tiles(dtype: torch.dtype, size: int, value_size: int, decode: bool, shared: 
     """Rows, keys a tile, warps and stages, for head sizes padded to powers of two and so much shared memory."""
     wide = max(size, value_size)
     if dtype == torch.float32:  # no tensor cores: registers are the limit
-        rows, keys, warps, stages = (16, 32 if wide <= 128 else 16, 4, 2) if decode else (32, 32, 8, 2)
-        if wide > 128:
-            keys = 16
+        rows, keys, warps, stages = (16, 16, 4 if wide <= 128 else 8, 2) if decode else (32, 16, 8, 2)
     elif decode:
         rows, keys, warps, stages = 16, 128 if wide <= 64 else 64 if wide <= 128 else 32, 4, 3
-    elif wide <= 64:
-        rows, keys, warps, stages = 128, 64, 4, 3
     elif wide <= 128:
         rows, keys, warps, stages = 128, 64, 8, 3
     else:
@@ -325,6 +328,7 @@ def num_splits(programs: int, max_seq_len: int, num_processors: int) -> int:
     return 1 << (min(wanted, possible, 64).bit_length() - 1)
 
 
+@op.variant("triton", device="cuda", dtypes=DTYPES, picked=True)
 def paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -340,7 +344,7 @@ def paged_attention(
     alibi: Tensor | None = None,
     max_query_len: int = 0,
     max_seq_len: int = 0,
-    splits: int | None = None,  # None: by the device's size
+    splits: int | None = None,  # parts that keys are cut into when decoding; None: by the device's size
 ) -> Tensor:
     """Allocates the output, and room for the parts when keys are split; reads nothing back, so it can be captured.
 
@@ -355,7 +359,7 @@ def paged_attention(
     group = num_heads // kv_heads
     heads = min(group, MOST_HEADS)
     chunks = -(-group // heads)
-    decode = 0 < max_query_len and max_query_len * heads <= DECODE_ROWS
+    decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
     processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
     tile = tiles(q.dtype, wide, value_wide, decode, shared)

@@ -1,0 +1,108 @@
+"""The C++ kernel as a variant for float32 and bfloat16. Knows pointers and strides; refuses to know what is computed."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from labkit_kernels import native
+
+from . import paged_attention, reference
+
+POINTERS = ("q", "k", "v", "out", "table", "query_start", "seq_len", "sinks", "alibi")
+STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot", "table_row")
+COUNTS = ("num_seqs", "num_heads", "num_kv_heads", "head_size", "value_size", "block_size", "window", "num_threads")
+
+
+class Call(ctypes.Structure):
+    """`Call` in cpu.cpp, field for field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in STRIDES + COUNTS),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    ]
+
+
+_library = native.load(
+    Path(__file__).with_name("cpu.cpp"),
+    {f"paged_attention_{name}": [ctypes.POINTER(Call)] for name in ("float32", "bfloat16")},
+)
+_functions = (
+    {torch.float32: _library.paged_attention_float32, torch.bfloat16: _library.paged_attention_bfloat16}
+    if _library is not None
+    else {}
+)
+
+
+def attend(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_len: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+    max_query_len: int = 0,
+    max_seq_len: int = 0,
+) -> Tensor:
+    """Queries may be a view of a fused projection; the cache may be a view of a larger one. What the kernel does not
+    do (a cache of another dtype, a scale that is not positive) the reference does."""
+    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype or not scale > 0:
+        options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
+        return reference.paged_attention(q, k_cache, v_cache, block_table, query_start, seq_len, **options)
+    num_tokens, num_heads, size = q.shape
+    _, num_kv_heads, block_size, value_size = v_cache.shape
+    if q.stride(2) != 1:
+        q = q.contiguous()
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        raise ValueError("paged_attention on a CPU takes caches whose last dimension is dense")
+    block_table, query_start, seq_len = (_int32(x) for x in (block_table, query_start, seq_len))
+    sinks, alibi = (None if x is None else x.float().contiguous() for x in (sinks, alibi))
+    out = q.new_empty(num_tokens, num_heads, value_size)
+    call = Call(
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        out.data_ptr(),
+        block_table.data_ptr(),
+        query_start.data_ptr(),
+        seq_len.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        None if alibi is None else alibi.data_ptr(),
+        *q.stride()[:2],
+        *k_cache.stride()[:3],
+        *v_cache.stride()[:3],
+        block_table.stride(0),
+        seq_len.shape[0],
+        num_heads,
+        num_kv_heads,
+        size,
+        value_size,
+        block_size,
+        window,
+        torch.get_num_threads(),
+        scale,
+        softcap,
+    )
+    _functions[q.dtype](call)
+    return out
+
+
+def _int32(x: Tensor) -> Tensor:
+    if x.dtype != torch.int32:
+        x = x.int()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+if _functions:
+    attend = paged_attention.variant("cpu", device="cpu", dtypes=tuple(_functions), picked=True)(attend)
