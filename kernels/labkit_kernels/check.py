@@ -1,28 +1,63 @@
-"""A variant against its reference, as data. Knows cases and tolerances; refuses to know what is being computed."""
+"""Runs a variant and the reference on the same inputs and says how far they are apart. Knows tensors, tolerances and
+Triton's interpreter; refuses to know what an op computes.
+
+    report = check("rms_norm")          # every variant, on this machine or in the interpreter
+    report.ok, report.rows              # data; printing it gives a table
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .registry import Op
+from labkit_kernels.registry import OPS, Op, Variant, get
+
+if TYPE_CHECKING:
+    import pandas
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SEED = 20
 
 
-class Case(NamedTuple):
-    """One call: `make(device, dtype, generator)` gives its arguments and its options."""
+@dataclass(frozen=True)
+class Case:
+    """Inputs to check or time an op on: `make(device, dtype, generator)` gives (args, kwargs).
+
+    It is called once for the reference and once for the variant, with generators in the same state, so that in-place
+    ops, views and aliases come out the same. `timed` cases are large and for `bench`; `facts` go to `accepts`.
+    """
 
     name: str
     make: Callable[[torch.device, torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: whatever is asked
+    timed: bool = False
+    facts: dict[str, Any] | None = None
+
+    def inputs(self, device: str | torch.device, dtype: torch.dtype) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        device = torch.device(device)
+        return self.make(device, dtype, torch.Generator(device).manual_seed(SEED))
 
 
-class Tolerance(NamedTuple):
-    """|found - expected| <= atol + rtol * |expected|, and why that much."""
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """Normal numbers on the generator's device, drawn in float32."""
+    return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """|variant - reference| <= atol + rtol * |reference|, and `why` that is the right bound."""
 
     rtol: float
     atol: float
@@ -31,133 +66,326 @@ class Tolerance(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one case. `status` is "ok", "FAILED", "refused" or "raised"."""
+    """One variant on one case."""
 
     op: str
     variant: str
     case: str
     dtype: str
-    status: str
-    max_error: float = 0.0
-    reason: str = ""
+    device: str  # "cpu", "cuda", or "interpreter": Triton's, on CPU tensors
+    status: str  # ok, FAILED, refused, raised
+    reason: str = ""  # why refused, what was raised, what is wrong
+    max_abs: float | None = None
+    max_rel: float | None = None  # over elements larger than atol
+    share: float | None = None  # the worst element's error as a share of what is tolerated: above 1 is FAILED
+    seconds: float | None = None  # what the check took, compiling included: no measurement
 
 
+@dataclass(frozen=True)
 class Report:
-    """The rows of a check; `ok` if none failed and some were computed.
+    """What `check` found: `rows`, and `ok` when something was checked and nothing failed or raised."""
 
-    >>> check(rms_norm, "reference")
-    Report(rms_norm/reference: 36 ok)
-    """
-
-    def __init__(self, op: str, variant: str, rows: list[Row]) -> None:
-        self.op, self.variant, self.rows = op, variant, rows
-
-    def count(self, status: str) -> int:
-        return sum(row.status == status for row in self.rows)
+    rows: tuple[Row, ...]
 
     @property
     def ok(self) -> bool:
         return self.count("ok") > 0 and not self.count("FAILED") and not self.count("raised")
 
+    def count(self, status: str) -> int:
+        return sum(row.status == status for row in self.rows)
+
     def __repr__(self) -> str:
-        parts = [f"{n} {status}" for status in ("ok", "FAILED", "raised", "refused") if (n := self.count(status))]
-        return f"Report({self.op}/{self.variant}: {', '.join(parts) or 'no case'})"
+        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
+        said = [f"{n} {status}" for status in ("ok", "FAILED", "raised", "refused") if (n := self.count(status))]
+        return f"Report({names}: {', '.join(said) or 'no case'})"
 
     def __str__(self) -> str:
-        lines = [repr(self)]
-        bad = [row for row in self.rows if row.status not in ("ok", "refused")]
-        lines += [f"  {row.status} {row.case} {row.dtype}: {row.reason}" for row in bad]
-        return "\n".join(lines)
+        return "\n".join([repr(self), table(["op", "variant", "case", "dtype", "device", *_VERDICT], self._cells())])
 
-    def frame(self) -> Any:
-        """The rows as a pandas DataFrame."""
-        import pandas as pd
+    def _cells(self) -> list[list[str]]:
+        return [
+            [row.op, row.variant, row.case, row.dtype, row.device, row.status]
+            + [_short(x) for x in (row.max_abs, row.max_rel, row.share)]
+            + [row.reason.splitlines()[0][:100] if row.reason else ""]
+            for row in self.rows
+        ]
 
-        return pd.DataFrame([vars(row) for row in self.rows])
+    def frame(self) -> pandas.DataFrame:
+        """The rows as a pandas table."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("Report.frame() needs pandas: pip install 'labkit[lab]'") from error
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=[field.name for field in fields(Row)])
 
     def _repr_html_(self) -> str:
-        from html import escape
+        heads = "".join(f"<th>{head}</th>" for head in ["op", "variant", "case", "dtype", "device", *_VERDICT])
+        lines = []
+        for row, cells in zip(self.rows, self._cells(), strict=True):
+            bad = ' style="color:#b00020"' if row.status in ("FAILED", "raised") else ""
+            lines.append(f"<tr{bad}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
+        return f"<b>{escape(repr(self))}</b><table><tr>{heads}</tr>{''.join(lines)}</table>"
 
-        cells = "".join(
-            f"<tr><td>{escape(r.case)}</td><td>{r.dtype}</td><td>{r.status}</td><td>{r.max_error:.2g}</td>"
-            f"<td>{escape(r.reason)}</td></tr>"
-            for r in self.rows
-        )
-        head = "<tr><th>case</th><th>dtype</th><th>status</th><th>max error</th><th>reason</th></tr>"
-        return f"<div><b>{escape(repr(self))}</b><table>{head}{cells}</table></div>"
+
+_VERDICT = ["status", "max abs", "max rel", "of tolerance", "note"]
+
+
+def _short(x: float | None) -> str:
+    return "" if x is None else f"{x:.2g}"
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]
+    )
 
 
 def check(
-    op: Op,
-    variant: str = "reference",
-    *,
+    op: Op | str,
+    variant: str | None = None,
     device: str | torch.device | None = None,
-    dtypes: Iterable[torch.dtype] = DTYPES,
-    seed: int = 0,
+    dtypes: Sequence[torch.dtype] | None = None,
 ) -> Report:
-    """Compute every case of `op` with the variant and with the reference; what each changed in place counts as well."""
-    chosen = op.get(variant)
-    where = torch.device(device if device is not None else chosen.device or "cpu")
-    rows = [_one(op, chosen.name, case, where, dtype, seed) for dtype in dtypes for case in op.cases()]
-    return Report(op.name, chosen.name, rows)
+    """Compare a variant (None: all of them) with the op's reference on the op's cases.
+
+    Results, in-place changes of arguments and whatever lies around a view in its storage are all compared. A Triton
+    variant is checked in Triton's interpreter, in another process, where there is no GPU.
+    """
+    op = get(op) if isinstance(op, str) else op
+    rows: list[Row] = []
+    for one in _variants(op, variant):
+        rows += _check_variant(op, one, None if device is None else torch.device(device).type, dtypes)
+    return Report(tuple(rows))
 
 
-def _one(op: Op, name: str, case: Case, device: torch.device, dtype: torch.dtype, seed: int) -> Row:
-    kind = str(dtype).removeprefix("torch.")
-    variant = op.variants[name]
-    args, options = case.make(device, dtype, torch.Generator(device).manual_seed(seed))
-    if (reason := variant.why_not(device.type, dtype, {})) is not None:
-        return Row(op.name, name, case.name, kind, "refused", reason=reason)
-    theirs, their_options = _copied(args), _copied(options)
-    expected = op.reference(*args, **options)
+def _variants(op: Op, name: str | None) -> list[Variant]:
+    if name is not None:
+        return [op.get(name)]
+    op.load_all()
+    found = [variant for variant in op.variants.values() if variant.name != "reference"]
+    return found or [op.variants["reference"]]  # against itself: are its cases sound?
+
+
+def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequence[torch.dtype] | None) -> list[Row]:
+    home = device or variant.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = tuple(dtypes) if dtypes is not None else tuple(d for d in DTYPES if d in (variant.dtypes or DTYPES))
+    label = home
+    if home == "cuda" and interpreting():
+        home, label = "cpu", "interpreter"
+    elif home == "cuda" and not torch.cuda.is_available():
+        if variant.function.__module__.startswith("labkit_kernels."):
+            return _interpret_elsewhere([op.name], variant.name, dtypes)
+        reason = "no cuda on this machine; to check it in Triton's interpreter start Python with TRITON_INTERPRET=1"
+        return [Row(op.name, variant.name, "all", "", "cuda", "refused", reason)]
+    rows = []
+    for case in op.cases():
+        if not case.timed:  # those are large
+            rows += [
+                run_case(op, variant, case, home, dtype, label)
+                for dtype in chosen
+                if case.dtypes is None or dtype in case.dtypes
+            ]
+    return rows
+
+
+def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dtype, label: str | None = None) -> Row:
+    """One row. What the variant raises is data; what the reference or the case raises is our own fault and rises."""
+    label = label or device
+    said = (op.name, variant.name, case.name, str(dtype).removeprefix("torch."), label)
+    if (reason := variant.why_not("cuda" if label == "interpreter" else label, dtype, case.facts or {})) is not None:
+        return Row(*said, "refused", reason)
+    args, kwargs = case.inputs(device, dtype)
+    expected = op.reference(*args, **kwargs)
+    again, options = case.inputs(device, dtype)
+    untouched, _ = case.inputs(device, dtype)
+    if (wrong := compare(untouched, again, Tolerance(0.0, 0.0, ""), storage=True)).text:
+        raise AssertionError(f"case {case.name!r} of {op.name} gives other inputs each time: {wrong.text}")
+    begin = time.perf_counter()
     try:
-        found = variant.function(*theirs, **their_options)
-    except Exception as error:  # a variant may raise anything: that is its result
-        return Row(op.name, name, case.name, kind, "raised", reason=f"{type(error).__name__}: {error}")
+        found = variant.function(*again, **options)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:  # whatever a stranger's variant raises
+        return Row(*said, "raised", f"{type(error).__name__}: {error}", seconds=time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
     tolerance = op.tolerance(dtype)
-    worst, where_worst = 0.0, ""
-    for a, b in zip(_tensors((expected, args, options)), _tensors((found, theirs, their_options)), strict=True):
-        error = op.compare(a, b, tolerance) if op.compare is not None else excess(a, b, tolerance)
-        if error > worst or error != error:
-            worst, where_worst = error, f"shape {tuple(a.shape)}"
-    status = "ok" if worst <= 1.0 else "FAILED"
-    reason = "" if status == "ok" else f"{where_worst}: {worst:.3g} times the tolerance ({tolerance.why})"
-    return Row(op.name, name, case.name, kind, status, worst, reason)
+    difference = compare(expected, found, tolerance, measure=op.compare).worse(
+        compare((args, kwargs), (again, options), tolerance, storage=True, where="argument")
+    )
+    status = "FAILED" if difference.text else "ok"
+    return Row(
+        *said, status, difference.text, difference.max_abs, difference.max_rel, difference.share, round(seconds, 6)
+    )
 
 
-def excess(expected: Tensor, found: Tensor, tolerance: Tolerance) -> float:
-    """The largest error as a multiple of what is tolerated."""
-    if expected.shape != found.shape or expected.dtype != found.dtype:
-        return float("inf")
+@dataclass(frozen=True)
+class Difference:
+    """How far two nests of tensors are apart; `text` is empty when that is tolerated."""
+
+    text: str = ""
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    share: float = 0.0
+
+    def worse(self, other: Difference) -> Difference:
+        return Difference(
+            self.text or other.text,
+            max(self.max_abs, other.max_abs),
+            max(self.max_rel, other.max_rel),
+            max(self.share, other.share),
+        )
+
+
+def compare(
+    expected: Any,
+    found: Any,
+    tolerance: Tolerance,
+    *,
+    storage: bool = False,
+    measure: Callable[[Tensor, Tensor, Tolerance], float] | None = None,
+    where: str = "result",
+) -> Difference:
+    """Walk two nests of tensors together. With `storage`, all of a tensor's storage, so that a stray write shows.
+
+    `measure` replaces the difference as an op's own idea of how far two results are apart: 1 is the most tolerated.
+    """
+    if isinstance(expected, Tensor):
+        if not isinstance(found, Tensor):
+            return Difference(f"{where} is {type(found).__name__}, not a tensor", share=float("inf"))
+        for what, one, other in (
+            ("shape", tuple(expected.shape), tuple(found.shape)),
+            ("dtype", expected.dtype, found.dtype),
+            ("device", expected.device, found.device),
+        ):
+            if one != other:
+                return Difference(f"{where} has {what} {other}, not {one}", share=float("inf"))
+        if storage:
+            expected, found = _whole(expected), _whole(found)
+        if measure is not None:
+            share = measure(expected, found, tolerance)
+            return Difference(f"{where}: {share:.3g} times what is tolerated" if share > 1 else "", share=share)
+        return _compare_tensors(expected, found, tolerance, where)
+    if isinstance(expected, dict):
+        if not isinstance(found, dict) or expected.keys() != found.keys():
+            return Difference(f"{where} is not a dict of {list(expected)}", share=float("inf"))
+        expected, found = list(expected.values()), list(found.values())
+    if isinstance(expected, list | tuple):
+        if not isinstance(found, list | tuple) or len(found) != len(expected):
+            return Difference(f"{where} is not {len(expected)} things", share=float("inf"))
+        total = Difference()
+        for i, (one, other) in enumerate(zip(expected, found, strict=True)):
+            total = total.worse(compare(one, other, tolerance, storage=storage, measure=measure, where=f"{where}[{i}]"))
+        return total
+    if expected is None and found is not None:
+        return Difference(f"{where} is {type(found).__name__}, not None", share=float("inf"))
+    return Difference()
+
+
+def _whole(x: Tensor) -> Tensor:
+    return x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+
+
+def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, where: str) -> Difference:
     if not expected.numel():
-        return 0.0
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, found) else float("inf")
-    wide, other = expected.double(), found.double()
-    error = (wide - other).abs() / (tolerance.atol + tolerance.rtol * wide.abs())
-    same = wide == other  # infinities
-    return float(error.masked_fill(same, 0.0).nan_to_num(nan=float("inf")).max())
+        return Difference()
+    wide = torch.float64 if expected.dtype == torch.float64 or not expected.dtype.is_floating_point else torch.float32
+    one, other = expected.detach().to(wide), found.detach().to(wide)
+    same = (one == other) | (one.isnan() & other.isnan())  # infinities agree with themselves
+    error = torch.where(same, 0.0, (one - other).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    size = one.abs()
+    allowed = tolerance.atol + tolerance.rtol * size.nan_to_num(posinf=0.0)
+    share = torch.where(same, 0.0, error / allowed)
+    large = size > tolerance.atol
+    rel = torch.where(large & ~same, error / size, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
+    worst = int(share.argmax())
+    text = ""
+    if float(share.max()) > 1:
+        at = ", ".join(map(str, (int(i) for i in torch.unravel_index(torch.tensor(worst), one.shape))))
+        bad = int((share > 1).sum())
+        text = (
+            f"{where}: {bad} of {one.numel()} off, worst at [{at}]: {other.flatten()[worst]:.6g}, "
+            f"expected {one.flatten()[worst]:.6g}"
+        )
+    return Difference(text, float(error.max()), float(rel.max()), float(share.max()))
 
 
-def _copied(value: Any) -> Any:
-    """The same arguments once more: views of one tensor stay views of one tensor's copy."""
-    if isinstance(value, Tensor):
-        if value.is_contiguous():
-            return value.clone()
-        copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        return copy.copy_(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item) for item in value)
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    return value
+def interpreting() -> bool:
+    """Is this process one whose Triton kernels run in the interpreter?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+def interpret(ops: Sequence[str], dtypes: Sequence[torch.dtype] | None = None) -> Report:
+    """Check the Triton variants of these ops in one process that has Triton's interpreter switched on."""
+    return Report(tuple(_interpret_elsewhere(list(ops), "triton", dtypes)))
+
+
+def _interpret_elsewhere(ops: list[str], variant: str, dtypes: Sequence[torch.dtype] | None) -> list[Row]:
+    # TRITON_INTERPRET is read when a kernel is defined, so a process that has imported Triton is too late to set it.
+    home = str(Path(__file__).resolve().parents[1])
+    path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    # The interpreter is many small numpy and torch calls: threads only get in each other's way.
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "labkit_kernels",
+        "check",
+        "--interpret",
+        *ops,
+        "--variant",
+        variant,
+        "--json",
+        "-",
+    ]
+    if dtypes is not None:
+        command += ["--dtypes", ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    try:
+        return [Row(**row) for row in json.loads(done.stdout)]
+    except json.JSONDecodeError:
+        text = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()[-1]
+        return [Row(op, variant, "all", "", "interpreter", "raised", text) for op in ops]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`check [op...] [--variant V] [--device D] [--dtypes a,b] [--interpret] [--json FILE]`; 1 when something fails."""
+    parser = argparse.ArgumentParser("labkit kernels check", description="compare variants with their references")
+    parser.add_argument("ops", nargs="*", metavar="op")
+    parser.add_argument("--variant")
+    parser.add_argument("--device")
+    parser.add_argument("--dtypes", help="for example float32,bfloat16")
+    parser.add_argument("--interpret", action="store_true", help="Triton variants in Triton's interpreter")
+    parser.add_argument("--json", metavar="FILE", help="rows as JSON; - for the standard output")
+    options = parser.parse_args(argv)
+    dtypes = [getattr(torch, name) for name in options.dtypes.split(",")] if options.dtypes else None
+    rows: list[Row] = []
+    ops = [get(name) for name in options.ops or OPS]
+    if options.interpret and not interpreting():
+        rows += _interpret_elsewhere([op.name for op in ops], options.variant or "triton", dtypes)
+    else:
+        for op in ops:
+            if options.interpret and options.variant and not op.has(options.variant):
+                continue
+            rows += check(op, options.variant, options.device, dtypes).rows
+    write(Report(tuple(rows)), options.json)
+    return 0 if Report(tuple(rows)).ok or not rows else 1
+
+
+def write(report: Any, file: str | None) -> None:
+    """A report as a table, or its rows as JSON."""
+    if file is None:
+        print(report)
+        return
+    text = json.dumps([asdict(row) for row in report.rows], indent=1)
+    if file == "-":
+        print(text)
+    else:
+        Path(file).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    from labkit_kernels.check import main as _main  # this module once, not a second copy of its classes
+
+    sys.exit(_main())

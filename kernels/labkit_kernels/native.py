@@ -10,8 +10,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,10 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch  # its OpenMP runtime must be in the process first: ours then shares it
+from torch import Tensor
 
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
-TARGETS = (("-march=native",), ())  # the second: any processor of this kind
+# No -ffast-math: minus infinity means something in a mask. What is dropped are errno and floating point traps.
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 SECONDS = 120
 
 _warned: set[str] = set()
@@ -48,25 +51,69 @@ def compiler() -> str:
     raise BuildError(f"no C++ compiler: looked for {', '.join(names)}; install one (g++), or set CXX to its path")
 
 
+def openmp_runtime() -> str | None:
+    """The OpenMP runtime that torch brought. Two in one process would each keep a pool of threads."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    found = re.search(r"(/\S*/lib(?:gomp|iomp5|omp)\b\S*\.so\S*)", maps)
+    return found[1] if found else None
+
+
 @lru_cache(maxsize=8)
 def _identity(path: str) -> str:
     """Compiler and processor, as they go into a library's name."""
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    said = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith("flags")), "")
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        flags = ""
-    return f"{version}|{platform.machine()}|{flags}"
+        lines = []
+    return "|".join([version, platform.machine(), *(line for line in lines if line.startswith(said))])
+
+
+@lru_cache(maxsize=8)
+def _targets(path: str) -> tuple[tuple[str, ...], ...]:
+    """Flags that this compiler takes, best first; the last are for any processor of this kind."""
+    openmp = ("-fopenmp",) if openmp_runtime() and _takes(path, "-fopenmp", "int main() {}") else ()
+    if openmp and not _takes(path, "-fopenmp", _PARALLEL, link=True):
+        openmp = ()  # clang with GNU's runtime: it would bring its own
+    for native in ("-march=native", "-mcpu=native"):
+        if _takes(path, native, "int main() {}"):
+            return ((native, *openmp), openmp)
+    return (openmp,)
+
+
+_PARALLEL = 'extern "C" void f(float* x) {\n#pragma omp parallel for\nfor (int i = 0; i < 9; i++) x[i] = i;\n}'
+
+
+def _takes(path: str, flag: str, text: str, link: bool = False) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text(text)
+        made = source.with_suffix(".o")
+        done = subprocess.run([path, flag, "-fPIC", "-c", source, "-o", made], capture_output=True, check=False)
+        if done.returncode == 0 and link:
+            done = subprocess.run(_link(path, made, source.with_suffix(".so")), capture_output=True, check=False)
+        return done.returncode == 0
+
+
+def _link(path: str, made: Path, library: Path) -> list[str]:
+    # Linked by path and without -fopenmp, which would name the compiler's own runtime. --no-undefined: a missing symbol
+    # shows here and not at the first call.
+    strict = ["-Wl,--no-undefined"] if sys.platform == "linux" else []
+    runtime = openmp_runtime()
+    return [path, "-shared", str(made), *([runtime] if runtime else []), "-lm", *strict, "-o", str(library)]
 
 
 def build(source: str | Path) -> Path:
-    """The shared library of a C++ file (and the headers beside it), made if it is not there yet."""
+    """The shared library of a C++ file (and the headers beside and above it), made if it is not there yet."""
     source, path = Path(source), compiler()
     headers = sorted({*source.parent.glob("*.h"), *source.parent.parent.glob("*.h")})
-    text = b"".join(file.read_bytes() for file in (source, *headers))
-    key = hashlib.sha256(text + _identity(path).encode() + repr((FLAGS, TARGETS)).encode()).hexdigest()[:16]
-    library = cache_folder() / f"{source.parent.name}-{source.stem}-{key}.so"
+    key = hashlib.sha256(b"".join(file.read_bytes() for file in (source, *headers)))
+    key.update(repr((FLAGS, path, _identity(path), openmp_runtime())).encode())
+    library = cache_folder() / f"{source.parent.name}-{source.stem}-{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
     try:
@@ -81,16 +128,24 @@ def build(source: str | Path) -> Path:
 
 
 def _compile(path: str, source: Path, made: Path) -> None:
-    for target in TARGETS:
-        command = [path, *FLAGS, *target, f"-I{source.parent.parent}", str(source), "-o", str(made)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise BuildError(f"{path} took more than {SECONDS} s for {source.name}") from error
-        if done.returncode == 0:
+    said = ""
+    for target in _targets(path):
+        made_object = made.with_suffix(".o")
+        steps = (
+            [path, *FLAGS, *target, f"-I{source.parent.parent}", "-c", str(source), "-o", str(made_object)],
+            _link(path, made_object, made),
+        )
+        for command in steps:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+            except subprocess.TimeoutExpired as error:
+                raise BuildError(f"{path} took more than {SECONDS} s for {source.name}") from error
+            if done.returncode != 0:
+                said = said or next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[:200])
+                break
+        else:
             return
-    first = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
-    raise BuildError(f"{path} cannot build {source.name}: {first}")
+    raise BuildError(f"{path} cannot build {source.parent.name}/{source.name}: {said.strip()}")
 
 
 def load(source: str | Path, functions: Mapping[str, Sequence[object]]) -> ctypes.CDLL | None:
@@ -111,3 +166,25 @@ def load(source: str | Path, functions: Mapping[str, Sequence[object]]) -> ctype
 
 def num_threads() -> int:
     return torch.get_num_threads()
+
+
+def rows(x: Tensor) -> tuple[int, int, int, int] | None:
+    """(outer, inner, outer stride, inner stride) of the vectors along the last dimension; None: not that regular."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return None
+    if x.is_contiguous():
+        size = x.shape[-1]
+        return (x.numel() // size if size else 0), 1, size, 0
+    if x.dim() == 2:
+        return x.shape[0], 1, x.stride(0), 0
+    if x.dim() == 3:
+        return x.shape[0], x.shape[1], x.stride(0), x.stride(1)
+    return None
+
+
+def dense_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """A tensor that is only read, copied if its vectors do not lie regularly, and how they lie."""
+    if (found := rows(x)) is not None:
+        return x, found
+    x = x.contiguous()
+    return x, rows(x)  # type: ignore[return-value]

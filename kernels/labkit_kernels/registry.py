@@ -4,6 +4,8 @@ know what an op is for."""
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,16 +100,35 @@ class Op:
 
     def load(self, device: str) -> None:
         """Import the modules that register this device's variants."""
-        for module in self.sources.pop(device, ()):
+        modules = self.sources.pop(device, ())
+        if "triton" in modules and importlib.util.find_spec("triton") is None:
+            warnings.warn("Triton is not installed: ops on CUDA run in plain torch, which is slower", stacklevel=2)
+            return
+        for module in modules:
             importlib.import_module(f"{self.home}.{module}")
 
-    def get(self, name: str) -> Variant:
-        if name not in self.variants:
-            for device in list(self.sources):
+    def load_all(self) -> None:
+        """Import every module that registers a variant and can be imported here."""
+        for device, modules in list(self.sources.items()):
+            if "triton" not in modules or importlib.util.find_spec("triton") is not None:
                 self.load(device)
+
+    def get(self, name: str) -> Variant:
+        """A variant by name."""
+        for device, modules in list(self.sources.items()):
+            if name in modules and name not in self.variants:  # a module's variant goes by the module's name
+                self.load(device)
+        if name not in self.variants:
+            self.load_all()
         if name not in self.variants:
             raise ValueError(f"op {self.name} has no variant {name!r}: it has {', '.join(self.variants)}")
         return self.variants[name]
+
+    def has(self, name: str) -> bool:
+        """Is there such a variant on this machine?"""
+        if name not in self.variants:
+            self.load_all()
+        return name in self.variants
 
     def pick(self, device: str | torch.device, dtype: torch.dtype, **facts: Any) -> Callable[..., Any]:
         """The function to call for this device, dtype and shape: the one in `use`, else the last registered built-in

@@ -28,7 +28,24 @@ CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
     ("soft cap", [(1, 20), (7, 7)], 4, 2, 32, 32, 3, ("softcap",)),
     ("sinks", [(1, 20), (7, 13)], 4, 2, 64, 64, 16, ("sinks",)),
     ("ALiBi", [(1, 31), (11, 12)], 6, 6, 32, 32, 16, ("alibi",)),
+    ("one key head", [(1, 67), (5, 9)], 71, 1, 64, 64, 64, ()),
+    ("long decode", [(1, 1103), (1, 257)], 7, 1, 32, 32, 64, ()),
+    ("long window", [(1, 211), (131, 193)], 3, 1, 32, 32, 1, ("long window",)),
+    ("no keys", [(1, 0), (1, 4), (2, 0)], 2, 2, 32, 32, 16, ()),
+    ("a few queries", [(4, 77), (4, 4), (3, 130)], 8, 4, 64, 64, 16, ()),
+    ("a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ()),
     ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("window", "softcap", "sinks", "alibi")),
+]
+
+
+# The same, of the sizes that models have; for timing.
+TIMED: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
+    ("decode 64 x 512, 8/4 heads of 32", [(1, 512)] * 64, 8, 4, 32, 32, 16, ()),
+    ("decode 64 x 512, 14/2 heads of 64", [(1, 512)] * 64, 14, 2, 64, 64, 16, ()),
+    ("decode 1 x 8192, 14/2 heads of 64", [(1, 8192)], 14, 2, 64, 64, 16, ()),
+    ("decode 64 x 1024, 16/8 heads of 128", [(1, 1024)] * 64, 16, 8, 128, 128, 16, ()),
+    ("prefill 2048, 14/2 heads of 64", [(2048, 2048)], 14, 2, 64, 64, 16, ()),
+    ("prefill 2048, 16/8 heads of 128", [(2048, 2048)], 16, 8, 128, 128, 16, ()),
 ]
 
 
@@ -63,6 +80,8 @@ def make_batch(
     options |= {"max_query_len": max(c for c, _ in lengths), "max_seq_len": max(k for _, k in lengths)}
     if "window" in wanted:
         options["window"] = 11
+    if "long window" in wanted:
+        options["window"] = 67
     if "softcap" in wanted:
         options["softcap"] = 2.0
     if "sinks" in wanted:
@@ -73,8 +92,13 @@ def make_batch(
 
 
 def _cases() -> Iterator[Case]:
-    for name, *rest in CASES:
-        yield Case(name, lambda device, dtype, generator, rest=rest: make_batch(device, dtype, generator, *rest))
+    for timed, cases in ((False, CASES), (True, TIMED)):
+        for name, *rest in cases:
+
+            def make(device, dtype, generator, rest=rest):
+                return make_batch(device, dtype, generator, *rest)
+
+            yield Case(name, make, timed=timed)
 
 
 def _tolerance(dtype: torch.dtype) -> Tolerance:
@@ -113,5 +137,5 @@ paged_attention = Op(
     traffic=_traffic,
     flops=_flops,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

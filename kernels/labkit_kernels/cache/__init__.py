@@ -51,6 +51,7 @@ store_kv = Op(
     tolerance=exact,
     traffic=_store_traffic,
     home=__name__,
+    sources={"cpu": ("cpu",)},
 )
 copy_blocks = Op(
     "copy_blocks",
@@ -58,6 +59,7 @@ copy_blocks = Op(
     cases=lambda: _move_cases(False),
     tolerance=exact,
     home=__name__,
+    sources={"cpu": ("cpu",)},
 )
 swap_blocks = Op(
     "swap_blocks",

@@ -59,6 +59,7 @@ rms_norm = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
+    sources={"cpu": ("cpu",)},
 )
 layer_norm = Op(
     "layer_norm",

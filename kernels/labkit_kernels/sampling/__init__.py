@@ -59,5 +59,5 @@ sample = Op(
     traffic=_traffic,
     compare=_compare,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

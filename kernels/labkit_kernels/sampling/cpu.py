@@ -1,35 +1,58 @@
-"""Drawing on a CPU: sorts only the rows that a filter asks to be sorted, and hashes only the rows that are random."""
+"""The C++ sampler as a variant. Knows pointers; refuses to know what is drawn."""
 
 from __future__ import annotations
+
+import ctypes
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from labkit_kernels import native
+
 from . import sample
-from .reference import exponential, filtered
+
+POINTERS = ("logits", "temperature", "top_k", "top_p", "min_p", "key", "out")
+COUNTS = ("row_stride", "num_rows", "vocab_size", "num_threads")
 
 
-@sample.variant("torch", device="cpu", picked=True)
-def sample_torch(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: Tensor
-) -> Tensor:
-    random = temperature > 0
-    if not random.any():
-        return logits.argmax(-1)
-    if random.all():
-        return _random(logits, temperature, top_k, top_p, min_p, key)
-    tokens = torch.empty(len(logits), dtype=torch.int64)
-    tokens[~random] = logits[~random].argmax(-1)
-    columns = (column[random] for column in (logits, temperature, top_k, top_p, min_p, key))
-    tokens[random] = _random(*columns)
-    return tokens
+class Call(ctypes.Structure):
+    """`Call` in cpu.cpp, field for field."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_int64) for name in COUNTS)]
 
 
-def _random(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: Tensor) -> Tensor:
-    scaled = logits.float() / temperature[:, None]
-    narrowed = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    if narrowed.all():
-        scaled = filtered(scaled, top_k, top_p, min_p)
-    elif narrowed.any():
-        scaled[narrowed] = filtered(scaled[narrowed], top_k[narrowed], top_p[narrowed], min_p[narrowed])
-    return (scaled - exponential(key, logits.shape[1]).log()).argmax(-1)
+_library = native.load(
+    Path(__file__).with_name("cpu.cpp"),
+    {f"sample_{name}": [ctypes.POINTER(Call)] for name in ("float32", "bfloat16")},
+)
+_functions = (
+    {torch.float32: _library.sample_float32, torch.bfloat16: _library.sample_bfloat16} if _library is not None else {}
+)
+
+
+def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: Tensor) -> Tensor:
+    """Rows may be a view of a larger tensor; float16 logits are converted."""
+    if logits.dtype not in _functions:
+        logits = logits.float()
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    num_rows, vocab_size = logits.shape
+    columns = [
+        x.to(kind).contiguous()
+        for x, kind in (
+            (temperature, torch.float32),
+            (top_k, torch.int32),
+            (top_p, torch.float32),
+            (min_p, torch.float32),
+            (key, torch.int64),
+        )
+    ]
+    out = torch.empty(num_rows, dtype=torch.int64)
+    pointers = (x.data_ptr() for x in (logits, *columns, out))
+    _functions[logits.dtype](Call(*pointers, logits.stride(0), num_rows, vocab_size, torch.get_num_threads()))
+    return out
+
+
+if _functions:
+    draw = sample.variant("cpu", device="cpu", picked=True)(draw)

@@ -1,0 +1,320 @@
+// The same attention on AMX tiles, for bfloat16. Included by cpu.cpp, whose items, rows and parts it works on.
+//
+// Scores are computed transposed, keys x rows: the keys are then the left operand, as they lie, and only the queries are
+// packed, once an item. Sixteen rows stand in the sixteen lanes of a register, so the softmax has no horizontal sums.
+// Weights are turned round (64 shuffles for 16 rows x 32 keys) and meet the values, pairs of whose rows were interleaved
+// within 128-bit lanes: columns of the result come out in that order and are put right once, at the end.
+#pragma once
+
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+namespace amx {
+
+constexpr int TILE = 16;           // rows of a tile register; each holds 32 bfloat16 or 16 float32
+constexpr int DEPTH = 32;
+constexpr float SLACK = 8.f;       // weights may reach 2^8 before a row is rescaled: float32 has room
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// The kernel hands out AMX on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
+inline bool available() {
+    static const bool granted = __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return granted;
+}
+
+// Tiles are configured while one of these lives, in the thread that made it.
+struct Tiles {
+    Tiles() {
+        static const TileConfig config = [] {
+            TileConfig c;
+            for (int i = 0; i < 8; i++) {
+                c.bytes[i] = 64;
+                c.rows[i] = TILE;
+            }
+            return c;
+        }();
+        // Through a memory clobber: some compilers otherwise drop the stores that fill the configuration.
+        asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
+    }
+    ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
+};
+
+inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+
+struct Scratch {
+    std::vector<float> store;
+    float *scores, *out, *most, *sum, *row;
+    bf16 *q, *keys, *values, *weights;
+
+    void fit(int64_t rows, int64_t size, int64_t value_size) {
+        int64_t need[] = {KEYS * TILE,         rows * value_size, rows, rows, value_size, rows * size / 2,
+                          KEYS * size / 2, KEYS * value_size / 2, KEYS * TILE / 2};
+        float** to[] = {&scores, &out, &most, &sum, &row};
+        bf16** halves[] = {&q, &keys, &values, &weights};
+        int64_t total = 16;
+        for (int64_t n : need) total += whole(n, 16);
+        if (static_cast<int64_t>(store.size()) < total) store.resize(total);
+        auto at = (reinterpret_cast<uintptr_t>(store.data()) + 63) / 64 * 64;
+        for (int i = 0; i < 9; i++) {
+            if (i < 5) *to[i] = reinterpret_cast<float*>(at);
+            else *halves[i - 5] = reinterpret_cast<bf16*>(at);
+            at += whole(need[i], 16) * sizeof(float);
+        }
+    }
+};
+
+inline __m512i load_row(const bf16* at, int64_t left) {
+    if (left >= DEPTH) return _mm512_loadu_si512(at);
+    return _mm512_maskz_loadu_epi16((1u << left) - 1, at);
+}
+
+// 2^x to about 4e-6: the weights are rounded to bfloat16 (4e-3) anyway.
+inline __m512 exp2_coarse(__m512 x) {
+    x = _mm512_max_ps(x, _mm512_set1_ps(-127.f));
+    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 f = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(9.6181291e-3f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
+    return _mm512_scalef_ps(p, n);
+}
+
+// Sixteen queries, transposed in pairs: tile d of q is [16 pairs of dimensions][16 rows][2].
+inline void pack_queries(const bf16* const* rows, int count, int64_t size, bf16* to) {
+    for (int64_t d = 0; d < size; d += DEPTH) {
+        vf tile[TILE];
+        for (int r = 0; r < TILE; r++)
+            tile[r] = r < count ? (vf)load_row(rows[r] + d, size - d) : vf{};
+        labkit::transpose(tile);
+        for (int i = 0; i < TILE; i++) std::memcpy(to + d * TILE + i * DEPTH, &tile[i], 64);
+    }
+}
+
+inline void copy_keys(const Rows& rows, int count, int64_t size, bf16* to) {
+    const int64_t wide = whole(size, DEPTH);
+    for (int k = 0; k < whole(count, TILE); k++)
+        for (int64_t d = 0; d < size; d += DEPTH)
+            _mm512_store_si512(to + k * wide + d, load_row(static_cast<const bf16*>(rows.at[k]) + d, size - d));
+}
+
+// Tile (k, d) of the values is [16 pairs of keys][16 columns][2], at [k][d] of [KEYS / 32][wide / 16].
+inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to) {
+    const int64_t wide = whole(size, DEPTH);
+    for (int k = 0; k < whole(count, DEPTH); k += 2) {
+        const bf16 *a = static_cast<const bf16*>(rows.at[k]), *b = static_cast<const bf16*>(rows.at[k + 1]);
+        bf16* tile = to + k / DEPTH * DEPTH * wide + k % DEPTH / 2 * DEPTH;
+        for (int64_t d = 0; d < size; d += DEPTH) {
+            __m512i x = load_row(a + d, size - d), y = load_row(b + d, size - d);
+            _mm512_store_si512(tile + d / TILE * 512, _mm512_unpacklo_epi16(x, y));
+            _mm512_store_si512(tile + d / TILE * 512 + 512, _mm512_unpackhi_epi16(x, y));
+        }
+    }
+}
+
+// Columns of the result, from the order that `pack_values` left them in.
+inline void unpack_columns(const float* from, int64_t wide, float* to) {
+    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int64_t d = 0; d < wide; d += DEPTH) {
+        __m512 a = _mm512_load_ps(from + d), b = _mm512_load_ps(from + d + TILE);
+        _mm512_store_ps(to + d, _mm512_permutex2var_ps(a, low, b));
+        _mm512_store_ps(to + d + TILE, _mm512_permutex2var_ps(a, high, b));
+    }
+}
+
+// scores[KEYS][16] = keys x queries.
+inline void multiply_keys(const bf16* keys, const bf16* q, int64_t wide, int tiles, float* scores) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const int64_t stride = wide * sizeof(bf16);
+    for (int64_t d = 0; d < wide; d += DEPTH) {
+        const bf16* k = keys + d;
+        _tile_loadd(7, q + d * TILE, 64);
+        _tile_loadd(4, k, stride);
+        _tile_dpbf16ps(0, 4, 7);
+        if (tiles > 1) {
+            _tile_loadd(5, k + TILE * wide, stride);
+            _tile_dpbf16ps(1, 5, 7);
+        }
+        if (tiles > 2) {
+            _tile_loadd(6, k + 2 * TILE * wide, stride);
+            _tile_dpbf16ps(2, 6, 7);
+        }
+        if (tiles > 3) {
+            _tile_loadd(4, k + 3 * TILE * wide, stride);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+    }
+    _tile_stored(0, scores, 64);
+    if (tiles > 1) _tile_stored(1, scores + 256, 64);
+    if (tiles > 2) _tile_stored(2, scores + 512, 64);
+    if (tiles > 3) _tile_stored(3, scores + 768, 64);
+}
+
+// out[16][wide] += weights[16][KEYS] x values.
+inline void multiply_values(const bf16* weights, const bf16* values, int64_t wide, int tiles, float* out) {
+    const int64_t stride = wide * sizeof(float);
+    _tile_loadd(4, weights, KEYS * sizeof(bf16));
+    if (tiles > 1) _tile_loadd(5, weights + DEPTH, KEYS * sizeof(bf16));
+    for (int64_t d = 0; d < wide; d += 2 * TILE) {
+        _tile_loadd(0, out + d, stride);
+        _tile_loadd(1, out + d + TILE, stride);
+        const bf16* v = values + d * DEPTH;
+        _tile_loadd(6, v, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, v + 512, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (tiles > 1) {
+            v += DEPTH * wide;
+            _tile_loadd(6, v, 64);
+            _tile_dpbf16ps(0, 5, 6);
+            _tile_loadd(7, v + 512, 64);
+            _tile_dpbf16ps(1, 5, 7);
+        }
+        _tile_stored(0, out + d, stride);
+        _tile_stored(1, out + d + TILE, stride);
+    }
+}
+
+struct Lanes {
+    __m512i position;  // of each row's query
+    __m512 slope;
+    float scale, softcap;
+    int window;
+    bool masked, plain;
+};
+
+// scores[keys][16] to weights[16][KEYS], and the rows' running maximum and sum; rescales `out` where the maximum grew.
+inline void softmax(float* scores, int begin, int count, const Lanes& lanes, float* most_at, float* sum_at, float* out,
+                    int64_t wide, bf16* weights) {
+    const __m512 lowest = _mm512_set1_ps(-INFINITY);
+    const __m512 scale = _mm512_set1_ps(lanes.scale * (lanes.plain ? LOG2E : 1.f));
+    __m512 largest = lowest;
+    if (lanes.plain && !lanes.masked) {
+        __m512 other = lowest;
+        for (int k = 0; k < count; k += 2) {
+            largest = _mm512_max_ps(largest, _mm512_load_ps(scores + k * TILE));
+            other = _mm512_max_ps(other, _mm512_load_ps(scores + k * TILE + TILE));
+        }
+        largest = _mm512_mul_ps(_mm512_max_ps(largest, other), scale);
+    } else {
+        const __m512i oldest = _mm512_sub_epi32(lanes.position, _mm512_set1_epi32(lanes.window));
+        for (int k = 0; k < KEYS; k++) {
+            const __m512i at = _mm512_set1_epi32(begin + k);
+            __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + k * TILE), scale);
+            if (!lanes.plain) {
+                if (lanes.softcap != 0.f) x = (__m512)(labkit::tanhv((vf)x / lanes.softcap) * lanes.softcap);
+                x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(at, lanes.position)), lanes.slope, x);
+                x = _mm512_mul_ps(x, _mm512_set1_ps(LOG2E));
+            }
+            __mmask16 seen = k < count ? _mm512_cmple_epi32_mask(at, lanes.position) : 0;
+            if (lanes.window) seen &= _mm512_cmpgt_epi32_mask(at, oldest);
+            x = _mm512_mask_mov_ps(lowest, seen, x);
+            _mm512_store_ps(scores + k * TILE, x);
+            largest = _mm512_max_ps(largest, x);
+        }
+    }
+    __m512 most = _mm512_load_ps(most_at), sum = _mm512_load_ps(sum_at);
+    if (_mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(SLACK)), _CMP_GT_OQ)) {
+        const __m512 grown = _mm512_max_ps(most, largest);
+        alignas(64) float by[TILE];
+        __m512 rescale = exp2_coarse(_mm512_sub_ps(most, grown));
+        rescale = _mm512_mask_mov_ps(rescale, _mm512_cmp_ps_mask(most, grown, _CMP_EQ_OQ), _mm512_set1_ps(1.f));
+        _mm512_store_ps(by, rescale);
+        sum = _mm512_mul_ps(sum, rescale);
+        most = grown;
+        _mm512_store_ps(most_at, most);
+        for (int r = 0; r < TILE; r++)
+            if (by[r] != 1.f)
+                for (int64_t d = 0; d < wide; d += TILE)
+                    _mm512_store_ps(out + r * wide + d,
+                                    _mm512_mul_ps(_mm512_load_ps(out + r * wide + d), _mm512_set1_ps(by[r])));
+    }
+    // A row that has seen nothing yet: its weights are 2^-inf, whatever is subtracted.
+    const __m512 shift = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, lowest, _CMP_EQ_OQ), _mm512_setzero_ps());
+    const __m512 factor = lanes.plain && !lanes.masked ? scale : _mm512_set1_ps(1.f);
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512 other = _mm512_setzero_ps();
+    for (int k = 0; k < count; k += DEPTH) {
+        vf tile[TILE];
+        for (int i = 0; i < TILE; i++) {
+            const float* at = scores + (k + 2 * i) * TILE;
+            __m512 a = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at), factor, shift));
+            __m512 b = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at + TILE), factor, shift));
+            sum = _mm512_add_ps(sum, a);
+            other = _mm512_add_ps(other, b);
+            tile[i] = (vf)_mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        }
+        labkit::transpose(tile);
+        for (int r = 0; r < TILE; r++) std::memcpy(weights + r * KEYS + k, &tile[r], 64);
+    }
+    _mm512_store_ps(sum_at, _mm512_add_ps(sum, other));
+}
+
+inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
+    const int64_t group = call.num_heads / call.num_kv_heads, rows = item.num_queries * group;
+    const int64_t all_rows = whole(rows, TILE), deep = whole(call.head_size, DEPTH);
+    const int64_t wide = whole(call.value_size, DEPTH);
+    const int position = first_position(call, item);
+
+    s.fit(all_rows, deep, wide);
+    std::memset(s.out, 0, all_rows * wide * sizeof(float));
+    for (int64_t first = 0; first < rows; first += TILE) {
+        const bf16* from[TILE];
+        const int count = std::min<int64_t>(TILE, rows - first);
+        for (int r = 0; r < count; r++) from[r] = query_row<bf16>(call, item, first + r);
+        pack_queries(from, count, call.head_size, s.q + first * deep);
+    }
+    for (int64_t r = 0; r < all_rows; r++) {
+        const float* sink = call.sinks && item.part == 0 ? call.sinks + item.head * group + r % group : nullptr;
+        s.most[r] = sink ? *sink * LOG2E : -INFINITY;
+        s.sum[r] = sink ? 1.f : 0.f;
+    }
+
+    Walk<bf16> walk(call, item);
+    while (walk.next()) {
+        const int begin = walk.begin, count = walk.count, last = begin + count - 1;
+        copy_keys(walk.keys, count, call.head_size, s.keys);
+        pack_values(walk.values, count, call.value_size, s.values);
+        for (int64_t first = 0; first < rows; first += TILE) {
+            const int64_t stop = std::min(rows, first + TILE);
+            const int low = position + first / group, high = position + (stop - 1) / group;
+            if (begin > high || (call.window && last <= low - call.window)) continue;
+            Lanes lanes;
+            alignas(64) int at[TILE];
+            alignas(64) float slope[TILE];
+            for (int r = 0; r < TILE; r++) {
+                const int64_t row = std::min(first + r, rows - 1);
+                at[r] = position + row / group;
+                slope[r] = call.alibi ? call.alibi[item.head * group + row % group] : 0.f;
+            }
+            lanes.position = _mm512_load_si512(at);
+            lanes.slope = _mm512_load_ps(slope);
+            lanes.scale = call.scale;
+            lanes.softcap = call.softcap;
+            lanes.window = call.window;
+            lanes.plain = call.softcap == 0 && !call.alibi;
+            lanes.masked = count < KEYS || last > low || (call.window && begin <= high - call.window);
+            multiply_keys(s.keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores);
+            softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide, s.weights);
+            multiply_values(s.weights, s.values, wide, (count + DEPTH - 1) / DEPTH, s.out + first * wide);
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        unpack_columns(s.out + r * wide, wide, s.row);
+        finish<bf16>(call, item, r, s.most[r], s.sum[r], s.row, parts);
+    }
+}
+
+}  // namespace amx

@@ -1,0 +1,399 @@
+"""Paged attention on a GPU. Knows pointers, tiles and splits; knows nothing of requests or of what a block table means
+to whoever wrote it.
+
+A decode step reads `2 * keys * key heads * head size` numbers and computes two flops a number and query head: it runs
+at the speed of memory, if enough programs ask for it. So the query heads that share a key head are the rows of one
+program (each key is read once for all of them), and when sequences are too few to fill the device their keys are split
+between programs, whose parts a second kernel adds up. A prefill is bound by the tensor cores: rows are queries x group,
+tiles that every row sees whole run without a mask, and only those on the diagonal or on a window's edge pay for one.
+
+Both are one kernel. Keys are found by position: a tile of keys need not be a block of the cache, and any block size
+will do; where a tile lies in one block its number is read once.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from labkit_kernels.check import interpreting
+
+from . import paged_attention as op
+
+LOG2E = tl.constexpr(1.4426950408889634)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if interpreting():
+    DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
+MOST_HEADS = 64  # of a group, in one program
+DECODE_ROWS = 64  # query tokens x heads, up to which a sequence is one row block
+
+
+@triton.jit
+def _visit(
+    acc,  # [BLOCK_M, DV]
+    most,  # [BLOCK_M], to base 2
+    total,
+    query,  # [BLOCK_M, D]
+    k,
+    v,
+    table,
+    start,
+    stop,
+    first_key,
+    end_key,
+    position,  # [BLOCK_M]
+    slope,
+    scale,
+    softcap,
+    k_block,
+    k_slot,
+    v_block,
+    v_slot,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The online softmax over the tiles of keys in start .. stop."""
+    dim = tl.arange(0, D)
+    value_dim = tl.arange(0, DV)
+    for begin in tl.range(start, stop, BLOCK_N):
+        at = begin + tl.arange(0, BLOCK_N)
+        here = (at >= first_key) & (at < end_key)
+        if BLOCK_SIZE % BLOCK_N == 0:
+            block = tl.load(table + begin // BLOCK_SIZE).to(tl.int64) + tl.zeros([BLOCK_N], tl.int64)
+        elif MASKED:
+            block = tl.load(table + at // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+        slot = at % BLOCK_SIZE
+        k_at = k + (block * k_block + slot * k_slot)[None, :] + dim[:, None]
+        v_at = v + (block * v_block + slot * v_slot)[:, None] + value_dim[None, :]
+        if MASKED:
+            keys = tl.load(k_at, mask=here[None, :] & (dim < SIZE)[:, None], other=0.0)
+        elif D != SIZE:
+            keys = tl.load(k_at, mask=(dim < SIZE)[:, None], other=0.0)
+        else:
+            keys = tl.load(k_at)
+        scores = tl.dot(query, keys, input_precision=PRECISION) * scale
+        if SOFTCAP:
+            scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
+        if ALIBI:
+            scores += slope[:, None] * (at[None, :] - position[:, None]).to(tl.float32)
+        scores *= LOG2E
+        if MASKED:
+            seen = here[None, :] & (at[None, :] <= position[:, None])
+            if WINDOW > 0:
+                seen &= at[None, :] > position[:, None] - WINDOW
+            scores = tl.where(seen, scores, float("-inf"))
+        grown = tl.maximum(most, tl.max(scores, 1))
+        # A row that has seen nothing yet must not subtract infinity from infinity.
+        shift = tl.where(grown == float("-inf"), 0.0, grown) if MASKED else grown
+        weights = tl.exp2(scores - shift[:, None])
+        rescale = tl.exp2(most - shift)
+        if MASKED:
+            values = tl.load(v_at, mask=here[:, None] & (value_dim < VALUE_SIZE)[None, :], other=0.0)
+        elif DV != VALUE_SIZE:
+            values = tl.load(v_at, mask=(value_dim < VALUE_SIZE)[None, :], other=0.0)
+        else:
+            values = tl.load(v_at)
+        total = total * rescale + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
+        most = grown
+    return acc, most, total
+
+
+@triton.jit
+def _attend(
+    q,
+    k,
+    v,
+    out,  # [tokens, heads, value size], dense
+    parts,  # [tokens, heads, splits, DV] float32, when split
+    stats,  # [tokens, heads, splits, 2] float32: largest score, sum
+    table,
+    query_start,
+    seq_len,
+    sinks,
+    alibi,
+    num_seqs,
+    num_heads,
+    scale,
+    softcap,
+    q_token,
+    q_head,
+    k_block,
+    k_head,
+    k_slot,
+    v_block,
+    v_head,
+    v_slot,
+    table_row,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,  # of the group, in one program
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    ALIBI: tl.constexpr,
+    DECODE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of queries x heads against the keys of its sequence, or against this program's share of them."""
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    kv_head = tl.program_id(1) // CHUNKS
+    if DECODE:
+        seq = tl.program_id(0)
+        first_query = 0
+    else:
+        # The i-th sequence's blocks begin at query_start[i] // BLOCK_Q + i: room enough, and found without a map. The
+        # last blocks see most keys, so they go first.
+        target = tl.num_programs(0) - 1 - tl.program_id(0)
+        low = 0
+        high = num_seqs
+        while low < high:
+            middle = (low + high) // 2
+            if tl.load(query_start + middle) // BLOCK_Q + middle <= target:
+                low = middle + 1
+            else:
+                high = middle
+        seq = low - 1
+        first_query = (target - (tl.load(query_start + seq) // BLOCK_Q + seq)) * BLOCK_Q
+    token = tl.load(query_start + seq)
+    num_queries = tl.load(query_start + seq + 1) - token
+    if first_query >= num_queries:
+        return
+    length = tl.load(seq_len + seq)
+    token += first_query
+    lowest = length - num_queries + first_query  # the first row's position
+    highest = length - num_queries + tl.minimum(first_query + BLOCK_Q, num_queries) - 1
+    first_key = 0
+    if WINDOW > 0:
+        first_key = tl.maximum(lowest - WINDOW + 1, 0)
+    end_key = tl.maximum(highest + 1, 0)
+    begin = first_key // BLOCK_N * BLOCK_N
+    stop = end_key
+    if SPLIT:
+        tiles = tl.cdiv(end_key - begin, BLOCK_N)
+        share = tl.cdiv(tiles, tl.num_programs(2)) * BLOCK_N
+        begin += share * tl.program_id(2)
+        stop = tl.minimum(begin + share, end_key)
+
+    row = tl.arange(0, BLOCK_M)
+    query_at = row // HEADS
+    group_head = tl.program_id(1) % CHUNKS * HEADS + row % HEADS
+    head = kv_head * GROUP + group_head
+    valid = (query_at < BLOCK_Q) & (first_query + query_at < num_queries) & (group_head < GROUP)
+    position = lowest + query_at
+    dim = tl.arange(0, D)
+    row_token = (token + query_at).to(tl.int64)
+    query = tl.load(
+        q + row_token[:, None] * q_token + head[:, None] * q_head + dim[None, :],
+        mask=valid[:, None] & (dim < SIZE)[None, :],
+        other=0.0,
+    )
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:
+        most = tl.load(sinks + head, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
+        if SPLIT:
+            most = tl.where(tl.program_id(2) == 0, most, float("-inf"))
+        total = tl.where(most > float("-inf"), 1.0, 0.0)
+    slope = most
+    if ALIBI:
+        slope = tl.load(alibi + head, mask=valid, other=0.0).to(tl.float32)
+    acc = tl.zeros([BLOCK_M, DV], tl.float32)
+    k += kv_head.to(tl.int64) * k_head
+    v += kv_head.to(tl.int64) * v_head
+    table += seq.to(tl.int64) * table_row
+
+    if DECODE:
+        # Memory is the limit, a mask costs nothing.
+        whole = begin
+        masked = begin
+    else:
+        whole = begin
+        if WINDOW > 0:
+            whole = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+            whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(stop, begin))
+            acc, most, total = _visit(
+                acc, most, total, query, k, v, table, begin, whole, first_key, end_key, position, slope, scale,
+                softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
+                SOFTCAP, ALIBI, True, PRECISION,
+            )  # fmt: skip
+        masked = tl.maximum(tl.minimum((lowest + 1) // BLOCK_N * BLOCK_N, stop), whole)
+        acc, most, total = _visit(
+            acc, most, total, query, k, v, table, whole, masked, first_key, end_key, position, slope, scale,
+            softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
+            SOFTCAP, ALIBI, False, PRECISION,
+        )  # fmt: skip
+    acc, most, total = _visit(
+        acc, most, total, query, k, v, table, masked, stop, first_key, end_key, position, slope, scale,
+        softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
+        SOFTCAP, ALIBI, True, PRECISION,
+    )  # fmt: skip
+
+    value_dim = tl.arange(0, DV)
+    at = row_token * num_heads + head
+    if SPLIT:
+        at = at * tl.num_programs(2) + tl.program_id(2)
+        tl.store(parts + at[:, None] * DV + value_dim[None, :], acc, mask=valid[:, None])
+        tl.store(stats + at * 2, most, mask=valid)
+        tl.store(stats + at * 2 + 1, total, mask=valid)
+    else:
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        tl.store(
+            out + at[:, None] * VALUE_SIZE + value_dim[None, :],
+            result.to(out.dtype.element_ty),
+            mask=valid[:, None] & (value_dim < VALUE_SIZE)[None, :],
+        )
+
+
+@triton.jit
+def _combine(
+    parts,
+    stats,
+    out,
+    num_heads,
+    num_splits,
+    VALUE_SIZE: tl.constexpr,
+    DV: tl.constexpr,
+    SPLITS: tl.constexpr,  # num_splits, padded to a power of two
+):
+    """Adds the splits of one token and head up."""
+    at = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
+    split = tl.arange(0, SPLITS)
+    value_dim = tl.arange(0, DV)
+    present = split < num_splits
+    stat = stats + (at * num_splits + split) * 2
+    most = tl.load(stat, mask=present, other=float("-inf"))
+    total = tl.load(stat + 1, mask=present, other=0.0)
+    largest = tl.max(most, 0)
+    by = tl.exp2(most - tl.where(largest == float("-inf"), 0.0, largest))
+    part = tl.load(
+        parts + (at * num_splits + split)[:, None] * DV + value_dim[None, :], mask=present[:, None], other=0.0
+    )
+    total = tl.sum(total * by, 0)
+    result = tl.sum(part * by[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + at * VALUE_SIZE + value_dim, result.to(out.dtype.element_ty), mask=value_dim < VALUE_SIZE)
+
+
+def tiles(dtype: torch.dtype, size: int, value_size: int, decode: bool, shared: int = 163 << 10) -> dict[str, int]:
+    """Rows, keys a tile, warps and stages, for head sizes padded to powers of two and so much shared memory."""
+    wide = max(size, value_size)
+    if dtype == torch.float32:  # no tensor cores: registers are the limit
+        rows, keys, warps, stages = (16, 16, 4 if wide <= 128 else 8, 2) if decode else (32, 16, 8, 2)
+    elif decode:
+        rows, keys, warps, stages = 16, 128 if wide <= 64 else 64 if wide <= 128 else 32, 4, 3
+    elif wide <= 128:
+        rows, keys, warps, stages = 128, 64, 8, 3
+    else:
+        rows, keys, warps, stages = 64, 32, 8, 2
+    item = dtype.itemsize
+    while stages > 1 and item * (rows * size + stages * keys * (size + value_size)) > shared:
+        stages -= 1
+    return {"rows": rows, "keys": keys, "num_warps": warps, "num_stages": stages}
+
+
+@lru_cache
+def _device_facts(index: int) -> tuple[int, int]:
+    facts = torch.cuda.get_device_properties(index)
+    return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 99 << 10)
+
+
+def num_splits(programs: int, max_seq_len: int, num_processors: int) -> int:
+    """Enough programs to keep every processor's memory requests in flight, each with 256 keys or more; a power of two,
+    so that captured graphs and compiled kernels stay few."""
+    wanted = max(1, 2 * num_processors // max(programs, 1))
+    possible = max(1, max_seq_len // 256)
+    return 1 << (min(wanted, possible, 64).bit_length() - 1)
+
+
+@op.variant("triton", device="cuda", dtypes=DTYPES, picked=True)
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_len: Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    alibi: Tensor | None = None,
+    max_query_len: int = 0,
+    max_seq_len: int = 0,
+    splits: int | None = None,  # parts that keys are cut into when decoding; None: by the device's size
+) -> Tensor:
+    """Allocates the output, and room for the parts when keys are split; reads nothing back, so it can be captured.
+
+    With `max_query_len` unknown every call is taken for a prefill. A captured graph holds for the `max_seq_len` it was
+    captured with."""
+    num_tokens, num_heads, size = q.shape
+    _, kv_heads, block_size, value_size = v_cache.shape
+    num_seqs = seq_len.shape[0]
+    out = q.new_empty(num_tokens, num_heads, value_size)
+    if num_tokens == 0 or num_seqs == 0:
+        return out
+    group = num_heads // kv_heads
+    heads = min(group, MOST_HEADS)
+    chunks = -(-group // heads)
+    decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS
+    wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
+    processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
+    tile = tiles(q.dtype, wide, value_wide, decode, shared)
+    if decode:
+        block_q = max_query_len
+        rows = max(16, triton.next_power_of_2(block_q * heads))
+        blocks = num_seqs
+        if splits is None:
+            bound = max_seq_len or block_table.shape[1] * block_size
+            bound = min(bound, window + tile["keys"]) if window else bound
+            splits = num_splits(blocks * kv_heads * chunks, bound, processors)
+    else:
+        rows = max(tile["rows"], triton.next_power_of_2(heads))
+        block_q = rows // heads
+        blocks = num_tokens // block_q + num_seqs
+        splits = 1
+    parts = stats = out
+    if splits > 1:
+        parts = q.new_empty(num_tokens, num_heads, splits, value_wide, dtype=torch.float32)
+        stats = q.new_empty(num_tokens, num_heads, splits, 2, dtype=torch.float32)
+    _attend[(blocks, kv_heads * chunks, splits)](
+        q, k_cache, v_cache, out, parts, stats, block_table, query_start, seq_len,
+        out if sinks is None else sinks, out if alibi is None else alibi,
+        num_seqs, num_heads, scale, softcap,
+        q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
+        GROUP=group, HEADS=heads, SIZE=size, VALUE_SIZE=value_size, D=wide, DV=value_wide, BLOCK_SIZE=block_size,
+        BLOCK_M=rows, BLOCK_N=tile["keys"], BLOCK_Q=block_q, WINDOW=window, SOFTCAP=softcap != 0,
+        SINKS=sinks is not None, ALIBI=alibi is not None, DECODE=decode, SPLIT=splits > 1,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        num_warps=tile["num_warps"], num_stages=tile["num_stages"],
+    )  # fmt: skip
+    if splits > 1:
+        _combine[(num_tokens, num_heads)](
+            parts, stats, out, num_heads, splits, VALUE_SIZE=value_size, DV=value_wide,
+            SPLITS=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return out
