@@ -32,6 +32,8 @@ _HOME = {
     "Engine": "engine",
     "StalledError": "engine",
     "LLM": "llm",
+    "BeamSearchParams": "beams",
+    "beam_search": "beams",
     "TorchRunner": "runner.torch",
     "load_model": "models",
     "FakeRunner": "runner.fake",
@@ -50,6 +52,7 @@ _MODULES = ("assets",)
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from .beams import BeamSearchParams, beam_search
     from .clock import VirtualClock, WallClock
     from .core.diff import diff
     from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware

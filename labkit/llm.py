@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from labkit.beams import Beam, BeamSearchParams, beam_search
 from labkit.closing import LeakReport
 from labkit.core.options import check_names
 from labkit.core.params import SamplingParams
 from labkit.core.plan import TokenLogprobs
 from labkit.engine import Engine, Prompt
 from labkit.handle import Handle
+from labkit.intake import prompt_ids
 
 RENAMED = {
     "enable_prefix_caching": "prefix_caching",
@@ -112,6 +114,10 @@ class LLM:
         several = messages and isinstance(messages[0], (list, tuple))
         prompts = [self.engine.chat_ids(each, **more) for each in (messages if several else [messages])]
         return self.generate([{"prompt_token_ids": ids} for ids in prompts], sampling_params, **priority)
+
+    def beam_search(self, prompts: Sequence[Prompt], params: BeamSearchParams | None = None) -> list[list[Beam]]:
+        """The likeliest continuations of each prompt, the best first."""
+        return beam_search(self.engine, [prompt_ids(self.engine, prompt)[0].tolist() for prompt in prompts], params)
 
 
 def output_of(handle: Handle) -> RequestOutput:

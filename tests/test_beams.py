@@ -1,0 +1,71 @@
+"""Beam search finds what transformers' does, shares blocks, and names bad input."""
+
+import pytest
+import torch
+
+import labkit as lk
+from labkit.models import load_model
+from tests.models.configs import config, reference_model
+from tests.runner.test_torch import engine
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    theirs = reference_model(config("qwen3"))
+    folder = tmp_path_factory.mktemp("qwen3")
+    theirs.save_pretrained(folder)
+    return load_model(folder, dtype="float32"), theirs
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_the_best_beam_is_that_of_transformers(pair, width):
+    ours, theirs = pair
+    prompts = [[3, 1, 4, 1, 5], list(range(20))]
+    found = lk.beam_search(engine(ours, size=4), prompts, lk.BeamSearchParams(width, 8, length_penalty=0.0))
+    for prompt, beams in zip(prompts, found, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            best = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, num_beams=width, do_sample=False,
+                eos_token_id=None, pad_token_id=2, length_penalty=0.0,
+            )  # fmt: skip
+        assert list(beams[0].token_ids) == best[0, len(prompt) :].tolist()
+        assert len({beam.token_ids for beam in beams}) == width
+        scores = [beam.logprob for beam in beams]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_ended_hypotheses_compete_with_the_others(pair):
+    ours, _ = pair
+    eng = engine(ours)
+    free = lk.beam_search(eng, [[1, 2, 3]], lk.BeamSearchParams(4, 6))[0]
+    ends = lk.TorchRunner(ours, eos_token_ids=[free[0].token_ids[2]])
+    eng = lk.Engine(scheduler=lk.Scheduler(lk.BlockManager(200, 16)), runner=ends)
+    found = lk.beam_search(eng, [[1, 2, 3]], lk.BeamSearchParams(4, 6, length_penalty=0.0))[0]
+    stopped = [beam for beam in found if beam.finish_reason == "stop"]
+    assert stopped and all(beam.token_ids[-1] == free[0].token_ids[2] for beam in stopped)
+
+
+@pytest.mark.parametrize(("width", "message"), [(0, "at least 1"), (100, "at most 64")])
+def test_widths_are_bounded(width, message):
+    with pytest.raises(ValueError, match=message):
+        lk.BeamSearchParams(beam_width=width)
+
+
+def test_samples_and_beams_of_a_long_prompt_share_its_blocks(pair):
+    """The promise of paged attention: at least half of what separate tables would hold."""
+    ours, _ = pair
+    prompt = [i % 90 for i in range(160)]
+    eng = engine(ours, size=16)
+    eng.submit(prompt, lk.SamplingParams(n=8, max_tokens=32, temperature=1.0, ignore_eos=True))
+    saved = []
+    while eng.step():
+        stats = eng.blocks.stats()
+        if stats.num_tables == 8:
+            saved.append(stats.saved_by_sharing)
+    assert min(saved) >= 0.5, f"{min(saved):.0%} saved"
+    beams = engine(ours, size=16)
+    saved = []
+    beams.listen(lambda outputs: saved.append(1.0))
+    lk.beam_search(beams, [prompt], lk.BeamSearchParams(8, 20))
+    assert beams.blocks.stats().hit_rate >= 0.5
