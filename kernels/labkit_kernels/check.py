@@ -211,6 +211,8 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
         return Row(*said, "raised", f"{type(error).__name__}: {error}", seconds=time.perf_counter() - begin)
     seconds = time.perf_counter() - begin
     tolerance = op.tolerance(dtype)
+    if label == "interpreter" and dtype == torch.bfloat16:  # it cuts bfloat16 off where a GPU rounds: twice the error
+        tolerance = Tolerance(2 * tolerance.rtol, 2 * tolerance.atol, tolerance.why)
     difference = compare(expected, found, tolerance, measure=op.compare).worse(
         compare((args, kwargs), (again, options), tolerance, storage=True, where="argument")
     )

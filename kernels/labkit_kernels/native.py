@@ -21,7 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch  # its OpenMP runtime must be in the process first: ours then shares it
-from torch import Tensor
 
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: minus infinity means something in a mask. What is dropped are errno and floating point traps.
@@ -166,25 +165,3 @@ def load(source: str | Path, functions: Mapping[str, Sequence[object]]) -> ctype
 
 def num_threads() -> int:
     return torch.get_num_threads()
-
-
-def rows(x: Tensor) -> tuple[int, int, int, int] | None:
-    """(outer, inner, outer stride, inner stride) of the vectors along the last dimension; None: not that regular."""
-    if x.stride(-1) != 1 and x.shape[-1] != 1:
-        return None
-    if x.is_contiguous():
-        size = x.shape[-1]
-        return (x.numel() // size if size else 0), 1, size, 0
-    if x.dim() == 2:
-        return x.shape[0], 1, x.stride(0), 0
-    if x.dim() == 3:
-        return x.shape[0], x.shape[1], x.stride(0), x.stride(1)
-    return None
-
-
-def dense_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """A tensor that is only read, copied if its vectors do not lie regularly, and how they lie."""
-    if (found := rows(x)) is not None:
-        return x, found
-    x = x.contiguous()
-    return x, rows(x)  # type: ignore[return-value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,8 @@ class Op:
         if "triton" in modules and importlib.util.find_spec("triton") is None:
             warnings.warn("Triton is not installed: ops on CUDA run in plain torch, which is slower", stacklevel=2)
             return
+        if "triton" in modules:
+            os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds, whatever Triton's default is
         for module in modules:
             importlib.import_module(f"{self.home}.{module}")
 

@@ -32,9 +32,7 @@ def _traffic(x: Tensor, *rest: object) -> int:
 def _gelu_tolerance(dtype: torch.dtype) -> Tolerance:
     if dtype != torch.float32:
         return rounded_once(dtype)
-    return Tolerance(
-        2e-6, 8e-6, "the reference's 1 + erf(gate) cancels for negative gates, and `up` scales what is left"
-    )
+    return Tolerance(2e-6, 8e-6, "the reference's 1 + erf(gate) cancels for negative gates; `up` scales what is left")
 
 
 silu_mul = Op(
@@ -44,7 +42,7 @@ silu_mul = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
 gelu_mul = Op(
     "gelu_mul",
@@ -53,5 +51,5 @@ gelu_mul = Op(
     tolerance=_gelu_tolerance,
     traffic=_traffic,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

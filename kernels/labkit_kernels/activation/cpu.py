@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit_kernels import native
 from labkit_kernels.activation import gelu_mul, silu_mul
+from labkit_kernels.layout import dense_rows
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 SILU, GELU = 0, {"tanh": 1, "none": 2}
@@ -22,7 +23,7 @@ if library is not None:
     _gated_act = library.gated_act
 
     def _gated(x: Tensor, act: int) -> Tensor:
-        x, (outer, inner, x_outer, x_inner) = native.dense_rows(x)
+        x, (outer, inner, x_outer, x_inner) = dense_rows(x)
         size = x.shape[-1] // 2
         out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
         _gated_act(

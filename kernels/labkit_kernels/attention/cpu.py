@@ -1,4 +1,4 @@
-"""The C++ kernel as a variant for float32 and bfloat16. Knows pointers and strides; refuses to know what is computed."""
+"""The C++ kernel as a variant for float32 and bfloat16. Knows pointers and strides; nothing of what is computed."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.check import interpreting
+from labkit_kernels.compile import MOST_SHARED, Config
 
 from . import paged_attention as op
 
@@ -305,7 +306,7 @@ def tiles(dtype: torch.dtype, size: int, value_size: int, decode: bool, shared: 
     elif decode:
         rows, keys, warps, stages = 16, 128 if wide <= 64 else 64 if wide <= 128 else 32, 4, 3
     elif wide <= 128:
-        rows, keys, warps, stages = 128, 64, 8, 3
+        rows, keys, warps, stages = 128, 32 if wide > 64 and shared <= 163 << 10 else 64, 8, 3
     else:
         rows, keys, warps, stages = 64, 32, 8, 2
     item = dtype.itemsize
@@ -397,3 +398,60 @@ def paged_attention(
             SPLITS=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
     return out
+
+
+# Types of the arguments; what stands behind "*q" is the dtype.
+_TYPES = dict.fromkeys(("q", "k", "v", "out", "sinks", "alibi"), "*q") | dict.fromkeys(("parts", "stats"), "*fp32")
+_TYPES |= dict.fromkeys(("table", "query_start", "seq_len"), "*i32") | {"num_seqs": "i32", "num_heads": "i32"}
+_STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot")
+_TYPES |= {"scale": "fp32", "softcap": "fp32", "table_row": "i32"} | dict.fromkeys(_STRIDES, "i32")
+
+
+def _configs(
+    size: int,
+    value_size: int,
+    group: int,
+    archs: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    block_size: int = 16,
+    window: int = 0,
+    softcap: bool = False,
+    sinks: bool = False,
+    alibi: bool = False,
+) -> list[Config]:
+    """Decode and prefill, as the launcher chooses them on each architecture."""
+    wide, value_wide = triton.next_power_of_2(size), triton.next_power_of_2(value_size)
+    name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    types = {key: name if kind == "*q" else kind for key, kind in _TYPES.items()}
+    found = []
+    for arch in archs:
+        for decode in (True, False):
+            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch])
+            constants = {
+                "GROUP": group, "HEADS": group, "SIZE": size, "VALUE_SIZE": value_size, "D": wide, "DV": value_wide,
+                "BLOCK_SIZE": block_size, "BLOCK_M": how["rows"], "BLOCK_N": how["keys"],
+                "BLOCK_Q": 1 if decode else how["rows"] // group, "WINDOW": window, "SOFTCAP": softcap,
+                "SINKS": sinks, "ALIBI": alibi, "DECODE": decode, "SPLIT": decode,
+                "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+                "num_warps": how["num_warps"], "num_stages": how["num_stages"],
+            }  # fmt: skip
+            found.append(Config(_attend, types, constants, archs=(arch,), aligned=_STRIDES))
+    return found
+
+
+AOT = [
+    *_configs(128, 128, 4, (80, 90, 100)),
+    *_configs(64, 64, 7, (80, 90, 100)),
+    *_configs(128, 128, 2, (80, 90), block_size=64),
+    *_configs(64, 64, 8, (90,), window=128, sinks=True),
+    *_configs(256, 256, 2, (80, 90), window=4096, softcap=True),
+    *_configs(192, 128, 1, (80, 90)),
+    *_configs(96, 96, 1, (80,), alibi=True),
+    *_configs(128, 128, 4, (80, 90), dtype=torch.float32),
+    Config(
+        _combine,
+        {"parts": "*fp32", "stats": "*fp32", "out": "*bf16", "num_heads": "i32", "num_splits": "i32"},
+        {"VALUE_SIZE": 128, "DV": 128, "SPLITS": 64},
+    ),
+]

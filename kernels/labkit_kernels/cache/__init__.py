@@ -51,7 +51,7 @@ store_kv = Op(
     tolerance=exact,
     traffic=_store_traffic,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
 copy_blocks = Op(
     "copy_blocks",
@@ -59,7 +59,7 @@ copy_blocks = Op(
     cases=lambda: _move_cases(False),
     tolerance=exact,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
 swap_blocks = Op(
     "swap_blocks",

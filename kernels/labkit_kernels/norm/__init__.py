@@ -59,7 +59,7 @@ rms_norm = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
 layer_norm = Op(
     "layer_norm",
@@ -68,4 +68,5 @@ layer_norm = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
+    sources={"cuda": ("triton",)},
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit_kernels import native
+from labkit_kernels.layout import dense_rows, rows
 from labkit_kernels.norm import reference, rms_norm
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -23,10 +24,10 @@ if library is not None:
     @rms_norm.variant("cpu", device="cpu", dtypes=tuple(CODES), picked=True)
     def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
         kind = CODES.get(weight.dtype)
-        lies = None if residual is None else native.rows(residual)
+        lies = None if residual is None else rows(residual)
         if kind is None or (residual is not None and (lies is None or residual.dtype != x.dtype)):
             return reference.rms_norm(x, weight, eps, residual)
-        x, (outer, inner, x_outer, x_inner) = native.dense_rows(x)
+        x, (outer, inner, x_outer, x_inner) = dense_rows(x)
         if lies is not None and lies[:2] != (outer, inner):  # one of them is dense, the other a view
             outer, inner = x.shape[:-1] if x.dim() == 3 else (x.shape[0], 1)
             (x_outer, x_inner), lies = _strides(x), (outer, inner, *_strides(residual))

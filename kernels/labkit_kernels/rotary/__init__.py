@@ -49,5 +49,5 @@ rope = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

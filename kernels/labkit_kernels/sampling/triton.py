@@ -1,9 +1,10 @@
 """Drawing tokens on a GPU. Knows one row a program; knows nothing of the other rows.
 
-A row of 152k float32 logits is 600 KB: it stays in the L2 cache while one program goes over it again and again, which is
-cheaper than sorting it. A filter's border is searched between two integers that order like floats: each pass counts how
-many (or how much probability) lie above eight thresholds at once, so 32 bits take eleven passes, and the border is exact,
-ties included. Then one pass hashes what is left. A greedy row is one pass, and a batch of them needs nothing else.
+A row of 152k float32 logits is 600 KB: it stays in the L2 cache while one program goes over it again and again, which
+is cheaper than sorting it. A filter's border is searched between two integers that order like floats: each pass counts
+how many (or how much probability) lie above four thresholds at once, so 32 bits take at most fourteen passes, and the
+border is exact, ties included. Then one pass hashes what is left. A greedy row is one pass, and a batch of them needs
+nothing else.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from labkit_kernels.compile import Config
+
 from . import sample as op
 
 LOG2E = tl.constexpr(1.4426950408889634)
-THRESHOLDS = 8
-BLOCK = 4096
-WARPS = 16
+THRESHOLDS = 4  # more of them, or fewer threads, and their sums do not fit in registers
 
 
 @triton.jit
@@ -149,6 +150,11 @@ def _draw(
     tl.store(out + row, chosen.to(tl.int64))
 
 
+def tile(vocab_size: int) -> dict[str, int]:
+    block, warps = (4096, 16) if vocab_size > 2048 else (512, 4)
+    return {"BLOCK": block, "THRESHOLDS": THRESHOLDS, "num_warps": warps}
+
+
 @op.variant("triton", device="cuda", picked=True)
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: Tensor) -> Tensor:
     """One launch, nothing read back: it can be captured, whatever the rows ask for."""
@@ -165,8 +171,12 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
             out,
             logits.stride(0),
             vocab_size,
-            BLOCK=min(BLOCK, max(128, triton.next_power_of_2(vocab_size))),
-            THRESHOLDS=THRESHOLDS,
-            num_warps=WARPS if vocab_size > 1024 else 4,
+            **tile(vocab_size),
         )
     return out
+
+
+_TYPES = {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
+_TYPES |= {"key": "*i64", "out": "*i64", "row_stride": "i32", "vocab_size": "i32"}
+AOT = [Config(_draw, _TYPES, tile(size), aligned=("row_stride", "vocab_size")) for size in (1024, 151_936)]
+AOT.append(Config(_draw, _TYPES | {"logits": "*bf16"}, tile(151_936)))

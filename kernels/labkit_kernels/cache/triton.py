@@ -1,0 +1,163 @@
+"""Keys and values into blocks, and blocks to other blocks, on a GPU. Knows slots and strides; nothing of requests.
+
+Memory is moved and nothing is computed: `store_kv` reads and writes each token's key and value once, `copy_blocks` each
+block of every layer. What there is to save are launches. Keys and values go in one, read straight from the fused
+projection and cast to the cache's dtype on the way; a copy goes through all layers' caches in one, by a table of their
+addresses that is made once and kept on the device.
+
+`swap_blocks` has no kernel: it is bound by the bus between host and device (tens of GB/s against thousands), where
+torch's index and one large copy for each cache already are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from labkit_kernels.cache import copy_blocks, store_kv
+from labkit_kernels.compile import ARCHS, Config
+
+WORDS = 2048  # of eight bytes, that a program copies at most
+
+
+@triton.jit
+def _move(
+    x, cache, num_heads, head_stride, to_head, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr
+):
+    head = tile * HEADS + tl.arange(0, HEADS)[:, None]
+    place = tl.arange(0, BLOCK)[None, :]
+    seen = (head < num_heads) & (place < SIZE)
+    value = tl.load(x + head * head_stride + place, mask=seen)
+    tl.store(cache + head * to_head + place, value.to(cache.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _store_kv(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    num_heads,
+    block_size,
+    k_token,
+    k_head,
+    v_token,
+    v_head,
+    k_to_block,
+    k_to_head,
+    k_to_place,
+    v_to_block,
+    v_to_head,
+    v_to_place,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token).to(tl.int64)
+    block, place = slot // block_size, slot % block_size
+    key_at = k_cache + block * k_to_block + place * k_to_place
+    value_at = v_cache + block * v_to_block + place * v_to_place
+    _move(k + token * k_token, key_at, num_heads, k_head, k_to_head, tile, SIZE, BLOCK, HEADS)
+    _move(v + token * v_token, value_at, num_heads, v_head, v_to_head, tile, VALUE_SIZE, VALUE_BLOCK, HEADS)
+
+
+@triton.jit
+def _copy_blocks(addresses, pairs, stride, WORDS: tl.constexpr, BLOCK: tl.constexpr, WORD: tl.constexpr):
+    pair, which, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    source = tl.load(pairs + 2 * pair).to(tl.int64)
+    target = tl.load(pairs + 2 * pair + 1).to(tl.int64)
+    cache = tl.load(addresses + which).to(tl.pointer_type(WORD))
+    word = part * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(cache + source * stride + word, mask=word < WORDS)
+    tl.store(cache + target * stride + word, value, mask=word < WORDS)
+
+
+@store_kv.variant("triton", device="cuda", picked=True)
+def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    tokens, heads, size = k.shape
+    if not tokens:
+        return
+    how = tile(size, v.shape[2], heads)
+    _store_kv[(tokens, triton.cdiv(heads, how["HEADS"]))](
+        k, v, k_cache, v_cache, slots, heads, k_cache.shape[2], k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        *k_cache.stride()[:3], *v_cache.stride()[:3], num_warps=4, **how,
+    )  # fmt: skip
+
+
+def tile(size: int, value_size: int, heads: int) -> dict[str, int]:
+    block, value_block = triton.next_power_of_2(size), triton.next_power_of_2(value_size)
+    most = max(1, 2048 // max(block, value_block))
+    return {
+        "SIZE": size,
+        "VALUE_SIZE": value_size,
+        "BLOCK": block,
+        "VALUE_BLOCK": value_block,
+        "HEADS": min(most, triton.next_power_of_2(heads)),
+    }
+
+
+@copy_blocks.variant("triton", device="cuda", picked=True)
+def copy_blocks_triton(caches: Sequence[Tensor], pairs: Tensor) -> None:
+    if not len(pairs):
+        return
+    pairs = pairs.contiguous()
+    alike: dict[tuple[int, int], list[Tensor]] = {}
+    for cache in caches:
+        size, stride = cache[0].numel() * cache.element_size(), cache.stride(0) * cache.element_size()
+        alike.setdefault((size, stride), []).append(cache)
+    for (size, stride), group in alike.items():
+        pointers = tuple(cache.data_ptr() for cache in group)
+        word, item = _word(size | stride | _joined(pointers))
+        words = size // item
+        block = min(WORDS, triton.next_power_of_2(words))
+        _copy_blocks[(len(pairs), len(group), triton.cdiv(words, block))](
+            _addresses(pointers, group[0].device), pairs, stride // item,
+            WORDS=words, BLOCK=block, WORD=word, num_warps=4,
+        )  # fmt: skip
+
+
+def _joined(numbers: Sequence[int]) -> int:
+    joined = 0
+    for number in numbers:
+        joined |= number
+    return joined
+
+
+def _word(bits: int) -> tuple[tl.dtype, int]:
+    """The widest integer that divides every size, stride and address: a block's dtype does not matter."""
+    for word, item in ((tl.int64, 8), (tl.int32, 4), (tl.int16, 2)):
+        if bits % item == 0:
+            return word, item
+    return tl.int8, 1
+
+
+@lru_cache(maxsize=64)
+def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(pointers, dtype=torch.int64, device=device)
+
+
+def _store_config(item: str, cache: str, size: int, heads: int, archs: tuple[int, ...] = ARCHS) -> Config:
+    pointers = {"k": f"*{item}", "v": f"*{item}", "k_cache": f"*{cache}", "v_cache": f"*{cache}", "slots": "*i64"}
+    strides = ["k_token", "k_head", "v_token", "v_head", "k_to_block", "k_to_head", "k_to_place"]
+    strides += ["v_to_block", "v_to_head", "v_to_place"]
+    signature = {**pointers, **dict.fromkeys(["num_heads", "block_size", *strides], "i32")}
+    return Config(_store_kv, signature, tile(size, size, heads), num_warps=4, archs=archs, aligned=tuple(strides))
+
+
+_COPY = {"addresses": "*i64", "pairs": "*i64", "stride": "i32"}
+AOT = {
+    "store_kv": [_store_config("bf16", "bf16", 128, 8), _store_config("bf16", "fp8e4nv", 128, 8, (90, 100))],
+    "copy_blocks": [
+        Config(_copy_blocks, _COPY, {"WORDS": 4096, "BLOCK": WORDS, "WORD": tl.int64}, num_warps=4, aligned=("stride",))
+    ],
+}

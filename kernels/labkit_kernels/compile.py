@@ -1,0 +1,208 @@
+"""Compiles Triton kernels ahead of time, for GPUs that are not here. Knows architectures and what they can hold;
+refuses to know what a kernel computes.
+
+    from labkit_kernels.compile import compile_ops
+    print(compile_ops(["rms_norm"]))    # registers, spills and shared memory on sm_80, sm_90 and sm_100
+
+Importing this file brings no Triton: kernel files import `Config` from here, and are themselves imported on first use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .check import table, write
+from .registry import OPS, Op, get
+
+ARCHS = (80, 90, 100)
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may take
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel as it is launched by default: types of its arguments, values of its constants.
+
+    `constexprs` may hold num_warps and num_stages, as keyword arguments of a launch do. Pointers are taken to be
+    aligned to 16 bytes, and so are the integers named in `aligned`.
+    """
+
+    kernel: Any  # a triton.jit function
+    signature: dict[str, str]  # name -> "*bf16", "i32", "fp32"
+    constexprs: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    archs: tuple[int, ...] = ARCHS
+    aligned: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        constants = dict(self.constexprs)
+        object.__setattr__(self, "num_warps", constants.pop("num_warps", self.num_warps))
+        object.__setattr__(self, "num_stages", constants.pop("num_stages", self.num_stages))
+        object.__setattr__(self, "constexprs", constants)
+
+    def __repr__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.constexprs.items())
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture. `status` is ok, FAILED (spills, or too much shared memory) or raised."""
+
+    op: str
+    kernel: str
+    config: str
+    arch: str
+    status: str
+    reason: str = ""
+    registers: int | None = None
+    spills: int | None = None  # bytes stored and loaded
+    shared: int | None = None  # bytes
+    num_warps: int = 0
+    num_stages: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler said, one row a kernel, configuration and architecture."""
+
+    rows: tuple[Row, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.rows) and all(row.status == "ok" for row in self.rows)
+
+    def __repr__(self) -> str:
+        bad = sum(row.status != "ok" for row in self.rows)
+        return f"Report({len(self.rows)} kernels compiled, {bad} with spills, too much shared memory or errors)"
+
+    def __str__(self) -> str:
+        heads = ["op", "kernel", "arch", "status", "registers", "spills", "shared", "warps", "seconds", "config"]
+        lines = [
+            [row.op, row.kernel, row.arch, row.status]
+            + [_said(number) for number in (row.registers, row.spills, row.shared, row.num_warps)]
+            + [f"{row.seconds:.2f}", row.reason.splitlines()[0][:100] if row.reason else row.config]
+            for row in self.rows
+        ]
+        return table(heads, lines)
+
+
+def _said(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def compile_ops(ops: Sequence[str | Op] | None = None, archs: Sequence[int] = ARCHS) -> Report:
+    """Compile the default configurations of these ops (None: of all that have Triton kernels)."""
+    rows = []
+    for op in ops if ops is not None else list(OPS.values()):
+        op = get(op) if isinstance(op, str) else op
+        rows += [
+            compile_config(op.name, config, arch) for config in configs(op) for arch in archs if arch in config.archs
+        ]
+    return Report(tuple(rows))
+
+
+def configs(op: Op) -> list[Config]:
+    """The configurations that an op's Triton module lists; of a module shared by ops, those of this op's kernels."""
+    if not op.has("triton"):
+        return []
+    module = importlib.import_module(op.variants["triton"].function.__module__)
+    listed = module.AOT
+    return list(listed.get(op.name, ())) if isinstance(listed, dict) else list(listed)
+
+
+def compile_config(op: str, config: Config, arch: int) -> Row:
+    """One row. What the compiler raises is data."""
+    name = config.kernel.__name__.lstrip("_")
+    said = (op, name, repr(config), f"sm_{arch}")
+    facts = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    begin = time.perf_counter()
+    try:
+        compiled = compiled_for(config, arch)
+    except Exception as error:  # whatever a compiler may raise on a kernel somebody is working on
+        return Row(*said, "raised", f"{type(error).__name__}: {error}", seconds=time.perf_counter() - begin, **facts)
+    registers, spills = resources(compiled.asm["ptx"], arch)
+    shared = compiled.metadata.shared
+    reason = ""
+    if spills:
+        reason = f"{spills} bytes spilled"
+    elif shared > MOST_SHARED[arch]:
+        reason = f"{shared} bytes of shared memory, more than {MOST_SHARED[arch]}"
+    seconds = time.perf_counter() - begin
+    return Row(*said, "FAILED" if reason else "ok", reason, registers, spills, shared, seconds=seconds, **facts)
+
+
+def compiled_for(config: Config, arch: int) -> Any:
+    """Triton's compiled kernel: `.asm["ptx"]`, `.metadata`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = config.kernel.arg_names
+    signature = {name: config.signature.get(name, "constexpr") for name in names}
+    unknown = (config.signature.keys() | config.constexprs.keys()) - set(names)
+    missing = [name for name in names if name not in config.signature and name not in config.constexprs]
+    if unknown or missing:
+        raise ValueError(f"signature and constants of {config.kernel.__name__}: missing {missing}, unknown {unknown}")
+    aligned = [name for name in names if signature[name].startswith("*") or name in config.aligned]
+    source = ASTSource(
+        config.kernel,
+        signature,
+        {(names.index(name),): value for name, value in config.constexprs.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def resources(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers a thread, bytes spilled) as ptxas reports them."""
+    target = re.search(r"^\.target (\S+?)[,\s]", ptx + "\n", re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [_ptxas(arch), "-v", f"--gpu-name={target[1] if target else f'sm_{arch}'}", source]
+        done = subprocess.run(
+            [*command, "-o", source.with_suffix(".cubin")], capture_output=True, text=True, check=True
+        )
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    if registers is None or not spilled:
+        raise RuntimeError(f"ptxas says nothing of registers: {done.stderr}")
+    return int(registers[1]), sum(map(int, spilled))
+
+
+def _ptxas(arch: int) -> str:
+    """The assembler that comes with Triton: which of its two knows this architecture is for Triton to say."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    path: str = get_ptxas(arch).path
+    return path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`compile [op...] [--arch 90] [--json FILE]`; 1 when a kernel spills, does not fit or does not compile."""
+    parser = argparse.ArgumentParser("labkit kernels compile", description="compile Triton kernels ahead of time")
+    parser.add_argument("ops", nargs="*", metavar="op")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
+    parser.add_argument("--json", metavar="FILE", help="rows as JSON; - for the standard output")
+    options = parser.parse_args(argv)
+    report = compile_ops(options.ops or None, options.arch or ARCHS)
+    write(report, options.json)
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    from labkit_kernels.compile import main as _main  # this module once, not a second copy of its classes
+
+    sys.exit(_main())

@@ -1,0 +1,165 @@
+"""Norms on a GPU. Knows vectors and strides; nothing of layers.
+
+A norm reads each number once, writes it once and computes three flops on it: on any GPU it runs at the speed of memory,
+2 * size * itemsize bytes a vector. Written as torch calls it moves four to eight times as much, since every
+intermediate goes to memory and back. So a vector stays in registers between the sum of its squares and the scaling;
+with a residual the sum goes out on the way (2 reads, 2 writes: the least there is). Vectors shorter than a tile, such as
+the heads of a q/k norm, share a program, so that a warp's loads stay wide.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from labkit_kernels.compile import Config
+from labkit_kernels.layout import dense_rows, rows
+from labkit_kernels.norm import layer_norm, reference, rms_norm
+
+TILE = 1024  # numbers a program holds at least
+MOST = 1 << 15  # numbers a program holds at most, 64 a thread: with 128 the compiler spills
+
+
+@triton.jit
+def _rms_norm(
+    x,
+    weight,
+    residual,
+    out,
+    count,
+    inner,
+    x_outer,
+    x_inner,
+    r_outer,
+    r_inner,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    seen = (row < count)[:, None] & (column < SIZE)[None, :]
+    outer, place = row // inner, row % inner
+    at = (outer * x_outer + place * x_inner)[:, None] + column[None, :]
+    value = tl.load(x + at, mask=seen, other=0.0)
+    if RESIDUAL:
+        at = (outer * r_outer + place * r_inner)[:, None] + column[None, :]
+        value = (value.to(tl.float32) + tl.load(residual + at, mask=seen, other=0.0).to(tl.float32)).to(value.dtype)
+        tl.store(residual + at, value, mask=seen)
+    wide = value.to(tl.float32)  # of the rounded sum: that is what the next layer reads
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
+    factor = tl.load(weight + column[None, :], mask=(column < SIZE)[None, :], other=0.0).to(tl.float32)
+    normed = wide * scale[:, None] * factor
+    tl.store(out + row[:, None] * SIZE + column[None, :], normed.to(out.dtype.element_ty), mask=seen)
+
+
+@triton.jit
+def _layer_norm(
+    x,
+    weight,
+    bias,
+    out,
+    count,
+    inner,
+    x_outer,
+    x_inner,
+    eps,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    seen = (row < count)[:, None] & inside[None, :]
+    at = (row // inner * x_outer + row % inner * x_inner)[:, None] + column[None, :]
+    wide = tl.load(x + at, mask=seen, other=0.0).to(tl.float32)
+    wide = tl.where(seen, wide - (tl.sum(wide, axis=1) / SIZE)[:, None], 0.0)
+    wide *= tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)[:, None]
+    if WEIGHT:
+        wide *= tl.load(weight + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+    if BIAS:
+        wide += tl.load(bias + column[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+    tl.store(out + row[:, None] * SIZE + column[None, :], wide.to(out.dtype.element_ty), mask=seen)
+
+
+def tile(size: int) -> dict[str, int]:
+    """A vector in one program, 8 to 16 numbers a thread while 512 threads are enough."""
+    block = triton.next_power_of_2(size)
+    rows_each = max(1, TILE // block)
+    return {"BLOCK": block, "ROWS": rows_each, "num_warps": min(16, max(2, block * rows_each // 512))}
+
+
+@rms_norm.variant("triton", device="cuda", picked=True)
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    size = x.shape[-1]
+    lies = None if residual is None else _views(residual, x)
+    if size > MOST or (residual is not None and lies is None):
+        return reference.rms_norm(x, weight, eps, residual)
+    if lies is None:
+        x, (outer, inner, *x_strides) = dense_rows(x)
+        r_strides = [0, 0]
+    else:
+        outer, inner, r_strides, x_strides = lies
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if count := outer * inner:
+        how = tile(size)
+        _rms_norm[(triton.cdiv(count, how["ROWS"]),)](
+            x, weight.contiguous(), out if residual is None else residual, out, count, inner,
+            *x_strides, *r_strides, eps, SIZE=size, RESIDUAL=residual is not None, **how,
+        )  # fmt: skip
+    return out
+
+
+def _views(residual: Tensor, x: Tensor) -> tuple[int, int, list[int], list[int]] | None:
+    """(outer, inner, strides of the residual, strides of x), where both can be walked alike without a copy."""
+    one, other = rows(residual), rows(x)
+    if one is None or other is None:
+        return None
+    if one[:2] == other[:2]:
+        return one[0], one[1], list(one[2:]), list(other[2:])
+    if x.dim() != 3:
+        return None
+    return x.shape[0], x.shape[1], list(residual.stride()[:2]), list(x.stride()[:2])
+
+
+@layer_norm.variant("triton", device="cuda", picked=True)
+def layer_norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    size = x.shape[-1]
+    if size > MOST:
+        return reference.layer_norm(x, weight, bias, eps)
+    x, (outer, inner, x_outer, x_inner) = dense_rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if count := outer * inner:
+        how = tile(size)
+        _layer_norm[(triton.cdiv(count, how["ROWS"]),)](
+            x, x if weight is None else weight.contiguous(), x if bias is None else bias.contiguous(), out,
+            count, inner, x_outer, x_inner, eps,
+            SIZE=size, WEIGHT=weight is not None, BIAS=bias is not None, **how,
+        )  # fmt: skip
+    return out
+
+
+_RMS = {"x": "*bf16", "weight": "*bf16", "residual": "*bf16", "out": "*bf16", "count": "i32", "inner": "i32"}
+_RMS |= {"x_outer": "i32", "x_inner": "i32", "r_outer": "i32", "r_inner": "i32", "eps": "fp32"}
+_LAYER = {"x": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*bf16", "count": "i32", "inner": "i32"}
+_LAYER |= {"x_outer": "i32", "x_inner": "i32", "eps": "fp32"}
+STRIDES = ("x_outer", "x_inner", "r_outer", "r_inner")
+
+
+def _rms_config(size: int, residual: bool) -> Config:
+    return Config(_rms_norm, _RMS, {"SIZE": size, "RESIDUAL": residual, **tile(size)}, aligned=STRIDES)
+
+
+AOT = {
+    "rms_norm": [_rms_config(4096, True), _rms_config(8192, True), _rms_config(128, False), _rms_config(MOST, True)],
+    "layer_norm": [
+        Config(_layer_norm, _LAYER, {"SIZE": 4096, "WEIGHT": True, "BIAS": True, **tile(4096)}, aligned=STRIDES)
+    ],
+}

@@ -1,0 +1,175 @@
+"""Rotary positions on a GPU, with the heads' norms before them. Knows heads and strides; nothing of how a table
+is made.
+
+Queries and keys are read once and written once, 2 * heads * head size * itemsize bytes a token, and the table's row (at
+most 512 bytes) is read by every program of a token, from L2. As torch calls the same costs a gather, two splits, four
+products, two sums and a concatenation for each of q and k. Both go in one launch here, because at decode the launch is
+what costs: a token's first tiles are query heads, the others key heads, straight from the fused projection.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from labkit_kernels.compile import Config
+from labkit_kernels.rotary import rope
+
+NUMBERS = 2048  # that a program turns, about
+
+
+@triton.jit
+def _turn(
+    x,  # this token's heads
+    out,
+    norm,
+    cos,  # [1, HALF_BLOCK]
+    sin,
+    tile,
+    num_heads,
+    head_stride,
+    eps,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    head = tile * HEADS + tl.arange(0, HEADS)
+    pair = tl.arange(0, HALF_BLOCK)
+    rest = 2 * HALF + tl.arange(0, REST_BLOCK)
+    if INTERLEAVED:
+        one, other = 2 * pair, 2 * pair + 1
+    else:
+        one, other = pair, pair + HALF
+    known = (head < num_heads)[:, None]
+    turned = known & (pair < HALF)[None, :]
+    kept = known & (rest < SIZE)[None, :]
+    start = x + head[:, None] * head_stride
+    first = tl.load(start + one[None, :], mask=turned, other=0.0)
+    second = tl.load(start + other[None, :], mask=turned, other=0.0)
+    last = tl.load(start + rest[None, :], mask=kept, other=0.0)
+    if NORM:
+        a, b, c = first.to(tl.float32), second.to(tl.float32), last.to(tl.float32)
+        squares = tl.sum(a * a + b * b, axis=1) + tl.sum(c * c, axis=1)
+        scale = tl.rsqrt(squares / SIZE + eps)[:, None]
+        first = (a * scale * tl.load(norm + one, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]).to(first.dtype)
+        second = (b * scale * tl.load(norm + other, mask=pair < HALF, other=0.0).to(tl.float32)[None, :]).to(
+            first.dtype
+        )
+        last = (c * scale * tl.load(norm + rest, mask=rest < SIZE, other=0.0).to(tl.float32)[None, :]).to(first.dtype)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    end = out + head[:, None] * SIZE
+    tl.store(end + one[None, :], (a * cos - b * sin).to(first.dtype), mask=turned)
+    tl.store(end + other[None, :], (b * cos + a * sin).to(first.dtype), mask=turned)
+    tl.store(end + rest[None, :], last, mask=kept)
+
+
+@triton.jit
+def _rope(
+    q,
+    k,
+    q_out,
+    k_out,
+    q_norm,
+    k_norm,
+    table,
+    positions,
+    q_heads,
+    k_heads,
+    q_tiles,
+    q_token,
+    q_head,
+    k_token,
+    k_head,
+    table_row,
+    eps,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    REST_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
+):
+    token, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    angle = table + tl.load(positions + token).to(tl.int64) * table_row
+    pair = tl.arange(0, HALF_BLOCK)
+    cos = tl.load(angle + pair, mask=pair < HALF, other=0.0)[None, :]
+    sin = tl.load(angle + HALF + pair, mask=pair < HALF, other=0.0)[None, :]
+    if tile < q_tiles:
+        _turn(
+            q + token * q_token, q_out + token * q_heads * SIZE, q_norm, cos, sin, tile, q_heads, q_head, eps,
+            SIZE, HALF, HALF_BLOCK, REST_BLOCK, HEADS, INTERLEAVED, Q_NORM,
+        )  # fmt: skip
+    else:
+        _turn(
+            k + token * k_token, k_out + token * k_heads * SIZE, k_norm, cos, sin, tile - q_tiles, k_heads, k_head, eps,
+            SIZE, HALF, HALF_BLOCK, REST_BLOCK, HEADS, INTERLEAVED, K_NORM,
+        )  # fmt: skip
+
+
+def tile(size: int, rotary_size: int, heads: int) -> dict[str, int]:
+    """Heads together in one program: about 2048 numbers, for four warps."""
+    half = rotary_size // 2
+    most = max(1, NUMBERS // triton.next_power_of_2(size))
+    return {
+        "SIZE": size,
+        "HALF": half,
+        "HALF_BLOCK": triton.next_power_of_2(half),
+        "REST_BLOCK": triton.next_power_of_2(max(1, size - rotary_size)),
+        "HEADS": min(most, triton.next_power_of_2(heads)),
+    }
+
+
+@rope.variant("triton", device="cuda", picked=True)
+def rope_triton(
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    *,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    tokens, q_heads, size = q.shape
+    k_heads = k.shape[1]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    if tokens:
+        how = tile(size, table.shape[1], q_heads)
+        q_tiles = triton.cdiv(q_heads, how["HEADS"])
+        _rope[(tokens, q_tiles + triton.cdiv(k_heads, how["HEADS"]))](
+            q, k, *out, table if q_norm is None else q_norm, table if k_norm is None else k_norm, table, positions,
+            q_heads, k_heads, q_tiles, q.stride(0), q.stride(1), k.stride(0), k.stride(1), table.stride(0), eps,
+            INTERLEAVED=interleaved, Q_NORM=q_norm is not None, K_NORM=k_norm is not None, num_warps=4, **how,
+        )  # fmt: skip
+    return out
+
+
+def _config(size: int, rotary_size: int, heads: int, interleaved: bool, norms: bool) -> Config:
+    pointers = dict.fromkeys(["q", "k", "q_out", "k_out", "q_norm", "k_norm"], "*bf16")
+    pointers |= {"table": "*fp32", "positions": "*i64"}
+    numbers = ["q_heads", "k_heads", "q_tiles", "q_token", "q_head", "k_token", "k_head", "table_row"]
+    constants = {**tile(size, rotary_size, heads), "INTERLEAVED": interleaved, "Q_NORM": norms, "K_NORM": norms}
+    signature = {**pointers, **dict.fromkeys(numbers, "i32"), "eps": "fp32"}
+    return Config(
+        _rope, signature, constants, num_warps=4, aligned=("q_token", "q_head", "k_token", "k_head", "table_row")
+    )
+
+
+AOT = {
+    "rope": [
+        _config(128, 128, 32, interleaved=False, norms=False),
+        _config(128, 128, 32, interleaved=False, norms=True),
+        _config(64, 64, 32, interleaved=True, norms=False),
+        _config(80, 32, 32, interleaved=False, norms=False),
+    ]
+}
