@@ -71,8 +71,35 @@ def _from_modelscope(name: str) -> Path:
         raise ValueError(f"model 'ms:{name}': modelscope did not give it ({error})") from error
 
 
-def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's transformers config."""
+class PlainConfig:
+    """A config.json that says everything by itself, read without importing transformers (more than a second)."""
+
+    NEEDED = frozenset({
+        "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "max_position_embeddings",
+        "tie_word_embeddings", "attention_bias", "mlp_bias", "eos_token_id", "dtype",
+    })  # fmt: skip
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        vars(self).update(fields)
+
+    def __repr__(self) -> str:
+        return f"PlainConfig({vars(self)})"
+
+    @classmethod
+    def suffices(cls, fields: dict[str, Any]) -> bool:
+        rope = fields.get("rope_parameters")
+        return (
+            fields.get("model_type") == "llama"
+            and fields.keys() >= cls.NEEDED
+            and isinstance(rope, dict)
+            and rope.keys() == {"rope_type", "rope_theta"}
+            and rope["rope_type"] == "default"
+        )
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False, plain_if_enough: bool = False) -> Any:
+    """The model's transformers config; or, for a native decoder, a plain one where that has all it reads."""
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} has no config.json: is it a model's folder?")
@@ -81,6 +108,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     kind = plain.get("model_type")
+    if plain_if_enough and PlainConfig.suffices(plain):
+        return PlainConfig(plain)
     if plain.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 

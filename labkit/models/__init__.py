@@ -39,7 +39,8 @@ def load_model(
     folder = None
     if isinstance(source, (str, Path)):
         folder = resolve(source)
-        config = load_config(folder, trust_remote_code=trust_remote_code)
+        native = path != "transformers" and load_format == "auto"
+        config = load_config(folder, trust_remote_code=trust_remote_code, plain_if_enough=native)
     else:
         config = source
         if not hasattr(config, "model_type"):
