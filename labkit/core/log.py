@@ -6,12 +6,13 @@ import json
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from os import PathLike
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from .events import EVENTS, NAMES, Batch, Event, read, size_of
-from .options import closest, named_options
+from .options import closest, named_options, whole
 from .why import Waits, Why
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ class EventLog:
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
         """Call `subscriber(batches)` once a step; returns a function that ends it. One that raises is unsubscribed."""
+        if not callable(subscriber):
+            raise TypeError(f"a subscriber is a function of a step's batches, got {subscriber!r}")
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
 
@@ -113,7 +116,8 @@ class EventLog:
             try:
                 subscriber(batches)
             except Exception as error:
-                self._subscribers.remove(subscriber)
+                if subscriber in self._subscribers:  # it may have left by itself
+                    self._subscribers.remove(subscriber)
                 warnings.warn(f"{subscriber!r} raised {error!r} and is no longer subscribed", stacklevel=2)
 
     def __iter__(self) -> Iterator[Event]:
@@ -146,7 +150,10 @@ class EventLog:
         waits = self._trimmed.copy()
         for batch in self._batches:
             waits.apply(batch)
-        return waits.why(request if isinstance(request, str) else request.id)
+        id = getattr(request, "id", request)
+        if not isinstance(id, str):
+            raise TypeError(f"why takes a request or its id, got {request!r}")
+        return waits.why(id)
 
     def mark(self) -> int:
         """The place where the log ends now, for `rewind`."""
@@ -165,9 +172,9 @@ class EventLog:
             self._unposted = [Batch(last.step, last.now, (("Rewound",),), None)]
             self.post()
 
-    def save(self, file: str | IO[str]) -> None:
+    def save(self, file: str | PathLike[str] | IO[str]) -> None:
         """One JSON object a line. The same events give the same bytes."""
-        if isinstance(file, str):
+        if isinstance(file, (str, PathLike)):
             with open(file, "w", encoding="utf-8", newline="\n") as opened:
                 return self.save(opened)
         file.write(json.dumps({"labkit_log": 1, "trimmed": self.num_trimmed}) + "\n")
@@ -176,36 +183,23 @@ class EventLog:
         return None
 
     @classmethod
-    def load(cls, file: str | IO[str]) -> EventLog:
+    def load(cls, file: str | PathLike[str] | IO[str]) -> EventLog:
         """A saved log, ready for every view and fold."""
-        if isinstance(file, str):
+        if isinstance(file, (str, PathLike)):
             with open(file, encoding="utf-8") as opened:
                 return cls.load(opened)
-        header = file.readline()
-        if not header.startswith('{"labkit_log": 1'):
-            raise ValueError("this is no labkit event log: its first line should say so")
         log = cls(keep=None)
+        log.num_trimmed = _read_header(file.readline())
         moment: tuple[int, int] | None = None
         for number, line in enumerate(file, start=2):
             try:
-                record = json.loads(line)
-                kind = record.pop("event")
-                step, now = record.pop("step"), record.pop("now")
-                values = [record[name] for name in NAMES[kind][2:]]
-                if kind in ("Stored", "Removed"):
-                    values[0] = bytes.fromhex(values[0])
-            except (KeyError, ValueError, TypeError) as error:
+                kind, step, now, values = _read_record(json.loads(line))
+            except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
                 raise ValueError(f"line {number} is no event: {error!r}") from error
             if moment is not None and moment != (step, now):
                 log.flush(*moment)
             moment = (step, now)
-            if kind == "Stored":
-                digest, parent, block, ids = values
-                log.add((kind, digest, bytes.fromhex(parent), (block,), np.array(ids, np.int32).tobytes()))
-            elif kind == "Removed":
-                digest, block, request = values
-                log.add((kind, digest, (block,), (request,)))
-            elif kind == "Step":
+            if kind == "Step":
                 log.flush(step, now, tuple(values))
                 moment = None
             else:
@@ -213,3 +207,41 @@ class EventLog:
         if moment is not None:
             log.flush(*moment)
         return log
+
+
+def _read_header(line: str) -> int:
+    """How many events were trimmed before this log was saved."""
+    try:
+        header = json.loads(line)
+        if header["labkit_log"] == 1:
+            return whole("trimmed", header["trimmed"], least=0)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError("this is no labkit event log: its first line should say so")
+
+
+def _read_record(record: dict[str, Any]) -> tuple[str, int, int, list[Any]]:
+    """A line as (kind, step, now, the columns that the log keeps of it)."""
+    kind = record["event"]
+    step, now = whole("step", record["step"], least=0), whole("now", record["now"], least=0)
+    values = [record[name] for name in NAMES[kind][2:]]
+    if kind in ("Stored", "Removed"):
+        values[0] = _digest(values[0])
+    if kind == "Stored":
+        digest, parent, block, ids = values
+        if not ids:
+            raise ValueError("a stored block holds tokens")
+        values = [digest, _digest(parent), (block,), np.array(ids, np.int32).tobytes()]
+    elif kind == "Removed":
+        digest, block, request = values
+        values = [digest, (block,), (request,)]
+    elif kind == "Step":
+        values = [whole(name, value, least=0) for name, value in zip(NAMES[kind][2:], values, strict=True)]
+    return kind, step, now, values
+
+
+def _digest(text: str) -> bytes:
+    digest = bytes.fromhex(text)
+    if len(digest) != 32:
+        raise ValueError(f"a hash has 32 bytes, this one {len(digest)}")
+    return digest

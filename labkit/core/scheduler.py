@@ -253,9 +253,8 @@ class Scheduler:
         if not 0 <= keep <= request.num_output:
             raise ValueError(f"request {id!r} has {request.num_output} output tokens, cannot keep {keep}")
         if request.ended:
-            request.output = request.output[:keep]
+            request.output = request.output[:keep]  # its end is in the log; this says better what ended it
             request.finish_reason = reason
-            self.log.add(("Finished", id, reason, keep))
         else:
             self._withdraw(request, Status.FINISHED, reason, now, keep)
         self.log.flush(self.step, now)
