@@ -2,6 +2,7 @@
 
 from .activation import gelu_mul, silu_mul
 from .attention import paged_attention
+from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
 from .norm import layer_norm, rms_norm
@@ -16,6 +17,7 @@ __all__ = [
     "Report",
     "Tolerance",
     "Variant",
+    "bench",
     "check",
     "copy_blocks",
     "gelu_mul",

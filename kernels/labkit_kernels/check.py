@@ -14,18 +14,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from labkit_kernels.registry import OPS, Op, Variant, get
-
-if TYPE_CHECKING:
-    import pandas
+from labkit_kernels.rows import Rows, short, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 20
@@ -81,65 +78,25 @@ class Row:
     seconds: float | None = None  # what the check took, compiling included: no measurement
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Rows):
     """What `check` found: `rows`, and `ok` when something was checked and nothing failed or raised."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...] = ()
+    heads = ("op", "variant", "case", "dtype", "device", "status", "max abs", "max rel", "of tolerance", "note")
+    kind = Row
 
     @property
     def ok(self) -> bool:
         return self.count("ok") > 0 and not self.count("FAILED") and not self.count("raised")
 
-    def count(self, status: str) -> int:
-        return sum(row.status == status for row in self.rows)
-
     def __repr__(self) -> str:
         names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
-        said = [f"{n} {status}" for status in ("ok", "FAILED", "raised", "refused") if (n := self.count(status))]
-        return f"Report({names}: {', '.join(said) or 'no case'})"
+        return f"Report({names}: {self.said()})"
 
-    def __str__(self) -> str:
-        return "\n".join([repr(self), table(["op", "variant", "case", "dtype", "device", *_VERDICT], self._cells())])
-
-    def _cells(self) -> list[list[str]]:
-        return [
-            [row.op, row.variant, row.case, row.dtype, row.device, row.status]
-            + [_short(x) for x in (row.max_abs, row.max_rel, row.share)]
-            + [row.reason.splitlines()[0][:100] if row.reason else ""]
-            for row in self.rows
-        ]
-
-    def frame(self) -> pandas.DataFrame:
-        """The rows as a pandas table."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("Report.frame() needs pandas: pip install 'labkit[lab]'") from error
-        return pandas.DataFrame([asdict(row) for row in self.rows], columns=[field.name for field in fields(Row)])
-
-    def _repr_html_(self) -> str:
-        heads = "".join(f"<th>{head}</th>" for head in ["op", "variant", "case", "dtype", "device", *_VERDICT])
-        lines = []
-        for row, cells in zip(self.rows, self._cells(), strict=True):
-            bad = ' style="color:#b00020"' if row.status in ("FAILED", "raised") else ""
-            lines.append(f"<tr{bad}>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-        return f"<b>{escape(repr(self))}</b><table><tr>{heads}</tr>{''.join(lines)}</table>"
-
-
-_VERDICT = ["status", "max abs", "max rel", "of tolerance", "note"]
-
-
-def _short(x: float | None) -> str:
-    return "" if x is None else f"{x:.2g}"
-
-
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be."""
-    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]
-    )
+    def cells(self, row: Row) -> list[str]:
+        errors = ["" if x is None else f"{x:.2g}" for x in (row.max_abs, row.max_rel, row.share)]
+        return [row.op, row.variant, row.case, row.dtype, row.device, row.status, *errors, short(row.reason)]
 
 
 def check(
@@ -373,18 +330,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows += check(op, options.variant, options.device, dtypes).rows
     write(Report(tuple(rows)), options.json)
     return 0 if Report(tuple(rows)).ok or not rows else 1
-
-
-def write(report: Any, file: str | None) -> None:
-    """A report as a table, or its rows as JSON."""
-    if file is None:
-        print(report)
-        return
-    text = json.dumps([asdict(row) for row in report.rows], indent=1)
-    if file == "-":
-        print(text)
-    else:
-        Path(file).write_text(text + "\n")
 
 
 if __name__ == "__main__":

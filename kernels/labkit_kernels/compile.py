@@ -17,12 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .check import table, write
 from .registry import OPS, Op, get
+from .rows import Rows, short, write
 
 ARCHS = (80, 90, 100)
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may take
@@ -72,33 +72,25 @@ class Row:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Rows):
     """What the compiler said, one row a kernel, configuration and architecture."""
 
-    rows: tuple[Row, ...] = field(default=())
+    rows: tuple[Row, ...] = ()
+    heads = ("op", "kernel", "arch", "status", "registers", "spills", "shared", "warps", "seconds", "config")
+    kind = Row
 
     @property
     def ok(self) -> bool:
         return bool(self.rows) and all(row.status == "ok" for row in self.rows)
 
     def __repr__(self) -> str:
-        bad = sum(row.status != "ok" for row in self.rows)
-        return f"Report({len(self.rows)} kernels compiled, {bad} with spills, too much shared memory or errors)"
+        return f"Report({len(self.rows)} kernels compiled: {self.said()})"
 
-    def __str__(self) -> str:
-        heads = ["op", "kernel", "arch", "status", "registers", "spills", "shared", "warps", "seconds", "config"]
-        lines = [
-            [row.op, row.kernel, row.arch, row.status]
-            + [_said(number) for number in (row.registers, row.spills, row.shared, row.num_warps)]
-            + [f"{row.seconds:.2f}", row.reason.splitlines()[0][:100] if row.reason else row.config]
-            for row in self.rows
-        ]
-        return table(heads, lines)
-
-
-def _said(number: int | None) -> str:
-    return "" if number is None else str(number)
+    def cells(self, row: Row) -> list[str]:
+        numbers = ["" if n is None else str(n) for n in (row.registers, row.spills, row.shared, row.num_warps)]
+        last = short(row.reason or row.config)
+        return [row.op, row.kernel, row.arch, row.status, *numbers, f"{row.seconds:.2f}", last]
 
 
 def compile_ops(ops: Sequence[str | Op] | None = None, archs: Sequence[int] = ARCHS) -> Report:

@@ -7,26 +7,44 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from labkit_kernels.check import Case, Tolerance
+from labkit_kernels.check import Case, Tolerance, randn
 from labkit_kernels.registry import Op
 from labkit_kernels.tolerances import rounded_once
 
 from . import reference
 
+SHAPES = [(1, 1), (1, 32), (7, 688), (33, 97), (2, 1025)]
+TIMED = [(1, 14336), (64, 14336), (1024, 14336)]
+
 
 def _cases(*options: str) -> Iterator[Case]:
-    for rows, size in [(1, 32), (7, 688), (33, 97)]:
+    for rows, size in SHAPES + TIMED:
         for option in options or (None,):
 
             def make(device, dtype, generator, rows=rows, size=size, option=option):
-                x = 3 * torch.randn(rows, 2 * size, device=device, dtype=dtype, generator=generator)
+                x = randn(generator, rows, 2 * size, dtype=dtype, scale=3.0)
                 return (x,) if option is None else (x, option), {}
 
-            yield Case(f"{rows}x{size}{f', {option}' if option else ''}", make)
+            name = f"{rows}x{size}{f', {option}' if option else ''}"
+            yield Case(name, make, timed=(rows, size) in TIMED)
+
+    def view(device, dtype, generator):
+        return (randn(generator, 3, 5, 96, dtype=dtype)[:, 1:4, 16:80],), {}
+
+    def extreme(device, dtype, generator):
+        gate = torch.tensor([-3e4, -100.0, -30.0, -9.0, -1e-3, 0.0, 1e-3, 9.0, 30.0, 100.0, 3e4], device=device)
+        return (torch.cat((gate, torch.ones_like(gate))).to(dtype),), {}
+
+    yield Case("a view", view)
+    yield Case("large gates", extreme)
 
 
 def _traffic(x: Tensor, *rest: object) -> int:
     return x.numel() * x.element_size() * 3 // 2
+
+
+def _flops(x: Tensor, *rest: object) -> int:
+    return x.numel() // 2 * 12  # the exponential taken for eight
 
 
 def _gelu_tolerance(dtype: torch.dtype) -> Tolerance:
@@ -41,6 +59,7 @@ silu_mul = Op(
     cases=_cases,
     tolerance=rounded_once,
     traffic=_traffic,
+    flops=_flops,
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
@@ -50,6 +69,7 @@ gelu_mul = Op(
     cases=lambda: _cases("tanh", "none"),
     tolerance=_gelu_tolerance,
     traffic=_traffic,
+    flops=_flops,
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from labkit_kernels.check import Case
+from labkit_kernels.check import Case, randn
 from labkit_kernels.registry import Op
 from labkit_kernels.tolerances import exact
 
 from . import reference
 
+# (tokens, heads, block size, head size, value size)
+SHAPES = [(0, 2, 16, 8, 8), (1, 1, 1, 32, 32), (17, 3, 16, 80, 80), (33, 2, 3, 64, 64), (5, 19, 16, 192, 128)]
+TIMED = [(tokens, 8, 16, 128, 128) for tokens in (1, 256, 4096)]
+
 
 def _store_cases() -> Iterator[Case]:
-    for tokens, heads, block, size in [(1, 1, 1, 32), (17, 3, 16, 80), (33, 2, 3, 64)]:
+    def make(device, dtype, generator, shape, kept):
+        tokens, heads, block, size, value_size = shape
+        blocks = -(-tokens // block) + 2
+        fused = randn(generator, tokens, heads * (size + value_size), dtype=dtype)
+        k, v = fused.split([heads * size, heads * value_size], -1)
+        caches = [torch.zeros(blocks, heads, block, n, device=device, dtype=kept or dtype) for n in (size, value_size)]
+        slots = (torch.randperm((blocks - 1) * block, device=device, generator=generator) + block)[:tokens]
+        return (k.unflatten(-1, (heads, size)), v.unflatten(-1, (heads, value_size)), *caches, slots), {}
 
-        def make(device, dtype, generator, t=tokens, h=heads, b=block, d=size):
-            blocks = -(-t // b) + 2
-            fused = torch.randn(t, 2 * h * d, device=device, dtype=dtype, generator=generator)
-            k, v = (part.unflatten(-1, (h, d)) for part in fused.chunk(2, -1))
-            caches = torch.zeros(2, blocks, h, b, d, device=device, dtype=dtype)
-            slots = (torch.randperm((blocks - 1) * b, device=device, generator=generator) + b)[:t]
-            return (k, v, caches[0], caches[1], slots), {}
+    for shape in SHAPES + TIMED:
+        tokens, heads, block, size, value_size = shape
+        sizes = f"{size}" if size == value_size else f"{size} and {value_size}"
+        name = f"{tokens} tokens, {heads} heads of {sizes}, blocks of {block}"
+        yield Case(name, partial(make, shape=shape, kept=None), timed=shape in TIMED)
+    for kept in (torch.float16, torch.float32):
+        yield Case(f"kept in {kept}", partial(make, shape=(17, 3, 16, 80, 80), kept=kept))
 
-        yield Case(f"{tokens} tokens, {heads} heads of {size}, blocks of {block}", make)
+    def beside(device, dtype, generator):  # keys and values in one tensor, places before heads in memory
+        caches = torch.zeros(4, 2, 16, 3, 40, device=device, dtype=dtype).transpose(2, 3)
+        k, v = randn(generator, 2, 5, 3, 40, dtype=dtype)
+        slots = (torch.randperm(48, device=device, generator=generator) + 16)[:10:2]
+        return (k, v, caches[:, 0], caches[:, 1], slots), {}
+
+    yield Case("caches that are views of one", beside)
 
 
 def _move_cases(swap: bool) -> Iterator[Case]:
+    def make(device, dtype, generator, pairs, shape, count):
+        like = {"device": device, "dtype": dtype, "generator": generator}
+        caches = [torch.randn(*shape, **like) for _ in range(count)]
+        chosen = torch.randperm(shape[0], device=device, generator=generator)[: 2 * pairs].reshape(pairs, 2)
+        half = count // 2
+        return (caches[:half], caches[half:], chosen.cpu()) if swap else (caches, chosen), {}
+
     for pairs in (0, 1, 5):
+        yield Case(f"{pairs} pairs", partial(make, pairs=pairs, shape=(12, 2, 4, 8), count=4))
+    yield Case("odd sizes", partial(make, pairs=3, shape=(7, 1, 3, 5), count=2))
+    yield Case("8 pairs, 64 caches", partial(make, pairs=8, shape=(64, 8, 16, 128), count=64), timed=True)
 
-        def make(device, dtype, generator, n=pairs):
-            caches = [torch.randn(12, 2, 4, 8, device=device, dtype=dtype, generator=generator) for _ in range(4)]
-            chosen = torch.randperm(12, device=device, generator=generator)[: 2 * n].reshape(n, 2)
-            return (caches[:2], caches[2:], chosen.cpu()) if swap else (caches, chosen), {}
+    def views(device, dtype, generator):
+        pairs = torch.tensor([[1, 4], [3, 0]], device="cpu" if swap else device)
+        both = torch.randn(6, 4, 2, 4, 8, device=device, dtype=dtype, generator=generator)
+        caches = list(both.unbind(1))
+        return (caches[:2], caches[2:], pairs) if swap else (caches, pairs), {}
 
-        yield Case(f"{pairs} pairs", make)
+    yield Case("caches that are views of one", views)
+
+
+def _move_traffic(caches: Sequence[Tensor], *rest: Any) -> int:
+    return 2 * len(rest[-1]) * sum(cache[0].numel() * cache.element_size() for cache in caches)
 
 
 def _store_traffic(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> int:
@@ -58,6 +91,7 @@ copy_blocks = Op(
     reference=reference.copy_blocks,
     cases=lambda: _move_cases(False),
     tolerance=exact,
+    traffic=_move_traffic,
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
@@ -66,5 +100,6 @@ swap_blocks = Op(
     reference=reference.swap_blocks,
     cases=lambda: _move_cases(True),
     tolerance=exact,
+    traffic=_move_traffic,
     home=__name__,
 )

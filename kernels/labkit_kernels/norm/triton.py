@@ -3,8 +3,8 @@
 A norm reads each number once, writes it once and computes three flops on it: on any GPU it runs at the speed of memory,
 2 * size * itemsize bytes a vector. Written as torch calls it moves four to eight times as much, since every
 intermediate goes to memory and back. So a vector stays in registers between the sum of its squares and the scaling;
-with a residual the sum goes out on the way (2 reads, 2 writes: the least there is). Vectors shorter than a tile, such as
-the heads of a q/k norm, share a program, so that a warp's loads stay wide.
+with a residual the sum goes out on the way (2 reads, 2 writes: the least there is). Vectors shorter than a tile, such
+as the heads of a q/k norm, share a program, so that a warp's loads stay wide.
 """
 
 from __future__ import annotations

@@ -7,39 +7,62 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from labkit_kernels.check import Case
+from labkit_kernels.check import Case, randn
 from labkit_kernels.registry import Op
 from labkit_kernels.tolerances import rounded_once
 
 from . import reference
 
+# (tokens, query heads, key heads, head size, rotary size, interleaved, norms)
+SHAPES = [
+    (1, 1, 1, 2, 2, False, ""),
+    (1, 4, 4, 32, 32, False, ""),
+    (7, 4, 2, 64, 64, False, "qk"),
+    (3, 5, 1, 64, 64, True, "qk"),
+    (33, 3, 1, 80, 32, True, ""),
+    (2, 3, 2, 80, 20, False, "q"),
+    (5, 14, 2, 96, 96, False, ""),
+    (2, 17, 1, 128, 128, False, "k"),
+]
+TIMED = [(tokens, 32, 8, 128, 128, False, "") for tokens in (1, 256, 4096)]
+
 
 def _cases() -> Iterator[Case]:
-    for tokens, heads, keys, size, rotary, interleaved, norms in [
-        (1, 4, 4, 32, 32, False, False),
-        (7, 4, 2, 64, 64, False, True),
-        (33, 3, 1, 80, 32, True, False),
-        (5, 14, 2, 96, 96, False, False),
-    ]:
+    for shape in SHAPES + TIMED:
 
-        def make(device, dtype, generator, t=tokens, h=heads, k=keys, d=size, r=rotary, i=interleaved, n=norms):
-            fused = torch.randn(t, (h + 2 * k) * d, device=device, dtype=dtype, generator=generator)
-            q, key = (part.unflatten(-1, (-1, d)) for part in fused.split([h * d, k * d, k * d], -1)[:2])
-            angles = torch.arange(64, device=device).float()[:, None] * torch.logspace(0, -3, r // 2, device=device)
+        def make(device, dtype, generator, shape=shape):
+            tokens, heads, keys, size, rotary, interleaved, norms = shape
+            fused = randn(generator, tokens, (heads + 2 * keys) * size, dtype=dtype)
+            q, k, _ = fused.split([heads * size, keys * size, keys * size], -1)
+            speeds = torch.logspace(0, -3, rotary // 2, device=device)
+            angles = torch.arange(64, device=device).float()[:, None] * speeds
             table = torch.cat((angles.cos(), angles.sin()), -1)
-            positions = torch.randint(0, 64, (t,), device=device, generator=generator)
-            options = {"interleaved": i}
-            if n:
-                weights = torch.rand(2, d, device=device, generator=generator).to(dtype) + 0.5
-                options |= {"q_norm": weights[0], "k_norm": weights[1], "eps": 1e-6}
-            return (q, key, table, positions), options
+            positions = torch.randint(0, 64, (tokens,), device=device, generator=generator)
+            options = {"interleaved": interleaved, "eps": 1e-6}
+            if norms:
+                options |= {f"{name}_norm": randn(generator, size, dtype=dtype) for name in norms}
+            return (q.unflatten(-1, (-1, size)), k.unflatten(-1, (-1, size)), table, positions), options
 
-        extras = f"{', interleaved' if interleaved else ''}{', norms' if norms else ''}"
-        yield Case(f"{tokens} tokens, {heads}/{keys} heads of {size}, {rotary} turned{extras}", make)
+        tokens, heads, keys, size, rotary, interleaved, norms = shape
+        extras = f"{', interleaved' if interleaved else ''}{f', {norms} norm' if norms else ''}"
+        name = f"{tokens} tokens, {heads}/{keys} heads of {size}, {rotary} turned{extras}"
+        yield Case(name, make, timed=shape in TIMED)
+
+    def wide(device, dtype, generator):  # a float32 norm weight; positions and heads that are views
+        q, k = (randn(generator, heads, 6, 32, dtype=dtype).transpose(0, 1) for heads in (3, 2))
+        table = randn(generator, 16, 32)
+        positions = torch.randint(0, 16, (12,), device=device, generator=generator)[::2]
+        return (q, k, table, positions), {"q_norm": randn(generator, 32), "k_norm": randn(generator, 32), "eps": 1e-5}
+
+    yield Case("heads before tokens in memory, float32 norms", wide)
 
 
 def _traffic(q: Tensor, k: Tensor, table: Tensor, positions: Tensor, **options: object) -> int:
-    return 2 * (q.numel() + k.numel()) * q.element_size() + positions.numel() * table.shape[1] * 4
+    return 2 * (q.numel() + k.numel()) * q.element_size() + positions.numel() * table.shape[1] * table.element_size()
+
+
+def _flops(q: Tensor, k: Tensor, table: Tensor, positions: Tensor, **options: object) -> int:
+    return 3 * table.shape[1] * q.shape[0] * (q.shape[1] + k.shape[1])
 
 
 rope = Op(
@@ -48,6 +71,7 @@ rope = Op(
     cases=_cases,
     tolerance=rounded_once,
     traffic=_traffic,
+    flops=_flops,
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

@@ -140,6 +140,7 @@ def rope_triton(
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     q, k = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k))
+    table, positions = table.contiguous(), positions.contiguous()
     tokens, q_heads, size = q.shape
     k_heads = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)

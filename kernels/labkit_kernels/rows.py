@@ -1,0 +1,88 @@
+"""Rows of data that print as a table: what a check, a bench and a compile hand back. Knows columns;
+nothing of what they mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, repr=False)
+class Rows:
+    """A tuple of equal dataclasses; `frame()` is the same in pandas."""
+
+    rows: tuple[Any, ...] = ()
+    heads: ClassVar[tuple[str, ...]] = ()
+    kind: ClassVar[type]
+
+    def cells(self, row: Any) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def ok(self) -> bool:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def count(self, status: str) -> int:
+        return sum(row.status == status for row in self.rows)
+
+    def said(self) -> str:
+        """How many came out how: "12 ok, 1 FAILED"."""
+        found = [f"{n} {status}" for status in ("ok", "FAILED", "raised", "refused") if (n := self.count(status))]
+        return ", ".join(found) or "no case"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{table(self.heads, [self.cells(row) for row in self.rows])}"
+
+    def frame(self) -> pandas.DataFrame:
+        """The rows as a pandas table."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("frame() needs pandas: pip install 'labkit[lab]'") from error
+        return pandas.DataFrame([asdict(row) for row in self.rows], columns=[one.name for one in fields(self.kind)])
+
+    def _repr_html_(self) -> str:
+        heads = "".join(f"<th>{escape(head)}</th>" for head in self.heads)
+        lines = []
+        for row in self.rows:
+            bad = ' style="color:#b00020"' if row.status in ("FAILED", "raised") else ""
+            lines.append(f"<tr{bad}>" + "".join(f"<td>{escape(cell)}</td>" for cell in self.cells(row)) + "</tr>")
+        return f"<b>{escape(repr(self))}</b><table><tr>{heads}</tr>{''.join(lines)}</table>"
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]
+    )
+
+
+def short(text: str) -> str:
+    """A first line that fits beside other columns."""
+    return text.splitlines()[0][:100] if text else ""
+
+
+def write(report: Rows, file: str | None) -> None:
+    """A report as a table, or its rows as JSON."""
+    if file is None:
+        print(report)
+        return
+    text = json.dumps([asdict(row) for row in report.rows], indent=1)
+    if file == "-":
+        print(text)
+    else:
+        Path(file).write_text(text + "\n")
