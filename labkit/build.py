@@ -11,6 +11,7 @@ from labkit.core.manager import BlockManager
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.scheduler import Scheduler
 
+SMALL = 64 * 2**20  # bytes of weights below which one core does as well as two, and far better beside other programs
 CPU_SHARE = 0.25  # of the memory that is free, for keys and values on a CPU
 
 
@@ -27,7 +28,8 @@ class Options:
 
     `dtype` "auto" is the checkpoint's own; `device` None a GPU if there is one; `num_blocks` None as many as fit into
     `gpu_memory_utilization` of a GPU's memory, or a quarter of what a CPU has free. `max_model_len` bounds prompt and
-    output together. The rest goes to the `BlockManager` and the `Scheduler`.
+    output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. The rest goes
+    to the `BlockManager` and the `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -37,6 +39,7 @@ class Options:
     trust_remote_code: bool = False
     skip_tokenizer_init: bool = False
     seed: int = 0
+    num_threads: int | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     num_blocks: int | None = None
@@ -67,7 +70,7 @@ class Options:
         real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             whole(name, getattr(self, name), least=1)
-        for name, least in (("num_blocks", 1), ("max_model_len", 2)):
+        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("num_threads", 1)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=least)
 
@@ -97,6 +100,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         path=options.path, max_model_len=options.max_model_len, seed=options.seed,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    if device.type == "cpu":
+        _choose_threads(loaded, options.num_threads)
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
         tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
     runner = TorchRunner(loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed)
@@ -110,6 +115,15 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
     return Parts(scheduler, runner, tokenizer)
+
+
+def _choose_threads(model: Any, num_threads: int | None) -> None:
+    """How many cores the calling thread's work is shared out to."""
+    import torch
+
+    small = sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()) < SMALL
+    if num_threads is not None or small:
+        torch.set_num_threads(num_threads or 1)
 
 
 def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="serve a mixed workload on the embedded model and explain what happened")
-    demo.add_argument("--requests", type=int, default=60, help="how many requests (default 60)")
+    demo.add_argument("--requests", type=int, default=150, help="how many requests (default 150)")
     demo.add_argument("--simulate", action="store_true", help="on the simulator, with a what-if at half time")
     demo.add_argument("--html", metavar="FILE", default="labkit-demo.html", help="where the page with plots goes")
     demo.add_argument("--seed", type=int, default=0)

@@ -100,7 +100,7 @@ def conversations(eng: Engine, num_requests: int, seed: int) -> Iterator[tuple[l
     rng = random.Random(seed)
     arrival = 0.0
     for i in range(num_requests):
-        arrival += rng.expovariate(8.0)
+        arrival += rng.expovariate(40.0)
         if rng.random() < 0.6:
             question = rng.choice(["What does `{}` do?", "Explain `{}`."]).format(rng.choice(QUESTIONS))
             system = {"role": "system", "content": rng.choice(SYSTEMS)}
@@ -114,7 +114,7 @@ def conversations(eng: Engine, num_requests: int, seed: int) -> Iterator[tuple[l
 
 
 def run(
-    num_requests: int = 60, seed: int = 0, log_file: str | None = None, html_file: str | None = None, **options: Any
+    num_requests: int = 150, seed: int = 0, log_file: str | None = None, html_file: str | None = None, **options: Any
 ) -> str:
     """Serve real text on the embedded model, and say what happened."""
     _check_number(num_requests)
