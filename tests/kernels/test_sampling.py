@@ -222,7 +222,6 @@ def test_check_catches(name):
         reference=reference.sample,
         cases=sample.cases,
         tolerance=sample.tolerance,
-        compare=sample.compare,
         home="labkit_kernels.sampling",
     )
     del OPS[op.name]
