@@ -89,7 +89,7 @@ def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
         return
     how = tile(size, v.shape[2], heads)
     _store_kv[(tokens, triton.cdiv(heads, how["HEADS"]))](
-        k, v, k_cache, v_cache, slots.contiguous(), heads, k_cache.shape[2], k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k, v, k_cache, v_cache, slots.contiguous(), heads, k_cache.shape[2], *k.stride()[:2], *v.stride()[:2],
         *k_cache.stride()[:3], *v_cache.stride()[:3], num_warps=4, **how,
     )  # fmt: skip
 
