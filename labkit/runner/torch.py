@@ -44,8 +44,7 @@ class TorchRunner:
         self.seed = whole("seed", seed, least=0)
         self.device = model.device
         self.layout: Layout | None = None
-        self.caches: list[KVCache] = []
-        self.host: list[KVCache] = []
+        self.store = self.host = BlockStore([])
         self._generation = -1
 
     def __repr__(self) -> str:
@@ -99,14 +98,21 @@ class TorchRunner:
             raise ValueError("this TorchRunner already serves an engine: close that one, or make another runner")
         self.layout = layout
         self.rows = Rows(layout)
-        self.caches = _caches(self.model, layout.num_blocks + 1, layout.block_size, self.device)
-        pinned = self.device.type == "cuda"
-        self.host = []
-        if layout.num_host_blocks:
-            cpu = torch.device("cpu")
-            self.host = _caches(self.model, layout.num_host_blocks + 1, layout.block_size, cpu, pinned)
+        self.store, self.host = self._stores(layout)
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows, dtype=torch.int64, device=self.device)
+
+    def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
+        cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
+        here = _caches(self.model, layout.num_blocks + 1, layout.block_size, self.device)
+        if not layout.num_host_blocks:
+            return BlockStore(here), BlockStore([])
+        there = _caches(self.model, layout.num_host_blocks + 1, layout.block_size, cpu, pinned)
+        return BlockStore(here), BlockStore(there)
+
+    @property
+    def caches(self) -> list[KVCache]:
+        return self.store.caches
 
     @property
     def num_layers(self) -> int:
@@ -114,12 +120,12 @@ class TorchRunner:
 
     def memory_parts(self) -> list[tuple[str, Tensor]]:
         """Every tensor that must be gone after closing."""
-        kv = [("kv", tensor) for tensor in (*_flat(self.caches), *_flat(self.host))]
+        kv = [("kv", tensor) for tensor in (*self.store.flat, *self.host.flat)]
         return [*kv, *(("weights", tensor) for tensor in self.model.tensors())]
 
     def close(self) -> None:
         """Let go of the cache and the model; the runner is of no further use."""
-        self.caches, self.host, self.layout = [], [], None
+        self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
@@ -131,9 +137,16 @@ class TorchRunner:
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchRunner:
         other = object.__new__(TorchRunner)
         memo[id(self)] = other
-        vars(other).update(copy.deepcopy(self.__getstate__(), memo))
-        other.model, other._generation = self.model, -1
+        state = copy.deepcopy(self.__getstate__(), memo)
+        other.model = self.model
+        other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
+        other.__setstate__(state | {"_generation": -1})
         return other
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name in ("store", "host"):
+            getattr(self, name).load(state[name])
+        vars(self).update({name: value for name, value in state.items() if name not in ("store", "host")})
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -168,16 +181,18 @@ class TorchRunner:
         self.rows.apply(plan)
         self.sampler.join(plan.joins)
         if len(plan.swap_out):
-            self._swap(self.caches, self.host, plan.swap_out)
+            self._swap(self.store, self.host, plan.swap_out)
         if len(plan.copies):
             pairs = torch.from_numpy(plan.copies).to(self.device)
-            copy_blocks(_flat(self.caches), pairs)
+            self.store.touched[plan.copies[:, 1]] = True
+            copy_blocks(self.store.flat, pairs)
         if len(plan.swap_in):
-            self._swap(self.host, self.caches, plan.swap_in)
+            self._swap(self.host, self.store, plan.swap_in)
 
     @staticmethod
-    def _swap(sources: list[KVCache], targets: list[KVCache], pairs: np.ndarray) -> None:
-        swap_blocks(_flat(sources), _flat(targets), torch.from_numpy(pairs))
+    def _swap(source: BlockStore, target: BlockStore, pairs: np.ndarray) -> None:
+        target.touched[pairs[:, 1]] = True
+        swap_blocks(source.flat, target.flat, torch.from_numpy(pairs))
 
     def _inputs(self, plan: Plan) -> _Inputs:
         """The plan's columns as one batch of tensors."""
@@ -192,7 +207,9 @@ class TorchRunner:
             entry = np.repeat(np.arange(len(rows)), count)
             positions = np.arange(total) - query_start[:-1][entry] + start[entry]
         index, place = np.divmod(positions, size)
-        slots = self.rows.tables[rows[entry], index] * size + place
+        blocks = self.rows.tables[rows[entry], index]
+        self.store.touched[blocks] = True
+        slots = blocks * size + place
         seq_len = start + count
         longest = int(seq_len.max()) if len(rows) else 0
         table = self.rows.tables[rows, : max(1, -(-longest // size))]
@@ -280,6 +297,35 @@ class TorchRunner:
         return found
 
 
+class SavedBlocks(NamedTuple):
+    """The blocks that had been written at some moment, and their contents."""
+
+    index: np.ndarray
+    kept: list[Tensor]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedBlocks:
+        return self
+
+
+class BlockStore:
+    """Keys and values of all layers, and which blocks were ever written: a copy holds only those."""
+
+    def __init__(self, caches: list[KVCache]) -> None:
+        self.caches = caches
+        self.flat = [tensor for pair in caches for tensor in pair]
+        self.touched = np.zeros(len(self.flat[0]) if caches else 0, bool)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavedBlocks:
+        index = self.touched.nonzero()[0]
+        return SavedBlocks(index, [tensor[torch.from_numpy(index)] for tensor in self.flat])
+
+    def load(self, saved: SavedBlocks) -> None:
+        for tensor, kept in zip(self.flat, saved.kept, strict=True):
+            tensor[torch.from_numpy(saved.index)] = kept
+        self.touched[:] = False
+        self.touched[saved.index] = True
+
+
 class _Inputs(NamedTuple):
     batch: Batch
     query_start: np.ndarray  # [entries + 1]
@@ -323,10 +369,6 @@ class _Computed:
                 extras[name] = extras.get(name, Extras())._replace(logprobs=logprobs)
         seconds = time.perf_counter() - self.begin
         return Result(tokens.astype(np.int32), seconds, errors or None, extras or None)
-
-
-def _flat(caches: list[KVCache]) -> list[Tensor]:
-    return [tensor for pair in caches for tensor in pair]
 
 
 def _caches(
