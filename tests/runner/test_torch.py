@@ -8,7 +8,7 @@ import torch
 
 import labkit as lk
 from labkit.models import load_model
-from tests.models.configs import NATIVE, VOCAB, config, reference_model
+from tests.models.configs import NATIVE, OTHERS, VOCAB, config, reference_model
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_greedy_tokens_are_those_of_transformers_in_every_setting(models, settin
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", sorted(NATIVE))
+@pytest.mark.parametrize("kind", sorted(NATIVE | OTHERS))
 def test_greedy_tokens_are_those_of_transformers_for_every_architecture(models, kind, seed):
     ours, theirs = models(kind, seed)
     for settings in random.Random(f"{kind}{seed}").sample(SETTINGS, 2):
