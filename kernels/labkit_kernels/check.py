@@ -131,6 +131,7 @@ def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequenc
     label = home
     if home == "cuda" and interpreting():
         home, label = "cpu", "interpreter"
+        _mend_interpreter()
     elif home == "cuda" and not torch.cuda.is_available():
         if variant.function.__module__.startswith("labkit_kernels."):
             return _interpret_elsewhere([op.name], variant.name, dtypes)
@@ -273,6 +274,22 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
 def interpreting() -> bool:
     """Is this process one whose Triton kernels run in the interpreter?"""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _mend_interpreter() -> None:
+    """Before 3.9 the interpreter loops over arrays of one element, which numpy 2.4 takes for no number any more."""
+    import triton
+    from triton.runtime import interpreter
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) or hasattr(interpreter, "_labkit_mended"):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor, interpreter._labkit_mended = mended, True
 
 
 def interpret(ops: Sequence[str], dtypes: Sequence[torch.dtype] | None = None) -> Report:

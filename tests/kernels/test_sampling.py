@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import random
 
@@ -27,6 +28,8 @@ SETTINGS = {
     "min_p and top_p": {"min_p": 0.2, "top_p": 0.85},
     "all": {"temperature": 1.5, "top_k": 8, "top_p": 0.9, "min_p": 0.05},
 }
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 
 def columns(rows: int, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0):
@@ -230,11 +233,19 @@ def test_check_catches(name):
     assert report.count("FAILED"), report
 
 
+@needs_triton
 def test_triton_variant_draws_the_same_tokens_in_the_interpreter():
     report = interpret(["sample"], [torch.float32])
     assert report.ok, report
 
 
+@needs_triton
 def test_triton_variant_compiles_without_spills():
     report = compile_ops(["sample"])
     assert report.ok and len(report.rows) >= 9, report
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_variant_agrees_on_the_gpu():
+    report = check(sample, "triton", "cuda")
+    assert report.ok, report

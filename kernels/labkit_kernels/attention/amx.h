@@ -98,20 +98,24 @@ inline void pack_queries(const bf16* const* rows, int count, int64_t size, bf16*
     }
 }
 
-inline void copy_keys(const Rows& rows, int count, int64_t size, bf16* to) {
+inline void copy_keys(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
     const int64_t wide = whole(size, DEPTH);
     for (int k = 0; k < whole(count, TILE); k++)
-        for (int64_t d = 0; d < size; d += DEPTH)
+        for (int64_t d = 0; d < size; d += DEPTH) {
+            prefetch(next.at[k], d * sizeof(bf16));
             _mm512_store_si512(to + k * wide + d, load_row(static_cast<const bf16*>(rows.at[k]) + d, size - d));
+        }
 }
 
 // Tile (k, d) of the values is [16 pairs of keys][16 columns][2], at [k][d] of [KEYS / 32][wide / 16].
-inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to) {
+inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
     const int64_t wide = whole(size, DEPTH);
     for (int k = 0; k < whole(count, DEPTH); k += 2) {
         const bf16 *a = static_cast<const bf16*>(rows.at[k]), *b = static_cast<const bf16*>(rows.at[k + 1]);
         bf16* tile = to + k / DEPTH * DEPTH * wide + k % DEPTH / 2 * DEPTH;
         for (int64_t d = 0; d < size; d += DEPTH) {
+            prefetch(next.at[k], d * sizeof(bf16));
+            prefetch(next.at[k + 1], d * sizeof(bf16));
             __m512i x = load_row(a + d, size - d), y = load_row(b + d, size - d);
             _mm512_store_si512(tile + d / TILE * 512, _mm512_unpacklo_epi16(x, y));
             _mm512_store_si512(tile + d / TILE * 512 + 512, _mm512_unpackhi_epi16(x, y));
@@ -285,8 +289,8 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
     Walk<bf16> walk(call, item);
     while (walk.next()) {
         const int begin = walk.begin, count = walk.count, last = begin + count - 1;
-        copy_keys(walk.keys, count, call.head_size, s.keys);
-        pack_values(walk.values, count, call.value_size, s.values);
+        copy_keys(walk.keys, count, call.head_size, s.keys, walk.next_keys);
+        pack_values(walk.values, count, call.value_size, s.values, walk.next_values);
         for (int64_t first = 0; first < rows; first += TILE) {
             const int64_t stop = std::min(rows, first + TILE);
             const int low = position + first / group, high = position + (stop - 1) / group;

@@ -171,22 +171,27 @@ inline void find_rows(const void* cache, int64_t block_stride, int64_t head_stri
     for (int i = count; i < KEYS; i++) rows.at[i] = rows.at[count - 1];
 }
 
-template <class T>
-inline void prefetch(const Rows& rows, int count, int64_t size) {
-    for (int i = 0; i < count; i++)
-        for (int64_t at = 0; at < size * static_cast<int64_t>(sizeof(T)); at += 64)
-            __builtin_prefetch(static_cast<const char*>(rows.at[i]) + at, 0, 2);
+// Asks for a line of a row that is needed a tile from now. One here and there: a burst of them fills the line buffers,
+// and then the processor waits.
+inline void prefetch(const void* row, int64_t byte) {
+    __builtin_prefetch(static_cast<const char*>(row) + byte, 0, 2);
 }
 
 // to[size][KEYS] = the transposed tile.
 template <class T>
-inline void transpose_keys(const Rows& rows, int count, int64_t size, float* to) {
+inline void transpose_keys(const Rows& rows, int count, int64_t size, float* to, const Rows& next_keys,
+                           const Rows& next_values) {
     int columns = (count + W - 1) / W * W;
     for (int k = 0; k < columns; k += W) {
         int64_t d = 0;
         for (; d + W <= size; d += W) {
             vf tile[W];
             for (int i = 0; i < W; i++) tile[i] = labkit::load(static_cast<const T*>(rows.at[k + i]) + d);
+            if (d * sizeof(T) % 64 == 0)
+                for (int i = 0; i < W; i++) {
+                    prefetch(next_keys.at[k + i], d * sizeof(T));
+                    prefetch(next_values.at[k + i], d * sizeof(T));
+                }
             labkit::transpose(tile);
             for (int i = 0; i < W; i++) labkit::store(to + (d + i) * KEYS + k, tile[i]);
         }
@@ -295,13 +300,13 @@ inline const T* query_row(const Call& call, const Item& item, int64_t r) {
            (item.head * group + r % group) * call.q_head;
 }
 
-// Goes over an item's keys tile by tile; asks memory for the tile after this one.
+// Goes over an item's keys tile by tile, and knows where the tile after this one lies.
 template <class T>
 struct Walk {
     const Call& call;
     const Item& item;
     int begin, count;
-    Rows keys, values;
+    Rows keys, values, next_keys, next_values;
 
     Walk(const Call& call, const Item& item) : call(call), item(item), begin(item.begin - KEYS), count(0) {
         if (item.begin < item.end) find(item.begin);
@@ -313,24 +318,17 @@ struct Walk {
         keys = next_keys;
         values = next_values;
         count = std::min(KEYS, item.end - begin);
-        if (begin + KEYS < item.end) {
-            const int ahead = find(begin + KEYS);
-            prefetch<T>(next_keys, ahead, call.head_size);
-            prefetch<T>(next_values, ahead, call.value_size);
-        }
+        if (begin + KEYS < item.end) find(begin + KEYS);
         return true;
     }
 
   private:
-    Rows next_keys, next_values;
-
-    int find(int from) {
+    void find(int from) {
         const int32_t* table = call.table + item.seq * call.table_row;
         const int n = std::min(KEYS, item.end - from);
         find_rows<T>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, from, n, next_keys);
         find_rows<T>(call.v, call.v_block, call.v_head, call.v_slot, table, call.block_size, item.head, from, n,
                      next_values);
-        return n;
     }
 };
 
@@ -363,7 +361,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         if (call.window)
             bottom = std::clamp<int64_t>(begin + count - 1 + call.window - position, 0, item.num_queries) * group;
         if (top >= bottom) continue;
-        transpose_keys<T>(walk.keys, count, size, s.keys);
+        transpose_keys<T>(walk.keys, count, size, s.keys, walk.next_keys, walk.next_values);
         float_rows<T>(walk.values, count, call.value_size, s.values, value_rows);
         multiply(s.q + top * size, size, key_row, s.scores + top * KEYS, KEYS, bottom - top, columns, size, nullptr);
         for (int64_t r = top; r < bottom; r++) {
