@@ -184,12 +184,12 @@ class Scheduler:
     def why_never(self, request: Request) -> str | None:
         """Why this request can never be served here, or None."""
         bm, num_prompt = self.blocks, request.num_prompt
-        room = self.room_for(num_prompt)
         most = request.params.max_tokens or 1  # None asks for whatever is left, but at least one
-        if self.max_model_len is not None and room < most:
+        if self.max_model_len is not None and num_prompt + most > self.max_model_len:
+            room = self.max_model_len - num_prompt
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
             return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
-        if room < most:
+        if self.room_for(num_prompt) < most:
             needed = bm.blocks_for(num_prompt + most)
             return (
                 f"{num_prompt} prompt tokens and max_tokens={most} need {needed} blocks of {bm.block_size}, "

@@ -41,9 +41,10 @@ def resolve(source: str | Path) -> Path:
     name = str(source)
     if folder.exists():
         raise ValueError(f"{name!r} is a file: give the folder that holds config.json and *.safetensors")
-    hub, _, rest = name.partition(":") if name.startswith(("hf:", "ms:")) else ("hf", ":", name)
-    if rest.count("/") != 1 or rest.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {name!r} (and it is no 'hf:org/name' or 'ms:org/name')")
+    named = name.startswith(("hf:", "ms:"))
+    hub, _, rest = name.partition(":") if named else ("hf", ":", name)
+    if rest.count("/") > 1 or rest.startswith((".", "/", "~")) or not (named or "/" in rest):
+        raise ValueError(f"there is no folder {name!r}; a hub's model is 'hf:name', 'hf:org/name' or 'ms:org/name'")
     return _from_modelscope(rest) if hub == "ms" else _from_hub(rest)
 
 

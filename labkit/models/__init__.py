@@ -84,6 +84,6 @@ def _dtype(name: Any, config: Any) -> Any:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     aliases = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
     if name == "auto":
-        given = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+        given = getattr(config, "dtype", None) or vars(config).get("torch_dtype") or torch.float32
         return kinds.get(given, torch.float32) if isinstance(given, str) else given
     return choose("dtype", aliases.get(name, name), {"auto": None, **kinds})

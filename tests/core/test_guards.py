@@ -316,3 +316,11 @@ def test_blocks_of_a_sharegpt_like_mix_waste_less_than_four_percent():
             weights = [a + b for a, b in zip(weights, (stats.waste, stats.contiguous_waste(2048), 1), strict=True)]
     paged, contiguous = weights[0] / weights[2], weights[1] / weights[2]
     assert paged < 0.04 and contiguous > 0.6, f"paged {paged:.1%}, contiguous {contiguous:.1%}"
+
+
+def test_a_rejection_names_the_limit_that_binds():
+    eng = engine(blocks=4, max_model_len=500)
+    with pytest.raises(lk.RejectedError, match="need 14 blocks of 4, the pool has 4"):
+        eng.submit([1] * 50, params(5))
+    with pytest.raises(lk.RejectedError, match="exceed max_model_len=500: at most 10 can be produced"):
+        eng.submit([1] * 490, params(11))
