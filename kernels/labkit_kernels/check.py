@@ -252,6 +252,8 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
         return Difference()
     wide = torch.float64 if expected.dtype == torch.float64 or not expected.dtype.is_floating_point else torch.float32
     one, other = expected.detach().to(wide), found.detach().to(wide)
+    if torch.equal(one, other):  # most arguments are as they were
+        return Difference()
     same = (one == other) | (one.isnan() & other.isnan())  # infinities agree with themselves
     error = torch.where(same, 0.0, (one - other).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
     size = one.abs()

@@ -134,25 +134,31 @@ inline vf logv(vf x) {
     return rest + y + whole * 0.693359375f;
 }
 
+#if defined(__clang__) || __GNUC__ >= 12
+#define LABKIT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LABKIT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vi{__VA_ARGS__})
+#endif
+
 // The first (High = 0) or second half of a and b, lane by lane in turn.
 #if defined(__AVX512F__)
 template <int High>
 inline vf interleave(vf a, vf b) {
     constexpr int s = High * 8;
-    return __builtin_shufflevector(a, b, s, s + 16, s + 1, s + 17, s + 2, s + 18, s + 3, s + 19, s + 4, s + 20, s + 5,
-                                   s + 21, s + 6, s + 22, s + 7, s + 23);
+    return LABKIT_SHUFFLE(a, b, s, s + 16, s + 1, s + 17, s + 2, s + 18, s + 3, s + 19, s + 4, s + 20, s + 5, s + 21,
+                          s + 6, s + 22, s + 7, s + 23);
 }
 #elif defined(__AVX2__)
 template <int High>
 inline vf interleave(vf a, vf b) {
     constexpr int s = High * 4;
-    return __builtin_shufflevector(a, b, s, s + 8, s + 1, s + 9, s + 2, s + 10, s + 3, s + 11);
+    return LABKIT_SHUFFLE(a, b, s, s + 8, s + 1, s + 9, s + 2, s + 10, s + 3, s + 11);
 }
 #else
 template <int High>
 inline vf interleave(vf a, vf b) {
     constexpr int s = High * 2;
-    return __builtin_shufflevector(a, b, s, s + 4, s + 1, s + 5);
+    return LABKIT_SHUFFLE(a, b, s, s + 4, s + 1, s + 5);
 }
 #endif
 

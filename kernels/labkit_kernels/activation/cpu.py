@@ -25,7 +25,7 @@ if library is not None:
     def _gated(x: Tensor, act: int) -> Tensor:
         x, (outer, inner, x_outer, x_inner) = dense_rows(x)
         size = x.shape[-1] // 2
-        out = torch.empty((*x.shape[:-1], size), dtype=x.dtype)
+        out = x.new_empty(*x.shape[:-1], size)
         _gated_act(
             x.data_ptr(), out.data_ptr(), outer, inner, size, x_outer, x_inner, act, CODES[x.dtype],
             native.num_threads(),

@@ -7,7 +7,6 @@ a vector meet in registers. The exponential runs in the special function units b
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,7 +39,7 @@ def _gated(x, out, inner, x_outer, x_inner, SIZE: tl.constexpr, ACT: tl.constexp
 def _launch(x: Tensor, act: int) -> Tensor:
     x, (outer, inner, x_outer, x_inner) = dense_rows(x)
     size = x.shape[-1] // 2
-    out = torch.empty((*x.shape[:-1], size), dtype=x.dtype, device=x.device)
+    out = x.new_empty(*x.shape[:-1], size)
     if count := outer * inner:
         _gated[(count, triton.cdiv(size, BLOCK))](
             x, out, inner, x_outer, x_inner, SIZE=size, ACT=act, BLOCK=BLOCK, num_warps=4

@@ -298,17 +298,22 @@ def _combine(
     tl.store(out + at * VALUE_SIZE + value_dim, result.to(out.dtype.element_ty), mask=value_dim < VALUE_SIZE)
 
 
-def tiles(dtype: torch.dtype, size: int, value_size: int, decode: bool, shared: int = 163 << 10) -> dict[str, int]:
+def tiles(
+    dtype: torch.dtype, size: int, value_size: int, decode: bool, shared: int = 163 << 10, alibi: bool = False
+) -> dict[str, int]:
     """Rows, keys a tile, warps and stages, for head sizes padded to powers of two and so much shared memory."""
     wide = max(size, value_size)
+    large = shared > 163 << 10  # Hopper and later: operands come from shared memory, not from registers
     if dtype == torch.float32:  # no tensor cores: registers are the limit
         rows, keys, warps, stages = (16, 16, 4 if wide <= 128 else 8, 2) if decode else (32, 16, 8, 2)
     elif decode:
         rows, keys, warps, stages = 16, 128 if wide <= 64 else 64 if wide <= 128 else 32, 4, 3
     elif wide <= 128:
-        rows, keys, warps, stages = 128, 32 if wide > 64 and shared <= 163 << 10 else 64, 8, 3
+        rows, keys, warps, stages = 128, (64 if wide > 64 else 128) if large else (32 if wide > 64 else 64), 8, 3
     else:
         rows, keys, warps, stages = 64, 32, 8, 2
+    if alibi and not decode:
+        stages = 2  # slopes and distances take the registers of a stage
     item = dtype.itemsize
     while stages > 1 and item * (rows * size + stages * keys * (size + value_size)) > shared:
         stages -= 1
@@ -363,7 +368,7 @@ def paged_attention(
     decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
     processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
-    tile = tiles(q.dtype, wide, value_wide, decode, shared)
+    tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None)
     if decode:
         block_q = max_query_len
         rows = max(16, triton.next_power_of_2(block_q * heads))
@@ -427,7 +432,7 @@ def _configs(
     found = []
     for arch in archs:
         for decode in (True, False):
-            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch])
+            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch], alibi)
             constants = {
                 "GROUP": group, "HEADS": group, "SIZE": size, "VALUE_SIZE": value_size, "D": wide, "DV": value_wide,
                 "BLOCK_SIZE": block_size, "BLOCK_M": how["rows"], "BLOCK_N": how["keys"],

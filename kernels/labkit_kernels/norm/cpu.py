@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit_kernels import native
-from labkit_kernels.layout import dense_rows, rows
+from labkit_kernels.layout import dense_like, dense_rows, rows
 from labkit_kernels.norm import reference, rms_norm
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -31,7 +31,7 @@ if library is not None:
         if lies is not None and lies[:2] != (outer, inner):  # one of them is dense, the other a view
             outer, inner = x.shape[:-1] if x.dim() == 3 else (x.shape[0], 1)
             (x_outer, x_inner), lies = _strides(x), (outer, inner, *_strides(residual))
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = dense_like(x)
         weight = weight.contiguous()
         _rms_norm(
             x.data_ptr(), weight.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr(),

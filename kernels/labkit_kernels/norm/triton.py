@@ -9,13 +9,12 @@ as the heads of a q/k norm, share a program, so that a warp's loads stay wide.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.compile import Config
-from labkit_kernels.layout import dense_rows, rows
+from labkit_kernels.layout import dense_like, dense_rows, rows
 from labkit_kernels.norm import layer_norm, reference, rms_norm
 
 TILE = 1024  # numbers a program holds at least
@@ -107,7 +106,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
         r_strides = [0, 0]
     else:
         outer, inner, r_strides, x_strides = lies
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = dense_like(x)
     if count := outer * inner:
         how = tile(size)
         _rms_norm[(triton.cdiv(count, how["ROWS"]),)](
@@ -135,7 +134,7 @@ def layer_norm_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps
     if size > MOST:
         return reference.layer_norm(x, weight, bias, eps)
     x, (outer, inner, x_outer, x_inner) = dense_rows(x)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = dense_like(x)
     if count := outer * inner:
         how = tile(size)
         _layer_norm[(triton.cdiv(count, how["ROWS"]),)](

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from labkit_kernels import native
+from labkit_kernels.layout import dense_like
 from labkit_kernels.rotary import reference, rope
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
@@ -50,7 +51,7 @@ if library is not None:
         if k_norm is not None:
             k_norm = k_norm.contiguous()
         tokens, heads, size = q.shape
-        out = torch.empty((tokens, heads, size), dtype=q.dtype), torch.empty(k.shape, dtype=k.dtype)
+        out = dense_like(q), dense_like(k)
         _rope(
             q.data_ptr(), k.data_ptr(), out[0].data_ptr(), out[1].data_ptr(),
             None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),

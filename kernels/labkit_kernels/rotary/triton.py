@@ -9,12 +9,12 @@ what costs: a token's first tiles are query heads, the others key heads, straigh
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.compile import Config
+from labkit_kernels.layout import dense_like
 from labkit_kernels.rotary import rope
 
 NUMBERS = 2048  # that a program turns, about
@@ -143,7 +143,7 @@ def rope_triton(
     table, positions = table.contiguous(), positions.contiguous()
     tokens, q_heads, size = q.shape
     k_heads = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    out = dense_like(q), dense_like(k)
     if tokens:
         how = tile(size, table.shape[1], q_heads)
         q_tiles = triton.cdiv(q_heads, how["HEADS"])
