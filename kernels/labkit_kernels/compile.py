@@ -51,7 +51,9 @@ class Config:
         object.__setattr__(self, "constexprs", constants)
 
     def __repr__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.constexprs.items())
+        pointers = [kind[1:] for kind in self.signature.values() if kind.startswith("*")]
+        dtypes = dict.fromkeys(kind for kind in pointers if not kind.startswith("i"))  # indices say nothing
+        return " ".join([*dtypes, *(f"{name}={value}" for name, value in self.constexprs.items())])
 
 
 @dataclass(frozen=True)

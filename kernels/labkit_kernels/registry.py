@@ -101,14 +101,16 @@ class Op:
 
     def load(self, device: str) -> None:
         """Import the modules that register this device's variants."""
-        modules = self.sources.pop(device, ())
+        modules = self.sources.get(device, ())
         if "triton" in modules and importlib.util.find_spec("triton") is None:
+            del self.sources[device]
             warnings.warn("Triton is not installed: ops on CUDA run in plain torch, which is slower", stacklevel=2)
             return
         if "triton" in modules:
             os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds, whatever Triton's default is
         for module in modules:
             importlib.import_module(f"{self.home}.{module}")
+        self.sources.pop(device, None)  # not before: a module that fails must not leave its op silently in torch
 
     def load_all(self) -> None:
         """Import every module that registers a variant and can be imported here."""

@@ -80,8 +80,13 @@ def write(report: Rows, file: str | None) -> None:
     """A report as a table, or its rows as JSON."""
     if file is None:
         print(report)
-        return
-    text = json.dumps([asdict(row) for row in report.rows], indent=1)
+    else:
+        dump([asdict(row) for row in report.rows], file)
+
+
+def dump(rows: Sequence[dict[str, Any]], file: str) -> None:
+    """Rows as JSON, in a file or on the standard output."""
+    text = json.dumps(rows, indent=1)
     if file == "-":
         print(text)
     else:

@@ -1,6 +1,6 @@
 // Vectors of floats as wide as the machine has them, and the few functions that kernels need on them. Written with the
-// compiler's vector extensions, so one source serves AVX-512, AVX2, SSE and NEON. Compile with -ffp-contract=fast (sums of
-// products become fused multiply-adds) and without -ffast-math (minus infinity means something here).
+// compiler's vector extensions, so one source serves AVX-512, AVX2, SSE and NEON. Compile with -ffp-contract=fast
+// (sums of products become fused multiply-adds) and without -ffast-math (minus infinity means something here).
 #pragma once
 
 #include <cmath>

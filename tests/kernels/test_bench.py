@@ -77,6 +77,12 @@ def test_the_command_line_lists_checks_and_benches(tmp_path, capsys):
     assert main(["list"]) == 0
     assert "Op(rms_norm: reference" in capsys.readouterr().out
     file = tmp_path / "rows.json"
+    with toy() as op:
+        op.variant("mine", device="cpu", dtypes=(torch.float32,))(double)
+        assert main(["list", "toy", "--json", str(file)]) == 0
+    reference, mine = json.loads(file.read_text())
+    assert reference == {"op": "toy", "variant": "reference", "device": None, "dtypes": None, "picked": True}
+    assert mine == {"op": "toy", "variant": "mine", "device": "cpu", "dtypes": ["float32"], "picked": False}
     with toy():
         assert main(["bench", "toy", "--device", "cpu", "--dtypes", "float32", "--json", str(file)]) == 0
     assert json.loads(file.read_text())[0]["variant"] == "reference"

@@ -35,6 +35,7 @@ def test_a_kernel_that_spills_is_said_to():
 
 def test_a_configuration_that_does_not_match_its_kernel_is_data():
     (config,) = configs(get("layer_norm"))
+    assert repr(config).startswith("bf16 SIZE=4096")
     short = Config(config.kernel, {"x": "*bf16", "y": "i32"}, config.constexprs)
     row = compile_config("layer_norm", short, 90)
     assert row.status == "raised" and "missing ['weight'" in row.reason and "unknown {'y'}" in row.reason

@@ -97,6 +97,13 @@ def test_without_triton_cuda_ops_run_in_torch_after_one_warning(monkeypatch):
             assert op.pick("cuda", torch.float32) is double
 
 
+def test_a_module_that_cannot_be_imported_is_said_each_time():
+    with toy(sources={"cpu": ("nowhere",)}) as op:
+        for _ in range(2):
+            with pytest.raises(ImportError, match="nowhere"):
+                op.pick("cpu", torch.float32)
+
+
 def test_a_cpu_never_imports_triton():
     script = (
         "import sys, torch, labkit_kernels as lk\n"

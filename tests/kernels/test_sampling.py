@@ -146,6 +146,10 @@ def test_a_row_of_nothing_gives_a_token_id(draw):
     assert ((tokens >= 0) & (tokens < 50)).all()
 
 
+def test_no_rows_give_no_tokens(draw):
+    assert draw(torch.zeros(0, 50), *columns(0)).shape == (0,)
+
+
 def scores(logits, temperature, top_k, top_p, min_p, key):
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]

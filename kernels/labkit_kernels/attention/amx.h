@@ -1,9 +1,9 @@
 // The same attention on AMX tiles, for bfloat16. Included by cpu.cpp, whose items, rows and parts it works on.
 //
-// Scores are computed transposed, keys x rows: the keys are then the left operand, as they lie, and only the queries are
-// packed, once an item. Sixteen rows stand in the sixteen lanes of a register, so the softmax has no horizontal sums.
-// Weights are turned round (64 shuffles for 16 rows x 32 keys) and meet the values, pairs of whose rows were interleaved
-// within 128-bit lanes: columns of the result come out in that order and are put right once, at the end.
+// Scores are computed transposed, keys x rows: the keys are then the left operand, as they lie, and only the queries
+// are packed, once an item. Sixteen rows stand in the sixteen lanes of a register, so the softmax has no horizontal
+// sums. Weights are turned round (64 shuffles for 16 rows x 32 keys) and meet the values, pairs of whose rows were
+// interleaved within 128-bit lanes: columns of the result come out in that order and are put right once, at the end.
 #pragma once
 
 #include <immintrin.h>
@@ -247,8 +247,8 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
     // A row that has seen nothing yet: its weights are 2^-inf, whatever is subtracted.
     const __m512 shift = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, lowest, _CMP_EQ_OQ), _mm512_setzero_ps());
     const __m512 factor = lanes.plain && !lanes.masked ? scale : _mm512_set1_ps(1.f);
-    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512 other = _mm512_setzero_ps();
     for (int k = 0; k < count; k += DEPTH) {
         vf tile[TILE];
@@ -311,7 +311,8 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
             lanes.plain = call.softcap == 0 && !call.alibi;
             lanes.masked = count < KEYS || last > low || (call.window && begin <= high - call.window);
             multiply_keys(s.keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores);
-            softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide, s.weights);
+            softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
+                    s.weights);
             multiply_values(s.weights, s.values, wide, (count + DEPTH - 1) / DEPTH, s.out + first * wide);
         }
     }

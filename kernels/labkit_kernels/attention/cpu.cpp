@@ -34,7 +34,7 @@ constexpr int KEYS = 64;           // keys in a tile
 constexpr int ROWS = 6;            // rows of a register tile
 constexpr int ROWS_AN_ITEM = 96;   // rows that share one transposed tile of keys
 constexpr int LEAST_PART = 256;    // keys below which a range is not cut
-constexpr int64_t LEAST_WORK = 1 << 19;  // multiply-adds below which one thread is faster than waking another
+constexpr int64_t LEAST_WORK = 1 << 21;  // multiply-adds (some 50 us) below which another thread is not worth waking
 constexpr float LOG2E = 1.4426950408889634f;
 
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -154,8 +154,8 @@ inline void multiply(const float* a, int64_t lda, const B& b, float* c, int64_t 
     }
 }
 
-// Where keys `begin`.. of this sequence lie. Past `count` the last row is repeated: its score is masked, and memory that
-// nobody wrote is never read.
+// Where keys `begin`.. of this sequence lie. Past `count` the last row is repeated: its score is masked, and memory
+// that nobody wrote is never read.
 template <class T>
 inline void find_rows(const void* cache, int64_t block_stride, int64_t head_stride, int64_t slot_stride,
                       const int32_t* table, int64_t block_size, int head, int begin, int count, Rows& rows) {
@@ -228,8 +228,8 @@ struct Mask {
     int first, stop;              // the columns that this row sees
 };
 
-// A row of scores to weights, in place. Updates the row's largest score (to base 2) and its W sums, added up at the end;
-// returns what the row's earlier values are to be multiplied by.
+// A row of scores to weights, in place. Updates the row's largest score (to base 2) and its W sums, added up at the
+// end; returns what the row's earlier values are to be multiplied by.
 inline float softmax_row(float* row, int columns, const Mask& mask, float& most, float* sum) {
     float scale = mask.scale * LOG2E;
     if (mask.softcap != 0.f || mask.slope != 0.f) {
@@ -326,7 +326,8 @@ struct Walk {
     void find(int from) {
         const int32_t* table = call.table + item.seq * call.table_row;
         const int n = std::min(KEYS, item.end - from);
-        find_rows<T>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, from, n, next_keys);
+        find_rows<T>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, from, n,
+                     next_keys);
         find_rows<T>(call.v, call.v_block, call.v_head, call.v_slot, table, call.block_size, item.head, from, n,
                      next_values);
     }

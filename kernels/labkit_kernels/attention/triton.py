@@ -373,6 +373,8 @@ def paged_attention(
         block_q = max_query_len
         rows = max(16, triton.next_power_of_2(block_q * heads))
         blocks = num_seqs
+        if rows > 16:
+            tile["num_warps"] = 8
         if splits is None:
             bound = max_seq_len or block_table.shape[1] * block_size
             bound = min(bound, window + tile["keys"]) if window else bound

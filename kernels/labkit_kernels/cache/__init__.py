@@ -35,7 +35,7 @@ def _store_cases() -> Iterator[Case]:
         sizes = f"{size}" if size == value_size else f"{size} and {value_size}"
         name = f"{tokens} tokens, {heads} heads of {sizes}, blocks of {block}"
         yield Case(name, partial(make, shape=shape, kept=None), timed=shape in TIMED)
-    for kept in (torch.float16, torch.float32):
+    for kept in (torch.float16, torch.float32, torch.float8_e4m3fn):
         yield Case(f"kept in {kept}", partial(make, shape=(17, 3, 16, 80, 80), kept=kept))
 
     def beside(device, dtype, generator):  # keys and values in one tensor, places before heads in memory
@@ -44,7 +44,13 @@ def _store_cases() -> Iterator[Case]:
         slots = (torch.randperm(48, device=device, generator=generator) + 16)[:10:2]
         return (k, v, caches[:, 0], caches[:, 1], slots), {}
 
+    def places_last(device, dtype, generator):
+        caches = [torch.zeros(3, 2, 24, 16, device=device, dtype=dtype).transpose(2, 3) for _ in range(2)]
+        k, v = randn(generator, 2, 5, 2, 24, dtype=dtype)
+        return (k, v, *caches, torch.randperm(32, device=device, generator=generator)[:5] + 16), {}
+
     yield Case("caches that are views of one", beside)
+    yield Case("caches whose places lie side by side", places_last)
 
 
 def _move_cases(swap: bool) -> Iterator[Case]:
@@ -66,7 +72,13 @@ def _move_cases(swap: bool) -> Iterator[Case]:
         caches = list(both.unbind(1))
         return (caches[:2], caches[2:], pairs) if swap else (caches, pairs), {}
 
+    def pieces(device, dtype, generator):
+        pairs = torch.tensor([[1, 4], [3, 0]], device="cpu" if swap else device)
+        caches = [torch.randn(6, 2, 3, 4, 8, device=device, dtype=dtype, generator=generator)[:, :, 1] for _ in "ab"]
+        return (caches[:1], caches[1:], pairs) if swap else (caches, pairs), {}
+
     yield Case("caches that are views of one", views)
+    yield Case("blocks in several pieces", pieces)
 
 
 def _move_traffic(caches: Sequence[Tensor], *rest: Any) -> int:

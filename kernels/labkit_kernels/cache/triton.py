@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit_kernels.cache import copy_blocks, store_kv
+from labkit_kernels.cache import copy_blocks, reference, store_kv
 from labkit_kernels.compile import ARCHS, Config
 
 WORDS = 2048  # of eight bytes, that a program copies at most
@@ -83,15 +83,34 @@ def _copy_blocks(addresses, pairs, stride, WORDS: tl.constexpr, BLOCK: tl.conste
 
 @store_kv.variant("triton", device="cuda", picked=True)
 def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
+        return reference.store_kv(k, v, k_cache, v_cache, slots)
+    k, k_cache = _castable(k, k_cache)
+    v, v_cache = _castable(v, v_cache)
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     tokens, heads, size = k.shape
     if not tokens:
-        return
+        return None
     how = tile(size, v.shape[2], heads)
     _store_kv[(tokens, triton.cdiv(heads, how["HEADS"]))](
         k, v, k_cache, v_cache, slots.contiguous(), heads, k_cache.shape[2], *k.stride()[:2], *v.stride()[:2],
         *k_cache.stride()[:3], *v_cache.stride()[:3], num_warps=4, **how,
     )  # fmt: skip
+    return None
+
+
+def _castable(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as they are where the kernel can cast, else torch's cast and the cache's bytes. Torch makes NaN of what is
+    too large for float8_e4m3fn, a GPU's own cast the largest number."""
+    if cache.element_size() > 1 or _casts_to_float8(x.device):
+        return x, cache
+    return x.to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
+
+
+@lru_cache(maxsize=16)
+def _casts_to_float8(device: torch.device) -> bool:
+    """Not before sm_89; and Triton's interpreter loses the carry when a mantissa is rounded up to the next power."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def tile(size: int, value_size: int, heads: int) -> dict[str, int]:
@@ -109,7 +128,9 @@ def tile(size: int, value_size: int, heads: int) -> dict[str, int]:
 @copy_blocks.variant("triton", device="cuda", picked=True)
 def copy_blocks_triton(caches: Sequence[Tensor], pairs: Tensor) -> None:
     if not len(pairs):
-        return
+        return None
+    if not all(cache[0].is_contiguous() for cache in caches):
+        return reference.copy_blocks(caches, pairs)
     pairs = pairs.contiguous()
     alike: dict[tuple[int, int], list[Tensor]] = {}
     for cache in caches:
@@ -124,6 +145,7 @@ def copy_blocks_triton(caches: Sequence[Tensor], pairs: Tensor) -> None:
             _addresses(pointers, group[0].device), pairs, stride // item,
             WORDS=words, BLOCK=block, WORD=word, num_warps=4,
         )  # fmt: skip
+    return None
 
 
 def _joined(numbers: Sequence[int]) -> int:
@@ -156,7 +178,11 @@ def _store_config(item: str, cache: str, size: int, heads: int, archs: tuple[int
 
 _COPY = {"addresses": "*i64", "pairs": "*i64", "stride": "i32"}
 AOT = {
-    "store_kv": [_store_config("bf16", "bf16", 128, 8), _store_config("bf16", "fp8e4nv", 128, 8, (90, 100))],
+    "store_kv": [
+        _store_config("bf16", "bf16", 128, 8),
+        _store_config("bf16", "fp8e4nv", 128, 8, (90, 100)),
+        _store_config("u8", "u8", 128, 8, (80,)),
+    ],
     "copy_blocks": [
         Config(_copy_blocks, _COPY, {"WORDS": 4096, "BLOCK": WORDS, "WORD": tl.int64}, num_warps=4, aligned=("stride",))
     ],

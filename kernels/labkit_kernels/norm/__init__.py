@@ -58,12 +58,16 @@ def _rms_cases() -> Iterator[Case]:
         residual = randn(generator, 2, 5, 40, dtype=dtype)[:, :3]
         return (x, randn(generator, 40, dtype=dtype), 1e-5, residual), {}
 
+    def wide(device, dtype, generator):
+        return (randn(generator, 9, 48, dtype=dtype), randn(generator, 48), 1e-5, randn(generator, 9, 48)), {}
+
     def columns(device, dtype, generator):
         return (randn(generator, 24, 5, dtype=dtype).T, randn(generator, 24, dtype=dtype), 1e-5), {}
 
     yield Case("heads of a fused projection, float32 weight", heads)
     yield Case("views + residual that is a view", views)
     yield Case("three dimensions + residual that is a view", batched)
+    yield Case("float32 residual", wide)
     yield Case("vectors that are columns", columns)
 
 

@@ -99,7 +99,7 @@ def tile(size: int) -> dict[str, int]:
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     size = x.shape[-1]
     lies = None if residual is None else _views(residual, x)
-    if size > MOST or (residual is not None and lies is None):
+    if size > MOST or (residual is not None and (lies is None or residual.dtype != x.dtype)):
         return reference.rms_norm(x, weight, eps, residual)
     if lies is None:
         x, (outer, inner, *x_strides) = dense_rows(x)

@@ -26,6 +26,7 @@ using labkit::W;
 constexpr int64_t FEW = 2048;      // candidates that are sorted rather than halved
 constexpr int PASSES = 7;          // halvings by passes over the row, before candidates are gathered
 constexpr int64_t CHUNK = 4 * W;   // looked at together: mostly none of them passes
+constexpr int64_t LEAST_WORK = 1 << 18;  // logits (16 a drawn one) below which another thread is not worth waking
 constexpr float LOG2E = 1.4426950408889634f;
 
 struct Call {
@@ -270,7 +271,7 @@ void run(const Call& call) {
     int64_t work = 0;
     for (int64_t row = 0; row < call.num_rows; row++)
         work += call.vocab_size * (call.temperature[row] == 0.f ? 1 : 16);
-    const int64_t threads = std::clamp<int64_t>(work >> 16, 1, std::min(call.num_threads, call.num_rows));
+    const int64_t threads = std::max<int64_t>(1, std::min({work / LEAST_WORK, call.num_threads, call.num_rows}));
     std::atomic<int64_t> next{0};
     auto loop = [&] {
         static thread_local Scratch scratch;
