@@ -1,10 +1,10 @@
 """Makes the embedded models from the running Python's own standard library. Knows torch, tokenizers and source files;
 refuses to know the engine that will serve them.
 
-    python -m labkit.assets.train --minutes 30            # both models, into this folder
+    python -m labkit.assets.train                         # both models, into this folder: an hour on two cores
     python -m labkit.assets.train --quick --out /tmp/try  # seconds: does it all run, does the loss fall?
 
-Read `main` first: corpus, tokenizer, a model trained for so many minutes, its card.
+Read `main` first: corpus, tokenizer, a model trained for so many steps, its card.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ SHAPES = {  # hidden size, layers, heads, key heads, intermediate size
     "tiny": (256, 8, 8, 4, 688),
     "tiny-draft": (128, 3, 4, 2, 344),
 }
+STEPS = {"tiny": 1800, "tiny-draft": 1800}
 QUICK_STEPS = 40
 CONTEXT, LONG = 1024, 2048  # most steps; the last sixth
 
@@ -207,8 +208,8 @@ def loss_of(model, batch: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
 
-def train(name: str, stream: np.ndarray, seconds: float, tokens_a_step: int, quick: bool, save) -> tuple:
-    """Trains until the time is up, the rate at 0 by then. Gives the model, steps, tokens, [(step, loss)]."""
+def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: bool, save) -> tuple:
+    """Trains for so many steps, the rate at 0 by then. Gives the model, steps, tokens, [(step, loss)]."""
     seed = 0
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -218,7 +219,7 @@ def train(name: str, stream: np.ndarray, seconds: float, tokens_a_step: int, qui
     muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
     compiled = loss_of if quick else torch.compile(loss_of)  # 1.4 times as quick on two cores, after a minute
     history, begin, step, num_tokens, saved = [], time.monotonic(), 0, 0, time.monotonic()
-    while (spent := step / QUICK_STEPS if quick else (time.monotonic() - begin) / seconds) < 1:
+    while (spent := step / steps) < 1:
         rate = min(1.0, (step + 1) / (5 if quick else 30)) * min(1.0, (1 - spent) / 0.5)
         late = spent > 0.84 and not quick
         batch = batches(stream, LONG if late else CONTEXT, tokens_a_step, rng)
@@ -297,7 +298,7 @@ Made by `python -m labkit.assets.train`; the chat form is `<|user|>...<|end|><|a
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the embedded models.")
-    parser.add_argument("--minutes", type=float, default=30, help="for tiny; tiny-draft takes a fifth of it")
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--which", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--quick", action="store_true", help="a few seconds on a few files")
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in SHAPES if args.which == "both" else [args.which]:
         folder = args.out / name
         save_tokenizer(tokenizer, folder)
-        minutes = args.minutes / (5 if name == "tiny-draft" and args.which == "both" else 1)
+        steps = args.steps or (QUICK_STEPS if args.quick else STEPS[name])
 
         def save(model, folder: Path = folder) -> None:
             state = {key: value.bfloat16() for key, value in model.state_dict().items() if key != "lm_head.weight"}
@@ -332,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
             (folder / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2) + "\n")
 
         model, steps, num_tokens, history = train(
-            name, stream, minutes * 60, CONTEXT if args.quick else 8192, args.quick, save
+            name, stream, steps, CONTEXT if args.quick else 8192, args.quick, save
         )
         from transformers import LlamaForCausalLM
 
