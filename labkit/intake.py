@@ -109,6 +109,9 @@ def _fitting(engine: Engine, params: SamplingParams, num_prompt: int) -> Samplin
                 raise ValueError(f"{name} names token {i}: the vocabulary ends at {vocab_size - 1}")
     if params.bad_words:
         params = replace(params, bad_words=(), bad_word_ids=(*params.bad_word_ids, *_word_ids(engine, params)))
+    if params.structured_outputs is not None:
+        grammar = _grammar(engine, params.structured_outputs)
+        params = replace(params, structured_outputs=None, logits_processors=(*params.logits_processors, grammar))
     num_layers = getattr(engine.runner, "num_layers", 0)
     for what, layers in (params.capture or {}).items():
         for layer in layers:
@@ -117,6 +120,15 @@ def _fitting(engine: Engine, params: SamplingParams, num_prompt: int) -> Samplin
     if params.max_tokens is None:
         params = replace(params, max_tokens=max(1, engine.scheduler.room_for(num_prompt)))
     return params
+
+
+def _grammar(engine: Engine, form: Mapping[str, Any]) -> Any:
+    from labkit.grammar import Grammar
+    from labkit.tokenizer import Tokenizer
+
+    if not isinstance(engine.tokenizer, Tokenizer):
+        raise ValueError("structured_outputs need text: give the Engine a model's tokenizer")
+    return Grammar(form, engine.tokenizer, engine.runner.vocab_size, engine.runner.eos_token_ids)
 
 
 def _word_ids(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:

@@ -75,6 +75,8 @@ class Special:
         if params.allowed_token_ids is not None:
             self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
             self.forbidden[torch.tensor(params.allowed_token_ids, device=device)] = False
+        # A processor with a memory, as a grammar is one, begins anew for every row.
+        self.processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
         self.needs_history = bool(params.logits_processors or params.bad_word_ids)
         self.changes = bool(
             self.needs_history or self.bias is not None or self.forbidden is not None or params.min_tokens
@@ -93,7 +95,7 @@ class Special:
             logits[self.stop_ids] = -torch.inf
         if self.bias is not None:
             logits.index_add_(0, *self.bias)
-        for function in params.logits_processors:
+        for function in self.processors:
             logits = self._call(function, logits)
         return logits
 

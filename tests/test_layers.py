@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "worker": set(),
     "closing": set(),
     "handle": {"core", "text", "engine"},  # the engine only as a type
-    "intake": {"core", "handle", "engine"},
+    "intake": {"core", "grammar", "handle", "engine", "tokenizer"},
+    "grammar": set(),
     "sampling": {"core"},
     "assets": {"core"},
     "build": {"assets", "core", "loading", "models", "runner", "tokenizer"},
@@ -44,11 +45,12 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "sampling": {"torch", "numpy"},
     "tokenizer": {"tokenizers", "transformers", "jinja2"},
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
+    "grammar": {"numpy", "torch", "llguidance"},
     "handle": {"torch"},
     "build": {"torch"},
     "cli": {"labkit_kernels"},
 }
-LAZY = {"pandas"}
+LAZY = {"pandas", "llguidance"}
 
 
 def modules() -> list[Path]:

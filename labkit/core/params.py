@@ -15,6 +15,13 @@ MOST_LOGPROBS = 128
 FLAGS = (
     "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"
 )  # fmt: skip
+FORMS: dict[str, Callable[[Any], bool]] = {
+    "json": lambda what: isinstance(what, (Mapping, str, bool)),
+    "json_object": lambda what: what is True,
+    "regex": lambda what: isinstance(what, str) and bool(what),
+    "choice": lambda what: isinstance(what, (list, tuple)) and bool(what) and all(isinstance(x, str) for x in what),
+    "grammar": lambda what: isinstance(what, str) and bool(what),
+}
 LogitsProcessor = Callable[[list[int], list[int], Any], Any]  # (prompt ids, output ids, logits) -> logits
 
 
@@ -29,9 +36,13 @@ class SamplingParams:
 
     `temperature=0` takes the likeliest token. `logit_bias` adds to a token's logit, `allowed_token_ids` leaves only
     these, `bad_words` (text) and `bad_word_ids` (token ids) are never completed; each of `logits_processors` is a
-    function `f(prompt_ids, output_ids, logits) -> logits`. `logprobs=k` asks for the chosen token's and the k largest
-    log-probabilities, `prompt_logprobs=k` for the prompt's. A `seed` gives the same text whatever else is served.
-    `capture={"hidden": [0], "attention": [3]}` keeps the output or the attention of these layers.
+    function `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample.
+    `logprobs=k` asks for the chosen token's and the k largest log-probabilities, `prompt_logprobs=k` for the prompt's.
+    A `seed` gives the same text whatever else is served. `capture={"hidden": [0], "attention": [3]}` keeps the output
+    or the attention of these layers.
+    `structured_outputs` holds the text to a form: {"json": schema}, {"json_object": True}, {"regex": "..."},
+    {"choice": ["yes", "no"]} or {"grammar": "start: ..."}. `extra_args` are the caller's own, for an order or a policy
+    to read: `lambda request, now: request.params.extra_args["tenant"]`.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])
     SamplingParams(max_tokens=20, stop_token_ids=(2,))
@@ -62,7 +73,9 @@ class SamplingParams:
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    structured_outputs: Mapping[str, Any] | None = None
     capture: Mapping[str, Iterable[int]] | None = None
+    extra_args: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         whole("n", self.n, least=1, most=MOST_SAMPLES)
@@ -92,6 +105,7 @@ class SamplingParams:
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=0, most=MOST_LOGPROBS)
         self._check_masks()
+        self._check_form()
         self._check_capture()
 
     def _check_masks(self) -> None:
@@ -122,10 +136,25 @@ class SamplingParams:
             raise ValueError("bad_word_ids holds an empty word")
         object.__setattr__(self, "bad_word_ids", ids)
         given = self.logits_processors
-        functions = (given,) if callable(given) else _several("logits_processors", given)
-        if not all(callable(function) for function in functions):
+        functions = (given,) if _processes(given) else _several("logits_processors", given)
+        if not all(_processes(function) for function in functions):
             raise ValueError(f"logits_processors are functions f(prompt_ids, output_ids, logits), got {functions!r}")
         object.__setattr__(self, "logits_processors", functions)
+
+    def _check_form(self) -> None:
+        if self.extra_args is not None and not isinstance(self.extra_args, Mapping):
+            raise ValueError(f"extra_args maps names to values, got {self.extra_args!r}")
+        form = self.structured_outputs
+        if form is None:
+            return
+        if not isinstance(form, Mapping) or len(form) != 1:
+            raise ValueError(f"structured_outputs names one form, one of {', '.join(FORMS)}, got {form!r}")
+        ((kind, what),) = form.items()
+        check = choose("structured_outputs", kind, FORMS)
+        if not check(what):
+            raise ValueError(f"structured_outputs[{kind!r}] cannot be {what!r}: see SamplingParams")
+        if self.ignore_eos or self.min_tokens:
+            raise ValueError("structured_outputs end where their form ends: not with ignore_eos or min_tokens")
 
     def _check_capture(self) -> None:
         if self.capture is None:
@@ -147,6 +176,10 @@ class SamplingParams:
             if getattr(self, f.name) != f.default or f.name == "max_tokens"
         )
         return f"SamplingParams({', '.join(changed)})"
+
+
+def _processes(given: Any) -> bool:
+    return callable(given) or hasattr(given, "begin")
 
 
 def _several(name: str, values: Any) -> tuple[Any, ...]:

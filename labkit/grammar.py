@@ -1,0 +1,98 @@
+"""Text held to a form: JSON, a regular expression, a choice, a grammar. Knows llguidance, which works out the tokens
+that may come next; refuses to know requests and the sampler, which sees a logits processor like any other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+# The vocabulary as llguidance wants it, by tokenizer: made once, as a large one takes a second.
+_vocabularies: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+class Grammar:
+    """A logits processor that leaves only what a form allows; every sample begins at its beginning.
+
+    `form` is one of {"json": schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} and
+    {"grammar": "start: ..."} (Lark).
+    """
+
+    def __init__(self, form: Mapping[str, Any], tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
+        try:
+            from llguidance import LLMatcher
+        except ImportError as error:
+            raise ValueError("structured_outputs need llguidance: pip install 'labkit[structured]'") from error
+        ((self.kind, what),) = form.items()
+        if not end_ids:
+            raise ValueError("structured_outputs end with an end token: this model names none, or ignore_eos is set")
+        try:
+            source = _source(LLMatcher, self.kind, what)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"structured_outputs: {self.kind} cannot be read: {error}") from error
+        self.matcher = LLMatcher(_vocabulary(tokenizer, vocab_size, end_ids), source, log_level=0)
+        if self.matcher.is_error():
+            raise ValueError(f"structured_outputs: {self.kind} cannot be used: {_first_line(self.matcher.get_error())}")
+        self.end_ids = list(end_ids)
+
+    def __repr__(self) -> str:
+        return f"Grammar({self.kind})"
+
+    def begin(self) -> Progress:
+        """One sample's way through the form."""
+        return Progress(self.matcher.deep_copy(), self.end_ids)
+
+
+class Progress:
+    """How far one sample has come."""
+
+    def __init__(self, matcher: Any, end_ids: list[int], num_consumed: int = 0) -> None:
+        self.matcher, self.end_ids, self.num_consumed = matcher, end_ids, num_consumed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Progress:
+        return Progress(self.matcher.deep_copy(), self.end_ids, self.num_consumed)
+
+    def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
+        import torch
+        from llguidance.numpy import fill_next_token_bitmask
+
+        new, self.num_consumed = output[self.num_consumed :], len(output)
+        if new and not self.matcher.consume_tokens(new):
+            raise ValueError(f"the grammar does not allow what was written: {_first_line(self.matcher.get_error())}")
+        allowed = np.zeros(len(logits), bool)
+        if self.matcher.is_stopped():
+            allowed[self.end_ids] = True
+        else:
+            bits = np.zeros((1, -(-len(logits) // 32)), np.int32)
+            fill_next_token_bitmask(self.matcher, bits)
+            allowed = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: len(logits)].astype(bool)
+        return logits.masked_fill(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+
+
+def _source(matcher: Any, kind: str, what: Any) -> str:
+    if kind == "regex":
+        return matcher.grammar_from_regex(what)
+    if kind == "choice":
+        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in what))
+    if kind == "grammar":
+        return matcher.grammar_from_lark(what)
+    schema = {"type": "object"} if kind == "json_object" else what
+    return matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
+
+
+def _vocabulary(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> Any:
+    from llguidance import LLTokenizer
+
+    made = _vocabularies.setdefault(tokenizer, {})
+    key = (vocab_size, *end_ids)
+    if key not in made:
+        made[key] = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocab_size, eos_token=list(end_ids))
+    return made[key]
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
