@@ -42,6 +42,9 @@ class Grammar:
     def __repr__(self) -> str:
         return f"Grammar({self.kind})"
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Grammar:
+        return self  # nothing in it changes
+
     def begin(self) -> Progress:
         """One sample's way through the form."""
         return Progress(self.matcher.deep_copy(), self.end_ids)

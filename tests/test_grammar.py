@@ -57,16 +57,18 @@ def test_the_form_survives_preemption_and_time_travel():
     assert num_preempted > 0 and quiet == tight
     assert all(re.fullmatch("[a-z]{40}", text) for text in quiet)
 
-    with lk.Engine(num_blocks=50) as eng:
-        handle = eng.submit("one", params)
-        for _ in range(5):
-            eng.step()
-        moment = eng.snapshot()
-        eng.run()
-        first = list(handle.output_ids)
-        eng.restore(moment)
-        eng.run()
-        assert handle.output_ids == first and re.fullmatch("[a-z]{40}", handle.text)
+    eng = lk.Engine(num_blocks=50)
+    handle = eng.submit("one", params)
+    for _ in range(5):
+        eng.step()
+    moment = eng.snapshot()
+    eng.run()
+    first = list(handle.output_ids)
+    eng.restore(moment)
+    eng.run()
+    assert handle.output_ids == first and re.fullmatch("[a-z]{40}", handle.text)
+    eng.close()
+    assert "closed" in repr(eng)
 
 
 @pytest.mark.parametrize(

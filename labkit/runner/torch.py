@@ -48,6 +48,8 @@ class TorchRunner:
         self._generation = -1
 
     def __repr__(self) -> str:
+        if "model" not in vars(self):
+            return "TorchRunner(closed)"
         where = "not open"
         if self.layout is not None:
             size = self.bytes_per_block(self.layout.block_size) * self.layout.num_blocks
