@@ -5,6 +5,7 @@ from .attention import paged_attention
 from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
+from .linear import Packed, linear, mlp
 from .norm import layer_norm, rms_norm
 from .registry import OPS, Op, Variant, generation, get
 from .rotary import rope
@@ -14,6 +15,7 @@ __all__ = [
     "OPS",
     "Case",
     "Op",
+    "Packed",
     "Report",
     "Tolerance",
     "Variant",
@@ -24,6 +26,8 @@ __all__ = [
     "generation",
     "get",
     "layer_norm",
+    "linear",
+    "mlp",
     "paged_attention",
     "rms_norm",
     "rope",

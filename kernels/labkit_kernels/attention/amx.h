@@ -6,46 +6,11 @@
 // interleaved within 128-bit lanes: columns of the result come out in that order and are put right once, at the end.
 #pragma once
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include "../tiles.h"
 
 namespace amx {
 
-constexpr int TILE = 16;           // rows of a tile register; each holds 32 bfloat16 or 16 float32
-constexpr int DEPTH = 32;
-constexpr float SLACK = 8.f;       // weights may reach 2^8 before a row is rescaled: float32 has room
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// The kernel hands out AMX on request (ARCH_REQ_XCOMP_PERM, XTILEDATA).
-inline bool available() {
-    static const bool granted = __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    return granted;
-}
-
-// Tiles are configured while one of these lives, in the thread that made it.
-struct Tiles {
-    Tiles() {
-        static const TileConfig config = [] {
-            TileConfig c;
-            for (int i = 0; i < 8; i++) {
-                c.bytes[i] = 64;
-                c.rows[i] = TILE;
-            }
-            return c;
-        }();
-        // Through a memory clobber: some compilers otherwise drop the stores that fill the configuration.
-        asm volatile("ldtilecfg %0" ::"m"(config) : "memory");
-    }
-    ~Tiles() { asm volatile("tilerelease" ::: "memory"); }
-};
-
-inline int64_t whole(int64_t n, int64_t of) { return (n + of - 1) / of * of; }
+constexpr float SLACK = 8.f;  // weights may reach 2^8 before a row is rescaled: float32 has room
 
 struct Scratch {
     std::vector<float> store;
@@ -68,11 +33,6 @@ struct Scratch {
         }
     }
 };
-
-inline __m512i load_row(const bf16* at, int64_t left) {
-    if (left >= DEPTH) return _mm512_loadu_si512(at);
-    return _mm512_maskz_loadu_epi16((1u << left) - 1, at);
-}
 
 // 2^x to about 4e-6: the weights are rounded to bfloat16 (4e-3) anyway.
 inline __m512 exp2_coarse(__m512 x) {

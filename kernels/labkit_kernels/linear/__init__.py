@@ -1,0 +1,141 @@
+"""Linear layers whose weights were packed once for the machine, with what stands around them in a transformer: the norm
+before, bias, residual; and a whole gated MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from labkit_kernels.check import Case, Tolerance, randn
+from labkit_kernels.registry import Op
+
+from . import reference
+
+WIDE, DEEP = 16, 32  # columns and depths of a tile
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [columns, depth] as tiles [columns / 16, depth / 32, 16 pairs of depths, 16 columns, 2], zeros around it:
+    the order in which AMX reads it."""
+
+    tiles: Tensor
+    columns: int
+    depth: int
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> Packed:
+        columns, depth = weight.shape
+        tall, deep = -(-columns // (2 * WIDE)) * 2, -(-depth // DEEP)
+        tiles = weight.new_empty(tall, deep, DEEP // 2, WIDE, 2)
+        from . import cpu
+
+        if cpu.pack is not None and weight.dtype == torch.bfloat16 and weight.stride(1) == 1:
+            cpu.pack(weight, tiles)
+        else:
+            whole = weight.new_zeros(tall * WIDE, deep * DEEP)
+            whole[:columns, :depth] = weight
+            tiles.copy_(whole.view(tall, WIDE, deep, DEEP // 2, 2).permute(0, 2, 3, 1, 4))
+        return cls(tiles, columns, depth)
+
+    def unpack(self) -> Tensor:
+        tall, deep = self.tiles.shape[:2]
+        whole = self.tiles.permute(0, 3, 1, 2, 4).reshape(tall * WIDE, deep * DEEP)
+        return whole[: self.columns, : self.depth]
+
+    def __repr__(self) -> str:
+        return f"Packed({self.depth} -> {self.columns}, {str(self.tiles.dtype)[6:]})"
+
+
+# (rows, depth, columns): one row, odd sizes, more than a register block, more than a slice of rows
+SHAPES = [(1, 64, 32), (3, 40, 72), (16, 96, 33), (17, 128, 48), (33, 2080, 64), (70, 64, 96), (530, 96, 64)]
+TIMED = [(1, 896, 9728), (48, 896, 9728), (512, 896, 9728), (512, 4864, 896)]
+BF16 = (torch.bfloat16,)
+
+
+def _scaled(generator: torch.Generator, columns: int, depth: int, dtype: torch.dtype) -> Packed:
+    return Packed.pack(randn(generator, columns, depth, dtype=dtype, scale=depth**-0.5))
+
+
+def _linear_cases() -> Iterator[Case]:
+    for rows, depth, columns in SHAPES + TIMED:
+        timed = (rows, depth, columns) in TIMED
+
+        def plain(device, dtype, generator, rows=rows, depth=depth, columns=columns):
+            return (randn(generator, rows, depth, dtype=dtype), _scaled(generator, columns, depth, dtype)), {}
+
+        def full(device, dtype, generator, rows=rows, depth=depth, columns=columns):
+            x = randn(generator, rows, depth + 8, dtype=dtype)[:, :depth]
+            residual = randn(generator, rows, columns + 24, dtype=dtype)[:, :columns]
+            options = {"norm": 1 + randn(generator, depth, dtype=dtype, scale=0.1), "eps": 1e-5, "residual": residual}
+            return (x, _scaled(generator, columns, depth, dtype), randn(generator, columns, dtype=dtype)), options
+
+        yield Case(f"{rows}x{depth} -> {columns}", plain, dtypes=BF16, timed=timed)
+        if not timed:
+            yield Case(f"{rows}x{depth} -> {columns}, norm, bias, residual, views", full, dtypes=BF16)
+
+    def wide(device, dtype, generator):
+        options = {"out_dtype": torch.float32, "norm": randn(generator, 64), "eps": 1e-6}
+        return (randn(generator, 5, 64, dtype=dtype), _scaled(generator, 40, 64, dtype)), options
+
+    yield Case("float32 out and norm", wide, dtypes=BF16)
+
+
+def _mlp_cases() -> Iterator[Case]:
+    shapes = [(1, 64, 96), (5, 48, 80), (40, 96, 208), (600, 64, 32), (520, 96, 2064)]
+    timed = [(1, 896, 4864), (48, 896, 4864), (512, 896, 4864)]
+    for rows, size, inner in shapes + timed:
+        for gate in ("silu",) if (rows, size, inner) in timed else ("silu", "tanh", "none"):
+
+            def make(device, dtype, generator, rows=rows, size=size, inner=inner, gate=gate):
+                x = randn(generator, rows, size, dtype=dtype)
+                up, down = _scaled(generator, 2 * inner, size, dtype), _scaled(generator, size, inner, dtype)
+                options = {"norm": 1 + randn(generator, size, dtype=dtype, scale=0.1), "eps": 1e-5, "residual": x}
+                return (x, up, down), {"gate": gate, **(options if gate == "silu" else {})}
+
+            yield Case(f"{rows}x{size}, inner {inner}, {gate}", make, dtypes=BF16, timed=(rows, size, inner) in timed)
+
+
+def _tolerance(dtype: torch.dtype) -> Tolerance:
+    return Tolerance(2**-7, 2**-6, "sums in another order, rounded once; the norm before and the gate behind round too")
+
+
+def _linear_traffic(x: Tensor, weight: Packed, bias: Tensor | None = None, **options: object) -> int:
+    return 2 * (x.numel() + weight.columns * weight.depth + x.shape[0] * weight.columns)
+
+
+def _linear_flops(x: Tensor, weight: Packed, bias: Tensor | None = None, **options: object) -> int:
+    return 2 * x.shape[0] * weight.columns * weight.depth
+
+
+def _mlp_traffic(x: Tensor, up: Packed, down: Packed, **options: object) -> int:
+    return 2 * (2 * x.numel() + up.columns * up.depth + down.columns * down.depth)
+
+
+def _mlp_flops(x: Tensor, up: Packed, down: Packed, **options: object) -> int:
+    return 2 * x.shape[0] * (up.columns * up.depth + down.columns * down.depth)
+
+
+linear = Op(
+    "linear",
+    reference=reference.linear,
+    cases=_linear_cases,
+    tolerance=_tolerance,
+    traffic=_linear_traffic,
+    flops=_linear_flops,
+    home=__name__,
+    sources={"cpu": ("cpu",)},
+)
+mlp = Op(
+    "mlp",
+    reference=reference.mlp,
+    cases=_mlp_cases,
+    tolerance=_tolerance,
+    traffic=_mlp_traffic,
+    flops=_mlp_flops,
+    home=__name__,
+    sources={"cpu": ("cpu",)},
+)

@@ -1,0 +1,450 @@
+// Linear layers on AMX tiles, for bfloat16: one call a layer, or a whole gated MLP in one. Knows pointers and sizes.
+//
+// Weights lie as tiles of 16 columns x 32 deep, in the order they are read: a thread owns a range of columns and streams
+// through its weights once. Rows of x are turned into tiles too, by all threads together, and normed on the way where
+// there is a norm. What is left is one loop over a register block of 32 rows x 32 columns (2 x 2 tiles of sums, two
+// tiles of each operand).
+//
+// With few rows the loop waits for memory: the weights of the next columns are fetched into L2 while these are
+// multiplied. With many rows it waits for the tile unit: what happens to finished sums (bias, activation, residual,
+// rounding) is done row by row between the products of the next block, where the vector units are idle. Rows are
+// taken at most 512 at a time and deep sums in parts, so that a thread's left operand stays in L2.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+
+#include "../gates.h"
+#include "../simd.h"
+
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__)
+#define LABKIT_TILES 1
+#include "../tiles.h"
+#else
+#define LABKIT_TILES 0
+#endif
+
+// A linear layer: out = norm(x) W^T + bias + residual. Strides are in elements.
+struct Linear {
+    const void *x, *norm, *weight, *bias, *residual;
+    void* out;
+    int64_t rows, depth, columns;
+    int64_t x_row, residual_row, out_row;
+    double eps;
+    int32_t norm_dtype, out_dtype;  // 0 float32, 1 bfloat16
+    int64_t num_threads;
+};
+
+// A gated MLP: out = (gate(norm(x) A^T) * (norm(x) B^T)) C^T + residual; `up` holds A's columns, then B's.
+struct Mlp {
+    const void *x, *norm, *up, *down, *residual;
+    void* out;
+    int64_t rows, size, inner;
+    int64_t x_row, residual_row, out_row;
+    double eps;
+    int32_t norm_dtype, gate;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
+    int64_t num_threads;
+};
+
+#if LABKIT_TILES
+namespace {
+
+using namespace labkit;
+using amx::DEPTH;
+using amx::TILE;
+
+constexpr int BLOCK = 2 * TILE;            // rows and columns of a register block
+constexpr int64_t SIZE = TILE * DEPTH;     // elements of a tile
+constexpr int64_t MOST_ROWS = 512;         // at once
+constexpr int64_t NEAR = 1 << 20;          // bytes of left operand that leave L2 room for the rest
+constexpr int LINE = 64;
+
+inline int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
+// Memory that stays with the thread that calls, from call to call.
+struct Buffer {
+    char* at = nullptr;
+    size_t size = 0;
+    ~Buffer() { std::free(at); }
+    template <class T>
+    T* fit(int64_t count) {
+        size_t need = (count * sizeof(T) + LINE - 1) / LINE * LINE;
+        if (need > size) {
+            std::free(at);
+            size = need + need / 4 / LINE * LINE;
+            at = static_cast<char*>(std::aligned_alloc(LINE, size));
+        }
+        return reinterpret_cast<T*>(at);
+    }
+};
+
+inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+inline vf load_first(const bf16* at, __mmask16 mask) { return (vf)widen(_mm256_maskz_loadu_epi16(mask, at)); }
+inline vf load_first(const float* at, __mmask16 mask) { return (vf)_mm512_maskz_loadu_ps(mask, at); }
+
+// -- the left operand ------------------------------------------------------------------------------------------------
+
+struct Norm {
+    const void* weight;
+    int dtype;
+    float eps;
+
+    vf scales(int64_t at, __mmask16 mask) const {
+        return dtype == 0 ? load_first(static_cast<const float*>(weight) + at, mask)
+                          : load_first(static_cast<const bf16*>(weight) + at, mask);
+    }
+};
+
+inline float inverse_root(const bf16* x, int64_t depth, float eps) {
+    vf sum = {}, other = {};
+    for (int64_t d = 0; d < depth; d += DEPTH) {
+        vf a = load_first(x + d, first(depth - d)), b = load_first(x + d + TILE, first(depth - d - TILE));
+        sum += a * a;
+        other += b * b;
+    }
+    return 1.f / std::sqrt(_mm512_reduce_add_ps((__m512)(sum + other)) / depth + eps);
+}
+
+// Sixteen rows as tiles [depth / 32][16 rows][32]; rows beyond `count` are zero.
+void pack(const bf16* x, int64_t stride, int64_t count, int64_t depth, const Norm& norm, bf16* to) {
+    for (int64_t r = 0; r < TILE; r++) {
+        bf16* at = to + r * DEPTH;
+        const bf16* row = x + r * stride;
+        if (r >= count) {
+            for (int64_t d = 0; d < depth; d += DEPTH) _mm512_store_si512(at + d * TILE, _mm512_setzero_si512());
+        } else if (norm.weight == nullptr) {
+            for (int64_t d = 0; d < depth; d += DEPTH)
+                _mm512_store_si512(at + d * TILE, amx::load_row(row + d, depth - d));
+        } else {
+            const float scale = inverse_root(row, depth, norm.eps);
+            for (int64_t d = 0; d < depth; d += DEPTH) {
+                const __mmask16 low = first(depth - d), high = first(depth - d - TILE);
+                vf a = load_first(row + d, low) * scale * norm.scales(d, low);
+                vf b = load_first(row + d + TILE, high) * scale * norm.scales(d + TILE, high);
+                _mm512_store_si512(at + d * TILE, (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
+            }
+        }
+    }
+}
+
+// -- what becomes of the sums ----------------------------------------------------------------------------------------
+
+// Sums of 32 columns beside each other, plus bias and residual, to `out`.
+template <class Out>
+struct Plain {
+    const bf16 *bias, *residual;
+    Out* out;
+    int64_t columns, residual_row, out_row;
+
+    void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
+        const int64_t at = panel * BLOCK;
+        const __mmask16 low = first(columns - at), high = first(columns - at - TILE);
+        vf x = load(a), y = load(b);
+        if (bias) {
+            x += load_first(bias + at, low);
+            y += load_first(bias + at + TILE, high);
+        }
+        if (residual) {
+            const bf16* from = residual + row * residual_row + at;
+            x += load_first(from, low);
+            y += load_first(from + TILE, high);
+        }
+        write(out + row * out_row + at, x, y, low, high);
+    }
+
+    static void write(bf16* to, vf x, vf y, __mmask16 low, __mmask16 high) {
+        const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+        _mm512_mask_storeu_epi16(to, low | static_cast<__mmask32>(high) << 16, both);
+    }
+    static void write(float* to, vf x, vf y, __mmask16 low, __mmask16 high) {
+        _mm512_mask_storeu_ps(to, low, (__m512)x);
+        _mm512_mask_storeu_ps(to + TILE, high, (__m512)y);
+    }
+};
+
+// A gate's 16 columns and the 16 they open, into tiles that the next product reads.
+template <class Act>
+struct Gated {
+    bf16* tiles;
+    int64_t deep;  // tiles in a row of tiles
+
+    void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
+        bf16* to = tiles + (row / TILE * deep + panel / 2) * SIZE + row % TILE * DEPTH + panel % 2 * TILE;
+        _mm256_store_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)(Act::of(load(a)) * load(b))));
+    }
+};
+
+// -- the product -----------------------------------------------------------------------------------------------------
+
+// Which two tiles of columns stand beside each other, as tiles of weights.
+struct Columns {
+    const bf16* weight;
+    int64_t deep;             // tiles a column of tiles
+    int64_t step, second;     // panel p reads columns p * step and p * step + second
+
+    const bf16* low(int64_t panel) const { return weight + panel * step * deep * SIZE; }
+    const bf16* high(int64_t panel) const { return low(panel) + second * deep * SIZE; }
+};
+
+// Sums that wait to be written, row by row.
+template <class Write>
+struct Waiting {
+    const Write& write;
+    const float* sums = nullptr;
+    int64_t row = 0, panel = 0;
+    int done = 0, count = 0, each = 0;
+
+    void take(const float* from, int64_t at, int64_t rows, int64_t of, int64_t steps) {
+        sums = from;
+        row = at;
+        panel = of;
+        done = 0;
+        count = static_cast<int>(std::min<int64_t>(rows - at, BLOCK));
+        each = static_cast<int>(parts(count, steps));
+    }
+    void some() {
+        for (int i = 0; i < each && done < count; i++, done++) one();
+    }
+    void rest() {
+        for (; done < count; done++) one();
+    }
+    void one() {
+        const float* at = sums + done / TILE * 512 + done % TILE * TILE;
+        write(at, at + 256, row + done, panel);
+    }
+};
+
+// The next panel's weights on their way into L2, a few lines a step.
+struct Fetch {
+    const char *low, *high;
+    int64_t left;
+    int each;
+
+    void some() {
+        for (int i = 0; i < each && left > 0; i++, left -= LINE, low += LINE, high += LINE) {
+            _mm_prefetch(low, _MM_HINT_T1);
+            _mm_prefetch(high, _MM_HINT_T1);
+        }
+    }
+};
+
+// Panels [begin, end) of all rows: `a` are tiles [rows / 16][deep], in full blocks of 32 rows (16 when `Tall` is 1).
+template <int Tall, class Write>
+void multiply(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write,
+              Buffer& buffer) {
+    const int64_t deep = columns.deep, blocks = parts(rows, TILE * Tall);
+    const int64_t most = std::max<int64_t>(8, NEAR / (rows * DEPTH * 2)), slices = parts(deep, most);
+    float* partial = slices > 1 ? buffer.fit<float>((end - begin) * blocks * 1024) : nullptr;
+    alignas(64) float sums[2][1024];
+    int turn = 0;
+    Waiting<Write> waiting{write};
+
+    for (int64_t slice = 0; slice < slices; slice++) {
+        const int64_t from = deep * slice / slices, to = deep * (slice + 1) / slices, steps = to - from;
+        const bool last = slice + 1 == slices;
+        for (int64_t panel = begin; panel < end; panel++) {
+            const bf16 *low = columns.low(panel), *high = columns.high(panel);
+            Fetch fetch{};
+            if (panel + 1 < end || !last) {
+                const int64_t next = panel + 1 < end ? panel + 1 : begin, at = (next > begin ? from : to) * SIZE;
+                fetch = {reinterpret_cast<const char*>(columns.low(next) + at),
+                         reinterpret_cast<const char*>(columns.high(next) + at), steps * SIZE * 2,
+                         static_cast<int>(parts(TILE, blocks))};
+            }
+            for (int64_t block = 0; block < blocks; block++) {
+                const bf16 *a0 = a + block * Tall * deep * SIZE, *a1 = a0 + deep * SIZE;
+                float* kept = partial ? partial + ((panel - begin) * blocks + block) * 1024 : nullptr;
+                if (slice == 0) {
+                    _tile_zero(0);
+                    _tile_zero(1);
+                    if (Tall > 1) {
+                        _tile_zero(2);
+                        _tile_zero(3);
+                    }
+                } else {
+                    _tile_loadd(0, kept, 64);
+                    _tile_loadd(1, kept + 256, 64);
+                    if (Tall > 1) {
+                        _tile_loadd(2, kept + 512, 64);
+                        _tile_loadd(3, kept + 768, 64);
+                    }
+                }
+                for (int64_t k = from; k < to; k++) {
+                    _tile_loadd(6, low + k * SIZE, 64);
+                    _tile_loadd(4, a0 + k * SIZE, 64);
+                    _tile_dpbf16ps(0, 4, 6);
+                    _tile_loadd(7, high + k * SIZE, 64);
+                    _tile_dpbf16ps(1, 4, 7);
+                    if (Tall > 1) {
+                        _tile_loadd(5, a1 + k * SIZE, 64);
+                        _tile_dpbf16ps(2, 5, 6);
+                        _tile_dpbf16ps(3, 5, 7);
+                    }
+                    fetch.some();
+                    waiting.some();
+                }
+                waiting.rest();
+                float* put = last ? sums[turn] : kept;
+                _tile_stored(0, put, 64);
+                _tile_stored(1, put + 256, 64);
+                if (Tall > 1) {
+                    _tile_stored(2, put + 512, 64);
+                    _tile_stored(3, put + 768, 64);
+                }
+                if (last) {
+                    waiting.take(put, block * TILE * Tall, rows, panel, steps);
+                    turn = 1 - turn;
+                }
+            }
+        }
+    }
+    waiting.rest();
+}
+
+template <class Write>
+void product(const bf16* a, int64_t rows, const Columns& columns, int64_t panels, const Write& write, Buffer& buffer) {
+    const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = panels * id / team, end = panels * (id + 1) / team;
+    if (rows <= TILE)
+        multiply<1>(a, rows, columns, begin, end, write, buffer);
+    else
+        multiply<2>(a, rows, columns, begin, end, write, buffer);
+}
+
+// Bytes that a thread's first panel needs: on their way while rows are packed.
+void begin_fetch(const Columns& columns, int64_t panels) {
+    const int64_t begin = panels * omp_get_thread_num() / omp_get_num_threads();
+    if (begin >= panels) return;
+    const int64_t bytes = std::min<int64_t>(columns.deep * SIZE * 2, 1 << 14);
+    for (int64_t i = 0; i < bytes; i += LINE) {
+        _mm_prefetch(reinterpret_cast<const char*>(columns.low(begin)) + i, _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(columns.high(begin)) + i, _MM_HINT_T1);
+    }
+}
+
+int64_t whole_rows(int64_t rows) { return rows <= TILE ? TILE : parts(rows, BLOCK) * BLOCK; }
+
+void pack_all(const bf16* x, int64_t stride, int64_t rows, int64_t depth, const Norm& norm, bf16* to) {
+    const int64_t deep = parts(depth, DEPTH);
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < whole_rows(rows); r += TILE)
+        pack(x + r * stride, stride, rows - r, depth, norm, to + r * deep * DEPTH);
+}
+
+// f(first row, rows) for at most MOST_ROWS rows at a time, even shares.
+template <class F>
+void in_parts(int64_t rows, const F& f) {
+    const int64_t count = parts(rows, MOST_ROWS), each = parts(parts(rows, count), BLOCK) * BLOCK;
+    for (int64_t row = 0; row < rows; row += each) f(row, std::min(each, rows - row));
+}
+
+thread_local Buffer packed, between, partial_sums;
+
+void linear(const Linear& call) {
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const int64_t deep = parts(call.depth, DEPTH), panels = parts(call.columns, BLOCK);
+    const Columns columns{static_cast<const bf16*>(call.weight), deep, 2, 1};
+    in_parts(call.rows, [&](int64_t row, int64_t rows) {
+        bf16* tiles = packed.fit<bf16>(whole_rows(rows) * deep * DEPTH);
+        const bf16* x = static_cast<const bf16*>(call.x) + row * call.x_row;
+        const bf16* residual =
+            call.residual ? static_cast<const bf16*>(call.residual) + row * call.residual_row : nullptr;
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            amx::Tiles config;
+            begin_fetch(columns, panels);
+            pack_all(x, call.x_row, rows, call.depth, norm, tiles);
+            auto run = [&](auto* out) {
+                product(tiles, rows, columns, panels,
+                        Plain<std::remove_pointer_t<decltype(out)>>{static_cast<const bf16*>(call.bias), residual,
+                                                                    out + row * call.out_row, call.columns,
+                                                                    call.residual_row, call.out_row},
+                        partial_sums);
+            };
+            call.out_dtype == 0 ? run(static_cast<float*>(call.out)) : run(static_cast<bf16*>(call.out));
+        }
+    });
+}
+
+template <class Act>
+void mlp(const Mlp& call) {
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const int64_t deep = parts(call.size, DEPTH), inner_deep = parts(call.inner, DEPTH);
+    const int64_t gates = call.inner / TILE, panels = parts(call.size, BLOCK);
+    const Columns up{static_cast<const bf16*>(call.up), deep, 1, gates};
+    const Columns down{static_cast<const bf16*>(call.down), inner_deep, 2, 1};
+    in_parts(call.rows, [&](int64_t row, int64_t rows) {
+        const int64_t all = whole_rows(rows);
+        bf16* tiles = packed.fit<bf16>(all * deep * DEPTH);
+        bf16* inner = between.fit<bf16>(all * inner_deep * DEPTH);
+        const bf16* x = static_cast<const bf16*>(call.x) + row * call.x_row;
+        const bf16* residual =
+            call.residual ? static_cast<const bf16*>(call.residual) + row * call.residual_row : nullptr;
+        if (gates % 2)  // half of the last tile is never written
+            for (int64_t r = 0; r < all; r += TILE)
+                std::memset(inner + (r / TILE * inner_deep + inner_deep - 1) * SIZE, 0, SIZE * sizeof(bf16));
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            amx::Tiles config;
+            begin_fetch(up, gates);
+            pack_all(x, call.x_row, rows, call.size, norm, tiles);
+            product(tiles, rows, up, gates, Gated<Act>{inner, inner_deep}, partial_sums);
+            begin_fetch(down, panels);
+#pragma omp barrier
+            product(inner, rows, down, panels,
+                    Plain<bf16>{nullptr, residual, static_cast<bf16*>(call.out) + row * call.out_row, call.size,
+                                call.residual_row, call.out_row},
+                    partial_sums);
+        }
+    });
+}
+
+}  // namespace
+#endif
+
+extern "C" void linear_available(int32_t* answer) {
+#if LABKIT_TILES
+    *answer = amx::available();
+#else
+    *answer = 0;
+#endif
+}
+
+extern "C" void linear_bfloat16(const Linear* call) {
+#if LABKIT_TILES
+    linear(*call);
+#endif
+}
+
+extern "C" void mlp_bfloat16(const Mlp* call) {
+#if LABKIT_TILES
+    if (call->gate == 0) mlp<gates::Silu>(*call);
+    else if (call->gate == 1) mlp<gates::GeluTanh>(*call);
+    else mlp<gates::Gelu>(*call);
+#endif
+}
+
+// Weights [columns, depth] as tiles [columns / 16][depth / 32][16 pairs of depths][16 columns][2], zeros around them.
+extern "C" void pack_weight(const uint16_t* weight, int64_t stride, int64_t columns, int64_t depth, int64_t all_columns,
+                            uint16_t* to, int64_t num_threads) {
+    const int64_t deep = (depth + 31) / 32;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t tile = 0; tile < all_columns / 16; tile++)
+        for (int64_t k = 0; k < deep; k++) {
+            uint16_t* at = to + (tile * deep + k) * 512;
+            for (int64_t n = 0; n < 16; n++) {
+                const int64_t column = tile * 16 + n, count = std::min<int64_t>(32, depth - k * 32);
+                uint16_t row[32] = {};
+                if (column < columns) std::memcpy(row, weight + column * stride + k * 32, count * 2);
+                for (int64_t pair = 0; pair < 16; pair++) std::memcpy(at + pair * 32 + n * 2, row + pair * 2, 4);
+            }
+        }
+}

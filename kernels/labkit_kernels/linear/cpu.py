@@ -1,0 +1,137 @@
+"""Packed linear layers in C++, on machines with AMX. Knows pointers and sizes; nothing of what is computed."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from labkit_kernels import native
+from labkit_kernels.linear import Packed, linear, mlp, reference
+
+CODES = {torch.float32: 0, torch.bfloat16: 1}
+GATES = {"silu": 0, "tanh": 1, "none": 2}
+BF16 = (torch.bfloat16,)
+
+
+class Linear(ctypes.Structure):
+    """`Linear` in cpu.cpp, field for field."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "norm", "weight", "bias", "residual", "out")),
+        *((name, c_int64) for name in ("rows", "depth", "columns", "x_row", "residual_row", "out_row")),
+        ("eps", c_double),
+        ("norm_dtype", c_int32),
+        ("out_dtype", c_int32),
+        ("num_threads", c_int64),
+    ]
+
+
+class Mlp(ctypes.Structure):
+    """`Mlp` in cpu.cpp, field for field."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "norm", "up", "down", "residual", "out")),
+        *((name, c_int64) for name in ("rows", "size", "inner", "x_row", "residual_row", "out_row")),
+        ("eps", c_double),
+        ("norm_dtype", c_int32),
+        ("gate", c_int32),
+        ("num_threads", c_int64),
+    ]
+
+
+_library = native.load(
+    Path(__file__).with_name("cpu.cpp"),
+    {
+        "linear_available": [ctypes.POINTER(c_int32)],
+        "linear_bfloat16": [ctypes.POINTER(Linear)],
+        "mlp_bfloat16": [ctypes.POINTER(Mlp)],
+        "pack_weight": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64],
+    },
+)
+
+
+def available() -> bool:
+    """Has this machine tile registers, and the library code for them?"""
+    answer = c_int32(0)
+    if _library is not None:
+        _library.linear_available(answer)
+    return bool(answer.value)
+
+
+def _pack(weight: Tensor, tiles: Tensor) -> None:
+    columns, depth = weight.shape
+    _library.pack_weight(  # type: ignore[union-attr]
+        weight.data_ptr(), weight.stride(0), columns, depth, 16 * len(tiles), tiles.data_ptr(), native.num_threads()
+    )
+
+
+pack = _pack if _library is not None else None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+if available():
+    _linear, _mlp = _library.linear_bfloat16, _library.mlp_bfloat16  # type: ignore[union-attr]
+
+    @linear.variant("cpu", device="cpu", dtypes=BF16, picked=True)
+    def linear_cpu(
+        x: Tensor,
+        weight: Packed,
+        bias: Tensor | None = None,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        x = _dense(x)
+        if residual is not None:
+            residual = _dense(residual)
+        rows, columns = len(x), weight.columns
+        out = x.new_empty(rows, columns, dtype=out_dtype)
+        call = Linear(
+            x.data_ptr(), _pointer(norm), weight.tiles.data_ptr(), _pointer(bias), _pointer(residual), out.data_ptr(),
+            rows, weight.depth, columns, x.stride(0), 0 if residual is None else residual.stride(0), columns, eps,
+            0 if norm is None else CODES[norm.dtype], CODES[out.dtype], native.num_threads(),
+        )  # fmt: skip
+        if rows:
+            _linear(call)
+        return out
+
+    @mlp.variant("cpu", device="cpu", dtypes=BF16, picked=True)
+    def mlp_cpu(
+        x: Tensor,
+        up: Packed,
+        down: Packed,
+        *,
+        gate: str = "silu",
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        inner = up.columns // 2
+        if inner % 16:
+            return reference.mlp(x, up, down, gate=gate, norm=norm, eps=eps, residual=residual)
+        x = _dense(x)
+        if residual is not None:
+            residual = _dense(residual)
+        rows, size = len(x), down.columns
+        out = x.new_empty(rows, size)
+        call = Mlp(
+            x.data_ptr(), _pointer(norm), up.tiles.data_ptr(), down.tiles.data_ptr(), _pointer(residual),
+            out.data_ptr(), rows, size, inner, x.stride(0), 0 if residual is None else residual.stride(0), size, eps,
+            0 if norm is None else CODES[norm.dtype], GATES[gate], native.num_threads(),
+        )  # fmt: skip
+        if rows:
+            _mlp(call)
+        return out

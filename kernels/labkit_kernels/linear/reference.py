@@ -1,0 +1,53 @@
+"""Linear layers on packed weights, in plain torch: unpack, norm, multiply, add. Obviously right, and slow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit_kernels.norm.reference import rms_norm
+
+if TYPE_CHECKING:
+    from . import Packed
+
+
+def linear(
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """norm(x) @ weight.T + bias + residual, summed in float32 and rounded once."""
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    out = x.float() @ weight.unpack().float().T
+    for part in (bias, residual):
+        if part is not None:
+            out = out + part.float()
+    return out.to(out_dtype or x.dtype)
+
+
+def mlp(
+    x: Tensor,
+    up: Packed,
+    down: Packed,
+    *,
+    gate: str = "silu",
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """down(gate(a) * b) + residual, where a and b are the halves of up(norm(x))."""
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    a, b = (x.float() @ up.unpack().float().T).chunk(2, -1)
+    act = F.silu(a) if gate == "silu" else F.gelu(a, approximate=gate)
+    out = (act * b).to(x.dtype).float() @ down.unpack().float().T
+    return (out if residual is None else out + residual.float()).to(x.dtype)
