@@ -17,7 +17,7 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import Linear
+from labkit.loading.dense import Linear, gated_mlp, linear
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
@@ -120,7 +120,7 @@ class Weights:
             if bias is not None:
                 bias[at : at + size] = self.get(f"{name}.bias", size)
             at += size
-        return Linear(weight, bias)
+        return linear(weight, bias)
 
 
 class Norm:
@@ -157,9 +157,12 @@ class Attention:
         self.k_norm = Norm(weights, f"{name}.k_norm", shape, ops) if self.q_norm else None
         self.per_head = self.q_norm is not None and len(self.q_norm.weight) == shape.head_size
 
-    def __call__(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture | None) -> Tensor:
+    def __call__(
+        self, x: Tensor, norm: Norm | None, residual: Tensor | None, batch: Batch, cache: KVCache,
+        capture: Capture | None,
+    ) -> Tensor:  # fmt: skip
         shape, ops = self.shape, self.ops
-        q, k, v = self.qkv(x).split(self.sizes, -1)  # [tokens, heads * head size]
+        q, k, v = self.qkv(x, norm).split(self.sizes, -1)  # [tokens, heads * head size]
         if self.q_norm is not None and self.k_norm is not None and not self.per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
@@ -178,7 +181,7 @@ class Attention:
         seen = ops.paged_attention(
             q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
         )
-        return self.out(seen.flatten(1))
+        return self.out(seen.flatten(1), None, residual)
 
     def tensors(self) -> list[Tensor]:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
@@ -195,6 +198,7 @@ class MLP:
             inner = weights.source.shapes[f"{name}.c_fc.weight"][0]
             self.up = weights.linear([f"{name}.c_fc"], [inner], shape.hidden_size)
             self.down = weights.linear([f"{name}.c_proj"], [shape.hidden_size], inner)
+            self.whole = None
             return
         if weights.has(f"{name}.gate_up_proj.weight"):
             inner = weights.source.shapes[f"{name}.gate_up_proj.weight"][0] // 2
@@ -205,10 +209,14 @@ class MLP:
             inner = weights.source.shapes[f"{name}.gate_proj.weight"][0]
             self.up = weights.linear([f"{name}.gate_proj", f"{name}.up_proj"], [inner, inner], shape.hidden_size)
         self.down = weights.linear([f"{name}.down_proj"], [shape.hidden_size], inner)
+        self.whole = gated_mlp(self.up, self.down, self.activation)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        x = self.up(x)
-        return self.down(gate(self.ops, self.activation, x) if self.gated else plain(self.activation, x))
+    def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        if self.whole is not None:
+            return self.whole(x, norm, residual)
+        x = self.up(x, norm)
+        x = gate(self.ops, self.activation, x) if self.gated else plain(self.activation, x)
+        return self.down(x, None, residual)
 
     def tensors(self) -> list[Tensor]:
         return [*self.up.tensors(), *self.down.tensors()]
@@ -237,7 +245,7 @@ class Experts:
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.shape, self.ops = shape, ops
         router = f"{name}.gate.weight"
-        self.router = Linear(weights.get(router))
+        self.router = linear(weights.get(router))
         num = weights.source.shapes[router][0]
         if weights.has(f"{name}.experts.gate_up_proj"):
             self.up = weights.get(f"{name}.experts.gate_up_proj")  # [experts, 2 * inner, hidden]
@@ -257,9 +265,10 @@ class Experts:
         self.shared = self.shared_gate = None
         if weights.has(f"{name}.shared_expert_gate.weight"):
             self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
-            self.shared_gate = Linear(weights.get(f"{name}.shared_expert_gate.weight"))
+            self.shared_gate = linear(weights.get(f"{name}.shared_expert_gate.weight"))
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
+        x = _maybe(norm, x)
         chances = self.router(x).float().softmax(-1)
         share, expert = chances.topk(self.shape.num_experts_per_tok, -1)  # [tokens, chosen]
         if self.shape.norm_topk:
@@ -276,7 +285,7 @@ class Experts:
                 at += count
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
-        return out
+        return out if residual is None else residual + out
 
     def tensors(self) -> list[Tensor]:
         shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []
@@ -307,13 +316,17 @@ class Layer:
             raise ValueError(f"{weights.source!r} lacks the norms of {name}")
 
     def __call__(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture | None) -> Tensor:
-        part = self.attention(_maybe(self.before_attention, x), batch, cache, capture)
-        x = self._add(x, _maybe(self.after_attention, part))
-        part = self.mlp(_maybe(self.before_mlp, x))
-        return self._add(x, _maybe(self.after_mlp, part))
+        x = self._add(x, self.attention, self.before_attention, self.after_attention, batch, cache, capture)
+        return self._add(x, self.mlp, self.before_mlp, self.after_mlp)
 
-    def _add(self, x: Tensor, part: Tensor) -> Tensor:
-        return x + (part if self.scale == 1.0 else part * self.scale)
+    def _add(
+        self, x: Tensor, part: Attention | MLP | Experts, before: Norm | None, after: Norm | None, *more: Any
+    ) -> Tensor:
+        """x + scale * after(part(before(x))): norm and sum inside the part's own products where they can be."""
+        if after is None and self.scale == 1.0:
+            return part(x, before, x, *more)
+        out = _maybe(after, part(x, before, None, *more))
+        return x + (out if self.scale == 1.0 else out * self.scale)
 
     def tensors(self) -> list[Tensor]:
         norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
@@ -345,8 +358,10 @@ class Decoder:
             for i, rope in enumerate(shape.ropes)
         ]
         self.norm = Norm(weights, "model.norm", shape, self.ops)
-        tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
-        self.head = Linear(self.embedding if tied else weights.get("lm_head.weight", self.vocab_size, self.hidden_size))
+        self.tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
+        self.head = linear(
+            self.embedding if self.tied else weights.get("lm_head.weight", self.vocab_size, self.hidden_size)
+        )
         check_taken(source, weights.taken, repr(source))
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
@@ -360,7 +375,7 @@ class Decoder:
         return {kind: table.to(self.device) for kind, table in own.items()}
 
     def __repr__(self) -> str:
-        size = sum(tensor.numel() for tensor in self.tensors())
+        size = sum(tensor.numel() for tensor in self.tensors()) - (self.head.weight.numel() if self.tied else 0)
         return f"Decoder({self.name}: {size / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
 
     def tensors(self) -> Iterator[Tensor]:
@@ -369,7 +384,7 @@ class Decoder:
         for part in (*self.layers, self.norm):
             yield from part.tensors()
         if self.head.weight is not self.embedding:
-            yield self.head.weight
+            yield self.head.weight  # of a tied head, too, where it lies in another order
 
     def refresh_ops(self) -> None:
         self.ops.pick()
@@ -385,7 +400,7 @@ class Decoder:
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden).float()
+        logits = self.head(hidden, dtype=torch.float32)
         if self.shape.logit_divisor != 1.0:
             logits = logits / self.shape.logit_divisor
         if self.shape.logit_softcap:
