@@ -116,6 +116,7 @@ class Sampler:
         self.vocab_size, self.num_rows, self.eos_ids = vocab_size, num_rows, eos_ids
         self.seed, self.device = seed, device
         self.base = np.zeros(num_rows, np.uint64)
+        self.greedy = np.zeros(num_rows, bool)  # rows that only ever want the largest logit
         self.columns = [  # temperature, top_k, top_p, min_p
             torch.zeros(num_rows, dtype=dtype, device=device)
             for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
@@ -137,11 +138,12 @@ class Sampler:
         for join in joins:
             self.leave(join.row)
             self.base[join.row] = self._base(join)
-            if self._is_special(join.params):
+            special = self._is_special(join.params)
+            self.greedy[join.row] = join.params.temperature == 0 and not special and not _penalizes(join.params)
+            if special:
                 stop_ids = (*join.params.stop_token_ids, *(() if join.params.ignore_eos else self.eos_ids))
-                special = Special(join, stop_ids, self.vocab_size, self.device)
-                self.special[join.row] = special
-                self.num_host_rows += special.needs_history
+                made = self.special[join.row] = Special(join, stop_ids, self.vocab_size, self.device)
+                self.num_host_rows += made.needs_history
             if _penalizes(join.params):
                 self._penalize(join)
         rows = torch.tensor([join.row for join in joins], device=self.device)

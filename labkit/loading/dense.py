@@ -88,6 +88,10 @@ class TiledLinear(Linear):
     def multiply(self, x: Tensor) -> Tensor:
         return self(x)
 
+    def argmax(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each row's product is largest, and how large."""
+        return picked("linear_argmax", self.weight.dtype)(x, self.packed, self.bias)
+
 
 class ReorderedLinear(Linear):
     """Weights in the order in which oneDNN multiplies them on this machine."""
@@ -137,11 +141,11 @@ def gated_mlp(up: Linear, down: Linear, activation: str) -> Callable[..., Tensor
     return call
 
 
-_picked: dict[tuple[str, torch.dtype], Callable[..., Tensor]] = {}
+_picked: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
 _generation = -1
 
 
-def picked(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+def picked(name: str, dtype: torch.dtype) -> Callable[..., Any]:
     """An op's function for the CPU, asked for again whenever the registry changed."""
     global _generation
     if _generation != generation():

@@ -75,3 +75,7 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor:
         """[rows, hidden size] -> [rows, vocabulary], float32."""
         ...
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where each row's logits are largest, and the largest sum, without logits; None: there is no shorter way."""
+        ...

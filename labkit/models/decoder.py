@@ -17,7 +17,7 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import Linear, gated_mlp, linear
+from labkit.loading.dense import Linear, TiledLinear, gated_mlp, linear
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
@@ -406,6 +406,9 @@ class Decoder:
         if self.shape.logit_softcap:
             logits = torch.tanh(logits / self.shape.logit_softcap) * self.shape.logit_softcap
         return logits
+
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        return self.head.argmax(hidden) if isinstance(self.head, TiledLinear) else None  # caps and divisors keep order
 
 
 def _keep(capture: Capture | None, layer: int, x: Tensor) -> None:

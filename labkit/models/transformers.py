@@ -207,6 +207,9 @@ class TransformersModel:
         del self.given.hidden
         return logits[0].float()
 
+    def greedy(self, hidden: Tensor) -> None:
+        return None
+
 
 def _refuse_lengths(config: Any, max_model_len: int) -> None:
     """Frequencies that follow the longest request of a batch would let requests change each other."""

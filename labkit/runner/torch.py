@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from labkit_kernels import copy_blocks, generation, swap_blocks
+from labkit_kernels import copy_blocks, generation, pages, swap_blocks
 from labkit_kernels import sample as sample_op
 from torch import Tensor
 
@@ -248,9 +248,17 @@ class TorchRunner:
         queries, inverse = plan.sample_query, None
         if plan.num_decode < len(plan.rows):  # n samples may share a query
             queries, inverse = np.unique(queries, return_inverse=True)
-        logits = self.model.logits(hidden[self._put(queries)])
+        hidden, again = hidden[self._put(queries)], None
         if inverse is not None and len(inverse) > len(queries):
-            logits = logits[self._put(inverse)]
+            again = self._put(inverse)
+        found = self.model.greedy(hidden) if self.sampler.greedy[plan.sample_row].all() else None
+        if found is not None:
+            tokens, chosen = found if again is None else (found[0][again], found[1][again])
+            self.latest[self._put(plan.sample_row)] = tokens
+            return Drawn(tokens, chosen, {})
+        logits = self.model.logits(hidden)
+        if again is not None:
+            logits = logits[again]
         entries = np.searchsorted(inputs.query_start, plan.sample_query, side="right") - 1
         drawn = self.sampler.draw(logits, plan.sample_row, inputs.seq_len[entries], self._sample)
         self.latest[self._put(plan.sample_row)] = drawn.tokens
@@ -381,8 +389,7 @@ def _caches(
     def zeros(*shape: int) -> Tensor:
         if device.type != "cpu" or pinned:
             return torch.zeros(shape, dtype=model.dtype, device=device, pin_memory=pinned)
-        pages = np.zeros((*shape, model.dtype.itemsize), np.uint8)  # the system gives zero pages when touched
-        return torch.from_numpy(pages).view(model.dtype)[..., 0]
+        return pages.zeros(shape, model.dtype)
 
     return [
         (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit_kernels.check import Case, Tolerance, randn
+from labkit_kernels.pages import zeros
 from labkit_kernels.registry import Op
 
 from . import reference
@@ -30,7 +31,7 @@ class Packed:
     def pack(cls, weight: Tensor) -> Packed:
         columns, depth = weight.shape
         tall, deep = -(-columns // (2 * WIDE)) * 2, -(-depth // DEEP)
-        tiles = weight.new_empty(tall, deep, DEEP // 2, WIDE, 2)
+        tiles = zeros((tall, deep, DEEP // 2, WIDE, 2), weight.dtype)
         from . import cpu
 
         if cpu.pack is not None and weight.dtype == torch.bfloat16 and weight.stride(1) == 1:
@@ -84,6 +85,34 @@ def _linear_cases() -> Iterator[Case]:
     yield Case("float32 out and norm", wide, dtypes=BF16)
 
 
+def _argmax_cases() -> Iterator[Case]:
+    for rows, depth, columns in [
+        (1, 64, 32),
+        (3, 40, 71),
+        (16, 96, 4097),
+        (40, 64, 130),
+        (600, 32, 96),
+        (48, 896, 32000),
+    ]:
+
+        def make(device, dtype, generator, rows=rows, depth=depth, columns=columns):
+            options = {"norm": 1 + randn(generator, depth, dtype=dtype, scale=0.1), "eps": 1e-5} if rows < 40 else {}
+            bias = randn(generator, columns, dtype=dtype) if rows == 3 else None
+            return (
+                randn(generator, rows, depth, dtype=dtype),
+                _scaled(generator, columns, depth, dtype),
+                bias,
+            ), options
+
+        yield Case(f"{rows}x{depth} -> {columns}", make, dtypes=BF16, timed=columns == 32000)
+
+    def equal(device, dtype, generator):
+        weight = torch.ones(200, 32, dtype=dtype)
+        return (torch.ones(20, 32, dtype=dtype), Packed.pack(weight)), {}
+
+    yield Case("all equal: the first", equal, dtypes=BF16)
+
+
 def _mlp_cases() -> Iterator[Case]:
     shapes = [(1, 64, 96), (5, 48, 80), (40, 96, 208), (600, 64, 32), (520, 96, 2064)]
     timed = [(1, 896, 4864), (48, 896, 4864), (512, 896, 4864)]
@@ -123,6 +152,16 @@ linear = Op(
     "linear",
     reference=reference.linear,
     cases=_linear_cases,
+    tolerance=_tolerance,
+    traffic=_linear_traffic,
+    flops=_linear_flops,
+    home=__name__,
+    sources={"cpu": ("cpu",)},
+)
+linear_argmax = Op(
+    "linear_argmax",
+    reference=reference.linear_argmax,
+    cases=_argmax_cases,
     tolerance=_tolerance,
     traffic=_linear_traffic,
     flops=_linear_flops,

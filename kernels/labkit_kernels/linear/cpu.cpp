@@ -61,7 +61,7 @@ using amx::TILE;
 constexpr int BLOCK = 2 * TILE;            // rows and columns of a register block
 constexpr int64_t SIZE = TILE * DEPTH;     // elements of a tile
 constexpr int64_t MOST_ROWS = 512;         // at once
-constexpr int64_t NEAR = 1 << 20;          // bytes of left operand that leave L2 room for the rest
+constexpr int64_t NEAR = 3 << 19;          // bytes of left operand that leave L2 room for the rest
 constexpr int LINE = 64;
 
 inline int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
@@ -182,6 +182,29 @@ struct Gated {
     }
 };
 
+// Nothing is written: each row remembers its largest sum and where it stood. Lane i holds columns i, i + 16, ...
+struct Best {
+    vf* most;    // [rows]
+    vi* where;   // [rows]
+    const bf16* bias;
+    int64_t columns;
+
+    void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
+        const int64_t at = panel * BLOCK;
+        look(load(a), row, at);
+        if (at + TILE < columns) look(load(b), row, at + TILE);
+    }
+    void look(vf x, int64_t row, int64_t at) const {
+        const __mmask16 there = first(columns - at);
+        if (bias) x += load_first(bias + at, there);
+        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(at)), (__m512i)LANES);
+        const __mmask16 more = _mm512_mask_cmp_ps_mask(there, (__m512)x, (__m512)most[row], _CMP_GT_OQ);
+        most[row] = (vf)_mm512_mask_mov_ps((__m512)most[row], more, (__m512)x);
+        where[row] = (vi)_mm512_mask_mov_epi32((__m512i)where[row], more, index);
+    }
+    static constexpr vi LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+};
+
 // -- the product -----------------------------------------------------------------------------------------------------
 
 // Which two tiles of columns stand beside each other, as tiles of weights.
@@ -207,7 +230,7 @@ struct Waiting {
         row = at;
         panel = of;
         done = 0;
-        count = static_cast<int>(std::min<int64_t>(rows - at, BLOCK));
+        count = static_cast<int>(rows);
         each = static_cast<int>(parts(count, steps));
     }
     void some() {
@@ -223,12 +246,12 @@ struct Waiting {
 };
 
 // The next panel's weights on their way into L2, a few lines a step.
-struct Fetch {
+struct NextPanel {
     const char *low, *high;
     int64_t left;
     int each;
 
-    void some() {
+    void some(const bf16*, const bf16*) {
         for (int i = 0; i < each && left > 0; i++, left -= LINE, low += LINE, high += LINE) {
             _mm_prefetch(low, _MM_HINT_T1);
             _mm_prefetch(high, _MM_HINT_T1);
@@ -236,71 +259,110 @@ struct Fetch {
     }
 };
 
-// Panels [begin, end) of all rows: `a` are tiles [rows / 16][deep], in full blocks of 32 rows (16 when `Tall` is 1).
+// Or the weights a little ahead of those that are read, straight into L1.
+struct Ahead {
+    void some(const bf16* low, const bf16* high) {
+        for (int64_t i = SIZE; i < 2 * SIZE; i += LINE / sizeof(bf16)) {
+            _mm_prefetch(reinterpret_cast<const char*>(low + i), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(high + i), _MM_HINT_T0);
+        }
+    }
+};
+
+// Sums of a block of rows and a panel of columns, depths [from, to), on top of `sum` if there are any, to `put`.
+template <int Tall, class Fetch, class Write>
+inline void block_product(const bf16* a0, int64_t deep, const bf16* low, const bf16* high, int64_t from, int64_t to,
+                          const float* sum, float* put, Fetch& fetch, Waiting<Write>& waiting) {
+    const bf16* a1 = a0 + deep * SIZE;
+    if (sum == nullptr) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (Tall > 1) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, sum, 64);
+        _tile_loadd(1, sum + 256, 64);
+        if (Tall > 1) {
+            _tile_loadd(2, sum + 512, 64);
+            _tile_loadd(3, sum + 768, 64);
+        }
+    }
+    for (int64_t k = from; k < to; k++) {
+        _tile_loadd(6, low + k * SIZE, 64);
+        _tile_loadd(4, a0 + k * SIZE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, high + k * SIZE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (Tall > 1) {
+            _tile_loadd(5, a1 + k * SIZE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        fetch.some(low + k * SIZE, high + k * SIZE);
+        waiting.some();
+    }
+    waiting.rest();
+    _tile_stored(0, put, 64);
+    _tile_stored(1, put + 256, 64);
+    if (Tall > 1) {
+        _tile_stored(2, put + 512, 64);
+        _tile_stored(3, put + 768, 64);
+    }
+}
+
+// Panels [begin, end) of at most 32 rows, `Tall` tiles of them: a weight is read once, and comes from memory.
 template <int Tall, class Write>
+void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write) {
+    alignas(64) float sums[2][1024];
+    int turn = 0;
+    Waiting<Write> waiting{write};
+    for (int64_t panel = begin; panel < end; panel++, turn = 1 - turn) {
+        Ahead ahead;
+        block_product<Tall>(a, columns.deep, columns.low(panel), columns.high(panel), 0, columns.deep, nullptr,
+                            sums[turn], ahead, waiting);
+        waiting.take(sums[turn], 0, rows, panel, columns.deep);
+    }
+    waiting.rest();
+}
+
+// Panels [begin, end) of many rows: `a` are tiles [rows / 16][deep]. Deep sums are cut, so that what all rows need for a
+// cut stays in L2: it is read for every panel.
+template <class Write>
 void multiply(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write,
               Buffer& buffer) {
-    const int64_t deep = columns.deep, blocks = parts(rows, TILE * Tall);
-    const int64_t most = std::max<int64_t>(8, NEAR / (rows * DEPTH * 2)), slices = parts(deep, most);
-    float* partial = slices > 1 ? buffer.fit<float>((end - begin) * blocks * 1024) : nullptr;
+    const int64_t deep = columns.deep, blocks = parts(rows, BLOCK);
+    const int64_t cuts = parts(deep, std::max<int64_t>(8, NEAR / (rows * DEPTH * 2)));
+    float* partial = cuts > 1 ? buffer.fit<float>((end - begin) * blocks * 1024) : nullptr;
     alignas(64) float sums[2][1024];
     int turn = 0;
     Waiting<Write> waiting{write};
 
-    for (int64_t slice = 0; slice < slices; slice++) {
-        const int64_t from = deep * slice / slices, to = deep * (slice + 1) / slices, steps = to - from;
-        const bool last = slice + 1 == slices;
+    for (int64_t cut = 0; cut < cuts; cut++) {
+        const int64_t from = deep * cut / cuts, to = deep * (cut + 1) / cuts;
+        const bool last = cut + 1 == cuts;
         for (int64_t panel = begin; panel < end; panel++) {
             const bf16 *low = columns.low(panel), *high = columns.high(panel);
-            Fetch fetch{};
+            NextPanel fetch{};
             if (panel + 1 < end || !last) {
                 const int64_t next = panel + 1 < end ? panel + 1 : begin, at = (next > begin ? from : to) * SIZE;
                 fetch = {reinterpret_cast<const char*>(columns.low(next) + at),
-                         reinterpret_cast<const char*>(columns.high(next) + at), steps * SIZE * 2,
+                         reinterpret_cast<const char*>(columns.high(next) + at), (to - from) * SIZE * 2,
                          static_cast<int>(parts(TILE, blocks))};
             }
             for (int64_t block = 0; block < blocks; block++) {
-                const bf16 *a0 = a + block * Tall * deep * SIZE, *a1 = a0 + deep * SIZE;
+                const bf16* at = a + block * 2 * deep * SIZE;
+                const int64_t left = std::min<int64_t>(rows - block * BLOCK, BLOCK);
                 float* kept = partial ? partial + ((panel - begin) * blocks + block) * 1024 : nullptr;
-                if (slice == 0) {
-                    _tile_zero(0);
-                    _tile_zero(1);
-                    if (Tall > 1) {
-                        _tile_zero(2);
-                        _tile_zero(3);
-                    }
-                } else {
-                    _tile_loadd(0, kept, 64);
-                    _tile_loadd(1, kept + 256, 64);
-                    if (Tall > 1) {
-                        _tile_loadd(2, kept + 512, 64);
-                        _tile_loadd(3, kept + 768, 64);
-                    }
-                }
-                for (int64_t k = from; k < to; k++) {
-                    _tile_loadd(6, low + k * SIZE, 64);
-                    _tile_loadd(4, a0 + k * SIZE, 64);
-                    _tile_dpbf16ps(0, 4, 6);
-                    _tile_loadd(7, high + k * SIZE, 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                    if (Tall > 1) {
-                        _tile_loadd(5, a1 + k * SIZE, 64);
-                        _tile_dpbf16ps(2, 5, 6);
-                        _tile_dpbf16ps(3, 5, 7);
-                    }
-                    fetch.some();
-                    waiting.some();
-                }
-                waiting.rest();
                 float* put = last ? sums[turn] : kept;
-                _tile_stored(0, put, 64);
-                _tile_stored(1, put + 256, 64);
-                if (Tall > 1) {
-                    _tile_stored(2, put + 512, 64);
-                    _tile_stored(3, put + 768, 64);
-                }
+                const float* sum = cut ? kept : nullptr;
+                if (left > TILE)
+                    block_product<2>(at, deep, low, high, from, to, sum, put, fetch, waiting);
+                else
+                    block_product<1>(at, deep, low, high, from, to, sum, put, fetch, waiting);
                 if (last) {
-                    waiting.take(put, block * TILE * Tall, rows, panel, steps);
+                    waiting.take(put, block * BLOCK, left, panel, to - from);
                     turn = 1 - turn;
                 }
             }
@@ -313,10 +375,11 @@ template <class Write>
 void product(const bf16* a, int64_t rows, const Columns& columns, int64_t panels, const Write& write, Buffer& buffer) {
     const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t begin = panels * id / team, end = panels * (id + 1) / team;
-    if (rows <= TILE)
-        multiply<1>(a, rows, columns, begin, end, write, buffer);
-    else
-        multiply<2>(a, rows, columns, begin, end, write, buffer);
+    switch (parts(rows, TILE)) {
+        case 1: return stream<1>(a, rows, columns, begin, end, write);
+        case 2: return stream<2>(a, rows, columns, begin, end, write);
+        default: return multiply(a, rows, columns, begin, end, write, buffer);
+    }
 }
 
 // Bytes that a thread's first panel needs: on their way while rows are packed.
@@ -330,7 +393,7 @@ void begin_fetch(const Columns& columns, int64_t panels) {
     }
 }
 
-int64_t whole_rows(int64_t rows) { return rows <= TILE ? TILE : parts(rows, BLOCK) * BLOCK; }
+int64_t whole_rows(int64_t rows) { return parts(rows, TILE) * TILE; }
 
 void pack_all(const bf16* x, int64_t stride, int64_t rows, int64_t depth, const Norm& norm, bf16* to) {
     const int64_t deep = parts(depth, DEPTH);
@@ -370,6 +433,45 @@ void linear(const Linear& call) {
                         partial_sums);
             };
             call.out_dtype == 0 ? run(static_cast<float*>(call.out)) : run(static_cast<bf16*>(call.out));
+        }
+    });
+}
+
+// The largest of each row's sums and its column, the first of equals.
+void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const int64_t deep = parts(call.depth, DEPTH), panels = parts(call.columns, BLOCK);
+    const Columns columns{static_cast<const bf16*>(call.weight), deep, 2, 1};
+    in_parts(call.rows, [&](int64_t row, int64_t rows) {
+        const int64_t lines = call.num_threads * rows;
+        bf16* tiles = packed.fit<bf16>(whole_rows(rows) * deep * DEPTH);
+        vf* most = between.fit<vf>(2 * lines);
+        vi* where = reinterpret_cast<vi*>(most + lines);
+        for (int64_t i = 0; i < lines; i++) {
+            most[i] = splat(-INFINITY);
+            where[i] = vi{} + static_cast<int>(call.columns);
+        }
+        const bf16* x = static_cast<const bf16*>(call.x) + row * call.x_row;
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            amx::Tiles config;
+            begin_fetch(columns, panels);
+            pack_all(x, call.x_row, rows, call.depth, norm, tiles);
+            const int64_t own = omp_get_thread_num() * rows;
+            product(tiles, rows, columns, panels,
+                    Best{most + own, where + own, static_cast<const bf16*>(call.bias), call.columns}, partial_sums);
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            float largest = -INFINITY;
+            int64_t column = call.columns;
+            for (int64_t i = r; i < lines; i += rows)
+                for (int lane = 0; lane < W; lane++)
+                    if (most[i][lane] > largest || (most[i][lane] == largest && where[i][lane] < column)) {
+                        largest = most[i][lane];
+                        column = where[i][lane];
+                    }
+            columns_out[row + r] = column < call.columns ? column : 0;
+            sums_out[row + r] = column < call.columns ? largest : NAN;  // every sum was nan
         }
     });
 }
@@ -424,6 +526,12 @@ extern "C" void linear_bfloat16(const Linear* call) {
 #endif
 }
 
+extern "C" void argmax_bfloat16(const Linear* call, int64_t* columns, float* sums) {
+#if LABKIT_TILES
+    argmax(*call, columns, sums);
+#endif
+}
+
 extern "C" void mlp_bfloat16(const Mlp* call) {
 #if LABKIT_TILES
     if (call->gate == 0) mlp<gates::Silu>(*call);
@@ -440,11 +548,18 @@ extern "C" void pack_weight(const uint16_t* weight, int64_t stride, int64_t colu
     for (int64_t tile = 0; tile < all_columns / 16; tile++)
         for (int64_t k = 0; k < deep; k++) {
             uint16_t* at = to + (tile * deep + k) * 512;
-            for (int64_t n = 0; n < 16; n++) {
-                const int64_t column = tile * 16 + n, count = std::min<int64_t>(32, depth - k * 32);
-                uint16_t row[32] = {};
-                if (column < columns) std::memcpy(row, weight + column * stride + k * 32, count * 2);
-                for (int64_t pair = 0; pair < 16; pair++) std::memcpy(at + pair * 32 + n * 2, row + pair * 2, 4);
-            }
+            const int64_t count = std::min<int64_t>(32, depth - k * 32);
+            uint16_t rows[16][32] = {};
+            for (int64_t n = 0; n < std::min<int64_t>(16, columns - tile * 16); n++)
+                std::memcpy(rows[n], weight + (tile * 16 + n) * stride + k * 32, count * 2);
+#if defined(__AVX512F__)
+            labkit::vf block[16];
+            std::memcpy(block, rows, sizeof rows);
+            labkit::transpose(block);
+            std::memcpy(at, block, sizeof rows);
+#else
+            for (int64_t n = 0; n < 16; n++)
+                for (int64_t pair = 0; pair < 16; pair++) std::memcpy(at + pair * 32 + n * 2, rows[n] + pair * 2, 4);
+#endif
         }
 }

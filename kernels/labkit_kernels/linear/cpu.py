@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit_kernels import native
-from labkit_kernels.linear import Packed, linear, mlp, reference
+from labkit_kernels.linear import Packed, linear, linear_argmax, mlp, reference
 
 CODES = {torch.float32: 0, torch.bfloat16: 1}
 GATES = {"silu": 0, "tanh": 1, "none": 2}
@@ -48,6 +48,7 @@ _library = native.load(
     {
         "linear_available": [ctypes.POINTER(c_int32)],
         "linear_bfloat16": [ctypes.POINTER(Linear)],
+        "argmax_bfloat16": [ctypes.POINTER(Linear), c_void_p, c_void_p],
         "mlp_bfloat16": [ctypes.POINTER(Mlp)],
         "pack_weight": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64],
     },
@@ -81,7 +82,7 @@ def _pointer(x: Tensor | None) -> int | None:
 
 
 if available():
-    _linear, _mlp = _library.linear_bfloat16, _library.mlp_bfloat16  # type: ignore[union-attr]
+    _linear, _argmax, _mlp = _library.linear_bfloat16, _library.argmax_bfloat16, _library.mlp_bfloat16  # type: ignore[union-attr]
 
     @linear.variant("cpu", device="cpu", dtypes=BF16, picked=True)
     def linear_cpu(
@@ -107,6 +108,21 @@ if available():
         if rows:
             _linear(call)
         return out
+
+    @linear_argmax.variant("cpu", device="cpu", dtypes=BF16, picked=True)
+    def linear_argmax_cpu(
+        x: Tensor, weight: Packed, bias: Tensor | None = None, *, norm: Tensor | None = None, eps: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        x = _dense(x)
+        columns, sums = x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.float32)
+        call = Linear(
+            x.data_ptr(), _pointer(norm), weight.tiles.data_ptr(), _pointer(bias), None, None,
+            len(x), weight.depth, weight.columns, x.stride(0), 0, 0, eps,
+            0 if norm is None else CODES[norm.dtype], 0, native.num_threads(),
+        )  # fmt: skip
+        if len(x):
+            _argmax(call, columns.data_ptr(), sums.data_ptr())
+        return columns, sums
 
     @mlp.variant("cpu", device="cpu", dtypes=BF16, picked=True)
     def mlp_cpu(

@@ -34,6 +34,14 @@ def linear(
     return out.to(out_dtype or x.dtype)
 
 
+def linear_argmax(
+    x: Tensor, weight: Packed, bias: Tensor | None = None, *, norm: Tensor | None = None, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Where each row of `linear` is largest, and how large: what a greedy draw needs of a head."""
+    largest, column = linear(x, weight, bias, norm=norm, eps=eps, out_dtype=torch.float32).max(-1)
+    return column, largest
+
+
 def mlp(
     x: Tensor,
     up: Packed,
