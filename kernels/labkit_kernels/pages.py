@@ -17,11 +17,11 @@ HUGE = 2 << 20
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A zeroed tensor, whose memory is taken when it is first touched."""
     size = math.prod(shape) * dtype.itemsize
-    if size < HUGE:
+    huge = (size + HUGE // 2) // HUGE * HUGE  # a rest of less than half a page stays in small ones
+    if not huge or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(tuple(shape), dtype=dtype)
-    memory = mmap.mmap(-1, size + HUGE)
+    memory = mmap.mmap(-1, max(size, huge) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a system without them
-            memory.madvise(mmap.MADV_HUGEPAGE, start, size // HUGE * HUGE)
+    with contextlib.suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE, start, huge)
     return torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=start).view(dtype).view(tuple(shape))
