@@ -36,15 +36,13 @@ struct Scratch {
 
 // 2^x to about 4e-6: the weights are rounded to bfloat16 (4e-3) anyway.
 inline __m512 exp2_coarse(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-127.f));
-    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(9.6181291e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.f));
-    return _mm512_scalef_ps(p, n);
+    __m512 f = _mm512_reduce_ps(x, 0x09);  // x - floor(x); of -inf, 0
+    __m512 p = _mm512_set1_ps(1.353417e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.201146e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4144276e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9300383e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
+    return _mm512_scalef_ps(p, x);
 }
 
 // Sixteen queries, transposed in pairs: tile d of q is [16 pairs of dimensions][16 rows][2].
@@ -94,28 +92,32 @@ inline void unpack_columns(const float* from, int64_t wide, float* to) {
     }
 }
 
+// Where each 16 keys of a tile lie, one key after the other `stride` bytes apart.
+struct KeyTiles {
+    const bf16* at[KEYS / TILE];
+    int64_t stride;
+};
+
 // scores[KEYS][16] = keys x queries.
-inline void multiply_keys(const bf16* keys, const bf16* q, int64_t wide, int tiles, float* scores) {
+inline void multiply_keys(const KeyTiles& keys, const bf16* q, int64_t wide, int tiles, float* scores) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const int64_t stride = wide * sizeof(bf16);
     for (int64_t d = 0; d < wide; d += DEPTH) {
-        const bf16* k = keys + d;
         _tile_loadd(7, q + d * TILE, 64);
-        _tile_loadd(4, k, stride);
+        _tile_loadd(4, keys.at[0] + d, keys.stride);
         _tile_dpbf16ps(0, 4, 7);
         if (tiles > 1) {
-            _tile_loadd(5, k + TILE * wide, stride);
+            _tile_loadd(5, keys.at[1] + d, keys.stride);
             _tile_dpbf16ps(1, 5, 7);
         }
         if (tiles > 2) {
-            _tile_loadd(6, k + 2 * TILE * wide, stride);
+            _tile_loadd(6, keys.at[2] + d, keys.stride);
             _tile_dpbf16ps(2, 6, 7);
         }
         if (tiles > 3) {
-            _tile_loadd(4, k + 3 * TILE * wide, stride);
+            _tile_loadd(4, keys.at[3] + d, keys.stride);
             _tile_dpbf16ps(3, 4, 7);
         }
     }
@@ -246,10 +248,19 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
         s.sum[r] = sink ? 1.f : 0.f;
     }
 
+    // Sixteen keys of a block are a tile as they are; what lies behind the last one was written or zeroed, and is masked.
+    const bool as_they_lie = call.block_size % TILE == 0 && item.begin % TILE == 0 && deep == call.head_size;
     Walk<bf16> walk(call, item);
     while (walk.next()) {
         const int begin = walk.begin, count = walk.count, last = begin + count - 1;
-        copy_keys(walk.keys, count, call.head_size, s.keys, walk.next_keys);
+        KeyTiles keys{{}, static_cast<int64_t>((as_they_lie ? call.k_slot : deep) * sizeof(bf16))};
+        for (int i = 0; i < KEYS / TILE; i++)
+            keys.at[i] = as_they_lie ? static_cast<const bf16*>(walk.keys.at[i * TILE]) : s.keys + i * TILE * deep;
+        if (as_they_lie)
+            for (int k = 0; k < KEYS; k++)
+                for (int64_t d = 0; d < deep; d += DEPTH) prefetch(walk.next_keys.at[k], d * sizeof(bf16));
+        else
+            copy_keys(walk.keys, count, call.head_size, s.keys, walk.next_keys);
         pack_values(walk.values, count, call.value_size, s.values, walk.next_values);
         for (int64_t first = 0; first < rows; first += TILE) {
             const int64_t stop = std::min(rows, first + TILE);
@@ -270,7 +281,7 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
             lanes.window = call.window;
             lanes.plain = call.softcap == 0 && !call.alibi;
             lanes.masked = count < KEYS || last > low || (call.window && begin <= high - call.window);
-            multiply_keys(s.keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores);
+            multiply_keys(keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores);
             softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
                     s.weights);
             multiply_values(s.weights, s.values, wide, (count + DEPTH - 1) / DEPTH, s.out + first * wide);
