@@ -312,17 +312,58 @@ inline void block_product(const bf16* a0, int64_t deep, const bf16* low, const b
     }
 }
 
-// Panels [begin, end) of at most 32 rows, `Tall` tiles of them: a weight is read once, and comes from memory.
+// The same for three tiles of rows and all depths: six sums leave one register for each operand.
+template <class Fetch, class Write>
+inline void tall_product(const bf16* a, int64_t deep, const bf16* low, const bf16* high, float* put, Fetch& fetch,
+                         Waiting<Write>& waiting) {
+    const bf16 *b = a + deep * SIZE, *c = b + deep * SIZE;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int64_t k = 0; k < deep; k++) {
+        _tile_loadd(7, low + k * SIZE, 64);
+        _tile_loadd(6, a + k * SIZE, 64);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(6, b + k * SIZE, 64);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(6, c + k * SIZE, 64);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(7, high + k * SIZE, 64);
+        _tile_dpbf16ps(5, 6, 7);
+        _tile_loadd(6, b + k * SIZE, 64);
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_loadd(6, a + k * SIZE, 64);
+        _tile_dpbf16ps(1, 6, 7);
+        fetch.some(low + k * SIZE, high + k * SIZE);
+        waiting.some();
+    }
+    waiting.rest();
+    _tile_stored(0, put, 64);
+    _tile_stored(1, put + 256, 64);
+    _tile_stored(2, put + 512, 64);
+    _tile_stored(3, put + 768, 64);
+    _tile_stored(4, put + 1024, 64);
+    _tile_stored(5, put + 1280, 64);
+}
+
+// Panels [begin, end) of at most 48 rows, `Tall` tiles of them: a weight is read once, and comes from memory.
 template <int Tall, class Write>
 void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write) {
-    alignas(64) float sums[2][1024];
+    const int64_t deep = columns.deep;
+    alignas(64) float sums[2][Tall * 512];
     int turn = 0;
     Waiting<Write> waiting{write};
     for (int64_t panel = begin; panel < end; panel++, turn = 1 - turn) {
+        const bf16 *low = columns.low(panel), *high = columns.high(panel);
         Ahead ahead;
-        block_product<Tall>(a, columns.deep, columns.low(panel), columns.high(panel), 0, columns.deep, nullptr,
-                            sums[turn], ahead, waiting);
-        waiting.take(sums[turn], 0, rows, panel, columns.deep);
+        if constexpr (Tall == 3)
+            tall_product(a, deep, low, high, sums[turn], ahead, waiting);
+        else
+            block_product<Tall>(a, deep, low, high, 0, deep, nullptr, sums[turn], ahead, waiting);
+        waiting.take(sums[turn], 0, rows, panel, deep);
     }
     waiting.rest();
 }
@@ -378,6 +419,7 @@ void product(const bf16* a, int64_t rows, const Columns& columns, int64_t panels
     switch (parts(rows, TILE)) {
         case 1: return stream<1>(a, rows, columns, begin, end, write);
         case 2: return stream<2>(a, rows, columns, begin, end, write);
+        case 3: return stream<3>(a, rows, columns, begin, end, write);
         default: return multiply(a, rows, columns, begin, end, write, buffer);
     }
 }
