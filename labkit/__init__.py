@@ -33,6 +33,8 @@ _HOME = {
     "StalledError": "engine",
     "LLM": "llm",
     "BeamSearchParams": "beams",
+    "parse_benchmark_output": "bench.metrics",
+    "calculate_performance_improvement": "bench.metrics",
     "beam_search": "beams",
     "TorchRunner": "runner.torch",
     "load_model": "models",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 
 from labkit import __version__
+from labkit.bench import commands as bench_commands
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,19 +21,15 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--log", metavar="FILE", help="save the event log as JSON lines")
 
-    bench = commands.add_parser("bench", help="measure")
-    kinds = bench.add_subparsers(dest="kind", required=True, metavar="KIND")
-    scheduler = kinds.add_parser("scheduler", help="microseconds that schedule + commit take")
-    scheduler.add_argument("--python", metavar="PATH", help="an interpreter that has vLLM, to time its scheduler too")
-    scheduler.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
-    scheduler.add_argument("--quick", action="store_true", help="a twentieth of the steps")
+    bench = commands.add_parser("bench", help="measure engines, kernels and the scheduler")
+    bench_commands.add(bench)
 
     kernels = commands.add_parser("kernels", help="list, check, bench or compile the ops' variants", add_help=False)
     kernels.add_argument("words", nargs=argparse.REMAINDER)
 
     args = parser.parse_args(argv)
     try:
-        return {"demo": _demo, "bench": _bench_scheduler, "kernels": _kernels}[args.command](args)
+        return {"demo": _demo, "bench": bench_commands.run, "kernels": _kernels}[args.command](args)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
@@ -56,18 +52,6 @@ def _kernels(args: argparse.Namespace) -> int:
     from labkit_kernels.__main__ import main as kernels
 
     return kernels(args.words)
-
-
-def _bench_scheduler(args: argparse.Namespace) -> int:
-    from labkit.bench import scheduler
-
-    found = scheduler.run(python=args.python, quick=args.quick)
-    print(scheduler.table(found))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(found, file, indent=1)
-            file.write("\n")
-    return 0
 
 
 if __name__ == "__main__":

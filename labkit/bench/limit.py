@@ -1,0 +1,134 @@
+"""The physical floor: bytes over bandwidth or flops over peak, whichever is longer. Knows shapes and a machine's
+measured rates; refuses to know schedulers.
+
+The two rates are measured in the same run, by the fastest means there is here; on a GPU the datasheet's stand beside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from labkit_kernels import Packed, get, pages
+
+DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}  # bytes/s, bf16 flop/s
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine can do at best."""
+
+    name: str
+    bandwidth: float  # bytes read a second
+    peak: float  # flops a second of a matrix product, in the model's dtype
+    measured: bool = True
+
+    def __repr__(self) -> str:
+        return f"Machine({self.name}: {self.bandwidth / 1e9:.1f} GB/s, {self.peak / 1e12:.2f} TFLOP/s)"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model must move and compute: its layers' weights, its head, and keys and values a token."""
+
+    layers: int  # weights of all layers that one token is multiplied with
+    head: int
+    bytes_a_weight: int
+    kv_bytes: int  # a token, all layers
+    attention: int  # flops a (query, key) pair, all layers
+
+    @classmethod
+    def of(cls, config: Any, dtype: torch.dtype) -> Cost:
+        from labkit.models.decoder import Shape
+
+        shape = Shape.of(config)
+        hidden, size, heads, keys = shape.hidden_size, shape.head_size, shape.num_heads, shape.num_kv_heads
+        inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        active = shape.num_experts_per_tok or 1
+        gated = 2 if config.model_type == "starcoder2" else 3
+        layer = hidden * size * (heads + 2 * keys) + heads * size * hidden + gated * hidden * inner * active
+        width = dtype.itemsize
+        return cls(
+            layers=shape.num_layers * layer,
+            head=hidden * config.vocab_size,
+            bytes_a_weight=width,
+            kv_bytes=2 * shape.num_layers * keys * size * width,
+            attention=4 * shape.num_layers * heads * size,
+        )
+
+    def step(self, machine: Machine, tokens: int, sampled: int, context: int) -> float:
+        """Seconds that a batch of so many tokens takes at best; `context` are the keys that its rows read."""
+        moved = (self.layers + (self.head if sampled else 0)) * self.bytes_a_weight + self.kv_bytes * (context + tokens)
+        computed = 2 * self.layers * tokens + 2 * self.head * sampled + self.attention * context
+        return max(moved / machine.bandwidth, computed / machine.peak)
+
+    def batches(self, machine: Machine, batches: Iterable[Sequence[float]], block_size: int) -> float:
+        """The floor of steps as they were run: (prefill, decode, output tokens, used blocks, seconds) each."""
+        return sum(
+            self.step(machine, int(prefill + decode), int(out), int(blocks * block_size))
+            for prefill, decode, out, blocks, _ in batches
+        )
+
+    def ideal(self, machine: Machine, asks: Sequence[Any]) -> float:
+        """The floor of the best schedule there could be: everything at once from the beginning."""
+        longest = max(ask.num_output for ask in asks)
+        prompt, out = sum(len(ask.prompt) for ask in asks), sum(ask.num_output for ask in asks)
+        reads = sum(ask.num_output * len(ask.prompt) + ask.num_output**2 // 2 for ask in asks)
+        pairs = reads + sum(len(ask.prompt) ** 2 // 2 for ask in asks)
+        moved = longest * (self.layers + self.head) * self.bytes_a_weight + self.kv_bytes * (reads + prompt + out)
+        computed = 2 * self.layers * (prompt + out) + 2 * self.head * out + self.attention * pairs
+        return max(moved / machine.bandwidth, computed / machine.peak)
+
+
+def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine:
+    """Half a minute at most: a second or two on a CPU."""
+    if device != "cpu":
+        return _measure_gpu(device, dtype)
+    name = f"{torch.get_num_threads()} threads"
+    function = get("linear").picked("cpu", dtype)
+    if function.name == "reference":
+        weight = torch.ones(16384, 4096, dtype=dtype)
+        bandwidth = weight.numel() * weight.element_size() / _best(lambda: weight.view(torch.int32).max())
+        a, b = torch.ones(512, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+        return Machine(name, bandwidth, 2 * a.numel() * len(b) / _best(lambda: a @ b.T))
+    shape = (131072 // 16, 128, 16, 16, 2)  # 1 GB: more than a cache
+    wide = Packed(pages.zeros(shape, dtype).fill_(1), 131072, 4096)
+    one, many = torch.ones(1, 4096, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
+    bandwidth = wide.tiles.numel() * dtype.itemsize / _best(lambda: function.function(one, wide))
+    square = Packed(pages.zeros((256, 32, 16, 16, 2), dtype).fill_(1), 4096, 1024)
+    return Machine(name, bandwidth, 2 * 512 * 1024 * 4096 / _best(lambda: function.function(many, square), 30))
+
+
+def _measure_gpu(device: str, dtype: torch.dtype) -> Machine:
+    source = torch.ones(1 << 30, dtype=torch.int32, device=device)
+    a = torch.ones(8192, 8192, dtype=dtype, device=device)
+
+    def synced(run: Any) -> Any:
+        def call() -> None:
+            run()
+            torch.cuda.synchronize(device)
+
+        return call
+
+    bandwidth = 4 * source.numel() / _best(synced(lambda: source.max()), 20)
+    return Machine(torch.cuda.get_device_name(device), bandwidth, 2 * 8192**3 / _best(synced(lambda: a @ a), 20))
+
+
+def datasheet(device: str) -> Machine | None:
+    """What the maker says, where that is known."""
+    name = torch.cuda.get_device_name(device) if device != "cpu" else ""
+    found = next((rates for part, rates in DATASHEET.items() if part in name), None)
+    return None if found is None else Machine(name, *found, measured=False)
+
+
+def _best(run: Any, times: int = 8) -> float:
+    run()
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        run()
+        found.append(time.perf_counter() - begin)
+    return min(found)

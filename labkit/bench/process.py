@@ -1,0 +1,102 @@
+"""A backend in its own process: started, asked pass by pass, ended. Knows lines of JSON; the engines are in
+peer_process.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import labkit
+from labkit.bench import peer_process
+from labkit.bench.workload import Ask
+
+NEEDS = {
+    "labkit": "labkit",
+    "transformers": "transformers",
+    "transformers-static": "transformers",
+    "vllm": "vllm",
+    "openvino": "openvino_genai",
+}
+
+
+class Backend:
+    """`with Backend("vllm", model, python="/path/to/python") as engine: engine.run(asks)`."""
+
+    def __init__(self, name: str, model: str, options: dict[str, Any] | None = None, python: str | None = None) -> None:
+        if name not in peer_process.BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; there are {', '.join(peer_process.BACKENDS)} and openai:URL")
+        self.name, self.model, self.options = name, model, dict(options or {})
+        self.python = python or sys.executable
+        self._check_installed()
+        folder = Path(labkit.__file__).parent.parent
+        paths = [str(folder), str(folder / "kernels"), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | ({"PYTHONPATH": os.pathsep.join(filter(None, paths))} if name == "labkit" else {})
+        command = [self.python, peer_process.__file__, name, model, json.dumps(self.options)]
+        begin = time.perf_counter()
+        self._errors = open(os.devnull, "w") if not os.environ.get("LABKIT_BENCH_VERBOSE") else sys.stderr  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
+        )
+        self.load_seconds = self._answer()["ready"]
+        self.ready_seconds = time.perf_counter() - begin  # interpreter and imports included
+
+    def _check_installed(self) -> None:
+        needed = NEEDS[self.name]
+        if needed == "labkit":
+            return
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({needed!r}) is None)"
+        try:
+            missing = subprocess.run([self.python, "-c", probe], check=False, cwd="/").returncode
+        except OSError as error:
+            raise ValueError(f"--python {self.python} cannot be run: {error}") from None
+        if missing:
+            raise ValueError(f"{self.python} has no {needed}: install it there, or name another interpreter (--python)")
+
+    def run(self, asks: Sequence[Ask]) -> dict[str, Any]:
+        """Serve these, all at once; checked to be as many tokens as were asked for."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"asks": [[ask.prompt, ask.num_output] for ask in asks]}) + "\n")
+        self._process.stdin.flush()
+        answer = self._answer()
+        for i, (ask, num) in enumerate(zip(asks, answer["outputs"], strict=True)):
+            if num != ask.num_output:
+                raise RuntimeError(f"{self.name} wrote {num} tokens for request {i}, {ask.num_output} were asked for")
+        return answer
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"{self.name} ended with {self._process.wait()}: LABKIT_BENCH_VERBOSE=1 shows what it printed"
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(f"{self.name} failed: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        if self._errors is not sys.stderr:
+            self._errors.close()
+
+    def __enter__(self) -> Backend:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()

@@ -1,0 +1,126 @@
+"""The whole way from the command to the page, on the embedded model; and a client that meets every kind of server."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from labkit.bench import gate, metrics, serve, throughput, workload
+from labkit.cli import main
+
+
+def bench(*words: str) -> int:
+    return main(["bench", *words])
+
+
+def test_throughput_beside_transformers_ends_in_a_table_and_a_page(tmp_path, capsys):
+    out, html = tmp_path / "r.json", tmp_path / "r.html"
+    words = ("--num", "3", "--prompt", "5-20", "--output", "4-9", "--passes", "1", "--warmup", "0", "--threads", "1")
+    assert bench("throughput", *words, "--backend", "labkit,transformers-static", "--json", str(out)) == 0
+    said = capsys.readouterr().out
+    assert "output tokens/s" in said and "labkit / transformers-static:" in said and "gate: KL" in said
+    result = metrics.parse_benchmark_output(out)
+    ours = result["runs"]["labkit"]["metrics"]
+    assert result["workload"]["requests"] == 3 and 0 < ours["fraction_of_limit"] < 1
+    assert ours["ttft"]["p50"] > 0 and ours["peak_memory"] > 1e6
+    assert metrics.calculate_performance_improvement(out, result)["output_tokens_per_second"] == 1.0
+    assert bench("report", str(out), "--html", str(html)) == 0
+    page = html.read_text()
+    assert "<svg" in page and "transformers-static" in page and "<script" not in page and "http" not in page
+
+
+def test_a_single_stream(capsys, tmp_path):
+    out = tmp_path / "r.json"
+    words = ("--prompt", "8-8", "--output", "8-8", "--passes", "2", "--warmup", "0", "--json", str(out))
+    assert bench("latency", *words) == 0
+    assert "single stream, tokens/s" in capsys.readouterr().out
+    found = metrics.parse_benchmark_output(out)["runs"]["labkit"]
+    assert found["metrics"]["single_stream"] == pytest.approx(8 / sorted(found["seconds"])[1])
+
+
+def test_a_shared_prefix_is_hit_and_every_pass_begins_without_it(tmp_path):
+    out = tmp_path / "r.json"
+    words = ("--workload", "shared", "--share", "0.5", "--prompt", "128", "--output", "2", "--num", "6", "--rows", "1")
+    common = ("--backend", "labkit", "--passes", "2", "--block-size", "16", "--json", str(out))
+    assert bench("throughput", *words, *common, "--prefix-cache") == 0
+    assert metrics.parse_benchmark_output(out)["runs"]["labkit"]["metrics"]["hit_rate"] == pytest.approx(5 * 64 / 768)
+
+
+def test_serving_in_process_keeps_arrival_times(capsys):
+    words = ("--num", "4", "--prompt", "4-8", "--output", "3-5", "--rate", "20", "--slo", "ttft=30")
+    assert bench("serve", *words) == 0
+    assert "first token p50" in (said := capsys.readouterr().out) and "within the objective" in said
+
+
+class Server(BaseHTTPRequestHandler):
+    """Streams one token a chunk; prompts of 13 tokens are refused."""
+
+    protocol_version = "HTTP/1.0"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.answer(200, json.dumps({"data": [{"id": "toy"}]}).encode())
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["model"] == "toy" and asked["stream"] and asked["ignore_eos"]
+        if len(asked["prompt"]) == 13:
+            self.answer(400, b'{"error": "unlucky"}')
+            return
+        chunk = b'data: {"choices": [{"text": "x"}]}\n\n'
+        self.answer(200, chunk * asked["max_tokens"] + b"data: [DONE]\n\n")
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def url():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_serving_over_http_counts_what_came_and_what_failed(url):
+    asks = tuple(workload.Ask(tuple(range(n)), 4, arrival=n / 100) for n in (3, 13, 5))
+    found = serve.run(workload.Workload("w", asks), url=url)["runs"][url]
+    assert (found["metrics"]["completed"], found["metrics"]["failed"]) == (2, 1)
+    assert "400" in found["failures"][0] and "unlucky" in found["failures"][0]
+    assert found["metrics"]["itl"]["p50"] >= 0 and found["metrics"]["ttft"]["p50"] > 0
+
+
+def test_a_model_that_fails_its_gate_gets_no_speed(monkeypatch):
+    wrong = gate.Gate(kl=0.5, agreement=0.4, num_tokens=10, config=None, dtype=None)
+    monkeypatch.setattr(gate, "check", lambda *args: wrong)
+    from labkit.assets import path
+
+    setting = throughput.Setting(str(path("tiny")), workload.random_lengths(1, vocab_size=100))
+    with pytest.raises(RuntimeError, match="no speed is reported: .*FAILED"):
+        throughput.run(setting)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("throughput", "--backend", "vlm"), "unknown backend 'vlm'; there are labkit"),
+        (("throughput", "--workload", "nowhere.json"), "is no file and none of random"),
+        (("throughput", "--prompt", "many"), "--prompt is like 64-512"),
+        (("throughput", "--passes", "0"), "--passes must be at least 1"),
+        (("throughput", "--backend", "vllm", "--python", "/bin/sh"), "vllm is like|is like vllm="),
+        (("throughput", "--backend", "vllm", "--python", "vllm=/no/python"), "cannot be run"),
+        (("serve", "--url", "http://127.0.0.1:1"), "names no model"),
+        (("report", "/no/such.json"), "no such file|No such file"),
+    ],
+)
+def test_bad_words_are_named(words, message, capsys):
+    import re
+
+    assert bench(*words) == 2
+    assert re.search(message, capsys.readouterr().err)
