@@ -28,8 +28,10 @@ class Options:
 
     `dtype` "auto" is the checkpoint's own; `device` None a GPU if there is one; `num_blocks` None as many as fit into
     `gpu_memory_utilization` of a GPU's memory, or a quarter of what a CPU has free. `max_model_len` bounds prompt and
-    output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. The rest goes
-    to the `BlockManager` and the `Scheduler`.
+    output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. `graphs` None
+    replays captured decode steps on a GPU, and `max_in_flight` None keeps one step in flight there. `deterministic`
+    computes each request the same way whatever is served beside it, bit for bit, and takes longer. The rest goes to the
+    `BlockManager` and the `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -59,18 +61,20 @@ class Options:
     recompute_cost: Any = None
     watermark: float = 0.01
     prefix_hold: bool = True
-    max_in_flight: int = 0
+    max_in_flight: int | None = None
+    graphs: bool | None = None
+    deterministic: bool = False
     log: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching"):
+        for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic"):
             flag(name, getattr(self, name))
         whole("seed", self.seed, least=0)
         whole("block_size", self.block_size, least=1, most=2**20)
         real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             whole(name, getattr(self, name), least=1)
-        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("num_threads", 1)):
+        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("num_threads", 1), ("max_in_flight", 0)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=least)
 
@@ -98,13 +102,15 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     loaded = load_model(
         folder if folder is not None else source, dtype=options.dtype, device=device, load_format=options.load_format,
         path=options.path, max_model_len=options.max_model_len, seed=options.seed,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
     )  # fmt: skip
     if device.type == "cpu":
         _choose_threads(loaded, options.num_threads)
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
         tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
-    runner = TorchRunner(loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed)
+    runner = TorchRunner(
+        loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs
+    )
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
         options.block_size,
@@ -113,6 +119,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         prefix_caching=options.prefix_caching,
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
+    if options.max_in_flight is None:
+        scheduling["max_in_flight"] = int(device.type == "cuda")
     scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
     return Parts(scheduler, runner, tokenizer)
 

@@ -116,9 +116,10 @@ class Sampler:
         self.vocab_size, self.num_rows, self.eos_ids = vocab_size, num_rows, eos_ids
         self.seed, self.device = seed, device
         self.base = np.zeros(num_rows, np.uint64)
-        self.greedy = np.zeros(num_rows, bool)  # rows that only ever want the largest logit
-        self.columns = [  # temperature, top_k, top_p, min_p
-            torch.zeros(num_rows, dtype=dtype, device=device)
+        self.plain = np.zeros(num_rows, bool)  # rows that want nothing beyond the columns
+        self.greedy = np.zeros(num_rows, bool)  # and of them, those that only ever want the largest logit
+        self.columns = [  # temperature, top_k, top_p, min_p; one line more than rows, for padding
+            torch.zeros(num_rows + 1, dtype=dtype, device=device)
             for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
         ]
         self.special: dict[int, Special] = {}
@@ -139,7 +140,8 @@ class Sampler:
             self.leave(join.row)
             self.base[join.row] = self._base(join)
             special = self._is_special(join.params)
-            self.greedy[join.row] = join.params.temperature == 0 and not special and not _penalizes(join.params)
+            self.plain[join.row] = not special and not _penalizes(join.params)
+            self.greedy[join.row] = self.plain[join.row] and join.params.temperature == 0
             if special:
                 stop_ids = (*join.params.stop_token_ids, *(() if join.params.ignore_eos else self.eos_ids))
                 made = self.special[join.row] = Special(join, stop_ids, self.vocab_size, self.device)
@@ -220,7 +222,7 @@ class Sampler:
         if self.penalized:
             self._apply_penalties(logits, rows)
         index = torch.from_numpy(rows.astype(np.int64)).to(self.device)
-        keys = torch.from_numpy(_keys(self.base[rows], known)).to(self.device)
+        keys = torch.from_numpy(self.keys(rows, known)).to(self.device)
         columns = [column[index] for column in self.columns]
         tokens = sample(logits, *columns, keys)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
@@ -237,6 +239,10 @@ class Sampler:
             assert raw is not None
             batch = logprobs_of(raw, tokens[lines], numbers, [row for _, row in asking])
         return Drawn(tokens, chosen, errors, batch)
+
+    def keys(self, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """What each row's next draw hashes: its seed, and how many tokens it has."""
+        return _keys(self.base[rows], known)
 
     def _where_penalized(self, rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
         lines = [(i, self.penalized[row]) for i, row in enumerate(rows.tolist()) if row in self.penalized]

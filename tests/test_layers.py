@@ -35,7 +35,19 @@ MAY_IMPORT = {
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
     "cli": {"bench", "demo", ""},
-    "__init__": {"beams", "bench", "clock", "core", "runner", "engine", "handle", "tokenizer", "assets", "models", "llm"},
+    "__init__": {
+        "beams",
+        "bench",
+        "clock",
+        "core",
+        "runner",
+        "engine",
+        "handle",
+        "tokenizer",
+        "assets",
+        "models",
+        "llm",
+    },
 }
 THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "core": {"numpy", "pandas"},

@@ -5,7 +5,7 @@ from .attention import paged_attention
 from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
-from .linear import Packed, linear, linear_argmax, mlp
+from .linear import Packed, linear, linear_argmax, linear_invariant, mlp
 from .norm import layer_norm, rms_norm
 from .registry import OPS, Op, Variant, generation, get
 from .rotary import rope
@@ -28,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_argmax",
+    "linear_invariant",
     "mlp",
     "paged_attention",
     "rms_norm",

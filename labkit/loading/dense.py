@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from labkit_kernels import Packed, generation, get
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 class RMSNorm(Protocol):
     """What a layer reads of a norm that it may compute itself: RMS, unless there is a bias."""
@@ -113,22 +115,36 @@ class ReorderedLinear(Linear):
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-    """The layer that multiplies this weight fastest where it is."""
+class InvariantLinear(Linear):
+    """Every row's result, to the bit, whatever other rows there are."""
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return picked("linear_invariant", x.dtype, x.device)(x, self.weight, self.bias)
+
+
+def linear(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = False) -> Linear:
+    """The layer that multiplies this weight fastest where it is; `deterministic` if rows may not depend on each other
+    (products on tiles never do)."""
+    if deterministic and not (weight.device.type == "cpu" and _has_tiles(weight.dtype)):
+        return InvariantLinear(weight, bias)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return Linear(weight, bias)
-    if get("linear").picked("cpu", weight.dtype).name != "reference":
+    if _has_tiles(weight.dtype):
         return TiledLinear(weight, bias)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ReorderedLinear(weight, bias)
     return Linear(weight, bias)
 
 
+def _has_tiles(dtype: torch.dtype) -> bool:
+    return get("linear").picked("cpu", dtype).name != "reference"
+
+
 def gated_mlp(up: Linear, down: Linear, activation: str) -> Callable[..., Tensor] | None:
     """One call f(x, norm, residual) for a whole gated MLP, where there is one for these layers."""
     gates = {"silu": "silu", "gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
     fits = isinstance(up, TiledLinear) and isinstance(down, TiledLinear) and up.bias is None and down.bias is None
-    if not fits or activation not in gates:
+    if not fits or activation not in gates or down.shape[0] % 16:  # a tile holds sixteen gates
         return None
     first, second, gate = up.packed, down.packed, gates[activation]  # type: ignore[attr-defined]
 
@@ -141,16 +157,17 @@ def gated_mlp(up: Linear, down: Linear, activation: str) -> Callable[..., Tensor
     return call
 
 
-_picked: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
+_picked: dict[tuple[str, torch.dtype, str], Callable[..., Any]] = {}
 _generation = -1
 
 
-def picked(name: str, dtype: torch.dtype) -> Callable[..., Any]:
-    """An op's function for the CPU, asked for again whenever the registry changed."""
+def picked(name: str, dtype: torch.dtype, device: torch.device = CPU) -> Callable[..., Any]:
+    """An op's function, asked for again whenever the registry changed."""
     global _generation
     if _generation != generation():
         _picked.clear()
         _generation = generation()
-    if (name, dtype) not in _picked:
-        _picked[name, dtype] = get(name).pick("cpu", dtype)
-    return _picked[name, dtype]
+    key = (name, dtype, device.type)
+    if key not in _picked:
+        _picked[key] = get(name).pick(device, dtype)
+    return _picked[key]

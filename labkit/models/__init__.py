@@ -24,11 +24,13 @@ def load_model(
     max_model_len: int | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    deterministic: bool = False,
 ) -> Model:
     """A model from a folder, a hub's name, or a transformers config (which needs load_format="dummy").
 
     `path` is "native" (our decoder), "transformers" (any causal model that goes through its attention interface) or
-    "auto": native where it can. `max_model_len` bounds the positions that tables are made for.
+    "auto": native where it can. `max_model_len` bounds the positions that tables are made for. `deterministic` keeps
+    what is computed for one request from depending, to the bit, on what is computed beside it.
     """
     import torch
 
@@ -55,21 +57,26 @@ def load_model(
         Dummy(config, seed, trust_remote_code=trust_remote_code) if load_format == "dummy" else Checkpoint(folder)  # type: ignore[arg-type]
     )
     try:
-        return _build(config, weights, dtype, device, length, path, trust_remote_code)
+        return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic)
     finally:
         weights.close()
 
 
 def _build(
-    config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool
-) -> Model:
+    config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
+    deterministic: bool,
+) -> Model:  # fmt: skip
     from .decoder import FAMILIES, Decoder
 
     native = config.model_type in FAMILIES
     if path == "native" and not native:
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
-        return Decoder(config, weights, dtype, device, length)
+        return Decoder(config, weights, dtype, device, length, deterministic)
+    if deterministic:
+        raise ValueError(
+            f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or none was asked for"
+        )
     from .transformers import TransformersModel
 
     folder = getattr(weights, "folder", None)  # a checkpoint is read by transformers itself

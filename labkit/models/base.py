@@ -59,6 +59,7 @@ class Model(Protocol):
     kv: tuple[KVSpec, ...]  # one a layer
     dtype: torch.dtype
     device: torch.device
+    capturable: bool  # its forward asks the device nothing, so a graph can hold it
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""

@@ -17,7 +17,7 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import Linear, TiledLinear, gated_mlp, linear
+from labkit.loading.dense import Linear, TiledLinear, gated_mlp, linear, picked
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
@@ -93,8 +93,8 @@ class Shape:
 class Weights:
     """Reads a source's tensors by name for one model, and remembers which were read."""
 
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device) -> None:
-        self.source, self.dtype, self.device = source, dtype, device
+    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> None:
+        self.source, self.dtype, self.device, self.deterministic = source, dtype, device, deterministic
         self.taken: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -120,7 +120,7 @@ class Weights:
             if bias is not None:
                 bias[at : at + size] = self.get(f"{name}.bias", size)
             at += size
-        return linear(weight, bias)
+        return linear(weight, bias, deterministic=self.deterministic)
 
 
 class Norm:
@@ -193,6 +193,7 @@ class MLP:
 
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.ops, self.activation = ops, shape.activation
+        self.deterministic = weights.deterministic
         self.gated = not weights.has(f"{name}.c_fc.weight")
         if not self.gated:
             inner = weights.source.shapes[f"{name}.c_fc.weight"][0]
@@ -215,7 +216,12 @@ class MLP:
         if self.whole is not None:
             return self.whole(x, norm, residual)
         x = self.up(x, norm)
-        x = gate(self.ops, self.activation, x) if self.gated else plain(self.activation, x)
+        if self.gated:
+            x = gate(self.ops, self.activation, x)
+        elif self.deterministic and len(x):  # torch treats the last few of a tensor's elements in another way
+            x = torch.stack([plain(self.activation, row) for row in x])
+        else:
+            x = plain(self.activation, x)
         return self.down(x, None, residual)
 
     def tensors(self) -> list[Tensor]:
@@ -245,7 +251,8 @@ class Experts:
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.shape, self.ops = shape, ops
         router = f"{name}.gate.weight"
-        self.router = linear(weights.get(router))
+        self.router = linear(weights.get(router), deterministic=weights.deterministic)
+        self.multiply = picked("linear_invariant", weights.dtype, weights.device) if weights.deterministic else F.linear
         num = weights.source.shapes[router][0]
         if weights.has(f"{name}.experts.gate_up_proj"):
             self.up = weights.get(f"{name}.experts.gate_up_proj")  # [experts, 2 * inner, hidden]
@@ -265,7 +272,8 @@ class Experts:
         self.shared = self.shared_gate = None
         if weights.has(f"{name}.shared_expert_gate.weight"):
             self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
-            self.shared_gate = linear(weights.get(f"{name}.shared_expert_gate.weight"))
+            gate_weight = weights.get(f"{name}.shared_expert_gate.weight")
+            self.shared_gate = linear(gate_weight, deterministic=weights.deterministic)
 
     def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         x = _maybe(norm, x)
@@ -280,8 +288,8 @@ class Experts:
         for i, count in enumerate(torch.bincount(expert.flatten(), minlength=len(self.up)).tolist()):
             if count:
                 run = slice(at, at + count)
-                inner = gate(self.ops, self.shape.activation, F.linear(x[token[run]], self.up[i]))
-                out.index_add_(0, token[run], F.linear(inner, self.down[i]) * weight[run])
+                inner = gate(self.ops, self.shape.activation, self.multiply(x[token[run]], self.up[i]))
+                out.index_add_(0, token[run], self.multiply(inner, self.down[i]) * weight[run])
                 at += count
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
@@ -342,26 +350,27 @@ class Decoder:
     """Embeddings, layers, a norm and a head; see `labkit.models.base.Model`."""
 
     def __init__(
-        self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int
-    ) -> None:
+        self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
+        deterministic: bool = False,
+    ) -> None:  # fmt: skip
         self.name = config.architectures[0] if config.architectures else config.model_type
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.shape = shape = Shape.of(config)
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.kv = (KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size),) * shape.num_layers
-        self.ops = Ops(device, dtype)
-        weights = Weights(source, dtype, device)
+        self.ops = Ops(device, dtype, deterministic)
+        weights = Weights(source, dtype, device, deterministic)
         self.embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
             Layer(weights, f"model.layers.{i}", i, shape, self.tables[shape.layer_types[i]] if rope else None, self.ops)
             for i, rope in enumerate(shape.ropes)
         ]
+        self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
         self.norm = Norm(weights, "model.norm", shape, self.ops)
         self.tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
-        self.head = linear(
-            self.embedding if self.tied else weights.get("lm_head.weight", self.vocab_size, self.hidden_size)
-        )
+        head = self.embedding if self.tied else weights.get("lm_head.weight", self.vocab_size, self.hidden_size)
+        self.head = linear(head, deterministic=deterministic)
         check_taken(source, weights.taken, repr(source))
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:

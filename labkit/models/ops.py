@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ class Ops:
     store_kv: Callable[..., Any]
     paged_attention: Callable[..., Any]
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> None:
+        self.device, self.dtype, self.deterministic = device, dtype, deterministic
         self.pick()
 
     def pick(self) -> None:
         for name in NAMES:
             setattr(self, name, get(name).pick(self.device, self.dtype))
+        if self.deterministic:
+            self.paged_attention = partial(self.paged_attention, invariant=True)

@@ -106,6 +106,8 @@ class _Given(nn.Module):
 class TransformersModel:
     """See `labkit.models.base.Model`."""
 
+    capturable = False  # transformers' own code is not ours to vouch for
+
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
         folder: Any = None, trust_remote_code: bool = False,

@@ -17,10 +17,11 @@ from labkit_kernels import copy_blocks, generation, pages, swap_blocks
 from labkit_kernels import sample as sample_op
 from torch import Tensor
 
-from labkit.core.options import named_options, real, whole
+from labkit.core.options import flag, named_options, real, whole
 from labkit.core.plan import Extras, Plan, Result, TokenLogprobs
 from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
+from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.rows import Rows
 from labkit.sampling import Drawn, Sampler, logprobs_of
 
@@ -37,8 +38,15 @@ class TorchRunner:
     >>> eng = lk.Engine(scheduler=sched, runner=runner)
     """
 
-    def __init__(self, model: Model, *, eos_token_ids: Sequence[int] = (), seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, *, eos_token_ids: Sequence[int] = (), seed: int = 0, graphs: bool | None = None
+    ) -> None:
+        """`graphs`: replay captured decode steps; None is yes on a GPU, for models that can be captured."""
         self.model = model
+        if graphs is not None:
+            flag("graphs", graphs)
+        self.graphs: Graphs | None = None
+        self._wants_graphs = model.capturable and (model.device.type == "cuda" if graphs is None else graphs)
         self.vocab_size = model.vocab_size
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
@@ -102,7 +110,15 @@ class TorchRunner:
         self.rows = Rows(layout)
         self.store, self.host = self._stores(layout)
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
-        self.latest = torch.zeros(layout.num_rows, dtype=torch.int64, device=self.device)
+        self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
+        self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or a look inside
+        if self._wants_graphs:
+            self.graphs = self._make_graphs()
+
+    def _make_graphs(self) -> Graphs:
+        assert self.layout is not None
+        size, rows = self.layout.block_size, self.layout.num_rows
+        return Graphs(self.model, self.store.caches, self.sampler, self.latest, size, rows)
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
@@ -127,14 +143,14 @@ class TorchRunner:
 
     def close(self) -> None:
         """Let go of the cache and the model; the runner is of no further use."""
-        self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
+        self.store, self.host, self.layout, self.graphs = BlockStore([]), BlockStore([]), None, None
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
     # -- time travel: the model is shared, everything else is state ----------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("model", "_sample")}
+        return {name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs")}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchRunner:
         other = object.__new__(TorchRunner)
@@ -143,12 +159,15 @@ class TorchRunner:
         other.model = self.model
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
+        other.graphs = other._make_graphs() if self.graphs is not None else None
         return other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in ("store", "host"):
             getattr(self, name).load(state[name])
         vars(self).update({name: value for name, value in state.items() if name not in ("store", "host")})
+        if vars(self).get("graphs") is not None:
+            self.graphs = self._make_graphs()  # the old ones read the tensors that were replaced
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -157,15 +176,16 @@ class TorchRunner:
         begin = time.perf_counter()
         self._pick()
         self._apply(plan)
+        if self.graphs is not None and self._can_replay(plan):
+            return self._replay(self.graphs, plan, begin)
         inputs = self._inputs(plan)
         wanted = self._wanted(plan)
         capture = _capture_of(wanted)
         hidden = self.model.forward(inputs.batch, self.caches, capture)  # [tokens, hidden size]
         drawn = self._draw(plan, inputs, hidden)
         extras = self._extras(plan, inputs, hidden, wanted, capture) if wanted else {}
-        pending = _Computed(
-            plan, drawn, extras, [join and join.request for join in self.rows.joins], begin, self.device
-        )
+        names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
+        pending = _Computed(plan, _on_its_way(drawn, self.device), drawn, extras, names, begin, self.device)
         return pending if self.device.type == "cuda" else Done(pending.result())
 
     def _pick(self) -> None:
@@ -174,6 +194,35 @@ class TorchRunner:
             self._generation = generation()
             self._sample = sample_op.pick(self.device, torch.float32, vocab=self.vocab_size)
             self.model.refresh_ops()
+            if self.graphs is not None:
+                self.graphs.forget()
+
+    def _can_replay(self, plan: Plan) -> bool:
+        """Decode rows only, each with one draw that wants nothing special."""
+        rows = plan.rows
+        return bool(
+            len(rows)
+            and plan.num_decode == len(rows) == len(plan.sample_row)
+            and (plan.sample_row == rows).all()
+            and self.sampler.plain[rows].all()
+            and not self._asking[rows].any()
+        )
+
+    def _replay(self, graphs: Graphs, plan: Plan, begin: float) -> Pending:
+        assert self.layout is not None
+        rows, start, size = plan.rows, plan.start, self.layout.block_size
+        index, place = np.divmod(start, size)
+        blocks = self.rows.tables[rows, index]
+        self.store.touched[blocks] = True
+        columns = np.zeros((6, len(rows)), np.int64)
+        columns[FED, plan.feed] = 1
+        columns[GIVEN, columns[FED] == 0] = plan.tokens
+        columns[POSITION], columns[SLOT], columns[ROW] = start, blocks * size + place, rows
+        columns[KEY] = self.sampler.keys(rows, start + 1)
+        table = self.rows.tables[rows, : int(index.max()) + 1]
+        out = graphs.run(columns, table, start + 1, self._sample)[:, : len(rows)]
+        pending = _Computed(plan, out, None, {}, [], begin, self.device)
+        return pending if self.device.type == "cuda" else Done(pending.result())
 
     def _apply(self, plan: Plan) -> None:
         if plan.reset:
@@ -182,6 +231,8 @@ class TorchRunner:
             self.sampler.leave(row)
         self.rows.apply(plan)
         self.sampler.join(plan.joins)
+        for join in plan.joins:
+            self._asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
         if len(plan.swap_out):
             self._swap(self.store, self.host, plan.swap_out)
         if len(plan.copies):
@@ -269,8 +320,8 @@ class TorchRunner:
     def _wanted(self, plan: Plan) -> list[tuple[int, Any]]:
         """(entry, join) of rows that want prompt logprobs or a look inside."""
         found = []
-        for entry, row in enumerate(plan.rows.tolist()):
-            join = self.rows.joins[row]
+        for entry in self._asking[plan.rows].nonzero()[0].tolist():
+            join = self.rows.joins[plan.rows[entry]]
             if join is not None and (join.params.capture or self._wants_prompt(plan, entry, join)):
                 found.append((entry, join))
         return found
@@ -342,37 +393,45 @@ class _Inputs(NamedTuple):
     seq_len: np.ndarray  # [entries]
 
 
+def _on_its_way(drawn: Drawn | None, device: torch.device) -> Tensor | None:
+    """Tokens and their logits [2, samples], on the host when the device has come that far."""
+    if drawn is None:
+        return None
+    both = torch.stack((drawn.tokens.double(), drawn.chosen.double()))
+    if device.type == "cpu":
+        return both
+    return torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True)
+
+
 class _Computed:
     """A launched step. On a GPU its tokens travel to the host while the next step is prepared."""
 
     def __init__(
-        self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None], begin: float,
-        device: torch.device,
+        self, plan: Plan, host: Tensor | None, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None],
+        begin: float, device: torch.device,
     ) -> None:  # fmt: skip
-        self.plan, self.drawn, self.extras, self.names, self.begin = plan, drawn, extras, names, begin
+        self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
+        self.begin = begin
         self.event: torch.cuda.Event | None = None
-        if drawn is not None:
-            self.host = torch.stack((drawn.tokens.double(), drawn.chosen.double()))
         if device.type == "cuda":
-            if drawn is not None:
-                self.host = self.host.to("cpu", non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
 
     def result(self) -> Result:
         if self.event is not None:
             self.event.synchronize()
-        if self.drawn is None:
+        if self.host is None:
             return Result(np.zeros(0, np.int32), time.perf_counter() - self.begin, None, self.extras or None)
         tokens, chosen = self.host.numpy()
-        errors, rows = dict(self.drawn.errors), self.plan.sample_row
+        rows = self.plan.sample_row
+        errors = dict(self.drawn.errors) if self.drawn is not None else {}
         for row, value in zip(rows.tolist(), chosen.tolist(), strict=True) if not np.isfinite(chosen).all() else ():
             if value == float("-inf"):
                 errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
             elif value != value:
                 errors.setdefault(row, "the model gave nan for its next token")
         extras = dict(self.extras)
-        if self.drawn.logprobs is not None:
+        if self.drawn is not None and self.drawn.logprobs is not None:
             for row, logprobs in self.drawn.logprobs.by_row().items():
                 name = self.names[row]
                 assert name is not None

@@ -102,7 +102,7 @@ def test_a_model_that_fails_its_gate_gets_no_speed(monkeypatch):
     from labkit.assets import path
 
     setting = throughput.Setting(str(path("tiny")), workload.random_lengths(1, vocab_size=100))
-    with pytest.raises(RuntimeError, match="no speed is reported: .*FAILED"):
+    with pytest.raises(RuntimeError, match=r"no speed is reported: .*FAILED"):
         throughput.run(setting)
 
 

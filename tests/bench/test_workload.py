@@ -1,5 +1,6 @@
 """Workloads are what they say, and one seed gives one workload."""
 
+import itertools
 import json
 import statistics
 
@@ -36,7 +37,7 @@ def test_arrivals_have_the_rate_and_the_burstiness_that_was_asked_for():
 
     def gaps(burstiness):
         at = [ask.arrival for ask in workload.arriving(base, 5.0, burstiness, seed=1).asks]
-        return [b - a for a, b in zip(at, at[1:], strict=False)]
+        return [b - a for a, b in itertools.pairwise(at)]
 
     poisson, bursty = gaps(1.0), gaps(0.25)
     assert statistics.mean(poisson) == pytest.approx(0.2, rel=0.1)

@@ -15,7 +15,7 @@ from .toys import double, toy
 
 def test_every_op_is_registered_and_has_what_a_check_needs():
     expected = {"rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "copy_blocks", "swap_blocks"}
-    assert expected | {"linear", "linear_argmax", "mlp", "paged_attention", "sample"} == set(OPS)
+    assert expected | {"linear", "linear_argmax", "linear_invariant", "mlp", "paged_attention", "sample"} == set(OPS)
     for name, op in OPS.items():
         assert getattr(labkit_kernels, name) is op is get(name)
         names = [case.name for case in op.cases()]

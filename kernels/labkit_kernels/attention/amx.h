@@ -165,6 +165,7 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
                     int64_t wide, bf16* weights) {
     const __m512 lowest = _mm512_set1_ps(-INFINITY);
     const __m512 scale = _mm512_set1_ps(lanes.scale * (lanes.plain ? LOG2E : 1.f));
+    const __m512 factor = lanes.plain ? scale : _mm512_set1_ps(1.f);  // what is left to do to a score in the power
     __m512 largest = lowest;
     if (lanes.plain && !lanes.masked) {
         __m512 other = lowest;
@@ -172,13 +173,14 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
             largest = _mm512_max_ps(largest, _mm512_load_ps(scores + k * TILE));
             other = _mm512_max_ps(other, _mm512_load_ps(scores + k * TILE + TILE));
         }
-        largest = _mm512_mul_ps(_mm512_max_ps(largest, other), scale);
+        largest = _mm512_max_ps(largest, other);
     } else {
         const __m512i oldest = _mm512_sub_epi32(lanes.position, _mm512_set1_epi32(lanes.window));
         for (int k = 0; k < KEYS; k++) {
             const __m512i at = _mm512_set1_epi32(begin + k);
-            __m512 x = _mm512_mul_ps(_mm512_load_ps(scores + k * TILE), scale);
+            __m512 x = _mm512_load_ps(scores + k * TILE);
             if (!lanes.plain) {
+                x = _mm512_mul_ps(x, scale);
                 if (lanes.softcap != 0.f) x = (__m512)(labkit::tanhv((vf)x / lanes.softcap) * lanes.softcap);
                 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(at, lanes.position)), lanes.slope, x);
                 x = _mm512_mul_ps(x, _mm512_set1_ps(LOG2E));
@@ -190,9 +192,11 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
             largest = _mm512_max_ps(largest, x);
         }
     }
+    largest = _mm512_mul_ps(largest, factor);
     __m512 most = _mm512_load_ps(most_at), sum = _mm512_load_ps(sum_at);
-    if (_mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(SLACK)), _CMP_GT_OQ)) {
-        const __m512 grown = _mm512_max_ps(most, largest);
+    const __mmask16 beyond = _mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(SLACK)), _CMP_GT_OQ);
+    if (beyond) {  // only those rows: what becomes of a row is its own affair
+        const __m512 grown = _mm512_mask_max_ps(most, beyond, most, largest);
         alignas(64) float by[TILE];
         __m512 rescale = exp2_coarse(_mm512_sub_ps(most, grown));
         rescale = _mm512_mask_mov_ps(rescale, _mm512_cmp_ps_mask(most, grown, _CMP_EQ_OQ), _mm512_set1_ps(1.f));
@@ -208,7 +212,6 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
     }
     // A row that has seen nothing yet: its weights are 2^-inf, whatever is subtracted.
     const __m512 shift = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, lowest, _CMP_EQ_OQ), _mm512_setzero_ps());
-    const __m512 factor = lanes.plain && !lanes.masked ? scale : _mm512_set1_ps(1.f);
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512 other = _mm512_setzero_ps();

@@ -60,7 +60,7 @@ struct Call {
     int64_t v_block, v_head, v_slot;
     int64_t table_row;
     int64_t num_seqs, num_heads, num_kv_heads, head_size, value_size, block_size;
-    int64_t window, num_threads;
+    int64_t window, num_threads, invariant;
     double scale, softcap;
 };
 
@@ -421,7 +421,8 @@ std::vector<Item> find_work(const Call& call, int64_t& total) {
         for (int query = 0; query < queries; query += tile) {
             const int count = std::min(tile, queries - query), position = length - queries + query;
             const int end = std::max(0, position + count);
-            const int begin = call.window ? std::clamp<int>(position - call.window + 1, 0, end) : 0;
+            int begin = call.window ? std::clamp<int>(position - call.window + 1, 0, end) : 0;
+            if (call.invariant) begin = begin / KEYS * KEYS;  // tiles begin where they begin for every query
             // A tile of keys is moved once (as dear as some 16 rows) and multiplied with every row.
             const int64_t cost = (end - begin) * (count * group + 16) + 64;
             for (int head = 0; head < call.num_kv_heads; head++)
@@ -461,7 +462,7 @@ void run(const Call& call) {
     int64_t threads = std::min<int64_t>(call.num_threads, omp_get_max_threads());
     threads = std::clamp<int64_t>(total * (call.head_size + call.value_size) / 2 / LEAST_WORK, 1, threads);
     int num_slots = 0;
-    if (threads > 1) {
+    if (threads > 1 && !call.invariant) {
         items = cut(items, std::max<int64_t>(1, total / (2 * threads)), num_slots);
         std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
     }

@@ -14,7 +14,10 @@ from . import paged_attention, reference
 
 POINTERS = ("q", "k", "v", "out", "table", "query_start", "seq_len", "sinks", "alibi")
 STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot", "table_row")
-COUNTS = ("num_seqs", "num_heads", "num_kv_heads", "head_size", "value_size", "block_size", "window", "num_threads")
+COUNTS = (
+    "num_seqs", "num_heads", "num_kv_heads", "head_size", "value_size", "block_size", "window", "num_threads",
+    "invariant",
+)  # fmt: skip
 
 
 class Call(ctypes.Structure):
@@ -54,6 +57,7 @@ def attend(
     alibi: Tensor | None = None,
     max_query_len: int = 0,
     max_seq_len: int = 0,
+    invariant: bool = False,
 ) -> Tensor:
     """Queries may be a view of a fused projection; the cache may be a view of a larger one. What the kernel does not
     do (a cache of another dtype, a scale that is not positive) the reference does."""
@@ -91,6 +95,7 @@ def attend(
         block_size,
         window,
         torch.get_num_threads(),
+        invariant,
         scale,
         softcap,
     )

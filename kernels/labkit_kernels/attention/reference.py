@@ -21,6 +21,7 @@ def paged_attention(
     alibi: Tensor | None = None,  # [query heads]: slope * (key position - query position) is added
     max_query_len: int = 0,  # bounds that the caller knows and a kernel need not read back; 0: unknown
     max_seq_len: int = 0,
+    invariant: bool = False,  # no query's result, to the bit, may depend on what else is in the batch
 ) -> Tensor:
     """Causal attention of each sequence's last queries over all of its keys: decode, prefill and any mixture.
 

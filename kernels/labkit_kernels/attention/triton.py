@@ -350,6 +350,7 @@ def paged_attention(
     alibi: Tensor | None = None,
     max_query_len: int = 0,
     max_seq_len: int = 0,
+    invariant: bool = False,
     splits: int | None = None,  # parts that keys are cut into when decoding; None: by the device's size
 ) -> Tensor:
     """Allocates the output, and room for the parts when keys are split; reads nothing back, so it can be captured.
@@ -365,7 +366,7 @@ def paged_attention(
     group = num_heads // kv_heads
     heads = min(group, MOST_HEADS)
     chunks = -(-group // heads)
-    decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS
+    decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS and not invariant  # one path, one order of sums
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
     processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
     tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None)

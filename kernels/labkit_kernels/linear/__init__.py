@@ -85,6 +85,28 @@ def _linear_cases() -> Iterator[Case]:
     yield Case("float32 out and norm", wide, dtypes=BF16)
 
 
+def _invariant_cases() -> Iterator[Case]:
+    for rows, depth, columns in [(1, 64, 32), (3, 40, 70), (70, 130, 33), (65, 64, 200)]:
+
+        def make(device, dtype, generator, rows=rows, depth=depth, columns=columns):
+            weight = randn(generator, columns, depth, dtype=dtype, scale=depth**-0.5)
+            x = randn(generator, rows, depth + 4, dtype=dtype)[:, :depth]
+            return (x, weight, randn(generator, columns, dtype=dtype) if rows % 2 else None), {}
+
+        yield Case(f"{rows}x{depth} -> {columns}", make)
+
+    def timed(device, dtype, generator):
+        return (randn(generator, 256, 4096, dtype=dtype), randn(generator, 4096, 4096, dtype=dtype)), {}
+
+    yield Case("256x4096 -> 4096", timed, timed=True)
+
+
+def _invariant_tolerance(dtype: torch.dtype) -> Tolerance:
+    if dtype == torch.float32:
+        return Tolerance(1e-5, 1e-5, "sums in another order")
+    return _tolerance(dtype)
+
+
 def _argmax_cases() -> Iterator[Case]:
     for rows, depth, columns in [
         (1, 64, 32),
@@ -157,6 +179,16 @@ linear = Op(
     flops=_linear_flops,
     home=__name__,
     sources={"cpu": ("cpu",)},
+)
+linear_invariant = Op(
+    "linear_invariant",
+    reference=reference.linear_invariant,
+    cases=_invariant_cases,
+    tolerance=_invariant_tolerance,
+    traffic=lambda x, weight, bias=None: 2 * (x.numel() + weight.numel() + len(x) * len(weight)),
+    flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
+    home=__name__,
+    sources={"cuda": ("triton",)},
 )
 linear_argmax = Op(
     "linear_argmax",

@@ -34,6 +34,13 @@ def linear(
     return out.to(out_dtype or x.dtype)
 
 
+def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, row by row: no row's result, to the bit, depends on the others."""
+    if not len(x):
+        return x.new_empty(0, len(weight))
+    return torch.stack([F.linear(row[None], weight, bias)[0] for row in x])
+
+
 def linear_argmax(
     x: Tensor, weight: Packed, bias: Tensor | None = None, *, norm: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:

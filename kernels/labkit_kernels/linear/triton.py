@@ -1,0 +1,72 @@
+"""A matrix product on a GPU whose rows do not depend on each other. Knows tiles; nothing of batches.
+
+A library picks its kernel by the shape, so a row's sums go in another order when the batch grows. Here the tile and the
+order of sums are the same for every shape: what a row gets depends on the row and the weight alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from labkit_kernels.compile import Config
+from labkit_kernels.linear import linear_invariant
+
+ROWS, COLUMNS, DEPTH = 64, 64, 64
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+if triton.knobs.runtime.interpret:
+    DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
+
+
+@triton.jit
+def _multiply(
+    x, weight, bias, out, num_rows, num_columns, depth, x_row, weight_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    at = tl.arange(0, DEPTH)
+    left = x + row[:, None] * x_row + at[None, :]
+    right = weight + column[None, :] * weight_row + at[:, None]
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for k in tl.range(0, depth, DEPTH):
+        here = at < depth - k
+        a = tl.load(left + k, mask=(row < num_rows)[:, None] & here[None, :], other=0.0)
+        b = tl.load(right + k, mask=(column < num_columns)[None, :] & here[:, None], other=0.0)
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    if BIAS:
+        sums += tl.load(bias + column, mask=column < num_columns, other=0.0).to(tl.float32)[None, :]
+    there = (row < num_rows)[:, None] & (column < num_columns)[None, :]
+    tl.store(out + row[:, None] * num_columns + column[None, :], sums.to(out.dtype.element_ty), mask=there)
+
+
+@linear_invariant.variant("triton", device="cuda", dtypes=DTYPES, picked=True)
+def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    out = x.new_empty(len(x), len(weight))
+    if len(x):
+        _multiply[(triton.cdiv(len(weight), COLUMNS), triton.cdiv(len(x), ROWS))](
+            x, weight, out if bias is None else bias, out, len(x), len(weight), x.shape[1], x.stride(0),
+            weight.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, BIAS=bias is not None,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        )  # fmt: skip
+    return out
+
+
+_TYPES = dict.fromkeys(("x", "weight", "bias", "out"), "*bf16") | dict.fromkeys(
+    ("num_rows", "num_columns", "depth", "x_row", "weight_row"), "i32"
+)
+AOT = [
+    Config(
+        _multiply,
+        _TYPES,
+        {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "BIAS": bias, "PRECISION": "tf32"},
+        num_warps=4,
+        num_stages=3,
+        aligned=("x_row", "weight_row"),
+    )
+    for bias in (False, True)
+]
