@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,9 @@ Listener = Callable[[Outputs], None]
 Prompt: TypeAlias = "str | TokenIds | Mapping[str, Any]"
 
 MOST_FAILURES = 3  # steps in a row that fail before a background engine gives its requests up
+
+if TYPE_CHECKING:
+    from labkit.profile import Profile
 
 
 class StalledError(RuntimeError):
@@ -347,6 +350,16 @@ class Engine:
         if self.is_running and not self._is_here:
             raise RuntimeError("the engine steps by itself in the background: pause() it first")
         return self._call(self._step)
+
+    def profile(self, steps: int = 20) -> Profile:
+        """Take steps, and see where each millisecond of them went."""
+        from labkit.profile import profile
+
+        whole("steps", steps, least=1)
+        self._check_open()
+        if self.is_running:
+            raise RuntimeError("the engine steps by itself in the background: pause() it first")
+        return self._call(lambda: profile(self, steps))
 
     def run(self) -> None:
         """Step until nothing is left."""

@@ -28,7 +28,20 @@ MAY_IMPORT = {
     "loading": {"core", "loading"},
     "runner": {"core", "runner", "models", "sampling"},
     "snapshot": {"core", "engine"},  # the engine only as a type
-    "engine": {"build", "clock", "closing", "core", "handle", "intake", "runner", "snapshot", "tokenizer", "worker"},
+    "engine": {
+        "build",
+        "clock",
+        "closing",
+        "core",
+        "handle",
+        "intake",
+        "profile",
+        "runner",
+        "snapshot",
+        "tokenizer",
+        "worker",
+    },
+    "profile": {"core", "engine"},  # the engine only as a type
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer"},
     "demo": {"clock", "core", "runner", "engine", "report"},
     "report": {"core"},
@@ -59,8 +72,9 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
     "grammar": {"numpy", "torch", "llguidance"},
     "handle": {"torch"},
+    "profile": {"labkit_kernels", "pandas", "torch"},
     "build": {"torch"},
-    "bench": {"numpy", "torch", "transformers", "tqdm", "labkit_kernels"},
+    "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
 }
 LAZY = {"pandas", "llguidance"}

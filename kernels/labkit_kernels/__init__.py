@@ -5,9 +5,9 @@ from .attention import paged_attention
 from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
-from .linear import Packed, linear, linear_argmax, linear_invariant, mlp
+from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, mlp
 from .norm import layer_norm, rms_norm
-from .registry import OPS, Op, Variant, generation, get
+from .registry import OPS, Op, Variant, generation, get, watched
 from .rotary import rope
 from .sampling import sample
 
@@ -29,6 +29,7 @@ __all__ = [
     "linear",
     "linear_argmax",
     "linear_invariant",
+    "matmul",
     "mlp",
     "paged_attention",
     "rms_norm",
@@ -37,4 +38,5 @@ __all__ = [
     "silu_mul",
     "store_kv",
     "swap_blocks",
+    "watched",
 ]

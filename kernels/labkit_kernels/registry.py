@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -143,6 +143,9 @@ class Op:
     def picked(self, device: str | torch.device, dtype: torch.dtype, **facts: Any) -> Variant:
         device = torch.device(device).type
         self.load(device)
+        return _watched(self.name, self._picked(device, dtype, facts))
+
+    def _picked(self, device: str, dtype: torch.dtype, facts: dict[str, Any]) -> Variant:
         if self._forced:
             forced = self.variants[self._forced[-1]]
             if (reason := forced.why_not(device, dtype, facts)) is not None:
@@ -169,6 +172,31 @@ class Op:
         """Pick and call: for a notebook; hot paths pick once."""
         first = next(arg for arg in args if isinstance(arg, torch.Tensor))
         return self.pick(first.device, first.dtype)(*args, **options)
+
+
+_watchers: list[Callable[[str, str, Callable[[], Any]], Any]] = []
+
+
+@contextmanager
+def watched(watcher: Callable[[str, str, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Within the block every call of a picked function goes through `watcher(op, variant, call)`, which makes it."""
+    _watchers.append(watcher)
+    _changed()
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+        _changed()
+
+
+def _watched(op: str, variant: Variant) -> Variant:
+    for watcher in _watchers:
+        variant = replace(variant, function=_through(watcher, op, variant.name, variant.function))
+    return variant
+
+
+def _through(watcher: Callable[..., Any], op: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **options: watcher(op, name, lambda: function(*args, **options))
 
 
 def get(name: str) -> Op:

@@ -34,6 +34,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     scheduler.add_argument("--python", metavar="PATH", help="an interpreter that has vLLM, to time its scheduler too")
     scheduler.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     scheduler.add_argument("--quick", action="store_true", help="a twentieth of the steps")
+    gpu = kinds.add_parser("gpu", help="everything there is to measure on one GPU, in under eight minutes")
+    gpu.add_argument("--json", metavar="FILE", help="written after every part")
+    gpu.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
+    gpu.add_argument("--quick", action="store_true", help="in miniature: does everything run?")
+    gpu.add_argument("--only", metavar="A,B", default="", help="some parts")
     kernels = kinds.add_parser("kernels", help="each op's variants against the machine's limit", add_help=False)
     kernels.add_argument("words", nargs=argparse.REMAINDER)
     report = kinds.add_parser("report", help="results as one HTML page with plots")
@@ -86,7 +91,7 @@ def _add_engine(parser: argparse.ArgumentParser, kind: str) -> None:
 def run(args: argparse.Namespace) -> int:
     return {
         "throughput": _beside, "latency": _beside, "serve": _serve, "scheduler": _scheduler, "kernels": _kernels,
-        "report": _report,
+        "gpu": _gpu, "report": _report,
     }[args.kind](args)  # fmt: skip
 
 
@@ -146,6 +151,12 @@ def _kernels(args: argparse.Namespace) -> int:
     from labkit_kernels.bench import main
 
     return main(args.words)
+
+
+def _gpu(args: argparse.Namespace) -> int:
+    from labkit.bench import gpu
+
+    return gpu.command(args)
 
 
 def _report(args: argparse.Namespace) -> int:

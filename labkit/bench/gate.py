@@ -32,7 +32,9 @@ class Gate:
         return f"Gate({verdict}: KL {self.kl:.1e}, greedy {self.agreement:.1%} over {self.num_tokens} tokens)"
 
 
-def check(model: str, dtype: str = "bfloat16", *, num_prompts: int = 3, length: int = 96, seed: int = 0) -> Gate:
+def check(
+    model: str, dtype: str = "bfloat16", device: str = "cpu", *, num_prompts: int = 3, length: int = 96, seed: int = 0
+) -> Gate:
     """Loads the model twice and compares; a second or two a gigabyte."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -40,13 +42,13 @@ def check(model: str, dtype: str = "bfloat16", *, num_prompts: int = 3, length: 
     from labkit.models import load_model
 
     disable_progress_bar()
-    ours = load_model(model, dtype=dtype, device=torch.device("cpu"))
-    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=ours.dtype).eval()
+    ours = load_model(model, dtype=dtype, device=torch.device(device))
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=ours.dtype).to(device).eval()
     rng = np.random.default_rng(seed)
     kl, agreed, clear = [], 0, 0
     with torch.inference_mode():
         for _ in range(num_prompts):
-            ids = torch.from_numpy(rng.integers(10, min(ours.vocab_size, 15_000), length))
+            ids = torch.from_numpy(rng.integers(10, min(ours.vocab_size, 15_000), length)).to(device)
             p = theirs(ids[None]).logits[0].float().log_softmax(-1)
             q = teacher_forced(ours, ids).log_softmax(-1)
             kl += (p.exp() * (p - q)).sum(-1).tolist()

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from labkit_kernels import Packed, generation, get
 from torch import Tensor
 
@@ -56,7 +55,7 @@ class Linear:
         return out if dtype is None else out.to(dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return picked("matmul", x.dtype, x.device)(x, self.weight, self.bias)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]

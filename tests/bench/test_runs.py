@@ -124,3 +124,21 @@ def test_bad_words_are_named(words, message, capsys):
 
     assert bench(*words) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_gpu_bench_runs_in_miniature(tmp_path):
+    out = tmp_path / "gpu.json"
+    words = ("--quick", "--device", "cpu", "--only", "limits,decode attention,with graphs,host", "--json", str(out))
+    assert bench("gpu", *words) == 0
+    found = json.loads(out.read_text())["parts"]
+    assert set(found) == {"limits", "decode attention", "with graphs", "host"}
+    assert found["with graphs"]["output_tokens_per_second"] > 0 and "captured" in found["with graphs"]["graphs"]
+
+
+def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, tmp_path):
+    from labkit.bench import gpu
+
+    parts = (gpu.Part("nowhere", "", 60, lambda where: {}), gpu.Part("limits", "", 60, lambda where: {}))
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    found = gpu.run(gpu.Where("cpu", True), (), None)["parts"]
+    assert "StopIteration" in found["nowhere"]["error"] and found["limits"]["bandwidth"] > 0

@@ -15,7 +15,15 @@ from .toys import double, toy
 
 def test_every_op_is_registered_and_has_what_a_check_needs():
     expected = {"rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "copy_blocks", "swap_blocks"}
-    assert expected | {"linear", "linear_argmax", "linear_invariant", "mlp", "paged_attention", "sample"} == set(OPS)
+    assert expected | {
+        "linear",
+        "linear_argmax",
+        "linear_invariant",
+        "matmul",
+        "mlp",
+        "paged_attention",
+        "sample",
+    } == set(OPS)
     for name, op in OPS.items():
         assert getattr(labkit_kernels, name) is op is get(name)
         names = [case.name for case in op.cases()]
@@ -112,3 +120,19 @@ def test_a_cpu_never_imports_triton():
         "assert 'triton' not in sys.modules and 'labkit' not in sys.modules and 'pandas' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_watcher_makes_every_call_and_is_gone_afterwards():
+    seen = []
+
+    def watcher(op, variant, call):
+        seen.append((op, variant))
+        return call()
+
+    with toy() as op:
+        before = generation()
+        with labkit_kernels.watched(watcher):
+            assert generation() > before
+            op.pick("cpu", torch.float32)(torch.ones(2), torch.zeros(2))
+        assert op.pick("cpu", torch.float32) is double
+        assert [name for name, _ in seen] == [op.name]

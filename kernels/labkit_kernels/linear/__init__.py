@@ -180,6 +180,15 @@ linear = Op(
     home=__name__,
     sources={"cpu": ("cpu",)},
 )
+matmul = Op(
+    "matmul",
+    reference=reference.matmul,
+    cases=_invariant_cases,
+    tolerance=_invariant_tolerance,
+    traffic=lambda x, weight, bias=None: 2 * (x.numel() + weight.numel() + len(x) * len(weight)),
+    flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
+    home=__name__,
+)
 linear_invariant = Op(
     "linear_invariant",
     reference=reference.linear_invariant,

@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from . import Packed
 
 
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, by whatever library torch brought."""
+    return F.linear(x, weight, bias)
+
+
 def linear(
     x: Tensor,
     weight: Packed,
