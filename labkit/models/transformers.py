@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from labkit.loading.checkpoint import Source
+from labkit.loading.dense import Linear, linear
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_parameters
@@ -125,6 +127,7 @@ class TransformersModel:
         self.head._modules = {**self.causal._modules, prefix: _Given()}
         self.given: _Given = self.head._modules[prefix]  # type: ignore[assignment]
         self.vocab_size = int(self.causal.get_output_embeddings().weight.shape[0])
+        self.linears = swap_linears(self.causal)
         self.ops = Ops(device, dtype)
         self.kv = self._probe()
         self.hidden_size = int(self._hidden_size)
@@ -179,7 +182,8 @@ class TransformersModel:
         return f"TransformersModel({self.name}: {size / 1e6:.1f}M parameters, {len(self.kv)} layers)"
 
     def tensors(self) -> Iterator[Tensor]:
-        return self.causal.parameters()
+        yield from (parameter for parameter in self.causal.parameters() if any(parameter.stride()))
+        yield from (tensor for swapped in self.linears for tensor in swapped.tensors())
 
     def refresh_ops(self) -> None:
         self.ops.pick()
@@ -228,6 +232,28 @@ def _refuse_lengths(config: Any, max_model_len: int) -> None:
                 f"{config.model_type!r} with {parameters['rope_type']} rope changes its frequencies beyond {most} "
                 f"positions, for a whole batch at once: load it with max_model_len={most}"
             )
+
+
+def swap_linears(model: nn.Module) -> list[Linear]:
+    """Let transformers' linear layers multiply by ours where these are quicker; a weight that is theirs alone becomes a
+    zero of its shape, which takes no memory."""
+    used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    swapped = []
+    for module in model.modules():
+        if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+            continue
+        ours = linear(module.weight.data, None if module.bias is None else module.bias.data)
+        if type(ours) is Linear:
+            return []
+        module.forward = _flat(ours)  # type: ignore[method-assign]
+        if used[id(module.weight)] == 1:
+            module.weight = nn.Parameter(module.weight.new_zeros(()).expand(module.weight.shape), requires_grad=False)
+        swapped.append(ours)
+    return swapped
+
+
+def _flat(ours: Linear) -> Callable[[Tensor], Tensor]:
+    return lambda x: ours.multiply(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
 
 
 def adapt(model: nn.Module) -> bool:

@@ -25,6 +25,18 @@ def test_logits_are_those_of_transformers_alone(kind, seed, tmp_path):
         assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), f"{kind}, seed {seed}"
 
 
+@pytest.mark.parametrize("kind", sorted(OTHERS))
+def test_swapped_linears_give_what_transformers_gives_in_bfloat16(kind, tmp_path):
+    reference = reference_model(config(kind)).to(torch.bfloat16)
+    reference.save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16")
+    prompts = prompts_of(random.Random(3))
+    for prompt, found in zip(prompts, paged_logits(model, prompts, 16, random.Random(4)), strict=True):
+        with torch.inference_mode():
+            expected = reference(torch.tensor([prompt])).logits[0].float()
+        assert (found - expected).abs().mean() <= 0.02 * expected.abs().mean(), f"{kind}: {len(model.linears)} swapped"
+
+
 @pytest.mark.parametrize("kind", sorted(NATIVE))
 def test_native_and_transformers_paths_agree_on_the_same_weights(kind):
     settings = config(kind)
