@@ -84,7 +84,9 @@ def _source(matcher: Any, kind: str, what: Any) -> str:
     if kind == "grammar":
         return matcher.grammar_from_lark(what)
     schema = {"type": "object"} if kind == "json_object" else what
-    return matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema))
+    # Where any whitespace may stand, a small model may write nothing else.
+    compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema), defaults=compact)
 
 
 def _vocabulary(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> Any:

@@ -90,7 +90,7 @@ def test_parameters_that_cannot_be_are_named(options, message):
     ("form", "message"),
     [
         ({"regex": "[a"}, "regex cannot be used"),
-        ({"json": "{not json"}, "json cannot be used"),
+        ({"json": "{not json"}, "json cannot be read"),
         ({"json": {"type": "nonsense"}}, "json cannot be used"),
         ({"grammar": "start: missing_rule"}, "grammar cannot be used"),
     ],

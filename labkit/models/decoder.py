@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from labkit_kernels import pages
 from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
@@ -111,7 +112,11 @@ class Weights:
 
     def linear(self, names: list[str], sizes: list[int], inner: int) -> Linear:
         """One linear layer of several stored ones: their outputs side by side."""
-        weight = torch.empty(sum(sizes), inner, dtype=self.dtype, device=self.device)
+        shape = (sum(sizes), inner)
+        if self.device.type == "cpu":
+            weight = pages.zeros(shape, self.dtype)  # goes back to the system, not to the heap, once it is packed
+        else:
+            weight = torch.empty(shape, dtype=self.dtype, device=self.device)
         with_bias = self.has(f"{names[0]}.bias")
         bias = torch.empty(sum(sizes), dtype=self.dtype, device=self.device) if with_bias else None
         at = 0
