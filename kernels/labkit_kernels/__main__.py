@@ -1,4 +1,4 @@
-"""`python -m labkit_kernels list|check|bench|compile|tune [op...] [--json FILE]`. Knows subcommands, not what they do."""
+"""`python -m labkit_kernels list|check|bench|compile|tune [op...] [--json FILE]`. Knows subcommands only."""
 
 from __future__ import annotations
 

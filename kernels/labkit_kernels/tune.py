@@ -1,5 +1,5 @@
-"""Choices that only a measurement can make (tiles, warps, stages), made once a device and kept on disk. Knows candidates
-and clocks; refuses to know what a kernel does with them.
+"""Choices that only a measurement can make (tiles, warps, stages), made once a device and kept on disk. Knows
+candidates and clocks; refuses to know what a kernel does with them.
 
     python -m labkit_kernels tune                 # minutes; everyone on this machine profits from then on
 
@@ -84,7 +84,7 @@ def _kept(path: str) -> dict[str, Choice]:
 
 
 def search(one: Tune, seconds: Callable[[Callable[[], Any]], float]) -> tuple[Choice, float, float]:
-    """(the best choice, its time, the default's). Candidates that cannot run, or give other numbers, are passed over."""
+    """(the best choice, its time, the default's). What cannot run, or gives other numbers, is passed over."""
     call = one.make()
     with trying(one.op, one.key, one.default):
         expected = call()

@@ -330,11 +330,10 @@ def tunes() -> Iterator[Tune]:
     """Decode at batch 64 and prefill of 4k, by head size."""
     for size, heads, kv_heads in ((128, 32, 8), (64, 14, 2), (256, 8, 4)):
         for decode in (True, False):
-            keys = (32, 64, 128) if decode else (32, 64, 128)
             rows = (16,) if decode else (64, 128)
             found = [
                 {"rows": m, "keys": n, "num_warps": warps, "num_stages": stages}
-                for m in rows for n in keys for warps in (4, 8) for stages in (2, 3, 4)
+                for m in rows for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
             ]  # fmt: skip
             default = tiles(torch.bfloat16, size, size, decode, _device_facts(0)[1])
             key = _key(torch.bfloat16, size, size, decode)
