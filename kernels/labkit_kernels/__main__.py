@@ -1,4 +1,4 @@
-"""`python -m labkit_kernels list|check|bench|compile [op...] [--json FILE]`. Knows subcommands, not what they do."""
+"""`python -m labkit_kernels list|check|bench|compile|tune [op...] [--json FILE]`. Knows subcommands only."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "check": "compare variants with their references",
     "bench": "time variants that pass their check",
     "compile": "compile Triton kernels for sm_80, sm_90 and sm_100; no GPU needed",
+    "tune": "measure and keep the best tiles of this GPU",
 }
 
 

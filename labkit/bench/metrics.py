@@ -25,6 +25,7 @@ class Timed:
     num_prompt: int
     num_output: int
     gaps: tuple[float, ...] = ()  # between its tokens, where they were seen one by one
+    index: int = 0  # in its workload
 
     @property
     def ttft(self) -> float:

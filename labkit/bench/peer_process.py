@@ -9,7 +9,6 @@ It says {"ready": seconds} and then answers every {"asks": [[ids, number of outp
 
 import json
 import os
-import resource
 import sys
 import time
 
@@ -167,6 +166,23 @@ BACKENDS = {
 }
 
 
+def peak_memory():
+    """Bytes that this process and those it started have held at most; None where the system does not say."""
+    try:
+        parents, peaks = {}, {}
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with open(f"/proc/{name}/status") as file:
+                lines = dict(line.split(":", 1) for line in file)
+            parents[int(name)] = int(lines["PPid"])
+            peaks[int(name)] = int(lines.get("VmHWM", "0 kB").split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+    family = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(peaks.get(pid, 0) for pid in family)
+
+
 def main():
     backend, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
@@ -189,7 +205,7 @@ def main():
             answer = run(json.loads(line)["asks"])
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
-        answer["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        answer["peak_memory"] = peak_memory()
         say(answer)
     os._exit(0)  # some engines' threads do not end by themselves
 

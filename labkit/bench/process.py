@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import labkit
-from labkit.bench import peer_process
-from labkit.bench.workload import Ask
+from labkit.bench import peer_process, serve
+from labkit.bench.workload import Ask, Workload
 
 NEEDS = {
     "labkit": "labkit",
@@ -23,6 +24,40 @@ NEEDS = {
     "vllm": "vllm",
     "openvino": "openvino_genai",
 }
+
+
+class Remote:
+    """A server at an OpenAI-compatible address, asked for everything at once."""
+
+    load_seconds = ready_seconds = 0.0  # it was there before
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        serve.first_model(url)  # is it there?
+
+    def run(self, asks: Sequence[Ask]) -> dict[str, Any]:
+        begin = time.perf_counter()
+        together = Workload("pass", tuple(replace(ask, arrival=0.0) for ask in asks))
+        timed, failed = serve.over_http(together, self.url)
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(asks)} requests failed at {self.url}: {failed[0]}")
+        seconds = time.perf_counter() - begin
+        in_order = sorted(timed, key=lambda one: one.index)
+        first, done = [one.first for one in in_order], [one.done for one in in_order]
+        outputs = [one.num_output for one in in_order]
+        return {"seconds": seconds, "outputs": outputs, "first": first, "done": done, "peak_memory": None}
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def start(name: str, model: str, options: dict[str, Any] | None = None, python: str | None = None) -> Backend | Remote:
+    """An engine in its own process, or openai:URL."""
+    kind, _, url = name.partition(":")
+    return Remote(url) if kind == "openai" else Backend(name, model, options, python)
 
 
 class Backend:

@@ -31,7 +31,7 @@ def run(
     """Serve the workload at its arrival times; a result as `labkit bench report` reads it."""
     begin = time.perf_counter()
     timed, failed = (
-        _over_http(workload, url, name, timeout) if url is not None else _in_process(workload, model, options or {})
+        over_http(workload, url, name, timeout) if url is not None else _in_process(workload, model, options or {})
     )
     if not timed:
         raise RuntimeError(f"none of {len(workload.asks)} requests came back: {failed[0] if failed else 'no answer'}")
@@ -82,17 +82,17 @@ def _in_process(workload: Workload, model: str | None, options: dict[str, Any]) 
         return timed, failed
 
 
-def _over_http(workload: Workload, url: str, name: str | None, timeout: float) -> tuple[list[Timed], list[str]]:
-    """One thread a request that is on its way."""
-    address = urlsplit(url if "//" in url else f"http://{url}")
-    if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(f"--url is like http://127.0.0.1:8000, got {url!r}")
-    model = name or _first_model(address, timeout)
+def over_http(
+    workload: Workload, url: str, name: str | None = None, timeout: float = 600.0
+) -> tuple[list[Timed], list[str]]:
+    """What came back, and what went wrong. One thread a request that is on its way."""
+    address = _address(url)
+    model = name or first_model(url, timeout)
     timed: list[Timed] = []
     failed: list[str] = []
     begin = time.perf_counter()
 
-    def ask_one(ask: Ask) -> None:
+    def ask_one(index: int, ask: Ask) -> None:
         arrival = time.perf_counter() - begin
         try:
             seen = _stream(address, model, ask, timeout)
@@ -101,12 +101,12 @@ def _over_http(workload: Workload, url: str, name: str | None, timeout: float) -
             return
         at = [moment - begin for moment in seen]
         gaps = tuple(b - a for a, b in pairwise(at))
-        timed.append(Timed(arrival, at[0], at[-1], len(ask.prompt), ask.num_output, gaps))
+        timed.append(Timed(arrival, at[0], at[-1], len(ask.prompt), ask.num_output, gaps, index))
 
     threads = []
-    for ask in sorted(workload.asks, key=lambda ask: ask.arrival):
+    for index, ask in sorted(enumerate(workload.asks), key=lambda pair: pair[1].arrival):
         _sleep_until(lambda: time.perf_counter() - begin, ask.arrival)
-        thread = threading.Thread(target=ask_one, args=(ask,), daemon=True)
+        thread = threading.Thread(target=ask_one, args=(index, ask), daemon=True)
         thread.start()
         threads.append(thread)
     for thread in threads:
@@ -143,7 +143,16 @@ def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
         connection.close()
 
 
-def _first_model(address: Any, timeout: float) -> str:
+def _address(url: str) -> Any:
+    address = urlsplit(url if "//" in url else f"http://{url}")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"a server's address is like http://127.0.0.1:8000, got {url!r}")
+    return address
+
+
+def first_model(url: str, timeout: float = 10.0) -> str:
+    """The name of the first model that a server lists."""
+    address = _address(url)
     connection = _connect(address, timeout)
     try:
         connection.request("GET", address.path.rstrip("/").removesuffix("/v1") + "/v1/models")

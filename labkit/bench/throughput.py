@@ -17,7 +17,7 @@ from typing import Any
 
 from labkit import __version__
 from labkit.bench import metrics
-from labkit.bench.process import Backend
+from labkit.bench.process import start
 from labkit.bench.workload import Workload
 
 
@@ -56,7 +56,7 @@ def run(setting: Setting) -> dict[str, Any]:
         engines = {}
         for name in setting.backends:
             engines[name] = backend = stack.enter_context(
-                Backend(name, setting.models.get(name, setting.model), setting.options, setting.pythons.get(name))
+                start(name, setting.models.get(name, setting.model), setting.options, setting.pythons.get(name))
             )
             starts[name] = {"load_seconds": backend.load_seconds, "ready_seconds": backend.ready_seconds}
         order = list(_order(setting))
@@ -102,7 +102,7 @@ def _gate_and_limit(setting: Setting) -> dict[str, Any]:
 
 
 def _summary(
-    setting: Setting, answers: Sequence[dict[str, Any]], start: dict[str, float], result: dict[str, Any]
+    setting: Setting, answers: Sequence[dict[str, Any]], began: dict[str, float], result: dict[str, Any]
 ) -> dict[str, Any]:
     workload = setting.workload
     seconds = [answer["seconds"] for answer in answers]
@@ -111,9 +111,10 @@ def _summary(
         "output_tokens_per_second": workload.num_output / middle["seconds"],
         "total_tokens_per_second": (workload.num_output + workload.num_prompt) / middle["seconds"],
         "requests_per_second": len(workload.asks) / middle["seconds"],
-        **start,
-        "peak_memory": middle["peak_memory"],
+        **began,
     }
+    if middle.get("peak_memory"):
+        found["peak_memory"] = middle["peak_memory"]
     if setting.kind == "latency":
         found["batch_seconds"] = metrics._percentiles(seconds)
         found["single_stream"] = workload.num_output / len(workload.asks) / middle["seconds"]

@@ -114,8 +114,7 @@ def break_promise(s: Scheduler, child_row: int, child: Request) -> None:
     s.free_rows.append(child_row)
     s.leaves.append(child_row)
     if not child.ended:
-        s.num_attached -= 1
-        s.queue.push(child)
+        s.detach(child)
 
 
 def roll_back(s: Scheduler, plan: Plan, failure: Failure) -> None:

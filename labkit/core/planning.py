@@ -244,5 +244,4 @@ def _promise_forks(s: Scheduler, draft: Draft, row: int) -> None:
             draft.forks.append((row, child_row, child))
             draft.joins.append(admission.join_of(child, child_row))
         else:
-            s.num_attached -= 1
-            s.queue.push(child)
+            s.detach(child)

@@ -338,8 +338,13 @@ class Scheduler:
         promised = {child.serial for forks in self.forks.values() for _, _, child in forks}
         for sample in parent.samples:
             if sample.id in self.requests and sample.serial not in promised and self.is_attached(sample):
-                self.num_attached -= 1
-                self.queue.push(sample)
+                self.detach(sample)
+
+    def detach(self, sample: Request) -> None:
+        """A sample that will not be forked from its parent waits in the queue like everyone."""
+        self.num_attached -= 1
+        self.queue.push(sample)
+        self.log.add(("Held", sample.id, "order", False))
 
     def is_in_flight(self, row: int) -> bool:
         return bool(self.in_flight) and int(self.last_plan[row]) >= self.in_flight[0].step

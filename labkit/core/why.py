@@ -112,13 +112,14 @@ class Waits:
     def __init__(self) -> None:
         self.heads: list[tuple[int, str, str]] = []  # (step, head, limit)
         self.of: dict[str, _History] = {}
-        self.step = 0
+        self.step = -1  # the last that was committed: only then is a step waited
 
     def copy(self) -> Waits:
         return copy.deepcopy(self)
 
     def apply(self, batch: Batch, forget_ended: bool = False) -> None:
-        self.step = batch.step
+        if batch.row is not None:
+            self.step = batch.step
         for event in batch.events:
             handler = _HANDLERS.get(event[0])
             if handler is not None:
@@ -146,21 +147,23 @@ class Waits:
 
     def _spread(self, name: str, history: _History, first: int, until: int) -> list[Wait]:
         """The waits of steps `first..until-1`, cut where a hold begins or changes. A hold of its own outranks the
-        head's."""
+        head's; "order" ends it."""
         changes: list[tuple[int, int, str, str | None]] = []  # (step, rank, limit, behind)
         start = max(bisect_right(self.heads, first, key=_step_of) - 1, 0)
-        for step, head, limit in self.heads[start : bisect_right(self.heads, until - 1, key=_step_of)]:
-            changes.append((max(step, first), 0, limit, None if head == name else head))
+        for step, other, limit in self.heads[start : bisect_right(self.heads, until - 1, key=_step_of)]:
+            changes.append((max(step, first), 0, limit, None if other == name else other))
         for step, limit in history.holds:
-            if first <= step < until:
-                changes.append((step, 1, limit, None))
+            begins = step + (limit == "order")  # whoever joins the queue in a step came too late for that step
+            if first <= begins < until:
+                changes.append((begins, 1, limit, None))
         changes.sort(key=lambda change: change[:2])
         waits: list[Wait] = []
-        bound: tuple[str, str | None] = ("order", None)
-        own = False
+        head: tuple[str, str | None] = ("order", None)
+        own: str | None = None
 
         def close(stop: int) -> None:
             begin = waits[-1].last + 1 if waits else first
+            bound = head if own is None else (own, None)
             if begin >= stop:
                 return
             if waits and (waits[-1].limit, waits[-1].behind) == bound:
@@ -169,10 +172,11 @@ class Waits:
                 waits.append(Wait(begin, stop - 1, *bound))
 
         for step, rank, limit, behind in changes:
-            if own and rank == 0:
-                continue
             close(step)
-            bound, own = (limit, behind), rank == 1
+            if rank == 0:
+                head = (limit, behind)
+            else:
+                own = None if limit == "order" else limit
         close(until)
         return waits
 
@@ -185,8 +189,10 @@ class Waits:
         history.since = None
         history.status = status
 
-    def _submitted(self, step: int, request: str, *_: Any) -> None:
-        self.of[request] = _History("waiting", step)
+    def _submitted(self, step: int, request: str, *columns: Any) -> None:
+        self.of[request] = history = _History("waiting", step)
+        if columns[-1] is not None:
+            history.holds.append((step, "parent's prompt"))
 
     def _held(self, step: int, request: str, limit: str, head: bool) -> None:
         if head:

@@ -96,6 +96,16 @@ def test_serving_over_http_counts_what_came_and_what_failed(url):
     assert found["metrics"]["itl"]["p50"] >= 0 and found["metrics"]["ttft"]["p50"] > 0
 
 
+def test_a_server_can_be_compared_with(url, tmp_path):
+    out = tmp_path / "r.json"
+    words = ("--num", "3", "--prompt", "4-9", "--output", "3-6", "--passes", "1", "--warmup", "0", "--json", str(out))
+    assert bench("throughput", *words, "--backend", f"openai:{url},labkit") == 0
+    runs = metrics.parse_benchmark_output(out)["runs"]
+    assert runs[f"openai:{url}"]["metrics"]["output_tokens_per_second"] > 0
+    bad = ("--num", "1", "--prompt", "13-13", "--output", "2-2", "--backend", f"openai:{url}")
+    assert bench("throughput", *bad) == 2
+
+
 def test_a_model_that_fails_its_gate_gets_no_speed(monkeypatch):
     wrong = gate.Gate(kl=0.5, agreement=0.4, num_tokens=10, config=None, dtype=None)
     monkeypatch.setattr(gate, "check", lambda *args: wrong)

@@ -92,6 +92,19 @@ def test_a_file_that_is_no_log_is_named(text, message):
     assert message in str(caught.value)
 
 
+def test_a_trimmed_log_saves_and_loads_with_what_it_lost():
+    log = lk.EventLog(keep=50)
+    eng = lk.Engine(
+        scheduler=lk.Scheduler(lk.BlockManager(64, 4), log=log), runner=lk.FakeRunner(), clock=lk.VirtualClock()
+    )
+    for i in range(10):
+        eng.submit([i, 2, 3], params(9))
+    run(eng)
+    again = lk.EventLog.load(io.StringIO(saved(log)))
+    assert again.num_trimmed == log.num_trimmed > 0
+    assert saved(again) == saved(log)
+
+
 def test_block_events_mirror_the_cache_exactly():
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -211,6 +224,30 @@ def test_why_accounts_for_every_step_a_request_got_nothing(budget, blocks):
         assert why.num_waited == len(waited)
         assert len(why.preemptions) == request.num_preemptions
         assert all(wait.limit in ("budget", "rows", "blocks", "prefix pending", "order") for wait in why.waits)
+
+
+def test_a_step_counts_as_waited_once_it_is_committed():
+    for lag in (0, 1):
+        eng = engine(max_num_seqs=1, max_in_flight=lag)
+        eng.submit([1, 2], params(20))
+        request = eng.submit([3, 4], params(1))
+        waited = []
+        for _ in range(5):
+            waited.append(eng.log.why(request).num_waited)
+            eng.step()
+        assert waited == [max(0, step - lag) for step in range(5)]
+
+
+def test_a_sample_waits_for_its_parents_prompt_and_then_in_the_queue():
+    eng = engine(max_num_batched_tokens=4)
+    request = eng.submit(range(12), params(3, n=2))
+    run(eng)
+    assert repr(eng.log.why(request.samples[0])).endswith("steps 0-1: held by parent's prompt")
+
+    eng = engine(max_num_seqs=1)
+    request = eng.submit(range(4), params(3, n=2))
+    run(eng)
+    assert eng.log.why(request.samples[0]).limits() == {"parent's prompt": 1, "rows": 2}
 
 
 def test_why_reads_aloud():

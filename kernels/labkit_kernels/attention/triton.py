@@ -13,7 +13,8 @@ will do; where a tile lies in one block its number is read once.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from labkit_kernels.check import interpreting
 from labkit_kernels.compile import MOST_SHARED, Config
+from labkit_kernels.tune import Tune, chosen
 
 from . import paged_attention as op
 
@@ -320,6 +322,37 @@ def tiles(
     return {"rows": rows, "keys": keys, "num_warps": warps, "num_stages": stages}
 
 
+def _key(dtype: torch.dtype, size: int, value_size: int, decode: bool) -> str:
+    return f"{'decode' if decode else 'prefill'} {size} {value_size} {str(dtype)[6:]}"
+
+
+def tunes() -> Iterator[Tune]:
+    """Decode at batch 64 and prefill of 4k, by head size."""
+    for size, heads, kv_heads in ((128, 32, 8), (64, 14, 2), (256, 8, 4)):
+        for decode in (True, False):
+            rows = (16,) if decode else (64, 128)
+            found = [
+                {"rows": m, "keys": n, "num_warps": warps, "num_stages": stages}
+                for m in rows for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
+            ]  # fmt: skip
+            default = tiles(torch.bfloat16, size, size, decode, _device_facts(0)[1])
+            key = _key(torch.bfloat16, size, size, decode)
+            yield Tune(op.name, key, default, tuple(found), partial(_example, size, heads, kv_heads, decode))
+
+
+def _example(size: int, heads: int, kv_heads: int, decode: bool, device: str = "cuda") -> Callable[[], Tensor]:
+    num, length, queries, block = (64, 1024, 1, 32) if decode else (1, 4096, 4096, 32)
+    like = {"dtype": torch.bfloat16, "device": device}
+    blocks = num * length // block
+    k, v = (torch.randn(blocks + 1, kv_heads, block, size, **like) for _ in range(2))
+    q = torch.randn(num * queries, heads, size, **like)
+    table = (torch.randperm(blocks, device=device) + 1).view(num, -1).int()
+    start = torch.arange(num + 1, device=device, dtype=torch.int32) * queries
+    lengths = torch.full((num,), length, device=device, dtype=torch.int32)
+    bounds = {"max_query_len": queries, "max_seq_len": length}
+    return lambda: paged_attention(q, k, v, table, start, lengths, scale=size**-0.5, **bounds)
+
+
 @lru_cache
 def _device_facts(index: int) -> tuple[int, int]:
     facts = torch.cuda.get_device_properties(index)
@@ -369,7 +402,9 @@ def paged_attention(
     decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS and not invariant  # one path, one order of sums
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
     processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
-    tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None)
+    tile = dict(tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None))
+    if alibi is None:
+        tile = dict(chosen(op.name, _key(q.dtype, wide, value_wide, decode), tile, q.device))
     if decode:
         block_q = max_query_len
         rows = max(16, triton.next_power_of_2(block_q * heads))

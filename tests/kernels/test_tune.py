@@ -1,0 +1,89 @@
+"""What is chosen is the fastest that is right, is kept by device, and is asked for by the launcher."""
+
+import json
+
+import pytest
+import torch
+from labkit_kernels import tune
+from labkit_kernels.tune import Tune, chosen, search, trying
+
+CPU = torch.device("cpu")
+DEFAULT = {"tile": 2}
+
+
+def toy(times: dict[int, float | Exception], wrong: tuple[int, ...] = ()) -> tuple[Tune, dict]:
+    """An op whose tile decides how long it takes, and, for some, what comes out."""
+    last = {}
+
+    def make():
+        def call():
+            tile = chosen("toy", "k", DEFAULT, CPU)["tile"]
+            if isinstance(times[tile], Exception):
+                raise times[tile]
+            last["seconds"] = times[tile]
+            return torch.ones(3) * (2 if tile in wrong else 1)
+
+        return call
+
+    return Tune("toy", "k", DEFAULT, tuple({"tile": tile} for tile in times), make), last
+
+
+def find(times, wrong=()):
+    one, last = toy(times, wrong)
+
+    def seconds(call):
+        call()
+        return last["seconds"]
+
+    return search(one, seconds)
+
+
+def test_the_fastest_candidate_that_is_right_and_runs_is_chosen():
+    assert find({1: 0.5, 2: 1.0, 4: 0.2, 8: 0.1, 16: RuntimeError("shared memory")}, wrong=(8,)) == (
+        {"tile": 4},
+        0.2,
+        1.0,
+    )
+
+
+def test_a_gain_that_may_be_noise_leaves_the_default():
+    assert find({1: 0.99, 2: 1.0}) == (DEFAULT, 1.0, 1.0)
+
+
+def test_choices_are_kept_beside_each_other_and_a_broken_file_is_no_choice(tmp_path):
+    path = tmp_path / "a" / "gpu.json"
+    tune.keep(path, {"op x": {"tile": 1}})
+    tune.keep(path, {"op y": {"tile": 3}})
+    assert json.loads(path.read_text()) == {"op x": {"tile": 1}, "op y": {"tile": 3}}
+    assert tune._kept(str(path))["op y"] == {"tile": 3}
+    (tmp_path / "broken.json").write_text("{")
+    assert tune._kept(str(tmp_path / "broken.json")) == {}
+
+
+def test_on_a_cpu_the_default_is_taken_and_a_trial_outranks_it():
+    assert chosen("op", "k", DEFAULT, CPU) is DEFAULT
+    with trying("op", "k", {"tile": 9}):
+        assert chosen("op", "k", DEFAULT, CPU) == {"tile": 9}
+    assert chosen("op", "k", DEFAULT, CPU) is DEFAULT
+
+
+def test_a_gpu_reads_what_was_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "_file", lambda index: tmp_path / "gpu.json")
+    tune.keep(tmp_path / "gpu.json", {"op k": {"tile": 7}})
+    assert chosen("op", "k", DEFAULT, torch.device("cuda")) == {"tile": 7}
+    assert chosen("op", "other", DEFAULT, torch.device("cuda")) is DEFAULT
+
+
+def test_attention_has_something_to_choose(monkeypatch):
+    triton = pytest.importorskip("labkit_kernels.attention.triton")
+    monkeypatch.setattr(triton, "_device_facts", lambda index: (132, 227 << 10))
+    found = list(triton.tunes())
+    assert len(found) == 6 and all(len(one.candidates) > 10 for one in found)
+    assert {one.key.split()[0] for one in found} == {"decode", "prefill"}
+
+
+def test_without_a_gpu_it_says_so(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert tune.main([]) == 2
+    assert "no GPU is visible" in capsys.readouterr().err
