@@ -17,6 +17,7 @@ from torch import Tensor
 
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Join, TokenLogprobs
+from labkit.upload import fetch, put
 
 Sample = Callable[..., Tensor]  # the op: (logits, temperature, top_k, top_p, min_p, key) -> tokens
 
@@ -37,6 +38,10 @@ class LogprobBatch(NamedTuple):
     rank: Tensor  # [rows]
     top: Tensor  # [rows, most wanted]
     top_ids: Tensor
+
+    def fetched(self) -> LogprobBatch:
+        """On its way to the host: `by_row` may be asked once an event recorded now has come."""
+        return LogprobBatch(self.rows, self.wanted, *map(fetch, self[2:]))
 
     def by_row(self) -> dict[int, TokenLogprobs]:
         columns = zip(
@@ -66,15 +71,15 @@ class Special:
         self.num_prompt = join.num_prompt
         self.prompt: list[int] = join.tokens[: join.num_prompt].tolist()
         self.output: list[int] = join.tokens[join.num_prompt :].tolist()
-        self.stop_ids = torch.tensor([i for i in stop_ids if i < vocab_size], dtype=torch.int64, device=device)
+        self.stop_ids = put([i for i in stop_ids if i < vocab_size], device, np.int64)
         self.bias = None
         if params.logit_bias:
             ids, values = zip(*params.logit_bias.items(), strict=True)
-            self.bias = torch.tensor(ids, device=device), torch.tensor(values, dtype=torch.float32, device=device)
+            self.bias = put(ids, device, np.int64), put(values, device, np.float32)
         self.forbidden = None
         if params.allowed_token_ids is not None:
             self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
-            self.forbidden[torch.tensor(params.allowed_token_ids, device=device)] = False
+            self.forbidden[put(params.allowed_token_ids, device, np.int64)] = False
         # A processor with a memory, as a grammar is one, begins anew for every row.
         self.processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
         self.needs_history = bool(params.logits_processors or params.bad_word_ids)
@@ -148,16 +153,16 @@ class Sampler:
                 self.num_host_rows += made.needs_history
             if _penalizes(join.params):
                 self._penalize(join)
-        rows = torch.tensor([join.row for join in joins], device=self.device)
+        rows = put([join.row for join in joins], self.device, np.int64)
         params = [join.params for join in joins]
         values = (
-            [p.temperature for p in params],
-            [0 if p.top_k >= self.vocab_size else p.top_k for p in params],
-            [p.top_p for p in params],
-            [p.min_p for p in params],
+            ([p.temperature for p in params], np.float32),
+            ([0 if p.top_k >= self.vocab_size else p.top_k for p in params], np.int32),
+            ([p.top_p for p in params], np.float32),
+            ([p.min_p for p in params], np.float32),
         )
-        for column, given in zip(self.columns, values, strict=True):
-            column[rows] = torch.tensor(given, dtype=column.dtype, device=self.device)
+        for column, (given, dtype) in zip(self.columns, values, strict=True):
+            column[rows] = put(given, self.device, dtype)
 
     def leave(self, row: int) -> None:
         special = self.special.pop(row, None)
@@ -193,16 +198,15 @@ class Sampler:
             self.count = torch.cat((self.count, self.count.new_zeros(more, self.vocab_size)))
             self.penalties = torch.cat((self.penalties, self.penalties.new_zeros(more, 3)))
         place = self.penalized[join.row] = self._places.pop()
-        tokens = torch.from_numpy(join.tokens.astype(np.int64)).to(self.device)
+        tokens = put(join.tokens, self.device, np.int64)
         self.in_prompt[place] = False
         self.in_prompt[place, tokens[: join.num_prompt]] = True
         self.count[place] = 0
         output = tokens[join.num_prompt :]
         self.count[place].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         params = join.params
-        self.penalties[place] = torch.tensor(
-            [params.presence_penalty, params.frequency_penalty, params.repetition_penalty], device=self.device
-        )
+        given = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
+        self.penalties[place] = put(given, self.device, np.float32)
 
     # -- a draw --------------------------------------------------------------------------------------------------
 
@@ -211,7 +215,8 @@ class Sampler:
         `known` are the tokens that each row has before the draw."""
         wanted = [(i, row) for i, row in enumerate(rows.tolist()) if row in self.special] if self.special else []
         asking = [(i, row) for i, row in wanted if self.special[row].params.logprobs is not None]
-        raw = logits[[i for i, _ in asking]].clone() if asking else None
+        lines = put([i for i, _ in asking], self.device, np.int64) if asking else None
+        raw = logits[lines] if lines is not None else None
         errors: dict[int, str] = {}
         for i, row in wanted:
             if self.special[row].changes:
@@ -221,8 +226,8 @@ class Sampler:
                     errors[row] = f"logits processor failed: {type(error).__name__}: {error}"
         if self.penalized:
             self._apply_penalties(logits, rows)
-        index = torch.from_numpy(rows.astype(np.int64)).to(self.device)
-        keys = torch.from_numpy(self.keys(rows, known)).to(self.device)
+        index = put(rows, self.device, np.int64)
+        keys = put(self.keys(rows, known), self.device)
         columns = [column[index] for column in self.columns]
         tokens = sample(logits, *columns, keys)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
@@ -233,11 +238,9 @@ class Sampler:
             for i, row in wanted:
                 self.special[row].output.append(on_host[i])
         batch = None
-        if asking:
-            lines = [i for i, _ in asking]
+        if raw is not None:
             numbers = [self.special[row].params.logprobs or 0 for _, row in asking]
-            assert raw is not None
-            batch = logprobs_of(raw, tokens[lines], numbers, [row for _, row in asking])
+            batch = logprobs_of(raw, tokens[lines], numbers, [row for _, row in asking]).fetched()
         return Drawn(tokens, chosen, errors, batch)
 
     def keys(self, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -248,7 +251,7 @@ class Sampler:
         lines = [(i, self.penalized[row]) for i, row in enumerate(rows.tolist()) if row in self.penalized]
         if not lines:
             return None
-        pairs = torch.tensor(lines, device=self.device)
+        pairs = put(lines, self.device, np.int64)
         return pairs[:, 0], pairs[:, 1]
 
     def _apply_penalties(self, logits: Tensor, rows: np.ndarray) -> None:

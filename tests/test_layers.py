@@ -21,12 +21,13 @@ MAY_IMPORT = {
     "handle": {"core", "text", "engine"},  # the engine only as a type
     "intake": {"core", "grammar", "handle", "engine", "tokenizer"},
     "grammar": set(),
-    "sampling": {"core"},
+    "sampling": {"core", "upload"},
+    "upload": set(),
     "assets": {"core"},
     "build": {"assets", "core", "loading", "models", "runner", "tokenizer"},
     "models": {"core", "models", "loading"},
     "loading": {"core", "loading"},
-    "runner": {"core", "runner", "models", "sampling"},
+    "runner": {"core", "runner", "models", "sampling", "upload"},
     "snapshot": {"core", "engine"},  # the engine only as a type
     "engine": {
         "build",
@@ -68,6 +69,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "loading": {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "modelscope", "labkit_kernels"},
     "runner": {"torch", "numpy", "labkit_kernels"},
     "sampling": {"torch", "numpy"},
+    "upload": {"torch", "numpy"},
     "tokenizer": {"tokenizers", "transformers", "jinja2"},
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
     "grammar": {"numpy", "torch", "llguidance"},

@@ -1,19 +1,19 @@
 """Decode steps that were captured once and are replayed: one graph for a batch size and a width of block tables. Knows
 static buffers; refuses to know requests.
 
-A graph reads its inputs from buffers that never move, so a step fills them from pinned memory in two copies and starts
+A graph reads its inputs from a buffer that never moves, so a step fills it by one copy from pinned memory and starts
 one replay: forward, sampling, and what the next step reads are all inside. Batches are padded to the next size; a
-padded line writes to the scratch block and to a scratch row. Graphs are captured when they are first needed, as each
-takes memory (`memory` says how much). On a CPU a "graph" is the function itself, called again on the same buffers: so
-the padding and the buffers are tested where there is no GPU.
+padded line writes to the scratch block and to a scratch row. Lines go in order of their length, the longest first:
+attention ends when its last program does, and a long sequence that began last would be waited for by an idle device.
+Graphs are captured when they are first needed, as each takes memory (`memory` says how much). On a CPU a "graph" is the
+function itself, called again on the same buffers: so the padding and the buffers are tested where there is no GPU.
 """
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,71 +24,80 @@ from labkit.sampling import Sampler
 
 SIZES = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 1025, 32))
 LEAST_WIDTH = 16  # blocks in a table
-GIVEN, POSITION, SLOT, ROW, KEY, FED = range(6)  # columns of what a step brings, int64
+TURNS = 3  # a copy may still be on its way when the next step is prepared, and the one after it
+
+
+class Lines(NamedTuple):
+    """What a step brings, a line a row of the batch."""
+
+    columns: Any  # [7, size] int64: the seven below
+    tables: Any  # [size, width] int32
+    lengths: Any  # [size] int32
+
+
+GIVEN, POSITION, SLOT, ROW, KEY, FED, PLACE = range(7)  # columns
+
+
+def lines_of(flat: Any, size: int, width: int) -> Lines:
+    """Views of one int32 array or tensor, each beginning at a multiple of 16 bytes and dense: kernels read them."""
+    ends = np.cumsum([_whole(14 * size), _whole(size * width), size])
+    columns = flat[: 14 * size].view(np.int64 if isinstance(flat, np.ndarray) else torch.int64).reshape(7, size)
+    tables = flat[ends[0] : ends[0] + size * width].reshape(size, width)
+    return Lines(columns, tables, flat[ends[1] : ends[2]])
+
+
+def _whole(count: int) -> int:
+    return -(-count // 4) * 4
 
 
 class Buffers:
-    """The inputs of one (size, width), and pinned memory that they are filled from, in turns."""
-
-    TURNS = 3  # a copy may still be on its way when the next step is prepared, and the one after it
+    """The inputs of one (size, width), pinned memory that they are filled from, in turns, and the outputs."""
 
     def __init__(self, size: int, width: int, device: torch.device) -> None:
         self.size, self.width, self.device = size, width, device
-        self.columns = torch.zeros(6, size, dtype=torch.int64, device=device)
-        self.tables = torch.zeros(size, width + 1, dtype=torch.int32, device=device)  # and the length of each
+        total = _whole(14 * size) + _whole(size * width) + size
+        self.flat = torch.zeros(total, dtype=torch.int32, device=device)
+        self.lines = lines_of(self.flat, size, width)
         self.query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.out = torch.zeros(2, size, dtype=torch.float64, device=device)  # tokens, and their logits
         pinned = device.type == "cuda"
         self._turn = 0
-        self._host = [
-            (
-                torch.zeros(6, size, dtype=torch.int64, pin_memory=pinned),
-                torch.zeros(size, width + 1, dtype=torch.int32, pin_memory=pinned),
-                torch.zeros(2, size, dtype=torch.float64, pin_memory=pinned),
-                torch.cuda.Event() if pinned else None,
-            )
-            for _ in range(self.TURNS)
-        ]
+        self._staged = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(TURNS)]
+        self._filled = [lines_of(staged.numpy(), size, width) for staged in self._staged]
+        self._out = [torch.zeros(2, size, dtype=torch.float64, pin_memory=pinned) for _ in range(TURNS)]
+        self._free = [torch.cuda.Event() for _ in range(TURNS)] if pinned else None
 
-    def fill(self, columns: np.ndarray, tables: np.ndarray, lengths: np.ndarray, scratch_row: int) -> None:
-        """This step's lines, and padding behind them."""
-        self._turn = (self._turn + 1) % self.TURNS
-        staged, rows, _, free = self._host[self._turn]
-        if free is not None:
-            free.synchronize()  # long past, unless three steps are on their way
-        num, wide = len(lengths), tables.shape[1]
-        at, table = staged.numpy(), rows.numpy()
-        at[:, :num] = columns
-        at[:, num:] = 0
+    def fill(self, columns: np.ndarray, tables: np.ndarray, scratch_row: int) -> None:
+        """This step's lines, the longest first, and padding behind them."""
+        self._turn = (self._turn + 1) % TURNS
+        if self._free is not None:
+            self._free[self._turn].synchronize()  # long past, unless three steps are on their way
+        num, wide = tables.shape
+        order = np.argsort(-columns[POSITION], kind="stable")
+        at, table, lengths = self._filled[self._turn]
+        at[:, :num] = columns[:, order]
+        at[PLACE, :num] = order
+        at[PLACE, num:] = np.arange(num, self.size)
+        at[:PLACE, num:] = 0
         at[ROW, num:] = scratch_row
-        table[:num, :wide] = tables
-        table[:num, wide : self.width] = 0
-        table[num:, : self.width] = 0
-        table[:num, self.width] = lengths
-        table[num:, self.width] = 1  # a padded line reads one key, of the scratch block
-        self.columns.copy_(staged, non_blocking=True)
-        self.tables.copy_(rows, non_blocking=True)
+        table[:num, :wide] = tables[order]
+        table[:num, wide:] = 0
+        table[num:] = 0
+        lengths[:num] = at[POSITION, :num] + 1
+        lengths[num:] = 1  # a padded line reads one key, of the scratch block
+        self.flat.copy_(self._staged[self._turn], non_blocking=True)
+
+    def pad(self, scratch_row: int) -> None:
+        """Padding alone: what is captured and warmed up must write to nobody's blocks."""
+        self.fill(np.zeros((7, 0), np.int64), np.zeros((0, self.width), np.int64), scratch_row)
 
     def read(self) -> Tensor:
-        """Where this step's outputs will be once its event has come."""
-        _, _, out, free = self._host[self._turn]
+        """Where this step's outputs will be once its event has come, in the order in which its lines were given."""
+        out = self._out[self._turn]
         out.copy_(self.out, non_blocking=True)
-        if free is not None:
-            free.record()
+        if self._free is not None:
+            self._free[self._turn].record()
         return out
-
-    @property
-    def batch(self) -> Batch:
-        return Batch(
-            token_ids=self.columns[GIVEN],
-            positions=self.columns[POSITION],
-            slots=self.columns[SLOT],
-            block_table=self.tables[:, : self.width],
-            query_start=self.query_start,
-            seq_len=self.tables[:, self.width],
-            max_query_len=1,
-            max_seq_len=0,  # the runner fills it in
-        )
 
 
 class Graphs:
@@ -103,15 +112,14 @@ class Graphs:
         self.memory = 0  # bytes that captured graphs hold
         self._made: dict[tuple[int, int], tuple[Buffers, Callable[[], Any]]] = {}
         self._pool: Any = None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __repr__(self) -> str:
         return f"Graphs({len(self._made)} captured, {self.memory / 2**20:.0f} MiB)"
 
-    def run(
-        self, columns: np.ndarray, tables: np.ndarray, lengths: np.ndarray, sample: Callable[..., Tensor]
-    ) -> Tensor:
-        """One decode step of `len(lengths)` rows; tokens and logits [2, size], on the host once the stream is there."""
-        size = self.sizes[bisect.bisect_left(self.sizes, len(lengths))]
+    def run(self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor]) -> Tensor:
+        """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream is there."""
+        size = self.sizes[bisect.bisect_left(self.sizes, len(tables))]
         width = LEAST_WIDTH
         while width < tables.shape[1]:
             width *= 2
@@ -119,46 +127,51 @@ class Graphs:
             buffers = Buffers(size, width, self.device)
             self._made[size, width] = buffers, self._capture(buffers, sample)
         buffers, replay = self._made[size, width]
-        buffers.fill(columns, tables, lengths, self.num_rows)
+        buffers.fill(columns, tables, self.num_rows)
         replay()
         return buffers.read()
 
     def forget(self) -> None:
         """Another variant is in use: what was captured is out of date."""
+        if self._stream is not None:
+            torch.cuda.synchronize(self.device)  # a graph that still runs must not be taken apart
         self._made.clear()
+        self._pool = None  # a pool ends with its last graph
         self.memory = 0
 
     def _step(self, buffers: Buffers, sample: Callable[..., Tensor]) -> None:
         """What a graph holds."""
-        columns = buffers.columns
+        columns, tables, lengths = buffers.lines
         rows = columns[ROW]
-        token_ids = torch.where(columns[FED] > 0, self.latest[rows], columns[GIVEN])
-        batch = replace(buffers.batch, token_ids=token_ids, max_seq_len=buffers.width * self.block_size)
-        hidden = self.model.forward(batch, self.caches)
-        logits = self.model.logits(hidden)
+        batch = Batch(
+            token_ids=torch.where(columns[FED] > 0, self.latest[rows], columns[GIVEN]),
+            positions=columns[POSITION],
+            slots=columns[SLOT],
+            block_table=tables,
+            query_start=buffers.query_start,
+            seq_len=lengths,
+            max_query_len=1,
+            max_seq_len=buffers.width * self.block_size,
+        )
+        logits = self.model.logits(self.model.forward(batch, self.caches))
         tokens = sample(logits, *(column[rows] for column in self.sampler.columns), columns[KEY])
         self.latest.index_copy_(0, rows, tokens)
-        buffers.out[0] = tokens
-        buffers.out[1] = logits.gather(1, tokens[:, None])[:, 0]
+        chosen = logits.gather(1, tokens[:, None])[:, 0]
+        buffers.out.index_copy_(1, columns[PLACE], torch.stack((tokens.double(), chosen.double())))
 
     def _capture(self, buffers: Buffers, sample: Callable[..., Tensor]) -> Callable[[], Any]:
-        if self.device.type != "cuda":
+        if self._stream is None:
             return lambda: self._step(buffers, sample)
-        # All lines padded: the warm-up (which compiles) and the capture write to the scratch block and row alone.
-        buffers.columns.zero_()
-        buffers.columns[ROW] = self.num_rows
-        buffers.tables.zero_()
-        buffers.tables[:, buffers.width] = 1
-        before = torch.cuda.memory_reserved(self.device)
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._step(buffers, sample)
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        buffers.pad(self.num_rows)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):  # compiles kernels and makes the libraries choose theirs
             self._step(buffers, sample)
-        self._pool = self._pool or graph.pool()
-        self.memory += max(0, torch.cuda.memory_reserved(self.device) - before)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            self._step(buffers, sample)
+        self._pool = graph.pool()
+        self.memory += max(0, free - torch.cuda.mem_get_info(self.device)[0])
         return graph.replay

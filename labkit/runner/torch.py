@@ -24,6 +24,7 @@ from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.rows import Rows
 from labkit.sampling import Drawn, Sampler, logprobs_of
+from labkit.upload import fetch, put
 
 MOST_LOGITS = 2**26  # entries of a matrix of prompt logits computed at once
 
@@ -62,6 +63,7 @@ class TorchRunner:
         if self.layout is not None:
             size = self.bytes_per_block(self.layout.block_size) * self.layout.num_blocks
             where = f"{self.layout.num_blocks}x{self.layout.block_size}, {size / 2**20:.0f} MiB of keys and values"
+            where += "" if self.graphs is None else f", {self.graphs!r}"
         return f"TorchRunner({self.model.name} on {self.device}, {str(self.model.dtype)[6:]}, {where})"
 
     # -- memory --------------------------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class TorchRunner:
         drawn = self._draw(plan, inputs, hidden)
         extras = self._extras(plan, inputs, hidden, wanted, capture) if wanted else {}
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        pending = _Computed(plan, _on_its_way(drawn, self.device), drawn, extras, names, begin, self.device)
+        pending = _Computed(plan, _on_its_way(drawn), drawn, extras, names, begin, self.device)
         return pending if self.device.type == "cuda" else Done(pending.result())
 
     def _pick(self) -> None:
@@ -214,13 +216,13 @@ class TorchRunner:
         index, place = np.divmod(start, size)
         blocks = self.rows.tables[rows, index]
         self.store.touched[blocks] = True
-        columns = np.zeros((6, len(rows)), np.int64)
+        columns = np.zeros((7, len(rows)), np.int64)
         columns[FED, plan.feed] = 1
         columns[GIVEN, columns[FED] == 0] = plan.tokens
         columns[POSITION], columns[SLOT], columns[ROW] = start, blocks * size + place, rows
         columns[KEY] = self.sampler.keys(rows, start + 1)
         table = self.rows.tables[rows, : int(index.max()) + 1]
-        out = graphs.run(columns, table, start + 1, self._sample)[:, : len(rows)]
+        out = graphs.run(columns, table, self._sample)[:, : len(rows)]
         pending = _Computed(plan, out, None, {}, [], begin, self.device)
         return pending if self.device.type == "cuda" else Done(pending.result())
 
@@ -236,7 +238,7 @@ class TorchRunner:
         if len(plan.swap_out):
             self._swap(self.store, self.host, plan.swap_out)
         if len(plan.copies):
-            pairs = torch.from_numpy(plan.copies).to(self.device)
+            pairs = self._put(plan.copies)
             self.store.touched[plan.copies[:, 1]] = True
             copy_blocks(self.store.flat, pairs)
         if len(plan.swap_in):
@@ -290,8 +292,7 @@ class TorchRunner:
         return _Inputs(batch, query_start, seq_len)
 
     def _put(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(np.require(array, requirements=["C", "W"]))
-        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+        return put(array, self.device)
 
     def _draw(self, plan: Plan, inputs: _Inputs, hidden: Tensor) -> Drawn | None:
         if not len(plan.sample_row):
@@ -393,14 +394,9 @@ class _Inputs(NamedTuple):
     seq_len: np.ndarray  # [entries]
 
 
-def _on_its_way(drawn: Drawn | None, device: torch.device) -> Tensor | None:
+def _on_its_way(drawn: Drawn | None) -> Tensor | None:
     """Tokens and their logits [2, samples], on the host when the device has come that far."""
-    if drawn is None:
-        return None
-    both = torch.stack((drawn.tokens.double(), drawn.chosen.double()))
-    if device.type == "cpu":
-        return both
-    return torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True)
+    return None if drawn is None else fetch(torch.stack((drawn.tokens.double(), drawn.chosen.double())))
 
 
 class _Computed:

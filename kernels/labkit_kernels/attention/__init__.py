@@ -100,6 +100,14 @@ def _cases() -> Iterator[Case]:
 
             yield Case(name, make, timed=timed)
 
+    def columns(device, dtype, generator):  # of a wider table
+        inputs, options = make_batch(device, dtype, generator, [(1, 40), (13, 29), (1, 1)], 4, 2, 32, 32, 16)
+        q, k_cache, v_cache, table, start, length = inputs
+        wide = torch.cat((table, length[:, None]), 1)
+        return (q, k_cache, v_cache, wide[:, :-1], torch.stack((start, start), 1)[:, 0], wide[:, -1]), options
+
+    yield Case("lengths and tables that are columns", columns)
+
 
 def _tolerance(dtype: torch.dtype) -> Tolerance:
     unit = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}[dtype]

@@ -393,6 +393,7 @@ def paged_attention(
     num_tokens, num_heads, size = q.shape
     _, kv_heads, block_size, value_size = v_cache.shape
     num_seqs = seq_len.shape[0]
+    query_start, seq_len = query_start.contiguous(), seq_len.contiguous()
     out = q.new_empty(num_tokens, num_heads, value_size)
     if num_tokens == 0 or num_seqs == 0:
         return out
