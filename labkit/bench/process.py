@@ -3,8 +3,10 @@ peer_process.py."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,8 +78,9 @@ class Backend:
         begin = time.perf_counter()
         self._errors = open(os.devnull, "w") if not os.environ.get("LABKIT_BENCH_VERBOSE") else sys.stderr  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
         self.load_seconds = self._answer()["ready"]
         self.ready_seconds = time.perf_counter() - begin  # interpreter and imports included
 
@@ -120,11 +123,11 @@ class Backend:
         if self._process.poll() is None:
             assert self._process.stdin is not None
             self._process.stdin.close()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # it, if it hangs, and whatever it started and left
+        self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         if self._errors is not sys.stderr:

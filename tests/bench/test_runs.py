@@ -145,6 +145,34 @@ def test_the_gpu_bench_runs_in_miniature(tmp_path):
     assert found["with graphs"]["output_tokens_per_second"] > 0 and "captured" in found["with graphs"]["graphs"]
 
 
+def test_an_engine_takes_what_it_started_with_it(tmp_path):
+    """Some engines leave workers behind."""
+    import os
+    import time
+    from pathlib import Path
+
+    from labkit.bench import peer_process
+    from labkit.bench.process import Backend
+
+    left = tmp_path / "left"
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/bin/sh\nsleep 60 & echo $! > {left}\necho '{{\"ready\": 1}}'\nread line\nexit 0\n")
+    fake.chmod(0o755)
+    assert "labkit" in peer_process.BACKENDS
+    with Backend("labkit", "model", python=str(fake)):
+        worker = int(left.read_text())
+        os.kill(worker, 0)
+    for _ in range(50):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        state = Path(f"/proc/{worker}/stat").read_text().split()[2]
+        assert state == "Z", "the worker still runs"
+
+
 def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, tmp_path):
     from labkit.bench import gpu
 
