@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
-from labkit.core.options import real
+from labkit.core.options import MOST_SECONDS, duration, real
 
 
 class Clock(Protocol):
@@ -37,7 +37,7 @@ class VirtualClock:
     """Time that passes only when told: a simulation's, or a reproducible test's."""
 
     def __init__(self, start: float = 0.0) -> None:
-        self._now = round(real("start", start, least=0.0) * 1e9)
+        self._now = round(duration("start", start) * 1e9)
 
     def __repr__(self) -> str:
         return f"VirtualClock({self._now / 1e9:.6f} s)"
@@ -46,7 +46,7 @@ class VirtualClock:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        if seconds < 0:
+        if real("seconds", seconds, least=float("-inf"), most=MOST_SECONDS) < 0:
             raise ValueError(f"time does not run backwards: advance({seconds})")
         self._now += round(seconds * 1e9)
 

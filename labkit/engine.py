@@ -23,7 +23,7 @@ from labkit.closing import LeakReport, held_memory
 from labkit.core.eviction import eviction_policy
 from labkit.core.log import EventLog
 from labkit.core.manager import BlockManager
-from labkit.core.options import check_names, choose, flag, named_arguments, real, whole
+from labkit.core.options import check_names, choose, duration, flag, named_arguments, real, whole
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.policy import PREEMPTIONS, name_of, order_of
@@ -199,6 +199,7 @@ class Engine:
         try:
             self.scheduler.submit(handle, self.clock.now())
         except RejectedError:
+            self.log.post()
             self.bell.ring()
             if not quiet:
                 raise
@@ -309,6 +310,8 @@ class Engine:
 
     def wait_for(self, handles: Iterable[Handle], timeout: float | None = None) -> None:
         """Until all have ended: stepping, or, with a background thread, watching."""
+        if timeout is not None:
+            duration("timeout", timeout)
         clock = WallClock()
         for handle in handles:
             while not handle.ended:
@@ -376,6 +379,7 @@ class Engine:
             if plan is not None:
                 return Outputs(plan.step, self.clock.now(), *_NOTHING)
             if not self._arrivals:
+                self.log.post()
                 if self.scheduler.has_work:
                     self._explain_stall()
                 return None
@@ -408,11 +412,12 @@ class Engine:
             self._fail(plan, error)
             raise
         self.clock.advance(result.seconds)
-        outputs = self.scheduler.commit(plan, result, self.clock.now())
-        if result.extras:
-            self._hand_out(result)
-        if self._watched:
-            outputs = self._stop_strings(outputs)
+        try:
+            find_stops = self._find_stops if self._watched else None
+            outputs = self.scheduler.commit(plan, result, self.clock.now(), find_stops)
+        finally:
+            if result.extras:
+                self._hand_out(result)
         for listener in list(self.listeners):
             self._tell(listener, outputs)
         self.bell.ring()
@@ -447,20 +452,17 @@ class Engine:
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener) if listener in self.listeners else None
 
-    def _stop_strings(self, outputs: Outputs) -> Outputs:
-        """End requests whose text now holds one of their stop strings; it outranks stop id, eos and length. The tokens
-        that make it stay with the request, its text ends before it."""
-        ended = list(outputs.ended)
-        for id, handle in sorted(self._watched.items()):
-            if handle.num_output and handle.status is not Status.ABORTED:
-                text = handle.read_text()
-                if text.end is not None:
-                    if not handle.ended:
-                        ended.append(handle)
-                    self.scheduler.stop(id, text.num_tokens, "stop string", self.clock.now())
-            if handle.ended:
+    def _find_stops(self) -> list[tuple[Request, int]]:
+        """Requests whose text now holds one of their stop strings. The tokens that make it stay with the request, its
+        text ends before it."""
+        found: list[tuple[Request, int]] = []
+        for id, handle in list(self._watched.items()):
+            text = handle.read_text() if handle.num_output and handle.status is not Status.ABORTED else None
+            if text is not None and text.end is not None:
+                found.append((handle, text.num_tokens))
+            if handle.ended or (text is not None and text.end is not None):
                 del self._watched[id]
-        return outputs._replace(ended=tuple(ended))
+        return found
 
     def _explain_stall(self) -> None:
         s, blocks = self.scheduler, self.blocks
@@ -741,7 +743,7 @@ def _check_result(plan: Plan, result: Any) -> None:
         raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has shape {tokens.shape}")
     if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() > 2**31 - 1):
         raise ValueError(f"a result's tokens are whole numbers in 0..2**31 - 1, got {tokens!r}")
-    real("a result's seconds", result.seconds, least=0.0)
+    duration("a result's seconds", result.seconds)
 
 
 def _is_ids(prompts: Any) -> bool:

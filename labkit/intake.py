@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from labkit.core.options import check_names, real, whole
+from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
 from labkit.core.prefix import Span
 from labkit.core.request import Request
@@ -17,8 +17,6 @@ from labkit.handle import Handle
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
-
-LATEST = 9e9  # seconds, some 285 years: nanoseconds still fit 64 bits
 
 
 def make_handle(
@@ -37,14 +35,14 @@ def make_handle(
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {params!r}")
-    tokens, text = prompt_ids(engine, prompt)
+    tokens, prompt_text = prompt_ids(engine, prompt)
     params = _fitting(engine, params, len(tokens))
     whole("priority", priority, least=-(2**31), most=2**31)
-    if id is not None and (not isinstance(id, str) or not id):
-        raise ValueError(f"id must be a non-empty string, got {id!r}")
+    if id is not None:
+        text("id", id)
     for name, value in (("salt", salt), ("adapter", adapter)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, got {value!r}")
+        if value is not None:
+            text(name, value, may_be_empty=True)
     for span in spans:
         if not isinstance(span, Span):
             raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
@@ -52,7 +50,7 @@ def make_handle(
             raise ValueError(f"{span!r} does not lie within the prompt's {len(tokens)} tokens")
     when = engine.clock.now()
     if arrival is not None:
-        when = max(when, round(real("arrival", arrival, least=0.0, most=LATEST) * 1e9))
+        when = max(when, round(duration("arrival", arrival) * 1e9))
     eos = () if params.ignore_eos else engine.runner.eos_token_ids
     stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
     each = replace(params, n=1)
@@ -60,7 +58,7 @@ def make_handle(
     def make(id: str, sample: int, parent: Request | None) -> Handle:
         return Handle(
             id, tokens, each, arrival=when, priority=priority, salt=salt, adapter=adapter,
-            spans=spans, stop_ids=stop_ids, parent=parent, sample=sample, engine=engine, prompt_text=text,
+            spans=spans, stop_ids=stop_ids, parent=parent, sample=sample, engine=engine, prompt_text=prompt_text,
         )  # fmt: skip
 
     first = make(id or engine.new_id(), 0, None)
@@ -70,7 +68,7 @@ def make_handle(
 
 def prompt_ids(engine: Engine, prompt: Any) -> tuple[Tokens, str | None]:
     """Token ids of whatever a prompt may be, and its text if that is what it was."""
-    text = None
+    written = None
     if isinstance(prompt, Mapping):
         check_names("a prompt", prompt, ("prompt", "prompt_token_ids"))
         if len(prompt) != 1:
@@ -80,7 +78,7 @@ def prompt_ids(engine: Engine, prompt: Any) -> tuple[Tokens, str | None]:
         encode = getattr(engine.tokenizer, "encode", None)
         if encode is None:
             raise ValueError("prompt must be token ids, got text: this engine has no tokenizer to encode it")
-        prompt, text = encode(prompt), prompt
+        prompt, written = encode(text("prompt", prompt, may_be_empty=True)), prompt
     tokens = as_tokens(prompt)
     if not len(tokens):
         raise ValueError("prompt is empty: a request needs at least one token")
@@ -88,7 +86,7 @@ def prompt_ids(engine: Engine, prompt: Any) -> tuple[Tokens, str | None]:
     if int(tokens.max()) >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise ValueError(f"prompt[{at}] is {tokens[at]}: the vocabulary ends at {vocab_size - 1}")
-    return tokens, text
+    return tokens, written
 
 
 def _fitting(engine: Engine, params: SamplingParams, num_prompt: int) -> SamplingParams:

@@ -212,6 +212,24 @@ def test_a_listener_that_raises_is_dropped_and_the_engine_goes_on():
     assert request.ended and not eng.listeners
 
 
+def test_subscribers_hear_what_holds_a_request_in_a_stall():
+    eng, heard = engine(blocks=4), []
+    eng.log.subscribe(lambda batches: heard.extend(event for batch in batches for event in batch.events))
+    eng.blocks.allocate("mine", range(16))
+    eng.submit([1], params(1), id="q")
+    with pytest.raises(lk.StalledError):
+        eng.step()
+    assert heard[-1] == ("Held", "q", "blocks", True)
+
+
+def test_subscribers_hear_of_a_rejection_that_no_step_follows():
+    eng, heard = engine(max_waiting=0), []
+    eng.log.subscribe(lambda batches: heard.extend(event[0] for batch in batches for event in batch.events))
+    with pytest.raises(lk.RejectedError):
+        eng.submit([1], params(1))
+    assert heard[-2:] == ["Submitted", "Rejected"]
+
+
 # -- live settings -------------------------------------------------------------------------------------------------
 
 

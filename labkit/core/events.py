@@ -6,7 +6,7 @@ columns. The classes below are how a log is *read*. Times are integer nanosecond
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -215,6 +215,52 @@ def _read_removed(
 ) -> Iterator[Event]:
     for i, (block, request) in enumerate(zip(blocks, requests, strict=True)):
         yield Removed(step, now, digests[32 * i : 32 * i + 32].hex(), block, request)
+
+
+_HOLDS: dict[str, Callable[[Any], bool]] = {  # an annotation, as it is written above -> may a field hold this?
+    "int": lambda value: type(value) is int,
+    "str": lambda value: isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "tuple[int, ...]": lambda value: (
+        isinstance(value, list) and bool(value) and all(type(id) is int and 0 <= id < 2**31 for id in value)
+    ),
+}
+_COUNTS = frozenset(("step", "now", "num_prompt", "row", "num_output", *NAMES["Step"]))
+
+
+def parse(record: Any) -> tuple[int, int, tuple[Any, ...]]:
+    """A saved line as (step, now, the event as the hot path writes it), or a ValueError that names what is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError(f"it holds {record!r}, no JSON object")
+    kind = record.get("event")
+    if not isinstance(kind, str) or kind not in EVENTS:
+        raise ValueError(f"there is no event {kind!r}")
+    for column in fields(EVENTS[kind]):
+        name = column.name
+        if name not in record:
+            raise ValueError(f"{kind} without {name!r}")
+        if not _HOLDS[str(column.type)](record[name]) or (name in _COUNTS and record[name] < 0):
+            raise ValueError(f"{kind} with {name} {record[name]!r}")
+    step, now, *values = (record[name] for name in NAMES[kind])
+    if kind == "Stored":
+        digest, parent, block, ids = values
+        ids_of = np.array(ids, np.int32).tobytes()
+        values = [_digest("hash", digest), _digest("parent", parent), (block,), ids_of]
+    elif kind == "Removed":
+        digest, block, request = values
+        values = [_digest("hash", digest), (block,), (request,)]
+    return step, now, (kind, *values)
+
+
+def _digest(name: str, written: str) -> bytes:
+    try:
+        digest = bytes.fromhex(written)
+    except ValueError:
+        digest = b""
+    if len(digest) != 32:
+        raise ValueError(f"{name} {written!r} is not the 64 hexadecimal digits of a hash")
+    return digest
 
 
 def size_of(batch: Batch) -> int:

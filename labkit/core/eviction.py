@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from .options import choose, named_options, real
+from .options import choose, duration, named_options, real
 from .prefix import PrefixCache
 
 
@@ -317,7 +317,7 @@ class TTL(LRU):
 
     def __init__(self, seconds: float = 60.0) -> None:
         super().__init__()
-        self.seconds = real("seconds", seconds, least=0.0)
+        self.seconds = duration("seconds", seconds)
         self._since: OrderedDict[int, int] = OrderedDict()
         self._now = 0
 

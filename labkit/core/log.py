@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from os import PathLike
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
-from .events import EVENTS, NAMES, Batch, Event, read, size_of
+from .events import EVENTS, NAMES, Batch, Event, parse, read, size_of
 from .options import closest, named_options, whole
 from .why import Waits, Why
 
@@ -71,6 +69,12 @@ class EventLog:
         trimmed = f", {self.num_trimmed} trimmed" if self.num_trimmed else ""
         steps = sum(batch.row is not None for batch in self._batches)
         return f"EventLog({self._size} events, {steps} steps{trimmed})"
+
+    def correct(self, event: tuple[Any, ...]) -> None:
+        """Put an event in place of the one of its kind and request that was added since the last flush, if one was."""
+        for i, other in enumerate(self._pending):
+            if other[:2] == event[:2]:
+                self._pending[i] = event
 
     def flush(self, step: int, now: int, row: tuple[int, ...] | None = None) -> None:
         """Close the moment: what was added since the last flush happened at `now`."""
@@ -193,17 +197,17 @@ class EventLog:
         moment: tuple[int, int] | None = None
         for number, line in enumerate(file, start=2):
             try:
-                kind, step, now, values = _read_record(json.loads(line))
-            except (KeyError, ValueError, TypeError, AttributeError, OverflowError) as error:
-                raise ValueError(f"line {number} is no event: {error!r}") from error
+                step, now, event = parse(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number} is no event: {error}") from error
             if moment is not None and moment != (step, now):
                 log.flush(*moment)
             moment = (step, now)
-            if kind == "Step":
-                log.flush(step, now, tuple(values))
+            if event[0] == "Step":
+                log.flush(step, now, event[1:])
                 moment = None
             else:
-                log.add((kind, *values))
+                log.add(event)
         if moment is not None:
             log.flush(*moment)
         return log
@@ -218,30 +222,3 @@ def _read_header(line: str) -> int:
     except (KeyError, TypeError, ValueError):
         pass
     raise ValueError("this is no labkit event log: its first line should say so")
-
-
-def _read_record(record: dict[str, Any]) -> tuple[str, int, int, list[Any]]:
-    """A line as (kind, step, now, the columns that the log keeps of it)."""
-    kind = record["event"]
-    step, now = whole("step", record["step"], least=0), whole("now", record["now"], least=0)
-    values = [record[name] for name in NAMES[kind][2:]]
-    if kind in ("Stored", "Removed"):
-        values[0] = _digest(values[0])
-    if kind == "Stored":
-        digest, parent, block, ids = values
-        if not ids:
-            raise ValueError("a stored block holds tokens")
-        values = [digest, _digest(parent), (block,), np.array(ids, np.int32).tobytes()]
-    elif kind == "Removed":
-        digest, block, request = values
-        values = [digest, (block,), (request,)]
-    elif kind == "Step":
-        values = [whole(name, value, least=0) for name, value in zip(NAMES[kind][2:], values, strict=True)]
-    return kind, step, now, values
-
-
-def _digest(text: str) -> bytes:
-    digest = bytes.fromhex(text)
-    if len(digest) != 32:
-        raise ValueError(f"a hash has 32 bytes, this one {len(digest)}")
-    return digest

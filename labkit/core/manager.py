@@ -13,7 +13,7 @@ import numpy as np
 
 from .blocks import NEVER, BlockPool, BlockTables, Ints, Tokens
 from .eviction import EvictionChoice, EvictionPolicy, eviction_policy
-from .options import flag, named_arguments, named_options, real, whole
+from .options import duration, flag, named_arguments, named_options, text, whole
 from .prefix import EventSink, Explanation, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
 from .stats import BlockStats, block_stats
 from .table import BlockTable, Pin
@@ -231,7 +231,7 @@ class BlockManager:
         """Keep the cached blocks of this prefix, `ttl` seconds long or until unpinned. Soft: a request that would
         starve without them gets them."""
         ids = as_tokens(tokens, "tokens")
-        expires = None if ttl is None else self.now + int(real("ttl", ttl, least=0.0) * 1e9)
+        expires = None if ttl is None else self.now + int(duration("ttl", ttl) * 1e9)
         blocks = self.prefix.find(hash_blocks(ids, self.block_size, root_hash(salt, adapter)))
         self.hold(blocks)
         pin = Pin(tuple(blocks), len(blocks) * self.block_size, expires)
@@ -540,13 +540,13 @@ class BlockManager:
     def tick(self, now: int) -> None:
         """Time has come to `now` (ns): expired pins and blocks go."""
         self.now = now
-        for pin in [pin for pin in self.pins if pin.expires is not None and pin.expires <= now]:
-            self.unpin(pin)
         expired = getattr(self._eviction, "expired", None)
         if expired is not None and (old := expired(now)):
             self._eviction.forget(old)
             self.prefix.remove(old, self.step, [None] * len(old))
             self.pool.free += old
+        for pin in [pin for pin in self.pins if pin.expires is not None and pin.expires <= now]:
+            self.unpin(pin)  # last: its blocks were in use until now
 
     def attach(self) -> None:
         """A runner computes these blocks from now on. What was stored before is in no runner's memory, and tables that
@@ -596,8 +596,7 @@ class BlockManager:
         self.commit(np.array([row]), self.tables.num_tokens[[row]])
 
     def _check_new(self, name: str) -> None:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a table's name must be a non-empty string, got {name!r}")
+        text("a table's name", name)
         if name in self.tables.row_of:
             raise ValueError(f"there is already a table {name!r}")
         if self.taken(name):

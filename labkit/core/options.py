@@ -9,6 +9,8 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
+MOST_SECONDS = 9e9  # some 285 years: nanoseconds still fit 64 bits
+
 P = ParamSpec("P")
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -76,6 +78,11 @@ def whole(name: str, value: object, *, least: int, most: int | None = None) -> i
     return number
 
 
+def duration(name: str, value: object) -> float:
+    """`value` as seconds that integer nanoseconds can hold."""
+    return real(name, value, least=0.0, most=MOST_SECONDS)
+
+
 def flag(name: str, value: object) -> bool:
     """`value` if it is True or False; "off" is neither."""
     if not isinstance(value, bool):
@@ -83,11 +90,25 @@ def flag(name: str, value: object) -> bool:
     return value
 
 
+def text(name: str, value: object, *, may_be_empty: bool = False) -> str:
+    """`value` as a string that can be written down: half of a surrogate pair cannot."""
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise ValueError(f"{name} must be a {'' if may_be_empty else 'non-empty '}string, got {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be valid Unicode, got {value!r}: {error.reason}") from None
+    return value
+
+
 def real(name: str, value: object, *, least: float, most: float = float("inf"), open_left: bool = False) -> float:
     """`value` as a finite float in [least, most], or (least, most] when `open_left`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = float("inf")
     inside = least < number <= most if open_left else least <= number <= most
     if not inside or number == float("inf"):
         bracket = "(" if open_left else "["

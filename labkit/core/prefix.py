@@ -15,7 +15,7 @@ from itertools import islice
 import numpy as np
 
 from .blocks import Ints, Tokens
-from .options import whole
+from .options import text, whole
 
 EventSink = Callable[[tuple[object, ...]], None]
 
@@ -71,8 +71,8 @@ class Explanation:
 def root_hash(salt: str | None, adapter: str | None, group: int = 0) -> bytes:
     """Where a chain starts. Lengths are written out, so that no salt can pass for an adapter or for tokens."""
     for name, value in (("salt", salt), ("adapter", adapter)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} must be a string, got {value!r}")
+        if value is not None:
+            text(name, value, may_be_empty=True)
     return _root_hash(salt, adapter, group)
 
 

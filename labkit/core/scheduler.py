@@ -9,7 +9,7 @@ a row that must go while a plan in flight names it *drains*, and is given back w
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from .blocks import Ints
 from .draft import Draft
 from .log import EventLog
 from .manager import BlockManager
-from .options import choose, flag, named_options, real, whole
+from .options import choose, duration, flag, named_options, real, whole
 from .pending import PendingPrefixes
 from .plan import NO_INTS, Failure, Outputs, Plan, Result
 from .policy import (
@@ -250,15 +250,19 @@ class Scheduler:
         request = self.requests.get(id) or self.ended.get(id)
         if request is None:
             raise ValueError(f"there is no request {id!r}")
-        if not 0 <= keep <= request.num_output:
-            raise ValueError(f"request {id!r} has {request.num_output} output tokens, cannot keep {keep}")
-        if request.ended:
-            request.output = request.output[:keep]  # its end is in the log; this says better what ended it
-            request.finish_reason = reason
-        else:
-            self._withdraw(request, Status.FINISHED, reason, now, keep)
+        self._stop(request, keep, reason, now)
         self.log.flush(self.step, now)
         return request
+
+    def _stop(self, request: Request, keep: int, reason: str, now: int) -> None:
+        if not 0 <= keep <= request.num_output:
+            raise ValueError(f"request {request.id!r} has {request.num_output} output tokens, cannot keep {keep}")
+        if request.ended:  # this says better what ended it; an end that was flushed stays in the log as it is
+            request.output = request.output[:keep]
+            request.finish_reason = reason
+            self.log.correct(("Finished", request.id, reason, keep))
+        else:
+            self._withdraw(request, Status.FINISHED, reason, now, keep)
 
     def live(self, id: str) -> Request:
         if id not in self.requests:
@@ -423,12 +427,21 @@ class Scheduler:
 
     # -- a step: commit ------------------------------------------------------------------------------------------
 
-    def commit(self, plan: Plan, result: Result | Failure, now: int | None = None) -> Outputs:
-        """Append the step's tokens, store full blocks, end who is done, give back what drained."""
+    def commit(
+        self,
+        plan: Plan,
+        result: Result | Failure,
+        now: int | None = None,
+        find_stops: Callable[[], list[tuple[Request, int]]] | None = None,
+    ) -> Outputs:
+        """Append the step's tokens, store full blocks, end who is done, give back what drained.
+
+        `find_stops` is asked once the tokens are there: the requests whose text came to a stop string, and how many
+        output tokens each keeps. It reads text, which nobody here can; it outranks stop ids, eos and length."""
         if not self.in_flight or self.in_flight[0] is not plan:
             raise ValueError(f"{plan!r} is not the oldest plan in flight: plans are committed once, in launch order")
         if now is None:
-            now = plan.now + round(result.seconds * 1e9)
+            now = plan.now + round(duration("a result's seconds", result.seconds) * 1e9)
         if isinstance(result, Result) and len(result.tokens) != len(plan.sample_row):
             raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has {len(result.tokens)}")
         self.in_flight.popleft()
@@ -446,8 +459,18 @@ class Scheduler:
         while self.host_releases and self.host_releases[0][0] <= plan.step:
             _, free = self.host_releases.popleft()
             self.blocks.host.free += self.blocks.host.release(np.array(free, np.int64)).tolist()
-        self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
+        try:
+            if find_stops is not None:
+                outputs = self._stop_by_text(outputs, find_stops(), now)
+        finally:  # text is a tokenizer's, and may raise: the step was taken all the same
+            self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
         return outputs
+
+    def _stop_by_text(self, outputs: Outputs, found: list[tuple[Request, int]], now: int) -> Outputs:
+        running = tuple(request for request, _ in found if not request.ended)
+        for request, keep in found:
+            self._stop(request, keep, "stop string", now)
+        return outputs._replace(ended=outputs.ended + running)
 
     def _log_step(self, plan: Plan, num_outputs: int, duration: int, now: int) -> None:
         blocks = self.blocks

@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from labkit.core.options import named_options, real, whole
+from labkit.core.options import duration, named_options, whole
 from labkit.core.plan import Plan, Result
 from labkit.runner.base import Done, Layout
 from labkit.runner.rows import Rows
@@ -39,7 +39,7 @@ class FakeRunner:
         self.vocab_size = whole("vocab_size", vocab_size, least=1)
         most = self.vocab_size - 1
         self.eos_token_ids = () if eos_token_id is None else (whole("eos_token_id", eos_token_id, least=0, most=most),)
-        self.seconds = real("seconds", seconds, least=0.0)
+        self.seconds = duration("seconds", seconds)
         self.layout: Layout | None = None
 
     def __repr__(self) -> str:

@@ -16,19 +16,26 @@ import labkit as lk
 TOKENS = st.lists(st.integers(0, 1), min_size=0, max_size=14)
 SALTS = st.sampled_from([None, None, None, "x"])
 ADAPTERS = st.sampled_from([None, None, None, "A"])
-POLICIES = ["lru", "lru", "fifo", "lfu", "slru", "s3-fifo", "cost", lambda block: -block.freed_at]
+POLICIES = ["lru", "lru", "ttl", "fifo", "lfu", "slru", "s3-fifo", "cost", lambda block: -block.freed_at]
+SECOND = 1_000_000_000
+
+
+def make(policy):
+    return lk.TTL(seconds=1.0) if policy == "ttl" else policy
 
 
 class BlockMachine(RuleBasedStateMachine):
     @initialize(num_blocks=st.integers(4, 14), size=st.integers(1, 4), policy=st.sampled_from(POLICIES))
     def begin(self, num_blocks, size, policy):
-        self.bm = lk.BlockManager(num_blocks, size, eviction=policy)
+        self.bm = lk.BlockManager(num_blocks, size, eviction=make(policy))
         self.size, self.num_blocks, self.policy = size, num_blocks, policy
+        self.in_order = policy in ("lru", "ttl")  # blocks are evicted in the order of their release
         self.tables: dict[str, list[int]] = {}  # name -> token ids
         self.root: dict[str, tuple] = {}  # name -> (salt, adapter)
         self.blocks: dict[str, list[int]] = {}  # name -> physical blocks
         self.stored: dict[int, tuple] = {}  # block -> (salt, adapter, every token up to its end)
         self.idle: list[int] = []  # stored blocks that nobody holds, in order of release
+        self.since: dict[int, int] = {}  # idle block -> when it was released
         self.memory: dict[tuple[int, int], int] = {}  # (block, place) -> token
         self.pins: list[tuple[object, list[int], int | None]] = []
         self.made, self.now = 0, 0
@@ -54,12 +61,13 @@ class BlockMachine(RuleBasedStateMachine):
         for block in reversed(blocks):
             if not count[block] and block in self.stored and block not in self.idle:
                 self.idle.append(block)
+                self.since[block] = self.now
 
     def take_over(self, name: str, fresh: list[int]) -> None:
         """`fresh` blocks were given to a table: nobody held them, and what they stored is gone."""
         evicted = [block for block in fresh if block in self.stored]
         assert all(block in self.idle for block in evicted), "a block in use was given away"
-        if self.policy == "lru":
+        if self.in_order:
             assert evicted == self.idle[: len(evicted)], "not the longest unused first"
         for block in evicted:
             self.idle.remove(block)
@@ -111,7 +119,24 @@ class BlockMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tables)
     @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6))
     def append(self, data, tokens):
-        name = data.draw(st.sampled_from(sorted(self.tables)))
+        self.append_to(data.draw(st.sampled_from(sorted(self.tables))), tokens)
+
+    def partial(self) -> list[str]:
+        return sorted(name for name, tokens in self.tables.items() if len(tokens) % self.size)
+
+    @precondition(lambda self: self.partial())
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=6), one_leaves=st.booleans())
+    def fork_and_write_on(self, data, tokens, one_leaves):
+        """Both write into the block they share, in either order; or one leaves, and the other need not copy."""
+        source = data.draw(st.sampled_from(self.partial()))
+        first, second = data.draw(st.permutations([source, self.fork_from(source)]))
+        self.append_to(first, tokens)
+        self.every_table_reads_back_its_own_tokens()
+        if one_leaves:
+            self.free_table(first)
+        self.append_to(second, tokens[::-1])
+
+    def append_to(self, name, tokens):
         old, have = list(self.blocks[name]), len(self.tables[name])
         inside = have < len(old) * self.size
         last = old[have // self.size] if inside else None
@@ -138,7 +163,7 @@ class BlockMachine(RuleBasedStateMachine):
         assert not any(count[block] for block in fresh)
         released = [last] if copies else []
         self.blocks[name] = blocks
-        if copies and self.policy == "lru" and last in self.stored and not self.count()[last]:
+        if copies and self.in_order and last in self.stored and not self.count()[last]:
             self.take_over(name, fresh[:1])  # the copy is taken before the original is released
             self.release(released)
             fresh = fresh[1:]
@@ -150,16 +175,22 @@ class BlockMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def fork(self, data):
+        self.fork_from(data.draw(st.sampled_from(sorted(self.tables))))
+
+    def fork_from(self, source) -> str:
         self.made += 1
-        source, name = data.draw(st.sampled_from(sorted(self.tables))), f"t{self.made}"
+        name = f"t{self.made}"
         self.bm.fork(source, name)
         self.tables[name], self.root[name] = list(self.tables[source]), self.root[source]
         self.blocks[name] = list(self.blocks[source])
+        return name
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def free(self, data):
-        name = data.draw(st.sampled_from(sorted(self.tables)))
+        self.free_table(data.draw(st.sampled_from(sorted(self.tables))))
+
+    def free_table(self, name):
         self.bm.free(name)
         blocks = self.blocks.pop(name)
         del self.tables[name], self.root[name]
@@ -171,7 +202,7 @@ class BlockMachine(RuleBasedStateMachine):
         pin = self.bm.pin(tokens, ttl=ttl)
         assert pin.num_tokens == k * self.size
         self.idle = [block for block in self.idle if block not in pin.blocks]
-        self.pins.append((pin, list(pin.blocks), None if ttl is None else self.now + 1_000_000_000))
+        self.pins.append((pin, list(pin.blocks), None if ttl is None else self.now + SECOND))
 
     @precondition(lambda self: self.pins)
     @rule(data=st.data())
@@ -182,16 +213,21 @@ class BlockMachine(RuleBasedStateMachine):
 
     @rule()
     def half_a_second_passes(self):
-        self.now += 500_000_000
+        self.now += SECOND // 2
         self.bm.tick(self.now)
+        if self.policy == "ttl":
+            for block in [block for block in self.idle if self.since[block] <= self.now - SECOND]:
+                self.idle.remove(block)
+                del self.stored[block]
         for entry in [entry for entry in self.pins if entry[2] is not None and entry[2] <= self.now]:
             self.pins.remove(entry)
             self.release(entry[1])
 
     @rule(policy=st.sampled_from(POLICIES[2:]))
     def swap_the_eviction_policy(self, policy):
-        self.bm.eviction = policy
-        self.policy = policy
+        self.bm.eviction = make(policy)
+        self.policy, self.in_order = policy, False
+        self.since.update(dict.fromkeys(self.idle, self.now))  # a new policy counts from now on
 
     @rule()
     def reset(self):

@@ -1,6 +1,7 @@
 """The log: what it holds, how it is read, saved, trimmed, folded. Knows the engine only as a source of events."""
 
 import io
+import json
 import os
 import random
 import subprocess
@@ -82,7 +83,7 @@ def test_a_saved_log_loads_to_the_same_events_and_saves_to_the_same_bytes(tmp_pa
         ('{"labkit_log": 1, "trimmed": 0}\nnonsense\n', "line 2 is no event"),
         (
             '{"labkit_log": 1, "trimmed": 0}\n{"event":"Held","step":1,"now":2}\n',
-            "line 2 is no event: KeyError('request')",
+            "line 2 is no event: Held without 'request'",
         ),
     ],
 )
@@ -90,6 +91,33 @@ def test_a_file_that_is_no_log_is_named(text, message):
     with pytest.raises(ValueError) as caught:
         lk.EventLog.load(io.StringIO(text))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"),
+    [
+        ("Submitted", {"step": "x"}),
+        ("Submitted", {"now": None}),
+        ("Submitted", {"request": 5}),
+        ("Submitted", {"max_tokens": True}),
+        ("Stored", {"hash": "abcd"}),
+        ("Stored", {"hash": "zz" * 32}),
+        ("Stored", {"parent": None}),
+        ("Stored", {"tokens": []}),
+        ("Stored", {"tokens": ["a"]}),
+        ("Stored", {"tokens": [2**40]}),
+        ("Stored", {"block": "x"}),
+        ("Removed", {"request": 5}),
+        ("Held", {"head": 1}),
+        ("Step", {"running": "x"}),
+    ],
+)
+def test_a_line_that_holds_something_else_is_named_when_it_is_loaded(kind, wrong):
+    lines = saved(life().log).splitlines()
+    at = next(i for i, line in enumerate(lines) if f'"event":"{kind}"' in line)
+    lines[at] = json.dumps({**json.loads(lines[at]), **wrong})
+    with pytest.raises(ValueError, match=f"line {at + 1} is no event: .*{next(iter(wrong))}"):
+        lk.EventLog.load(io.StringIO("\n".join(lines)))
 
 
 def test_a_trimmed_log_saves_and_loads_with_what_it_lost():

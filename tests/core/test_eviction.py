@@ -71,6 +71,17 @@ def test_ttl_drops_what_was_unused_for_its_time():
     bm.check()
 
 
+def test_blocks_of_a_pin_that_expires_are_unused_from_then_on():
+    bm = lk.BlockManager(4, 2, eviction=lk.TTL(seconds=60))
+    bm.tick(0)
+    cached(bm, A)
+    bm.pin(A, ttl=100.0)
+    bm.tick(100_000_000_000)
+    assert survivors(bm, A) == [True]
+    bm.tick(160_000_000_000)
+    assert survivors(bm, A) == [False]
+
+
 def test_cost_aware_keeps_what_is_dear_to_compute_again():
     deep = list(range(100, 116))
     bm = lk.BlockManager(10, 2, eviction=lk.CostAware(cost=lambda block: 1.0 + 10 * block.depth))

@@ -75,6 +75,50 @@ def test_what_cannot_be_is_named(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda bad: engine().submit([1], params(2), id=bad), "id"),
+        (lambda bad: engine().submit([1], params(2), salt=bad), "salt"),
+        (lambda bad: engine().submit([1], params(2), adapter=bad), "adapter"),
+        (lambda bad: engine(tokenizer=lk.ByteTokenizer()).submit(bad, params(2)), "prompt"),
+        (lambda bad: lk.BlockManager(8, 4).allocate(bad, [1]), "a table's name"),
+        (lambda bad: lk.BlockManager(8, 4).lookup([1], salt=bad), "salt"),
+        (lambda bad: lk.BlockManager(8, 4).pin([1], adapter=bad), "adapter"),
+    ],
+)
+def test_text_that_cannot_be_written_down_is_named(make, name):
+    with pytest.raises(ValueError, match=f"^{name} must be valid Unicode"):
+        make("a\ud800")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda bad: engine().submit([1], params(2), arrival=bad),
+        lambda bad: lk.TTL(seconds=bad),
+        lambda bad: lk.BlockManager(8, 4).pin([1], ttl=bad),
+        lambda bad: lk.VirtualClock(bad),
+        lambda bad: lk.VirtualClock().advance(bad),
+        lambda bad: lk.FakeRunner(seconds=bad),
+        lambda bad: engine().submit([1], params(2)).wait(bad),
+        lambda bad: engine(runner=lk.SimRunner(constant=bad)).generate([1], params(2)),
+        lambda bad: commit_one(bad),
+    ],
+)
+@pytest.mark.parametrize("bad", [1e10, 1e300, 10**400, float("nan"), -1.0, "x"], ids=lambda bad: str(bad)[:9])
+def test_durations_that_nanoseconds_cannot_hold_are_refused(make, bad):
+    with pytest.raises(ValueError, match=r"must lie in|must be a number|time does not run backwards"):
+        make(bad)
+
+
+def commit_one(seconds: float):
+    sched = engine().scheduler
+    sched.submit(lk.Request("q", np.array([1], np.int32), params(2)), 0)
+    plan = sched.schedule(0)
+    sched.commit(plan, lk.Result(np.array([1], np.int32), seconds=seconds))
+
+
 def test_none_means_none_of_them():
     assert lk.SamplingParams(stop=None, stop_token_ids=None) == lk.SamplingParams()
     assert lk.SamplingParams(temperature=np.float32(0.5)).temperature == 0.5

@@ -423,6 +423,42 @@ def test_stop_strings_may_hold_characters_of_several_bytes():
     assert request.text == "caffè "
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_stop_string_is_logged_once_in_the_step_that_found_it(lag):
+    eng, heard = text_engine(b"abc", max_in_flight=lag), []
+    eng.log.subscribe(lambda batches: heard.extend(event for batch in batches for event in batch.events))
+    by_length = eng.submit([1], params(3, stop="c"))
+    earlier = eng.submit([2], params(3, stop="--b"))
+    found = eng.submit([3], params(9, stop="\x07\x07\x07\x07"))  # what comes after the scripts
+    run(eng)
+    ends = {event.request: event for event in eng.log.events("Finished")}
+    assert len(eng.log.events("Finished")) == 3 == eng.scheduler.num_finished
+    wanted = {by_length: ("stop string", 3, 2), earlier: ("length", 3, 2), found: ("stop string", 4, 3)}
+    for request, (reason, num_output, step) in wanted.items():
+        end = ends[request.id]
+        assert (end.reason, end.num_output, end.step) == (request.finish_reason, num_output, step)
+        assert request.finish_reason == reason
+    assert heard[-1] == ("Finished", found.id, "stop string", 4)
+    rows = eng.log.events("Step")
+    assert [row.running for row in rows] == [3, 3, 1, 0, *[0] * (len(rows) - 4)]
+
+
+def test_a_tokenizer_that_raises_costs_no_step_and_no_logprobs():
+    class Moody(lk.ByteTokenizer):
+        def decode(self, ids: list[int]) -> str:
+            if ids[-1:] == [ord("b")]:
+                raise KeyError("no such token")
+            return super().decode(ids)
+
+    eng = engine(runner=Scripted(list(b"abcd")), tokenizer=Moody())
+    request = eng.submit([1], params(4, stop="x"))
+    eng.step()
+    with pytest.raises(KeyError):
+        eng.step()
+    eng.check()
+    assert bytes(request.output_ids) == b"ab" and len(eng.log.events("Step")) == 2
+
+
 def test_a_stop_may_come_steps_late():
     eng = scripted([1, 2, 3, 4, 5])
     request = eng.submit([1], params(5))
@@ -521,6 +557,27 @@ def test_writing_into_a_shared_block_copies_it_before_the_write_in_the_same_step
 
 
 # -- steps in flight -----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_left_alone_with_a_block_that_its_parent_stored_copies_it_before_it_writes():
+    eng = engine(blocks=8, size=4, max_in_flight=1)
+    other = eng.submit([9], params(30))
+    parent = eng.submit([1, 2, 3], params(2, n=2))
+    eng.step()
+    eng.step()  # the parent's write into the block's last place is on its way when the sample is forked
+    (sample,) = parent.samples
+    shared = eng.blocks.table(sample.id).blocks
+    eng.blocks.allocate("all the rest", range(100, 100 + 4 * eng.blocks.available))
+    eng.abort(other)  # its block comes back soon: the sample is held for it, and the parent ends meanwhile
+    eng.step()
+    assert parent.ended and not sample.ended
+    assert eng.blocks.pool.count[shared].tolist() == [1] and eng.blocks.prefix.stored[shared].all()
+    run(eng)
+    eng.blocks.free("all the rest")
+    again = eng.submit([1, 2, 3, parent.output_ids[0], 5], params(3))
+    run(eng)
+    assert again.num_cached == 4
+    assert_right(eng, parent, again)
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
