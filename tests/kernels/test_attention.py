@@ -260,7 +260,8 @@ def test_triton_splits_agree_in_the_interpreter():
             found = paged_attention(*args, **options, splits=splits)
             error = (found - reference.paged_attention(*args, **options)).abs().max().item()
             assert error < 2e-6, (lengths, splits, error)
-        assert num_splits(2, 8192, 132) == 32 and num_splits(512, 8192, 132) == 1 and num_splits(1, 300, 132) == 1
+        assert num_splits(2, 8192, 528) == 32 and num_splits(512, 8192, 528) == 1 and num_splits(1, 300, 528) == 1
+        assert num_splits(256, 8192, 528) == 2 and num_splits(600, 8192, 528) == 1
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
     env = {"PYTHONPATH": KERNELS, "TRITON_INTERPRET": "1", "PATH": "", "OMP_NUM_THREADS": "1"}

@@ -32,7 +32,18 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 if interpreting():
     DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
 MOST_HEADS = 64  # of a group, in one program
+WAVES = {"waves": 4}  # decode programs a processor that are wanted: as many as it holds, so that memory never waits
 DECODE_ROWS = 64  # query tokens x heads, up to which a sequence is one row block
+
+
+@triton.jit
+def _blocks(table, begin, end_key, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The blocks of a tile's keys, [BLOCK_N]."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        block = tl.load(table + begin // BLOCK_SIZE, mask=begin < end_key, other=0).to(tl.int64)
+        return block + tl.zeros([BLOCK_N], tl.int64)
+    at = begin + tl.arange(0, BLOCK_N)
+    return tl.load(table + at // BLOCK_SIZE, mask=at < end_key, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -71,15 +82,10 @@ def _visit(
     """The online softmax over the tiles of keys in start .. stop."""
     dim = tl.arange(0, D)
     value_dim = tl.arange(0, DV)
+    block = _blocks(table, start, end_key, BLOCK_SIZE, BLOCK_N)
     for begin in tl.range(start, stop, BLOCK_N):
         at = begin + tl.arange(0, BLOCK_N)
         here = (at >= first_key) & (at < end_key)
-        if BLOCK_SIZE % BLOCK_N == 0:
-            block = tl.load(table + begin // BLOCK_SIZE).to(tl.int64) + tl.zeros([BLOCK_N], tl.int64)
-        elif MASKED:
-            block = tl.load(table + at // BLOCK_SIZE, mask=here, other=0).to(tl.int64)
-        else:
-            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
         slot = at % BLOCK_SIZE
         k_at = k + (block * k_block + slot * k_slot)[None, :] + dim[:, None]
         v_at = v + (block * v_block + slot * v_slot)[:, None] + value_dim[None, :]
@@ -89,6 +95,14 @@ def _visit(
             keys = tl.load(k_at, mask=(dim < SIZE)[:, None], other=0.0)
         else:
             keys = tl.load(k_at)
+        if MASKED:
+            values = tl.load(v_at, mask=here[:, None] & (value_dim < VALUE_SIZE)[None, :], other=0.0)
+        elif DV != VALUE_SIZE:
+            values = tl.load(v_at, mask=(value_dim < VALUE_SIZE)[None, :], other=0.0)
+        else:
+            values = tl.load(v_at)
+        # Of the next tile: were it looked up where it is needed, copies could begin one tile ahead and no sooner.
+        block = _blocks(table, begin + BLOCK_N, end_key, BLOCK_SIZE, BLOCK_N)
         scores = tl.dot(query, keys, input_precision=PRECISION) * scale
         if SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
@@ -105,12 +119,6 @@ def _visit(
         shift = tl.where(grown == float("-inf"), 0.0, grown) if MASKED else grown
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(most - shift)
-        if MASKED:
-            values = tl.load(v_at, mask=here[:, None] & (value_dim < VALUE_SIZE)[None, :], other=0.0)
-        elif DV != VALUE_SIZE:
-            values = tl.load(v_at, mask=(value_dim < VALUE_SIZE)[None, :], other=0.0)
-        else:
-            values = tl.load(v_at)
         total = total * rescale + tl.sum(weights, 1)
         acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
         most = grown
@@ -162,15 +170,19 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """One block of queries x heads against the keys of its sequence, or against this program's share of them."""
+    # Heads of one block of queries are neighbours: blocks begin in order, whatever their heads, so that a caller who
+    # gives long sequences first has no long one begin last.
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
-    kv_head = tl.program_id(1) // CHUNKS
+    num_chunks = num_heads // GROUP * CHUNKS
+    chunk = tl.program_id(0) % num_chunks
+    kv_head = chunk // CHUNKS
     if DECODE:
-        seq = tl.program_id(0)
+        seq = tl.program_id(0) // num_chunks
         first_query = 0
     else:
         # The i-th sequence's blocks begin at query_start[i] // BLOCK_Q + i: room enough, and found without a map. The
         # last blocks see most keys, so they go first.
-        target = tl.num_programs(0) - 1 - tl.program_id(0)
+        target = (tl.num_programs(0) - 1 - tl.program_id(0)) // num_chunks
         low = 0
         high = num_seqs
         while low < high:
@@ -197,13 +209,13 @@ def _attend(
     stop = end_key
     if SPLIT:
         tiles = tl.cdiv(end_key - begin, BLOCK_N)
-        share = tl.cdiv(tiles, tl.num_programs(2)) * BLOCK_N
-        begin += share * tl.program_id(2)
+        share = tl.cdiv(tiles, tl.num_programs(1)) * BLOCK_N
+        begin += share * tl.program_id(1)
         stop = tl.minimum(begin + share, end_key)
 
     row = tl.arange(0, BLOCK_M)
     query_at = row // HEADS
-    group_head = tl.program_id(1) % CHUNKS * HEADS + row % HEADS
+    group_head = chunk % CHUNKS * HEADS + row % HEADS
     head = kv_head * GROUP + group_head
     valid = (query_at < BLOCK_Q) & (first_query + query_at < num_queries) & (group_head < GROUP)
     position = lowest + query_at
@@ -219,7 +231,7 @@ def _attend(
     if SINKS:
         most = tl.load(sinks + head, mask=valid, other=float("-inf")).to(tl.float32) * LOG2E
         if SPLIT:
-            most = tl.where(tl.program_id(2) == 0, most, float("-inf"))
+            most = tl.where(tl.program_id(1) == 0, most, float("-inf"))
         total = tl.where(most > float("-inf"), 1.0, 0.0)
     slope = most
     if ALIBI:
@@ -258,7 +270,7 @@ def _attend(
     value_dim = tl.arange(0, DV)
     at = row_token * num_heads + head
     if SPLIT:
-        at = at * tl.num_programs(2) + tl.program_id(2)
+        at = at * tl.num_programs(1) + tl.program_id(1)
         tl.store(parts + at[:, None] * DV + value_dim[None, :], acc, mask=valid[:, None])
         tl.store(stats + at * 2, most, mask=valid)
         tl.store(stats + at * 2 + 1, total, mask=valid)
@@ -301,15 +313,23 @@ def _combine(
 
 
 def tiles(
-    dtype: torch.dtype, size: int, value_size: int, decode: bool, shared: int = 163 << 10, alibi: bool = False
+    dtype: torch.dtype,
+    size: int,
+    value_size: int,
+    decode: bool,
+    shared: int = 163 << 10,
+    alibi: bool = False,
+    invariant: bool = False,
 ) -> dict[str, int]:
     """Rows, keys a tile, warps and stages, for head sizes padded to powers of two and so much shared memory."""
     wide = max(size, value_size)
     large = shared > 163 << 10  # Hopper and later: operands come from shared memory, not from registers
     if dtype == torch.float32:  # no tensor cores: registers are the limit
-        rows, keys, warps, stages = (16, 16, 4 if wide <= 128 else 8, 2) if decode else (32, 16, 8, 2)
+        rows, keys, warps, stages = 16, 16, 4 if wide <= 128 else 8, 2
     elif decode:
         rows, keys, warps, stages = 16, 128 if wide <= 64 else 64 if wide <= 128 else 32, 4, 3
+    elif wide <= 128 and invariant:  # decode steps take this path too, and fill few of its rows
+        rows, keys, warps, stages = 64, 64, 8, 2 if large else 3
     elif wide <= 128:
         rows, keys, warps, stages = 128, (64 if wide > 64 else 128) if large else (32 if wide > 64 else 64), 8, 3
     else:
@@ -327,21 +347,28 @@ def _key(dtype: torch.dtype, size: int, value_size: int, decode: bool) -> str:
 
 
 def tunes() -> Iterator[Tune]:
-    """Decode at batch 64 and prefill of 4k, by head size."""
+    """By head size: tiles of decode at batch 64 and of prefill of 4k, and into how many parts few sequences are cut."""
     for size, heads, kv_heads in ((128, 32, 8), (64, 14, 2), (256, 8, 4)):
+        example = partial(_example, size, heads, kv_heads)
         for decode in (True, False):
-            rows = (16,) if decode else (64, 128)
             found = [
                 {"rows": m, "keys": n, "num_warps": warps, "num_stages": stages}
-                for m in rows for n in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
+                for m in ((16,) if decode else (64, 128)) for n in (32, 64, 128) for warps in (4, 8)
+                for stages in (2, 3, 4)
             ]  # fmt: skip
             default = tiles(torch.bfloat16, size, size, decode, _device_facts(0)[1])
             key = _key(torch.bfloat16, size, size, decode)
-            yield Tune(op.name, key, default, tuple(found), partial(_example, size, heads, kv_heads, decode))
+            yield Tune(
+                op.name, key, default, tuple(found), partial(example, *((64, 1024, 1) if decode else (1, 4096, 4096)))
+            )
+        waves = tuple({"waves": n} for n in (1, 2, 8, 16))
+        yield Tune(op.name, f"splits {size}", WAVES, waves, partial(example, 4, 8192, 1))
 
 
-def _example(size: int, heads: int, kv_heads: int, decode: bool, device: str = "cuda") -> Callable[[], Tensor]:
-    num, length, queries, block = (64, 1024, 1, 32) if decode else (1, 4096, 4096, 32)
+def _example(
+    size: int, heads: int, kv_heads: int, num: int, length: int, queries: int, device: str = "cuda"
+) -> Callable[[], Tensor]:
+    block = 32
     like = {"dtype": torch.bfloat16, "device": device}
     blocks = num * length // block
     k, v = (torch.randn(blocks + 1, kv_heads, block, size, **like) for _ in range(2))
@@ -359,10 +386,10 @@ def _device_facts(index: int) -> tuple[int, int]:
     return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 99 << 10)
 
 
-def num_splits(programs: int, max_seq_len: int, num_processors: int) -> int:
-    """Enough programs to keep every processor's memory requests in flight, each with 256 keys or more; a power of two,
-    so that captured graphs and compiled kernels stay few."""
-    wanted = max(1, 2 * num_processors // max(programs, 1))
+def num_splits(programs: int, max_seq_len: int, wanted_programs: int) -> int:
+    """Enough programs, each with 256 keys or more; a power of two, so that captured graphs and compiled kernels stay
+    few."""
+    wanted = max(1, wanted_programs // max(programs, 1))
     possible = max(1, max_seq_len // 256)
     return 1 << (min(wanted, possible, 64).bit_length() - 1)
 
@@ -403,8 +430,8 @@ def paged_attention(
     decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS and not invariant  # one path, one order of sums
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
     processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
-    tile = dict(tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None))
-    if alibi is None:
+    tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None, invariant)
+    if alibi is None and not invariant:
         tile = dict(chosen(op.name, _key(q.dtype, wide, value_wide, decode), tile, q.device))
     if decode:
         block_q = max_query_len
@@ -415,7 +442,8 @@ def paged_attention(
         if splits is None:
             bound = max_seq_len or block_table.shape[1] * block_size
             bound = min(bound, window + tile["keys"]) if window else bound
-            splits = num_splits(blocks * kv_heads * chunks, bound, processors)
+            waves = chosen(op.name, f"splits {wide}", WAVES, q.device)["waves"]
+            splits = num_splits(blocks * kv_heads * chunks, bound, processors * waves)
     else:
         rows = max(tile["rows"], triton.next_power_of_2(heads))
         block_q = rows // heads
@@ -425,7 +453,7 @@ def paged_attention(
     if splits > 1:
         parts = q.new_empty(num_tokens, num_heads, splits, value_wide, dtype=torch.float32)
         stats = q.new_empty(num_tokens, num_heads, splits, 2, dtype=torch.float32)
-    _attend[(blocks, kv_heads * chunks, splits)](
+    _attend[(blocks * kv_heads * chunks, splits)](
         q, k_cache, v_cache, out, parts, stats, block_table, query_start, seq_len,
         out if sinks is None else sinks, out if alibi is None else alibi,
         num_seqs, num_heads, scale, softcap,
@@ -463,6 +491,7 @@ def _configs(
     softcap: bool = False,
     sinks: bool = False,
     alibi: bool = False,
+    invariant: bool = False,
 ) -> list[Config]:
     """Decode and prefill, as the launcher chooses them on each architecture."""
     wide, value_wide = triton.next_power_of_2(size), triton.next_power_of_2(value_size)
@@ -470,8 +499,8 @@ def _configs(
     types = {key: name if kind == "*q" else kind for key, kind in _TYPES.items()}
     found = []
     for arch in archs:
-        for decode in (True, False):
-            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch], alibi)
+        for decode in (False,) if invariant else (True, False):
+            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch], alibi, invariant)
             constants = {
                 "GROUP": group, "HEADS": group, "SIZE": size, "VALUE_SIZE": value_size, "D": wide, "DV": value_wide,
                 "BLOCK_SIZE": block_size, "BLOCK_M": how["rows"], "BLOCK_N": how["keys"],
@@ -487,6 +516,8 @@ def _configs(
 AOT = [
     *_configs(128, 128, 4, (80, 90, 100)),
     *_configs(64, 64, 7, (80, 90, 100)),
+    *_configs(128, 128, 4, (80, 90, 100), invariant=True),
+    *_configs(64, 64, 7, (80, 90), invariant=True),
     *_configs(128, 128, 2, (80, 90), block_size=64),
     *_configs(64, 64, 8, (90,), window=128, sinks=True),
     *_configs(256, 256, 2, (80, 90), window=4096, softcap=True),
