@@ -5,10 +5,10 @@ from .attention import paged_attention
 from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
-from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, mlp
+from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
 from .norm import layer_norm, rms_norm
 from .registry import OPS, Op, Variant, generation, get, watched
-from .rotary import rope
+from .rotary import rope, rope_kv
 from .sampling import sample
 
 __all__ = [
@@ -30,10 +30,12 @@ __all__ = [
     "linear_argmax",
     "linear_invariant",
     "matmul",
+    "matmul_add",
     "mlp",
     "paged_attention",
     "rms_norm",
     "rope",
+    "rope_kv",
     "sample",
     "silu_mul",
     "store_kv",

@@ -75,6 +75,11 @@ class Op:
         self._forced: list[str] = []
         OPS[name] = self
 
+    @property
+    def swapped(self) -> bool:
+        """Is one of its variants in `use`?"""
+        return bool(self._forced)
+
     def __repr__(self) -> str:
         forced = f", using {self._forced[-1]}" if self._forced else ""
         return f"Op({self.name}: {', '.join(self.variants)}{forced})"

@@ -49,13 +49,18 @@ class Linear:
         residual: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        out = self.multiply(x if norm is None else norm(x))
-        if residual is not None:
-            out = residual + out
+        x = x if norm is None else norm(x)
+        out = self.multiply(x) if residual is None else self.add(residual, x)
         return out if dtype is None else out.to(dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         return picked("matmul", x.dtype, x.device)(x, self.weight, self.bias)
+
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + multiply(x); the residual may be written to, and is the caller's no more."""
+        if self.bias is not None or type(self).multiply is not Linear.multiply:
+            return residual + self.multiply(x)
+        return picked("matmul_add", x.dtype, x.device)(residual, x, self.weight)
 
     def tensors(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]

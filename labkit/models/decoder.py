@@ -171,14 +171,17 @@ class Attention:
         if self.q_norm is not None and self.k_norm is not None and not self.per_head:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
-        if self.table is not None:
-            norms = {}
-            if self.per_head and self.q_norm is not None and self.k_norm is not None:
-                norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
-            q, k = ops.rope(q, k, self.table, batch.positions, **norms)
-        elif self.per_head and self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        ops.store_kv(k, v, *cache, batch.slots)
+        norms = {}
+        if self.table is not None and self.per_head and self.q_norm is not None and self.k_norm is not None:
+            norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
+        if self.table is not None and ops.rope_kv is not None:
+            q = ops.rope_kv(q, k, v, self.table, batch.positions, *cache, batch.slots, **norms)
+        else:
+            if self.table is not None:
+                q, k = ops.rope(q, k, self.table, batch.positions, **norms)
+            elif self.per_head and self.q_norm is not None and self.k_norm is not None:
+                q, k = self.q_norm(q), self.k_norm(k)
+            ops.store_kv(k, v, *cache, batch.slots)
         where = (batch.block_table, batch.query_start, batch.seq_len)
         options: dict[str, Any] = {"scale": shape.scale, "window": shape.windows[self.index], "softcap": shape.softcap}
         if capture is not None and self.index in capture.attention_layers:
@@ -427,4 +430,4 @@ class Decoder:
 
 def _keep(capture: Capture | None, layer: int, x: Tensor) -> None:
     if capture is not None and layer in capture.hidden_layers:
-        capture.hidden[layer] = x
+        capture.hidden[layer] = x.clone()  # what follows may add to it in place

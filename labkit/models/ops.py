@@ -21,6 +21,7 @@ class Ops:
     silu_mul: Callable[..., Any]
     gelu_mul: Callable[..., Any]
     store_kv: Callable[..., Any]
+    rope_kv: Callable[..., Any] | None  # both at once, where there is such a kernel and neither was swapped
     paged_attention: Callable[..., Any]
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> None:
@@ -30,5 +31,9 @@ class Ops:
     def pick(self) -> None:
         for name in NAMES:
             setattr(self, name, get(name).pick(self.device, self.dtype))
+        both = get("rope_kv")
+        variant = both.picked(self.device, self.dtype)
+        apart = variant.name == "reference" or get("rope").swapped or get("store_kv").swapped
+        self.rope_kv = None if apart and not both.swapped else variant.function
         if self.deterministic:
             self.paged_attention = partial(self.paged_attention, invariant=True)

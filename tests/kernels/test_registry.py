@@ -20,8 +20,10 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
         "linear_argmax",
         "linear_invariant",
         "matmul",
+        "matmul_add",
         "mlp",
         "paged_attention",
+        "rope_kv",
         "sample",
     } == set(OPS)
     for name, op in OPS.items():

@@ -125,7 +125,7 @@ def _visit(
     return acc, most, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def _attend(
     q,
     k,

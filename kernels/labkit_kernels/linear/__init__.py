@@ -101,6 +101,20 @@ def _invariant_cases() -> Iterator[Case]:
     yield Case("256x4096 -> 4096", timed, timed=True)
 
 
+def _add_cases() -> Iterator[Case]:
+    for rows, depth, columns in [(1, 64, 32), (3, 40, 72), (70, 128, 40), (256, 2048, 1024)]:
+
+        def make(device, dtype, generator, rows=rows, depth=depth, columns=columns):
+            weight = randn(generator, columns, depth, dtype=dtype, scale=depth**-0.5)
+            return (
+                randn(generator, rows, columns, dtype=dtype),
+                randn(generator, rows, depth, dtype=dtype),
+                weight,
+            ), {}
+
+        yield Case(f"{rows}x{depth} -> {columns}", make, timed=rows == 256)
+
+
 def _invariant_tolerance(dtype: torch.dtype) -> Tolerance:
     if dtype == torch.float32:
         return Tolerance(1e-5, 1e-5, "sums in another order")
@@ -188,6 +202,16 @@ matmul = Op(
     traffic=lambda x, weight, bias=None: 2 * (x.numel() + weight.numel() + len(x) * len(weight)),
     flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
     home=__name__,
+)
+matmul_add = Op(
+    "matmul_add",
+    reference=reference.matmul_add,
+    cases=_add_cases,
+    tolerance=_invariant_tolerance,
+    traffic=lambda residual, x, weight: 2 * (x.numel() + weight.numel() + 2 * residual.numel()),
+    flops=lambda residual, x, weight: 2 * x.numel() * len(weight),
+    home=__name__,
+    sources={"cuda": ("cuda",)},
 )
 linear_invariant = Op(
     "linear_invariant",

@@ -19,6 +19,11 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def matmul_add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """residual += x @ weight.T, in place; the residual."""
+    return residual.add_(F.linear(x, weight))
+
+
 def linear(
     x: Tensor,
     weight: Packed,

@@ -15,18 +15,25 @@ from labkit_kernels.compile import Config
 from labkit_kernels.linear import linear_invariant
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64
+WARPS, STAGES = 4, 4
+TOGETHER = 8  # row tiles that go through a column of weights side by side: they read it once from memory
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 if triton.knobs.runtime.interpret:
     DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _multiply(
     x, weight, bias, out, num_rows, num_columns, depth, x_row, weight_row,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, TOGETHER: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    wide = tl.cdiv(num_columns, COLUMNS)
+    first = tl.program_id(0) // (TOGETHER * wide) * TOGETHER
+    beside = tl.minimum(tl.cdiv(num_rows, ROWS) - first, TOGETHER)
+    inside = tl.program_id(0) % (TOGETHER * wide)
+    row = (first + inside % beside).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (inside // beside).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     at = tl.arange(0, DEPTH)
     left = x + row[:, None] * x_row + at[None, :]
     right = weight + column[None, :] * weight_row + at[:, None]
@@ -48,10 +55,10 @@ def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = Non
         x = x.contiguous()
     out = x.new_empty(len(x), len(weight))
     if len(x):
-        _multiply[(triton.cdiv(len(weight), COLUMNS), triton.cdiv(len(x), ROWS))](
+        _multiply[(triton.cdiv(len(weight), COLUMNS) * triton.cdiv(len(x), ROWS),)](
             x, weight, out if bias is None else bias, out, len(x), len(weight), x.shape[1], x.stride(0),
-            weight.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, BIAS=bias is not None,
-            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+            weight.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, TOGETHER=TOGETHER, BIAS=bias is not None,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out
 
@@ -63,10 +70,10 @@ AOT = [
     Config(
         _multiply,
         _TYPES,
-        {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "BIAS": bias, "PRECISION": "tf32"},
-        num_warps=4,
-        num_stages=3,
-        aligned=("x_row", "weight_row"),
+        {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "TOGETHER": TOGETHER, "BIAS": bias, "PRECISION": "tf32"},
+        num_warps=WARPS,
+        num_stages=STAGES,
+        aligned=("x_row", "weight_row", "num_columns", "depth"),
     )
     for bias in (False, True)
 ]

@@ -21,7 +21,7 @@ TILE = 1024  # numbers a program holds at least
 MOST = 1 << 15  # numbers a program holds at most, 64 a thread: with 128 the compiler spills
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rms_norm(
     x,
     weight,
@@ -56,7 +56,7 @@ def _rms_norm(
     tl.store(out + row[:, None] * SIZE + column[None, :], normed.to(out.dtype.element_ty), mask=seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _layer_norm(
     x,
     weight,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from labkit_kernels.cache.reference import store_kv
 from labkit_kernels.norm.reference import rms_norm
 
 
@@ -41,3 +42,24 @@ def rope(
         return torch.cat((joined.to(x.dtype), rest), -1)
 
     return turn(q, q_norm), turn(k, k_norm)
+
+
+def rope_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,  # [tokens, key heads, value size]
+    table: Tensor,
+    positions: Tensor,
+    k_cache: Tensor,  # [blocks, key heads, block size, head size]
+    v_cache: Tensor,
+    slots: Tensor,  # [tokens] int64
+    *,
+    interleaved: bool = False,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """`rope`, and then `store_kv` of the turned keys and of the values: the turned queries, a new tensor."""
+    q, k = rope(q, k, table, positions, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps)
+    store_kv(k, v, k_cache, v_cache, slots)
+    return q
