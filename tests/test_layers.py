@@ -45,7 +45,8 @@ MAY_IMPORT = {
     "profile": {"core", "engine"},  # the engine only as a type
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer"},
     "demo": {"clock", "core", "runner", "engine", "report"},
-    "report": {"core"},
+    "report": {"core", "widgets"},
+    "widgets": {"core", "widgets"},
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
     "cli": {"bench", "demo", ""},

@@ -128,6 +128,10 @@ class EventLog:
         for batch in self._batches:
             yield from read(batch)
 
+    def batches(self) -> list[Batch]:
+        """What is kept, as it was written: for folds, to which an object an event is too much."""
+        return list(self._batches)
+
     def events(self, *kinds: str | type[Event]) -> list[Event]:
         """The events of these kinds, in order; all of them when none is named."""
         names = {kind if isinstance(kind, str) else kind.__name__ for kind in kinds}
