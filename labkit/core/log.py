@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .events import EVENTS, NAMES, Batch, Event, parse, read, size_of
 from .options import closest, named_options, whole
+from .shown import Shown
 from .why import Waits, Why
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Subscriber = Callable[[list[Batch]], None]
 
 
 @named_options
-class EventLog:
+class EventLog(Shown):
     """An append-only log, bounded to the latest `keep` events; `keep=None` keeps all.
 
     What is trimmed has gone into the folds, so that `why` still answers for requests that have not ended.
