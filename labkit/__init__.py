@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .core.shown import draw_with
+
 __version__ = "0.1.0.dev0"
 
 _HOME = {
@@ -49,7 +51,7 @@ _HOME = {
     "VirtualClock": "clock",
 }
 
-_MODULES = ("assets",)
+_MODULES = {"assets": "assets", "explain": "widgets.explain"}
 
 __all__ = ["__version__", *_HOME]
 
@@ -79,12 +81,21 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'labkit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def _draw(thing: object) -> str | None:
+    """Pictures come from labkit.widgets, which is loaded when the first one is wanted."""
+    picture: str | None = importlib.import_module(".widgets.views", __name__).draw(thing)
+    return picture
+
+
+draw_with(_draw)
 
 
 def __dir__() -> list[str]:

@@ -30,6 +30,7 @@ from labkit.core.policy import PREEMPTIONS, name_of, order_of
 from labkit.core.prefix import Span
 from labkit.core.request import Request, Status
 from labkit.core.scheduler import RejectedError, Scheduler
+from labkit.core.shown import Shown
 from labkit.core.tokens import TokenIds
 from labkit.handle import Bell, Handle, has_news
 from labkit.intake import make_handle
@@ -52,7 +53,7 @@ class StalledError(RuntimeError):
     """Requests wait, and nothing that runs will ever make room for them."""
 
 
-class Engine:
+class Engine(Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other; the options are those of

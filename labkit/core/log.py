@@ -11,6 +11,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from .events import EVENTS, NAMES, Batch, Event, parse, read, size_of
 from .options import closest, named_options, whole
+from .shown import Shown
 from .why import Waits, Why
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ Subscriber = Callable[[list[Batch]], None]
 
 
 @named_options
-class EventLog:
+class EventLog(Shown):
     """An append-only log, bounded to the latest `keep` events; `keep=None` keeps all.
 
     What is trimmed has gone into the folds, so that `why` still answers for requests that have not ended.
@@ -127,6 +128,10 @@ class EventLog:
     def __iter__(self) -> Iterator[Event]:
         for batch in self._batches:
             yield from read(batch)
+
+    def batches(self) -> list[Batch]:
+        """What is kept, as it was written: for folds, to which an object an event is too much."""
+        return list(self._batches)
 
     def events(self, *kinds: str | type[Event]) -> list[Event]:
         """The events of these kinds, in order; all of them when none is named."""

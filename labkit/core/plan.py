@@ -14,6 +14,7 @@ from .blocks import Ints, Tokens
 from .params import SamplingParams
 from .prefix import Span
 from .request import Request
+from .shown import mimebundle
 
 Pairs = NDArray[np.int64]
 
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     copies: Pairs = NO_PAIRS  # block -> block
     swap_in: Pairs = NO_PAIRS  # host block -> device block
     reset: bool = False  # a step failed: forget every row
+    budget: int = 0  # the most tokens that the step might have had; 0: not said
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,9 @@ class Plan(NamedTuple):
         also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
         parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
         return f"Plan({self.step}: {', '.join(parts)})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)
 
 
 class TokenLogprobs(NamedTuple):
@@ -138,3 +143,6 @@ class Outputs(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Outputs({self.step}: {len(self.tokens)} tokens, {len(self.ended)} ended)"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .shown import Shown
+
 if TYPE_CHECKING:
     import pandas
 
@@ -52,7 +54,7 @@ class Preemption:
 
 
 @dataclass(frozen=True)
-class Why:
+class Why(Shown):
     """One request's waits and preemptions, in order."""
 
     request: str
