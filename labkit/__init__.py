@@ -31,6 +31,10 @@ _HOME = {
     "Outputs": "core.plan",
     "EventLog": "core.log",
     "diff": "core.diff",
+    "dashboard": "widgets.dashboard",
+    "Dashboard": "widgets.dashboard",
+    "Load": "play",
+    "Player": "play",
     "Engine": "engine",
     "StalledError": "engine",
     "LLM": "llm",
@@ -72,11 +76,13 @@ if TYPE_CHECKING:
     from .handle import Handle, RequestError
     from .llm import LLM
     from .models import load_model
+    from .play import Load, Player
     from .runner.base import Layout
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
     from .tokenizer import ByteTokenizer, Tokenizer
+    from .widgets.dashboard import Dashboard, dashboard
 
 
 def __getattr__(name: str) -> object:

@@ -135,10 +135,10 @@ def stacked(series: Sequence[Series], at: Sequence[float], height: float = 200, 
 
 
 def _quarters_up(value: float) -> float:
-    """The next of 4, 8, 20, 40, 80, ..., so that a quarter of it is a round number."""
+    """The next of 4, 8, 12, 16, 20, 28, 40, 80, ..., so that a quarter of it is a round number."""
     scale = 1.0
     while True:
-        for step in (4, 8, 20):
+        for step in (4, 8, 12, 16, 20, 28, 40):
             if value <= step * scale:
                 return step * scale
         scale *= 10
