@@ -33,12 +33,13 @@ def choose(segments: Sequence[Segment], most: int = MOST_LINES) -> tuple[list[st
         return names, ""
     trouble = {name: sum(s.kind in ("preempted", "swapped", "held") for s in its) for name, its in requests.items()}
     worst = sorted((name for name in names if trouble[name]), key=lambda name: -trouble[name])[: most // 2]
-    every = len(names) / (most - len(worst))
-    chosen = {*worst, *(names[int(i * every)] for i in range(most - len(worst)))}
+    rest = [name for name in names if name not in set(worst)]
+    every = len(rest) / (most - len(worst))
+    chosen = {*worst, *(rest[int(i * every)] for i in range(most - len(worst)))}
     kept = [name for name in names if name in chosen]
     return (
         kept,
-        f"{len(kept)} of {plural(len(names), 'request')}: those preempted or held most, and every {every:.0f}th",
+        f"{len(kept)} of {plural(len(names), 'request')}: those preempted or held most, and one in {every:.0f} of the others",
     )
 
 
