@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from labkit.core.frames import table
 from labkit.core.shown import Shown
 
 if TYPE_CHECKING:
@@ -38,21 +39,14 @@ class Profile(Shown):
 
     def frame(self) -> Any:
         """A row a part: stage, op, variant, calls and milliseconds a step, share."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            [
-                {
-                    "stage": part.stage,
-                    "op": part.op,
-                    "variant": part.variant,
-                    "calls": part.calls / self.num_steps,
-                    "ms": part.seconds / self.num_steps * 1e3,
-                    "share": part.seconds / self.seconds,
-                }
+        return table(
+            (
+                (part.stage, part.op, part.variant, part.calls / self.num_steps, part.seconds / self.num_steps * 1e3,
+                 part.seconds / self.seconds)
                 for part in self.parts
-            ]
-        )
+            ),
+            ["stage", "op", "variant", "calls", "ms", "share"],
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         each = self.seconds / self.num_steps * 1e3

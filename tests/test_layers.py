@@ -80,6 +80,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
+    "widgets": {"numpy", "pandas"},
 }
 LAZY = {"pandas", "llguidance"}
 

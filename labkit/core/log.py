@@ -10,6 +10,7 @@ from os import PathLike
 from typing import IO, TYPE_CHECKING, Any
 
 from .events import EVENTS, NAMES, Batch, Event, parse, read, size_of
+from .frames import table
 from .options import closest, named_options, whole
 from .shown import Shown
 from .why import Waits, Why
@@ -142,15 +143,11 @@ class EventLog(Shown):
 
     def frame(self, kind: str | type[Event] | None = None) -> pandas.DataFrame:
         """A DataFrame, one line an event; of one kind, with that kind's columns only. Needs labkit[lab]."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("frame() needs pandas: pip install 'labkit[lab]'") from error
         chosen = self.events(*([] if kind is None else [kind]))
         records = [{"event": type(event).__name__, **event.__dict__} for event in chosen]
         kinds = EVENTS if kind is None else [kind if isinstance(kind, str) else kind.__name__]
         columns = dict.fromkeys(["step", "now", "event", *(name for one in kinds for name in NAMES[one])])
-        frame = pandas.DataFrame.from_records(records, columns=list(columns))
+        frame = table([[record.get(name) for name in columns] for record in records], list(columns))
         frame.insert(1, "time", frame.pop("now") / 1e9)
         return frame
 

@@ -123,6 +123,10 @@ class Result(NamedTuple):
     errors: dict[int, str] | None = None
     extras: dict[str, Extras] | None = None
 
+    def __repr__(self) -> str:
+        failed = f", {len(self.errors)} rows failed" if self.errors else ""
+        return f"Result({len(self.tokens)} tokens, {self.seconds:.6f} s{failed})"
+
 
 class Failure(NamedTuple):
     """The whole step failed: its requests go back to the queue with the tokens they had."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .frames import table
 from .shown import Shown
 
 if TYPE_CHECKING:
@@ -75,10 +76,8 @@ class Why(Shown):
 
     def frame(self) -> pandas.DataFrame:
         """One line a step waited. Needs labkit[lab]."""
-        import pandas
-
         lines = [(step, w.limit, w.behind) for w in self.waits for step in range(w.first, w.last + 1)]
-        return pandas.DataFrame(lines, columns=["step", "limit", "behind"])
+        return table(lines, ["step", "limit", "behind"])
 
     def __repr__(self) -> str:
         head = (

@@ -45,7 +45,7 @@ def _view(found: Request, more: str) -> str:
         [key("prompt from the cache", TOKEN_COLOR["cached"]), key("prompt computed", TOKEN_COLOR["prefill"]),
          key("not computed", COLORS["grey"]), key("output", TOKEN_COLOR["output"]), key("may still come", "none")]
     )  # fmt: skip
-    title = f"{type(found).__name__} {found.id!r}"[:90]
+    title = f"Request {found.id!r}"[:90]
     return view(title, f"<p>{state}{reason}</p>", bar, keys, error, times(found), more, about=about)
 
 

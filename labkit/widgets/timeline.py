@@ -53,16 +53,34 @@ class Segment:
         return f"Segment({self.request!r} {self.kind} {self.begin / 1e9:.6f} to {over}{why})"
 
 
-def segments(log: EventLog | Iterable[Batch]) -> list[Segment]:
-    """All segments of a log, by request in the order of submission, then by time.
+def log_of(given: Any) -> EventLog:
+    """A log, or an engine's."""
+    log = given if isinstance(given, EventLog) else getattr(given, "log", None)
+    if not isinstance(log, EventLog):
+        raise TypeError(f"an EventLog or an engine is needed, got {given!r}: EventLog.load(file) reads a saved log")
+    return log
+
+
+def id_of(request: Any) -> str:
+    """A request's id, or the id itself."""
+    id = getattr(request, "id", request)
+    if not isinstance(id, str):
+        raise TypeError(f"a request or its id is needed, got {request!r}")
+    return id
+
+
+def segments(log: Any, names: Iterable[str] | None = None) -> list[Segment]:
+    """All segments of a log, or of an engine's, by request in the order of submission, then by time; of the requests
+    named, if any are.
 
     >>> segments(engine.log)[0]
     Segment('r1' prefill 0.000000 to 0.001000 s: 81 prompt tokens, 0 from the cache)
     """
-    timeline = Timeline()
-    for batch in log.batches() if isinstance(log, EventLog) else log:
-        timeline.apply(batch)
-    return timeline.segments()
+    found = Timeline(log_of(log)).segments()
+    if names is None:
+        return found
+    wanted = set(names)
+    return [segment for segment in found if segment.request in wanted]
 
 
 @dataclass(slots=True)

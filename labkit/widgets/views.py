@@ -28,6 +28,10 @@ _VIEWS: dict[str, str] = {  # an object's class -> module of this package, funct
     "labkit.core.log.EventLog": "logs.log",
     "labkit.core.why.Why": "logs.why",
     "labkit.core.diff.Diff": "compare.diff",
+    "labkit.widgets.waiting.WaitingStory": "waiting.waiting_view",
+    "labkit.widgets.preemptions.PreemptionStory": "preemptions.preemption_view",
+    "labkit.widgets.runs.RunStory": "runs.run_view",
+    "labkit.widgets.lookups.LookupStory": "lookups.story_view",
     "labkit.profile.Profile": "layers.profile",
     "labkit.loading.dense.Linear": "layers.linear",
 }
