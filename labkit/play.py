@@ -113,6 +113,9 @@ class Player:
         self.state = "playing" if self.was_running else "paused"
         self._rng = random.Random(load.seed if load is not None else 0)
         self._next: float | None = None  # when the next request comes, on the engine's clock
+        self._target: float | None = None  # where a virtual clock should be by now
+        self._looked = 0.0
+        self._num_waiting = 0
         self._lock = threading.RLock()  # one command at a time
         self._go, self._gone, self._over = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -138,7 +141,7 @@ class Player:
             if self.real_time:
                 self.engine.start()
             self.state, self.error = "playing", None
-            self._next = None
+            self._next = self._target = None
             self._over.clear()
             self._go.set()
         return self
@@ -195,6 +198,9 @@ class Player:
     def wait(self, timeout: float | None = None) -> Player:
         """Until all is served, or it was stopped. Ctrl-C pauses it and goes on to the caller."""
         deadline = None if timeout is None else time.monotonic() + duration("timeout", timeout)
+        if timeout is None and self.load is not None and self.load.num is None and self.load.rate:
+            raise ValueError(f"{self.load!r} has no end: give it num=, or wait(timeout=)")
+        self._num_waiting += 1
         try:
             while not self._over.wait(0.1):
                 if deadline is not None and time.monotonic() > deadline:
@@ -204,14 +210,20 @@ class Player:
         except KeyboardInterrupt:
             self.pause()
             raise
+        finally:
+            self._num_waiting -= 1
         if self.error is not None:
             raise self.error
         return self
 
     def __await__(self) -> Any:
         async def until_over() -> Player:
-            while not self._over.is_set():
-                await asyncio.sleep(0.05)
+            self._num_waiting += 1
+            try:
+                while not self._over.is_set():
+                    await asyncio.sleep(0.05)
+            finally:
+                self._num_waiting -= 1
             if self.error is not None:
                 raise self.error
             return self
@@ -251,6 +263,11 @@ class Player:
         self._over.set()
 
     @property
+    def _is_over(self) -> bool:
+        """Without a load of its own a player waits for what others submit, unless somebody waits for the end."""
+        return self._is_served and (self.load is not None or self._num_waiting > 0)
+
+    @property
     def _is_served(self) -> bool:
         more = self.load is not None and self.load.rate > 0 and not self._is_exhausted
         engine = self.engine
@@ -262,27 +279,26 @@ class Player:
 
     def _look(self) -> float:
         self._submit_due()
-        if self._is_served and not self.was_running:
+        if self._is_over and (not self.was_running or self._num_waiting):
             self._finish()
         return TICK
 
     def _keep_pace(self) -> float:
         begin, clock = time.perf_counter(), self.engine.clock
-        if self._next is None:
-            self._ahead = clock.now() / 1e9 - self.speed * begin  # virtual time at the wall clock's zero
-        target = self._ahead + self.speed * begin
-        until = begin + TICK
-        while time.perf_counter() < until:
-            self._submit_due(upto=target)
-            if clock.now() / 1e9 >= target:
+        if self._target is None:
+            self._target, self._looked = clock.now() / 1e9, begin
+        self._target += self.speed * (begin - self._looked)
+        self._looked, until = begin, begin + TICK
+        while clock.now() / 1e9 < self._target:
+            if time.perf_counter() >= until:  # it cannot keep up: what was missed is not made up for
+                self._target = clock.now() / 1e9
                 break
+            self._submit_due(upto=self._target)
             if self.engine.step() is None:
-                if self._is_served:
+                if self._is_over:
                     self._finish()
                     return TICK
-                clock.wait_until(round(min(target, self._next if self._next is not None else target) * 1e9))
-        else:  # it cannot keep up: what was missed is not made up for
-            self._ahead = clock.now() / 1e9 - self.speed * time.perf_counter()
+                clock.wait_until(round(self._target * 1e9))
         return max(0.0, until - time.perf_counter())
 
     def _submit_due(self, upto: float | None = None, idle: bool = False) -> None:

@@ -3,6 +3,7 @@ selectors; refuses to know what a notebook shows."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import secrets
@@ -135,12 +136,73 @@ class Page:
     def state(self) -> str:
         return self.page.locator(".labkit-state").first.inner_text()
 
+    def step(self) -> int:
+        """The step that the strip of figures names."""
+        shown = self.page.locator(".labkit-dashboard .kpi", has_text="step").first.locator("b").inner_text()
+        return int(shown.replace(",", ""))
+
+    def wait(self, milliseconds: float) -> None:
+        self.page.wait_for_timeout(milliseconds)
+
     def wait_for(self, what: Any, seconds: float = 20) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             if time.monotonic() > deadline:
-                raise AssertionError(f"not in {seconds} s: {what}")
+                self.picture("failed")
+                raise AssertionError(f"not in {seconds} s; the page is in {self.folder / 'failed.png'}")
             self.page.wait_for_timeout(100)
+
+    def seen_growing(self, times: int, seconds: float) -> None:
+        """The live figure reaches further, so many times."""
+        seen: list[float] = []
+
+        def grows() -> bool:
+            at = self.last_time() if self.points() > 0 else -1.0
+            if at >= 0 and (not seen or at > seen[-1]):
+                seen.append(at)
+            return len(seen) > times
+
+        self.wait_for(grows, seconds)
+
+    def run_until(self, text: str) -> None:
+        """All cells above the first one that holds this text."""
+        self.page.evaluate(
+            "text => { const book = window.jupyterapp.shell.currentWidget.content;"
+            " book.activeCellIndex = book.widgets.findIndex(x => x.model.sharedModel.source.includes(text));"
+            " window.jupyterapp.commands.execute('notebook:run-all-above') }",
+            text,
+        )
+
+    def time_cell(self, code: str) -> float:
+        """Seconds until the kernel has answered."""
+        return self.page.evaluate(
+            "async code => { const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session.kernel;"
+            " const begin = performance.now(); await kernel.requestExecute({code}).done;"
+            " return (performance.now() - begin) / 1e3 }",
+            code,
+        )
+
+    def reopen(self) -> None:
+        """Save, end the kernel, and open the notebook again: what is shown now is in the file."""
+        self.page.evaluate(
+            "async () => { const panel = window.jupyterapp.shell.currentWidget; await panel.context.save();"
+            " await panel.sessionContext.shutdown() }"
+        )
+        self.page.reload()
+        self.page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
+
+    def overlaps(self) -> list[list[str]]:
+        """Pairs of labels in the figure that lie on each other."""
+        return self.page.evaluate(
+            "figure => { const all = [...document.querySelectorAll(figure + ' text')].filter(x => x.textContent.trim())"
+            ".map(x => [x.textContent, x.getBoundingClientRect()]).filter(([, r]) => r.width && r.height);"
+            " const found = []; for (let i = 0; i < all.length; i++) for (let j = 0; j < i; j++) {"
+            " const [a, r] = all[i], [b, s] = all[j];"
+            " const wide = Math.min(r.right, s.right) - Math.max(r.left, s.left);"
+            " const tall = Math.min(r.bottom, s.bottom) - Math.max(r.top, s.top);"
+            " if (wide > 1 && tall > 3) found.push([a, b]) } return found }",
+            FIGURE,
+        )
 
     def picture(self, name: str) -> Path:
         path = self.folder / f"{name}.png"
@@ -170,6 +232,10 @@ def browser(address: str, folder: Path) -> Iterator[Page]:
             yield found
         finally:
             chromium.close()
+
+
+def has_playwright() -> bool:
+    return importlib.util.find_spec("playwright") is not None
 
 
 def copy_notebooks(folder: Path) -> None:
