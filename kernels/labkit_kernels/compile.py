@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .launches import launched
 from .registry import OPS, Op, get
 from .rows import Rows, short, write
 
@@ -104,6 +107,29 @@ def compile_ops(ops: Sequence[str | Op] | None = None, archs: Sequence[int] = AR
             compile_config(op.name, config, arch) for config in configs(op) for arch in archs if arch in config.archs
         ]
     return Report(tuple(rows))
+
+
+def compile_variant(
+    op: Op | str, variant: str, archs: Sequence[int] = ARCHS, dtype: torch.dtype | None = None
+) -> Report:
+    """Compile what a variant launches on its op's timed cases: for one made in a cell. Nothing is run.
+
+    `dtype` None is bfloat16, or what the variant takes.
+    """
+    op = get(op) if isinstance(op, str) else op
+    one = op.get(variant)
+    dtype = dtype or (one.dtypes or (torch.bfloat16,))[0]
+    found: dict[tuple[Any, ...], Config] = {}
+    for case in [case for case in op.cases() if case.timed] or list(op.cases()):
+        if case.dtypes is None or dtype in case.dtypes:
+            args, options = case.inputs("cuda" if torch.cuda.is_available() else "cpu", dtype)
+            for launch in launched(one.function, *args, **options):
+                config = launch.config()
+                key = (config.kernel, repr(sorted(config.signature.items())), repr(sorted(config.constexprs.items())))
+                found.setdefault((*key, config.num_warps, config.num_stages), config)
+    if not found:
+        raise ValueError(f"variant {variant!r} of {op.name} launches no Triton kernel: there is nothing to compile")
+    return Report(tuple(compile_config(op.name, config, arch) for config in found.values() for arch in archs))
 
 
 def configs(op: Op) -> list[Config]:

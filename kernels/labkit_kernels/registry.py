@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .launches import install
+
 OPS: dict[str, Op] = {}
 _generation = 0
 
@@ -72,6 +74,7 @@ class Op:
         self.traffic, self.flops, self.compare, self.home = traffic, flops, compare, home
         self.sources = dict(sources or {})
         self.variants: dict[str, Variant] = {"reference": Variant("reference", reference)}
+        self.checked: dict[str, Any] = {}  # variant -> the latest report of its check
         self._forced: list[str] = []
         OPS[name] = self
 
@@ -99,6 +102,7 @@ class Op:
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.variants[name] = Variant(name, function, device, dtypes, accepts, picked)
+            self.checked.pop(name, None)  # another function than the one that was checked
             _changed()
             return function
 
@@ -165,6 +169,7 @@ class Op:
     def use(self, name: str) -> Iterator[Variant]:
         """Within the block, this variant is picked by everyone, running engines included."""
         variant = self.get(name)
+        install()
         self._forced.append(name)
         _changed()
         try:
