@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import show
 from .check import Case, check, run_case
 from .registry import OPS, Op, Variant, get
 from .rows import Rows, short, write
@@ -68,6 +70,40 @@ class Report(Rows):
     def __repr__(self) -> str:
         names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
         return f"Bench({names}: {self.said()})"
+
+    def _repr_html_(self) -> str:
+        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
+        note = f"{self.said()}; a bar is the time, the line across it the limit of this machine"
+        return show.page(f"bench of {names}", note, *self.parts())
+
+    def parts(self) -> list[str]:
+        """A table a case: bars are times, as shares of the slowest."""
+        return [self._case(*group) for group in dict.fromkeys((r.op, r.case, r.dtype, r.device) for r in self.rows)]
+
+    def _case(self, op: str, case: str, dtype: str, device: str) -> str:
+        rows = [row for row in self.rows if (row.op, row.case, row.dtype, row.device) == (op, case, dtype, device)]
+        slowest = max((row.median for row in rows if row.median is not None), default=1.0)
+        lines = []
+        for row in rows:
+            if row.median is None:
+                lines.append([escape(row.variant), show.status(row.status), "", "", "", "", "", show.code(row.reason)])
+                continue
+            tick = None if row.limit is None else row.limit / slowest
+            lines.append(
+                [
+                    escape(row.variant),
+                    show.bar(row.median / slowest, show.BLUE, tick, "long"),
+                    show.number(row.median, ".1f", 1e6),
+                    show.number(row.bytes_per_second, ".1f", 1e-9),
+                    show.number(row.flops_per_second, ".1f", 1e-9),
+                    show.number(row.fraction, ".0%"),
+                    show.number(row.speedup, ".2f"),
+                    "",
+                ]
+            )
+        heads = ("variant", "", ">us", ">GB/s", ">GFLOP/s", ">of limit", ">speedup", "_")
+        title = f'<div class="head"><b>{escape(case)}</b><span class="muted">{dtype} on {device}</span></div>'
+        return title + show.table(heads, lines)
 
     def cells(self, row: Row) -> list[str]:
         def said(x: float | None, scale: float, form: str) -> str:

@@ -15,18 +15,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from labkit_kernels import show
 from labkit_kernels.launches import install, interpreted, mend_interpreter
 from labkit_kernels.registry import OPS, Op, Variant, get
 from labkit_kernels.rows import Rows, short, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 20
+SHOWN = 8  # cases of a variant that a notebook shows at once
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,35 @@ class Report(Rows):
         names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
         return f"Report({names}: {self.said()})"
 
+    def _repr_html_(self) -> str:
+        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
+        return show.page(f"check of {names}", f"{self.said()}; the worst elements first", *self.parts())
+
+    def parts(self) -> list[str]:
+        """A table of errors a variant, open where something is wrong."""
+        found = []
+        for op, variant in dict.fromkeys((row.op, row.variant) for row in self.rows):
+            one = Report(tuple(row for row in self.rows if (row.op, row.variant) == (op, variant)))
+            name = variant if len({row.op for row in self.rows}) == 1 else f"{op}: {variant}"
+            devices = ", ".join(dict.fromkeys(row.device for row in one.rows))
+            verdict = "ok" if one.ok else next((s for s in ("FAILED", "raised") if one.count(s)), "refused")
+            head = f'{show.status(verdict)} <b>{escape(name)}</b> <span class="muted">{devices}: {one.said()}</span>'
+            found.append(show.folded(head, one.errors(), not one.ok or len(one) == len(self)))
+        return found
+
+    def errors(self) -> str:
+        """One line a case, the worst first."""
+        lines = []
+        for row in sorted(self.rows, key=lambda row: (row.status == "ok", -(row.share or 0.0))):
+            color = show.STATUS.get(row.status, show.GREY)
+            share = "" if row.share is None else f"{show.bar(row.share, color)}{row.share:.2g}"
+            numbers = [show.number(row.max_abs, ".2g"), show.number(row.max_rel, ".2g")]
+            where = show.code(row.reason or row.worst)
+            lines.append([escape(row.case), row.dtype, row.device, show.status(row.status), *numbers, share, where])
+        heads = ("case", "dtype", "device", "", ">max abs", ">max rel", "of what is tolerated", "_worst element")
+        first, rest = show.table(heads, lines[:SHOWN]), lines[SHOWN:]
+        return first + (show.folded(f"{len(rest)} more", show.table(heads, rest), False) if rest else "")
+
     def cells(self, row: Row) -> list[str]:
         errors = ["" if x is None else f"{x:.2g}" for x in (row.max_abs, row.max_rel, row.share)]
         return [row.op, row.variant, row.case, row.dtype, row.device, row.status, *errors, short(row.reason)]
@@ -117,7 +149,8 @@ def check(
     rows: list[Row] = []
     for one in _variants(op, variant):
         found = _check_variant(op, one, None if device is None else torch.device(device).type, dtypes)
-        op.checked[one.name] = Report(tuple(found))
+        before = op.checked.get(one.name, ())
+        op.checked[one.name] = Report(tuple({(row.case, row.dtype): row for row in (*before, *found)}.values()))
         rows += found
     return Report(tuple(rows))
 
