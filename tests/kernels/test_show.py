@@ -39,7 +39,7 @@ def test_the_worst_case_of_a_failing_variant_comes_first_and_many_are_folded():
     finally:
         del rms_norm.variants["wrong"]
     html, worst = report._repr_html_(), max(report, key=lambda row: row.share)
-    assert f"<td>{worst.case}</td>" in html[: html.index("FAILED</span></td>")] and worst.worst in html
+    assert f"<td>{worst.case}</td>" in html[: html.index("FAILED</span></td>")] and worst.reason in html
     assert "more</summary>" in html and "<details open" in html
 
 
