@@ -36,6 +36,9 @@ _HOME = {
     "parse_benchmark_output": "bench.metrics",
     "calculate_performance_improvement": "bench.metrics",
     "beam_search": "beams",
+    "kernel_lab": "lab.kernel_lab",
+    "try_variant": "lab.trial",
+    "divergence": "lab.divergence",
     "TorchRunner": "runner.torch",
     "load_model": "models",
     "FakeRunner": "runner.fake",
@@ -68,6 +71,9 @@ if TYPE_CHECKING:
     from .core.table import BlockTable
     from .engine import Engine, StalledError
     from .handle import Handle, RequestError
+    from .lab.divergence import divergence
+    from .lab.kernel_lab import kernel_lab
+    from .lab.trial import try_variant
     from .llm import LLM
     from .models import load_model
     from .runner.base import Layout

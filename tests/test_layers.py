@@ -46,6 +46,7 @@ MAY_IMPORT = {
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer"},
     "demo": {"clock", "core", "runner", "engine", "report"},
     "report": {"core"},
+    "lab": {"build", "core", "engine", "handle", "intake", "lab"},  # engines are made and watched from outside
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
     "cli": {"bench", "demo", ""},
@@ -59,6 +60,7 @@ MAY_IMPORT = {
         "handle",
         "tokenizer",
         "assets",
+        "lab",
         "models",
         "llm",
     },
@@ -75,11 +77,12 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "grammar": {"numpy", "torch", "llguidance"},
     "handle": {"torch"},
     "profile": {"labkit_kernels", "pandas", "torch"},
+    "lab": {"labkit_kernels", "torch", "pandas", "plotly", "ipywidgets", "IPython"},
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
 }
-LAZY = {"pandas", "llguidance"}
+LAZY = {"pandas", "llguidance", "plotly", "ipywidgets", "IPython", "anywidget"}
 
 
 def modules() -> list[Path]:
