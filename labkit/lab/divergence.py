@@ -8,8 +8,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
-from labkit_kernels import show, watched
-from torch import Tensor
+from labkit_kernels import show
 
 from labkit.core.options import real, whole
 from labkit.core.params import SamplingParams
@@ -17,6 +16,8 @@ from labkit.engine import Engine
 from labkit.handle import Handle
 from labkit.intake import prompt_ids
 from labkit.lab.draw import Plot, around, power
+from labkit.lab.layers import Hidden, LayerDifference, compare_layers, watched_layers
+from labkit.lab.ops import OpDifference, first_op, recorded_ops
 from labkit.lab.side import Side, settled
 from labkit.lab.trial import NEAR, first_difference, gap, text_of, token_at
 
@@ -26,33 +27,6 @@ if TYPE_CHECKING:
 TOLERATED = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}  # a few roundings, relative
 MOST_BYTES = 2 << 30  # of hidden states that are kept to be compared
 BEFORE = 48  # characters of the text before the difference
-
-
-@dataclass(frozen=True)
-class LayerDifference:
-    """One layer's output in a and in b: ||a - b|| / ||a|| at every position that both computed from the same tokens."""
-
-    layer: int  # -1: the embeddings
-    largest: float
-    mean: float
-    position: int  # where it is largest
-    first: int | None  # the first position that is off by more than is tolerated
-
-    @property
-    def name(self) -> str:
-        return "the embeddings" if self.layer < 0 else f"layer {self.layer}"
-
-
-@dataclass(frozen=True)
-class OpDifference:
-    """The first call of an op whose result differs while the results of all calls before it agree."""
-
-    op: str
-    variant_a: str
-    variant_b: str
-    call: int  # of this op, from 0
-    layer: int | None  # None: outside the layers
-    difference: float
 
 
 @dataclass(frozen=True)
@@ -171,7 +145,7 @@ class Divergence:
         values = [min(one.largest, 1e9) for one in self.layers if one.largest]
         low, high = around([*values, self.tolerance])
         low = max(low, high * 1e-9)
-        plot = Plot(760, 250, (-1.7, len(self.layers) - 1.3), (low, high), right=24)
+        plot = Plot(820, 250, (-1.7, len(self.layers) - 1.3), (low, high), right=112)
         plot.ticks_y("relative difference", power)
         step = -(-len(self.layers) // 24)
         plot.ticks_x(
@@ -186,7 +160,7 @@ class Divergence:
             else:
                 plot.text(plot.at_x(one.layer), plot.bottom - 5, "0", anchor="middle", kind="muted")
         plot.line([(-1.7, self.tolerance), (len(self.layers) - 1.3, self.tolerance)], dash="5 3")
-        plot.text(plot.right, plot.at_y(self.tolerance) - 5, f"tolerated: {self.tolerance:g}", anchor="end")
+        plot.text(plot.right + 7, plot.at_y(self.tolerance) + 4, f"tolerated: {self.tolerance:g}")
         return plot.svg(self.headline())
 
 
@@ -223,11 +197,11 @@ def divergence(
         alike = len(one.ids) + (len(ids_a) if at is None else at)  # tokens that are inputs of both
         if tolerance is None:
             tolerance = max(TOLERATED.get(look.dtype, 1e-4) for look in (one, other))
-        layers, num_positions = _layers(one.hidden, other.hidden, alike, tolerance)
+        layers, num_positions = compare_layers(one.hidden, other.hidden, alike, tolerance)
         op = None
         if sides[0].differs_in_ops_only(sides[1]):
             common = [*one.ids, *ids_a[:at]]
-            op = _first_op([_recorded(side, model, common) for side in sides], len(layers) - 1, tolerance)
+            op = first_op([recorded_ops(side, model, common) for side in sides], len(layers) - 1, tolerance)
         differs = at is not None
         return Divergence(
             repr(asked[0]),
@@ -245,9 +219,6 @@ def divergence(
             op=op,
             only_replayed=place is not None and seen is None,
         )
-
-
-Hidden = dict[int, dict[int, Tensor]]  # layer -> position -> its output
 
 
 @dataclass(frozen=True)
@@ -280,85 +251,7 @@ def _look(side: Side, model: Any, prompt: Any, max_tokens: int) -> _Look:
                 f"{len(ids)} tokens"
             )
         plain = side.run(engine, ids, SamplingParams(temperature=0, max_tokens=max_tokens)).output_ids
-        layers = range(-1, num_layers)
-        looking = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=NEAR, capture={"hidden": layers})
-        handle = side.run(engine, ids, looking)
-        hidden = {layer: _by_position(handle, layer) for layer in layers}
+        id = engine.new_id()
+        with watched_layers(engine, id) as hidden:
+            handle = side.run(engine, ids, SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=NEAR), id)
         return _Look(ids, plain, handle, hidden, decoder.dtype, engine)
-
-
-def _by_position(handle: Handle, layer: int) -> dict[int, Tensor]:
-    parts = handle.captures.get(("hidden", layer), [])
-    return {start + i: line for start, array in parts for i, line in enumerate(array)}
-
-
-def _layers(a: Hidden, b: Hidden, alike: int, tolerance: float) -> tuple[tuple[LayerDifference, ...], int]:
-    """Each layer's difference where both computed it from the same tokens, and at how many positions that is."""
-    found, positions = [], sorted(i for i in a[-1].keys() & b[-1].keys() if i < alike)
-    if not positions:
-        raise ValueError("no position was computed by both sides: there is nothing to compare")
-    for layer in a:
-        apart = relative(*(torch.stack([side[layer][i] for i in positions]) for side in (a, b)))
-        off = (apart > tolerance).nonzero()
-        largest = int(apart.argmax())
-        first = positions[int(off[0])] if len(off) else None
-        found.append(LayerDifference(layer, float(apart[largest]), float(apart.mean()), positions[largest], first))
-    return tuple(found), len(positions)
-
-
-def relative(a: Tensor, b: Tensor) -> Tensor:
-    """||a - b|| / ||a|| of each line [lines]; infinite where one side is not a number."""
-    a, b = (side.reshape(-1, side.shape[-1]).float() for side in (a, b))
-    apart = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)
-    same = (a == b).all(dim=1)
-    return torch.where(same, 0.0, apart.nan_to_num(nan=float("inf")))
-
-
-# -- ops -----------------------------------------------------------------------------------------------------------
-
-Call = tuple[str, str, list[Tensor]]  # op, variant, what it gave
-
-
-def _recorded(side: Side, model: Any, ids: list[int]) -> list[Call] | None:
-    """Every op's result while these tokens are computed; None: too large to keep."""
-    calls: list[Call] = []
-    kept = 0
-
-    def record(op: str, variant: str, call: Any) -> Any:
-        nonlocal kept
-        result = call()
-        tensors = result if isinstance(result, (tuple, list)) else [result]
-        floats = [t.float().cpu().clone() for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
-        kept += sum(t.numel() * 4 for t in floats)
-        if kept <= MOST_BYTES:
-            calls.append((op, variant, floats))
-        return result
-
-    with side.opened(model) as engine, watched(record):
-        side.run(engine, ids, SamplingParams(temperature=0, max_tokens=1))
-    return calls if kept <= MOST_BYTES else None
-
-
-def _first_op(sides: list[list[Call] | None], num_layers: int, tolerance: float) -> OpDifference | None:
-    """The first call whose result is off by more than is tolerated, or else by anything; None: none is, or the two
-    sides call other ops."""
-    a, b = sides
-    if a is None or b is None or [op for op, *_ in a] != [op for op, *_ in b]:
-        return None
-    slight: OpDifference | None = None
-    counts: dict[str, int] = {}
-    forwards = max(1, sum(op == "paged_attention" for op, *_ in a) // num_layers)
-    total = {name: sum(op == name for op, *_ in a) // forwards for name in {op for op, *_ in a}}
-    for (op, variant_a, one), (_, variant_b, other) in zip(a, b, strict=True):
-        call = counts[op] = counts.get(op, -1) + 1
-        if [t.shape for t in one] != [t.shape for t in other]:
-            return slight
-        apart = max((float(relative(x, y).max()) for x, y in zip(one, other, strict=True) if x.numel()), default=0.0)
-        if apart:
-            each = total[op] // num_layers  # calls a layer
-            layer = call % total[op] // each if each else num_layers
-            place = OpDifference(op, variant_a, variant_b, call, layer if layer < num_layers else None, apart)
-            if apart > tolerance:
-                return place
-            slight = slight or place
-    return slight

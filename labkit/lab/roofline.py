@@ -3,6 +3,7 @@ limits; measures nothing."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -118,11 +119,9 @@ class Roofline:
             if flat:
                 plot.text(plot.right, y2 - 5, label, anchor="end")
             else:
-                import math
-
                 turn = math.degrees(math.atan2(y2 - y1, x2 - x1))
-                at = 0.06
-                plot.text(round(x1 + at * (x2 - x1), 1), round(y1 + at * (y2 - y1) - 6, 1), label, turn=turn)
+                x3, y3 = x1 + 0.97 * (x2 - x1), y1 + 0.97 * (y2 - y1)  # near the corner, where few points lie
+                plot.text(round(x3, 1), round(y3 - 6, 1), label, anchor="end", turn=turn)
         for point in self.points:
             shape = SHAPES.get(point.dtype, "circle")
             plot.mark(point.intensity, point.flops_per_second, self.colors[point.variant], shape, _title(point))

@@ -89,7 +89,7 @@ class Side:
         finally:
             engine.close()
 
-    def run(self, engine: Engine, ids: list[int], params: SamplingParams) -> Handle:
+    def run(self, engine: Engine, ids: list[int], params: SamplingParams, id: str | None = None) -> Handle:
         """One prompt's answer under these settings; the engine is left as it was, whatever happens."""
         salt = f"side {next(_number)}"
         with ExitStack() as stack:
@@ -104,7 +104,7 @@ class Side:
             for i in range(1, self.batch):  # others of other lengths, before it in the batch
                 turned = [*ids[i % len(ids) :], *ids[: i % len(ids)]][: max(1, len(ids) - i)]
                 handles.append(engine.submit(prompt(turned), beside, salt=f"{salt}, beside {i}"))
-            handle = engine.submit(prompt(ids), params, salt=salt)
+            handle = engine.submit(prompt(ids), params, salt=salt, id=id)
             handles.append(handle)
             handle.wait()
             if self.cached and not handle.num_cached:
