@@ -37,7 +37,7 @@ background:rgba(128,128,128,.2);margin-right:.6em;vertical-align:middle}
 .lkk .bar u{position:absolute;top:-3px;bottom:-3px;width:2px;background:currentColor}
 .lkk details{margin:.1em 0}
 .lkk summary{cursor:pointer;padding:.1em 0}
-.lkk code{font-size:12px;background:none;padding:0}
+.lkk.lkk.lkk code{font-size:12px;background:none;padding:0;color:inherit;border:0}
 </style>"""
 
 
@@ -86,4 +86,4 @@ def number(x: float | None, form: str = ".3g", scale: float = 1) -> str:
 
 
 def code(text: str) -> str:
-    return f"<code>{escape(text)}</code>"
+    return f"<code>{escape(text)}</code>" if text else ""
