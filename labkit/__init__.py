@@ -42,6 +42,9 @@ _HOME = {
     "parse_benchmark_output": "bench.metrics",
     "calculate_performance_improvement": "bench.metrics",
     "beam_search": "beams",
+    "kernel_lab": "lab.kernel_lab",
+    "try_variant": "lab.trial",
+    "divergence": "lab.divergence",
     "TorchRunner": "runner.torch",
     "load_model": "models",
     "FakeRunner": "runner.fake",
@@ -74,6 +77,9 @@ if TYPE_CHECKING:
     from .core.table import BlockTable
     from .engine import Engine, StalledError
     from .handle import Handle, RequestError
+    from .lab.divergence import divergence
+    from .lab.kernel_lab import kernel_lab
+    from .lab.trial import try_variant
     from .llm import LLM
     from .models import load_model
     from .play import Load, Player

@@ -36,17 +36,29 @@ MAY_IMPORT = {
         "core",
         "handle",
         "intake",
+        "play",
         "profile",
         "runner",
         "snapshot",
         "tokenizer",
+        "widgets",
         "worker",
     },
+    "play": {"clock", "core", "engine"},  # the engine only as a type
     "profile": {"core", "engine"},  # the engine only as a type
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer", "widgets"},
     "demo": {"clock", "core", "runner", "engine", "report"},
     "report": {"core", "widgets"},
     "widgets": {"core", "widgets"},
+    "lab": {
+        "build",
+        "core",
+        "engine",
+        "handle",
+        "intake",
+        "lab",
+        "models",
+    },  # engines are made and watched from outside
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
     "cli": {"bench", "demo", ""},
@@ -60,6 +72,7 @@ MAY_IMPORT = {
         "handle",
         "tokenizer",
         "assets",
+        "lab",
         "models",
         "llm",
         "widgets",
@@ -77,12 +90,13 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "grammar": {"numpy", "torch", "llguidance"},
     "handle": {"torch"},
     "profile": {"labkit_kernels", "pandas", "torch"},
+    "lab": {"labkit_kernels", "torch", "pandas", "plotly", "ipywidgets", "IPython"},
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
     "widgets": {"numpy", "pandas"},
 }
-LAZY = {"pandas", "llguidance"}
+LAZY = {"pandas", "llguidance", "plotly", "ipywidgets", "IPython", "anywidget"}
 
 
 def modules() -> list[Path]:

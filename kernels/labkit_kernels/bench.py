@@ -16,11 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import show
 from .check import Case, check, run_case
 from .registry import OPS, Op, Variant, get
 from .rows import Rows, short, write
@@ -69,6 +71,40 @@ class Report(Rows):
         names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
         return f"Bench({names}: {self.said()})"
 
+    def _repr_html_(self) -> str:
+        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
+        note = f"{self.said()}; a bar is the time, the line across it the limit of this machine"
+        return show.page(f"bench of {names}", note, *self.parts())
+
+    def parts(self) -> list[str]:
+        """A table a case: bars are times, as shares of the slowest."""
+        return [self._case(*group) for group in dict.fromkeys((r.op, r.case, r.dtype, r.device) for r in self.rows)]
+
+    def _case(self, op: str, case: str, dtype: str, device: str) -> str:
+        rows = [row for row in self.rows if (row.op, row.case, row.dtype, row.device) == (op, case, dtype, device)]
+        slowest = max((row.median for row in rows if row.median is not None), default=1.0)
+        lines = []
+        for row in rows:
+            if row.median is None:
+                lines.append([escape(row.variant), show.status(row.status), "", "", "", "", "", show.code(row.reason)])
+                continue
+            tick = None if row.limit is None else row.limit / slowest
+            lines.append(
+                [
+                    escape(row.variant),
+                    show.bar(row.median / slowest, show.BLUE, tick, "long"),
+                    show.number(row.median, ".1f", 1e6),
+                    show.number(row.bytes_per_second, ".1f", 1e-9),
+                    show.number(row.flops_per_second, ".1f", 1e-9),
+                    show.number(row.fraction, ".0%"),
+                    show.number(row.speedup, ".2f"),
+                    "",
+                ]
+            )
+        heads = ("variant", "", ">us", ">GB/s", ">GFLOP/s", ">of limit", ">speedup", "_")
+        title = f'<div class="head"><b>{escape(case)}</b><span class="muted">{dtype} on {device}</span></div>'
+        return title + show.table(heads, lines)
+
     def cells(self, row: Row) -> list[str]:
         def said(x: float | None, scale: float, form: str) -> str:
             return "" if x is None else format(x * scale, form)
@@ -85,8 +121,12 @@ def bench(
     cases: Sequence[str | Case] | None = None,
     device: str | torch.device | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
+    machine: Machine | None = None,
 ) -> Report:
-    """Time variants (None: the reference and all that run here) on cases (None: the op's timed ones)."""
+    """Time variants (None: the reference and all that run here) on cases (None: the op's timed ones).
+
+    A `machine` that was measured before is not measured again.
+    """
     op = get(op) if isinstance(op, str) else op
     kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
     chosen = _cases(op, cases)
@@ -94,7 +134,7 @@ def bench(
         op.load(kind)
         variants = [one.name for one in op.variants.values() if one.device in (None, kind)]
     rows: list[Row] = []
-    machine = Machine(kind)
+    machine = machine if machine is not None else Machine(kind)
     for dtype in dtypes or ((torch.bfloat16,) if kind == "cuda" else (torch.float32, torch.bfloat16)):
         sound = {name: _unsound(op, name, kind, dtype) for name in variants}
         for case in chosen:
@@ -122,6 +162,8 @@ def _unsound(op: Op, name: str, device: str, dtype: torch.dtype) -> tuple[str, s
     if (reason := variant.why_not(device, dtype, {})) is not None:
         return "refused", reason
     report = check(op, name, device, [dtype])
+    if any(row.device == "interpreter" for row in report) and report.ok:
+        return "refused", "checked in Triton's interpreter, whose time says nothing: needs a GPU"
     if report.ok:
         return None
     bad = next((row for row in report if row.status in ("FAILED", "raised")), None)
@@ -179,6 +221,7 @@ class Machine:
         self.device = device
         self._flush = torch.empty(FLUSH // 4, dtype=torch.int32, device=device) if device == "cuda" else None
         self._flop_seconds: dict[torch.dtype, float] = {}
+        self._copy_seconds: dict[int, float] = {}
 
     def __repr__(self) -> str:
         found = ", ".join(f"{1e-9 / s:.0f} GFLOP/s {dtype}" for dtype, s in self._flop_seconds.items())
@@ -190,12 +233,24 @@ class Machine:
 
     def limit(self, moved: int, computed: int, dtype: torch.dtype) -> float:
         """Seconds that moving and computing this much take at best."""
-        copying = 0.0
-        if moved:
+        copying = self._seconds_to_copy(moved) if moved else 0.0
+        return max(copying, computed * self._seconds_a_flop(dtype) if computed else 0.0)
+
+    def bytes_per_second(self, size: int) -> float:
+        """How many bytes move in a second when `size` are copied: from the cache where they fit into it."""
+        return size / self._seconds_to_copy(size)
+
+    def flops_per_second(self, dtype: torch.dtype) -> float:
+        """What the product of two large matrices reaches."""
+        return 1 / self._seconds_a_flop(dtype)
+
+    def _seconds_to_copy(self, moved: int) -> float:
+        """Seconds to read half of this many bytes and to write the other half."""
+        if moved not in self._copy_seconds:
             source = torch.ones(max(1, moved // 8), dtype=torch.int32, device=self.device)
             target = torch.ones_like(source)
-            copying = min(self.times(lambda: target.copy_(source)))
-        return max(copying, computed * self._seconds_a_flop(dtype) if computed else 0.0)
+            self._copy_seconds[moved] = min(self.times(lambda: target.copy_(source)))
+        return self._copy_seconds[moved]
 
     def _seconds_a_flop(self, dtype: torch.dtype) -> float:
         if dtype not in self._flop_seconds:

@@ -15,17 +15,21 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from labkit_kernels import show
+from labkit_kernels.launches import install, interpreted, mend_interpreter
 from labkit_kernels.registry import OPS, Op, Variant, get
 from labkit_kernels.rows import Rows, short, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 20
+SHOWN = 8  # cases of a variant that a notebook shows at once
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Row:
     max_rel: float | None = None  # over elements larger than atol
     share: float | None = None  # the worst element's error as a share of what is tolerated: above 1 is FAILED
     seconds: float | None = None  # what the check took, compiling included: no measurement
+    worst: str = ""  # where that element is, what was found there and what was expected
 
 
 @dataclass(frozen=True, repr=False)
@@ -94,6 +99,35 @@ class Report(Rows):
         names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
         return f"Report({names}: {self.said()})"
 
+    def _repr_html_(self) -> str:
+        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
+        return show.page(f"check of {names}", f"{self.said()}; the worst elements first", *self.parts())
+
+    def parts(self) -> list[str]:
+        """A table of errors a variant, open where something is wrong."""
+        found = []
+        for op, variant in dict.fromkeys((row.op, row.variant) for row in self.rows):
+            one = Report(tuple(row for row in self.rows if (row.op, row.variant) == (op, variant)))
+            name = variant if len({row.op for row in self.rows}) == 1 else f"{op}: {variant}"
+            devices = ", ".join(dict.fromkeys(row.device for row in one.rows))
+            verdict = "ok" if one.ok else next((s for s in ("FAILED", "raised") if one.count(s)), "refused")
+            head = f'{show.status(verdict)} <b>{escape(name)}</b> <span class="muted">{devices}: {one.said()}</span>'
+            found.append(show.folded(head, one.errors(), not one.ok or len(one) == len(self)))
+        return found
+
+    def errors(self) -> str:
+        """One line a case, the worst first."""
+        lines = []
+        for row in sorted(self.rows, key=lambda row: (row.status == "ok", -(row.share or 0.0))):
+            color = show.STATUS.get(row.status, show.GREY)
+            share = "" if row.share is None else f"{show.bar(row.share, color)}{row.share:.2g}"
+            numbers = [show.number(row.max_abs, ".2g"), show.number(row.max_rel, ".2g")]
+            where = show.code(row.reason or row.worst)
+            lines.append([escape(row.case), row.dtype, row.device, show.status(row.status), *numbers, share, where])
+        heads = ("case", "dtype", "device", "", ">max abs", ">max rel", "of what is tolerated", "_worst element")
+        first, rest = show.table(heads, lines[:SHOWN]), lines[SHOWN:]
+        return first + (show.folded(f"{len(rest)} more", show.table(heads, rest), False) if rest else "")
+
     def cells(self, row: Row) -> list[str]:
         errors = ["" if x is None else f"{x:.2g}" for x in (row.max_abs, row.max_rel, row.share)]
         return [row.op, row.variant, row.case, row.dtype, row.device, row.status, *errors, short(row.reason)]
@@ -108,12 +142,16 @@ def check(
     """Compare a variant (None: all of them) with the op's reference on the op's cases.
 
     Results, in-place changes of arguments and whatever lies around a view in its storage are all compared. A Triton
-    variant is checked in Triton's interpreter, in another process, where there is no GPU.
+    variant is checked in Triton's interpreter where there is no GPU. `op.checked` keeps what was found of each variant.
     """
     op = get(op) if isinstance(op, str) else op
+    install()
     rows: list[Row] = []
     for one in _variants(op, variant):
-        rows += _check_variant(op, one, None if device is None else torch.device(device).type, dtypes)
+        found = _check_variant(op, one, None if device is None else torch.device(device).type, dtypes)
+        before = op.checked.get(one.name, ())
+        op.checked[one.name] = Report(tuple({(row.case, row.dtype): row for row in (*before, *found)}.values()))
+        rows += found
     return Report(tuple(rows))
 
 
@@ -131,13 +169,11 @@ def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequenc
     label = home
     if home == "cuda" and interpreting():
         home, label = "cpu", "interpreter"
-        _mend_interpreter()
+        mend_interpreter()
     elif home == "cuda" and not torch.cuda.is_available():
-        if variant.function.__module__.startswith("labkit_kernels."):
-            return _interpret_elsewhere([op.name], variant.name, dtypes)
-        reason = "no cuda on this machine; to check it in Triton's interpreter start Python with TRITON_INTERPRET=1"
-        return [Row(op.name, variant.name, "all", "", "cuda", "refused", reason)]
-    rows = []
+        home, label = "cpu", "interpreter"
+        install()  # the variant's module may just have imported Triton
+    before, rows = interpreted(), []
     for case in op.cases():
         if not case.timed:  # those are large
             rows += [
@@ -145,29 +181,38 @@ def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequenc
                 for dtype in chosen
                 if case.dtypes is None or dtype in case.dtypes
             ]
+    if label != home and interpreted() == before and not interpreting():
+        reason = "no cuda on this machine, and it launches no Triton kernel that Triton's interpreter could run"
+        return [Row(op.name, variant.name, "all", "", "cuda", "refused", reason)]
     return rows
 
 
 def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dtype, label: str | None = None) -> Row:
-    """One row. What the variant raises is data; what the reference or the case raises is our own fault and rises."""
+    """One row. What the variant raises is data; what the reference or the case raises is our own fault and rises.
+
+    `label` "interpreter" is a variant for a GPU on tensors of the CPU.
+    """
     label = label or device
-    said = (op.name, variant.name, case.name, str(dtype).removeprefix("torch."), label)
+    said = (op.name, variant.name, case.name, str(dtype).removeprefix("torch."))
     if (reason := variant.why_not("cuda" if label == "interpreter" else label, dtype, case.facts or {})) is not None:
-        return Row(*said, "refused", reason)
+        return Row(*said, label, "refused", reason)
     args, kwargs = case.inputs(device, dtype)
     expected = op.reference(*args, **kwargs)
     again, options = case.inputs(device, dtype)
     untouched, _ = case.inputs(device, dtype)
     if (wrong := compare(untouched, again, Tolerance(0.0, 0.0, ""), storage=True)).text:
         raise AssertionError(f"case {case.name!r} of {op.name} gives other inputs each time: {wrong.text}")
-    begin = time.perf_counter()
+    before, begin = interpreted(), time.perf_counter()
     try:
         found = variant.function(*again, **options)
         if device == "cuda":
             torch.cuda.synchronize()
     except Exception as error:  # whatever a stranger's variant raises
-        return Row(*said, "raised", f"{type(error).__name__}: {error}", seconds=time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return Row(*said, label, "raised", f"{type(error).__name__}: {error}", seconds=seconds)
     seconds = time.perf_counter() - begin
+    if interpreted() > before:
+        label = "interpreter"
     tolerance = op.tolerance(dtype)
     if label == "interpreter" and dtype == torch.bfloat16:  # it cuts bfloat16 off where a GPU rounds: twice the error
         tolerance = Tolerance(2 * tolerance.rtol, 2 * tolerance.atol, tolerance.why)
@@ -175,9 +220,8 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
         compare((args, kwargs), (again, options), tolerance, storage=True, where="argument")
     )
     status = "FAILED" if difference.text else "ok"
-    return Row(
-        *said, status, difference.text, difference.max_abs, difference.max_rel, difference.share, round(seconds, 6)
-    )
+    errors = (difference.max_abs, difference.max_rel, difference.share)
+    return Row(*said, label, status, difference.text, *errors, round(seconds, 6), difference.worst)
 
 
 @dataclass(frozen=True)
@@ -188,6 +232,7 @@ class Difference:
     max_abs: float = 0.0
     max_rel: float = 0.0
     share: float = 0.0
+    worst: str = ""  # the element with the largest share
 
     def worse(self, other: Difference) -> Difference:
         return Difference(
@@ -195,6 +240,7 @@ class Difference:
             max(self.max_abs, other.max_abs),
             max(self.max_rel, other.max_rel),
             max(self.share, other.share),
+            other.worst if other.share > self.share else self.worst,
         )
 
 
@@ -262,36 +308,15 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
     large = size > tolerance.atol
     rel = torch.where(large & ~same, error / size, 0.0).nan_to_num(nan=float("inf"), posinf=float("inf"))
     worst = int(share.argmax())
-    text = ""
-    if float(share.max()) > 1:
-        at = ", ".join(map(str, (int(i) for i in torch.unravel_index(torch.tensor(worst), one.shape))))
-        bad = int((share > 1).sum())
-        text = (
-            f"{where}: {bad} of {one.numel()} off, worst at [{at}]: {other.flatten()[worst]:.6g}, "
-            f"expected {one.flatten()[worst]:.6g}"
-        )
-    return Difference(text, float(error.max()), float(rel.max()), float(share.max()))
+    at = ", ".join(map(str, (int(i) for i in torch.unravel_index(torch.tensor(worst), one.shape))))
+    said = f"at [{at}]: {other.flatten()[worst]:.6g}, expected {one.flatten()[worst]:.6g}"
+    text = f"{where}: {int((share > 1).sum())} of {one.numel()} off, worst {said}" if float(share.max()) > 1 else ""
+    return Difference(text, float(error.max()), float(rel.max()), float(share.max()), f"{where} {said}")
 
 
 def interpreting() -> bool:
     """Is this process one whose Triton kernels run in the interpreter?"""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _mend_interpreter() -> None:
-    """Before 3.9 the interpreter loops over arrays of one element, which numpy 2.4 takes for no number any more."""
-    import triton
-    from triton.runtime import interpreter
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) or hasattr(interpreter, "_labkit_mended"):
-        return
-    patch = interpreter._patch_lang_tensor
-
-    def mended(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor, interpreter._labkit_mended = mended, True
 
 
 def interpret(ops: Sequence[str], dtypes: Sequence[torch.dtype] | None = None) -> Report:

@@ -18,14 +18,21 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from . import show
+from .launches import launched
 from .registry import OPS, Op, get
 from .rows import Rows, short, write
 
 ARCHS = (80, 90, 100)
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may take
+
+MOST_REGISTERS = 255  # one thread may have
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,44 @@ class Report(Rows):
     def __repr__(self) -> str:
         return f"Report({len(self.rows)} kernels compiled: {self.said()})"
 
+    def _repr_html_(self) -> str:
+        return show.page("compiled ahead of time", f"{self.said()}; no GPU was asked", *self.parts())
+
+    def parts(self) -> list[str]:
+        """A line a kernel and architecture; bars are shares of what there is."""
+        lines, before = [], None
+        for row in self.rows:
+            most = MOST_SHARED.get(int(row.arch.removeprefix("sm_")), 1)
+            new = (row.kernel, row.config) != before
+            before = (row.kernel, row.config)
+            registers = None if row.registers is None else row.registers / MOST_REGISTERS
+            shared = None if row.shared is None else row.shared / most
+            lines.append(
+                [
+                    f"<b>{escape(row.kernel)}</b>" if new else "",
+                    show.code(row.config) if new else "",
+                    row.arch,
+                    show.status(row.status),
+                    f"{show.bar(registers, show.BLUE)}{show.number(row.registers, 'd')}",
+                    f"{show.bar(shared, show.ORANGE)}{show.number(row.shared, ',d')}",
+                    show.number(row.spills, ",d"),
+                    f"{row.num_warps}, {row.num_stages}",
+                    escape(short(row.reason)),
+                ]
+            )
+        heads = (
+            "kernel",
+            "_configuration",
+            "",
+            "",
+            "registers a thread",
+            "shared bytes",
+            ">spilled",
+            "warps, stages",
+            "",
+        )
+        return [show.table(heads, lines)]
+
     def cells(self, row: Row) -> list[str]:
         numbers = ["" if n is None else str(n) for n in (row.registers, row.spills, row.shared, row.num_warps)]
         last = short(row.reason or row.config)
@@ -104,6 +149,29 @@ def compile_ops(ops: Sequence[str | Op] | None = None, archs: Sequence[int] = AR
             compile_config(op.name, config, arch) for config in configs(op) for arch in archs if arch in config.archs
         ]
     return Report(tuple(rows))
+
+
+def compile_variant(
+    op: Op | str, variant: str, archs: Sequence[int] = ARCHS, dtype: torch.dtype | None = None
+) -> Report:
+    """Compile what a variant launches on its op's timed cases: for one made in a cell. Nothing is run.
+
+    `dtype` None is bfloat16, or what the variant takes.
+    """
+    op = get(op) if isinstance(op, str) else op
+    one = op.get(variant)
+    dtype = dtype or (one.dtypes or (torch.bfloat16,))[0]
+    found: dict[tuple[Any, ...], Config] = {}
+    for case in [case for case in op.cases() if case.timed] or list(op.cases()):
+        if case.dtypes is None or dtype in case.dtypes:
+            args, options = case.inputs("cuda" if torch.cuda.is_available() else "cpu", dtype)
+            for launch in launched(one.function, *args, **options):
+                config = launch.config()
+                key = (config.kernel, repr(sorted(config.signature.items())), repr(sorted(config.constexprs.items())))
+                found.setdefault((*key, config.num_warps, config.num_stages), config)
+    if not found:
+        raise ValueError(f"variant {variant!r} of {op.name} launches no Triton kernel: there is nothing to compile")
+    return Report(tuple(compile_config(op.name, config, arch) for config in found.values() for arch in archs))
 
 
 def configs(op: Op) -> list[Config]:

@@ -6,13 +6,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from html import escape
 from typing import Any
 
 import torch
+
+from . import show
+from .launches import install
 
 OPS: dict[str, Op] = {}
 _generation = 0
@@ -72,6 +77,7 @@ class Op:
         self.traffic, self.flops, self.compare, self.home = traffic, flops, compare, home
         self.sources = dict(sources or {})
         self.variants: dict[str, Variant] = {"reference": Variant("reference", reference)}
+        self.checked: dict[str, Any] = {}  # variant -> the latest report of its check
         self._forced: list[str] = []
         OPS[name] = self
 
@@ -83,6 +89,42 @@ class Op:
     def __repr__(self) -> str:
         forced = f", using {self._forced[-1]}" if self._forced else ""
         return f"Op({self.name}: {', '.join(self.variants)}{forced})"
+
+    def _repr_html_(self) -> str:
+        return show.page(self.name, self.about, self._variants_html())
+
+    @property
+    def about(self) -> str:
+        """What its module says of it, in a line."""
+        return (sys.modules[self.home].__doc__ or "").strip().partition("\n")[0] if self.home in sys.modules else ""
+
+    def _variants_html(self) -> str:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self.load(kind)
+        chosen: dict[str, list[str]] = {}
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            try:
+                chosen.setdefault(self._picked(kind, dtype, {}).name, []).append(str(dtype)[6:])
+            except ValueError:  # the one in use cannot serve this dtype
+                continue
+        lines = []
+        for one in self.variants.values():
+            report = self.checked.get(one.name)
+            said = "" if report is None else f"{show.status('ok' if report.ok else 'FAILED')} {escape(report.said())}"
+            if one.name == "reference":
+                said = '<span class="muted">what the others must agree with</span>'
+            dtypes = ", ".join(str(dtype)[6:] for dtype in one.dtypes or ()) or "any"
+            here = ", ".join(chosen.get(one.name, ()))
+            state = "in use" if self._forced[-1:] == [one.name] else "picked" if here else ""
+            here = f"{show.mark(state, show.BLUE)} {here}" if state else ""
+            lines.append([f"<b>{escape(one.name)}</b>", one.device or "any", dtypes, here, said])
+        for device, modules in self.sources.items():
+            lines += [
+                [f"<b>{escape(name)}</b>", device, "", "", '<span class="muted">loaded when first asked for</span>']
+                for name in modules
+                if name not in self.variants
+            ]
+        return show.table(("variant", "device", "dtypes", f"on this machine ({kind})", "latest check"), lines)
 
     def variant(
         self,
@@ -99,6 +141,7 @@ class Op:
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.variants[name] = Variant(name, function, device, dtypes, accepts, picked)
+            self.checked.pop(name, None)  # another function than the one that was checked
             _changed()
             return function
 
@@ -165,6 +208,7 @@ class Op:
     def use(self, name: str) -> Iterator[Variant]:
         """Within the block, this variant is picked by everyone, running engines included."""
         variant = self.get(name)
+        install()
         self._forced.append(name)
         _changed()
         try:

@@ -10,6 +10,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from . import show
+
 if TYPE_CHECKING:
     import pandas
 
@@ -55,12 +57,11 @@ class Rows:
         return pandas.DataFrame([asdict(row) for row in self.rows], columns=[one.name for one in fields(self.kind)])
 
     def _repr_html_(self) -> str:
-        heads = "".join(f"<th>{escape(head)}</th>" for head in self.heads)
-        lines = []
-        for row in self.rows:
-            bad = ' style="color:#b00020"' if row.status in ("FAILED", "raised") else ""
-            lines.append(f"<tr{bad}>" + "".join(f"<td>{escape(cell)}</td>" for cell in self.cells(row)) + "</tr>")
-        return f"<b>{escape(repr(self))}</b><table><tr>{heads}</tr>{''.join(lines)}</table>"
+        return show.page(repr(self).partition("(")[0], self.said(), *self.parts())
+
+    def parts(self) -> list[str]:
+        """What a notebook shows below the heading."""
+        return [show.table(self.heads, [[escape(cell) for cell in self.cells(row)] for row in self.rows])]
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import torch
 from labkit_kernels import OPS
-from labkit_kernels.check import _mend_interpreter
+from labkit_kernels.launches import mend_interpreter
 
 import labkit as lk
 from labkit.models import load_model
@@ -39,7 +39,7 @@ def main(kind: str, seed: int) -> None:
     model = load_model(config(kind), load_format="dummy", seed=1, dtype="float32")
     invariant = load_model(config(kind), load_format="dummy", seed=1, dtype="float32", deterministic=True)
     found = {"reference": serve(model, False, seed, 0)}
-    _mend_interpreter()
+    mend_interpreter()
     with ExitStack() as stack:
         for op in list(OPS.values()):
             if op.has("triton"):

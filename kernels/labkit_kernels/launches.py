@@ -1,0 +1,195 @@
+"""Where Triton kernels are launched: on CPU tensors they run in Triton's interpreter, and launches can be recorded.
+Knows how Triton launches; refuses to know what a kernel computes.
+
+TRITON_INTERPRET decides for a whole process, when a kernel is defined. Here the tensors of each launch decide: what
+would otherwise end in an error (a CPU's memory is not a GPU's) is interpreted. So a kernel written in a notebook cell
+is checked, and runs inside an engine, on a machine without a GPU; it is compiled from the same object, and the cell
+stays as it is on a machine with one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from .compile import Config
+
+LAUNCHES = 64  # recorded of one call at most: a launcher in an endless loop would wait for a result
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel and its arguments by name, and how many warps and stages it asked for."""
+
+    kernel: Any  # a triton.jit function
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def config(self) -> Config:
+        """What the compiler would be asked for: integers that are 1 are constants, as Triton has it."""
+        from triton.runtime.jit import mangle_type
+
+        from .compile import Config
+
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        aligned = []
+        for parameter in self.kernel.params:
+            name, value = parameter.name, self.arguments[parameter.name]
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            special = whole and not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (special and value == 1):
+                constants[name] = value
+                continue
+            signature[name] = mangle_type(value)
+            if special and value % 16 == 0:
+                aligned.append(name)
+        kept = {name: self.options[name] for name in ("num_warps", "num_stages") if name in self.options}
+        return Config(self.kernel, signature, constants | kept, aligned=tuple(aligned))
+
+
+_inside = threading.local()
+_interpreted = 0  # launches so far
+_installed = False
+
+
+def interpreted() -> int:
+    """How many launches were interpreted so far: it grows when a call launches a Triton kernel on CPU tensors."""
+    return _interpreted
+
+
+def install() -> None:
+    """From now on, launches on CPU tensors are interpreted. Does nothing where there is a GPU, or no Triton is imported
+    (then nobody has defined a kernel), or TRITON_INTERPRET has decided already."""
+    global _installed
+    if _installed or "triton" not in sys.modules or torch.cuda.is_available():
+        return
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    mend_interpreter()
+    _installed = True
+    launch, call, tune = JITFunction.run, JITFunction.__call__, Autotuner.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if warmup or not _on_cpu(args, options):
+            return launch(self, *args, grid=grid, warmup=warmup, **options)
+        return _interpret(self, args, grid, options)
+
+    def called(self: Any, *args: Any, **options: Any) -> Any:  # tl.sum and others are functions of this kind
+        return _inner(self)(*args, **options) if getattr(_inside, "depth", 0) else call(self, *args, **options)
+
+    def run_first(self: Any, *args: Any, **options: Any) -> Any:
+        return _first_choice(self, args, options) if _on_cpu(args, options) else tune(self, *args, **options)
+
+    JITFunction.run, JITFunction.__call__, Autotuner.run = run, called, run_first
+
+
+def _on_cpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    tensors = [value for value in (*args, *options.values()) if isinstance(value, torch.Tensor)]
+    return bool(tensors) and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _interpret(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
+    global _interpreted
+    _interpreted += 1
+    _inside.depth = getattr(_inside, "depth", 0) + 1
+    try:
+        with _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+            _inner(kernel)[grid](*args, **options)
+    finally:
+        _inside.depth -= 1
+
+
+@contextmanager
+def _unchanged_language() -> Iterator[None]:
+    """The interpreter leaves some of triton.language patched behind it, and nothing could be compiled any more."""
+    import triton.language as tl
+
+    places = (tl, tl.core, tl.math, tl.tensor, tl.dtype, *filter(None, [getattr(tl, "condition", None)]))
+    kept = [(place, dict(vars(place))) for place in (*places, getattr(tl.core, "tensor_descriptor_base", tl.core))]
+    try:
+        yield
+    finally:
+        for place, before in kept:
+            for name in [name for name, value in vars(place).items() if before.get(name, place) is not value]:
+                if name in before:
+                    setattr(place, name, before[name])
+                elif isinstance(place, type):  # to modules it adds names that its rewritten functions need
+                    delattr(place, name)
+
+
+def _inner(kernel: Any) -> Any:
+    """The same function for the interpreter, made once."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    if "_labkit_interpreted" not in vars(kernel):
+        kernel._labkit_interpreted = InterpretedFunction(kernel.fn)
+    return kernel._labkit_interpreted
+
+
+def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """An autotuned kernel with the first of its configurations: the interpreter has no times to choose by."""
+    config = tuner.configs[0]
+    chosen = options | config.all_kwargs()
+    if config.pre_hook is not None:
+        config.pre_hook({**dict(zip(tuner.arg_names, args, strict=False)), **chosen})
+    return tuner.fn.run(*args, **chosen)
+
+
+def mend_interpreter() -> None:
+    """Before 3.9 the interpreter loops over arrays of one element, which numpy 2.4 takes for no number any more."""
+    import triton
+    from triton.runtime import interpreter
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) or hasattr(interpreter, "_labkit_mended"):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def mended(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor, interpreter._labkit_mended = mended, True
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within the block Triton kernels are not run: their launches are noted. What they would write stays as it is."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.runtime.jit import JITFunction
+
+    found: list[Launch] = []
+
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if len(found) == LAUNCHES:
+            raise RuntimeError(f"{LAUNCHES} launches were recorded and none was run: the launcher waits for a result")
+        given = {name: value for name, value in options.items() if name in self.arg_names}
+        bound = inspect.signature(self.fn).bind(*args, **given)
+        bound.apply_defaults()
+        found.append(Launch(self, dict(bound.arguments), {k: v for k, v in options.items() if k not in given}))
+
+    kept = JITFunction.run, Autotuner.run
+    JITFunction.run, Autotuner.run = note, lambda self, *args, **options: _first_choice(self, args, options)
+    try:
+        yield found
+    finally:
+        JITFunction.run, Autotuner.run = kept
+
+
+def launched(function: Callable[..., Any], *args: Any, **options: Any) -> list[Launch]:
+    """What one call launches, on tensors of any device; nothing is computed. A function without Triton: nothing."""
+    if "triton" not in sys.modules:
+        return []
+    with recorded() as found:
+        function(*args, **options)
+    return found
