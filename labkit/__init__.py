@@ -45,16 +45,20 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "Handle": "handle",
     "RequestError": "handle",
+    "Experiment": "study.experiment",
+    "Study": "study.study",
+    "Workload": "bench.workload",
     "WallClock": "clock",
     "VirtualClock": "clock",
 }
 
-_MODULES = ("assets",)
+_MODULES = {"assets": "assets", "workloads": "study.workloads"}
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .beams import BeamSearchParams, beam_search
+    from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
     from .core.diff import diff
     from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
@@ -74,12 +78,15 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
+    from .study import workloads
+    from .study.experiment import Experiment
+    from .study.study import Study
     from .tokenizer import ByteTokenizer, Tokenizer
 
 
 def __getattr__(name: str) -> object:
     if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
+        return importlib.import_module(f".{_MODULES[name]}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'labkit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
@@ -88,4 +95,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

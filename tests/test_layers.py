@@ -43,7 +43,9 @@ MAY_IMPORT = {
         "worker",
     },
     "profile": {"core", "engine"},  # the engine only as a type
-    "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer"},
+    "drawing": set(),
+    "study": {"bench", "build", "clock", "core", "drawing", "engine", "handle", "runner", "study"},
+    "bench": {"", "assets", "bench", "core", "drawing", "engine", "loading", "models", "report", "runner", "tokenizer"},
     "demo": {"clock", "core", "runner", "engine", "report"},
     "report": {"core"},
     "beams": {"core", "engine"},  # the engine only as a type
@@ -61,6 +63,7 @@ MAY_IMPORT = {
         "assets",
         "models",
         "llm",
+        "study",
     },
 }
 THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
@@ -78,8 +81,9 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
+    "study": {"numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
 }
-LAZY = {"pandas", "llguidance"}
+LAZY = {"pandas", "plotly", "anywidget", "llguidance", "IPython", "tqdm"}
 
 
 def modules() -> list[Path]:
