@@ -47,6 +47,7 @@ _HOME = {
     "RequestError": "handle",
     "Experiment": "study.experiment",
     "Study": "study.study",
+    "calibrate": "study.calibrate",
     "Workload": "bench.workload",
     "WallClock": "clock",
     "VirtualClock": "clock",
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
     from .study import workloads
+    from .study.calibrate import calibrate
     from .study.experiment import Experiment
     from .study.study import Study
     from .tokenizer import ByteTokenizer, Tokenizer

@@ -146,6 +146,35 @@ def curves(
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
 
 
+def dots(pairs: Sequence[tuple[float, float]], x_name: str, y_name: str, width: int = 430, height: int = 300) -> str:
+    """Points whose two numbers should be equal, and the line on which they would be."""
+    left, bottom, top = 48, 36, 20
+    most = round_up(max((max(pair) for pair in pairs), default=1.0))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (width - left - 14) * x / most, height - bottom - (height - bottom - top) * y / most
+
+    shapes = []
+    for i in range(5):
+        x, y = at(most * i / 4, most * i / 4)
+        shapes.append(
+            f'<line x1="{left}" x2="{width - 14}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
+            f'stroke-opacity=".15"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{show(most * i / 4)}</text>'
+            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{show(most * i / 4)}</text>'
+        )
+    (x1, y1), (x2, y2) = at(0, 0), at(most, most)
+    shapes.append(
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="currentColor" stroke-opacity=".5" '
+        f'stroke-dasharray="4 3"/><text x="0" y="11" class="dim">{escape(y_name)}</text>'
+        f'<text x="{width - 14}" y="{height - 3}" text-anchor="end" class="dim">{escape(x_name)}</text>'
+    )
+    places = "".join("M{:.1f} {:.1f}h0".format(*at(*pair)) for pair in pairs)
+    shapes.append(
+        f'<path d="{places}" stroke="{PALETTE[0]}" stroke-opacity=".45" stroke-width="4" stroke-linecap="round"/>'
+    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+
+
 def columns(
     counts: Sequence[float], first: float, last: float, name: str, color: str, width: int = 270, height: int = 110
 ) -> str:
