@@ -53,7 +53,7 @@ _HOME = {
     "VirtualClock": "clock",
 }
 
-_MODULES = {"assets": "assets", "workloads": "study.workloads"}
+_MODULES = {"assets": "assets", "doctor": "doctor", "workloads": "study.workloads"}
 
 __all__ = ["__version__", *_HOME]
 
@@ -94,6 +94,13 @@ def __getattr__(name: str) -> object:
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def load_ipython_extension(shell: object) -> None:
+    """`%load_ext labkit`: %labkit and %%bench."""
+    from .magics import load
+
+    load(shell)
 
 
 def __dir__() -> list[str]:

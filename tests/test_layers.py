@@ -50,7 +50,10 @@ MAY_IMPORT = {
     "report": {"core"},
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
-    "cli": {"bench", "demo", ""},
+    "doctor": {"core", "drawing", "engine"},
+    "lab": set(),
+    "magics": {"", "bench", "core", "doctor", "drawing", "engine"},
+    "cli": {"bench", "demo", "doctor", "lab", ""},
     "__init__": {
         "beams",
         "bench",
@@ -64,6 +67,7 @@ MAY_IMPORT = {
         "models",
         "llm",
         "study",
+        "magics",
     },
 }
 THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
@@ -81,6 +85,8 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
+    "doctor": {"torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels"},
+    "magics": {"IPython", "numpy"},
     "study": {"numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
 }
 LAZY = {"pandas", "plotly", "anywidget", "llguidance", "IPython", "tqdm"}
