@@ -47,7 +47,10 @@ def test_an_installed_wheel_s_notebooks_are_found(tmp_path):
         wheel.extractall(tmp_path / "site")
     shipped = {path.name for path in (tmp_path / "site/labkit/notebooks").glob("*.ipynb")}
     assert shipped == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
-    code = f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]; import labkit.lab; print(labkit.lab.notebooks_home())"
+    code = (
+        f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]\n"
+        "import labkit.lab; print(labkit.lab.notebooks_home())"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == str(tmp_path / "site/labkit/notebooks")
 

@@ -24,8 +24,8 @@ from labkit.bench.workload import (
 from labkit.core.options import real, whole
 
 __all__ = [
-    "Ask", "Workload", "arriving", "bursty", "chats", "load", "poisson", "shared_prefixes", "sharegpt", "trace",
-    "two_classes",
+    "Ask", "Workload", "arriving", "bursty", "chats", "load", "mixed", "poisson", "shared_prefixes", "sharegpt",
+    "trace", "two_classes",
 ]  # fmt: skip
 
 VOCAB = 1000  # every model has that many tokens
@@ -164,6 +164,23 @@ def two_classes(
         asks.append(Ask(_drawn(rng, prompt, vocab_size), length, priority=int(not is_urgent)))
     made = arriving(Workload("two classes", tuple(asks)), rate, seed=seed)
     return replace(made, name=f"{urgent:.0%} urgent, {rate:g}/s")
+
+
+def mixed(*workloads: Workload) -> Workload:
+    """All of them at once, in order of arrival.
+
+    >>> mixed(poisson(10), chats(2))
+    Workload(Poisson, 4/s + 2 chats of 2-6 turns, 1/s: 20 requests, 1,697 prompt + 1,526 output tokens)
+    """
+    if not workloads:
+        raise ValueError("mixed takes one workload at least")
+    entries = [(w, i, ask) for w, workload in enumerate(workloads) for i, ask in enumerate(workload.asks)]
+    opening = sorted((entry for entry in entries if entry[2].after is None), key=lambda entry: entry[2].arrival)
+    order = opening + [entry for entry in entries if entry[2].after is not None]
+    place = {(w, i): at for at, (w, i, _) in enumerate(order)}
+    asks = tuple(ask if ask.after is None else replace(ask, after=place[w, ask.after]) for w, _, ask in order)
+    again = (lambda seed: mixed(*(w.reseeded(seed) for w in workloads))) if all(w.again for w in workloads) else None
+    return Workload(" + ".join(workload.name for workload in workloads), asks, again)
 
 
 def _drawn(rng: np.random.Generator, span: Range, vocab_size: int) -> tuple[int, ...]:

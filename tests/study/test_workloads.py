@@ -92,3 +92,15 @@ def test_labkit_bench_refuses_turns_that_wait_for_answers(tmp_path, capsys):
     lk.workloads.chats(3).save(tmp_path / "w.json")
     assert main(["bench", "serve", "--workload", str(tmp_path / "w.json")]) == 2
     assert "labkit.Experiment serves those" in capsys.readouterr().err
+
+
+def test_mixed_workloads_come_in_order_and_keep_their_turns():
+    talks, crowd = lk.workloads.chats(6, turns=(2, 3), rate=2), lk.workloads.poisson(20)
+    made = lk.workloads.mixed(talks, crowd)
+    assert len(made.asks) == len(talks.asks) + 20 and made.num_output == talks.num_output + crowd.num_output
+    opening = [ask.arrival for ask in made.asks if ask.after is None]
+    assert opening == sorted(opening) and len(opening) == 26
+    assert sorted(made.lengths()) == sorted(talks.lengths() + crowd.lengths())
+    assert made.reseeded(3) == lk.workloads.mixed(talks.reseeded(3), crowd.reseeded(3))
+    with pytest.raises(ValueError, match="one workload at least"):
+        lk.workloads.mixed()
