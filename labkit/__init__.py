@@ -48,6 +48,7 @@ _HOME = {
     "Experiment": "study.experiment",
     "Study": "study.study",
     "calibrate": "study.calibrate",
+    "next_tokens": "study.next_tokens",
     "Workload": "bench.workload",
     "WallClock": "clock",
     "VirtualClock": "clock",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from .study import workloads
     from .study.calibrate import calibrate
     from .study.experiment import Experiment
+    from .study.next_tokens import next_tokens
     from .study.study import Study
     from .tokenizer import ByteTokenizer, Tokenizer
 

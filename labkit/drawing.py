@@ -23,7 +23,7 @@ max-width:900px}
 .lk-drawn th,.lk-drawn td{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #8884;background:none}
 .lk-drawn th:first-child,.lk-drawn td:first-child{text-align:left;padding-left:0}
 .lk-drawn th{border-bottom:2px solid #8888;font-weight:600}
-.lk-drawn .lk-grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,390px),1fr));gap:.5em 2em}
+.lk-drawn .lk-grid{display:grid;gap:.5em 2em}
 .lk-drawn summary{cursor:pointer;opacity:.75}
 .lk-drawn .lk-key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 0}
 .lk-drawn .lk-keys span.lk-one{margin-right:1.1em;white-space:nowrap}
@@ -76,9 +76,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
 
 
-def side_by_side(*parts: str) -> str:
-    """HTML in as many columns as there is room for."""
-    return f'<div class="lk-grid">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+def side_by_side(*parts: str, least: int = 390) -> str:
+    """HTML in as many columns as there is room for, each at least so many pixels wide."""
+    columns = f"grid-template-columns:repeat(auto-fill,minmax(min(100%,{least}px),1fr))"
+    return f'<div class="lk-grid" style="{columns}">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def bars(rows: Sequence[Bar], width: int = 430) -> str:

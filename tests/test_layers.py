@@ -87,7 +87,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "cli": {"labkit_kernels"},
     "doctor": {"torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels"},
     "magics": {"IPython", "numpy"},
-    "study": {"numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
+    "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
 }
 LAZY = {"pandas", "plotly", "anywidget", "llguidance", "IPython", "tqdm"}
 
