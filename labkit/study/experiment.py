@@ -80,7 +80,7 @@ class Experiment:
     def __repr__(self) -> str:
         grid = " x ".join(f"{len(values)} {name}" for name, values in self.grid.items()) or "one setting"
         seeds = f" x {self.repeats} seeds" if self.repeats > 1 else ""
-        return f"Experiment({grid}{seeds} of {self.workload.name} on {self._runner_name()})"
+        return f"Experiment({grid}{seeds} of {self._workload_name()} on {self._runner_name()})"
 
     def __len__(self) -> int:
         """How many runs it takes."""
@@ -119,7 +119,7 @@ class Experiment:
         return Study(
             runs,
             names=list(self.grid),
-            workload=f"{self.workload.name}: {len(self.workload.asks)} requests",
+            workload=self._workload_name(),
             runner=self._runner_name(),
             num_planned=len(planned),
         )
@@ -148,6 +148,11 @@ class Experiment:
 
     def _workloads(self) -> list[Any]:
         return list(self.grid.get("workload", [self.workload]))
+
+    def _workload_name(self) -> str:
+        if "workload" in self.grid:
+            return f"{len(self.grid['workload'])} workloads"
+        return f"{self.workload.name}: {len(self.workload.asks)} requests"
 
     def _runner_name(self) -> str:
         if self.model is not None:
