@@ -54,16 +54,27 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "Handle": "handle",
     "RequestError": "handle",
+    "Experiment": "study.experiment",
+    "Study": "study.study",
+    "calibrate": "study.calibrate",
+    "next_tokens": "study.next_tokens",
+    "Workload": "bench.workload",
     "WallClock": "clock",
     "VirtualClock": "clock",
 }
 
-_MODULES = {"assets": "assets", "explain": "widgets.explain"}
+_MODULES = {
+    "assets": "assets",
+    "doctor": "doctor",
+    "explain": "widgets.explain",
+    "workloads": "study.workloads",
+}
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from .beams import BeamSearchParams, beam_search
+    from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
     from .core.diff import diff
     from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
@@ -87,6 +98,11 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
+    from .study import workloads
+    from .study.calibrate import calibrate
+    from .study.experiment import Experiment
+    from .study.next_tokens import next_tokens
+    from .study.study import Study
     from .tokenizer import ByteTokenizer, Tokenizer
     from .widgets.dashboard import Dashboard, dashboard
 
@@ -110,5 +126,12 @@ def _draw(thing: object) -> str | None:
 draw_with(_draw)
 
 
+def load_ipython_extension(shell: object) -> None:
+    """`%load_ext labkit`: %labkit and %%bench."""
+    from .magics import load
+
+    load(shell)
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

@@ -46,7 +46,22 @@ MAY_IMPORT = {
     },
     "play": {"clock", "core", "engine"},  # the engine only as a type
     "profile": {"core", "engine"},  # the engine only as a type
-    "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer", "widgets"},
+    "drawing": set(),
+    "study": {"bench", "build", "clock", "core", "drawing", "engine", "handle", "runner", "study"},
+    "bench": {
+        "",
+        "assets",
+        "bench",
+        "core",
+        "drawing",
+        "engine",
+        "loading",
+        "models",
+        "report",
+        "runner",
+        "tokenizer",
+        "widgets",
+    },
     "demo": {"clock", "core", "runner", "engine", "report"},
     "report": {"core", "widgets"},
     "widgets": {"core", "widgets"},
@@ -61,7 +76,10 @@ MAY_IMPORT = {
     },  # engines are made and watched from outside
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
-    "cli": {"bench", "demo", ""},
+    "doctor": {"core", "drawing", "engine"},
+    "jupyter": set(),
+    "magics": {"", "bench", "core", "doctor", "drawing", "engine"},
+    "cli": {"bench", "demo", "doctor", "jupyter", ""},
     "__init__": {
         "beams",
         "bench",
@@ -76,6 +94,9 @@ MAY_IMPORT = {
         "models",
         "llm",
         "widgets",
+        "play",
+        "study",
+        "magics",
     },
 }
 THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
@@ -94,9 +115,12 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
-    "widgets": {"numpy", "pandas"},
+    "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},
+    "doctor": {"torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels"},
+    "magics": {"IPython", "numpy"},
+    "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
 }
-LAZY = {"pandas", "llguidance", "plotly", "ipywidgets", "IPython", "anywidget"}
+LAZY = {"pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}
 
 
 def modules() -> list[Path]:

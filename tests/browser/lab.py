@@ -29,9 +29,16 @@ FIGURE = ".js-plotly-plot"
 def jupyter(folder: Path, dark: bool = False) -> Iterator[str]:
     """The address of a server of its own, with its token."""
     token = secrets.token_hex(16)
-    homes = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")}
+    homes = {
+        name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    }
     paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, **homes, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "IPYTHONDIR": str(folder / "ipython")}
+    env = {
+        **os.environ,
+        **homes,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "IPYTHONDIR": str(folder / "ipython"),
+    }
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root",
         f"--IdentityProvider.token={token}", f"--notebook-dir={folder / 'notebooks'}", "--LabApp.expose_app_in_browser=True",
