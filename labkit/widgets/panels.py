@@ -15,8 +15,8 @@ from labkit.widgets.figure import AREAS, BARS, CELLS, cells, lanes
 from labkit.widgets.style import COLORS, SEGMENT_COLOR, STYLE, key, legend, num_bytes, seconds
 
 STRIP = """
-.lk .strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(82px,1fr));gap:6px;margin:2px 0}
-.lk .kpi{border:1px solid #8884;border-radius:6px;padding:3px 9px 4px;min-width:0;white-space:nowrap;overflow:hidden}
+.lk .strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(70px,1fr));gap:6px;margin:2px 0}
+.lk .kpi{border:1px solid #8884;border-radius:6px;padding:3px 8px 4px;min-width:0;white-space:nowrap;overflow:hidden}
 .lk .kpi b{display:block;font-size:16px;line-height:1.35;font-weight:600;font-variant-numeric:tabular-nums}
 .lk .kpi span{font-size:11px;opacity:.7}.lk.wide{max-width:none}
 """
