@@ -5,6 +5,7 @@ A pool of more than 512 blocks is folded: a cell then stands for several, and sa
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,7 @@ def pool(bm: BlockManager) -> str:
 
 def _cells(bm: BlockManager, filled: Any) -> str:
     wide = bm.num_blocks <= 96
-    pitch, across = (27, 32) if wide else (13.4, 64)
-    size = pitch - (2 if wide else 1.4)
+    pitch, across, size = (27, 32, 25) if wide else (13, 64, 12)
     count, stored, holders = bm.pool.count, bm.prefix.stored, _holders(bm)
     shapes = []
     for block in range(1, bm.num_blocks + 1):
@@ -79,29 +79,24 @@ def _cells(bm: BlockManager, filled: Any) -> str:
 
 
 def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, filled: float, holders: Any = (),
-         numbered: bool = True, about: str = "", dashed: bool = False) -> str:  # fmt: skip
+         numbered: bool = True) -> str:  # fmt: skip
     """One block: its colour says who has it, the height of the colour how full it is, a figure how often it is held."""
     color = SHARED if count > 1 else USED if count else CACHED if stored else "none"
     state = f"held {count}\u00d7" if count > 1 else "used" if count else "cached" if stored else "free"
     names = [str(name)[:40] for name in holders]
     whom = f" by {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}" if names else ""
-    title = f"block {block}: {state}{whom}{about}"
+    title = f"block {block}: {state}{whom}"
     if count and filled < 1:
         title += f", {filled:.0%} full"
-    shapes = []
+    shapes = [f"<g><title>{escape(title)}</title>"]
     if color == "none":
-        shapes.append(svg.rect(x, y, size, size, "none", title, ' rx="2"'))
+        shapes.append(svg.rect(x, y, size, size, "none"))
     elif count and filled < 1:
         high = size * filled
-        shapes.append(svg.rect(x, y, size, size, color, title, ' rx="2" fill-opacity=".25"'))
-        shapes.append(svg.rect(x, y + size - high, size, high, color, title, ' rx="2"'))
+        shapes.append(svg.rect(x, y, size, size, color, more=' fill-opacity=".25"'))
+        shapes.append(svg.rect(x, y + size - high, size, high, color))
     else:
-        shapes.append(svg.rect(x, y, size, size, color, title, ' rx="2"'))
-    if dashed:
-        shapes.append(
-            f'<rect x="{x + 1:.5g}" y="{y + 1:.5g}" width="{size - 2:.5g}" height="{size - 2:.5g}" fill="none" '
-            'stroke="#000" stroke-dasharray="3 2" rx="2" pointer-events="none"/>'
-        )
+        shapes.append(svg.rect(x, y, size, size, color))
     look = svg.ink(color) if filled > 0.8 or not count else ""
     if numbered:
         shapes.append(svg.text(x + size / 2, y + size / 2 + 3.5, str(block), f"s c {look or 'q'}".strip()))
@@ -109,7 +104,7 @@ def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, 
             shapes.append(svg.text(x + size - 1.5, y + 8, f"{count}", f"s e {svg.ink(color)}"))
     elif count > 1:
         shapes.append(svg.text(x + size / 2, y + size / 2 + 3.2, str(min(count, 99)), f"s c {svg.ink(color)}"))
-    return "".join(shapes)
+    return "".join([*shapes, "</g>"])
 
 
 def _holders(bm: BlockManager) -> dict[int, list[str]]:
@@ -139,7 +134,7 @@ def _folded(bm: BlockManager, filled: Any) -> str:
     }
     shares = {color: np.bincount(at[mask], minlength=num_cells) for color, mask in kinds.items()}
     sizes = np.bincount(at, minlength=num_cells)
-    pitch, size, across = 13.4, 12.0, 64
+    pitch, size, across = 13, 12, 64
     shapes = []
     for i in range(num_cells):
         y, x = divmod(i, across)
@@ -165,18 +160,26 @@ def tables(bm: BlockManager) -> str:
     names = list(bm.tables.row_of)
     if not names:
         return ""
+    strip = _strip if len(names) <= 4 else _numbers
     lines = []
     for name in names[:MOST_TABLES]:
         row = bm.tables.row_of.get(name)
         if row is not None:
             number = len(bm.tables.row_blocks(row))
-            lines.append([short(name, 40), f"{int(bm.tables.num_tokens[row]):,}", str(number), _strip(bm, row, 24)])
+            lines.append([short(name, 40), f"{int(bm.tables.num_tokens[row]):,}", str(number), strip(bm, row)])
     rest = f"<p class=q>and {len(names) - MOST_TABLES:,} more</p>" if len(names) > MOST_TABLES else ""
     body = rows_of(["table", "tokens", "blocks", "which"], lines, "lrrl")
     return fold(plural(len(names), "table"), body, rest, is_open=len(names) <= 4)
 
 
-def _strip(bm: BlockManager, row: int, most: int) -> str:
+def _numbers(bm: BlockManager, row: int, most: int = 16) -> str:
+    """The first blocks of a table in words, with how often they are held."""
+    blocks, count = bm.tables.row_blocks(row), bm.pool.count
+    said = [f"{block}\u00d7{count[block]}" if count[block] > 1 else str(block) for block in blocks[:most] if block]
+    return " ".join([*said, *([f"\u2026 +{len(blocks) - most}"] if len(blocks) > most else [])])
+
+
+def _strip(bm: BlockManager, row: int, most: int = 24) -> str:
     """The first blocks of a table, small."""
     blocks, count = bm.tables.row_blocks(row), bm.pool.count
     held, size = int(bm.tables.num_tokens[row]), bm.block_size

@@ -33,14 +33,12 @@ def choose(segments: Sequence[Segment], most: int = MOST_LINES) -> tuple[list[st
         return names, ""
     trouble = {name: sum(s.kind in ("preempted", "swapped", "held") for s in its) for name, its in requests.items()}
     worst = sorted((name for name in names if trouble[name]), key=lambda name: -trouble[name])[: most // 2]
-    rest = [name for name in names if name not in set(worst)]
-    every = len(rest) / (most - len(worst))
-    chosen = {*worst, *(rest[int(i * every)] for i in range(most - len(worst)))}
+    others = [name for name in names if not trouble[name] or name not in worst]
+    every = len(others) / (most - len(worst))
+    chosen = {*worst, *(others[int(i * every)] for i in range(most - len(worst)))}
     kept = [name for name in names if name in chosen]
-    return (
-        kept,
-        f"{len(kept)} of {plural(len(names), 'request')}: those preempted or held most, and one in {every:.0f} of the others",
-    )
+    whom = f"those preempted or held most, and one in {every:.0f} of the others"
+    return kept, f"{len(kept)} of {plural(len(names), 'request')}: {whom}"
 
 
 def gantt(segments: Sequence[Segment], names: Sequence[str], begin: int | None = None, end: int | None = None) -> str:

@@ -65,7 +65,7 @@ max-width:900px;margin:2px 0;text-align:left}
 .lk svg{display:block;max-width:100%;height:auto;margin:4px 0}
 .lk svg text{font:11px var(--jp-ui-font-family,system-ui,sans-serif);fill:currentColor}
 .lk svg text.s{font-size:9px}.lk svg text.w{fill:#fff}.lk svg text.b{fill:#000}.lk svg text.e{text-anchor:end}
-.lk svg text.c{text-anchor:middle}.lk svg .q{opacity:.65}
+.lk svg text.c{text-anchor:middle}.lk svg .q{opacity:.65}.lk svg g rect{rx:2px}
 .lk .h{font-weight:600}.lk .q{opacity:.68}.lk p{margin:2px 0}
 .lk .key{white-space:nowrap;margin-right:14px}
 .lk .key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;vertical-align:-1px;
