@@ -22,7 +22,7 @@ FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--no-first-run", "--disable-quic", "--disable-dev-shm-usage",
 )  # fmt: skip
-FIGURE = ".js-plotly-plot"
+FIGURE = ".jp-NotebookPanel:not(.lm-mod-hidden) .js-plotly-plot"
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def _address(runtime: Path, process: Any, token: str, folder: Path) -> str:
     while time.monotonic() < deadline and process.poll() is None:
         for file in runtime.glob("jpserver-*.json"):
             try:
-                return f"{json.loads(file.read_text())['url']}lab/tree/{{name}}?token={token}"
+                return f"{json.loads(file.read_text())['url']}lab/tree/{{name}}?reset&token={token}"
             except ValueError:
                 pass  # half written
         time.sleep(0.2)
@@ -96,6 +96,8 @@ class Page:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, name: str) -> None:
+        self.errors.clear()
+        self.strayed.clear()
         self.page.goto(self.address.format(name=name))
         self.page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=90_000)
         kernel = "window.jupyterapp?.shell?.currentWidget?.sessionContext?.session?.kernel"
