@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
     from .tokenizer import ByteTokenizer, Tokenizer
+    from .widgets import explain
 
 
 def __getattr__(name: str) -> object:
@@ -99,4 +100,4 @@ draw_with(_draw)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

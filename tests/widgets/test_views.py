@@ -320,7 +320,7 @@ def test_the_core_draws_without_widgets_torch_or_pandas_being_loaded():
 @pytest.mark.parametrize(
     "thing, text",
     [
-        (lk.Result([1, 2], 0.5), "Result(2 tokens, 0.500000 s)"),
+        (lk.Result([1, 2], 0.5), "Result(2 tokens, 0.5 s)"),
         (lk.BlockManager(8, 4).pool, "BlockPool(8 blocks: 8 hold nothing, 0 are held)"),
         (lk.BlockManager(8, 4).prefix, "PrefixCache(0 hashes, 0 duplicates, 0 ghosts)"),
         (lk.EventLog(), "EventLog(0 events, 0 steps)"),
