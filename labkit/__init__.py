@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     from .study.next_tokens import next_tokens
     from .study.study import Study
     from .tokenizer import ByteTokenizer, Tokenizer
+    from .widgets import explain
     from .widgets.dashboard import Dashboard, dashboard
 
 

@@ -69,7 +69,7 @@ class EventLog(Shown):
 
     def __repr__(self) -> str:
         trimmed = f", {self.num_trimmed} trimmed" if self.num_trimmed else ""
-        steps = sum(batch.row is not None for batch in self._batches)
+        steps = sum(batch.row is not None for batch in self.batches())
         return f"EventLog({self._size} events, {steps} steps{trimmed})"
 
     def correct(self, event: tuple[Any, ...]) -> None:
@@ -131,7 +131,7 @@ class EventLog(Shown):
             yield from read(batch)
 
     def batches(self) -> list[Batch]:
-        """What is kept, as it was written: for folds, to which an object an event is too much."""
+        """What is kept, as it was written: for folds, to which an object an event is too much. From any thread."""
         return list(self._batches)
 
     def events(self, *kinds: str | type[Event]) -> list[Event]:

@@ -124,8 +124,9 @@ class Result(NamedTuple):
     extras: dict[str, Extras] | None = None
 
     def __repr__(self) -> str:
+        tokens = f"{len(self.tokens)} tokens" if hasattr(self.tokens, "__len__") else repr(self.tokens)
         failed = f", {len(self.errors)} rows failed" if self.errors else ""
-        return f"Result({len(self.tokens)} tokens, {self.seconds:.6f} s{failed})"
+        return f"Result({tokens}, {self.seconds} s{failed})"
 
 
 class Failure(NamedTuple):

@@ -176,6 +176,8 @@ class Waits:
             close(step)
             if rank == 0:
                 head = (limit, behind)
+                if behind is None:
+                    own = None  # it heads the queue: whatever held it apart is over
             else:
                 own = None if limit == "order" else limit
         close(until)

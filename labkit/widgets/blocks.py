@@ -14,7 +14,7 @@ from labkit.core.manager import BlockManager
 from labkit.core.stats import BlockStats, filled_places
 from labkit.core.table import BlockTable
 from labkit.widgets import svg
-from labkit.widgets.prefix import tree
+from labkit.widgets.prefix import Decode, tree
 from labkit.widgets.style import BLOCK_COLOR, COLORS, fold, key, legend, plural, short, view
 from labkit.widgets.style import table as rows_of
 
@@ -23,10 +23,14 @@ MOST_TABLES = 24
 USED, SHARED, CACHED = (BLOCK_COLOR[name] for name in ("used", "shared", "cached"))
 
 
-def manager(bm: BlockManager) -> str:
-    """The whole pool, the tables over it, and the tree of cached prefixes."""
+def manager(bm: BlockManager, decode: Decode | None = None) -> str:
+    """The whole pool, the tables over it, and the tree of cached prefixes, as text where there is a decoder."""
     return view(
-        f"BlockManager {bm.num_blocks}\u00d7{bm.block_size}", pool(bm), tables(bm), prefixes(bm), about=_about(bm)
+        f"BlockManager {bm.num_blocks}\u00d7{bm.block_size}",
+        pool(bm),
+        tables(bm),
+        prefixes(bm, decode),
+        about=_about(bm),
     )
 
 
@@ -99,7 +103,9 @@ def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, 
         shapes.append(svg.rect(x, y, size, size, color))
     look = svg.ink(color) if filled > 0.8 or not count else ""
     if numbered:
-        shapes.append(svg.text(x + size / 2, y + size / 2 + 3.5, str(block), f"s c {look or 'q'}".strip()))
+        shapes.append(
+            svg.text(x + size / 2, y + size / 2 + 3.5, str(block), f"s c {look or ('' if count else 'q')}".strip())
+        )
         if count > 1:
             shapes.append(svg.text(x + size - 1.5, y + 8, f"{count}", f"s e {svg.ink(color)}"))
     elif count > 1:
@@ -193,10 +199,10 @@ def _strip(bm: BlockManager, row: int, most: int = 24) -> str:
     return svg.svg(min(len(blocks), most) * 25 + (40 if len(blocks) > most else 0), 23, *shapes)
 
 
-def prefixes(bm: BlockManager) -> str:
+def prefixes(bm: BlockManager, decode: Decode | None = None) -> str:
     if not len(bm.prefix):
         return ""
-    return fold(f"{len(bm.prefix):,} cached or shared prefixes' blocks", tree(bm.prefix))
+    return fold(f"{len(bm.prefix):,} hashes in the prefix cache", tree(bm.prefix, decode))
 
 
 def table(view_of: BlockTable) -> str:

@@ -143,7 +143,7 @@ def _lay_out(figure: Any) -> None:
     figure.update_yaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[seconds(tick) for tick in ticks], rangemode="normal",
                         secondary_y=True, row=2, col=2)  # fmt: skip
     figure.update_layout(
-        template="none", height=700, autosize=True, showlegend=False, barmode="overlay", bargap=0,
+        template="none", height=660, autosize=True, showlegend=False, barmode="overlay", bargap=0,
         margin={"l": 52, "r": 52, "t": 34, "b": 38}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 12, "color": INK}, hovermode="x", uirevision="kept",
         hoverlabel={"font": {"size": 12}, "align": "left"}, transition={"duration": 0},

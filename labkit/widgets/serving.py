@@ -135,7 +135,10 @@ def engine(eng: Any) -> str:
     state = "closed" if eng.closed is not None else "running in the background" if eng.is_running else "stepped by hand"
     parts = [
         fold(f"scheduler: {short(repr(s), 160)}", inner(scheduler(s))),
-        fold(f"blocks: {short(repr(eng.blocks), 160)}", inner(manager(eng.blocks))),
+        fold(
+            f"blocks: {short(repr(eng.blocks), 160)}",
+            inner(manager(eng.blocks, getattr(eng.tokenizer, "decode", None))),
+        ),
         fold(f"log: {short(repr(eng.log), 160)}", inner(log(eng.log))),
         f"<p>runner: <span class=q>{short(repr(eng.runner), 200)}</span></p>",
         f"<p>clock: <span class=q>{short(repr(eng.clock), 100)}</span></p>",

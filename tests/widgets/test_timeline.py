@@ -151,6 +151,23 @@ def test_a_log_that_lost_its_beginning_still_has_segments():
     assert eng.log.num_trimmed and [s.kind for s in segments(eng.log) if s.request == "r5"][-1] == "finished"
 
 
+def test_whoever_heads_the_queue_is_no_longer_held_apart():
+    log, step = lk.EventLog(), (0,) * 12
+    for events, number, now, row in [
+        ([("Submitted", "a", 4, 4, 0, None)], 0, 0, None),
+        ([("Held", "a", "prefix pending", False)], 0, 0, None),
+        ([], 0, 10, step),
+        ([("Held", "a", "blocks", True)], 1, 10, None),
+        ([], 1, 30, step),
+        ([("Admitted", "a", 0, 0, "none")], 2, 30, None),
+    ]:
+        for event in events:
+            log.add(event)
+        log.flush(number, now, row)
+    assert log.why("a").limits() == {"prefix pending": 1, "blocks": 1}
+    assert segments(log)[0].limits == (("blocks", 20), ("prefix pending", 10))
+
+
 def test_only_the_latest_segments_are_kept():
     eng = engine()
     timeline = Timeline(keep=5)

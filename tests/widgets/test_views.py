@@ -320,7 +320,7 @@ def test_the_core_draws_without_widgets_torch_or_pandas_being_loaded():
 @pytest.mark.parametrize(
     "thing, text",
     [
-        (lk.Result([1, 2], 0.5), "Result(2 tokens, 0.500000 s)"),
+        (lk.Result([1, 2], 0.5), "Result(2 tokens, 0.5 s)"),
         (lk.BlockManager(8, 4).pool, "BlockPool(8 blocks: 8 hold nothing, 0 are held)"),
         (lk.BlockManager(8, 4).prefix, "PrefixCache(0 hashes, 0 duplicates, 0 ghosts)"),
         (lk.EventLog(), "EventLog(0 events, 0 steps)"),
@@ -332,3 +332,17 @@ def test_the_core_draws_without_widgets_torch_or_pandas_being_loaded():
 )
 def test_reprs_are_one_stable_line(thing, text):
     assert repr(thing) == text
+
+
+def test_pictures_are_drawn_while_the_engine_runs():
+    sched = lk.Scheduler(lk.BlockManager(120, 4, num_host_blocks=20), max_num_seqs=16, max_num_batched_tokens=64)
+    eng = lk.Engine(scheduler=sched, runner=lk.FakeRunner(seconds=0))
+    with eng:
+        handles = [eng.submit([i % 5] * 8 + [i] * 5, params(30), id=f"r{i}") for i in range(400)]
+        things = [eng, sched, eng.blocks, eng.blocks.prefix, eng.blocks.eviction, eng.log, handles[200]]
+        shown_well = num_drawn = 0
+        while not handles[-1].ended:
+            bundles = [thing._repr_mimebundle_() for thing in [*things, lk.explain.run(eng)]]
+            num_drawn += len(bundles)
+            shown_well += sum("text/html" in bundle for bundle in bundles)
+    assert num_drawn and shown_well >= 0.9 * num_drawn, "what changed under the hand shows its text"
