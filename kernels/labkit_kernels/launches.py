@@ -147,11 +147,24 @@ def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 def mend_interpreter() -> None:
-    """Before 3.9 the interpreter loops over arrays of one element, which numpy 2.4 takes for no number any more."""
+    """Two faults of Triton's interpreter: it multiplies the bits of bfloat16, and before 3.9 it loops over arrays of
+    one element, which numpy 2.4 takes for no number any more."""
     import triton
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) or hasattr(interpreter, "_labkit_mended"):
+    if hasattr(interpreter, "_labkit_mended"):
+        return
+    interpreter._labkit_mended = True
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return
     patch = interpreter._patch_lang_tensor
 
@@ -159,7 +172,7 @@ def mend_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor, interpreter._labkit_mended = mended, True
+    interpreter._patch_lang_tensor = mended
 
 
 @contextmanager
