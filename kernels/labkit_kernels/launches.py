@@ -10,6 +10,7 @@ stays as it is on a machine with one.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class Launch:
         return Config(self.kernel, signature, constants | kept, aligned=tuple(aligned))
 
 
+language = threading.RLock()  # triton.language is one for all threads: interpreting changes it, compiling reads it
 _inside = threading.local()
 _interpreted = 0  # launches so far
 _installed = False
@@ -101,13 +103,13 @@ def _on_cpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 def _interpret(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
     global _interpreted
-    _interpreted += 1
-    _inside.depth = getattr(_inside, "depth", 0) + 1
-    try:
-        with _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+    with language, _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+        _interpreted += 1
+        _inside.depth = getattr(_inside, "depth", 0) + 1
+        try:
             _inner(kernel)[grid](*args, **options)
-    finally:
-        _inside.depth -= 1
+        finally:
+            _inside.depth -= 1
 
 
 @contextmanager
@@ -203,6 +205,8 @@ def launched(function: Callable[..., Any], *args: Any, **options: Any) -> list[L
     """What one call launches, on tensors of any device; nothing is computed. A function without Triton: nothing."""
     if "triton" not in sys.modules:
         return []
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile in this process: start Python without it")
     with recorded() as found:
         function(*args, **options)
     return found
