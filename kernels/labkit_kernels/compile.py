@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import show
-from .launches import launched
+from .launches import language, launched
 from .registry import OPS, Op, get
 from .rows import Rows, short, write
 
@@ -224,7 +224,8 @@ def compiled_for(config: Config, arch: int) -> Any:
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with language:
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def resources(ptx: str, arch: int) -> tuple[int, int]:

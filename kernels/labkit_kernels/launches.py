@@ -10,6 +10,7 @@ stays as it is on a machine with one.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -57,6 +58,7 @@ class Launch:
         return Config(self.kernel, signature, constants | kept, aligned=tuple(aligned))
 
 
+language = threading.RLock()  # triton.language is one for all threads: interpreting changes it, compiling reads it
 _inside = threading.local()
 _interpreted = 0  # launches so far
 _installed = False
@@ -101,13 +103,13 @@ def _on_cpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 def _interpret(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
     global _interpreted
-    _interpreted += 1
-    _inside.depth = getattr(_inside, "depth", 0) + 1
-    try:
-        with _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+    with language, _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+        _interpreted += 1
+        _inside.depth = getattr(_inside, "depth", 0) + 1
+        try:
             _inner(kernel)[grid](*args, **options)
-    finally:
-        _inside.depth -= 1
+        finally:
+            _inside.depth -= 1
 
 
 @contextmanager
@@ -147,11 +149,24 @@ def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 def mend_interpreter() -> None:
-    """Before 3.9 the interpreter loops over arrays of one element, which numpy 2.4 takes for no number any more."""
+    """Two faults of Triton's interpreter: it multiplies the bits of bfloat16, and before 3.9 it loops over arrays of
+    one element, which numpy 2.4 takes for no number any more."""
     import triton
+    import triton.language as tl
     from triton.runtime import interpreter
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) or hasattr(interpreter, "_labkit_mended"):
+    if hasattr(interpreter, "_labkit_mended"):
+        return
+    interpreter._labkit_mended = True
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return
     patch = interpreter._patch_lang_tensor
 
@@ -159,7 +174,7 @@ def mend_interpreter() -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor, interpreter._labkit_mended = mended, True
+    interpreter._patch_lang_tensor = mended
 
 
 @contextmanager
@@ -190,6 +205,8 @@ def launched(function: Callable[..., Any], *args: Any, **options: Any) -> list[L
     """What one call launches, on tensors of any device; nothing is computed. A function without Triton: nothing."""
     if "triton" not in sys.modules:
         return []
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 leaves nothing to compile in this process: start Python without it")
     with recorded() as found:
         function(*args, **options)
     return found

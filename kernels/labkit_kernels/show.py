@@ -27,7 +27,7 @@ border-bottom:1px solid rgba(128,128,128,.55);white-space:nowrap;vertical-align:
 .lkk.lkk table td{text-align:left;padding:.16em 1.1em .16em 0;border:0;border-bottom:1px solid rgba(128,128,128,.18);
 vertical-align:middle;white-space:nowrap;max-width:none}
 .lkk.lkk table .n{text-align:right;font-variant-numeric:tabular-nums}
-.lkk.lkk table .wide{white-space:normal;min-width:30em;overflow-wrap:anywhere}
+.lkk.lkk table .wide{white-space:normal;min-width:18em;overflow-wrap:anywhere}
 .lkk .mark{display:inline-block;min-width:4.2em;text-align:center;border-radius:9px;padding:0 .6em;font-size:11.5px;
 line-height:1.5;border:1px solid;margin-right:.2em}
 .lkk .bar{display:inline-block;position:relative;width:84px;height:9px;border-radius:2px;

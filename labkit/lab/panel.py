@@ -44,7 +44,7 @@ class Panel:
         self.num_runs = 0  # that have ended
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        wide = {"style": {"description_width": "60px"}, "layout": {"width": "330px"}}
+        wide = {"style": {"description_width": "58px"}, "layout": {"width": "285px"}}
         self.op = ipywidgets.Dropdown(options=sorted(OPS), value=lab.op.name, description="op", **wide)
         self.shapes = ipywidgets.SelectMultiple(description="shapes", rows=6, **wide)
         self.dtypes = ipywidgets.SelectMultiple(

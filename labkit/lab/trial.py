@@ -109,8 +109,9 @@ def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max
     """Answer the same prompts greedily without a variant and with it, and say which tokens changed.
 
     The variant is checked first; one that fails is tried all the same, and the result says so. The engine must be idle:
-    whoever is served meanwhile would be computed by the variant too. A background thread is paused. Whatever happens,
-    the engine is left without the variant, and nothing that it computed is ever found in the prefix cache.
+    whoever is served meanwhile would be computed by the variant too, and so would another engine of this process. A
+    background thread is paused. Whatever happens, the engine is left without the variant, and nothing that it computed
+    is ever found in the prefix cache.
 
     >>> import labkit as lk
     >>> from labkit_kernels import rms_norm

@@ -1,6 +1,7 @@
 """A kernel written beside a test, as in a cell: interpreted on CPU tensors, compiled from the same object, recorded."""
 
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -131,3 +132,30 @@ def test_what_a_kernel_cannot_do_is_still_an_error():
     install()
     with pytest.raises(RuntimeError, match="outside of the scope of a kernel"):
         _norm(1)
+
+
+@without_gpu
+def test_one_thread_may_compile_while_another_interprets(mine):
+    install()
+    x, weight = torch.randn(40, 100), torch.ones(100)
+    expected, wrong, done = rms_norm.reference(x, weight, 1e-6), [], threading.Event()
+
+    def interpret():
+        while not done.is_set():
+            if not torch.allclose(norm(x, weight, 1e-6), expected, atol=1e-5):
+                wrong.append(1)
+
+    thread = threading.Thread(target=interpret)
+    thread.start()
+    try:
+        reports = [compile_variant(mine, "mine", archs=[arch]) for arch in (80, 90, 100)]
+    finally:
+        done.set()
+        thread.join()
+    assert all(report.ok for report in reports) and not wrong
+
+
+def test_an_interpreting_process_says_that_it_cannot_compile(mine, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="start Python without it"):
+        compile_variant(mine, "mine")

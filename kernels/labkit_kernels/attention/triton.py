@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit_kernels.check import interpreting
 from labkit_kernels.compile import MOST_SHARED, Config
 from labkit_kernels.tune import Tune, chosen
 
@@ -29,8 +28,6 @@ from . import paged_attention as op
 
 LOG2E = tl.constexpr(1.4426950408889634)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-if interpreting():
-    DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
 MOST_HEADS = 64  # of a group, in one program
 WAVES = {"waves": 4}  # decode programs a processor that are wanted: as many as it holds, so that memory never waits
 DECODE_ROWS = 64  # query tokens x heads, up to which a sequence is one row block

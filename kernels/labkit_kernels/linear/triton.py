@@ -18,8 +18,6 @@ ROWS, COLUMNS, DEPTH = 64, 64, 64
 WARPS, STAGES = 4, 4
 TOGETHER = 8  # row tiles that go through a column of weights side by side: they read it once from memory
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-if triton.knobs.runtime.interpret:
-    DTYPES = DTYPES[:2]  # Triton's interpreter multiplies the bits of bfloat16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
