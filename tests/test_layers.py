@@ -85,6 +85,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
+    "lab": {"nbformat"},
     "doctor": {"torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels"},
     "magics": {"IPython", "numpy"},
     "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
