@@ -36,6 +36,9 @@ class Join(NamedTuple):
     adapter: str | None
     spans: tuple[Span, ...]
 
+    def __repr__(self) -> str:
+        return f"Join({self.request!r} takes row {self.row} with {len(self.tokens)} tokens)"
+
 
 class TableChanges(NamedTuple):
     """Block `block` stands at `index` of `row`'s table, in attention group `group`."""
@@ -44,6 +47,9 @@ class TableChanges(NamedTuple):
     row: Ints
     index: Ints  # type: ignore[assignment]
     block: Ints
+
+    def __repr__(self) -> str:
+        return f"TableChanges({len(self.block)} blocks in {len(np.unique(self.row))} rows)"
 
 
 NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)

@@ -14,6 +14,8 @@ import labkit as lk
 from labkit.closing import LeakReport
 from labkit.core import shown
 from labkit.core.diff import Diff
+from labkit.core.events import Batch
+from labkit.core.plan import NO_CHANGES, Join
 from labkit.profile import Part, Profile
 from labkit.widgets import views
 from tests.harness import engine, params, run
@@ -324,6 +326,9 @@ def test_the_core_draws_without_widgets_torch_or_pandas_being_loaded():
         (lk.BlockManager(8, 4).pool, "BlockPool(8 blocks: 8 hold nothing, 0 are held)"),
         (lk.BlockManager(8, 4).prefix, "PrefixCache(0 hashes, 0 duplicates, 0 ghosts)"),
         (lk.EventLog(), "EventLog(0 events, 0 steps)"),
+        (Batch(3, 5_000_000, (("Cleared",),), None), "Batch(step 3, 0.005000 s: 1 events)"),
+        (Join(2, "r", [1, 2], 2, None, 0, None, ()), "Join('r' takes row 2 with 2 tokens)"),
+        (NO_CHANGES, "TableChanges(0 blocks in 0 rows)"),
         (lk.ByteTokenizer(), "ByteTokenizer(vocab 256)"),
         (engine().scheduler.queue, "WaitingQueue(fcfs: 0 waiting)"),
         (engine().scheduler.pending, "PendingPrefixes(0 blocks being computed, 0 requests parked)"),
