@@ -351,3 +351,17 @@ def test_pictures_are_drawn_while_the_engine_runs():
             num_drawn += len(bundles)
             shown_well += sum("text/html" in bundle for bundle in bundles)
     assert num_drawn and shown_well >= 0.9 * num_drawn, "what changed under the hand shows its text"
+
+
+def test_after_time_travel_the_tree_still_counts_who_holds_what():
+    eng = loaded()
+    for _ in range(10):
+        eng.step()
+    snap, before = eng.snapshot(), html_of(eng.blocks.prefix)
+    for _ in range(8):
+        eng.step()
+    assert html_of(eng.blocks.prefix) != before
+    eng.restore(snap)
+    assert html_of(eng.blocks.prefix) == before == html_of(eng.fork().blocks.prefix)
+    eng.run()
+    assert "held: " not in html_of(eng.blocks.prefix) and "cached: " in html_of(eng.blocks.prefix)
