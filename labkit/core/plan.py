@@ -102,6 +102,9 @@ class Plan(NamedTuple):
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)
 
+    def _repr_html_(self) -> str | None:
+        return mimebundle(self).get("text/html")
+
 
 class TokenLogprobs(NamedTuple):
     """How likely a token was: its log-probability, its rank (1: the likeliest), and the likeliest tokens' own."""
@@ -157,3 +160,6 @@ class Outputs(NamedTuple):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)
+
+    def _repr_html_(self) -> str | None:
+        return mimebundle(self).get("text/html")
