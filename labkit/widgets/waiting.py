@@ -142,7 +142,8 @@ def waiting_view(story: WaitingStory) -> str:
     if not story.holds and not story.why.preemptions:
         return view(f"Why {story.request!r} waited"[:90], "<p>It never waited.</p>", about=about)
     mine = [segment for segment in story.timeline if segment.request == story.request]
-    begin, end = min(s.begin for s in mine), max(s.end for s in mine)
+    begin = min([s.begin for s in mine] + [hold.begin for hold in story.holds])
+    end = max([s.end for s in mine] + [hold.end for hold in story.holds])
     names = [story.request, *story.behind[:MOST_OTHERS]]
     clipped = [
         replace(s, begin=max(s.begin, begin), end=min(s.end, end))
