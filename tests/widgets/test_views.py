@@ -148,6 +148,29 @@ def test_hostile_text_is_escaped():
     assert "&lt;script&gt;" in html_of(handle)
 
 
+def test_a_hostile_log_is_escaped():
+    log, step = lk.EventLog(), (1,) * 12
+    for number, events in enumerate(
+        [
+            [("Submitted", HOSTILE, 4, 4, 0, None), ("Submitted", "b", 4, 4, 0, HOSTILE)],
+            [("Held", HOSTILE, HOSTILE, True), ("Held", "b", HOSTILE, False)],
+            [("Admitted", HOSTILE, 0, 0, HOSTILE), ("Control", HOSTILE, HOSTILE), ("Failed", HOSTILE, 1)],
+            [("Preempted", HOSTILE, HOSTILE, HOSTILE, 3), ("SwappedOut", HOSTILE, 2)],
+            [("Resumed", HOSTILE, 0, 1), ("Forked", "b", HOSTILE, 1), ("Held", "b", HOSTILE, False)],
+            [("Finished", HOSTILE, HOSTILE, 3), ("Rejected", "b", HOSTILE)],
+        ]
+    ):
+        for event in events:
+            log.add(event)
+        log.flush(number, number * 10, step)
+    other = lk.EventLog()
+    other.add(("Submitted", HOSTILE, 4, 4, 0, None))
+    other.flush(0, 0, step)
+    things = [log, log.why(HOSTILE), log.why("b"), lk.explain.run(log), lk.explain.preemption(log), lk.diff(log, other)]
+    for thing in [*things, *(lk.explain.waiting(log, id) for id in (HOSTILE, "b"))]:
+        html_of(thing)
+
+
 def huge() -> lk.Engine:
     bm = lk.BlockManager(10_000, 16)
     eng = lk.Engine(
