@@ -37,7 +37,9 @@ def choose(segments: Sequence[Segment], most: int = MOST_LINES) -> tuple[list[st
     every = len(others) / (most - len(worst))
     chosen = {*worst, *(others[int(i * every)] for i in range(most - len(worst)))}
     kept = [name for name in names if name in chosen]
-    whom = f"those preempted or held most, and one in {every:.0f} of the others"
+    whom = f"{len(kept) - len(worst)} at even distances" + f", and {len(worst)} of those preempted or held" * bool(
+        worst
+    )
     return kept, f"{len(kept)} of {plural(len(names), 'request')}: {whom}"
 
 
