@@ -19,7 +19,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 lab: $(VENV)/.dev
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/labkit lab $(LAB_ARGS)
 
 bench: $(VENV)/.base
 	$(BIN)/labkit bench scheduler $(BENCH_ARGS)

@@ -27,9 +27,26 @@ def main(argv: list[str] | None = None) -> int:
     kernels = commands.add_parser("kernels", help="list, check, bench or compile the ops' variants", add_help=False)
     kernels.add_argument("words", nargs=argparse.REMAINDER)
 
-    args = parser.parse_args(argv)
+    lab = commands.add_parser(
+        "lab", help="JupyterLab on a copy of the notebooks", epilog="what stands behind -- goes to JupyterLab"
+    )
+    lab.add_argument(
+        "folder", nargs="?", default="labkit-notebooks", help="where the copy is kept (./labkit-notebooks)"
+    )
+    lab.add_argument("--reset", action="store_true", help="renew edited copies; they are put aside, not lost")
+    lab.add_argument("--no-browser", action="store_true", help="print the address only")
+    lab.add_argument("--port", type=int, help="where it listens (8888, or the next that is free)")
+
+    doctor = commands.add_parser("doctor", help="is this machine ready, and what to do if not")
+    doctor.add_argument("--json", action="store_true", help="for machines")
+
+    given, words = _split(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(given)
+    run = {"demo": _demo, "bench": bench_commands.run, "kernels": _kernels, "lab": _lab, "doctor": _doctor}
+    if words:
+        args.words = words
     try:
-        return {"demo": _demo, "bench": bench_commands.run, "kernels": _kernels}[args.command](args)
+        return run[args.command](args)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
@@ -46,6 +63,29 @@ def _demo(args: argparse.Namespace) -> int:
     else:
         print(run(num_requests=args.requests, seed=args.seed, log_file=args.log, html_file=args.html))
     return 0
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Our words, and those behind -- that are JupyterLab's."""
+    if argv[:1] != ["lab"] or "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _lab(args: argparse.Namespace) -> int:
+    from labkit.jupyter import lab
+
+    words = getattr(args, "words", ())
+    return lab(args.folder, reset=args.reset, browser=not args.no_browser, port=args.port, words=words)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from labkit.doctor import examine
+
+    report = examine()
+    print(report.as_json() if args.json else report)
+    return 0 if report.ok else 1
 
 
 def _kernels(args: argparse.Namespace) -> int:

@@ -6,6 +6,8 @@ import gc
 import weakref
 from typing import Any, NamedTuple
 
+from labkit.core.shown import mimebundle
+
 
 class Held(NamedTuple):
     """Memory that should be gone after closing: (what, bytes, weak reference)."""
@@ -51,3 +53,6 @@ class LeakReport(NamedTuple):
             f"LeakReport(LEFT: thread {self.thread}, {self.kv_bytes / 2**20:.1f} MiB of keys and values, "
             f"{self.weight_bytes / 2**20:.1f} MiB of weights)"
         )
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)

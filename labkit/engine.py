@@ -30,6 +30,7 @@ from labkit.core.policy import PREEMPTIONS, name_of, order_of
 from labkit.core.prefix import Span
 from labkit.core.request import Request, Status
 from labkit.core.scheduler import RejectedError, Scheduler
+from labkit.core.shown import Shown
 from labkit.core.tokens import TokenIds
 from labkit.handle import Bell, Handle, has_news
 from labkit.intake import make_handle
@@ -46,13 +47,14 @@ MOST_FAILURES = 3  # steps in a row that fail before a background engine gives i
 
 if TYPE_CHECKING:
     from labkit.profile import Profile
+    from labkit.widgets.dashboard import Dashboard
 
 
 class StalledError(RuntimeError):
     """Requests wait, and nothing that runs will ever make room for them."""
 
 
-class Engine:
+class Engine(Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other; the options are those of
@@ -363,6 +365,27 @@ class Engine:
         if self.is_running:
             raise RuntimeError("the engine steps by itself in the background: pause() it first")
         return self._call(lambda: profile(self, steps))
+
+    def dashboard(
+        self,
+        *,
+        rate: float | None = None,
+        mix: Any = "mixed",
+        num: int | None = None,
+        seed: int = 0,
+        speed: float = 1.0,
+    ) -> Dashboard:
+        """This engine live in a notebook: figures, a timeline and controls. With `rate`, requests of that kind come so
+        many a second; on a virtual clock it plays `speed` virtual seconds a second. Needs labkit[lab].
+
+        >>> eng.dashboard(rate=8, num=200)
+        """
+        from labkit.play import Load, Player
+        from labkit.widgets.dashboard import Dashboard
+
+        self._check_open()
+        load = None if rate is None else Load(rate, mix, num, seed)
+        return Dashboard(self.log, Player(self, load, speed))
 
     def run(self) -> None:
         """Step until nothing is left."""

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
+
+from labkit.core.frames import table
+from labkit.core.shown import Shown
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
-
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Part:
     seconds: float
 
 
-class Profile:
+class Profile(Shown):
     """What `engine.profile(steps)` found."""
 
     def __init__(self, parts: list[Part], num_steps: int, num_tokens: int, seconds: float) -> None:
@@ -39,21 +39,14 @@ class Profile:
 
     def frame(self) -> Any:
         """A row a part: stage, op, variant, calls and milliseconds a step, share."""
-        import pandas as pd
-
-        return pd.DataFrame(
-            [
-                {
-                    "stage": part.stage,
-                    "op": part.op,
-                    "variant": part.variant,
-                    "calls": part.calls / self.num_steps,
-                    "ms": part.seconds / self.num_steps * 1e3,
-                    "share": part.seconds / self.seconds,
-                }
+        return table(
+            (
+                (part.stage, part.op, part.variant, part.calls / self.num_steps, part.seconds / self.num_steps * 1e3,
+                 part.seconds / self.seconds)
                 for part in self.parts
-            ]
-        )
+            ),
+            ["stage", "op", "variant", "calls", "ms", "share"],
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         each = self.seconds / self.num_steps * 1e3
@@ -65,28 +58,6 @@ class Profile:
                 f"{part.calls / self.num_steps:6.1f} calls  {part.variant}".rstrip()
             )
         return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        width, x, shapes = 860, 0.0, []
-        for i, part in enumerate(self.parts):
-            wide = width * part.seconds / self.seconds
-            name, color = escape(part.op or part.stage), COLORS[i % len(COLORS)]
-            ms = part.seconds / self.num_steps * 1e3
-            label = f'<text x="{x + 4:.1f}" y="26" font-size="12">{name}</text>' if wide > 8 * len(name) else ""
-            shapes.append(
-                f'<rect x="{x:.1f}" y="4" width="{wide:.1f}" height="34" fill="{color}" fill-opacity="0.75">'
-                f"<title>{name}: {ms:.3f} ms, {part.seconds / self.seconds:.1%}</title></rect>{label}"
-            )
-            x += wide
-        rows = "".join(
-            f"<tr><td>{escape(part.stage)}<td>{escape(part.op)}<td>{escape(part.variant)}"
-            f"<td>{part.calls / self.num_steps:.1f}<td>{part.seconds / self.num_steps * 1e3:.3f}"
-            f"<td>{part.seconds / self.seconds:.1%}</tr>"
-            for part in self.parts
-        )
-        head = "<tr><th>stage<th>op<th>variant<th>calls<th>ms a step<th>share</tr>"
-        title = escape(repr(self).splitlines()[0])
-        return f'<p>{title}</p><svg viewBox="0 0 {width} 42">{"".join(shapes)}</svg><table>{head}{rows}</table>'
 
 
 class _Stopwatch:

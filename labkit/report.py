@@ -8,9 +8,9 @@ from html import escape
 
 from labkit.core.events import Step
 from labkit.core.log import EventLog
+from labkit.widgets.style import COLORS
+from labkit.widgets.svg import Series, stacked
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 860, 200, 56, 26
-COLORS = {"blue": "#0072b2", "orange": "#e69f00", "green": "#009e73", "grey": "#999999", "red": "#d55e00"}
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:920px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
 h1{font-size:1.5em}h2{font-size:1.1em;margin:1.6em 0 .2em}p{margin:.2em 0;color:#555}
@@ -19,8 +19,6 @@ h1{font-size:1.5em}h2{font-size:1.1em;margin:1.6em 0 .2em}p{margin:.2em 0;color:
 svg{width:100%;height:auto}text{font-size:12px;fill:currentColor}pre{white-space:pre-wrap;background:#8881;padding:.8em}
 @media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}p{color:#aaa}}
 """
-
-Series = tuple[str, str, Sequence[float]]  # label, colour, values
 
 
 def page(title: str, kpis: dict[str, str], log: EventLog, notes: Sequence[tuple[str, str]] = ()) -> str:
@@ -57,45 +55,3 @@ def page(title: str, kpis: dict[str, str], log: EventLog, notes: Sequence[tuple[
 def _section(title: str, what: str, series: list[Series], at: Sequence[float]) -> str:
     keys = "".join(f'<span class=key style="background:{COLORS[color]}"></span>{label}' for label, color, _ in series)
     return f"<h2>{escape(title)}</h2><p>{escape(what)}{keys}</p>{stacked(series, at)}"
-
-
-def stacked(series: list[Series], at: Sequence[float]) -> str:
-    """Areas on top of each other over time, as SVG."""
-    if not at:
-        return "<p>no step was taken</p>"
-    totals = [sum(values) for values in zip(*(values for _, _, values in series), strict=True)]
-    top, end = _round_up(max(totals)), max(at[-1], 1e-9)
-
-    def x(time: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - 8) * time / end, 1)
-
-    def y(value: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 8) * value / top, 1)
-
-    floor = [0.0] * len(at)
-    areas = []
-    for _, color, values in series:
-        ceiling = [low + value for low, value in zip(floor, values, strict=True)]
-        there = [f"{x(t)},{y(v)}" for t, v in zip(at, ceiling, strict=True)]
-        back = [f"{x(t)},{y(v)}" for t, v in zip(at, floor, strict=True)][::-1]
-        areas.append(f'<polygon points="{" ".join(there + back)}" fill="{COLORS[color]}" fill-opacity="0.85"/>')
-        floor = ceiling
-    marks = []
-    for i in range(5):
-        value, time = top * i / 4, end * i / 4
-        marks.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - 8}" y1="{y(value)}" y2="{y(value)}" stroke="currentColor" '
-            f'stroke-opacity="0.15"/><text x="{LEFT - 6}" y="{y(value) + 4}" text-anchor="end">{value:g}</text>'
-            f'<text x="{x(time)}" y="{HEIGHT - 8}" text-anchor="middle">{time:.3g} s</text>'
-        )
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(marks)}{"".join(areas)}</svg>'
-
-
-def _round_up(value: float) -> float:
-    """The next of 4, 8, 20, 40, 80, ..., so that a quarter of it is a round number."""
-    scale = 1.0
-    while True:
-        for step in (4, 8, 20):
-            if value <= step * scale:
-                return step * scale
-        scale *= 10

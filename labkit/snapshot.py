@@ -10,6 +10,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.request import Request, Status
+from labkit.core.shown import Shown
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
@@ -19,7 +20,7 @@ KEPT = frozenset(
 )  # of the engine itself: who it is
 
 
-class Snapshot:
+class Snapshot(Shown):
     """An engine's state at one moment; `engine.restore(snapshot)` as often as wanted."""
 
     def __init__(self, engine: Engine, state: list[tuple[object, dict[str, Any]]], mark: int) -> None:

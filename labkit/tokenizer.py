@@ -36,6 +36,9 @@ class ByteTokenizer:
 
     vocab_size = 256
 
+    def __repr__(self) -> str:
+        return "ByteTokenizer(vocab 256)"
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 

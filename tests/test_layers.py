@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "tokenizer": set(),
     "text": {"core", "tokenizer"},
     "worker": set(),
-    "closing": set(),
+    "closing": {"core"},
     "handle": {"core", "text", "engine"},  # the engine only as a type
     "intake": {"core", "grammar", "handle", "engine", "tokenizer"},
     "grammar": set(),
@@ -36,16 +36,35 @@ MAY_IMPORT = {
         "core",
         "handle",
         "intake",
+        "play",
         "profile",
         "runner",
         "snapshot",
         "tokenizer",
+        "widgets",
         "worker",
     },
+    "play": {"clock", "core", "engine"},  # the engine only as a type
     "profile": {"core", "engine"},  # the engine only as a type
-    "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "report", "runner", "tokenizer"},
+    "drawing": set(),
+    "study": {"bench", "build", "clock", "core", "drawing", "engine", "handle", "runner", "study"},
+    "bench": {
+        "",
+        "assets",
+        "bench",
+        "core",
+        "drawing",
+        "engine",
+        "loading",
+        "models",
+        "report",
+        "runner",
+        "tokenizer",
+        "widgets",
+    },
     "demo": {"clock", "core", "runner", "engine", "report"},
-    "report": {"core"},
+    "report": {"core", "widgets"},
+    "widgets": {"core", "widgets"},
     "lab": {
         "build",
         "core",
@@ -57,7 +76,10 @@ MAY_IMPORT = {
     },  # engines are made and watched from outside
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
-    "cli": {"bench", "demo", ""},
+    "doctor": {"core", "drawing", "engine"},
+    "jupyter": set(),
+    "magics": {"", "bench", "core", "doctor", "drawing", "engine"},
+    "cli": {"bench", "demo", "doctor", "jupyter", ""},
     "__init__": {
         "beams",
         "bench",
@@ -71,6 +93,10 @@ MAY_IMPORT = {
         "lab",
         "models",
         "llm",
+        "widgets",
+        "play",
+        "study",
+        "magics",
     },
 }
 THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
@@ -89,8 +115,12 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "build": {"torch"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
+    "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},
+    "doctor": {"torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels"},
+    "magics": {"IPython", "numpy"},
+    "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
 }
-LAZY = {"pandas", "llguidance", "plotly", "ipywidgets", "IPython", "anywidget"}
+LAZY = {"pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}
 
 
 def modules() -> list[Path]:

@@ -10,6 +10,12 @@
 
 #include "simd.h"
 
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+#define LABKIT_TILES 1
+#else
+#define LABKIT_TILES 0
+#endif
+
 namespace amx {
 
 using labkit::bf16;

@@ -197,7 +197,10 @@ def _workload(args: argparse.Namespace, model: str) -> Any:
 
         return workload.sharegpt(file, Tokenizer.load(model), args.num, seed=args.seed)
     if Path(args.workload).exists():
-        return workload.load(args.workload)
+        loaded = workload.load(args.workload)
+        if loaded.is_closed:
+            raise ValueError(f"{args.workload} has turns that wait for answers: labkit.Experiment serves those")
+        return loaded
     raise ValueError(f"--workload {args.workload!r} is no file and none of {', '.join(KINDS[:3])}, sharegpt:, trace:")
 
 

@@ -172,17 +172,22 @@ def _limits(where: Where) -> dict[str, Any]:
     }
 
 
-def _serve(where: Where, shape: str, num: int, span: tuple[int, int], **options: Any) -> dict[str, Any]:
-    """Workload of `num` requests, prompt and output in `span`; the second of two passes counts."""
+def _serve(
+    where: Where, shape: str, num: int, lengths: tuple[int, int] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Workload N of `num` requests, or prompt and output in `lengths`; the second of two passes counts."""
     from labkit import Engine, SamplingParams
     from labkit.bench import limit, workload
     from labkit.core.events import Step
 
     config = make_config(where.shape(shape))
     if where.quick:
-        num, span = 4, (8, 24)
-    work = workload.random_lengths(num, span, span, vocab_size=config.vocab_size, seed=0)
-    settings = {"max_num_seqs": num, "max_model_len": 2 * span[1] + 16, "prefix_caching": False}
+        num, lengths = 4, (8, 24)
+    if lengths is None:
+        work = workload.workload_n(num=num, vocab_size=config.vocab_size)
+    else:
+        work = workload.random_lengths(num, lengths, lengths, vocab_size=config.vocab_size)
+    settings = {"max_num_seqs": num, "max_model_len": work.longest() + 16, "prefix_caching": False}
     settings |= {"max_num_batched_tokens": 8192, "block_size": 32 if not where.quick else 8}
     if where.quick:
         settings["num_blocks"] = 64
@@ -337,8 +342,8 @@ PARTS = (
     Part("decode attention", "batch 256, context 1k, of the bandwidth", 40, _decode_attention),
     Part("prefill attention", "8k, of the GEMM peak", 40, _prefill_attention),
     Part("host", "CPU time of a step at 256 rows", 60, _host),
-    Part("qwen3-0.6b", "workload N", 120, lambda where: _serve(where, "qwen3-0.6b", 256, (100, 1024))),
-    Part("qwen2.5-0.5b", "workload N", 120, lambda where: _serve(where, "qwen2.5-0.5b", 256, (100, 1024))),
+    Part("qwen3-0.6b", "workload N", 120, lambda where: _serve(where, "qwen3-0.6b", 256)),
+    Part("qwen2.5-0.5b", "workload N", 120, lambda where: _serve(where, "qwen2.5-0.5b", 256)),
     Part("with graphs", "64 requests", 90, _small(graphs=True)),
     Part("without graphs", "the same", 90, _small(graphs=False)),
     Part("deterministic", "the same", 90, _small(graphs=True, deterministic=True)),

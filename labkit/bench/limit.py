@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from labkit_kernels import Packed, get, pages
 
@@ -61,8 +62,12 @@ class Cost:
 
     def step(self, machine: Machine, tokens: int, sampled: int, context: int) -> float:
         """Seconds that a batch of so many tokens takes at best; `context` are the keys that its rows read."""
+        return self._floor(machine, tokens, sampled, context, context)
+
+    def _floor(self, machine: Machine, tokens: int, sampled: int, context: int, pairs: int) -> float:
+        """`context` keys are read from memory, and `pairs` of a query and a key are multiplied."""
         moved = (self.layers + (self.head if sampled else 0)) * self.bytes_a_weight + self.kv_bytes * (context + tokens)
-        computed = 2 * self.layers * tokens + 2 * self.head * sampled + self.attention * context
+        computed = 2 * self.layers * tokens + 2 * self.head * sampled + self.attention * pairs
         return max(moved / machine.bandwidth, computed / machine.peak)
 
     def batches(self, machine: Machine, batches: Iterable[Sequence[float]], block_size: int) -> float:
@@ -73,14 +78,17 @@ class Cost:
         )
 
     def ideal(self, machine: Machine, asks: Sequence[Any]) -> float:
-        """The floor of the best schedule there could be: everything at once from the beginning."""
-        longest = max(ask.num_output for ask in asks)
-        prompt, out = sum(len(ask.prompt) for ask in asks), sum(ask.num_output for ask in asks)
-        reads = sum(ask.num_output * len(ask.prompt) + ask.num_output**2 // 2 for ask in asks)
-        pairs = reads + sum(len(ask.prompt) ** 2 // 2 for ask in asks)
-        moved = longest * (self.layers + self.head) * self.bytes_a_weight + self.kv_bytes * (reads + prompt + out)
-        computed = 2 * self.layers * (prompt + out) + 2 * self.head * out + self.attention * pairs
-        return max(moved / machine.bandwidth, computed / machine.peak)
+        """The floor of the best schedule there could be: all prompts in the first step, then everyone decodes. A sum
+        over steps: the bytes of decoding do not hide behind the flops of the prompts."""
+        prompts = np.array([len(ask.prompt) for ask in asks], np.int64)
+        outputs = np.array([ask.num_output for ask in asks], np.int64)
+        pairs = int((prompts * (prompts + 1) // 2).sum())
+        seconds = self._floor(machine, int(prompts.sum()), len(asks), 0, pairs)
+        for made in range(1, int(outputs.max())):
+            alive = outputs > made
+            rows, context = int(alive.sum()), int((prompts[alive] + made).sum())
+            seconds += self._floor(machine, rows, rows, context, context)
+        return seconds
 
 
 def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine:

@@ -10,7 +10,9 @@ from typing import Any
 
 from labkit.bench import metrics
 from labkit.bench.throughput import SHOWN
-from labkit.report import COLORS, STYLE, stacked
+from labkit.report import STYLE
+from labkit.widgets.style import COLORS
+from labkit.widgets.svg import stacked
 
 HUES = list(COLORS.values())
 TABLE = """

@@ -138,12 +138,16 @@ def _summary(
 
 
 def _order(setting: Setting) -> Iterator[tuple[str, bool]]:
-    """(backend, does it count): warm-up passes, then A B, B A, A B ..."""
+    """(backend, does it count): warm-up passes, then A B, B A, A B ... A short batch by an engine that rested while the
+    others ran would measure the rest, so that in latency every counted pass follows one that is not."""
     for _ in range(setting.warmup):
         yield from ((name, False) for name in setting.backends)
     for i in range(setting.passes):
         names = setting.backends if i % 2 == 0 else setting.backends[::-1]
-        yield from ((name, True) for name in names)
+        for name in names:
+            if setting.kind == "latency":
+                yield name, False
+            yield name, True
 
 
 def _progress(order: list[tuple[str, bool]]) -> Iterator[tuple[str, bool]]:

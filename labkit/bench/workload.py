@@ -5,39 +5,70 @@ files; refuses to know who serves them. One seed gives one workload, for every b
 from __future__ import annotations
 
 import csv
+import functools
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 
+from labkit.core.options import whole
+
+P = ParamSpec("P")
 Range = tuple[int, int]  # both ends may be drawn
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request of a workload."""
+    """One request of a workload.
+
+    One that comes `after` another continues it: `prompt` is what the conversation so far is followed by, and `arrival`
+    the seconds between that answer's end and this question.
+    """
 
     prompt: tuple[int, ...]
     num_output: int
     arrival: float = 0.0  # seconds after the beginning
+    priority: int = 0  # the smaller is the more urgent
+    after: int | None = None  # the ask, by its place in the workload, whose conversation this one goes on with
 
 
 @dataclass(frozen=True)
 class Workload:
+    """Requests with a name. What a maker drew can be drawn again with another seed: `workload.reseeded(1)`."""
+
     name: str
     asks: tuple[Ask, ...]
+    again: Callable[[int], Workload] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.asks:
             raise ValueError(f"workload {self.name!r} has no requests")
+        for i, ask in enumerate(self.asks):
+            if ask.after is not None and not 0 <= ask.after < i:
+                raise ValueError(
+                    f"request {i} of workload {self.name!r} comes after {ask.after}, which is not before it"
+                )
 
     @property
     def num_prompt(self) -> int:
+        """Prompt tokens; of later turns of a conversation only what they add."""
         return sum(len(ask.prompt) for ask in self.asks)
+
+    @property
+    def is_closed(self) -> bool:
+        """Do some requests wait for the answers of others?"""
+        return any(ask.after is not None for ask in self.asks)
+
+    def reseeded(self, seed: int) -> Workload:
+        """Another draw of the same kind."""
+        if self.again is None:
+            raise ValueError(f"workload {self.name!r} was not drawn from a seed: there is no other draw of it")
+        return self.again(seed)
 
     @property
     def num_output(self) -> int:
@@ -49,29 +80,68 @@ class Workload:
             f"tokens)"
         )
 
+    def _repr_html_(self) -> str:
+        from labkit.bench.picture import workload_html
+
+        return workload_html(self)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each request from its first to its last, the conversation before it included."""
+        found: list[int] = []
+        for ask in self.asks:
+            before = 0 if ask.after is None else found[ask.after]
+            found.append(before + len(ask.prompt) + ask.num_output)
+        return found
+
     def longest(self) -> int:
-        return max(len(ask.prompt) + ask.num_output for ask in self.asks)
+        return max(self.lengths())
 
     def save(self, path: str | Path) -> None:
-        asks = [{"prompt": ask.prompt, "out": ask.num_output, "arrival": ask.arrival} for ask in self.asks]
+        asks: list[dict[str, Any]] = []
+        for ask in self.asks:
+            entry: dict[str, Any] = {"prompt": ask.prompt, "out": ask.num_output, "arrival": ask.arrival}
+            if ask.priority:
+                entry["priority"] = ask.priority
+            if ask.after is not None:
+                entry["after"] = ask.after
+            asks.append(entry)
         Path(path).write_text(json.dumps(asks) + "\n")
 
 
+def seeded(maker: Callable[P, Workload]) -> Callable[P, Workload]:
+    """Decorator of makers: what they draw with `seed=` can be drawn again."""
+
+    @functools.wraps(maker)
+    def make(*args: P.args, **options: P.kwargs) -> Workload:
+        whole("seed", options.get("seed", 0), least=0)
+        made = maker(*args, **options)
+        return replace(made, again=lambda seed: make(*args, **{**options, "seed": seed}))
+
+    return make
+
+
+@seeded
 def random_lengths(
     num: int, prompt: Range = (64, 512), output: Range = (32, 160), *, vocab_size: int, seed: int = 0
 ) -> Workload:
     """Random tokens, lengths uniform in both ranges."""
     rng = _rng(num, seed)
-    lengths = zip(_whole(rng, prompt, num), _whole(rng, output, num), strict=True)
-    asks = tuple(Ask(_ids(rng, n, vocab_size), m) for n, m in lengths)
+    lengths = zip(draw_whole(rng, prompt, num), draw_whole(rng, output, num), strict=True)
+    asks = tuple(Ask(draw_ids(rng, n, vocab_size), m) for n, m in lengths)
     return Workload(f"random {prompt[0]}-{prompt[1]} -> {output[0]}-{output[1]}", asks)
 
 
+@seeded
 def workload_n(*, vocab_size: int, num: int = 256, seed: int = 0) -> Workload:
-    """Workload N: prompt and output uniform in 100..1024; 256 requests on a GPU, fewer on less."""
-    return replace(random_lengths(num, (100, 1024), (100, 1024), vocab_size=vocab_size, seed=seed), name=f"N, {num}")
+    """Workload N as others publish it, drawn from Python's generator in the same order: prompt and output uniform in
+    100..1024 tokens, 256 requests (142,827 prompt and 133,966 output tokens with seed 0); fewer on less than a GPU."""
+    _rng(num, seed)
+    draw = random.Random(seed).randint
+    prompts = [tuple(draw(0, 10_000) % vocab_size for _ in range(draw(100, 1024))) for _ in range(num)]
+    return Workload(f"N, {num}", tuple(Ask(prompt, draw(100, 1024)) for prompt in prompts))
 
 
+@seeded
 def shared_prefix(
     num: int, share: float, length: int = 512, output: int = 32, *, vocab_size: int, seed: int = 0
 ) -> Workload:
@@ -79,8 +149,8 @@ def shared_prefix(
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share}")
     rng = _rng(num, seed)
-    prefix = _ids(rng, round(length * share), vocab_size)
-    asks = tuple(Ask(prefix + _ids(rng, length - len(prefix), vocab_size), output) for _ in range(num))
+    prefix = draw_ids(rng, round(length * share), vocab_size)
+    asks = tuple(Ask(prefix + draw_ids(rng, length - len(prefix), vocab_size), output) for _ in range(num))
     return Workload(f"{share:.0%} shared of {length}", asks)
 
 
@@ -111,7 +181,7 @@ def trace(path: str | Path, num: int | None = None, *, vocab_size: int, seed: in
         for arrival, length, output, hashes in rows:
             if length + output > most or not length or not output:
                 continue
-            asks.append(Ask(_hashed(hashes, length, vocab_size) or _ids(rng, length, vocab_size), output, arrival))
+            asks.append(Ask(_hashed(hashes, length, vocab_size) or draw_ids(rng, length, vocab_size), output, arrival))
             if len(asks) == num:
                 break
     if not asks:
@@ -121,11 +191,20 @@ def trace(path: str | Path, num: int | None = None, *, vocab_size: int, seed: in
 
 
 def load(path: str | Path) -> Workload:
-    """What `save` wrote: [{"prompt": [ids], "out": n, "arrival": seconds}]."""
+    """What `save` wrote: [{"prompt": [ids], "out": n, "arrival": seconds, "priority": n, "after": place}]."""
     asks = []
     for i, entry in enumerate(_json(path)):
         try:
-            asks.append(Ask(tuple(map(int, entry["prompt"])), int(entry["out"]), float(entry.get("arrival", 0.0))))
+            after = entry.get("after")
+            asks.append(
+                Ask(
+                    tuple(map(int, entry["prompt"])),
+                    int(entry["out"]),
+                    float(entry.get("arrival", 0.0)),
+                    int(entry.get("priority", 0)),
+                    None if after is None else int(after),
+                )
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f'{path}, entry {i}: needs "prompt" (token ids) and "out" (a number): {error}') from error
     return Workload(Path(path).stem, tuple(asks))
@@ -138,8 +217,14 @@ def arriving(workload: Workload, rate: float, burstiness: float = 1.0, seed: int
     rng = np.random.default_rng(seed)
     gaps = rng.gamma(burstiness, 1 / (rate * burstiness), len(workload.asks))
     at = np.cumsum(gaps) - gaps[0]
-    asks = tuple(replace(ask, arrival=float(t)) for ask, t in zip(workload.asks, at, strict=True))
-    return Workload(f"{workload.name}, {rate:g}/s", asks)
+    asks = tuple(
+        replace(ask, arrival=float(t)) if ask.after is None else ask for ask, t in zip(workload.asks, at, strict=True)
+    )
+
+    def again(other: int) -> Workload:
+        return arriving(workload.reseeded(other) if workload.again else workload, rate, burstiness, other)
+
+    return Workload(f"{workload.name}, {rate:g}/s", asks, again)
 
 
 def _rng(num: int, seed: int) -> np.random.Generator:
@@ -148,21 +233,21 @@ def _rng(num: int, seed: int) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def _whole(rng: np.random.Generator, span: Range, num: int) -> list[int]:
+def draw_whole(rng: np.random.Generator, span: Range, num: int) -> list[int]:
     low, high = span
     if not 1 <= low <= high:
         raise ValueError(f"a range of lengths goes from at least 1 up, got {low}-{high}")
     return rng.integers(low, high + 1, num).tolist()
 
 
-def _ids(rng: np.random.Generator, num: int, vocab_size: int) -> tuple[int, ...]:
+def draw_ids(rng: np.random.Generator, num: int, vocab_size: int) -> tuple[int, ...]:
     return tuple(rng.integers(min(10, vocab_size - 1), vocab_size, num).tolist())
 
 
 def _hashed(hashes: Sequence[int], length: int, vocab_size: int, block: int = 512) -> tuple[int, ...]:
     ids: list[int] = []
     for number in hashes:
-        ids += _ids(np.random.default_rng(number), min(block, length - len(ids)), vocab_size)
+        ids += draw_ids(np.random.default_rng(number), min(block, length - len(ids)), vocab_size)
     return tuple(ids)
 
 

@@ -27,6 +27,10 @@ class BlockPool:
         self.count = np.full(num_blocks + 1, 0, np.int32)
         self.free = list(range(num_blocks, 0, -1))  # reused last in, first out: the warmest memory first
 
+    def __repr__(self) -> str:
+        held = int((self.count > 0).sum())
+        return f"BlockPool({self.num_blocks} blocks: {len(self.free)} hold nothing, {held} are held)"
+
     def take(self, n: int) -> list[int]:
         """The last `n` freed blocks, not yet counted."""
         if n > len(self.free):
@@ -72,6 +76,9 @@ class BlockTables:
         self.blocks = np.zeros((1, 0, 16), np.int32)  # [groups, rows, blocks]
         self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
         self._flatten()
+
+    def __repr__(self) -> str:
+        return f"BlockTables({len(self.row_of)} tables in {self.num_rows} rows of {self.tokens.shape[1]} tokens)"
 
     def __getstate__(self) -> dict[str, object]:
         """Without the views: a copy makes its own."""

@@ -55,8 +55,11 @@ def _settle_prefills(s: Scheduler, plan: Plan, now: int) -> None:
             s.queue.push(request)
     for row in plan.sample_row[plan.num_decode :].tolist():
         request = s.row_request[row]
-        if request is not None and request.row == row and request.first_token_at is None:
+        if request is None or request.row != row:
+            continue
+        if request.first_token_at is None:
             request.first_token_at = now
+        if row not in s.draining:  # else it was preempted meanwhile, and is scheduled no more
             s.log.add(("Scheduled", request.id, 1))
 
 

@@ -95,6 +95,7 @@ class Draft:
             joins=tuple(self.joins),
             copies=_pairs(self.copies),
             swap_in=_pairs(self.swap_in),
+            budget=s.max_num_batched_tokens,
         )
 
     def _decode_tokens(self, s: Scheduler, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:

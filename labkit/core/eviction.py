@@ -16,6 +16,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 
 from .options import choose, duration, named_options, real
 from .prefix import PrefixCache
+from .shown import Shown
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class EvictionPolicy(Protocol):
 EvictionChoice: TypeAlias = "str | EvictionPolicy | Callable[[BlockInfo], float]"
 
 
-class LRU:
+class LRU(Shown):
     """Least recently released first; O(1). A table releases its tail before its head, and so they go."""
 
     name = "lru"
@@ -82,8 +83,12 @@ class LRU:
     def candidates(self) -> list[int]:
         return list(self._queue)
 
+    def queues(self) -> dict[str, list[int]]:
+        """What waits where, the next to go first."""
+        return {"least recently released first": list(self._queue)}
 
-class Scored:
+
+class Scored(Shown):
     """Lowest key first among blocks without a cached child; a heap with lazy deletion, O(log n).
 
     The key is asked once, when the block becomes evictable; ties go by release order. A block popped while a child is
@@ -174,6 +179,14 @@ class Scored:
     def candidates(self) -> list[int]:
         return [block for _, _, block in sorted(self._live.values(), key=lambda entry: entry[1])]
 
+    def queues(self) -> dict[str, list[int]]:
+        """What waits where, the next to go first; a block whose cached children wait longer is spared until they go."""
+        return {"lowest score first": [block for _, _, block in sorted(self._live.values())]}
+
+    def scores(self) -> dict[int, float]:
+        """Candidate -> the score it waits with."""
+        return {block: key for key, _, block in self._live.values()}
+
 
 class FIFO(Scored):
     """First stored, first out, however often it was hit since."""
@@ -194,7 +207,7 @@ class LFU(Scored):
 
 
 @named_options
-class SLRU:
+class SLRU(Shown):
     """Two LRU segments: a block enters on probation and is protected once hit. At most a share `protected` of the pool
     is; beyond it the oldest protected block steps back to probation."""
 
@@ -232,9 +245,13 @@ class SLRU:
     def candidates(self) -> list[int]:
         return [*self._probation, *self._protected]
 
+    def queues(self) -> dict[str, list[int]]:
+        """What waits where, the next to go first."""
+        return {"on probation": list(self._probation), "protected": list(self._protected)}
+
 
 @named_options
-class S3FIFO:
+class S3FIFO(Shown):
     """Small, main and ghost queues: a block that was never hit leaves from the small queue without disturbing the main
     one; one that comes back after that enters the main queue at once."""
 
@@ -307,6 +324,10 @@ class S3FIFO:
 
     def candidates(self) -> list[int]:
         return [*self._small, *self._main]
+
+    def queues(self) -> dict[str, list[int]]:
+        """What waits where, the next to go first."""
+        return {"small": list(self._small), "main": list(self._main)}
 
 
 @named_options

@@ -10,7 +10,9 @@ from os import PathLike
 from typing import IO, TYPE_CHECKING, Any
 
 from .events import EVENTS, NAMES, Batch, Event, parse, read, size_of
+from .frames import table
 from .options import closest, named_options, whole
+from .shown import Shown
 from .why import Waits, Why
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ Subscriber = Callable[[list[Batch]], None]
 
 
 @named_options
-class EventLog:
+class EventLog(Shown):
     """An append-only log, bounded to the latest `keep` events; `keep=None` keeps all.
 
     What is trimmed has gone into the folds, so that `why` still answers for requests that have not ended.
@@ -67,7 +69,7 @@ class EventLog:
 
     def __repr__(self) -> str:
         trimmed = f", {self.num_trimmed} trimmed" if self.num_trimmed else ""
-        steps = sum(batch.row is not None for batch in self._batches)
+        steps = sum(batch.row is not None for batch in self.batches())
         return f"EventLog({self._size} events, {steps} steps{trimmed})"
 
     def correct(self, event: tuple[Any, ...]) -> None:
@@ -128,6 +130,10 @@ class EventLog:
         for batch in self._batches:
             yield from read(batch)
 
+    def batches(self) -> list[Batch]:
+        """What is kept, as it was written: for folds, to which an object an event is too much. From any thread."""
+        return list(self._batches)
+
     def events(self, *kinds: str | type[Event]) -> list[Event]:
         """The events of these kinds, in order; all of them when none is named."""
         names = {kind if isinstance(kind, str) else kind.__name__ for kind in kinds}
@@ -137,15 +143,11 @@ class EventLog:
 
     def frame(self, kind: str | type[Event] | None = None) -> pandas.DataFrame:
         """A DataFrame, one line an event; of one kind, with that kind's columns only. Needs labkit[lab]."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("frame() needs pandas: pip install 'labkit[lab]'") from error
         chosen = self.events(*([] if kind is None else [kind]))
         records = [{"event": type(event).__name__, **event.__dict__} for event in chosen]
         kinds = EVENTS if kind is None else [kind if isinstance(kind, str) else kind.__name__]
         columns = dict.fromkeys(["step", "now", "event", *(name for one in kinds for name in NAMES[one])])
-        frame = pandas.DataFrame.from_records(records, columns=list(columns))
+        frame = table([[record.get(name) for name in columns] for record in records], list(columns))
         frame.insert(1, "time", frame.pop("now") / 1e9)
         return frame
 

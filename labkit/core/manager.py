@@ -15,6 +15,7 @@ from .blocks import NEVER, BlockPool, BlockTables, Ints, Tokens
 from .eviction import EvictionChoice, EvictionPolicy, eviction_policy
 from .options import duration, flag, named_arguments, named_options, text, whole
 from .prefix import EventSink, Explanation, Lookup, PrefixCache, Span, hash_blocks, root_hash, span_keys
+from .shown import Shown
 from .stats import BlockStats, block_stats
 from .table import BlockTable, Pin
 from .tokens import TokenIds, as_tokens
@@ -25,7 +26,7 @@ class OutOfBlocksError(RuntimeError):
 
 
 @named_options
-class BlockManager:
+class BlockManager(Shown):
     """Fixed-size blocks, handed out to tables, shared by reference count, copied when written, found again by prefix.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
@@ -49,7 +50,7 @@ class BlockManager:
         self.pool = BlockPool(num_blocks)
         self.host = BlockPool(whole("num_host_blocks", num_host_blocks, least=0, most=2**31 - 2))
         self.tables = BlockTables(block_size)
-        self.prefix = PrefixCache(num_blocks, block_size)
+        self.prefix = PrefixCache(num_blocks, block_size, holders=self.pool.count)
         self.prefix_caching = flag("prefix_caching", prefix_caching)
         self._eviction = eviction_policy(eviction)
         self._eviction.attach(self.prefix)
@@ -64,6 +65,7 @@ class BlockManager:
         self.num_queries = 0
         self.num_hit_queries = 0
         self.num_copied = 0
+        self.copies: dict[int, dict[int, int]] = {}  # row -> index in its table -> the block that was copied there
         self.num_evicted = 0
         self._within = np.arange(self.block_size)
         self._own_rows: set[int] = set()  # rows of tables that people made
@@ -413,6 +415,7 @@ class BlockManager:
         self.release([source])
         self.tables.shared.discard(row)
         self.num_copied += 1
+        self.copies.setdefault(row, {})[index] = source
         if self.emit is not None:
             self.emit(("Copied", source, copy))
         return index, source, copy
@@ -441,6 +444,7 @@ class BlockManager:
         """Release a table and its row."""
         row = self.tables.row_of[name]
         self.release(self.tables.row_blocks(row))
+        self.copies.pop(row, None)
         self.tables.close(name, reserved=reserved)
 
     def commit(self, rows: Ints, end: Ints) -> None:

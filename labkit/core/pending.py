@@ -17,6 +17,9 @@ class PendingPrefixes:
         self.parked: dict[bytes, list[Request]] = {}
         self.hash_for: dict[int, bytes] = {}  # serial of a parked request -> what it waits for
 
+    def __repr__(self) -> str:
+        return f"PendingPrefixes({len(self.row_of)} blocks being computed, {len(self)} requests parked)"
+
     def __len__(self) -> int:
         """Requests parked."""
         return len(self.hash_for)

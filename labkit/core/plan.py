@@ -14,6 +14,7 @@ from .blocks import Ints, Tokens
 from .params import SamplingParams
 from .prefix import Span
 from .request import Request
+from .shown import mimebundle
 
 Pairs = NDArray[np.int64]
 
@@ -75,6 +76,7 @@ class Plan(NamedTuple):
     copies: Pairs = NO_PAIRS  # block -> block
     swap_in: Pairs = NO_PAIRS  # host block -> device block
     reset: bool = False  # a step failed: forget every row
+    budget: int = 0  # the most tokens that the step might have had; 0: not said
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,9 @@ class Plan(NamedTuple):
         also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
         parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
         return f"Plan({self.step}: {', '.join(parts)})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)
 
 
 class TokenLogprobs(NamedTuple):
@@ -118,6 +123,11 @@ class Result(NamedTuple):
     errors: dict[int, str] | None = None
     extras: dict[str, Extras] | None = None
 
+    def __repr__(self) -> str:
+        tokens = f"{len(self.tokens)} tokens" if hasattr(self.tokens, "__len__") else repr(self.tokens)
+        failed = f", {len(self.errors)} rows failed" if self.errors else ""
+        return f"Result({tokens}, {self.seconds} s{failed})"
+
 
 class Failure(NamedTuple):
     """The whole step failed: its requests go back to the queue with the tokens they had."""
@@ -138,3 +148,6 @@ class Outputs(NamedTuple):
 
     def __repr__(self) -> str:
         return f"Outputs({self.step}: {len(self.tokens)} tokens, {len(self.ended)} ended)"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)

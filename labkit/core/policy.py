@@ -88,6 +88,9 @@ class WaitingQueue:
         self._shape: Any = None
         self._keys: dict[int, Key] = {}  # serial -> its key, kept while the request lives
 
+    def __repr__(self) -> str:
+        return f"WaitingQueue({name_of(self.order)}: {len(self)} waiting)"
+
     def __len__(self) -> int:
         return len(self._entries)
 

@@ -13,9 +13,11 @@ from hashlib import sha256
 from itertools import islice
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .blocks import Ints, Tokens
 from .options import text, whole
+from .shown import Shown
 
 EventSink = Callable[[tuple[object, ...]], None]
 
@@ -43,7 +45,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Lookup:
+class Lookup(Shown):
     """A pure peek: the blocks that a prompt would be given."""
 
     num_tokens: int
@@ -56,7 +58,7 @@ class Lookup:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """Why a lookup hit as far as it did. `reason` is a short code, `detail` a sentence."""
 
     num_tokens: int
@@ -116,12 +118,14 @@ def hash_blocks(
     return hashes
 
 
-class PrefixCache:
-    """Hash -> block, and for each stored block its hash, parent, depth and tokens."""
+class PrefixCache(Shown):
+    """Hash -> block, and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
+    pool's column of counts, for whoever draws the cache; nothing here is decided by it."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, holders: NDArray[np.int32] | None = None) -> None:
         places = num_blocks + 1
         self.num_blocks = num_blocks
+        self.holders = holders
         self.block_size = block_size
         self.block_of: dict[bytes, int] = {}
         self.spares: dict[bytes, list[int]] = {}  # further copies of a hash, oldest first

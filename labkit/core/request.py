@@ -10,6 +10,7 @@ import numpy as np
 from .blocks import BlockTables, Tokens
 from .params import SamplingParams
 from .prefix import Span
+from .shown import Shown
 
 NO_TOKENS = np.zeros(0, np.int32)
 
@@ -28,7 +29,7 @@ class Status(StrEnum):
 ENDED = frozenset((Status.FINISHED, Status.ABORTED, Status.REJECTED, Status.REWOUND))
 
 
-class Request:
+class Request(Shown):
     """A handle that stays valid from submission on: `status`, `output_ids`, `finish_reason`.
 
     While it runs, its tokens live in its row of the block tables; before and after, here. A waiting request costs

@@ -33,6 +33,7 @@ from .policy import (
     order_of,
 )
 from .request import Request, Status
+from .shown import Shown
 
 MOST_REMEMBERED = 4096  # ended requests that can still be asked for by id
 
@@ -42,7 +43,7 @@ class RejectedError(RuntimeError):
 
 
 @named_options
-class Scheduler:
+class Scheduler(Shown):
     """One token budget, rows, and a queue, over a `BlockManager`.
 
     `max_num_batched_tokens` bounds the tokens of a step, `max_num_seqs` the rows. A prefill takes at most

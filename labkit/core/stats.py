@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .blocks import Ints
+from .shown import Shown
+
 if TYPE_CHECKING:
     from .manager import BlockManager
 
 
 @dataclass(frozen=True)
-class BlockStats:
+class BlockStats(Shown):
     """Tokens and blocks apart: a block in use may be nearly empty, and one block may serve many tables."""
 
     num_blocks: int
@@ -69,30 +72,34 @@ class BlockStats:
         )
 
 
-def block_stats(manager: BlockManager) -> BlockStats:
+def filled_places(manager: BlockManager) -> tuple[Ints, int]:
+    """How many places of each block hold a token of someone who holds it [num_blocks + 1], and the tokens of all
+    tables, shared ones counted once a table."""
     tables, size = manager.tables, manager.block_size
     filled = np.zeros(manager.num_blocks + 1, np.int64)
-    table_tokens = 0
-    for row in tables.row_of.values():
-        blocks = tables.row_blocks(row)
-        held = min(int(tables.num_tokens[row]), len(blocks) * size)
-        table_tokens += held
-        full, rest = divmod(held, size)
-        filled[blocks[:full]] = size
-        if rest:
-            filled[blocks[full]] = max(int(filled[blocks[full]]), rest)
+    rows = np.array(list(tables.row_of.values()), np.int64)
+    held = np.minimum(tables.num_tokens[rows], tables.num_blocks[rows] * size)  # [tables]
+    lengths = -(-held // size)
+    at = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # 0, 1, .. of each table
+    blocks = tables.blocks[0, np.repeat(rows, lengths), at]
+    np.maximum.at(filled, blocks, np.minimum(np.repeat(held, lengths) - at * size, size))
     filled[0] = 0
     for pin in manager.pins:
         filled[list(pin.blocks)] = size
+    return filled, int(held.sum())
+
+
+def block_stats(manager: BlockManager) -> BlockStats:
+    filled, table_tokens = filled_places(manager)
     return BlockStats(
         num_blocks=manager.num_blocks,
-        block_size=size,
+        block_size=manager.block_size,
         used_blocks=manager.num_used,
         cached_blocks=manager.num_cached,
         free_blocks=manager.num_free,
         used_tokens=int(filled.sum()),
         table_tokens=table_tokens,
-        num_tables=len(tables.row_of),
+        num_tables=len(manager.tables.row_of),
         num_queries=manager.num_queries,
         num_hit_queries=manager.num_hit_queries,
         num_queried_tokens=manager.num_queried_tokens,

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .shown import Shown
+
 if TYPE_CHECKING:
     from .manager import BlockManager
 
 
-class BlockTable:
+class BlockTable(Shown):
     """A name's view of its row: prints its blocks, and which of them it shares."""
 
     def __init__(self, manager: BlockManager, name: str) -> None:

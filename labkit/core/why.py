@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .frames import table
+from .shown import Shown
+
 if TYPE_CHECKING:
     import pandas
 
@@ -52,7 +55,7 @@ class Preemption:
 
 
 @dataclass(frozen=True)
-class Why:
+class Why(Shown):
     """One request's waits and preemptions, in order."""
 
     request: str
@@ -73,10 +76,8 @@ class Why:
 
     def frame(self) -> pandas.DataFrame:
         """One line a step waited. Needs labkit[lab]."""
-        import pandas
-
         lines = [(step, w.limit, w.behind) for w in self.waits for step in range(w.first, w.last + 1)]
-        return pandas.DataFrame(lines, columns=["step", "limit", "behind"])
+        return table(lines, ["step", "limit", "behind"])
 
     def __repr__(self) -> str:
         head = (
@@ -175,6 +176,8 @@ class Waits:
             close(step)
             if rank == 0:
                 head = (limit, behind)
+                if behind is None:
+                    own = None  # it heads the queue: whatever held it apart is over
             else:
                 own = None if limit == "order" else limit
         close(until)

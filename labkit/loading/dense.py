@@ -13,6 +13,8 @@ import torch
 from labkit_kernels import Packed, generation, get
 from torch import Tensor
 
+from labkit.core.shown import Shown
+
 CPU = torch.device("cpu")
 
 
@@ -26,7 +28,7 @@ class RMSNorm(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-class Linear:
+class Linear(Shown):
     """norm(x) @ weight.T + bias + residual."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from labkit.bench import limit, metrics
+from labkit.bench import limit, metrics, workload
 from labkit.bench.metrics import Timed
 
 
@@ -64,3 +64,26 @@ def test_the_limit_is_bytes_over_bandwidth_or_flops_over_peak():
     assert cost.step(machine, tokens=1000, sampled=0, context=0) == 2 * 50 * 1000 / 1000
     batches = [(0, 1, 1, 5, 9.9), (1000, 0, 0, 0, 9.9)]
     assert cost.batches(machine, batches, 1) == pytest.approx(1.44 + 100.0)
+
+
+def test_the_ideal_schedule_pays_for_every_step_by_itself():
+    machine = limit.Machine("toy", bandwidth=100.0, peak=1000.0)
+    cost = limit.Cost(layers=50, head=10, bytes_a_weight=2, kv_bytes=4, attention=3)
+    asks = [workload.Ask((1,) * 30, 3), workload.Ask((1,) * 10, 2)]
+    prompts = (2 * 50 * 40 + 2 * 10 * 2 + 3 * (465 + 55)) / 1000  # bound by its flops
+    both, one = (120 + 4 * (31 + 11 + 2)) / 100, (120 + 4 * (32 + 1)) / 100  # bound by their bytes
+    assert cost.ideal(machine, asks) == pytest.approx(prompts + both + one)
+
+
+def test_the_limits_of_workload_n_are_those_that_others_compute():
+    """An H200's datasheet; the two countings differ by a thousandth."""
+    sheet = limit.Machine("H200", *limit.DATASHEET["H200"])
+    asks = workload.workload_n(vocab_size=151_936).asks
+
+    def cost(layers, hidden, inner, heads, keys, size):
+        layer = hidden * size * (heads + 2 * keys) + heads * size * hidden + 3 * hidden * inner
+        return limit.Cost(layers * layer, hidden * 151_936, 2, 4 * layers * keys * size, 4 * layers * heads * size)
+
+    qwen3, qwen25 = cost(28, 1024, 3072, 16, 8, 128), cost(24, 896, 4864, 14, 2, 64)
+    assert 133_966 / qwen3.ideal(sheet, asks) == pytest.approx(40_854, rel=2e-3)
+    assert 133_966 / qwen25.ideal(sheet, asks) == pytest.approx(213_428, rel=2e-3)

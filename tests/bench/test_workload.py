@@ -18,11 +18,13 @@ def test_lengths_and_tokens_are_in_range_and_one_seed_gives_one_workload():
     assert {token for ask in made.asks for token in ask.prompt} <= set(range(10, 40))
 
 
-def test_workload_n_is_256_requests_of_100_to_1024_tokens_both_ways():
-    made = workload.workload_n(vocab_size=1000)
+def test_workload_n_is_the_one_that_others_publish():
+    made = workload.workload_n(vocab_size=151_936)
+    assert (len(made.asks), made.num_prompt, made.num_output) == (256, 142_827, 133_966)
     lengths = [len(ask.prompt) for ask in made.asks] + [ask.num_output for ask in made.asks]
-    assert len(made.asks) == 256 and min(lengths) >= 100 and max(lengths) <= 1024
-    assert 500 < statistics.mean(lengths) < 620
+    assert min(lengths) >= 100 and max(lengths) <= 1024
+    small = workload.workload_n(vocab_size=50, num=3)
+    assert len(small.asks) == 3 and max(token for ask in small.asks for token in ask.prompt) < 50
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.95])

@@ -383,9 +383,9 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         finish<T>(call, item, r, s.most[r], labkit::reduce_sum(labkit::load(s.sum + r * W)), s.out + r * wide, parts);
 }
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define LABKIT_AMX 1
-#include "amx.h"
+#if defined(__AVX512BF16__)
+#define LABKIT_PAIRED 1
+#include "paired.h"
 #endif
 
 // Adds up the parts of a cut item.
@@ -487,13 +487,13 @@ void run(const Call& call) {
         }
     };
     auto work = [&] {
-#ifdef LABKIT_AMX
-        if (std::is_same_v<T, bf16> && amx::available()) {
-            static thread_local amx::Scratch scratch;
-            amx::Tiles tiles;
-            loop([&](const Item& item) { amx::attend(call, item, scratch, parts); });
-            return;
-        }
+#if LABKIT_PAIRED
+        if constexpr (std::is_same_v<T, bf16>) return paired::on_best_unit([&](auto unit) {
+            using Unit = decltype(unit);
+            static thread_local paired::Scratch scratch;
+            [[maybe_unused]] typename Unit::Scope scope;
+            loop([&](const Item& item) { paired::attend<Unit>(call, item, scratch, parts); });
+        });
 #endif
         static thread_local Scratch scratch;
         loop([&](const Item& item) { attend<T>(call, item, scratch, parts); });

@@ -22,11 +22,11 @@
 #include "../gates.h"
 #include "../simd.h"
 
-#if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512BF16__)
-#define LABKIT_TILES 1
+#if defined(__AVX512BF16__)
+#define LABKIT_PACKED 1
 #include "../tiles.h"
 #else
-#define LABKIT_TILES 0
+#define LABKIT_PACKED 0
 #endif
 
 // A linear layer: out = norm(x) W^T + bias + residual. Strides are in elements.
@@ -51,7 +51,7 @@ struct Mlp {
     int64_t num_threads;
 };
 
-#if LABKIT_TILES
+#if LABKIT_PACKED
 namespace {
 
 using namespace labkit;
@@ -257,6 +257,20 @@ struct NextPanel {
             _mm_prefetch(high, _MM_HINT_T1);
         }
     }
+    void line() {}
+};
+
+// Or a line of each column of tiles with every pair of depths that is multiplied.
+struct NextLines {
+    const char *low, *high;
+
+    void some(const bf16*, const bf16*) {}
+    void line() {
+        _mm_prefetch(low, _MM_HINT_T0);
+        _mm_prefetch(high, _MM_HINT_T0);
+        low += LINE;
+        high += LINE;
+    }
 };
 
 // Or the weights a little ahead of those that are read, straight into L1.
@@ -269,88 +283,10 @@ struct Ahead {
     }
 };
 
-// Sums of a block of rows and a panel of columns, depths [from, to), on top of `sum` if there are any, to `put`.
-template <int Tall, class Fetch, class Write>
-inline void block_product(const bf16* a0, int64_t deep, const bf16* low, const bf16* high, int64_t from, int64_t to,
-                          const float* sum, float* put, Fetch& fetch, Waiting<Write>& waiting) {
-    const bf16* a1 = a0 + deep * SIZE;
-    if (sum == nullptr) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (Tall > 1) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    } else {
-        _tile_loadd(0, sum, 64);
-        _tile_loadd(1, sum + 256, 64);
-        if (Tall > 1) {
-            _tile_loadd(2, sum + 512, 64);
-            _tile_loadd(3, sum + 768, 64);
-        }
-    }
-    for (int64_t k = from; k < to; k++) {
-        _tile_loadd(6, low + k * SIZE, 64);
-        _tile_loadd(4, a0 + k * SIZE, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, high + k * SIZE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (Tall > 1) {
-            _tile_loadd(5, a1 + k * SIZE, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-        fetch.some(low + k * SIZE, high + k * SIZE);
-        waiting.some();
-    }
-    waiting.rest();
-    _tile_stored(0, put, 64);
-    _tile_stored(1, put + 256, 64);
-    if (Tall > 1) {
-        _tile_stored(2, put + 512, 64);
-        _tile_stored(3, put + 768, 64);
-    }
-}
-
-// The same for three tiles of rows and all depths: six sums leave one register for each operand.
-template <class Fetch, class Write>
-inline void tall_product(const bf16* a, int64_t deep, const bf16* low, const bf16* high, float* put, Fetch& fetch,
-                         Waiting<Write>& waiting) {
-    const bf16 *b = a + deep * SIZE, *c = b + deep * SIZE;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
-    for (int64_t k = 0; k < deep; k++) {
-        _tile_loadd(7, low + k * SIZE, 64);
-        _tile_loadd(6, a + k * SIZE, 64);
-        _tile_dpbf16ps(0, 6, 7);
-        _tile_loadd(6, b + k * SIZE, 64);
-        _tile_dpbf16ps(2, 6, 7);
-        _tile_loadd(6, c + k * SIZE, 64);
-        _tile_dpbf16ps(4, 6, 7);
-        _tile_loadd(7, high + k * SIZE, 64);
-        _tile_dpbf16ps(5, 6, 7);
-        _tile_loadd(6, b + k * SIZE, 64);
-        _tile_dpbf16ps(3, 6, 7);
-        _tile_loadd(6, a + k * SIZE, 64);
-        _tile_dpbf16ps(1, 6, 7);
-        fetch.some(low + k * SIZE, high + k * SIZE);
-        waiting.some();
-    }
-    waiting.rest();
-    _tile_stored(0, put, 64);
-    _tile_stored(1, put + 256, 64);
-    _tile_stored(2, put + 512, 64);
-    _tile_stored(3, put + 768, 64);
-    _tile_stored(4, put + 1024, 64);
-    _tile_stored(5, put + 1280, 64);
-}
+#include "units.h"
 
 // Panels [begin, end) of at most 48 rows, `Tall` tiles of them: a weight is read once, and comes from memory.
-template <int Tall, class Write>
+template <class Unit, int Tall, class Write>
 void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write) {
     const int64_t deep = columns.deep;
     alignas(64) float sums[2][Tall * 512];
@@ -358,11 +294,20 @@ void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, 
     Waiting<Write> waiting{write};
     for (int64_t panel = begin; panel < end; panel++, turn = 1 - turn) {
         const bf16 *low = columns.low(panel), *high = columns.high(panel);
-        Ahead ahead;
-        if constexpr (Tall == 3)
-            tall_product(a, deep, low, high, sums[turn], ahead, waiting);
-        else
-            block_product<Tall>(a, deep, low, high, 0, deep, nullptr, sums[turn], ahead, waiting);
+        if constexpr (Unit::CHUNK > 0) {
+            for (int64_t from = 0; from < deep; from += Unit::CHUNK) {
+                const int64_t to = std::min<int64_t>(from + Unit::CHUNK, deep);
+                const bool more = to < deep;
+                const int64_t next = more ? panel : std::min(panel + 1, end - 1), at = (more ? to : 0) * SIZE;
+                NextLines fetch{reinterpret_cast<const char*>(columns.low(next) + at),
+                                reinterpret_cast<const char*>(columns.high(next) + at)};
+                Unit::template product<Tall>(a, deep, low, high, from, to, rows, from ? sums[turn] : nullptr,
+                                             sums[turn], fetch, waiting);
+            }
+        } else {
+            Ahead ahead;
+            Unit::template product<Tall>(a, deep, low, high, 0, deep, rows, nullptr, sums[turn], ahead, waiting);
+        }
         waiting.take(sums[turn], 0, rows, panel, deep);
     }
     waiting.rest();
@@ -370,7 +315,7 @@ void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, 
 
 // Panels [begin, end) of many rows: `a` are tiles [rows / 16][deep]. Deep sums are cut, so that what all rows need for a
 // cut stays in L2: it is read for every panel.
-template <class Write>
+template <class Unit, class Write>
 void multiply(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write,
               Buffer& buffer) {
     const int64_t deep = columns.deep, blocks = parts(rows, BLOCK);
@@ -399,9 +344,9 @@ void multiply(const bf16* a, int64_t rows, const Columns& columns, int64_t begin
                 float* put = last ? sums[turn] : kept;
                 const float* sum = cut ? kept : nullptr;
                 if (left > TILE)
-                    block_product<2>(at, deep, low, high, from, to, sum, put, fetch, waiting);
+                    Unit::template product<2>(at, deep, low, high, from, to, left, sum, put, fetch, waiting);
                 else
-                    block_product<1>(at, deep, low, high, from, to, sum, put, fetch, waiting);
+                    Unit::template product<1>(at, deep, low, high, from, to, left, sum, put, fetch, waiting);
                 if (last) {
                     waiting.take(put, block * BLOCK, left, panel, to - from);
                     turn = 1 - turn;
@@ -412,15 +357,15 @@ void multiply(const bf16* a, int64_t rows, const Columns& columns, int64_t begin
     waiting.rest();
 }
 
-template <class Write>
+template <class Unit, class Write>
 void product(const bf16* a, int64_t rows, const Columns& columns, int64_t panels, const Write& write, Buffer& buffer) {
     const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t begin = panels * id / team, end = panels * (id + 1) / team;
     switch (parts(rows, TILE)) {
-        case 1: return stream<1>(a, rows, columns, begin, end, write);
-        case 2: return stream<2>(a, rows, columns, begin, end, write);
-        case 3: return stream<3>(a, rows, columns, begin, end, write);
-        default: return multiply(a, rows, columns, begin, end, write, buffer);
+        case 1: return stream<Unit, 1>(a, rows, columns, begin, end, write);
+        case 2: return stream<Unit, 2>(a, rows, columns, begin, end, write);
+        case 3: return stream<Unit, 3>(a, rows, columns, begin, end, write);
+        default: return multiply<Unit>(a, rows, columns, begin, end, write, buffer);
     }
 }
 
@@ -453,6 +398,7 @@ void in_parts(int64_t rows, const F& f) {
 
 thread_local Buffer packed, between, partial_sums;
 
+template <class Unit>
 void linear(const Linear& call) {
     const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
     const int64_t deep = parts(call.depth, DEPTH), panels = parts(call.columns, BLOCK);
@@ -464,11 +410,11 @@ void linear(const Linear& call) {
             call.residual ? static_cast<const bf16*>(call.residual) + row * call.residual_row : nullptr;
 #pragma omp parallel num_threads(call.num_threads)
         {
-            amx::Tiles config;
+            [[maybe_unused]] typename Unit::Scope scope;
             begin_fetch(columns, panels);
             pack_all(x, call.x_row, rows, call.depth, norm, tiles);
             auto run = [&](auto* out) {
-                product(tiles, rows, columns, panels,
+                product<Unit>(tiles, rows, columns, panels,
                         Plain<std::remove_pointer_t<decltype(out)>>{static_cast<const bf16*>(call.bias), residual,
                                                                     out + row * call.out_row, call.columns,
                                                                     call.residual_row, call.out_row},
@@ -480,6 +426,7 @@ void linear(const Linear& call) {
 }
 
 // The largest of each row's sums and its column, the first of equals.
+template <class Unit>
 void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
     const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
     const int64_t deep = parts(call.depth, DEPTH), panels = parts(call.columns, BLOCK);
@@ -496,11 +443,11 @@ void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
         const bf16* x = static_cast<const bf16*>(call.x) + row * call.x_row;
 #pragma omp parallel num_threads(call.num_threads)
         {
-            amx::Tiles config;
+            [[maybe_unused]] typename Unit::Scope scope;
             begin_fetch(columns, panels);
             pack_all(x, call.x_row, rows, call.depth, norm, tiles);
             const int64_t own = omp_get_thread_num() * rows;
-            product(tiles, rows, columns, panels,
+            product<Unit>(tiles, rows, columns, panels,
                     Best{most + own, where + own, static_cast<const bf16*>(call.bias), call.columns}, partial_sums);
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -518,7 +465,7 @@ void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
     });
 }
 
-template <class Act>
+template <class Unit, class Act>
 void mlp(const Mlp& call) {
     const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
     const int64_t deep = parts(call.size, DEPTH), inner_deep = parts(call.inner, DEPTH);
@@ -537,13 +484,13 @@ void mlp(const Mlp& call) {
                 std::memset(inner + (r / TILE * inner_deep + inner_deep - 1) * SIZE, 0, SIZE * sizeof(bf16));
 #pragma omp parallel num_threads(call.num_threads)
         {
-            amx::Tiles config;
+            [[maybe_unused]] typename Unit::Scope scope;
             begin_fetch(up, gates);
             pack_all(x, call.x_row, rows, call.size, norm, tiles);
-            product(tiles, rows, up, gates, Gated<Act>{inner, inner_deep}, partial_sums);
+            product<Unit>(tiles, rows, up, gates, Gated<Act>{inner, inner_deep}, partial_sums);
             begin_fetch(down, panels);
 #pragma omp barrier
-            product(inner, rows, down, panels,
+            product<Unit>(inner, rows, down, panels,
                     Plain<bf16>{nullptr, residual, static_cast<bf16*>(call.out) + row * call.out_row, call.size,
                                 call.residual_row, call.out_row},
                     partial_sums);
@@ -551,34 +498,40 @@ void mlp(const Mlp& call) {
     });
 }
 
+// f(the best unit of this machine).
+template <class F>
+void on_best_unit(const F& f) {
+#if LABKIT_TILES
+    if (amx::available()) return f(TileUnit{});
+#endif
+    f(VectorUnit{});
+}
+
 }  // namespace
 #endif
 
-extern "C" void linear_available(int32_t* answer) {
-#if LABKIT_TILES
-    *answer = amx::available();
-#else
-    *answer = 0;
-#endif
-}
+extern "C" void linear_available(int32_t* answer) { *answer = LABKIT_PACKED; }
 
 extern "C" void linear_bfloat16(const Linear* call) {
-#if LABKIT_TILES
-    linear(*call);
+#if LABKIT_PACKED
+    on_best_unit([&](auto unit) { linear<decltype(unit)>(*call); });
 #endif
 }
 
 extern "C" void argmax_bfloat16(const Linear* call, int64_t* columns, float* sums) {
-#if LABKIT_TILES
-    argmax(*call, columns, sums);
+#if LABKIT_PACKED
+    on_best_unit([&](auto unit) { argmax<decltype(unit)>(*call, columns, sums); });
 #endif
 }
 
 extern "C" void mlp_bfloat16(const Mlp* call) {
-#if LABKIT_TILES
-    if (call->gate == 0) mlp<gates::Silu>(*call);
-    else if (call->gate == 1) mlp<gates::GeluTanh>(*call);
-    else mlp<gates::Gelu>(*call);
+#if LABKIT_PACKED
+    on_best_unit([&](auto unit) {
+        using Unit = decltype(unit);
+        if (call->gate == 0) mlp<Unit, gates::Silu>(*call);
+        else if (call->gate == 1) mlp<Unit, gates::GeluTanh>(*call);
+        else mlp<Unit, gates::Gelu>(*call);
+    });
 #endif
 }
 

@@ -1,4 +1,5 @@
-// The same attention on AMX tiles, for bfloat16. Included by cpu.cpp, whose items, rows and parts it works on.
+// The same attention for bfloat16 on a unit that multiplies pairs: AMX tiles, or vectors (AVX-512 BF16). Included by
+// cpu.cpp, whose items, rows and parts it works on.
 //
 // Scores are computed transposed, keys x rows: the keys are then the left operand, as they lie, and only the queries
 // are packed, once an item. Sixteen rows stand in the sixteen lanes of a register, so the softmax has no horizontal
@@ -8,7 +9,12 @@
 
 #include "../tiles.h"
 
-namespace amx {
+namespace paired {
+
+using amx::DEPTH;
+using amx::TILE;
+using amx::load_row;
+using amx::whole;
 
 constexpr float SLACK = 8.f;  // weights may reach 2^8 before a row is rescaled: float32 has room
 
@@ -98,58 +104,172 @@ struct KeyTiles {
     int64_t stride;
 };
 
-// scores[KEYS][16] = keys x queries.
-inline void multiply_keys(const KeyTiles& keys, const bf16* q, int64_t wide, int tiles, float* scores) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < wide; d += DEPTH) {
-        _tile_loadd(7, q + d * TILE, 64);
-        _tile_loadd(4, keys.at[0] + d, keys.stride);
-        _tile_dpbf16ps(0, 4, 7);
-        if (tiles > 1) {
-            _tile_loadd(5, keys.at[1] + d, keys.stride);
-            _tile_dpbf16ps(1, 5, 7);
-        }
-        if (tiles > 2) {
-            _tile_loadd(6, keys.at[2] + d, keys.stride);
-            _tile_dpbf16ps(2, 6, 7);
-        }
-        if (tiles > 3) {
-            _tile_loadd(4, keys.at[3] + d, keys.stride);
-            _tile_dpbf16ps(3, 4, 7);
-        }
-    }
-    _tile_stored(0, scores, 64);
-    if (tiles > 1) _tile_stored(1, scores + 256, 64);
-    if (tiles > 2) _tile_stored(2, scores + 512, 64);
-    if (tiles > 3) _tile_stored(3, scores + 768, 64);
-}
+// The lines of the next tile's keys, to be asked for one by one while this tile's are multiplied.
+struct Lines {
+    const void* const* row;  // none: nothing to ask for
+    int64_t bytes;           // of a row
+    int64_t byte = 0;
+    int left = KEYS;
 
-// out[16][wide] += weights[16][KEYS] x values.
-inline void multiply_values(const bf16* weights, const bf16* values, int64_t wide, int tiles, float* out) {
-    const int64_t stride = wide * sizeof(float);
-    _tile_loadd(4, weights, KEYS * sizeof(bf16));
-    if (tiles > 1) _tile_loadd(5, weights + DEPTH, KEYS * sizeof(bf16));
-    for (int64_t d = 0; d < wide; d += 2 * TILE) {
-        _tile_loadd(0, out + d, stride);
-        _tile_loadd(1, out + d + TILE, stride);
-        const bf16* v = values + d * DEPTH;
-        _tile_loadd(6, v, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, v + 512, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if (tiles > 1) {
-            v += DEPTH * wide;
-            _tile_loadd(6, v, 64);
-            _tile_dpbf16ps(0, 5, 6);
-            _tile_loadd(7, v + 512, 64);
-            _tile_dpbf16ps(1, 5, 7);
-        }
-        _tile_stored(0, out + d, stride);
-        _tile_stored(1, out + d + TILE, stride);
+    void one() {
+        if (row == nullptr || left == 0) return;
+        _mm_prefetch(static_cast<const char*>(*row) + byte, _MM_HINT_T0);
+        if ((byte += 64) < bytes) return;
+        byte = 0;
+        left--;
+        row++;
     }
+};
+
+#if LABKIT_TILES
+struct TileUnit {
+    using Scope = amx::Tiles;
+    static constexpr bool FETCHES_AT_ONCE = true;
+
+    // scores[KEYS][16] = keys x queries.
+    static void multiply_keys(const KeyTiles& keys, const bf16* q, int64_t wide, int tiles, float* scores, Lines) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t d = 0; d < wide; d += DEPTH) {
+            _tile_loadd(7, q + d * TILE, 64);
+            _tile_loadd(4, keys.at[0] + d, keys.stride);
+            _tile_dpbf16ps(0, 4, 7);
+            if (tiles > 1) {
+                _tile_loadd(5, keys.at[1] + d, keys.stride);
+                _tile_dpbf16ps(1, 5, 7);
+            }
+            if (tiles > 2) {
+                _tile_loadd(6, keys.at[2] + d, keys.stride);
+                _tile_dpbf16ps(2, 6, 7);
+            }
+            if (tiles > 3) {
+                _tile_loadd(4, keys.at[3] + d, keys.stride);
+                _tile_dpbf16ps(3, 4, 7);
+            }
+        }
+        _tile_stored(0, scores, 64);
+        if (tiles > 1) _tile_stored(1, scores + 256, 64);
+        if (tiles > 2) _tile_stored(2, scores + 512, 64);
+        if (tiles > 3) _tile_stored(3, scores + 768, 64);
+    }
+
+    // out[16][wide] += weights[16][KEYS] x values.
+    static void multiply_values(const bf16* weights, const bf16* values, int, int64_t wide, int tiles, float* out) {
+        const int64_t stride = wide * sizeof(float);
+        _tile_loadd(4, weights, KEYS * sizeof(bf16));
+        if (tiles > 1) _tile_loadd(5, weights + DEPTH, KEYS * sizeof(bf16));
+        for (int64_t d = 0; d < wide; d += 2 * TILE) {
+            _tile_loadd(0, out + d, stride);
+            _tile_loadd(1, out + d + TILE, stride);
+            const bf16* v = values + d * DEPTH;
+            _tile_loadd(6, v, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, v + 512, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            if (tiles > 1) {
+                v += DEPTH * wide;
+                _tile_loadd(6, v, 64);
+                _tile_dpbf16ps(0, 5, 6);
+                _tile_loadd(7, v + 512, 64);
+                _tile_dpbf16ps(1, 5, 7);
+            }
+            _tile_stored(0, out + d, stride);
+            _tile_stored(1, out + d + TILE, stride);
+        }
+    }
+};
+#endif
+
+// A pair of a key, or of weights, is spread over a vector and meets sixteen pairs of the other operand.
+struct VectorUnit {
+    struct Scope {};
+    static constexpr bool FETCHES_AT_ONCE = false;
+
+    // scores[KEYS][16] = keys x queries.
+    static void multiply_keys(const KeyTiles& keys, const bf16* q, int64_t wide, int tiles, float* scores,
+                              Lines ahead) {
+        for (int i = 0; i < tiles; i++) {
+            const char* at[4];
+            for (int j = 0; j < 4; j++) at[j] = reinterpret_cast<const char*>(keys.at[i]) + 4 * j * keys.stride;
+            const int64_t one = keys.stride, three = 3 * one;
+            __m512 sums[TILE];
+            for (int k = 0; k < TILE; k++) sums[k] = _mm512_setzero_ps();
+            for (int64_t d = 0; d < wide; d += 2) {
+                const __m512bh pairs = (__m512bh)_mm512_load_si512(q + d / DEPTH * DEPTH * TILE + d % DEPTH * TILE);
+                ahead.one();
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) {
+                    __m512* to = sums + 4 * j;
+                    to[0] = _mm512_dpbf16_ps(to[0], pairs, (__m512bh)spread(at[j]));
+                    to[1] = _mm512_dpbf16_ps(to[1], pairs, (__m512bh)spread(at[j] + one));
+                    to[2] = _mm512_dpbf16_ps(to[2], pairs, (__m512bh)spread(at[j] + 2 * one));
+                    to[3] = _mm512_dpbf16_ps(to[3], pairs, (__m512bh)spread(at[j] + three));
+                    at[j] += 4;
+                }
+            }
+            for (int k = 0; k < TILE; k++) _mm512_store_ps(scores + (i * TILE + k) * TILE, sums[k]);
+        }
+    }
+
+    // out[rows][wide] += weights[rows][KEYS] x values.
+    static void multiply_values(const bf16* weights, const bf16* values, int rows, int64_t wide, int tiles, float* out) {
+        for (int64_t d = 0; d < wide; d += DEPTH) {
+            const bf16* v = values + d * DEPTH;
+            int r = 0;
+            for (; r + 8 <= rows; r += 8) some_values<8>(weights + r * KEYS, v, wide, tiles, out + r * wide + d);
+            const bf16* left = weights + r * KEYS;
+            float* to = out + r * wide + d;
+            switch (rows - r) {
+                case 0: break;
+                case 1: some_values<1>(left, v, wide, tiles, to); break;
+                case 2: some_values<2>(left, v, wide, tiles, to); break;
+                case 3: case 4: some_values<4>(left, v, wide, tiles, to); break;
+                default: some_values<8>(left, v, wide, tiles, to);  // rows beyond have room, and are never read
+            }
+        }
+    }
+
+  private:
+    static __m512i spread(const void* pair) {
+        int32_t two;
+        std::memcpy(&two, pair, 4);
+        return _mm512_set1_epi32(two);
+    }
+
+    template <int ROWS_NOW>
+    static void some_values(const bf16* weights, const bf16* values, int64_t wide, int tiles, float* out) {
+        __m512 x[ROWS_NOW], y[ROWS_NOW];
+        for (int r = 0; r < ROWS_NOW; r++) {
+            x[r] = _mm512_load_ps(out + r * wide);
+            y[r] = _mm512_load_ps(out + r * wide + TILE);
+        }
+        for (int i = 0; i < tiles; i++, weights += DEPTH, values += DEPTH * wide)
+            for (int k = 0; k < DEPTH; k += 2) {
+                const __m512bh a = (__m512bh)_mm512_load_si512(values + k * TILE);
+                const __m512bh b = (__m512bh)_mm512_load_si512(values + 512 + k * TILE);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS_NOW; r++) {
+                    const __m512bh weight = (__m512bh)spread(weights + r * KEYS + k);
+                    x[r] = _mm512_dpbf16_ps(x[r], weight, a);
+                    y[r] = _mm512_dpbf16_ps(y[r], weight, b);
+                }
+            }
+        for (int r = 0; r < ROWS_NOW; r++) {
+            _mm512_store_ps(out + r * wide, x[r]);
+            _mm512_store_ps(out + r * wide + TILE, y[r]);
+        }
+    }
+};
+
+// f(the best unit of this machine).
+template <class F>
+void on_best_unit(const F& f) {
+#if LABKIT_TILES
+    if (amx::available()) return f(TileUnit{});
+#endif
+    f(VectorUnit{});
 }
 
 struct Lanes {
@@ -231,7 +351,8 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
     _mm512_store_ps(sum_at, _mm512_add_ps(sum, other));
 }
 
-inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
+template <class Unit>
+void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     const int64_t group = call.num_heads / call.num_kv_heads, rows = item.num_queries * group;
     const int64_t all_rows = whole(rows, TILE), deep = whole(call.head_size, DEPTH);
     const int64_t wide = whole(call.value_size, DEPTH);
@@ -259,10 +380,10 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
         KeyTiles keys{{}, static_cast<int64_t>((as_they_lie ? call.k_slot : deep) * sizeof(bf16))};
         for (int i = 0; i < KEYS / TILE; i++)
             keys.at[i] = as_they_lie ? static_cast<const bf16*>(walk.keys.at[i * TILE]) : s.keys + i * TILE * deep;
-        if (as_they_lie)
+        if (as_they_lie && Unit::FETCHES_AT_ONCE)
             for (int k = 0; k < KEYS; k++)
                 for (int64_t d = 0; d < deep; d += DEPTH) prefetch(walk.next_keys.at[k], d * sizeof(bf16));
-        else
+        if (!as_they_lie)
             copy_keys(walk.keys, count, call.head_size, s.keys, walk.next_keys);
         pack_values(walk.values, count, call.value_size, s.values, walk.next_values);
         for (int64_t first = 0; first < rows; first += TILE) {
@@ -284,10 +405,13 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
             lanes.window = call.window;
             lanes.plain = call.softcap == 0 && !call.alibi;
             lanes.masked = count < KEYS || last > low || (call.window && begin <= high - call.window);
-            multiply_keys(keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores);
+            const bool fetches = first == 0 && as_they_lie && !Unit::FETCHES_AT_ONCE;
+            Unit::multiply_keys(keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores,
+                                Lines{fetches ? walk.next_keys.at : nullptr, deep * int64_t{sizeof(bf16)}});
             softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
                     s.weights);
-            multiply_values(s.weights, s.values, wide, (count + DEPTH - 1) / DEPTH, s.out + first * wide);
+            Unit::multiply_values(s.weights, s.values, static_cast<int>(stop - first), wide,
+                                  (count + DEPTH - 1) / DEPTH, s.out + first * wide);
         }
     }
     for (int64_t r = 0; r < rows; r++) {
@@ -296,4 +420,4 @@ inline void attend(const Call& call, const Item& item, Scratch& s, Parts& parts)
     }
 }
 
-}  // namespace amx
+}  // namespace paired

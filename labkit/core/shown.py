@@ -1,0 +1,52 @@
+"""How core objects come to have a picture: they ask a drawer that was registered from outside. Knows that a repr never
+raises; refuses to know HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Drawer = Callable[[object], "str | None"]
+
+_drawers: list[Drawer] = []  # the one that draws; empty where nobody does
+
+
+def draw_with(drawer: Drawer) -> None:
+    """From now on `drawer(thing)` makes the HTML of whatever is shown; None where it has no picture of it."""
+    _drawers[:] = [drawer]
+
+
+def html_of(thing: object) -> str | None:
+    """The picture, if there is one. Raises what the drawer raises."""
+    return _drawers[0](thing) if _drawers else None
+
+
+def mimebundle(thing: object) -> dict[str, str]:
+    """What a notebook shows: the repr, and the picture. A drawer that fails leaves the text, with the error named."""
+    try:
+        plain = repr(thing)
+    except Exception as error:
+        return {"text/plain": f"<{type(thing).__name__}: its repr failed: {type(error).__name__}: {error}>"}
+    try:
+        html = html_of(thing)
+    except Exception as error:
+        return {"text/plain": f"{plain}\n(no picture: {type(error).__name__}: {error})"}
+    return {"text/plain": plain} if html is None else {"text/plain": plain, "text/html": html}
+
+
+class Shown:
+    """A base of objects that a notebook shows as a picture.
+
+    >>> class Point(Shown):
+    ...     def __repr__(self): return "Point(1, 2)"
+    >>> Point()._repr_mimebundle_()
+    {'text/plain': 'Point(1, 2)'}
+    """
+
+    __slots__ = ()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        return mimebundle(self)
+
+    def _repr_html_(self) -> str | None:
+        return mimebundle(self).get("text/html")

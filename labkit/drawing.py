@@ -1,0 +1,235 @@
+"""Small pictures as inline SVG: bars, curves, columns. Knows numbers, names and colours; refuses to know of what.
+
+Everything hangs under one class, takes its ink from the page (`currentColor`), fetches nothing and runs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+# Okabe and Ito's colours, told apart by colour-blind eyes; black and yellow vanish on one of the two backgrounds.
+PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+STYLE = """<style>
+.lk-drawn{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
+max-width:900px}
+.lk-drawn svg{display:block;width:100%;height:auto;overflow:visible}
+.lk-drawn text{font-size:12px;fill:currentColor}.lk-drawn .dim{fill-opacity:.65;opacity:.8}
+.lk-drawn .lk-title{font-weight:600;margin:.2em 0}.lk-drawn .lk-note{opacity:.75;margin:.2em 0}
+.lk-drawn .lk-bad{color:#d55e00;margin:.2em 0}
+.lk-drawn table{border-collapse:collapse;margin:.5em 0;font-size:13px;width:auto}
+.lk-drawn th,.lk-drawn td{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #8884;background:none}
+.lk-drawn th:first-child,.lk-drawn td:first-child{text-align:left;padding-left:0}
+.lk-drawn th{border-bottom:2px solid #8888;font-weight:600}
+.lk-drawn .lk-grid{display:grid;gap:.5em 2em}
+.lk-drawn summary{cursor:pointer;opacity:.75}
+.lk-drawn .lk-key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 0}
+.lk-drawn .lk-keys span.lk-one{margin-right:1.1em;white-space:nowrap}
+</style>"""
+
+
+@dataclass(frozen=True)
+class Bar:
+    label: str
+    value: float
+    low: float | None = None  # the ends of a whisker
+    high: float | None = None
+    color: str = PALETTE[0]
+
+
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    color: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+
+
+def block(*parts: str) -> str:
+    """HTML that stands alone in a page or a cell's output."""
+    return f'<div class="lk-drawn">{STYLE}{"".join(parts)}</div>'
+
+
+def title(text: str) -> str:
+    return f'<div class="lk-title">{escape(text)}</div>'
+
+
+def note(text: str, bad: bool = False) -> str:
+    return f'<div class="{"lk-bad" if bad else "lk-note"}">{escape(text)}</div>'
+
+
+def keys(curves: Sequence[Curve]) -> str:
+    """Which colour is whose."""
+    each = "".join(
+        f'<span class="lk-one"><span class="lk-key" style="background:{curve.color}"></span>'
+        f"{escape(curve.label)}</span>"
+        for curve in curves
+    )
+    return f'<div class="lk-keys">{each}</div>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
+
+
+def side_by_side(*parts: str, least: int = 390) -> str:
+    """HTML in as many columns as there is room for, each at least so many pixels wide."""
+    columns = f"grid-template-columns:repeat(auto-fill,minmax(min(100%,{least}px),1fr))"
+    return f'<div class="lk-grid" style="{columns}">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
+
+
+def bars(rows: Sequence[Bar], width: int = 430) -> str:
+    """Bars from the left, the value behind each; a whisker where there is an interval."""
+    longest = max((len(row.label) for row in rows), default=0)
+    left = min(width * 0.45, 16 + 7 * longest)
+    room = width - left - 60
+    most = max((max(row.value, row.high or 0.0) for row in rows if math.isfinite(row.value)), default=0.0) or 1.0
+    shapes = []
+    for i, row in enumerate(rows):
+        y = 19 * i
+        label = row.label if 7 * len(row.label) < left else row.label[: int(left / 7) - 2] + "…"
+        shapes.append(
+            f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{escape(label)}'
+            f"<title>{escape(row.label)}</title></text>"
+        )
+        if not math.isfinite(row.value):
+            shapes.append(f'<text x="{left}" y="{y + 13}" class="dim">none</text>')
+            continue
+        long = max(room * max(row.value, 0.0) / most, 1.0)
+        end = long
+        shapes.append(f'<rect x="{left}" y="{y + 2}" width="{long:.1f}" height="14" rx="2" fill="{row.color}"/>')
+        if row.low is not None and row.high is not None and row.high > row.low:
+            x, end = left + room * row.low / most, max(long, room * row.high / most)
+            shapes.append(
+                f'<path d="M{x:.1f} {y + 9}H{left + room * row.high / most:.1f}M{x:.1f} {y + 5}v8'
+                f'M{left + room * row.high / most:.1f} {y + 5}v8" stroke="currentColor" fill="none"/>'
+            )
+        shapes.append(f'<text x="{left + end + 6:.1f}" y="{y + 13}">{show(row.value)}</text>')
+    return f'<svg viewBox="0 0 {width} {19 * len(rows) + 2}" role="img">{"".join(shapes)}</svg>'
+
+
+def curves(
+    lines: Sequence[Curve], x_name: str = "", y_name: str = "", width: int = 860, height: int = 240, most: float = 0.0
+) -> str:
+    """Lines over one pair of axes that begin at zero; `most` keeps the upper end of y where it is."""
+    left, bottom, top = 56, 34, 20
+    end = round_up(max((x for line in lines for x in line.xs if math.isfinite(x)), default=1.0))
+    high = most or round_up(max((y for line in lines for y in line.ys if math.isfinite(y)), default=1.0))
+
+    def at(x: float, y: float) -> str:
+        across, up = (width - left - 14) * x / end, (height - bottom - top) * min(y / high, 1.02)
+        return f"{left + across:.1f},{height - bottom - up:.1f}"
+
+    shapes = []
+    for i in range(5):
+        x, y = at(0, high * i / 4).split(",")
+        shapes.append(
+            f'<line x1="{x}" x2="{width - 14}" y1="{y}" y2="{y}" stroke="currentColor" stroke-opacity=".15"/>'
+            f'<text x="{left - 6}" y="{float(y) + 4:.1f}" text-anchor="end">{show(high * i / 4)}</text>'
+            f'<text x="{at(end * i / 4, 0).split(",")[0]}" y="{height - bottom + 16}" text-anchor="middle">'
+            f"{show(end * i / 4)}</text>"
+        )
+    for line in lines:
+        for piece in _pieces(line):
+            places = " ".join(at(x, y) for x, y in piece)
+            shapes.append(
+                f'<polyline points="{places}" fill="none" stroke="{line.color}" stroke-width="1.8" '
+                f'stroke-linejoin="round"><title>{escape(line.label)}</title></polyline>'
+            )
+    shapes.append(
+        f'<text x="{left - 48}" y="11" class="dim">{escape(y_name)}</text>'
+        f'<text x="{width - 14}" y="{height - 2}" text-anchor="end" class="dim">{escape(x_name)}</text>'
+    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+
+
+def dots(pairs: Sequence[tuple[float, float]], x_name: str, y_name: str, width: int = 430, height: int = 300) -> str:
+    """Points whose two numbers should be equal, and the line on which they would be."""
+    left, bottom, top = 48, 36, 20
+    most = round_up(max((max(pair) for pair in pairs), default=1.0))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (width - left - 14) * x / most, height - bottom - (height - bottom - top) * y / most
+
+    shapes = []
+    for i in range(5):
+        x, y = at(most * i / 4, most * i / 4)
+        shapes.append(
+            f'<line x1="{left}" x2="{width - 14}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" '
+            f'stroke-opacity=".15"/><text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{show(most * i / 4)}</text>'
+            f'<text x="{x:.1f}" y="{height - bottom + 16}" text-anchor="middle">{show(most * i / 4)}</text>'
+        )
+    (x1, y1), (x2, y2) = at(0, 0), at(most, most)
+    shapes.append(
+        f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="currentColor" stroke-opacity=".5" '
+        f'stroke-dasharray="4 3"/><text x="0" y="11" class="dim">{escape(y_name)}</text>'
+        f'<text x="{width - 14}" y="{height - 3}" text-anchor="end" class="dim">{escape(x_name)}</text>'
+    )
+    places = "".join("M{:.1f} {:.1f}h0".format(*at(*pair)) for pair in pairs)
+    shapes.append(
+        f'<path d="{places}" stroke="{PALETTE[0]}" stroke-opacity=".45" stroke-width="4" stroke-linecap="round"/>'
+    )
+    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
+
+
+def columns(
+    counts: Sequence[float], first: float, last: float, name: str, color: str, width: int = 270, height: int = 110
+) -> str:
+    """How many of what: columns side by side from `first` to `last`. An SVG group, `width` wide."""
+    most = max(counts, default=0.0) or 1.0
+    wide, floor = width / max(len(counts), 1), height - 20
+    shapes = [
+        f'<rect x="{i * wide:.1f}" y="{floor - (floor - 20) * count / most:.1f}" width="{max(wide - 1, 0.5):.1f}" '
+        f'height="{(floor - 20) * count / most:.1f}" fill="{color}"/>'
+        for i, count in enumerate(counts)
+        if count
+    ]
+    return (
+        f'<text x="0" y="11">{escape(name)}</text>{"".join(shapes)}'
+        f'<line x1="0" x2="{width}" y1="{floor}" y2="{floor}" stroke="currentColor" stroke-opacity=".4"/>'
+        f'<text x="0" y="{height - 5}" class="dim">{show(first)}</text>'
+        f'<text x="{width}" y="{height - 5}" text-anchor="end" class="dim">{show(last)}</text>'
+    )
+
+
+def beside(groups: Sequence[str], width: int = 270, gap: int = 25, height: int = 110) -> str:
+    """SVG groups in a line."""
+    each = "".join(f'<g transform="translate({i * (width + gap)},0)">{group}</g>' for i, group in enumerate(groups))
+    return f'<svg viewBox="0 0 {len(groups) * (width + gap) - gap} {height}" role="img">{each}</svg>'
+
+
+def show(value: float) -> str:
+    """A number in few characters: 1,234 / 56.7 / 0.123 / 4.5e-06."""
+    if not math.isfinite(value):
+        return "none"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 100 or value == int(value):
+        return f"{value:.0f}"
+    if size >= 10:
+        return f"{value:.1f}"
+    return f"{value:.3g}"
+
+
+def round_up(value: float) -> float:
+    """The next of 1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10, 12, ...: a quarter of it is a short number."""
+    if value <= 0 or not math.isfinite(value):
+        return 1.0
+    scale = 10.0 ** math.floor(math.log10(value))
+    return next(step * scale for step in (1, 1.2, 1.6, 2, 2.4, 3.2, 4, 6, 8, 10) if value <= step * scale * (1 + 1e-9))
+
+
+def _pieces(curve: Curve) -> list[list[tuple[float, float]]]:
+    """The runs of a curve between places where it has no value."""
+    found: list[list[tuple[float, float]]] = [[]]
+    for x, y in zip(curve.xs, curve.ys, strict=True):
+        if math.isfinite(y):
+            found[-1].append((float(x), float(y)))
+        elif found[-1]:
+            found.append([])
+    return [piece for piece in found if piece]

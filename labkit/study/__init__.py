@@ -1,0 +1,1 @@
+"""Workloads served under a grid of settings, into one table. Knows engines from outside; nothing here serves anyone."""

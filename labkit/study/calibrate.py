@@ -1,0 +1,275 @@
+"""A simulator's constants from the log of a real engine: what each step computed, and how long it took. Knows events;
+computes no model. The log of another machine does as well as an engine of one's own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import labkit.drawing as drawing
+from labkit.bench.workload import Ask, Workload, random_lengths
+from labkit.core.events import Batch, Event, Step, read
+from labkit.core.log import EventLog
+from labkit.core.options import whole
+from labkit.engine import Engine
+from labkit.runner.sim import SimRunner
+from labkit.study.serving import serve
+
+if TYPE_CHECKING:
+    import pandas
+
+CONSTANTS = ("constant", "per_token", "per_context", "per_block")
+LEAST_STEPS = 20  # for four constants
+OUTLIERS = 0.01  # of the steps: the machine did something else
+DOTS = 600
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step computed, and how long it took: from the end of the step before, when there was no break."""
+
+    step: int
+    tokens: int
+    context: int  # tokens read back, summed over the rows
+    moved: int  # blocks swapped or copied
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` found: `runner` is a simulator of what was measured. `num_unclear` steps were left out, because
+    the log does not say what they computed."""
+
+    runner: SimRunner
+    work: tuple[Work, ...]
+    num_unclear: int = 0
+
+    @property
+    def predicted(self) -> NDArray[np.float64]:
+        return _columns(self.work) @ np.array([getattr(self.runner, name) for name in CONSTANTS])
+
+    @property
+    def measured(self) -> NDArray[np.float64]:
+        return np.array([work.seconds for work in self.work])
+
+    @property
+    def error(self) -> float:
+        """The median step's relative error."""
+        return float(np.median(np.abs(self.predicted / self.measured - 1)))
+
+    @property
+    def bias(self) -> float:
+        """The predicted time of all steps together over the measured one, less one."""
+        return float(self.predicted.sum() / self.measured.sum() - 1)
+
+    def __repr__(self) -> str:
+        how_well = f"median error of a step {self.error:.1%}, of all together {self.bias:+.1%}"
+        return f"Calibration({self.runner!r}; {len(self.work)} steps, {how_well})"
+
+    def frame(self) -> pandas.DataFrame:
+        """A row a step: what it computed, measured and predicted seconds."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(work) for work in self.work]).assign(predicted=self.predicted)
+
+    def _repr_html_(self) -> str:
+        kept = np.linspace(0, len(self.work) - 1, min(DOTS, len(self.work))).astype(int)
+        pairs = list(zip((self.measured[kept] * 1e3).tolist(), (self.predicted[kept] * 1e3).tolist(), strict=True))
+        rows = [(name, drawing.show(getattr(self.runner, name) * 1e6)) for name in CONSTANTS]
+        moved = any(work.moved for work in self.work)
+        notes = [] if moved else [drawing.note("no block was moved: per_block is the default")]
+        return drawing.block(
+            drawing.title(repr(self).split(";")[1].strip(" )")),
+            drawing.side_by_side(
+                drawing.dots(pairs, "measured ms a step", "predicted ms a step"),
+                drawing.table(("of SimRunner", "microseconds"), rows) + "".join(notes),
+            ),
+        )
+
+
+def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Calibration:
+    """Fit SimRunner's constants to the steps of a log, or of an engine, which serves `num` requests for it.
+
+    The fit is by least squares over relative errors, no constant below zero, scaled so that the sum is right.
+
+    >>> import labkit as lk
+    >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=512))
+    >>> eng = lk.Engine(scheduler=sched, runner=lk.SimRunner(constant=0.002), clock=lk.VirtualClock())
+    >>> round(lk.calibrate(eng).runner.constant, 6)
+    0.002
+    """
+    if isinstance(source, EventLog):
+        work, num_unclear = work_of(source)
+    elif isinstance(source, Engine):
+        work, num_unclear = _measure(source, whole("num", num, least=8), seed)
+    else:
+        raise TypeError(f"calibrate takes an Engine or an EventLog, got {source!r}")
+    if len(work) < LEAST_STEPS:
+        raise ValueError(f"four constants need {LEAST_STEPS} steps at least, and there are {len(work)}")
+    return Calibration(_fit(work), tuple(work), num_unclear)
+
+
+def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
+    """One request alone, then all at once: small steps and large ones, short contexts and long."""
+    if engine.is_running or engine.scheduler.has_work:
+        raise RuntimeError("the engine is at work: pause() it and let it finish first")
+    scheduler, blocks = engine.scheduler, engine.blocks
+    longest = min(scheduler.max_model_len or 1024, 1024, blocks.num_blocks * blocks.block_size // 4)
+    if longest < 32:
+        raise ValueError(f"{blocks!r} is too small to calibrate with: give the engine more blocks")
+    prompt, output = (8, longest // 2), (8, min(96, longest // 4))
+    vocab = min(getattr(engine.runner, "vocab_size", 1000), 1000)
+    crowd = random_lengths(num, prompt, output, vocab_size=vocab, seed=seed)
+    alone = Workload("alone", tuple(Ask(ask.prompt, ask.num_output) for ask in crowd.asks[:2]))
+    serve(alone, engine)  # whatever a first step does once more is over
+    batches: list[Batch] = []
+    leave = engine.log.subscribe(batches.extend)
+    try:
+        for ask in crowd.asks[2:5]:
+            serve(Workload("one", (ask,)), engine)
+        serve(crowd, engine)
+    finally:
+        leave()
+    return work_of(itertools.chain.from_iterable(map(read, batches)))
+
+
+def work_of(events: Iterable[Event]) -> tuple[list[Work], int]:
+    """Each step's work, and how many steps were left out as the log does not say what they computed."""
+    fold = _Fold()
+    work: list[Work] = []
+    num_unclear = 0
+    last: Step | None = None
+    pending: list[Event] = []
+    for event in events:
+        if not isinstance(event, Step):
+            pending.append(event)
+            continue
+        fold.moved = 0
+        for earlier in [one for one in pending if one.step <= event.step and one.now < event.now]:
+            fold.apply(earlier)  # decided when the step was scheduled
+        tokens, context = fold.compute()
+        for same in [one for one in pending if one.step <= event.step and one.now >= event.now]:
+            fold.apply(same)  # what its result changed
+        pending = [one for one in pending if one.step > event.step]
+        busy = last is not None and last.running + last.waiting + last.swapped > 0
+        seconds = (event.now - last.now) / 1e9 if busy and last is not None else event.duration / 1e9
+        if tokens == event.prefill_tokens + event.decode_tokens and tokens and seconds > 0:
+            work.append(Work(event.step, tokens, context, fold.moved, seconds))
+        else:
+            num_unclear += 1
+        last = event
+    return work, num_unclear
+
+
+@dataclass
+class _Row:
+    computed: int
+    known: int
+    rate: int = 0
+    held: bool = False
+
+
+class _Fold:
+    """The running requests as the log tells them: how far computed, how many tokens a step."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, _Row] = {}
+        self.known: dict[str, int] = {}  # of requests without a row
+        self.moved = 0
+
+    def apply(self, event: Event) -> None:
+        handler = getattr(self, f"_{type(event).__name__.lower()}", None)
+        if handler is not None:
+            handler(event)
+
+    def compute(self) -> tuple[int, int]:
+        """A step: (tokens, tokens read back)."""
+        tokens = context = 0
+        for row in self.rows.values():
+            count = 0 if row.held else min(row.rate, row.known - row.computed)
+            if count:
+                row.computed += count
+                tokens += count
+                context += row.computed
+                row.known += row.computed == row.known  # the last known position gives the next token
+        return tokens, context
+
+    def _submitted(self, event: Any) -> None:
+        self.known[event.request] = event.num_prompt
+
+    def _admitted(self, event: Any) -> None:
+        self.rows[event.request] = _Row(event.num_cached, self.known.get(event.request, 0))
+
+    _resumed = _admitted
+
+    def _scheduled(self, event: Any) -> None:
+        if (row := self.rows.get(event.request)) is not None:
+            row.rate, row.held = event.num_tokens, False
+
+    def _held(self, event: Any) -> None:
+        if (row := self.rows.get(event.request)) is not None and not event.head:
+            row.held = True
+
+    def _forked(self, event: Any) -> None:
+        known = self.known.get(event.request, 0)
+        self.rows[event.request] = _Row(known, known + 1, 1)
+
+    def _preempted(self, event: Any) -> None:
+        if (row := self.rows.pop(event.request, None)) is not None:
+            self.known[event.request] = row.known
+
+    def _finished(self, event: Any) -> None:
+        self.rows.pop(event.request, None)
+        self.known.pop(event.request, None)
+
+    _aborted = _rejected = _finished
+
+    def _swappedout(self, event: Any) -> None:
+        self.moved += event.num_blocks
+
+    _swappedin = _swappedout
+
+    def _copied(self, event: Any) -> None:
+        self.moved += 1
+
+
+def _columns(work: Iterable[Work]) -> NDArray[np.float64]:
+    return np.array([(1.0, one.tokens, one.context, one.moved) for one in work])
+
+
+def _fit(work: list[Work]) -> SimRunner:
+    columns, seconds = _columns(work), np.array([one.seconds for one in work])
+    found = _nonnegative(columns / seconds[:, None])
+    off = np.abs(columns @ found / seconds - 1)
+    kept = off <= np.quantile(off, 1 - OUTLIERS)
+    found = _nonnegative(columns[kept] / seconds[kept, None])
+    found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds: the whole should be right
+    default = SimRunner()
+    chosen = dict(zip(CONSTANTS, found.tolist(), strict=True))
+    if not columns[:, 3].any():
+        chosen["per_block"] = default.per_block
+    return SimRunner(**chosen)
+
+
+def _nonnegative(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Least squares of columns @ x = 1 with no x below zero: the best over all choices of which are zero."""
+    best, least = np.zeros(columns.shape[1]), np.inf
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    there = [i for i in range(columns.shape[1]) if columns[:, i].any()]
+    for size in range(1, len(there) + 1):
+        for chosen in itertools.combinations(there, size):
+            some = list(chosen)
+            x, *_ = np.linalg.lstsq(columns[:, some] / scale[some], np.ones(len(columns)), rcond=None)
+            if (x < 0).any():
+                continue
+            rest = float(((columns[:, some] / scale[some] @ x - 1) ** 2).sum())
+            if rest < least - 1e-12:
+                best, least = np.zeros(columns.shape[1]), rest
+                best[some] = x / scale[some]
+    return best

@@ -1,0 +1,130 @@
+"""One curve a setting that grows while it is served. Knows histories and one figure; never touches an engine.
+
+A daemon thread looks at the history being written, five times a second at most, and sends what is new as one message.
+A figure's own data are gone when a notebook is opened again, so that closing leaves a still picture beside it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+import labkit.drawing as drawing
+from labkit.bench.workload import Workload
+from labkit.core.options import choose
+from labkit.study.history import CURVES, History, rolling, thin
+
+EVERY = 0.2  # seconds between two looks, and more when a look was slow
+MOST_POINTS = 600
+
+
+class LiveCurves:
+    """Made once for an experiment and used again for its next run: widgets are never freed by their page."""
+
+    def __init__(self, names: list[str], curve: str) -> None:
+        choose("curve", curve, CURVES)
+        self.names, self.curve = names, curve
+        self.lock = threading.Lock()
+        self.num_updates = 0
+        self.figure = _figure(names, curve)
+        self._points = {name: (np.zeros(0, np.float32), np.zeros(0, np.float32)) for name in names}
+        self._now: tuple[str, History, int, int] | None = None
+        self._drawn = -1  # steps of the watched history that are on the screen
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def open(self) -> LiveCurves:
+        """Show the figure as this cell's output, and begin to follow."""
+        from IPython.display import display
+
+        nothing = np.zeros(0, np.float32)
+        self._points = dict.fromkeys(self.names, (nothing, nothing))
+        with self.figure.batch_update():
+            for trace in self.figure.data:
+                trace.x = trace.y = nothing
+        display(self.figure)
+        self._stop.clear()
+        self._thread = threading.Thread(target=self._follow, name="labkit-live-curves", daemon=True)
+        self._thread.start()
+        return self
+
+    def watch(self, name: str, history: History, workload: Workload) -> None:
+        """From now on this setting is being served; the one before is drawn to its end."""
+        num_output = sum(ask.num_output for ask in workload.asks)
+        num_prompt = sum(workload.lengths()) - num_output
+        with self.lock:
+            self._update()
+            self._now, self._drawn = (name, history, num_prompt, num_output), -1
+
+    def close(self) -> None:
+        """Draw the end, stop following, and leave the still picture."""
+        from IPython.display import HTML, display
+
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(5.0)
+        with self.lock:
+            self._update()
+            self._now = None
+        display(HTML(self.picture()))
+
+    def picture(self) -> str:
+        """The curves as they are, without anything that moves."""
+        lines = [
+            drawing.Curve(name, _color(i), xs.tolist(), ys.tolist())
+            for i, (name, (xs, ys)) in enumerate(self._points.items())
+            if len(xs)
+        ]
+        return drawing.block(
+            drawing.title(f"{self.curve} of the last tenth of the tokens" if self.curve in RATES else self.curve),
+            drawing.keys(lines),
+            drawing.curves(lines, "seconds", ""),
+        )
+
+    def _follow(self) -> None:
+        pause = EVERY
+        while not self._stop.wait(pause):
+            begin = time.perf_counter()
+            with self.lock:
+                self._update()
+            pause = max(EVERY, 4 * (time.perf_counter() - begin))
+
+    def _update(self) -> None:
+        if self._now is None:
+            return
+        name, history, num_prompt, num_output = self._now
+        if history.num_steps == self._drawn:
+            return
+        self._drawn = history.num_steps
+        xs, ys = thin(*rolling(history.columns(), self.curve, num_prompt, num_output), most=MOST_POINTS)
+        self._points[name] = (xs, ys)
+        with self.figure.batch_update():
+            trace = self.figure.data[self.names.index(name)]
+            trace.x, trace.y = xs, ys
+        self.num_updates += 1
+
+
+RATES = ("hit_rate", "output_tokens_per_s")
+
+
+def _figure(names: list[str], curve: str) -> Any:
+    try:
+        import anywidget  # noqa: F401  plotly makes its figure of it
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise ImportError(f"a live figure needs {error.name}: pip install 'labkit[lab]'") from error
+    empty = np.zeros(0, np.float32)
+    traces = [go.Scatter(x=empty, y=empty, name=name, line_color=_color(i)) for i, name in enumerate(names)]
+    figure = go.FigureWidget(traces)
+    figure.update_layout(
+        template="simple_white", height=340, margin={"l": 60, "r": 20, "t": 20, "b": 45}, showlegend=True,
+        xaxis_title="seconds", yaxis_title=curve, yaxis_rangemode="tozero",
+    )  # fmt: skip
+    return figure
+
+
+def _color(i: int) -> str:
+    return drawing.PALETTE[i % len(drawing.PALETTE)]

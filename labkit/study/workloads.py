@@ -1,0 +1,187 @@
+"""Workloads that tell settings apart: shared prefixes, conversations, crowds that come at once, two classes. Knows
+numbers drawn from a seed; refuses to know who serves them. Prompts are random token ids below `vocab_size`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from labkit.bench.workload import (
+    Ask,
+    Range,
+    Workload,
+    arriving,
+    draw_ids,
+    draw_whole,
+    load,
+    random_lengths,
+    seeded,
+    sharegpt,
+    trace,
+)
+from labkit.core.options import real, whole
+
+__all__ = [
+    "Ask", "Workload", "arriving", "bursty", "chats", "load", "mixed", "poisson", "shared_prefixes", "sharegpt",
+    "trace", "two_classes",
+]  # fmt: skip
+
+VOCAB = 1000  # every model has that many tokens
+
+
+@seeded
+def shared_prefixes(
+    num: int = 200,
+    *,
+    prefixes: int = 8,
+    prefix: int = 256,
+    question: Range = (16, 64),
+    output: Range = (16, 64),
+    skew: float = 1.0,
+    rate: float | None = None,
+    vocab_size: int = VOCAB,
+    seed: int = 0,
+) -> Workload:
+    """Requests behind one of several system prompts of `prefix` tokens; the k-th most popular is asked for in
+    proportion to `k ** -skew`. All at once, or `rate` a second.
+
+    >>> shared_prefixes(100, prefixes=4)
+    Workload(4 shared prefixes: 100 requests, 29,693 prompt + 4,006 output tokens)
+    """
+    for name, number in (("num", num), ("prefixes", prefixes), ("prefix", prefix)):
+        whole(name, number, least=1)
+    rng = np.random.default_rng(seed)
+    systems = [draw_ids(rng, prefix, vocab_size) for _ in range(prefixes)]
+    weights = np.arange(1, prefixes + 1) ** -real("skew", skew, least=0.0)
+    chosen = rng.choice(prefixes, num, p=weights / weights.sum())
+    lengths = zip(chosen.tolist(), draw_whole(rng, question, num), draw_whole(rng, output, num), strict=True)
+    asks = tuple(Ask(systems[which] + draw_ids(rng, n, vocab_size), m) for which, n, m in lengths)
+    made = Workload(f"{prefixes} shared prefixes", asks)
+    return made if rate is None else arriving(made, rate, seed=seed)
+
+
+@seeded
+def chats(
+    num: int = 40,
+    *,
+    turns: Range = (2, 6),
+    system: int = 64,
+    question: Range = (16, 96),
+    output: Range = (16, 96),
+    think: float = 4.0,
+    rate: float = 1.0,
+    vocab_size: int = VOCAB,
+    seed: int = 0,
+) -> Workload:
+    """Conversations of several turns behind one system prompt, `rate` of them begun a second. A turn holds everything
+    said before it, the answers as they were given, and comes `think` seconds (on average) after the last answer.
+
+    >>> chats(10, turns=(3, 3))
+    Workload(10 chats of 3 turns, 1/s: 30 requests, 2,316 prompt + 1,671 output tokens)
+    """
+    whole("num", num, least=1)
+    whole("system", system, least=0)
+    real("think", think, least=0.0)
+    rng = np.random.default_rng(seed)
+    head = draw_ids(rng, system, vocab_size)
+    begins = np.cumsum(rng.exponential(1 / real("rate", rate, least=0.0, open_left=True), num))
+    begun = begins - begins[0]
+    asks: list[Ask] = []
+    for begin, num_turns in zip(begun.tolist(), draw_whole(rng, turns, num), strict=True):
+        asks.append(Ask(head + _drawn(rng, question, vocab_size), *draw_whole(rng, output, 1), begin))
+        for _ in range(num_turns - 1):
+            pause = float(rng.exponential(think)) if think else 0.0
+            more = _drawn(rng, question, vocab_size)
+            asks.append(Ask(more, *draw_whole(rng, output, 1), pause, after=len(asks) - 1))
+    shown = str(turns[0]) if turns[0] == turns[1] else f"{turns[0]}-{turns[1]}"
+    return Workload(f"{num} chats of {shown} turns, {rate:g}/s", tuple(asks))
+
+
+@seeded
+def poisson(
+    num: int = 200,
+    rate: float = 4.0,
+    *,
+    prompt: Range = (32, 256),
+    output: Range = (16, 128),
+    vocab_size: int = VOCAB,
+    seed: int = 0,
+) -> Workload:
+    """Unrelated requests that come at random times, `rate` a second.
+
+    >>> poisson(50, rate=2)
+    Workload(Poisson, 2/s: 50 requests, 6,739 prompt + 3,936 output tokens)
+    """
+    made = arriving(random_lengths(num, prompt, output, vocab_size=vocab_size, seed=seed), rate, seed=seed)
+    return replace(made, name=f"Poisson, {rate:g}/s")
+
+
+@seeded
+def bursty(
+    num: int = 200,
+    rate: float = 4.0,
+    burstiness: float = 0.1,
+    *,
+    prompt: Range = (32, 256),
+    output: Range = (16, 128),
+    vocab_size: int = VOCAB,
+    seed: int = 0,
+) -> Workload:
+    """The same in crowds: gaps from a gamma distribution of shape `burstiness`, 1 is Poisson, less comes in bursts.
+
+    >>> bursty(50, rate=2)
+    Workload(bursts of shape 0.1, 2/s: 50 requests, 6,739 prompt + 3,936 output tokens)
+    """
+    made = random_lengths(num, prompt, output, vocab_size=vocab_size, seed=seed)
+    return replace(arriving(made, rate, burstiness, seed), name=f"bursts of shape {burstiness:g}, {rate:g}/s")
+
+
+@seeded
+def two_classes(
+    num: int = 200,
+    rate: float = 4.0,
+    *,
+    urgent: float = 0.3,
+    short: tuple[Range, Range] = ((16, 64), (8, 32)),
+    long: tuple[Range, Range] = ((128, 512), (64, 256)),
+    vocab_size: int = VOCAB,
+    seed: int = 0,
+) -> Workload:
+    """Short urgent requests (priority 0, a share `urgent`) among long ones that can wait (priority 1); `short` and
+    `long` are (prompt, output) ranges.
+
+    >>> two_classes(50, rate=2)
+    Workload(30% urgent, 2/s: 50 requests, 12,802 prompt + 6,403 output tokens)
+    """
+    whole("num", num, least=1)
+    rng = np.random.default_rng(seed)
+    asks = []
+    for is_urgent in (rng.random(num) < real("urgent", urgent, least=0.0, most=1.0)).tolist():
+        prompt, output = short if is_urgent else long
+        length = draw_whole(rng, output, 1)[0]
+        asks.append(Ask(_drawn(rng, prompt, vocab_size), length, priority=int(not is_urgent)))
+    made = arriving(Workload("two classes", tuple(asks)), rate, seed=seed)
+    return replace(made, name=f"{urgent:.0%} urgent, {rate:g}/s")
+
+
+def mixed(*workloads: Workload) -> Workload:
+    """All of them at once, in order of arrival.
+
+    >>> mixed(poisson(10), chats(2))
+    Workload(Poisson, 4/s + 2 chats of 2-6 turns, 1/s: 20 requests, 1,697 prompt + 1,526 output tokens)
+    """
+    if not workloads:
+        raise ValueError("mixed takes one workload at least")
+    entries = [(w, i, ask) for w, workload in enumerate(workloads) for i, ask in enumerate(workload.asks)]
+    opening = sorted((entry for entry in entries if entry[2].after is None), key=lambda entry: entry[2].arrival)
+    order = opening + [entry for entry in entries if entry[2].after is not None]
+    place = {(w, i): at for at, (w, i, _) in enumerate(order)}
+    asks = tuple(ask if ask.after is None else replace(ask, after=place[w, ask.after]) for w, _, ask in order)
+    again = (lambda seed: mixed(*(w.reseeded(seed) for w in workloads))) if all(w.again for w in workloads) else None
+    return Workload(" + ".join(workload.name for workload in workloads), asks, again)
+
+
+def _drawn(rng: np.random.Generator, span: Range, vocab_size: int) -> tuple[int, ...]:
+    return draw_ids(rng, draw_whole(rng, span, 1)[0], vocab_size)

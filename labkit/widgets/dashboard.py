@@ -1,0 +1,241 @@
+"""A run while it goes on: figures, panels and controls over one feed of events. Knows widgets and a player; what it
+changes goes through the engine's own methods, and what it shows through events.
+
+The engine's thread appends batches to a deque. One daemon thread draws, five times a second at most, and longer apart
+when drawing is slow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from html import escape
+from os import PathLike
+from typing import Any
+
+from labkit.core.log import EventLog
+from labkit.widgets import figure, panels
+from labkit.widgets.controls import controls
+from labkit.widgets.feed import Feed
+
+EVERY = 0.2  # seconds between two looks
+
+
+class Dashboard:
+    """What `engine.dashboard()` gives; or, of a log that was saved, `labkit.dashboard(log)`.
+
+    Shown as a cell's result it is live. `play`, `pause`, `step`, `stop`, `wait` and `await` work without a click; a log
+    has `show(step)` instead.
+    """
+
+    def __init__(self, log: EventLog, player: Any = None) -> None:
+        self.log, self.player = log, player
+        self.feed = Feed(log)
+        if player is not None:
+            self.feed.block_size = player.engine.blocks.block_size
+        self.shown: int | None = None  # the step that is looked at; None: the latest
+        self.closed = False
+        self.num_drawn = 0
+        self.trouble = ""  # what a control could not do, in words
+        self._machine = panels.Machine()
+        self._lock = threading.RLock()  # whoever writes to widgets
+        self._wake = threading.Event()
+        self._figure = figure.build()
+        self._widgets = controls(self)
+        self._still: Any = None  # the display that keeps the still picture
+        self._drawn: tuple[Any, ...] | None = None
+        self._thread: threading.Thread | None = None
+        self._finalizer = weakref.finalize(self, self._wake.set)
+        self.draw()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else self.player.state if self.player is not None else "a saved log"
+        return f"Dashboard({state}, {self.feed.num_steps} steps)"
+
+    # -- as a cell's result --------------------------------------------------------------------------------------
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import HTML, display
+
+        with self._lock:
+            bundle = self._widgets["box"]._repr_mimebundle_()
+            bundle = bundle[0] if isinstance(bundle, tuple) else bundle
+            display({**bundle, "text/plain": repr(self)}, raw=True)
+            self._still = display(HTML(""), display_id=True)
+            self._follow()
+            if self.player is None:
+                self._keep_still()
+
+    def _follow(self) -> None:
+        if self._thread is None and not self.closed:
+            self._thread = threading.Thread(target=_draw_on, args=(weakref.ref(self), self._wake), daemon=True,
+                                            name="labkit-dashboard")  # fmt: skip
+            self._thread.start()
+
+    # -- driving -------------------------------------------------------------------------------------------------
+
+    def play(self) -> Dashboard:
+        self._driven().play()
+        self._follow()
+        return self
+
+    def pause(self) -> None:
+        self._driven().pause()
+        self.draw()
+
+    def step(self, num: int = 1) -> None:
+        self._driven().step(num)
+        self.draw()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Until all is served; then the picture is drawn to its end."""
+        try:
+            self._driven().wait(timeout)
+        finally:
+            self.draw()
+            self._keep_still()
+
+    def __await__(self) -> Any:
+        async def until_over() -> Dashboard:
+            try:
+                await self._driven()
+            finally:
+                self.draw()
+                self._keep_still()
+            return self
+
+        return until_over().__await__()
+
+    def stop(self) -> None:
+        """The end of playing: the last picture stays, and a still one beside it for whoever opens the notebook later."""
+        if self.player is not None:
+            self.player.stop()
+        self.draw()
+        self._keep_still()
+
+    def close(self) -> None:
+        """Stop, and end every thread of it. The engine goes on as it was."""
+        if self.closed:
+            return
+        self.stop()
+        self.closed = True
+        self.feed.close()
+        self._finalizer()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(5.0)
+
+    def __enter__(self) -> Dashboard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _driven(self) -> Any:
+        if self.player is None:
+            raise RuntimeError("a saved log does not play: show(step) goes to any of its steps")
+        return self.player
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def show(self, step: int | None = None) -> None:
+        """Go to a step, forwards or back; without one, to the latest."""
+        first, last = self.feed.first, self.feed.num_steps
+        if step is not None and not (isinstance(step, int) and first <= step <= last):
+            raise ValueError(f"step must be between {first} and {last}, got {step!r}")
+        self.shown = None if step == last else step
+        self.draw()
+
+    def frame(self) -> Any:
+        """The steps as a DataFrame."""
+        return self.log.frame("Step")
+
+    def snapshot(self) -> str:
+        """The picture as HTML, without anything that needs a kernel or a script."""
+        with self._lock:
+            self.feed.catch_up()
+            return panels.snapshot(self.feed, self._title(), self.shown)
+
+    def _title(self) -> str:
+        at = self.feed.num_steps if self.shown is None else self.shown
+        return f"Dashboard at step {at:,}"
+
+    def say(self, trouble: object = "") -> None:
+        """A line below the controls: what could not be done, and why."""
+        self.trouble = str(trouble)
+        self._widgets["trouble"].value = (
+            f'<span style="color:#d55e00">{escape(self.trouble)}</span>' if self.trouble else ""
+        )
+
+    # -- drawing -------------------------------------------------------------------------------------------------
+
+    def draw(self, force: bool = True) -> bool:
+        """Bring everything up to date; False when nothing has changed."""
+        with self._lock:
+            self.feed.catch_up()
+            state = (self.feed.num_steps, self.shown, self.feed.timeline.now, self.feed.counts.total(),
+                     getattr(self.player, "state", None))  # fmt: skip
+            if not force and state == self._drawn:
+                self._set("machine", self._machine.html())
+                return False
+            self._drawn = state
+            self.num_drawn += 1
+            figure.update(self._figure, self.feed, self.shown)
+            self._set("strip", panels.strip(panels.figures(self.feed, self.shown)))
+            self._set("machine", self._machine.html())
+            self._widgets["refresh"]()
+            return True
+
+    def _set(self, name: str, html: str) -> None:
+        if self._widgets[name].value != html:
+            self._widgets[name].value = html
+
+    def _keep_still(self) -> None:
+        """Put the still picture beside the live one."""
+        if self._still is not None:
+            from IPython.display import HTML
+
+            self._still.update(HTML(self.snapshot()))
+
+    def _tick(self) -> float:
+        """One look; seconds until the next."""
+        begin = time.perf_counter()
+        was = self._drawn[-1] if self._drawn else None
+        changed = self.draw(force=False)
+        ended = self.player is not None and self.player.state in ("done", "stopped") and was != self.player.state
+        if ended:
+            self._keep_still()
+        spent = time.perf_counter() - begin
+        return max(EVERY, 6 * spent) if changed else EVERY
+
+
+def _draw_on(dashboard: weakref.ref[Dashboard], wake: threading.Event) -> None:
+    """The drawing thread; it must not keep a dashboard alive that nobody holds."""
+    pause = EVERY
+    while not wake.wait(pause):
+        here = dashboard()
+        if here is None or here.closed:
+            return
+        with contextlib.suppress(RuntimeError):  # the kernel is going down
+            pause = here._tick()
+        del here
+
+
+def dashboard(source: Any, **options: Any) -> Dashboard:
+    """The dashboard of an engine (the options are those of `Engine.dashboard`), of a log, or of a saved log's file.
+
+    >>> dashboard("run.jsonl").show(10)
+    """
+    if isinstance(source, EventLog):
+        log = source
+    elif isinstance(source, (str, PathLike)):
+        log = EventLog.load(source)
+    elif hasattr(source, "dashboard"):
+        found: Dashboard = source.dashboard(**options)
+        return found
+    else:
+        raise TypeError(f"a dashboard shows an engine, an EventLog or the file of one, got {source!r}")
+    if options:
+        raise TypeError(f"a saved log takes no {', '.join(options)}: only an engine can be played")
+    return Dashboard(log)

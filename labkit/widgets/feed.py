@@ -1,0 +1,284 @@
+"""A run as columns that a live picture reads: one line a step, one place a row of the batch. Knows events; refuses to
+know engines and pictures.
+
+The engine's thread only appends batches to a deque. Whoever draws calls `catch_up`, which folds them in its own thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from labkit.core.events import NAMES, Batch
+from labkit.core.log import EventLog
+from labkit.widgets.timeline import Segment, Timeline
+
+COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers
+KEEP = 4096  # steps
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps, made at most `points` long: a point is the mean of its steps, or their last where that says more."""
+
+    time: np.ndarray  # s, of each point's last step
+    step: np.ndarray
+    columns: dict[str, np.ndarray]
+    seconds: np.ndarray  # that each point covers
+    ttft: np.ndarray  # [points, 2]: p50 and p90 of requests that got their first token there; nan where nobody did
+    itl: np.ndarray  # [points, 2]: p50 and p90 of the time between two tokens of a decoding request
+
+    def __len__(self) -> int:
+        return len(self.time)
+
+
+class Feed:
+    """Columns of the latest `keep` steps, and a timeline of the requests.
+
+    >>> feed = Feed(engine.log)
+    >>> engine.step()
+    >>> feed.catch_up()
+    1
+    """
+
+    def __init__(self, log: EventLog, keep: int = KEEP) -> None:
+        self.log = log
+        self.keep = keep
+        self.timeline = Timeline(keep=20_000)
+        self.inbox: deque[Batch] = deque()
+        self._forget()
+        self._unsubscribe = log.subscribe(self.inbox.extend)  # an engine's step pays for this, and nothing else
+        self._begin(log.batches())
+
+    def __repr__(self) -> str:
+        return f"Feed({self.num_steps} steps, {len(self.inbox)} batches waiting)"
+
+    def close(self) -> None:
+        """Stop listening; what was folded stays."""
+        self._unsubscribe()
+
+    def _forget(self) -> None:
+        self.num_steps = 0  # folded so far; the latest `keep` are here
+        self.counts: Counter[str] = Counter()  # events by name
+        self.block_size = 16
+        self._steps = np.zeros((self.keep, len(COLUMNS) + 2), np.int64)  # step, now, and a Step event's columns
+        self._first_tokens: deque[tuple[int, float]] = deque(maxlen=self.keep)  # (ns, s since submission)
+        self._submitted: dict[str, int] = {}
+        self._row_of: dict[str, int] = {}
+        self._tokens = np.zeros(8, np.int64)  # computed so far, by row
+        self._rate = np.zeros(8, np.int64)  # computed in a step, by row
+        self._cached = np.zeros(8, np.int64)  # of which these were found in the cache
+        self._rows: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.keep)  # (tokens, cached) after each step
+        self._changes: list[tuple[int, int, int]] = []  # (from this step on, row, tokens a step)
+        self._forks: list[tuple[int, int]] = []  # (row, its parent's), in the step that is being folded
+        self._known: set[int] = set()
+
+    def _begin(self, batches: list[Batch]) -> None:
+        """What the log holds already; some of it may be posted to us yet."""
+        self._apply(batches)
+        self._known = {id(batch) for batch in batches[-64:]}
+
+    # -- folding -------------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> int:
+        """Fold what has come; how many steps that were."""
+        before = self.num_steps
+        batches = []
+        while self.inbox:
+            batches.append(self.inbox.popleft())
+        self._apply(batches)
+        return self.num_steps - before if self.num_steps >= before else self.num_steps
+
+    def _apply(self, batches: Iterable[Batch]) -> None:
+        for batch in batches:
+            if self._known:
+                if id(batch) in self._known:
+                    continue
+                self._known.clear()
+            self.timeline.apply(batch)
+            for event in batch.events:
+                self.counts[event[0]] += 1
+                handler = _HANDLERS.get(event[0])
+                if handler is not None:
+                    handler(self, batch, *event[1:])
+            if batch.row is not None:
+                self._step(batch)
+
+    def _step(self, batch: Batch) -> None:
+        assert batch.row is not None
+        for change in self._changes:
+            if change[0] <= batch.step:
+                self._rate[change[1]] = change[2]
+        self._changes = [change for change in self._changes if change[0] > batch.step]
+        self._tokens += self._rate
+        for row, parent in self._forks:
+            self._tokens[row] = self._cached[row] = self._tokens[parent]
+        self._forks.clear()
+        self._rows.append((self._tokens.copy(), self._cached.copy()))
+        line = self._steps[self.num_steps % self.keep]
+        line[0], line[1], line[2:] = batch.step, batch.now, batch.row
+        self.num_steps += 1
+
+    def _place(self, request: str, row: int) -> None:
+        if row >= len(self._tokens):
+            wide = max(row + 1, 2 * len(self._tokens))
+            self._tokens, self._rate, self._cached = (
+                np.concatenate([a, np.zeros(wide - len(a), np.int64)]) for a in (self._tokens, self._rate, self._cached)
+            )
+        self._row_of[request] = row
+
+    def _submit(self, batch: Batch, request: str, *_: object) -> None:
+        self._submitted[request] = batch.now
+
+    def _admit(self, batch: Batch, request: str, row: int, num_cached: int, *_: object) -> None:
+        self._place(request, row)
+        self._tokens[row] = self._cached[row] = num_cached
+        self._rate[row] = 0
+
+    def _fork(self, batch: Batch, request: str, parent: str, row: int) -> None:
+        """As long as its parent is after this step, and decoding from the next one on."""
+        self._place(request, row)
+        self._rate[row] = 0
+        self._forks.append((row, self._row_of.get(parent, row)))
+        self._changes.append((batch.step + 1, row, 1))
+
+    def _schedule(self, batch: Batch, request: str, num_tokens: int) -> None:
+        ends_a_step = batch.row is not None  # its prompt is done, and it drew a token
+        if ends_a_step and (begun := self._submitted.pop(request, None)) is not None:
+            self._first_tokens.append((batch.now, (batch.now - begun) / 1e9))
+        if (row := self._row_of.get(request)) is not None:
+            self._changes.append((batch.step + ends_a_step, row, num_tokens))
+
+    def _hold(self, batch: Batch, request: str, *_: object) -> None:
+        if (row := self._row_of.get(request)) is not None:
+            self._changes.append((batch.step, row, 0))
+
+    def _leave(self, batch: Batch, request: str, *_: object) -> None:
+        self._submitted.pop(request, None)
+        self._vacate(request)
+
+    def _preempt(self, batch: Batch, request: str, *_: object) -> None:
+        self._vacate(request)
+
+    def _vacate(self, request: str) -> None:
+        if (row := self._row_of.pop(request, None)) is not None:
+            self._tokens[row] = self._rate[row] = self._cached[row] = 0
+            self._changes = [change for change in self._changes if change[1] != row]
+
+    def _store(self, batch: Batch, _digests: bytes, _parents: bytes, blocks: tuple[int, ...], tokens: bytes) -> None:
+        self.block_size = len(tokens) // 4 // len(blocks)
+
+    def _rewind(self, batch: Batch) -> None:
+        self._forget()
+        self.timeline = Timeline(keep=20_000)
+        self.inbox.clear()
+        self._begin(self.log.batches())
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def latest(self, upto: int | None = None) -> dict[str, int]:
+        """A Step event's columns, of the last step or of the one after which `upto` steps were folded."""
+        at = self.num_steps if upto is None else upto
+        if not self._first < at <= self.num_steps:
+            return dict.fromkeys(COLUMNS, 0)
+        return dict(zip(COLUMNS, self._steps[(at - 1) % self.keep, 2:].tolist(), strict=True))
+
+    @property
+    def _first(self) -> int:
+        """Steps before this one are forgotten."""
+        return max(0, self.num_steps - self.keep)
+
+    @property
+    def first(self) -> int:
+        """The first step that can be looked at."""
+        return min(self._first + 1, self.num_steps)
+
+    def now(self, upto: int | None = None) -> int:
+        """The time after that step, in ns."""
+        at = self.num_steps if upto is None else upto
+        return int(self._steps[(at - 1) % self.keep, 1]) if at > self._first else 0
+
+    def table(self, upto: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens computed, of which cached) by row, after that step."""
+        at = self.num_steps if upto is None else upto
+        if not self._first < at <= self.num_steps:
+            return self._tokens[:0], self._cached[:0]
+        return self._rows[at - self._first - 1]
+
+    def segments(self, upto: int | None = None) -> list[Segment]:
+        """The timeline as it stood after that step."""
+        found = self.timeline.segments()
+        if upto is None or upto >= self.num_steps:
+            return found
+        now = self.now(upto)
+        return [
+            segment if segment.end <= now else replace(segment, end=now, is_open=True)
+            for segment in found
+            if segment.begin <= now
+        ]
+
+    def window(self, upto: int | None = None, steps: int = 1200, points: int = 300) -> Window:
+        """The last `steps` steps before that one."""
+        end = self.num_steps if upto is None else max(min(upto, self.num_steps), self._first)
+        begin = max(self._first, end - steps)
+        lines = self._steps[np.arange(begin, end) % self.keep]
+        wide = max(1, -(-len(lines) // points))
+        cuts = np.arange(0, len(lines), wide)
+        if not len(lines):
+            nothing = np.zeros(0, np.float32)
+            return Window(nothing, nothing, dict.fromkeys(COLUMNS, nothing), nothing, nothing, nothing)
+        last = np.append(cuts[1:], len(lines)) - 1
+        before = self._steps[(begin - 1) % self.keep, 1] if begin > self._first else lines[0, 1] - lines[0, -1]
+        now = lines[:, 1] / 1e9
+        seconds = np.diff(now[last], prepend=before / 1e9)
+        columns = {name: self._fold(name, lines[:, i + 2], cuts, last, wide) for i, name in enumerate(COLUMNS)}
+        gaps = np.diff(lines[:, 1], prepend=before) / 1e9
+        decode = lines[:, 2 + COLUMNS.index("decode_tokens")]
+        itl = _quantiles(np.repeat(cuts, np.diff(np.append(cuts, len(lines)))), gaps, decode > 0, cuts)
+        at = np.array([t for t, _ in self._first_tokens], np.int64)
+        took = np.array([s for _, s in self._first_tokens])
+        inside = (at > before) & (at <= lines[-1, 1]) if len(at) else np.zeros(0, bool)
+        place = np.searchsorted(lines[last, 1], at[inside]) if len(at) else at
+        ttft = _quantiles(cuts[place] if len(place) else place, took[inside], np.ones(len(place), bool), cuts)
+        return Window(now[last].astype(np.float32), lines[last, 0], columns, seconds.astype(np.float32), ttft, itl)
+
+    @staticmethod
+    def _fold(name: str, values: np.ndarray, cuts: np.ndarray, last: np.ndarray, wide: int) -> np.ndarray:
+        """Tokens add up to a mean a step; blocks and rows are what they were in the end."""
+        if not name.endswith("tokens"):
+            return values[last].astype(np.float32)
+        sizes = np.diff(np.append(cuts, len(values)))
+        return (np.add.reduceat(values, cuts) / sizes).astype(np.float32)
+
+
+def _quantiles(group: np.ndarray, values: np.ndarray, use: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """[groups, 2]: median and p90 of each group's values that are to be used."""
+    found = np.full((len(groups), 2), np.nan, np.float32)
+    group, values = group[use], values[use]
+    order = np.lexsort((values, group))
+    group, values = group[order], values[order]
+    begin = np.searchsorted(group, groups)
+    count = np.searchsorted(group, groups, side="right") - begin
+    some = count > 0
+    for i, q in enumerate((0.5, 0.9)):
+        found[some, i] = values[begin[some] + np.floor(q * (count[some] - 1) + 0.5).astype(np.int64)]
+    return found
+
+
+_HANDLERS = {
+    "Submitted": Feed._submit,
+    "Admitted": Feed._admit,
+    "Resumed": Feed._admit,
+    "Forked": Feed._fork,
+    "Scheduled": Feed._schedule,
+    "Held": Feed._hold,
+    "Preempted": Feed._preempt,
+    "Finished": Feed._leave,
+    "Aborted": Feed._leave,
+    "Rejected": Feed._leave,
+    "Stored": Feed._store,
+    "Rewound": Feed._rewind,
+}

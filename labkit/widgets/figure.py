@@ -1,0 +1,248 @@
+"""The dashboard's one figure: six panels, every trace made once, whole windows sent again at each update. Knows columns
+and segments; refuses to know where they come from.
+
+A figure widget sends its whole program to the page (5 MB), so there is one, with panels. Arrays are float32 or uint8: they
+travel as bytes. Colours of axes and text are half grey: they are read on a light and on a dark page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from labkit.widgets.feed import Feed, Window
+from labkit.widgets.style import COLORS, SEGMENT_COLOR, seconds
+from labkit.widgets.timeline import Segment
+
+INK, FAINT = "#808080", "rgba(128,128,128,0.22)"
+MOST_LANES, MOST_BARS = 16, 400
+MOST_ROWS, MOST_BLOCKS = 48, 96
+BARS = ("queued", "prefill", "decode", "held", "preempted", "swapped", "recompute")
+CELLS = (  # a value of the heatmap, its colour
+    ("nothing", "rgba(128,128,128,0.07)"),
+    ("cached", COLORS["orange"]),
+    ("prefilled or decoded", COLORS["blue"]),
+    ("being filled", COLORS["sky"]),
+)
+AREAS = {  # trace -> (panel, column, colour)
+    "used": (1, "used_blocks", COLORS["blue"]),
+    "cached": (1, "cached_blocks", COLORS["orange"]),
+    "free": (1, "free_blocks", "rgba(128,128,128,0.18)"),
+    "decode": (2, "decode_tokens", COLORS["blue"]),
+    "prefill": (2, "prefill_tokens", COLORS["green"]),
+    "from cache": (2, "cached_tokens", COLORS["orange"]),
+    "running": (3, "running", COLORS["blue"]),
+    "swapped": (3, "swapped", COLORS["purple"]),
+    "waiting": (3, "waiting", COLORS["red"]),
+}
+TITLES = (
+    ("KV blocks", (("used", "blue"), ("cached", "orange"), ("free", "grey"))),
+    ("Tokens a step", (("decode", "blue"), ("prefill", "green"), ("from cache", "orange"))),
+    ("Requests", (("running", "blue"), ("swapped", "purple"), ("waiting", "red"))),
+    ("Speed", (("tokens/s", "blue"), ("first token", "green"), ("between tokens", "orange"))),
+    ("Block tables: row by row", (("from cache", "orange"), ("filled", "blue"), ("being filled", "sky"))),
+    ("Timeline", tuple((kind, kind) for kind in ("queued", "prefill", "decode", "preempted", "swapped"))),
+)
+
+
+def build() -> Any:
+    """A figure widget with all its traces, empty."""
+    try:
+        import anywidget  # noqa: F401  plotly makes its figure of it
+        import plotly.graph_objects as go
+        from plotly.subplots import make_subplots
+    except ImportError as error:
+        raise ImportError(f"a dashboard needs {error.name}: pip install 'labkit[lab]'") from error
+    grid = make_subplots(
+        rows=3, cols=2, specs=[[{}, {}], [{}, {"secondary_y": True}], [{}, {}]], row_heights=[0.29, 0.29, 0.42],
+        horizontal_spacing=0.11, vertical_spacing=0.115, subplot_titles=[_title(*title) for title in TITLES],
+    )  # fmt: skip
+    for name, (panel, _, color) in AREAS.items():
+        grid.add_trace(
+            go.Scatter(
+                name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", line={"width": 0, "color": color, "shape": "hv"},
+                fillcolor=color, stackgroup=str(panel), hovertemplate="%{y:.4~g} " + name + "<extra></extra>",
+            ),
+            row=(panel + 1) // 2, col=2 - panel % 2,
+        )  # fmt: skip
+    for name, color, dash, second in (
+        ("tokens/s", COLORS["blue"], "solid", False),
+        ("first token p50", COLORS["green"], "solid", True),
+        ("first token p90", COLORS["green"], "dot", True),
+        ("between tokens p50", COLORS["orange"], "solid", True),
+        ("between tokens p90", COLORS["orange"], "dot", True),
+    ):
+        unit = "%{y:.4~g} " if not second else "%{y:.3~s}s "
+        grid.add_trace(
+            go.Scatter(
+                name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", connectgaps=True, hovertemplate=unit + name + "<extra></extra>",
+                line={"width": 1.6, "color": color, "dash": dash},
+            ),
+            row=2, col=2, secondary_y=second,
+        )  # fmt: skip
+    grid.add_trace(
+        go.Heatmap(
+            name="tables", meta="tables", z=np.zeros((1, 1), np.uint8), zmin=0, zmax=len(CELLS) - 1, showscale=False, xgap=1, ygap=1,
+            colorscale=_steps([color for _, color in CELLS]), hovertemplate="row %{y}, block %{x}<extra></extra>",
+        ),
+        row=3, col=1,
+    )  # fmt: skip
+    for kind in BARS:
+        grid.add_trace(
+            go.Bar(
+                name=kind, meta=f"{kind} bar", x=_EMPTY, y=_EMPTY, base=_EMPTY, orientation="h", width=0.78, marker={"color": _bar_color(kind)},
+                hovertext=(), hovertemplate="%{hovertext}<extra></extra>",
+            ),
+            row=3, col=2,
+        )  # fmt: skip
+    figure = go.FigureWidget(grid)
+    figure._config = {**figure._config, "displayModeBar": False, "displaylogo": False}
+    _lay_out(figure)
+    return figure
+
+
+_EMPTY = np.zeros(0, np.float32)
+
+
+def _title(words: str, keys: Sequence[tuple[str, str]]) -> str:
+    """A panel's title is its legend too."""
+    shown = "  ".join(
+        f"<span style='color:{COLORS.get(color) or _bar_color(color)}'>\u25a0</span> {name}" for name, color in keys
+    )
+    return f"<b>{words}</b>   <span style='font-size:11px'>{shown}</span>"
+
+
+def _bar_color(kind: str) -> str:
+    return SEGMENT_COLOR[kind]
+
+
+def _steps(colors: Sequence[str]) -> list[tuple[float, str]]:
+    """A colour scale without blending."""
+    n = len(colors)
+    return [(edge / n, color) for i, color in enumerate(colors) for edge in (i, i + 1)]
+
+
+def _lay_out(figure: Any) -> None:
+    axis = {
+        "showgrid": True, "gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "ticks": "", "automargin": False,
+        "tickfont": {"size": 11}, "fixedrange": False,
+    }  # fmt: skip
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis, rangemode="tozero")
+    for row, col in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        figure.update_xaxes(ticksuffix=" s", nticks=7, row=row, col=col)
+    figure.update_xaxes(ticksuffix=" s", nticks=7, row=3, col=2)
+    figure.update_xaxes(
+        title={"text": "logical block", "font": {"size": 11}, "standoff": 4}, showgrid=False, row=3, col=1
+    )
+    figure.update_yaxes(title={"text": "row", "font": {"size": 11}, "standoff": 2}, showgrid=False, row=3, col=1)
+    figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"size": 10}, rangemode="normal", row=3, col=2)
+    ticks = [digit * 10.0**power for power in range(-5, 4) for digit in (1, 3)]
+    figure.update_yaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[seconds(tick) for tick in ticks], rangemode="normal",
+                        secondary_y=True, row=2, col=2)  # fmt: skip
+    figure.update_layout(
+        template="none", height=660, autosize=True, showlegend=False, barmode="overlay", bargap=0,
+        margin={"l": 52, "r": 52, "t": 34, "b": 38}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, sans-serif", "size": 12, "color": INK}, hovermode="x", uirevision="kept",
+        hoverlabel={"font": {"size": 12}, "align": "left"}, transition={"duration": 0},
+    )  # fmt: skip
+    for note in figure.layout.annotations:  # titles stand to the left, above their panel
+        note.update(xanchor="left", x=note.x - 0.2225, yshift=2, font={"size": 13, "color": INK})
+
+
+def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
+    """All panels as they are after that step, in one message."""
+    window = feed.window(upto)
+    names, bars = lanes(feed.segments(upto), float(window.time[0]) if len(window) else 0.0)
+    with figure.batch_update():
+        traces = {trace.meta: trace for trace in figure.data}
+        for name, (_, column, _) in AREAS.items():
+            traces[name].update(x=window.time, y=window.columns[column], overwrite=True)
+        _speed(traces, window)
+        z = cells(feed, upto)
+        traces["tables"].z = z
+        for kind in BARS:
+            begin, length, lane, about = bars[kind]
+            traces[f"{kind} bar"].update(x=length, y=lane, base=begin, hovertext=about, overwrite=True)
+        if len(window):
+            begin, end = float(window.time[0]), float(window.time[-1])
+            for axis in ("xaxis", "xaxis2", "xaxis3", "xaxis4"):
+                figure.layout[axis].range = (begin, max(end, begin + 1e-3))
+            since = min((float(b[0].min()) for b in bars.values() if len(b[0])), default=begin)
+            figure.layout.xaxis6.range = (since, max(end, since + 1e-3))
+        figure.layout.yaxis7.update(tickmode="array", tickvals=list(range(len(names))), ticktext=names,
+                                    range=(max(len(names), 8) - 0.4, -0.6))  # fmt: skip
+
+
+def _speed(traces: dict[str, Any], window: Window) -> None:
+    wide = max(1, len(window) // 60)  # some sixty points: a step alone says little of a rate
+    cuts = np.arange(0, len(window), wide)
+    if not len(cuts):
+        rate, time = _EMPTY, _EMPTY
+    else:
+        size = np.diff(np.append(cuts, len(window)))
+        last = np.append(cuts[1:], len(window)) - 1
+        seconds = np.maximum(np.add.reduceat(window.seconds, cuts), 1e-9)
+        steps = np.diff(window.step[last].astype(np.int64), prepend=int(window.step[0]) - 1) if len(last) else size
+        tokens = np.add.reduceat(window.columns["output_tokens"], cuts) / size * steps
+        rate, time = (tokens / seconds).astype(np.float32), window.time[last]
+    traces["tokens/s"].update(x=time, y=rate, overwrite=True)
+    for i, name in enumerate(("p50", "p90")):
+        for what, values in (("first token", window.ttft), ("between tokens", window.itl)):
+            there = ~np.isnan(values[:, i]) if len(window) else np.zeros(0, bool)
+            y = values[there, i] if len(window) else _EMPTY
+            traces[f"{what} {name}"].update(x=window.time[there], y=y, overwrite=True)
+
+
+def cells(feed: Feed, upto: int | None = None) -> np.ndarray:
+    """uint8 [rows, blocks]: what each logical block of each row holds. Wide tables are cut, and end in their last block."""
+    tokens, cached = feed.table(upto)
+    size = feed.block_size
+    num_rows = min(MOST_ROWS, max(8, int(np.flatnonzero(tokens)[-1]) + 1 if tokens.any() else 8))
+    tokens, cached = (np.pad(a[:num_rows], (0, max(0, num_rows - len(a)))) for a in (tokens, cached))
+    blocks = -(-tokens // size)
+    wide = min(MOST_BLOCKS, max(16, int(blocks.max(initial=0))))
+    at = np.arange(wide)[None, :]
+    z = np.zeros((num_rows, wide), np.uint8)
+    z[at < blocks[:, None]] = 2
+    z[at < (cached // size)[:, None]] = 1
+    z[(at == blocks[:, None] - 1) & (tokens % size != 0)[:, None]] = 3
+    return z
+
+
+Bars = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]  # begin, length, lane, what it says
+
+
+def lanes(segments: Sequence[Segment], since: float) -> tuple[list[str], dict[str, Bars]]:
+    """The latest requests that were there after `since`, a lane each; and their bars by kind."""
+    alive: dict[str, None] = {}
+    for segment in segments:
+        if segment.end / 1e9 >= since:
+            alive[segment.request] = None
+    names = list(alive)[-MOST_LANES:]
+    lane_of = {name: i for i, name in enumerate(names)}
+    shown = [segment for segment in segments if segment.request in lane_of and segment.end / 1e9 >= since][-MOST_BARS:]
+    bars: dict[str, Bars] = {}
+    for kind in BARS:
+        mine = [segment for segment in shown if segment.kind == kind]
+        bars[kind] = (
+            np.array([segment.begin / 1e9 for segment in mine], np.float32),
+            np.array([segment.seconds for segment in mine], np.float32),
+            np.array([lane_of[segment.request] for segment in mine], np.float32),
+            [_says(segment) for segment in mine],
+        )
+    return [_short(name) for name in names], bars
+
+
+def _says(segment: Segment) -> str:
+    return f"<b>{_plain(segment.request)}</b> {segment.kind}, {segment.seconds:.3g} s<br>{_plain(segment.why)}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _short(name: str) -> str:
+    return _plain(name if len(name) <= 8 else name[:7] + "\u2026")

@@ -1,0 +1,53 @@
+"""Which picture belongs to which object. Knows names of classes and of functions that draw them; imports neither before
+one is to be drawn."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+_VIEWS: dict[str, str] = {  # an object's class -> module of this package, function
+    "labkit.core.manager.BlockManager": "blocks.manager",
+    "labkit.core.table.BlockTable": "blocks.table",
+    "labkit.core.stats.BlockStats": "blocks.stats",
+    "labkit.core.prefix.PrefixCache": "prefix.cache",
+    "labkit.core.prefix.Lookup": "prefix.lookup",
+    "labkit.core.prefix.Explanation": "prefix.explanation",
+    "labkit.core.eviction.LRU": "prefix.policy",
+    "labkit.core.eviction.Scored": "prefix.policy",
+    "labkit.core.eviction.SLRU": "prefix.policy",
+    "labkit.core.eviction.S3FIFO": "prefix.policy",
+    "labkit.core.scheduler.Scheduler": "serving.scheduler",
+    "labkit.core.plan.Plan": "steps.plan",
+    "labkit.core.plan.Outputs": "steps.outputs",
+    "labkit.core.request.Request": "requests.request",
+    "labkit.handle.Handle": "requests.handle",
+    "labkit.engine.Engine": "serving.engine",
+    "labkit.snapshot.Snapshot": "serving.snapshot",
+    "labkit.closing.LeakReport": "serving.leaks",
+    "labkit.core.log.EventLog": "logs.log",
+    "labkit.core.why.Why": "logs.why",
+    "labkit.core.diff.Diff": "compare.diff",
+    "labkit.widgets.waiting.WaitingStory": "waiting.waiting_view",
+    "labkit.widgets.preemptions.PreemptionStory": "preemptions.preemption_view",
+    "labkit.widgets.runs.RunStory": "runs.run_view",
+    "labkit.widgets.lookups.LookupStory": "lookups.story_view",
+    "labkit.profile.Profile": "layers.profile",
+    "labkit.loading.dense.Linear": "layers.linear",
+}
+
+
+def draw(thing: object) -> str | None:
+    """The HTML of an object that has a picture, or whose base has one; else None."""
+    found = function_for(type(thing))
+    return None if found is None else found(thing)
+
+
+def function_for(cls: type) -> Callable[[object], str] | None:
+    for base in cls.__mro__:
+        place = _VIEWS.get(f"{base.__module__}.{base.__qualname__}")
+        if place is not None:
+            module, function = place.split(".")
+            found: Callable[[object], str] = getattr(importlib.import_module(f"labkit.widgets.{module}"), function)
+            return found
+    return None

@@ -1,0 +1,81 @@
+"""The dashboard in a real browser: it grows, pauses, steps, stops, and is still there when the notebook is opened again."""
+
+import pytest
+
+from tests.browser import lab
+
+pytestmark = pytest.mark.skipif(
+    lab.CHROMIUM is None or not lab.has_playwright(),
+    reason="needs Debian's chromium (apt-get install chromium) and playwright",
+)
+
+
+@pytest.fixture(scope="module", params=["light", "dark"])
+def page(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"lab-{request.param}")
+    lab.copy_notebooks(folder)
+    dark = request.param == "dark"
+    with lab.jupyter(folder, dark) as address, lab.browser(address, folder) as found:
+        found.dark = dark
+        yield found
+
+
+def fine(page):
+    """Nothing was said on the console, nothing was asked of another machine, no widget failed."""
+    assert not page.errors and not page.strayed
+    text = page.page.inner_text("body")
+    assert "Error displaying widget" not in text and "Traceback" not in text
+    assert not page.page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count()
+
+
+def test_the_quickstart_runs_and_its_picture_grows_and_stays(page):
+    page.open("01_quickstart.ipynb")
+    page.run_all()
+    page.page.wait_for_selector(lab.FIGURE, timeout=60_000)
+    page.seen_growing(times=3, seconds=20)
+    page.wait_until_ran(120)
+    page.picture("quickstart")
+    fine(page)
+    page.reopen()
+    page.wait_for(lambda: page.page.locator("summary", has_text="Dashboard at step").count(), 30)
+    assert page.page.locator("svg[aria-label='timeline of requests']").count()
+    page.picture("quickstart-reopened")
+
+
+def test_continuous_batching_pauses_steps_and_stops_by_click(page):
+    page.open("03_continuous_batching.ipynb")
+    page.run_until("live.play()")  # everything before it: clicks arrive, as no cell is busy
+    page.page.wait_for_selector(lab.FIGURE, timeout=60_000)
+    page.wait_for(lambda: page.state() == "paused")
+    page.click("play")
+    page.seen_growing(times=3, seconds=20)
+    page.click("pause")
+    page.wait_for(lambda: page.state() == "paused")
+    page.wait(600)
+    at = page.step()
+    page.wait(1000)
+    assert page.step() == at  # a plateau
+    page.click("step")
+    page.wait_for(lambda: page.step() == at + 1)
+    page.click("play")
+    page.wait_for(lambda: page.step() > at + 10)
+    page.picture("batching")
+    page.click("stop")
+    page.wait_for(lambda: page.state() == "stopped")
+    at = page.step()
+    page.wait(800)
+    assert page.step() == at
+    fine(page)
+    labels = page.overlaps()
+    assert not labels, f"labels that lie on each other: {labels}"
+
+
+def test_a_cell_answers_while_the_engine_plays(page):
+    page.open("03_continuous_batching.ipynb")
+    page.run_until("live.play()")
+    page.wait_for(lambda: page.state() == "paused")
+    page.click("play")
+    page.wait_for(lambda: page.step() > 10)
+    took = sorted(page.time_cell("1 + 1") for _ in range(7))
+    assert took[3] < 0.2, took
+    page.click("stop")

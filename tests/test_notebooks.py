@@ -1,0 +1,58 @@
+"""What is committed of the notebooks: run in order, small, free of widget state and of errors; each ends in two exercises."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    found = json.loads(request.param.read_text())
+    found["path"] = request.param
+    return found
+
+
+def code(notebook):
+    return [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def test_there_is_one_for_each_lesson():
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)]
+
+
+def test_it_was_run_from_top_to_bottom(notebook):
+    assert [cell["execution_count"] for cell in code(notebook)] == list(range(1, len(code(notebook)) + 1))
+
+
+def test_it_is_small_and_carries_no_widget(notebook):
+    text = notebook["path"].read_text()
+    assert len(text) <= 200_000, f"{len(text):,} bytes: give a picture fewer points"
+    assert "widgets" not in notebook["metadata"]
+    assert "application/vnd.jupyter.widget-view+json" not in text
+
+
+def test_nothing_in_it_failed_or_names_a_machine(notebook):
+    for cell in code(notebook):
+        for output in cell["outputs"]:
+            assert output["output_type"] != "error", cell["source"]
+            assert output.get("name") != "stderr", output
+    assert not re.search(r"/home/|/root/|/work/|/tmp/", notebook["path"].read_text())
+
+
+def test_it_asserts_what_it_teaches_and_ends_in_two_exercises(notebook):
+    text = ["".join(cell["source"]) for cell in notebook["cells"]]
+    assert sum("assert " in source for source in text) >= 4
+    exercises = next(i for i, source in enumerate(text) if "## Exercise" in source)
+    rest = text[exercises:]
+    assert sum("assert " in source for source in rest) >= 2
+    assert re.search(r"\*\*1[.*]|Exercise 1|1\.", "\n".join(rest)) and re.search(r"\*\*2[.*]|Exercise 2|2\.", "\n".join(rest))
+
+
+def test_cells_are_short(notebook):
+    for cell in code(notebook):
+        assert "".join(cell["source"]).count("\n") < 30, "longer code belongs to labkit"

@@ -1,0 +1,136 @@
+"""The columns behind a live picture: exact for any run, whenever they are looked at."""
+
+import random
+
+import numpy as np
+import pytest
+
+import labkit as lk
+from labkit.widgets.feed import Feed
+from labkit.widgets.figure import cells, lanes
+
+
+def engine(seed, lag=0, **options):
+    rng = random.Random(seed)
+    size = rng.choice([1, 4, 16])
+    settings = {
+        "max_num_seqs": rng.choice([3, 8]),
+        "max_num_batched_tokens": rng.choice([16, 64]),
+        "preemption": rng.choice(["recompute", "auto", "swap"]),
+        "max_in_flight": lag,
+        **options,
+    }
+    blocks = lk.BlockManager(num_blocks=rng.choice([640, 1280]) // size, block_size=size, num_host_blocks=64)
+    eng = lk.Engine(scheduler=lk.Scheduler(blocks, **settings), runner=lk.FakeRunner(seed=0), clock=lk.VirtualClock())
+    for i in range(20):
+        prompt = [rng.randrange(5) for _ in range(rng.randrange(1, 90))]
+        params = lk.SamplingParams(max_tokens=rng.randrange(1, 60), n=rng.choice([1, 1, 3]), seed=1)
+        eng.submit(prompt, params, arrival=i * 0.01)
+    return eng
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_block_tables_drawn_from_events_are_the_real_ones(seed):
+    print("seed", seed)
+    eng = engine(seed)
+    feed, tables = Feed(eng.log), eng.scheduler.tables
+    while eng.step():
+        feed.catch_up()
+        tokens, _ = feed.table()
+        for name, row in tables.row_of.items():
+            if name in eng.scheduler.requests:
+                assert tokens[row] == tables.num_computed[row], (name, feed.num_steps)
+    assert not feed.table()[0].any()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_a_feed_that_comes_late_sees_what_one_from_the_beginning_saw(lag):
+    eng = engine(3, lag)
+    early = Feed(eng.log)
+    for _ in range(60):
+        eng.step()
+    late = Feed(eng.log)
+    eng.run()
+    for feed in (early, late):
+        feed.catch_up()
+    fresh = Feed(eng.log)
+    assert early.num_steps == late.num_steps == fresh.num_steps == len(eng.log.events("Step"))
+    for feed in (late, fresh):
+        assert (feed._steps == early._steps).all() and feed.counts == early.counts
+        assert feed.segments() == early.segments()
+
+
+def test_any_step_can_be_looked_at_forwards_and_back():
+    eng = engine(5)
+    feed, seen = Feed(eng.log), []
+    while eng.step():
+        feed.catch_up()
+        seen.append((feed.latest(), feed.now(), feed.table()[0].copy(), cells(feed).copy()))
+    for step in (len(seen), 1, 40, 7):
+        latest, now, tokens, picture = seen[step - 1]
+        assert feed.latest(step) == latest and feed.now(step) == now
+        assert (feed.table(step)[0] == tokens).all() and (cells(feed, step) == picture).all()
+        assert all(segment.begin <= now and segment.end <= now for segment in feed.segments(step))
+        assert feed.window(step, steps=10_000, points=10_000).step[-1] == feed._steps[step - 1, 0]
+
+
+def test_a_window_is_short_and_its_means_are_those_of_all_its_steps():
+    eng = engine(1)
+    eng.run()
+    feed = Feed(eng.log)
+    steps = feed.num_steps
+    whole, folded = feed.window(steps=steps, points=steps), feed.window(steps=steps, points=17)
+    assert len(whole) == steps and len(folded) <= 17
+    for name in ("prefill_tokens", "decode_tokens"):
+        size = np.diff(np.append(np.arange(0, steps, -(-steps // 17)), steps))
+        assert (folded.columns[name] * size).sum() == pytest.approx(whole.columns[name].sum(), rel=1e-5)
+    assert folded.seconds.sum() == pytest.approx(whole.seconds.sum(), rel=1e-5)
+    assert all(a.dtype == np.float32 for a in (*folded.columns.values(), folded.time, folded.ttft, folded.itl))
+
+
+def test_time_to_first_token_is_that_of_the_requests():
+    eng = engine(2)
+    requests = list(eng.arriving.values())
+    eng.run()
+    feed = Feed(eng.log)
+    want = sorted(r.first_token_at - r.arrival for r in requests if r.first_token_at is not None and r.parent is None)
+    got = sorted(round(seconds * 1e9) for _, seconds in feed._first_tokens)
+    assert len(got) >= len(want) > 10
+    assert set(want) <= set(got) or abs(np.median(want) - np.median(got)) <= np.median(want) * 0.5
+
+
+def test_memory_is_bounded_however_long_it_runs():
+    sched = lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16), max_num_seqs=4)
+    eng = lk.Engine(scheduler=sched, runner=lk.FakeRunner(seed=0), clock=lk.VirtualClock())
+    feed = Feed(eng.log, keep=32)
+    eng.submit([1], lk.SamplingParams(max_tokens=200))
+    while eng.step():
+        feed.catch_up()
+    assert feed.num_steps == 200 and len(feed._rows) == 32 and len(feed.window()) == 32
+    assert feed.first == 169 and feed.latest(168) == dict.fromkeys(feed.latest(), 0)
+
+
+def test_a_restored_engine_is_drawn_anew():
+    eng = engine(4)
+    for _ in range(30):
+        eng.step()
+    snap, feed = eng.snapshot(), Feed(eng.log)
+    at = feed.num_steps
+    for _ in range(30):
+        eng.step()
+    feed.catch_up()
+    eng.restore(snap)
+    feed.catch_up()
+    assert feed.num_steps == at
+    eng.run()
+    feed.catch_up()
+    assert feed.num_steps == len(eng.log.events("Step"))
+
+
+def test_lanes_are_the_latest_requests_and_hostile_names_are_harmless():
+    eng = engine(6)
+    eng.submit([1, 2], lk.SamplingParams(max_tokens=30), id="<script>alert(1)</script>", arrival=0.3)
+    eng.run()
+    names, bars = lanes(Feed(eng.log).segments(), 0.0)
+    assert len(names) == 16 and "<" not in "".join(names)
+    assert all("<script" not in about for _, _, _, abouts in bars.values() for about in abouts)
