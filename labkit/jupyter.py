@@ -115,6 +115,19 @@ def command(folder: Path, *, browser: bool = True, port: int | None = None, word
     return [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", *options, *words]
 
 
+def trust(notebook: Path) -> None:
+    """Sign a notebook that came with labkit: the page hides pictures of one that nobody has signed, until it is run."""
+    import sqlite3
+
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    try:
+        NotebookNotary().sign(nbformat.read(notebook, as_version=4))
+    except (OSError, sqlite3.Error) as error:
+        print(f"{notebook.name} could not be signed, so its pictures show once it is run: {error}")
+
+
 def lab(
     folder: str | Path = FOLDER,
     *,
@@ -126,6 +139,8 @@ def lab(
     """Copy, say what was done, and run JupyterLab until it ends; its exit code."""
     start = command(Path(folder), browser=browser, port=port, words=words)  # what is missing is said before any copy
     for copied in copy_notebooks(folder, reset=reset):
+        if copied.what != "kept":
+            trust(Path(folder) / copied.name)
         if copied.what != "same":
             print(repr(copied))
     print(f"notebooks: {Path(folder).resolve()}", flush=True)

@@ -1,8 +1,8 @@
 """Plays an engine: requests that keep coming, a pace, pause and single steps. Knows engines and clocks; refuses to know
 who watches.
 
-An engine on a wall clock steps by itself in its own thread, at full speed; here only arrivals are handed in. On a virtual
-clock the player steps it, so many virtual seconds a second.
+An engine on a wall clock steps by itself in its own thread, at full speed; here only arrivals are handed in. On a
+virtual clock the player steps it, so many virtual seconds a second.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ MIXES: dict[str, Draw] = {"short": _short, "mixed": _mixed, "long": _long, "shar
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that come at `rate` a second (Poisson), `num` of them or without an end. `mix` names a kind of prompt, or
-    is a function f(rng) -> (token ids, number of output tokens).
+    """Requests that come at `rate` a second (Poisson), `num` of them or without an end. `mix` names a kind of prompt,
+    or is a function f(rng) -> (token ids, number of output tokens).
 
     >>> Load(rate=4, mix="shared prefix", num=100)
     Load(4 a second, shared prefix, 100 requests)

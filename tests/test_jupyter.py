@@ -115,6 +115,7 @@ def test_folders_that_cannot_be_are_refused(home, copy):
 
 
 def test_jupyterlab_is_started_with_what_was_asked(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     started = []
     monkeypatch.setattr(
         subprocess, "run", lambda words, check: (started.append(words), subprocess.CompletedProcess(words, 3))[1]
@@ -129,6 +130,23 @@ def test_jupyterlab_is_started_with_what_was_asked(monkeypatch, tmp_path, capsys
     assert (folder / "02_block_tables.ipynb").exists()
     with pytest.raises(SystemExit):
         main(["lab", "--prot", "3"])
+
+
+def test_copies_are_signed_so_that_their_pictures_show_and_edited_ones_are_not(monkeypatch, tmp_path):
+    import nbformat
+    from nbformat.sign import NotebookNotary
+
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setattr(subprocess, "run", lambda words, check: subprocess.CompletedProcess(words, 0))
+    folder = tmp_path / "mine"
+    lab.lab(folder)
+    path = folder / "02_block_tables.ipynb"
+    assert NotebookNotary().check_signature(nbformat.read(path, as_version=4))
+    edited = nbformat.read(path, as_version=4)
+    edited.cells[1].source = "1 + 1"
+    nbformat.write(edited, path)
+    lab.lab(folder)
+    assert not NotebookNotary().check_signature(nbformat.read(path, as_version=4))
 
 
 def test_without_jupyterlab_nothing_is_copied_and_the_extra_is_named(monkeypatch, tmp_path, capsys):

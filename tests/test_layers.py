@@ -116,6 +116,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "cli": {"labkit_kernels"},
     "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},
+    "jupyter": {"nbformat"},
     "doctor": {"torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels"},
     "magics": {"IPython", "numpy"},
     "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},

@@ -1,4 +1,4 @@
-"""What is committed of the notebooks: run in order, small, free of widget state and of errors; each ends in two exercises."""
+"""What is committed of the notebooks: run in order, small, no widget state, no errors; two exercises at the end."""
 
 import json
 import re
@@ -50,7 +50,9 @@ def test_it_asserts_what_it_teaches_and_ends_in_two_exercises(notebook):
     exercises = next(i for i, source in enumerate(text) if "## Exercise" in source)
     rest = text[exercises:]
     assert sum("assert " in source for source in rest) >= 2
-    assert re.search(r"\*\*1[.*]|Exercise 1|1\.", "\n".join(rest)) and re.search(r"\*\*2[.*]|Exercise 2|2\.", "\n".join(rest))
+    assert re.search(r"\*\*1[.*]|Exercise 1|1\.", "\n".join(rest)) and re.search(
+        r"\*\*2[.*]|Exercise 2|2\.", "\n".join(rest)
+    )
 
 
 def test_cells_are_short(notebook):

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from labkit.bench.workload import Workload
 from labkit.core.log import EventLog
-from labkit.core.options import flag, whole
+from labkit.core.options import flag, real, whole
 from labkit.core.params import SamplingParams
 from labkit.engine import Engine
 from labkit.study.history import CURVES, History, rolling, thin
@@ -96,12 +96,17 @@ class Experiment:
         self.metrics[name] = function
         return function
 
-    def run(self, *, live: bool | str = False, progress: bool = True) -> Study:
+    def run(self, *, live: bool | str = False, speed: float | None = None, progress: bool = True) -> Study:
         """Serve every setting. Interrupted, it gives what was measured so far.
 
         `live` draws the rolling hit rate of every setting while it is served, or another of "output_tokens_per_s",
-        "used_blocks", "waiting", "running"."""
+        "used_blocks", "waiting", "running". `speed` is how many simulated seconds pass in a second, to watch them; as
+        many as can without it."""
         flag("progress", progress)
+        if speed is not None:
+            real("speed", speed, least=0.0, open_left=True)
+            if self.model is not None or "model" in self.grid:
+                raise ValueError("speed is of a virtual clock: a model takes the time it takes")
         planned = [(seed, *setting) for setting in settings_of(self.grid) for seed in range(self.repeats)]
         view = self._open_live(live, planned)
         runs: list[Run] = []
@@ -110,7 +115,7 @@ class Experiment:
                 history = History()
                 if view:
                     view.watch(_name_of(names), history, self._workload(values, seed))
-                runs.append(self._serve(values, names, seed, history))
+                runs.append(self._serve(values, names, seed, history, speed))
         except KeyboardInterrupt:
             pass  # the study says that it was stopped
         finally:
@@ -124,7 +129,7 @@ class Experiment:
             num_planned=len(planned),
         )
 
-    def _serve(self, values: Setting, names: dict[str, Any], seed: int, history: History) -> Run:
+    def _serve(self, values: Setting, names: dict[str, Any], seed: int, history: History, speed: float | None) -> Run:
         """One setting, once. Whatever goes wrong in it is its result: the others are served all the same."""
         log = EventLog(keep=None) if self.metrics else None
         engine: Engine | None = None
@@ -133,7 +138,7 @@ class Experiment:
             workload = self._workload(values, seed)
             if engine.worker is not None:  # the first step of a model is slower than all that follow
                 engine.generate([[1, 2, 3]], _WARM_UP)
-            served = serve(workload, engine, history)
+            served = serve(workload, engine, history, speed)
             measured = {name: _number(name, function(engine.log)) for name, function in self.metrics.items()}
         except Exception as error:
             return Run(names, seed, f"{type(error).__name__}: {error}")

@@ -4,6 +4,7 @@ times; refuses to know which settings are being compared.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,8 @@ class _Conversations:
             self.submit(j, prompt, (ended.finished_at or 0) / 1e9 + ask.arrival)
 
 
-def serve(workload: Workload, engine: Engine, history: History | None = None) -> Served:
-    """Serve all of it, on whatever clock the engine has.
+def serve(workload: Workload, engine: Engine, history: History | None = None, speed: float | None = None) -> Served:
+    """Serve all of it, on whatever clock the engine has; a virtual one passes at most `speed` seconds a second.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=256))
@@ -85,6 +86,7 @@ def serve(workload: Workload, engine: Engine, history: History | None = None) ->
     history = history if history is not None else History()
     history.begin = talks.begin
     leave = engine.log.subscribe(history)
+    start = time.perf_counter()
     looks: list[tuple[float, float]] = []  # (share of empty places, used blocks)
     try:
         talks.open()
@@ -94,6 +96,9 @@ def serve(workload: Workload, engine: Engine, history: History | None = None) ->
             if outputs.step % LOOK_EVERY == 0:
                 stats = blocks.stats()
                 looks.append((stats.waste, stats.used_blocks))
+            if speed is not None:
+                due = start + (engine.clock.now() - talks.begin) / 1e9 / speed
+                time.sleep(max(0.0, due - time.perf_counter()))
     finally:
         leave()
     asked = blocks.num_queried_tokens - queried

@@ -103,8 +103,8 @@ def _settings(dashboard: Any, w: Any) -> Any:
     mix = menu("prompts", tuple(player.mixes), load.mix_name if load else "mixed")
     budget = w.IntSlider(value=scheduler.max_num_batched_tokens, min=1, max=max(2048, scheduler.max_num_batched_tokens),
                          description="budget", style=WIDE, layout=wide, continuous_update=False)  # fmt: skip
-    rows = w.IntSlider(value=scheduler.max_num_seqs, min=1, max=scheduler.width, description="rows", style=WIDE, layout=wide,
-                       continuous_update=False)  # fmt: skip
+    rows = w.IntSlider(value=scheduler.max_num_seqs, min=1, max=scheduler.width, description="rows", style=WIDE,
+                       layout=wide, continuous_update=False)  # fmt: skip
     order = menu("order", ORDERS, name_of(scheduler.queue.order))
     eviction = menu("eviction", EVICTIONS, name_of(blocks.eviction))
     preemption = menu("preemption", ("recompute", "swap", "auto"), scheduler.preemption)

@@ -79,6 +79,7 @@ class Dashboard:
     def play(self) -> Dashboard:
         self._driven().play()
         self._follow()
+        self.draw()
         return self
 
     def pause(self) -> None:
@@ -109,7 +110,7 @@ class Dashboard:
         return until_over().__await__()
 
     def stop(self) -> None:
-        """The end of playing: the last picture stays, and a still one beside it for whoever opens the notebook later."""
+        """The end of playing: the last picture stays, and a still one for whoever opens the notebook later."""
         if self.player is not None:
             self.player.stop()
         self.draw()

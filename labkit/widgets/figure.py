@@ -1,8 +1,8 @@
 """The dashboard's one figure: six panels, every trace made once, whole windows sent again at each update. Knows columns
 and segments; refuses to know where they come from.
 
-A figure widget sends its whole program to the page (5 MB), so there is one, with panels. Arrays are float32 or uint8: they
-travel as bytes. Colours of axes and text are half grey: they are read on a light and on a dark page.
+A figure widget sends its whole program to the page (5 MB), so there is one, with panels. Arrays are float32 or uint8:
+they travel as bytes. Colours of axes and text are half grey: they are read on a light and on a dark page.
 """
 
 from __future__ import annotations
@@ -56,17 +56,30 @@ def build() -> Any:
     except ImportError as error:
         raise ImportError(f"a dashboard needs {error.name}: pip install 'labkit[lab]'") from error
     grid = make_subplots(
-        rows=3, cols=2, specs=[[{}, {}], [{}, {"secondary_y": True}], [{}, {}]], row_heights=[0.29, 0.29, 0.42],
-        horizontal_spacing=0.11, vertical_spacing=0.115, subplot_titles=[_title(*title) for title in TITLES],
-    )  # fmt: skip
+        rows=3,
+        cols=2,
+        specs=[[{}, {}], [{}, {"secondary_y": True}], [{}, {}]],
+        row_heights=[0.29, 0.29, 0.42],
+        horizontal_spacing=0.11,
+        vertical_spacing=0.115,
+        subplot_titles=[_title(*title) for title in TITLES],
+    )
     for name, (panel, _, color) in AREAS.items():
         grid.add_trace(
             go.Scatter(
-                name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", line={"width": 0, "color": color, "shape": "hv"},
-                fillcolor=color, stackgroup=str(panel), hovertemplate="%{y:.4~g} " + name + "<extra></extra>",
+                name=name,
+                meta=name,
+                x=_EMPTY,
+                y=_EMPTY,
+                mode="lines",
+                line={"width": 0, "color": color, "shape": "hv"},
+                fillcolor=color,
+                stackgroup=str(panel),
+                hovertemplate="%{y:.4~g} " + name + "<extra></extra>",
             ),
-            row=(panel + 1) // 2, col=2 - panel % 2,
-        )  # fmt: skip
+            row=(panel + 1) // 2,
+            col=2 - panel % 2,
+        )
     for name, color, dash, second in (
         ("tokens/s", COLORS["blue"], "solid", False),
         ("first token p50", COLORS["green"], "solid", True),
@@ -77,26 +90,52 @@ def build() -> Any:
         unit = "%{y:.4~g} " if not second else "%{y:.3~s}s "
         grid.add_trace(
             go.Scatter(
-                name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", connectgaps=True, hovertemplate=unit + name + "<extra></extra>",
+                name=name,
+                meta=name,
+                x=_EMPTY,
+                y=_EMPTY,
+                mode="lines",
+                connectgaps=True,
+                hovertemplate=unit + name + "<extra></extra>",
                 line={"width": 1.6, "color": color, "dash": dash},
             ),
-            row=2, col=2, secondary_y=second,
-        )  # fmt: skip
+            row=2,
+            col=2,
+            secondary_y=second,
+        )
     grid.add_trace(
         go.Heatmap(
-            name="tables", meta="tables", z=np.zeros((1, 1), np.uint8), zmin=0, zmax=len(CELLS) - 1, showscale=False, xgap=1, ygap=1,
-            colorscale=_steps([color for _, color in CELLS]), hovertemplate="row %{y}, block %{x}<extra></extra>",
+            name="tables",
+            meta="tables",
+            z=np.zeros((1, 1), np.uint8),
+            zmin=0,
+            zmax=len(CELLS) - 1,
+            showscale=False,
+            xgap=1,
+            ygap=1,
+            colorscale=_steps([color for _, color in CELLS]),
+            hovertemplate="row %{y}, block %{x}<extra></extra>",
         ),
-        row=3, col=1,
-    )  # fmt: skip
+        row=3,
+        col=1,
+    )
     for kind in BARS:
         grid.add_trace(
             go.Bar(
-                name=kind, meta=f"{kind} bar", x=_EMPTY, y=_EMPTY, base=_EMPTY, orientation="h", width=0.78, marker={"color": _bar_color(kind)},
-                hovertext=(), hovertemplate="%{hovertext}<extra></extra>",
+                name=kind,
+                meta=f"{kind} bar",
+                x=_EMPTY,
+                y=_EMPTY,
+                base=_EMPTY,
+                orientation="h",
+                width=0.78,
+                marker={"color": _bar_color(kind)},
+                hovertext=(),
+                hovertemplate="%{hovertext}<extra></extra>",
             ),
-            row=3, col=2,
-        )  # fmt: skip
+            row=3,
+            col=2,
+        )
     figure = go.FigureWidget(grid)
     figure._config = {**figure._config, "displayModeBar": False, "displaylogo": False}
     _lay_out(figure)
@@ -140,8 +179,8 @@ def _lay_out(figure: Any) -> None:
     figure.update_yaxes(title={"text": "row", "font": {"size": 11}, "standoff": 2}, showgrid=False, row=3, col=1)
     figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"size": 10}, rangemode="normal", row=3, col=2)
     ticks = [digit * 10.0**power for power in range(-5, 4) for digit in (1, 3)]
-    figure.update_yaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[seconds(tick) for tick in ticks], rangemode="normal",
-                        secondary_y=True, row=2, col=2)  # fmt: skip
+    figure.update_yaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[seconds(tick) for tick in ticks],
+                        rangemode="normal", secondary_y=True, row=2, col=2)  # fmt: skip
     figure.update_layout(
         template="none", height=660, autosize=True, showlegend=False, barmode="overlay", bargap=0,
         margin={"l": 52, "r": 52, "t": 34, "b": 38}, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
@@ -163,17 +202,22 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
         _speed(traces, window)
         z = cells(feed, upto)
         traces["tables"].z = z
-        for kind in BARS:
-            begin, length, lane, about = bars[kind]
-            traces[f"{kind} bar"].update(x=length, y=lane, base=begin, hovertext=about, overwrite=True)
+        for kind, found in bars.items():
+            traces[f"{kind} bar"].update(
+                x=np.array([segment.seconds for _, segment in found], np.float32),
+                base=np.array([segment.begin / 1e9 for _, segment in found], np.float32),
+                y=np.array([lane for lane, _ in found], np.float32),
+                hovertext=[_says(segment) for _, segment in found],
+                overwrite=True,
+            )
         if len(window):
             begin, end = float(window.time[0]), float(window.time[-1])
             for axis in ("xaxis", "xaxis2", "xaxis3", "xaxis4"):
                 figure.layout[axis].range = (begin, max(end, begin + 1e-3))
-            since = min((float(b[0].min()) for b in bars.values() if len(b[0])), default=begin)
+            since = min((segment.begin / 1e9 for found in bars.values() for _, segment in found), default=begin)
             figure.layout.xaxis6.range = (since, max(end, since + 1e-3))
-        figure.layout.yaxis7.update(tickmode="array", tickvals=list(range(len(names))), ticktext=names,
-                                    range=(max(len(names), 8) - 0.4, -0.6))  # fmt: skip
+        lanes_shown = {"tickvals": list(range(len(names))), "ticktext": list(map(_short, names))}
+        figure.layout.yaxis7.update(tickmode="array", range=(max(len(names), 8) - 0.4, -0.6), **lanes_shown)
 
 
 def _speed(traces: dict[str, Any], window: Window) -> None:
@@ -197,7 +241,7 @@ def _speed(traces: dict[str, Any], window: Window) -> None:
 
 
 def cells(feed: Feed, upto: int | None = None) -> np.ndarray:
-    """uint8 [rows, blocks]: what each logical block of each row holds. Wide tables are cut, and end in their last block."""
+    """uint8 [rows, blocks]: what each logical block of each row holds; long tables are cut."""
     tokens, cached = feed.table(upto)
     size = feed.block_size
     num_rows = min(MOST_ROWS, max(8, int(np.flatnonzero(tokens)[-1]) + 1 if tokens.any() else 8))
@@ -212,28 +256,19 @@ def cells(feed: Feed, upto: int | None = None) -> np.ndarray:
     return z
 
 
-Bars = tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]  # begin, length, lane, what it says
+Bars = list[tuple[int, Segment]]  # (lane, what is drawn on it)
 
 
 def lanes(segments: Sequence[Segment], since: float) -> tuple[list[str], dict[str, Bars]]:
-    """The latest requests that were there after `since`, a lane each; and their bars by kind."""
-    alive: dict[str, None] = {}
-    for segment in segments:
-        if segment.end / 1e9 >= since:
-            alive[segment.request] = None
-    names = list(alive)[-MOST_LANES:]
+    """The latest requests that were there after `since` (s), a lane each; and what they did, by kind."""
+    recent = [segment for segment in segments if segment.end / 1e9 >= since]
+    names = list(dict.fromkeys(segment.request for segment in recent))[-MOST_LANES:]
     lane_of = {name: i for i, name in enumerate(names)}
-    shown = [segment for segment in segments if segment.request in lane_of and segment.end / 1e9 >= since][-MOST_BARS:]
-    bars: dict[str, Bars] = {}
-    for kind in BARS:
-        mine = [segment for segment in shown if segment.kind == kind]
-        bars[kind] = (
-            np.array([segment.begin / 1e9 for segment in mine], np.float32),
-            np.array([segment.seconds for segment in mine], np.float32),
-            np.array([lane_of[segment.request] for segment in mine], np.float32),
-            [_says(segment) for segment in mine],
-        )
-    return [_short(name) for name in names], bars
+    bars: dict[str, Bars] = {kind: [] for kind in BARS}
+    for segment in [segment for segment in recent if segment.request in lane_of][-MOST_BARS:]:
+        if segment.kind in bars:
+            bars[segment.kind].append((lane_of[segment.request], segment))
+    return names, bars
 
 
 def _says(segment: Segment) -> str:

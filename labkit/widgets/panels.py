@@ -1,5 +1,5 @@
-"""The dashboard's words and numbers: the strip of figures, the machine, and the still picture that stays in a notebook. Knows
-a feed and HTML; refuses to know widgets."""
+"""The dashboard's words and numbers: the strip of figures, the machine, and the still picture that stays in a notebook.
+Knows a feed and HTML; refuses to know widgets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from labkit.widgets import svg
 from labkit.widgets.feed import Feed
-from labkit.widgets.figure import AREAS, BARS, CELLS, cells, lanes
+from labkit.widgets.figure import AREAS, CELLS, cells, lanes
 from labkit.widgets.style import COLORS, SEGMENT_COLOR, STYLE, key, legend, num_bytes, seconds
 
 STRIP = """
@@ -129,7 +129,8 @@ def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
     parts.append(_tables(feed, upto))
     parts.append(_timeline(feed, upto))
     head = f'<span class="h">{escape(title)}</span> <span class="q">still picture</span>'
-    return f'<div class="lk wide"><style>{STYLE}{STRIP}</style><details open><summary>{head}</summary>{"".join(parts)}</details></div>'
+    inside = f"<details open><summary>{head}</summary>{''.join(parts)}</details>"
+    return f'<div class="lk wide"><style>{STYLE}{STRIP}</style>{inside}</div>'
 
 
 def _color_name(color: str) -> str:
@@ -153,28 +154,22 @@ def _tables(feed: Feed, upto: int | None) -> str:
 
 def _timeline(feed: Feed, upto: int | None) -> str:
     names, bars = lanes(feed.segments(upto), 0.0)
-    begins = [bars[kind][0].min() for kind in BARS if len(bars[kind][0])]
-    if not begins:
+    drawn = [(lane, segment) for found in bars.values() for lane, segment in found]
+    if not drawn:
         return ""
-    begin, end = float(min(begins)), max(feed.now(upto) / 1e9, float(min(begins)) + 1e-6)
+    begin = min(segment.begin for _, segment in drawn) / 1e9
+    end = max(feed.now(upto) / 1e9, begin + 1e-6)
     left, right, tall = 76, 8, 15
     scale = (svg.WIDTH - left - right) / (end - begin)
     shapes = [svg.time_axis(end, left, svg.WIDTH - left - right, len(names) * tall + 2, begin=begin)]
-    for i, name in enumerate(names):
-        shapes.append(svg.text(left - 6, i * tall + 11, name.replace("&lt;", "<").replace("&amp;", "&"), "e"))
-    for kind in BARS:
-        for x, wide, lane, about in zip(*bars[kind], strict=True):
-            words = about.replace("<b>", "").replace("</b>", "").replace("<br>", ": ").replace("&lt;", "<")
-            shapes.append(
-                svg.rect(
-                    left + (x - begin) * scale,
-                    lane * tall + 1,
-                    max(wide * scale, 0.7),
-                    tall - 3,
-                    SEGMENT_COLOR[kind],
-                    words.replace("&amp;", "&"),
-                )  # fmt: skip
-            )
-    keys = [key(kind, SEGMENT_COLOR[kind]) for kind in BARS if len(bars[kind][0])]
+    shapes += [
+        svg.text(left - 6, i * tall + 11, name if len(name) <= 9 else f"{name[:8]}\u2026", "e")
+        for i, name in enumerate(names)
+    ]
+    for lane, segment in drawn:
+        x, wide = left + (segment.begin / 1e9 - begin) * scale, max(segment.seconds * scale, 0.7)
+        about = f"{segment.request} {segment.kind}, {seconds(segment.seconds)}: {segment.why}"
+        shapes.append(svg.rect(x, lane * tall + 1, wide, tall - 3, SEGMENT_COLOR[segment.kind], about))
+    keys = [key(kind, SEGMENT_COLOR[kind]) for kind, found in bars.items() if found]
     picture = svg.svg(svg.WIDTH, len(names) * tall + 20, *shapes, alt="timeline of requests")
     return f'<p><span class="h">timeline</span></p>{legend(keys)}{picture}'

@@ -41,8 +41,9 @@ def jupyter(folder: Path, dark: bool = False) -> Iterator[str]:
     }
     command = [
         sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", "--port=0", "--allow-root",
-        f"--IdentityProvider.token={token}", f"--notebook-dir={folder / 'notebooks'}", "--LabApp.expose_app_in_browser=True",
-        "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        f"--IdentityProvider.token={token}", f"--notebook-dir={folder / 'notebooks'}",
+        "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]  # fmt: skip
     _settle(Path(homes["JUPYTER_CONFIG_DIR"]), dark)
     log = open(folder / "jupyter.log", "w")  # noqa: SIM115  closed below
@@ -119,16 +120,17 @@ class Page:
     def wait_until_ran(self, seconds: float = 120) -> None:
         """Every code cell has a number, and none is waiting."""
         self.page.wait_for_function(
-            "() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(x => x.textContent);"
-            " return prompts.length && prompts.every(x => /\\[\\d+\\]/.test(x)) }",
+            "() => { const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')]"
+            ".map(x => x.textContent); return prompts.length && prompts.every(x => /\\[\\d+\\]/.test(x)) }",
             timeout=seconds * 1e3,
         )
 
     def points(self, trace: str = "used") -> int:
         """How many points a trace of the live figure has."""
         return self.page.evaluate(
-            "([figure, trace]) => { const plot = document.querySelector(figure); if (!plot || !plot._fullData) return -1;"
-            " const found = plot._fullData.find(x => x.meta === trace); return found && found.x ? found.x.length : 0 }",
+            "([figure, trace]) => { const plot = document.querySelector(figure);"
+            " if (!plot || !plot._fullData) return -1; const found = plot._fullData.find(x => x.meta === trace);"
+            " return found && found.x ? found.x.length : 0 }",
             [FIGURE, trace],
         )
 

@@ -1,4 +1,5 @@
-"""The dashboard in a real browser: it grows, pauses, steps, stops, and is still there when the notebook is opened again."""
+"""The dashboard in a real browser: it grows, pauses, steps, stops, and is still there when the notebook is opened
+again."""
 
 import pytest
 

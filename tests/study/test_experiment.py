@@ -215,6 +215,20 @@ def test_interrupted_it_keeps_what_was_measured():
     assert study.frame().num_blocks.tolist() == [48]
 
 
+def test_a_simulation_can_be_slowed_down_to_be_watched():
+    import time
+
+    exp = lk.Experiment(SHARED, {"rows": [8]})
+    begin = time.perf_counter()
+    study = exp.run(speed=10, progress=False)
+    assert time.perf_counter() - begin >= study.frame().makespan[0] / 10
+    assert study.frame().equals(exp.run(progress=False).frame()), "and is the same"
+    with pytest.raises(ValueError, match="speed"):
+        exp.run(speed=0)
+    with pytest.raises(ValueError, match="a model takes the time it takes"):
+        lk.Experiment(SHARED, model="embedded").run(speed=10)
+
+
 def test_progress_is_quiet_for_what_is_quick_and_names_its_unit(capsys):
     lk.Experiment(SHARED, {"num_blocks": [64]}).run()
     assert "run" not in capsys.readouterr().out
