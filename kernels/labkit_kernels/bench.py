@@ -118,12 +118,13 @@ class Report(Rows):
 def bench(
     op: Op | str,
     variants: Sequence[str] | None = None,
-    cases: Sequence[str | Case] | None = None,
+    cases: Sequence[str | Case | tuple[int, ...]] | None = None,
     device: str | torch.device | None = None,
     dtypes: Sequence[torch.dtype] | None = None,
     machine: Machine | None = None,
 ) -> Report:
-    """Time variants (None: the reference and all that run here) on cases (None: the op's timed ones).
+    """Time variants (None: the reference and all that run here) on cases (None: the op's timed ones): by name, by sizes
+    (see `Op.case`), or `Case`s.
 
     A `machine` that was measured before is not measured again.
     """
@@ -143,7 +144,7 @@ def bench(
     return Report(tuple(rows))
 
 
-def _cases(op: Op, wanted: Sequence[str | Case] | None) -> list[Case]:
+def _cases(op: Op, wanted: Sequence[str | Case | tuple[int, ...]] | None) -> list[Case]:
     listed = list(op.cases())
     if wanted is None:
         return [case for case in listed if case.timed] or listed
@@ -151,7 +152,8 @@ def _cases(op: Op, wanted: Sequence[str | Case] | None) -> list[Case]:
     unknown = [one for one in wanted if isinstance(one, str) and one not in named]
     if unknown:
         raise ValueError(f"op {op.name} has no case {unknown[0]!r}: it has {', '.join(map(repr, named))}")
-    return [named[one] if isinstance(one, str) else one for one in wanted]
+    made = [op.case(*one) if isinstance(one, tuple) else one for one in wanted]
+    return [named[one] if isinstance(one, str) else one for one in made]
 
 
 def _unsound(op: Op, name: str, device: str, dtype: torch.dtype) -> tuple[str, str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -57,6 +58,7 @@ class Op:
 
     `cases()` yields `check.Case`s; `tolerance(dtype)` says how far a variant may be off, and why (`compare` where a
     plain difference is not the measure); `traffic(*args)` and `flops(*args)` count what one call must move and compute.
+    `sized(*sizes)` makes a case of a size that the listed ones do not have, where a few numbers say it all.
     `sources` names the modules of a device that register its variants; they are imported when that device first asks.
     """
 
@@ -70,11 +72,12 @@ class Op:
         traffic: Callable[..., int] | None = None,
         flops: Callable[..., int] | None = None,
         compare: Callable[[Any, Any, Any], float] | None = None,
+        sized: Callable[..., Any] | None = None,
         home: str,
         sources: dict[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.name, self.reference, self.cases, self.tolerance = name, reference, cases, tolerance
-        self.traffic, self.flops, self.compare, self.home = traffic, flops, compare, home
+        self.traffic, self.flops, self.compare, self.sized, self.home = traffic, flops, compare, sized, home
         self.sources = dict(sources or {})
         self.variants: dict[str, Variant] = {"reference": Variant("reference", reference)}
         self.checked: dict[str, Any] = {}  # variant -> the latest report of its check
@@ -146,6 +149,15 @@ class Op:
             return function
 
         return register
+
+    def case(self, *sizes: int) -> Any:
+        """A case of these sizes: `rms_norm.case(512, 2048)`."""
+        if self.sized is None:
+            raise ValueError(f"op {self.name} is not made by sizes: name one of its cases, or make a Case")
+        named = list(inspect.signature(self.sized).parameters)
+        if len(sizes) != len(named) or not all(type(size) is int and size > 0 for size in sizes):
+            raise ValueError(f"a case of {self.name} is made by {', '.join(named)}, got {sizes}")
+        return self.sized(*sizes)
 
     def load(self, device: str) -> None:
         """Import the modules that register this device's variants."""

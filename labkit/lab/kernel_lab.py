@@ -73,16 +73,18 @@ class KernelLab:
 
     def bench(
         self,
-        shapes: Sequence[str | Case] | str | Case | None = None,
+        shapes: Any = None,
         dtypes: Sequence[Any] | None = None,
         variants: Sequence[str] | None = None,
     ) -> Times:
         """Time variants (None: all that run here) that pass their check, beside this machine's limit.
 
-        `shapes` are names of cases (`lab.shapes` are those that None takes) or `labkit_kernels.Case`s of your own.
+        `shapes` are names of cases (`lab.shapes` are those that None takes), sizes such as (512, 2048), or
+        `labkit_kernels.Case`s of your own; one of them, or a list.
         """
         names = [variants] if isinstance(variants, str) else variants
-        chosen = [shapes] if isinstance(shapes, (str, Case)) else shapes
+        alone = isinstance(shapes, (str, Case)) or (isinstance(shapes, tuple) and isinstance(shapes[0], int))
+        chosen = [shapes] if alone else shapes
         found = bench(self.op, names, chosen, self.device, dtypes_of(dtypes), self.machine)
         self.latest.pop("roofline", None)  # it showed an earlier one
         return self._keep("bench", found)
@@ -111,7 +113,7 @@ class KernelLab:
 
     def roofline(
         self,
-        shapes: Sequence[str | Case] | str | Case | None = None,
+        shapes: Any = None,
         dtypes: Sequence[Any] | None = None,
         variants: Sequence[str] | None = None,
     ) -> Roofline:

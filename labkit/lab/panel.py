@@ -65,6 +65,13 @@ class Panel:
                 self.results,
             ]
         )
+        for name, part in (
+            ("panel", self.box),
+            ("run", self.button),
+            ("status", self.status),
+            ("results", self.results),
+        ):
+            part.add_class(f"labkit-kernel-{name}")
         self._offer()
         self.op.observe(lambda change: self._change_op(change["new"]), names="value")
         self.button.on_click(lambda _: self.start())

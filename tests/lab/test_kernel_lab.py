@@ -1,6 +1,7 @@
 """An op on the bench: by method as by hand, a roofline that is what was measured, and pictures that show it."""
 
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -44,6 +45,28 @@ def test_shapes_are_the_timed_cases_and_variants_those_that_run_here():
     lab = lk.kernel_lab("silu_mul")
     assert lab.shapes == ["1x14336", "64x14336", "1024x14336"]
     assert "reference" in lab.variants and ("triton" in lab.variants) == torch.cuda.is_available()
+
+
+def test_shapes_are_names_sizes_or_cases_one_or_several():
+    lab = lk.kernel_lab("rms_norm")
+    options = {"dtypes": ["float32"], "variants": ["reference"]}
+    assert [row.case for row in lab.bench((9, 40), **options)] == ["9x40"]
+    assert [row.case for row in lab.bench([(9, 40), "1x4096", small("3x5")], **options)] == ["9x40", "1x4096", "3x5"]
+    with pytest.raises(ValueError, match=r"a case of rms_norm is made by rows, size, got \(9,\)"):
+        lab.bench((9,), **options)
+    with pytest.raises(ValueError, match="rope is not made by sizes"):
+        lk.kernel_lab("rope").bench((9, 40))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "silu_mul", "gelu_mul", "matmul", "linear_invariant"])
+def test_a_case_by_sizes_is_the_listed_one_of_that_name(name):
+    op = get(name)
+    listed = next(case for case in op.cases() if case.timed)
+    numbers = [int(number) for number in re.findall(r"\d+", listed.name)]
+    made = op.case(*numbers)
+    assert made.name == listed.name
+    for one, other in zip(made.inputs("cpu", torch.float32)[0], listed.inputs("cpu", torch.float32)[0], strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_roofline_is_what_the_bench_measured_under_what_the_machine_can(variant):

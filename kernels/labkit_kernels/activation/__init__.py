@@ -17,16 +17,18 @@ SHAPES = [(1, 1), (1, 32), (7, 688), (33, 97), (2, 1025)]
 TIMED = [(1, 14336), (64, 14336), (1024, 14336)]
 
 
+def _case(rows: int, size: int, option: str | None = None) -> Case:
+    def make(device, dtype, generator):
+        x = randn(generator, rows, 2 * size, dtype=dtype, scale=3.0)
+        return (x,) if option is None else (x, option), {}
+
+    return Case(f"{rows}x{size}{f', {option}' if option else ''}", make, timed=(rows, size) in TIMED)
+
+
 def _cases(*options: str) -> Iterator[Case]:
     for rows, size in SHAPES + TIMED:
         for option in options or (None,):
-
-            def make(device, dtype, generator, rows=rows, size=size, option=option):
-                x = randn(generator, rows, 2 * size, dtype=dtype, scale=3.0)
-                return (x,) if option is None else (x, option), {}
-
-            name = f"{rows}x{size}{f', {option}' if option else ''}"
-            yield Case(name, make, timed=(rows, size) in TIMED)
+            yield _case(rows, size, option)
 
     def view(device, dtype, generator):
         return (randn(generator, 3, 5, 96, dtype=dtype)[:, 1:4, 16:80],), {}
@@ -60,6 +62,7 @@ silu_mul = Op(
     tolerance=rounded_once,
     traffic=_traffic,
     flops=_flops,
+    sized=lambda rows, size: _case(rows, size),
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
@@ -70,6 +73,7 @@ gelu_mul = Op(
     tolerance=_gelu_tolerance,
     traffic=_traffic,
     flops=_flops,
+    sized=lambda rows, size: _case(rows, size, "tanh"),
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )

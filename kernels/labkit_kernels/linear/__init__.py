@@ -85,6 +85,17 @@ def _linear_cases() -> Iterator[Case]:
     yield Case("float32 out and norm", wide, dtypes=BF16)
 
 
+def _product(rows: int, depth: int, columns: int) -> Case:
+    def make(device, dtype, generator):
+        return (randn(generator, rows, depth, dtype=dtype), randn(generator, columns, depth, dtype=dtype)), {}
+
+    return Case(f"{rows}x{depth} -> {columns}", make, timed=True)
+
+
+def _product_traffic(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+    return x.element_size() * (x.numel() + weight.numel() + len(x) * len(weight))
+
+
 def _invariant_cases() -> Iterator[Case]:
     for rows, depth, columns in [(1, 64, 32), (3, 40, 70), (70, 130, 33), (65, 64, 200)]:
 
@@ -95,10 +106,7 @@ def _invariant_cases() -> Iterator[Case]:
 
         yield Case(f"{rows}x{depth} -> {columns}", make)
 
-    def timed(device, dtype, generator):
-        return (randn(generator, 256, 4096, dtype=dtype), randn(generator, 4096, 4096, dtype=dtype)), {}
-
-    yield Case("256x4096 -> 4096", timed, timed=True)
+    yield _product(256, 4096, 4096)
 
 
 def _add_cases() -> Iterator[Case]:
@@ -199,8 +207,9 @@ matmul = Op(
     reference=reference.matmul,
     cases=_invariant_cases,
     tolerance=_invariant_tolerance,
-    traffic=lambda x, weight, bias=None: 2 * (x.numel() + weight.numel() + len(x) * len(weight)),
+    traffic=_product_traffic,
     flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
+    sized=_product,
     home=__name__,
 )
 matmul_add = Op(
@@ -208,7 +217,7 @@ matmul_add = Op(
     reference=reference.matmul_add,
     cases=_add_cases,
     tolerance=_invariant_tolerance,
-    traffic=lambda residual, x, weight: 2 * (x.numel() + weight.numel() + 2 * residual.numel()),
+    traffic=lambda residual, x, weight: x.element_size() * (x.numel() + weight.numel() + 2 * residual.numel()),
     flops=lambda residual, x, weight: 2 * x.numel() * len(weight),
     home=__name__,
     sources={"cuda": ("cuda",)},
@@ -218,8 +227,9 @@ linear_invariant = Op(
     reference=reference.linear_invariant,
     cases=_invariant_cases,
     tolerance=_invariant_tolerance,
-    traffic=lambda x, weight, bias=None: 2 * (x.numel() + weight.numel() + len(x) * len(weight)),
+    traffic=_product_traffic,
     flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
+    sized=_product,
     home=__name__,
     sources={"cuda": ("triton",)},
 )

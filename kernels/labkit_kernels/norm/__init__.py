@@ -34,16 +34,19 @@ def _layer_flops(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: flo
     return 7 * x.numel()
 
 
+def _rms_case(rows: int, size: int, residual: bool) -> Case:
+    def make(device, dtype, generator):
+        x = randn(generator, rows, size, dtype=dtype)
+        weight = randn(generator, size, dtype=dtype)
+        return (x, weight, 1e-6, randn(generator, rows, size, dtype=dtype) if residual else None), {}
+
+    return Case(f"{rows}x{size}{' + residual' if residual else ''}", make, timed=(rows, size) in TIMED)
+
+
 def _rms_cases() -> Iterator[Case]:
     for rows, size in SHAPES + TIMED:
         for residual in (False, True):
-
-            def make(device, dtype, generator, rows=rows, size=size, residual=residual):
-                x = randn(generator, rows, size, dtype=dtype)
-                weight = randn(generator, size, dtype=dtype)
-                return (x, weight, 1e-6, randn(generator, rows, size, dtype=dtype) if residual else None), {}
-
-            yield Case(f"{rows}x{size}{' + residual' if residual else ''}", make, timed=(rows, size) in TIMED)
+            yield _rms_case(rows, size, residual)
 
     def heads(device, dtype, generator):
         fused = randn(generator, 5, 8 * 32, dtype=dtype)
@@ -71,15 +74,18 @@ def _rms_cases() -> Iterator[Case]:
     yield Case("vectors that are columns", columns)
 
 
+def _layer_case(rows: int, size: int) -> Case:
+    def make(device, dtype, generator):
+        x = randn(generator, rows, size, dtype=dtype) + 3.0
+        weight, bias = randn(generator, 2, size, dtype=dtype)
+        return (x, weight, bias, 1e-5), {}
+
+    return Case(f"{rows}x{size}", make, timed=(rows, size) in TIMED)
+
+
 def _layer_cases() -> Iterator[Case]:
     for rows, size in SHAPES + TIMED:
-
-        def make(device, dtype, generator, rows=rows, size=size):
-            x = randn(generator, rows, size, dtype=dtype) + 3.0
-            weight, bias = randn(generator, 2, size, dtype=dtype)
-            return (x, weight, bias, 1e-5), {}
-
-        yield Case(f"{rows}x{size}", make, timed=(rows, size) in TIMED)
+        yield _layer_case(rows, size)
 
     def bare(device, dtype, generator):
         return (randn(generator, 7, 2 * 64, dtype=dtype)[:, 64:], None, None, 1e-5), {}
@@ -98,6 +104,7 @@ rms_norm = Op(
     tolerance=rounded_once,
     traffic=_rms_traffic,
     flops=_rms_flops,
+    sized=lambda rows, size: _rms_case(rows, size, False),
     home=__name__,
     sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
@@ -108,6 +115,7 @@ layer_norm = Op(
     tolerance=rounded_once,
     traffic=_layer_traffic,
     flops=_layer_flops,
+    sized=_layer_case,
     home=__name__,
     sources={"cuda": ("triton",)},
 )
