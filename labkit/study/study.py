@@ -139,7 +139,7 @@ class Study:
                             line_color=color,
                             legendgroup=name,
                             showlegend=first,
-                        )  # fmt: skip
+                        )
                     )
             return figure
         if x not in self.names:
