@@ -6,7 +6,7 @@ from __future__ import annotations
 from labkit.core.diff import Diff
 from labkit.widgets import svg
 from labkit.widgets.gantt import choose, gantt, keys
-from labkit.widgets.style import COLORS, fold, legend, plural, seconds, short, table, view
+from labkit.widgets.style import COLORS, legend, plural, seconds, section, short, table, view
 from labkit.widgets.timeline import segments
 
 BETTER_WHEN_LESS = frozenset(("makespan", "TTFT p50", "TTFT p99", "E2E p50", "E2E p99", "preemptions", "steps"))
@@ -95,4 +95,4 @@ def _slower(found: Diff) -> str:
         shapes.append(svg.text(beside[0], y + 12, f"{label}: {said}", beside[1]))
     more = f" <span class=q>the 12 largest of {len(changes):,}</span>" if len(changes) > 12 else ""
     picture = svg.svg(svg.WIDTH, 17 * len(changes[:12]), *shapes)
-    return fold(f"who got slower, who faster{more}", legend([]), picture, is_open=True)
+    return section(f"who got slower, who faster{more}", legend([]), picture, is_open=True)
