@@ -15,7 +15,7 @@ from labkit.core.why import Why
 from labkit.widgets import svg
 from labkit.widgets.gantt import LEFT, RIGHT, gantt, keys
 from labkit.widgets.logs import marker
-from labkit.widgets.style import fold, key, legend, limit_color, plural, seconds, short, table, view
+from labkit.widgets.style import key, legend, limit_color, plural, seconds, section, short, table, view
 from labkit.widgets.timeline import Segment, id_of, log_of, segments
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def waiting_view(story: WaitingStory) -> str:
         '<p class="q">what it did, and those it was behind</p>' if story.behind else '<p class="q">what it did</p>',
         keys(mine),
         gantt(clipped, names, begin, end),
-        fold("hold by hold", _holds(story)),
+        section("hold by hold", _holds(story)),
         about=about,
     )
 

@@ -317,7 +317,10 @@ def test_figures_of_two_runs_are_those_of_their_requests():
         assert kpis["prefix hit rate"] == pytest.approx(eng.blocks.stats().hit_rate)
         assert kpis["output tokens/s"] * kpis["makespan"] == pytest.approx(sum(r.num_output for r in requests))
     html = html_of(found)
-    assert f"They part at event {found.first}" in html and html.count(">r5</text>") == 2
+    assert (
+        f"They part at event {found.first}" in html
+        and html.count(">r5</text>") == html.count("here the two runs part") == 2
+    )
     assert "slower in b" in html and "faster in b" in html
 
 
