@@ -3,13 +3,14 @@ engines' public faces and the registry; refuses to guess what it has not seen.""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import torch
 from labkit_kernels import show
 
+from labkit.core.frames import table
 from labkit.core.options import real, whole
 from labkit.core.params import SamplingParams
 from labkit.engine import Engine
@@ -66,11 +67,7 @@ class Divergence:
         return max(self.layers, key=lambda one: one.largest)
 
     def frame(self) -> pandas.DataFrame:
-        import pandas
-
-        return pandas.DataFrame(
-            [asdict(one) for one in self.layers], columns=list(LayerDifference.__dataclass_fields__)
-        )
+        return table((astuple(one) for one in self.layers), list(LayerDifference.__dataclass_fields__))
 
     # -- words ---------------------------------------------------------------------------------------------------
 

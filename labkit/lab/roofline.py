@@ -4,13 +4,14 @@ limits; measures nothing."""
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from labkit_kernels import show
 from labkit_kernels.bench import Report
 
+from labkit.core.frames import table
 from labkit.lab.draw import COLORS, Plot, around, decades, power, shape_at, short_number
 
 if TYPE_CHECKING:
@@ -53,9 +54,7 @@ class Roofline:
     points: tuple[Point, ...]
 
     def frame(self) -> pandas.DataFrame:
-        import pandas
-
-        return pandas.DataFrame([asdict(p) for p in self.points], columns=list(Point.__dataclass_fields__))
+        return table((astuple(one) for one in self.points), list(Point.__dataclass_fields__))
 
     @property
     def best(self) -> Point:

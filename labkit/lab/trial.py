@@ -6,12 +6,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from labkit_kernels import Op, Report, check, get, show, watched
 
+from labkit.core.frames import table
 from labkit.core.options import whole
 from labkit.core.params import SamplingParams
 
@@ -60,9 +61,7 @@ class Trial:
 
     def frame(self) -> pandas.DataFrame:
         """A row a changed answer."""
-        import pandas
-
-        return pandas.DataFrame([asdict(c) for c in self.changes], columns=list(Change.__dataclass_fields__))
+        return table((astuple(one) for one in self.changes), list(Change.__dataclass_fields__))
 
     def said(self) -> str:
         if not self.num_calls:

@@ -156,3 +156,34 @@ def test_relative_differences_are_by_line_and_nan_is_infinitely_far():
     b = torch.tensor([[3.0, 4.5], [0.0, 0.0], [1.0, float("nan")], [0.0, 1e-9]])
     assert relative(a, b).tolist()[:2] == pytest.approx([0.1, 0.0])
     assert relative(a, b)[2] == float("inf") and relative(a, b)[3] > 1
+
+
+def test_replayed_graphs_give_what_steps_give_and_a_running_engine_goes_on(engine):
+    plain = {"dtype": "float32"}
+    assert lk.divergence(plain | {"graphs": False}, plain | {"graphs": True}, PROMPT, max_tokens=6).identical
+    engine.start()
+    try:
+        assert lk.divergence(engine, {"chunk": 8}, PROMPT, max_tokens=4).same
+        assert engine.is_running
+    finally:
+        engine.pause()
+
+
+def test_what_differs_in_replayed_graphs_only_is_said_to(engine, monkeypatch):
+    """The looked-at runs agree here whatever the plain ones gave: as where only a replay is wrong."""
+    import labkit.lab.side as module
+
+    run, seen = module.Side.run, []
+
+    def garbled(self, eng, ids, params, id=None):
+        handle = run(self, eng, ids, params, id)
+        seen.append(id)
+        if id is None and len(seen) > 2:  # the second side's plain run
+            handle.output = handle.output_array.copy()
+            handle.output[2] += 1
+        return handle
+
+    monkeypatch.setattr(module.Side, "run", garbled)
+    found = lk.divergence(engine, engine, PROMPT, max_tokens=6)
+    assert found.position == 2 and found.only_replayed and "only where steps are replayed as graphs" in repr(found)
+    assert found.tokens[0] != found.tokens[1] and found.worst.largest == 0
