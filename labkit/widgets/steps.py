@@ -70,7 +70,8 @@ def _also(found: Plan) -> str:
     """Joins, leaves and moves of blocks, where there are any."""
     parts = [f"row {join.row} is taken by {short(repr(join.request), 40)}" for join in found.joins[:6]]
     parts += [f"and {len(found.joins) - 6} more join"] * (len(found.joins) > 6)
-    parts += [f"rows {', '.join(map(str, found.leaves[:12]))} are given back"] * bool(found.leaves)
+    if found.leaves:
+        parts.append(f"given back: {plural(len(found.leaves), 'row')} ({', '.join(map(str, found.leaves[:12]))})")
     for name, pairs in (("copied", found.copies), ("swapped out", found.swap_out), ("swapped in", found.swap_in)):
         if len(pairs):
             moves = ", ".join(f"{a}\u2192{b}" for a, b in pairs[:8].tolist()) + ", \u2026" * (len(pairs) > 8)

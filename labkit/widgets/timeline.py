@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkit.core.events import Batch
 from labkit.core.log import EventLog
@@ -30,15 +30,14 @@ ENDS = frozenset(("finished", "aborted", "rejected"))
 WAITS = frozenset(("queued", "preempted", "swapped"))
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """`request` was in one state from `begin` to `end` (ns). An end such as "finished" is a segment of no length."""
 
     request: str
     kind: str
     begin: int
     end: int  # of an open segment: the latest time that the log knows
-    why: str
+    note: str
     step: int  # the step it began in
     limits: tuple[tuple[str, int], ...] = ()  # what held it, longest first: (limit, ns)
     is_open: bool = False
@@ -46,6 +45,14 @@ class Segment:
     @property
     def seconds(self) -> float:
         return (self.end - self.begin) / 1e9
+
+    @property
+    def why(self) -> str:
+        """The note, and what held it for how long."""
+        if not self.limits:
+            return self.note
+        held = "held by " + ", ".join(f"{limit} {ns / 1e9:.4g} s" for limit, ns in self.limits)
+        return f"{self.note}; {held}" if self.note else held
 
     def __repr__(self) -> str:
         over = "..." if self.is_open else f"{self.end / 1e9:.6f} s"
@@ -212,15 +219,11 @@ class Timeline:
         _add(waited, self._running_wait(track, self.now))
         return self._segment(name, track, self.now, waited, is_open=True)
 
-    def _segment(
-        self, name: str, track: _Track, end: int, waited: dict[str, int], is_open: bool = False
-    ) -> Segment:  # fmt: skip
-        limits = tuple(sorted(((limit, ns) for limit, ns in waited.items() if ns > 0), key=lambda item: -item[1]))
-        why = track.why
-        if limits:
-            held = "held by " + ", ".join(f"{limit} {ns / 1e9:.4g} s" for limit, ns in limits)
-            why = f"{why}; {held}" if why else held
-        return Segment(name, track.kind, track.begin, end, why, track.step, limits, is_open)
+    def _segment(self, name: str, track: _Track, end: int, waited: dict[str, int], is_open: bool = False) -> Segment:
+        limits: tuple[tuple[str, int], ...] = ()
+        if waited:
+            limits = tuple(sorted((item for item in waited.items() if item[1] > 0), key=lambda item: -item[1]))
+        return Segment(name, track.kind, track.begin, end, track.why, track.step, limits, is_open)
 
     def _end(self, name: str, kind: str, batch: Batch, why: str) -> None:
         track = self._track(name, batch, "decode")

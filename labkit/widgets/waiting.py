@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.core import frames
@@ -146,7 +146,7 @@ def waiting_view(story: WaitingStory) -> str:
     end = max([s.end for s in mine] + [hold.end for hold in story.holds])
     names = [story.request, *story.behind[:MOST_OTHERS]]
     clipped = [
-        replace(s, begin=max(s.begin, begin), end=min(s.end, end))
+        s._replace(begin=max(s.begin, begin), end=min(s.end, end))
         for s in story.timeline
         if s.end >= begin and s.begin <= end
     ]
