@@ -155,7 +155,7 @@ class Page:
     def wait(self, milliseconds: float) -> None:
         self.page.wait_for_timeout(milliseconds)
 
-    def wait_for(self, what: Any, seconds: float = 20) -> None:
+    def wait_for(self, what: Any, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
         while not what():
             if time.monotonic() > deadline:
@@ -163,17 +163,20 @@ class Page:
                 raise AssertionError(f"not in {seconds} s; the page is in {self.folder / 'failed.png'}")
             self.page.wait_for_timeout(100)
 
-    def seen_growing(self, times: int, seconds: float) -> None:
-        """The live figure reaches further, so many times."""
-        seen: list[float] = []
+    def watch(self) -> None:
+        """From now on the page itself notes each time that the live figure reaches further."""
+        self.page.evaluate(
+            "figure => { window.reached = []; clearInterval(window.watching); window.watching = setInterval(() => {"
+            " const plot = document.querySelector(figure);"
+            " const found = plot && plot._fullData && plot._fullData.find(x => x.meta === 'used');"
+            " const at = found && found.x && found.x.length ? found.x[found.x.length - 1] : -1;"
+            " if (at >= 0 && (!window.reached.length || at > window.reached[window.reached.length - 1]))"
+            " window.reached.push(at) }, 30) }",
+            FIGURE,
+        )
 
-        def grows() -> bool:
-            at = self.last_time() if self.points() > 0 else -1.0
-            if at >= 0 and (not seen or at > seen[-1]):
-                seen.append(at)
-            return len(seen) > times
-
-        self.wait_for(grows, seconds)
+    def seen_growing(self, times: int) -> None:
+        self.wait_for(lambda: self.page.evaluate("() => window.reached.length") > times)
 
     def run_until(self, text: str) -> None:
         """All cells above the first one that holds this text."""
