@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test check lab bench clean
+.PHONY: demo test check lab notebooks bench clean
 
 demo: $(VENV)/.base
 	$(BIN)/labkit demo
@@ -20,6 +20,9 @@ check: $(VENV)/.dev
 
 lab: $(VENV)/.dev
 	$(BIN)/labkit lab $(LAB_ARGS)
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
 bench: $(VENV)/.base
 	$(BIN)/labkit bench scheduler $(BENCH_ARGS)

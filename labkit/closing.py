@@ -56,3 +56,6 @@ class LeakReport(NamedTuple):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)
+
+    def _repr_html_(self) -> str | None:
+        return mimebundle(self).get("text/html")

@@ -12,6 +12,12 @@ from html import escape
 
 # Okabe and Ito's colours, told apart by colour-blind eyes; black and yellow vanish on one of the two backgrounds.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+GREY, CLEAR = "#808080", "rgba(0,0,0,0)"  # legible on white and on black; no background of its own
+AXIS = {"linecolor": GREY, "tickcolor": GREY, "gridcolor": "rgba(128,128,128,.2)", "zeroline": False}
+LAYOUT = {  # of a plotly figure, for a light page and a dark one
+    "template": "simple_white", "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": GREY, "size": 13},
+    "xaxis": AXIS, "yaxis": {**AXIS, "showgrid": True, "rangemode": "tozero"},
+}  # fmt: skip
 STYLE = """<style>
 .lk-drawn{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
 max-width:900px}

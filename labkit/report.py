@@ -8,17 +8,21 @@ from html import escape
 
 from labkit.core.events import Step
 from labkit.core.log import EventLog
-from labkit.widgets.style import COLORS
+from labkit.widgets import style
+from labkit.widgets.runs import run, run_view
 from labkit.widgets.svg import Series, stacked
 
-STYLE = """
+STYLE = (
+    style.STYLE
+    + """
 body{font:15px/1.5 system-ui,sans-serif;max-width:920px;margin:2em auto;padding:0 1em;color:#222;background:#fff}
-h1{font-size:1.5em}h2{font-size:1.1em;margin:1.6em 0 .2em}p{margin:.2em 0;color:#555}
+h1{font-size:1.5em}h2{font-size:1.1em;margin:1.6em 0 .2em}
 .kpis{display:flex;flex-wrap:wrap;gap:.8em;margin:1em 0}.kpi{border:1px solid #8884;border-radius:8px;padding:.5em 1em}
-.kpi b{display:block;font-size:1.3em}.key{display:inline-block;width:.8em;height:.8em;margin:0 .3em 0 1em}
-svg{width:100%;height:auto}text{font-size:12px;fill:currentColor}pre{white-space:pre-wrap;background:#8881;padding:.8em}
-@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}p{color:#aaa}}
+.kpi b{display:block;font-size:1.3em}svg{width:100%;height:auto}svg text{font-size:12px;fill:currentColor}
+pre{white-space:pre-wrap;background:#8881;padding:.8em}
+@media(prefers-color-scheme:dark){body{background:#181818;color:#ddd}}
 """
+)
 
 
 def page(title: str, kpis: dict[str, str], log: EventLog, notes: Sequence[tuple[str, str]] = ()) -> str:
@@ -46,6 +50,7 @@ def page(title: str, kpis: dict[str, str], log: EventLog, notes: Sequence[tuple[
         _section("Tokens a step", "one budget: prompts are cut into chunks between the decode rows", tokens, at),
         _section("Requests", "rows in the batch, and the queue", rows, at),
     ]
+    parts.append(f"<h2>Who did what when</h2>{style.inner(run_view(run(log)))}")
     for heading, text in notes:
         parts.append(f"<h2>{escape(heading)}</h2><pre>{escape(text)}</pre>")
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
@@ -53,5 +58,6 @@ def page(title: str, kpis: dict[str, str], log: EventLog, notes: Sequence[tuple[
 
 
 def _section(title: str, what: str, series: list[Series], at: Sequence[float]) -> str:
-    keys = "".join(f'<span class=key style="background:{COLORS[color]}"></span>{label}' for label, color, _ in series)
-    return f"<h2>{escape(title)}</h2><p>{escape(what)}{keys}</p>{stacked(series, at)}"
+    keys = style.legend(style.key(label, style.COLORS[color]) for label, color, _ in series)
+    about = f'<p class="q">{escape(what)}</p>'
+    return f'<h2>{escape(title)}</h2><div class="lk">{about}{keys}{stacked(series, at)}</div>'

@@ -51,7 +51,7 @@ def _section(result: dict[str, Any]) -> str:
                 ("prefill", "green", [batch[0] for batch in run["batches"]]),
                 ("decode", "blue", [batch[1] for batch in run["batches"]]),
             ]
-            parts.append(f"<h2>Tokens a step, {escape(name)}</h2>{stacked(series, at)}")
+            parts.append(f'<h2>Tokens a step, {escape(name)}</h2><div class="lk">{stacked(series, at)}</div>')
     if "gate" in result:
         gate = result["gate"]
         parts.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,31 +38,29 @@ def workload_html(workload: Workload) -> str:
 
 
 def shared(workload: Workload) -> float:
-    """The share of prompt tokens that a cache without bounds would have, in whole blocks and answers left out."""
+    """The share of prompt tokens that a cache without bounds would have, in whole blocks."""
     seen: set[int] = set()
-    chains: list[tuple[list[int], int]] = []  # of each ask: its blocks, chained, and its length
+    lengths: list[int] = []
     hit = total = 0
     for ask in workload.asks[:MOST_LOOKED_AT]:
+        before = 0
         if ask.after is None:
-            before, done, length = [], 0, 0
-        else:
-            before, length = chains[ask.after]
-            done = len(before)
-            hit += length  # the conversation so far, which the answer's own blocks go on with
-        chain, key = list(before), before[-1] if before else 0
-        for start in range(0, len(ask.prompt) - BLOCK + 1, BLOCK) if ask.after is None else ():
-            key = hash((key, ask.prompt[start : start + BLOCK]))
-            chain.append(key)
-        known = 0
-        for key in chain[done:]:
-            if key not in seen:
-                break
-            known += 1
-        seen.update(chain)
-        hit += min(known * BLOCK, max(len(ask.prompt) - 1, 0))
-        total += length + len(ask.prompt)
-        chains.append((chain, length + len(ask.prompt) + ask.num_output))
-    return hit / total if total else 0.0
+            chain = _chain(ask.prompt)
+            known = sum(1 for _ in takewhile(seen.__contains__, chain))
+            seen.update(chain)
+            hit += min(known * BLOCK, len(ask.prompt) - 1)
+        else:  # it goes on with what was said, answers included
+            before = lengths[ask.after]
+            hit += before // BLOCK * BLOCK
+        total += before + len(ask.prompt)
+        lengths.append(before + len(ask.prompt) + ask.num_output)
+    return hit / total
+
+
+def _chain(prompt: tuple[int, ...]) -> list[int]:
+    """A number for each full block that stands for it and all before it."""
+    blocks = [prompt[start : start + BLOCK] for start in range(0, len(prompt) - BLOCK + 1, BLOCK)]
+    return list(accumulate(blocks, lambda before, block: hash((before, block)), initial=0))[1:]
 
 
 def _histogram(values: Sequence[float], name: str, color: str, bins: int = 30) -> str:

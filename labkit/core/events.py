@@ -185,6 +185,10 @@ class Batch(NamedTuple):
     events: tuple[tuple[Any, ...], ...]
     row: tuple[int, ...] | None
 
+    def __repr__(self) -> str:
+        end = "" if self.row is None else ", ends the step"
+        return f"Batch(step {self.step}, {self.now / 1e9:.6f} s: {len(self.events)} events{end})"
+
 
 def read(batch: Batch) -> Iterator[Event]:
     """A batch's events as objects."""

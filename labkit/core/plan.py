@@ -36,6 +36,9 @@ class Join(NamedTuple):
     adapter: str | None
     spans: tuple[Span, ...]
 
+    def __repr__(self) -> str:
+        return f"Join({self.request!r} takes row {self.row} with {len(self.tokens)} tokens)"
+
 
 class TableChanges(NamedTuple):
     """Block `block` stands at `index` of `row`'s table, in attention group `group`."""
@@ -44,6 +47,9 @@ class TableChanges(NamedTuple):
     row: Ints
     index: Ints  # type: ignore[assignment]
     block: Ints
+
+    def __repr__(self) -> str:
+        return f"TableChanges({len(self.block)} blocks in {len(np.unique(self.row))} rows)"
 
 
 NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
@@ -95,6 +101,9 @@ class Plan(NamedTuple):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)
+
+    def _repr_html_(self) -> str | None:
+        return mimebundle(self).get("text/html")
 
 
 class TokenLogprobs(NamedTuple):
@@ -151,3 +160,6 @@ class Outputs(NamedTuple):
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return mimebundle(self)
+
+    def _repr_html_(self) -> str | None:
+        return mimebundle(self).get("text/html")

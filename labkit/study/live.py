@@ -119,10 +119,8 @@ def _figure(names: list[str], curve: str) -> Any:
     empty = np.zeros(0, np.float32)
     traces = [go.Scatter(x=empty, y=empty, name=name, line_color=_color(i)) for i, name in enumerate(names)]
     figure = go.FigureWidget(traces)
-    figure.update_layout(
-        template="simple_white", height=340, margin={"l": 60, "r": 20, "t": 20, "b": 45}, showlegend=True,
-        xaxis_title="seconds", yaxis_title=curve, yaxis_rangemode="tozero",
-    )  # fmt: skip
+    figure.update_layout(**drawing.LAYOUT, height=340, margin={"l": 60, "r": 20, "t": 20, "b": 45})
+    figure.update_layout(showlegend=True, xaxis_title="seconds", yaxis_title=curve)
     return figure
 
 

@@ -118,19 +118,29 @@ class Study:
         by = [by] if isinstance(by, str) else [name for name in self.names if name != x] if by is None else list(by)
         check_names("Study.plot(by=)", by, self.names)
         figure = go.Figure()
+        figure.update_layout(**drawing.LAYOUT, height=380, margin={"l": 60, "r": 20, "t": 40, "b": 50})
         figure.update_layout(
-            template="simple_white", height=380, margin={"l": 60, "r": 20, "t": 40, "b": 50}, title=self.workload,
-            xaxis_title=x, yaxis_title=_with_unit(y),
-            legend_title=", ".join(by), yaxis_rangemode="tozero",
-        )  # fmt: skip
+            title=self.workload, xaxis_title=x, yaxis_title=_with_unit(y), legend_title=", ".join(by), showlegend=True
+        )
         if x == "time":
             if y not in CURVES:
                 raise ValueError(f"there is no curve {y!r}; {closest(y, CURVES)}")
             figure.update_xaxes(title="seconds")
-            for i, run in enumerate(run for run in self.runs if run.curves):
-                figure.add_trace(
-                    go.Scatter(x=run.curves["now"], y=run.curves[y], name=_label(run, by), line_color=_color(i))
-                )
+            seen: dict[str, str] = {}  # label -> its colour; seeds of one setting share it
+            for run in self.runs:
+                name = _label(run, by)
+                if run.curves:
+                    first, color = name not in seen, seen.setdefault(name, _color(len(seen)))
+                    figure.add_trace(
+                        go.Scatter(
+                            x=run.curves["now"],
+                            y=run.curves[y],
+                            name=name,
+                            line_color=color,
+                            legendgroup=name,
+                            showlegend=first,
+                        )
+                    )
             return figure
         if x not in self.names:
             raise ValueError(f"x is a setting of the grid, or 'time', and not {x!r}; {closest(x, self.names)}")
@@ -259,6 +269,7 @@ def _trace(go: Any, name: str, points: dict[Any, list[float]], color: str, numbe
         reach = {
             "array": [max(points[x]) - mean for x, mean in zip(xs, means, strict=True)],
             "arrayminus": [mean - min(points[x]) for x, mean in zip(xs, means, strict=True)],
+            "color": drawing.GREY,
         }
     if numbers:
         return go.Scatter(x=xs, y=means, error_y=reach, name=name, line_color=color, mode="lines+markers")

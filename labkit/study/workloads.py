@@ -90,11 +90,11 @@ def chats(
     begun = begins - begins[0]
     asks: list[Ask] = []
     for begin, num_turns in zip(begun.tolist(), draw_whole(rng, turns, num), strict=True):
-        asks.append(Ask(head + _drawn(rng, question, vocab_size), *draw_whole(rng, output, 1), begin))
+        asks.append(Ask(head + _drawn(rng, question, vocab_size), draw_whole(rng, output, 1)[0], begin))
         for _ in range(num_turns - 1):
             pause = float(rng.exponential(think)) if think else 0.0
             more = _drawn(rng, question, vocab_size)
-            asks.append(Ask(more, *draw_whole(rng, output, 1), pause, after=len(asks) - 1))
+            asks.append(Ask(more, draw_whole(rng, output, 1)[0], pause, after=len(asks) - 1))
     shown = str(turns[0]) if turns[0] == turns[1] else f"{turns[0]}-{turns[1]}"
     return Workload(f"{num} chats of {shown} turns, {rate:g}/s", tuple(asks))
 

@@ -15,7 +15,7 @@ from labkit.core.stats import BlockStats, filled_places
 from labkit.core.table import BlockTable
 from labkit.widgets import svg
 from labkit.widgets.prefix import Decode, tree
-from labkit.widgets.style import BLOCK_COLOR, COLORS, fold, key, legend, plural, short, view
+from labkit.widgets.style import BLOCK_COLOR, COLORS, key, legend, plural, section, short, view
 from labkit.widgets.style import table as rows_of
 
 MOST_CELLS = 512
@@ -175,7 +175,7 @@ def tables(bm: BlockManager) -> str:
             lines.append([short(name, 40), f"{int(bm.tables.num_tokens[row]):,}", str(number), strip(bm, row)])
     rest = f"<p class=q>and {len(names) - MOST_TABLES:,} more</p>" if len(names) > MOST_TABLES else ""
     body = rows_of(["table", "tokens", "blocks", "which"], lines, "lrrl")
-    return fold(plural(len(names), "table"), body, rest, is_open=len(names) <= 4)
+    return section(plural(len(names), "table"), body, rest, is_open=len(names) <= 4)
 
 
 def _numbers(bm: BlockManager, row: int, most: int = 16) -> str:
@@ -202,7 +202,7 @@ def _strip(bm: BlockManager, row: int, most: int = 24) -> str:
 def prefixes(bm: BlockManager, decode: Decode | None = None) -> str:
     if not len(bm.prefix):
         return ""
-    return fold(f"{len(bm.prefix):,} hashes in the prefix cache", tree(bm.prefix, decode))
+    return section(f"{len(bm.prefix):,} hashes in the prefix cache", tree(bm.prefix, decode))
 
 
 def table(view_of: BlockTable) -> str:

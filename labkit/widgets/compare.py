@@ -6,7 +6,7 @@ from __future__ import annotations
 from labkit.core.diff import Diff
 from labkit.widgets import svg
 from labkit.widgets.gantt import choose, gantt, keys
-from labkit.widgets.style import COLORS, fold, legend, plural, seconds, short, table, view
+from labkit.widgets.style import COLORS, legend, plural, seconds, section, short, table, view
 from labkit.widgets.timeline import segments
 
 BETTER_WHEN_LESS = frozenset(("makespan", "TTFT p50", "TTFT p99", "E2E p50", "E2E p99", "preemptions", "steps"))
@@ -19,7 +19,7 @@ def diff(found: Diff) -> str:
     changed = sum(a != b for _, a, b, _, _ in found.requests)
     about = f"{changed:,} of {plural(len(found.requests), 'request')} changed"
     parted = (
-        f"<p>They part at event {found.first:,}:</p>"
+        f"<p>They part at event {found.first:,}, where the dashed line stands:</p>"
         f'<pre class="x">a  {short(found.a, 200)}\nb  {short(found.b, 200)}</pre>'
     )
     return view("Diff", _figures(found), _timelines(found), _slower(found), parted, about=about)
@@ -70,9 +70,11 @@ def _timelines(found: Diff) -> str:
         return ""
     names, note = choose(everyone, MOST_LINES)
     begin, end = min(s.begin for s in everyone), max(s.end for s in everyone)
+    parted = [event.now for event in (found.a, found.b) if event is not None]
+    mark = (min(parted), "here the two runs part") if parted else None
     parts = []
     for name, mine in zip("ab", both, strict=True):
-        parts.append(f"<p><b>{name}</b></p>{keys(mine)}{gantt(mine, names, begin, end)}")
+        parts.append(f"<p><b>{name}</b></p>{keys(mine)}{gantt(mine, names, begin, end, mark)}")
     return "".join(parts) + (f'<p class="q">{short(note, 200)}</p>' if note else "")
 
 
@@ -95,4 +97,4 @@ def _slower(found: Diff) -> str:
         shapes.append(svg.text(beside[0], y + 12, f"{label}: {said}", beside[1]))
     more = f" <span class=q>the 12 largest of {len(changes):,}</span>" if len(changes) > 12 else ""
     picture = svg.svg(svg.WIDTH, 17 * len(changes[:12]), *shapes)
-    return fold(f"who got slower, who faster{more}", legend([]), picture, is_open=True)
+    return section(f"who got slower, who faster{more}", legend([]), picture, is_open=True)

@@ -75,6 +75,7 @@ def _scrubber(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     slider.observe(lambda change: _guarded(dashboard, lambda: dashboard.show(int(change.new))), "value")
 
     def refresh() -> None:
+        play.max = slider.max = feed.num_steps  # a log may grow: somebody may be writing it
         at = feed.num_steps if dashboard.shown is None else dashboard.shown
         if slider.value != at:
             slider.value = at

@@ -18,6 +18,7 @@ from labkit.widgets.timeline import Segment, Timeline
 
 COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers
 KEEP = 4096  # steps
+STRETCHES = 48  # of a window, for rates and percentiles: a step alone says little of either
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,21 @@ class Window:
     time: np.ndarray  # s, of each point's last step
     step: np.ndarray
     columns: dict[str, np.ndarray]
-    seconds: np.ndarray  # that each point covers
-    ttft: np.ndarray  # [points, 2]: p50 and p90 of requests that got their first token there; nan where nobody did
-    itl: np.ndarray  # [points, 2]: p50 and p90 of the time between two tokens of a decoding request
+    pace: Pace
 
     def __len__(self) -> int:
         return len(self.time)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How quick it was, over a few dozen stretches of the window; nan where there is nothing to tell."""
+
+    time: np.ndarray  # s, of each stretch's end
+    seconds: np.ndarray
+    tokens: np.ndarray  # that were put out
+    ttft: np.ndarray  # [stretches, 2]: p50 and p90 of requests that got their first token there
+    itl: np.ndarray  # [stretches, 2]: p50 and p90 of the time between two tokens of a decoding request
 
 
 class Feed:
@@ -225,43 +235,57 @@ class Feed:
         end = self.num_steps if upto is None else max(min(upto, self.num_steps), self._first)
         begin = max(self._first, end - steps)
         lines = self._steps[np.arange(begin, end) % self.keep]
-        wide = max(1, -(-len(lines) // points))
-        cuts = np.arange(0, len(lines), wide)
         if not len(lines):
-            nothing = np.zeros(0, np.float32)
-            return Window(nothing, nothing, dict.fromkeys(COLUMNS, nothing), nothing, nothing, nothing)
-        last = np.append(cuts[1:], len(lines)) - 1
-        before = self._steps[(begin - 1) % self.keep, 1] if begin > self._first else lines[0, 1] - lines[0, -1]
-        now = lines[:, 1] / 1e9
-        seconds = np.diff(now[last], prepend=before / 1e9)
-        columns = {name: self._fold(name, lines[:, i + 2], cuts, last, wide) for i, name in enumerate(COLUMNS)}
-        gaps = np.diff(lines[:, 1], prepend=before) / 1e9
-        decode = lines[:, 2 + COLUMNS.index("decode_tokens")]
-        itl = _quantiles(np.repeat(cuts, np.diff(np.append(cuts, len(lines)))), gaps, decode > 0, cuts)
-        at = np.array([t for t, _ in self._first_tokens], np.int64)
+            nothing, pairs = np.zeros(0, np.float32), np.zeros((0, 2), np.float32)
+            return Window(
+                nothing, lines[:, 0], dict.fromkeys(COLUMNS, nothing), Pace(nothing, nothing, nothing, pairs, pairs)
+            )
+        before = int(self._steps[(begin - 1) % self.keep, 1]) if begin > self._first else lines[0, 1] - lines[0, -1]
+        cuts, last = _cut(len(lines), points)
+        columns = {name: self._fold(name, lines[:, i + 2], cuts, last) for i, name in enumerate(COLUMNS)}
+        time = (lines[last, 1] / 1e9).astype(np.float32)
+        return Window(time, lines[last, 0], columns, self._pace(lines, before))
+
+    def _pace(self, lines: np.ndarray, before: int) -> Pace:
+        """Of these steps, the first of which began at `before` (ns)."""
+        cuts, last = _cut(len(lines), STRETCHES)
+        now, stretch = lines[:, 1], np.searchsorted(cuts, np.arange(len(lines)), side="right") - 1
+        seconds = np.diff(now[last], prepend=before) / 1e9
+        tokens = np.add.reduceat(lines[:, 2 + COLUMNS.index("output_tokens")], cuts)
+        decodes = lines[:, 2 + COLUMNS.index("decode_tokens")] > 0
+        gaps = np.diff(now, prepend=before) / 1e9
+        at = np.array([moment for moment, _ in self._first_tokens], np.int64)
         took = np.array([s for _, s in self._first_tokens])
-        inside = (at > before) & (at <= lines[-1, 1]) if len(at) else np.zeros(0, bool)
-        place = np.searchsorted(lines[last, 1], at[inside]) if len(at) else at
-        ttft = _quantiles(cuts[place] if len(place) else place, took[inside], np.ones(len(place), bool), cuts)
-        return Window(now[last].astype(np.float32), lines[last, 0], columns, seconds.astype(np.float32), ttft, itl)
+        inside = (at > before) & (at <= now[-1])
+        return Pace(
+            (now[last] / 1e9).astype(np.float32),
+            seconds.astype(np.float32),
+            tokens.astype(np.float32),
+            _quantiles(np.searchsorted(now[last], at[inside]), took[inside], len(cuts)),
+            _quantiles(stretch[decodes], gaps[decodes], len(cuts)),
+        )
 
     @staticmethod
-    def _fold(name: str, values: np.ndarray, cuts: np.ndarray, last: np.ndarray, wide: int) -> np.ndarray:
+    def _fold(name: str, values: np.ndarray, cuts: np.ndarray, last: np.ndarray) -> np.ndarray:
         """Tokens add up to a mean a step; blocks and rows are what they were in the end."""
         if not name.endswith("tokens"):
             return values[last].astype(np.float32)
-        sizes = np.diff(np.append(cuts, len(values)))
-        return (np.add.reduceat(values, cuts) / sizes).astype(np.float32)
+        return (np.add.reduceat(values, cuts) / (last - cuts + 1)).astype(np.float32)
 
 
-def _quantiles(group: np.ndarray, values: np.ndarray, use: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """[groups, 2]: median and p90 of each group's values that are to be used."""
-    found = np.full((len(groups), 2), np.nan, np.float32)
-    group, values = group[use], values[use]
+def _cut(num: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Even pieces, at most so many: where each begins, and its last index."""
+    cuts = np.arange(0, num, max(1, -(-num // most)))
+    return cuts, np.append(cuts[1:], num) - 1
+
+
+def _quantiles(group: np.ndarray, values: np.ndarray, num_groups: int) -> np.ndarray:
+    """[groups, 2]: median and p90 of each group's values; nan without any."""
+    found = np.full((num_groups, 2), np.nan, np.float32)
     order = np.lexsort((values, group))
     group, values = group[order], values[order]
-    begin = np.searchsorted(group, groups)
-    count = np.searchsorted(group, groups, side="right") - begin
+    begin = np.searchsorted(group, np.arange(num_groups))
+    count = np.searchsorted(group, np.arange(num_groups), side="right") - begin
     some = count > 0
     for i, q in enumerate((0.5, 0.9)):
         found[some, i] = values[begin[some] + np.floor(q * (count[some] - 1) + 0.5).astype(np.int64)]

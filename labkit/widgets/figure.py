@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.widgets.feed import Feed, Window
+from labkit.widgets.feed import Feed, Pace
 from labkit.widgets.style import COLORS, SEGMENT_COLOR, seconds
 from labkit.widgets.timeline import Segment
 
@@ -199,7 +199,7 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
         traces = {trace.meta: trace for trace in figure.data}
         for name, (_, column, _) in AREAS.items():
             traces[name].update(x=window.time, y=window.columns[column], overwrite=True)
-        _speed(traces, window)
+        _speed(traces, window.pace)
         z = cells(feed, upto)
         traces["tables"].z = z
         for kind, found in bars.items():
@@ -220,24 +220,13 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
         figure.layout.yaxis7.update(tickmode="array", range=(max(len(names), 8) - 0.4, -0.6), **lanes_shown)
 
 
-def _speed(traces: dict[str, Any], window: Window) -> None:
-    wide = max(1, len(window) // 60)  # some sixty points: a step alone says little of a rate
-    cuts = np.arange(0, len(window), wide)
-    if not len(cuts):
-        rate, time = _EMPTY, _EMPTY
-    else:
-        size = np.diff(np.append(cuts, len(window)))
-        last = np.append(cuts[1:], len(window)) - 1
-        seconds = np.maximum(np.add.reduceat(window.seconds, cuts), 1e-9)
-        steps = np.diff(window.step[last].astype(np.int64), prepend=int(window.step[0]) - 1) if len(last) else size
-        tokens = np.add.reduceat(window.columns["output_tokens"], cuts) / size * steps
-        rate, time = (tokens / seconds).astype(np.float32), window.time[last]
-    traces["tokens/s"].update(x=time, y=rate, overwrite=True)
-    for i, name in enumerate(("p50", "p90")):
-        for what, values in (("first token", window.ttft), ("between tokens", window.itl)):
-            there = ~np.isnan(values[:, i]) if len(window) else np.zeros(0, bool)
-            y = values[there, i] if len(window) else _EMPTY
-            traces[f"{what} {name}"].update(x=window.time[there], y=y, overwrite=True)
+def _speed(traces: dict[str, Any], pace: Pace) -> None:
+    rate = (pace.tokens / np.maximum(pace.seconds, 1e-9)).astype(np.float32)
+    traces["tokens/s"].update(x=pace.time, y=rate, overwrite=True)
+    for what, values in (("first token", pace.ttft), ("between tokens", pace.itl)):
+        for i, name in enumerate(("p50", "p90")):
+            there = ~np.isnan(values[:, i])
+            traces[f"{what} {name}"].update(x=pace.time[there], y=values[there, i], overwrite=True)
 
 
 def cells(feed: Feed, upto: int | None = None) -> np.ndarray:

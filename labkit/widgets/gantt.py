@@ -37,12 +37,21 @@ def choose(segments: Sequence[Segment], most: int = MOST_LINES) -> tuple[list[st
     every = len(others) / (most - len(worst))
     chosen = {*worst, *(others[int(i * every)] for i in range(most - len(worst)))}
     kept = [name for name in names if name in chosen]
-    whom = f"those preempted or held most, and one in {every:.0f} of the others"
+    whom = f"{len(kept) - len(worst)} at even distances" + f", and {len(worst)} of those preempted or held" * bool(
+        worst
+    )
     return kept, f"{len(kept)} of {plural(len(names), 'request')}: {whom}"
 
 
-def gantt(segments: Sequence[Segment], names: Sequence[str], begin: int | None = None, end: int | None = None) -> str:
-    """A line a request. Where there are more segments than can be drawn, the shortest are left out."""
+def gantt(
+    segments: Sequence[Segment],
+    names: Sequence[str],
+    begin: int | None = None,
+    end: int | None = None,
+    mark: tuple[int, str] | None = None,
+) -> str:
+    """A line a request, and a moment that is marked. Where there are more segments than can be drawn, the shortest are
+    left out, and it says so."""
     requests = by_request(segments)
     shown = [segment for name in names for segment in requests.get(name, ())]
     if not shown:
@@ -67,7 +76,17 @@ def gantt(segments: Sequence[Segment], names: Sequence[str], begin: int | None =
                 inset = 3 if segment.kind == "queued" else 0
                 color = SEGMENT_COLOR[segment.kind]
                 shapes.append(svg.rect(x, y + inset, across, THICK - 2 * inset, color, said(segment)))
-    return svg.svg(svg.WIDTH, bottom + 18, *shapes)
+    if mark is not None:
+        shapes.append(_moment(LEFT + wide * (mark[0] - begin) / span, bottom, mark[1]))
+    num_short = sum(s.end - s.begin <= least for s in long)
+    rest = f'<p class="q">the {num_short:,} shortest segments are not drawn</p>' if num_short else ""
+    return svg.svg(svg.WIDTH, bottom + 18, *shapes) + rest
+
+
+def _moment(x: float, bottom: float, label: str) -> str:
+    """A dashed line from top to bottom."""
+    look = 'stroke="currentColor" stroke-dasharray="4 3"'
+    return f"<g><title>{escape(label)}</title>{svg.line(x, 0, x, bottom + 4, look)}</g>"
 
 
 def _end(x: float, y: float, segment: Segment) -> str:

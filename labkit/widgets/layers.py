@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from labkit.widgets import svg
-from labkit.widgets.style import HUES, fold, num_bytes, short, table, view
+from labkit.widgets.style import HUES, num_bytes, section, short, table, view
 
 LAYOUTS = {
     "Linear": "as the checkpoint has it, [out, in]",
@@ -58,4 +58,4 @@ def profile(found: Any) -> str:
     each = found.seconds / found.num_steps * 1e3
     about = f"{found.num_steps} steps, {found.num_tokens:,} tokens, {each:.3f} ms a step"
     body = table(["stage", "op", "variant", "calls", "ms a step", "share"], lines, align="lll")
-    return view("Profile", svg.svg(svg.WIDTH, 34, *shapes), fold("part by part", body, is_open=True), about=about)
+    return view("Profile", svg.svg(svg.WIDTH, 34, *shapes), section("part by part", body, is_open=True), about=about)

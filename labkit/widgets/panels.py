@@ -28,8 +28,8 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
     last, window = feed.latest(upto), feed.window(upto, steps=400, points=400)
     blocks = last["used_blocks"] + last["cached_blocks"] + last["free_blocks"]
     steps = feed.num_steps if upto is None else upto
-    span = float(window.seconds.sum())
-    made = float(window.columns["output_tokens"].sum()) if len(window) else 0.0
+    pace = window.pace
+    span, made = float(pace.seconds.sum()), float(pace.tokens.sum())
     known = (
         sum(float(window.columns[name].sum()) for name in ("prefill_tokens", "cached_tokens")) if len(window) else 0.0
     )
@@ -39,8 +39,8 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
         "step": f"{steps:,}",
         "time": seconds(feed.now(upto) / 1e9),
         "tokens/s": f"{made / span:,.0f}" if span else "\u2013",
-        "TTFT p50": _time(window.ttft, 0),
-        "ITL p50": _time(window.itl, 0),
+        "TTFT p50": _time(pace.ttft, 0),
+        "ITL p50": _time(pace.itl, 0),
         "KV in use": f"{last['used_blocks'] / blocks:.0%}" if blocks else "\u2013",
         "cache hits": "\u2013" if hit is None else f"{hit:.0%}",
         "running": f"{last['running']:,}",
@@ -51,7 +51,7 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
 
 
 def _time(values: np.ndarray, which: int) -> str:
-    there = values[~np.isnan(values[:, which]), which] if len(values) else values
+    there = values[~np.isnan(values[:, which]), which]
     return seconds(float(np.median(there))) if len(there) else "\u2013"
 
 

@@ -162,7 +162,7 @@ def preemption_view(story: PreemptionStory) -> str:
         [
             short(loss.request, 30),
             str(loss.step),
-            loss.how,
+            short(loss.how, 20),
             short(loss.whom if loss.needed_by in (None, loss.request) else loss.needed_by, 30),
             f"{loss.num_tokens:,}",
             f"{loss.num_moved:,}",

@@ -87,7 +87,7 @@ def _line(prefixes: PrefixCache, run: list[int], depth: int, number: int, decode
     first = int(prefixes.depth_of[run[0]]) * prefixes.block_size
     hits = int(prefixes.hits[run[0]])
     name = plural(len(run), "block")
-    ids = prefixes.tokens_of[run[0]].tolist()
+    ids = prefixes.tokens_of[run[:8]].reshape(-1)[:64].tolist()
     shown = short(repr(decode(ids)), 56) if decode else short(" ".join(map(str, ids[:8])), 40) + " \u2026"
     numbers = " ".join(map(str, run[:12])) + (" ..." if len(run) > 12 else "")
     elbow = (

@@ -79,7 +79,7 @@ def run_view(story: RunStory) -> str:
     span = (max(s.end for s in story.segments) - min(s.begin for s in story.segments)) / 1e9
     held = [(limit, value, limit_color(limit)) for limit, value in story.held_by().items()]
     by = legend(key(f"held by {limit}", color, seconds(value)) for limit, value, color in held)
-    bar = svg.svg(svg.WIDTH, 10, svg.bar(held, svg.WIDTH, 10)) if held else ""
+    bar = svg.svg(svg.WIDTH, 10, svg.bar(held, svg.WIDTH, 10)) if len(held) > 1 else ""
     about = f"{plural(len(story.requests), 'request')} in {seconds(span)}"
     rest = f'<p class="q">{short(note, 200)}</p>' if note else ""
     return view("Run", keys(story.segments), gantt(story.segments, names), rest, by, bar, about=about)

@@ -17,7 +17,6 @@ from labkit.widgets.style import (
     COLORS,
     STATUS_COLOR,
     TOKEN_COLOR,
-    fold,
     inner,
     key,
     legend,
@@ -26,6 +25,7 @@ from labkit.widgets.style import (
     pill,
     plural,
     seconds,
+    section,
     short,
     table,
     view,
@@ -111,7 +111,7 @@ def _queue(s: Scheduler) -> str:
         if len(s.pending)
         else ""
     )
-    return fold(f"{len(entries):,} in the queue", body, rest, is_open=True) + parked
+    return section(f"{len(entries):,} in the queue", body, rest, is_open=True) + parked
 
 
 def _key(value: object) -> str:
@@ -126,7 +126,7 @@ def _settings(s: Scheduler) -> str:
              "max_in_flight")  # fmt: skip
     lines = [[name, short(getattr(s, name))] for name in names]
     lines.append(["order", short(name_of(s.queue.order))])
-    return fold("settings", table([], lines, align="ll"))
+    return section("settings", table([], lines, align="ll"))
 
 
 def engine(eng: Any) -> str:
@@ -134,12 +134,12 @@ def engine(eng: Any) -> str:
     s = eng.scheduler
     state = "closed" if eng.closed is not None else "running in the background" if eng.is_running else "stepped by hand"
     parts = [
-        fold(f"scheduler: {short(repr(s), 160)}", inner(scheduler(s))),
-        fold(
+        section(f"scheduler: {short(repr(s), 160)}", inner(scheduler(s))),
+        section(
             f"blocks: {short(repr(eng.blocks), 160)}",
             inner(manager(eng.blocks, getattr(eng.tokenizer, "decode", None))),
         ),
-        fold(f"log: {short(repr(eng.log), 160)}", inner(log(eng.log))),
+        section(f"log: {short(repr(eng.log), 160)}", inner(log(eng.log))),
         f"<p>runner: <span class=q>{short(repr(eng.runner), 200)}</span></p>",
         f"<p>clock: <span class=q>{short(repr(eng.clock), 100)}</span></p>",
     ]

@@ -135,7 +135,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "l") 
     return f'<table class="t">{top}<tbody>{body}</tbody></table>'
 
 
-def fold(summary: str, *parts: str, is_open: bool = False) -> str:
+def section(summary: str, *parts: str, is_open: bool = False) -> str:
     """A section that opens by a click, without a script."""
     return f"<details{' open' if is_open else ''}><summary>{summary}</summary>{''.join(parts)}</details>"
 

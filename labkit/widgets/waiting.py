@@ -15,7 +15,7 @@ from labkit.core.why import Why
 from labkit.widgets import svg
 from labkit.widgets.gantt import LEFT, RIGHT, gantt, keys
 from labkit.widgets.logs import marker
-from labkit.widgets.style import fold, key, legend, limit_color, plural, seconds, short, table, view
+from labkit.widgets.style import key, legend, limit_color, plural, seconds, section, short, table, view
 from labkit.widgets.timeline import Segment, id_of, log_of, segments
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ MEANING = {
     "prefix pending": "another row was computing the prefix that it shares",
     "parent's prompt": "the prompt it is forked from was not computed",
 }
+MOST_OTHERS = 8  # of those it was behind, with a line of their own
 _DURATION = NAMES["Step"].index("duration") - 2  # a row begins after step and now
 
 
@@ -104,14 +105,15 @@ def waiting(log: Any, request: Any) -> WaitingStory:
     log, id = log_of(log), id_of(request)
     why = log.why(id)
     clock = _Steps(log.batches())
-    mine = segments(log, [id])
+    everyone = segments(log)
+    mine = [segment for segment in everyone if segment.request == id]
     since = mine[0].begin if mine else 0
     holds = tuple(
         Hold(wait.first, wait.last, max(clock.begin(wait.first), since), clock.end(wait.last), wait.limit, wait.behind)
         for wait in why.waits
     )
-    others = list(dict.fromkeys(hold.behind for hold in holds if hold.behind is not None))[:8]
-    behind = segments(log, others)
+    others = set(list(dict.fromkeys(hold.behind for hold in holds if hold.behind is not None))[:MOST_OTHERS])
+    behind = [segment for segment in everyone if segment.request in others and segment.request != id]
     return WaitingStory(id, why, holds, (*mine, *behind))
 
 
@@ -140,8 +142,9 @@ def waiting_view(story: WaitingStory) -> str:
     if not story.holds and not story.why.preemptions:
         return view(f"Why {story.request!r} waited"[:90], "<p>It never waited.</p>", about=about)
     mine = [segment for segment in story.timeline if segment.request == story.request]
-    begin, end = min(s.begin for s in mine), max(s.end for s in mine)
-    names = [story.request, *story.behind[:8]]
+    begin = min([s.begin for s in mine] + [hold.begin for hold in story.holds])
+    end = max([s.end for s in mine] + [hold.end for hold in story.holds])
+    names = [story.request, *story.behind[:MOST_OTHERS]]
     clipped = [
         replace(s, begin=max(s.begin, begin), end=min(s.end, end))
         for s in story.timeline
@@ -158,7 +161,7 @@ def waiting_view(story: WaitingStory) -> str:
         '<p class="q">what it did, and those it was behind</p>' if story.behind else '<p class="q">what it did</p>',
         keys(mine),
         gantt(clipped, names, begin, end),
-        fold("hold by hold", _holds(story)),
+        section("hold by hold", _holds(story)),
         about=about,
     )
 

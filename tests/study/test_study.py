@@ -44,6 +44,8 @@ def test_a_plot_has_a_trace_for_every_other_setting_and_the_mean_of_seeds(study)
     assert study.plot("eviction", "ttft_p50", by="num_blocks").layout.yaxis.title.text == "ttft_p50 [s]"
     over_time = study.plot("time", "used_blocks")
     assert len(over_time.data) == len(study) and max(over_time.data[0].y) <= 32
+    assert sum(trace.showlegend for trace in over_time.data) == 6, "seeds of a setting share a colour and a name"
+    assert over_time.data[0].line.color == over_time.data[1].line.color != over_time.data[2].line.color
 
 
 def test_a_plot_of_what_is_not_there_is_answered_with_the_closest(study):

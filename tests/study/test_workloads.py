@@ -104,3 +104,9 @@ def test_mixed_workloads_come_in_order_and_keep_their_turns():
     assert made.reseeded(3) == lk.workloads.mixed(talks.reseeded(3), crowd.reseeded(3))
     with pytest.raises(ValueError, match="one workload at least"):
         lk.workloads.mixed()
+
+
+@pytest.mark.parametrize("made", [lk.workloads.shared_prefixes(60, rate=10), lk.workloads.poisson(30)], ids=repr)
+def test_what_a_picture_calls_shared_is_what_an_endless_cache_hits(made):
+    fast = {"num_blocks": 50_000, "constant": 1e-4, "per_token": 1e-6}
+    assert shared(made) == lk.Experiment(made, **fast).run(progress=False).frame().hit_rate[0]

@@ -58,6 +58,20 @@ def test_a_wait_is_told_in_words():
         explain.waiting(eng, 3)
 
 
+def test_a_wait_whose_beginning_was_trimmed_is_told_from_what_is_left():
+    eng = engine(max_num_seqs=1, log=lk.EventLog(keep=20))
+    eng.submit([1, 2], params(100), id="long")
+    eng.submit([3, 4], params(3), id="late")
+    for _ in range(60):
+        eng.step()
+    assert eng.log.num_trimmed
+    story = explain.waiting(eng, "late")
+    assert story.why.num_waited == 60 and story.holds[0].limit == "rows"
+    html_of(story)
+    html_of(explain.preemption(eng, "late"))
+    html_of(explain.run(eng))
+
+
 # -- preemptions -------------------------------------------------------------------------------------------------------
 
 
@@ -303,7 +317,10 @@ def test_figures_of_two_runs_are_those_of_their_requests():
         assert kpis["prefix hit rate"] == pytest.approx(eng.blocks.stats().hit_rate)
         assert kpis["output tokens/s"] * kpis["makespan"] == pytest.approx(sum(r.num_output for r in requests))
     html = html_of(found)
-    assert f"They part at event {found.first}" in html and html.count(">r5</text>") == 2
+    assert (
+        f"They part at event {found.first}" in html
+        and html.count(">r5</text>") == html.count("here the two runs part") == 2
+    )
     assert "slower in b" in html and "faster in b" in html
 
 

@@ -9,7 +9,7 @@ import pytest
 import labkit as lk
 from labkit.core.request import Status
 from labkit.widgets.timeline import ENDS, KINDS, WAITS, Segment, Timeline, segments
-from tests.harness import engine, params, run
+from tests.harness import Flaky, engine, params, run
 
 MS = 1_000_000
 
@@ -113,6 +113,32 @@ def test_fed_batch_by_batch_it_comes_to_the_same():
         while eng.step():
             eng.log.post()  # what was launched ahead is posted with the next commit
             assert timeline.segments() == segments(eng.log)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_failed_steps_and_aborts_leave_no_gap(seed: int):
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    eng = busy_engine(rng, runner=Flaky(rng, 0.05, seed=1, vocab_size=50), max_in_flight=seed % 3)
+    timeline = Timeline(eng.log)
+    eng.log.subscribe(lambda batches: [timeline.apply(batch) for batch in batches])
+    for _ in range(3000):
+        try:
+            if eng.step() is None:
+                break
+        except RuntimeError:
+            pass
+        if eng.scheduler.requests and rng.random() < 0.05:
+            eng.abort(rng.choice(sorted(eng.scheduler.requests)))
+    eng.log.post()
+    assert timeline.segments() == segments(eng.log)
+    found: dict[str, list[Segment]] = {}
+    for segment in segments(eng.log):
+        found.setdefault(segment.request, []).append(segment)
+    for id, its in found.items():
+        assert all(a.end == b.begin for a, b in pairwise(its)), f"{id} has a gap"
+        assert its[-1].kind == eng.request(id).status.value and all(s.kind not in ENDS for s in its[:-1]), id
+        assert not any(segment.is_open for segment in its)
 
 
 def test_an_open_segment_reaches_to_the_latest_time():

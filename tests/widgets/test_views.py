@@ -14,6 +14,8 @@ import labkit as lk
 from labkit.closing import LeakReport
 from labkit.core import shown
 from labkit.core.diff import Diff
+from labkit.core.events import Batch
+from labkit.core.plan import NO_CHANGES, Join
 from labkit.profile import Part, Profile
 from labkit.widgets import views
 from tests.harness import engine, params, run
@@ -144,6 +146,29 @@ def test_hostile_text_is_escaped():
     handle = text.submit(list(HOSTILE.encode()), params(3))
     run(text)
     assert "&lt;script&gt;" in html_of(handle)
+
+
+def test_a_hostile_log_is_escaped():
+    log, step = lk.EventLog(), (1,) * 12
+    for number, events in enumerate(
+        [
+            [("Submitted", HOSTILE, 4, 4, 0, None), ("Submitted", "b", 4, 4, 0, HOSTILE)],
+            [("Held", HOSTILE, HOSTILE, True), ("Held", "b", HOSTILE, False)],
+            [("Admitted", HOSTILE, 0, 0, HOSTILE), ("Control", HOSTILE, HOSTILE), ("Failed", HOSTILE, 1)],
+            [("Preempted", HOSTILE, HOSTILE, HOSTILE, 3), ("SwappedOut", HOSTILE, 2)],
+            [("Resumed", HOSTILE, 0, 1), ("Forked", "b", HOSTILE, 1), ("Held", "b", HOSTILE, False)],
+            [("Finished", HOSTILE, HOSTILE, 3), ("Rejected", "b", HOSTILE)],
+        ]
+    ):
+        for event in events:
+            log.add(event)
+        log.flush(number, number * 10, step)
+    other = lk.EventLog()
+    other.add(("Submitted", HOSTILE, 4, 4, 0, None))
+    other.flush(0, 0, step)
+    things = [log, log.why(HOSTILE), log.why("b"), lk.explain.run(log), lk.explain.preemption(log), lk.diff(log, other)]
+    for thing in [*things, *(lk.explain.waiting(log, id) for id in (HOSTILE, "b"))]:
+        html_of(thing)
 
 
 def huge() -> lk.Engine:
@@ -324,6 +349,9 @@ def test_the_core_draws_without_widgets_torch_or_pandas_being_loaded():
         (lk.BlockManager(8, 4).pool, "BlockPool(8 blocks: 8 hold nothing, 0 are held)"),
         (lk.BlockManager(8, 4).prefix, "PrefixCache(0 hashes, 0 duplicates, 0 ghosts)"),
         (lk.EventLog(), "EventLog(0 events, 0 steps)"),
+        (Batch(3, 5_000_000, (("Cleared",),), None), "Batch(step 3, 0.005000 s: 1 events)"),
+        (Join(2, "r", [1, 2], 2, None, 0, None, ()), "Join('r' takes row 2 with 2 tokens)"),
+        (NO_CHANGES, "TableChanges(0 blocks in 0 rows)"),
         (lk.ByteTokenizer(), "ByteTokenizer(vocab 256)"),
         (engine().scheduler.queue, "WaitingQueue(fcfs: 0 waiting)"),
         (engine().scheduler.pending, "PendingPrefixes(0 blocks being computed, 0 requests parked)"),
@@ -346,3 +374,17 @@ def test_pictures_are_drawn_while_the_engine_runs():
             num_drawn += len(bundles)
             shown_well += sum("text/html" in bundle for bundle in bundles)
     assert num_drawn and shown_well >= 0.9 * num_drawn, "what changed under the hand shows its text"
+
+
+def test_after_time_travel_the_tree_still_counts_who_holds_what():
+    eng = loaded()
+    for _ in range(10):
+        eng.step()
+    snap, before = eng.snapshot(), html_of(eng.blocks.prefix)
+    for _ in range(8):
+        eng.step()
+    assert html_of(eng.blocks.prefix) != before
+    eng.restore(snap)
+    assert html_of(eng.blocks.prefix) == before == html_of(eng.fork().blocks.prefix)
+    eng.run()
+    assert "held: " not in html_of(eng.blocks.prefix) and "cached: " in html_of(eng.blocks.prefix)
