@@ -179,26 +179,35 @@ def mend_interpreter() -> None:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within the block Triton kernels are not run: their launches are noted. What they would write stays as it is."""
+    """Within the block this thread's Triton kernels are not run: their launches are noted, and what they would write
+    stays as it is. Other threads launch as ever."""
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
     found: list[Launch] = []
+    here = threading.get_ident()
 
-    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def note(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        if threading.get_ident() != here:
+            return run(self, *args, grid=grid, warmup=warmup, **options)
         if len(found) == LAUNCHES:
             raise RuntimeError(f"{LAUNCHES} launches were recorded and none was run: the launcher waits for a result")
         given = {name: value for name, value in options.items() if name in self.arg_names}
         bound = inspect.signature(self.fn).bind(*args, **given)
         bound.apply_defaults()
         found.append(Launch(self, dict(bound.arguments), {k: v for k, v in options.items() if k not in given}))
+        return None
 
-    kept = JITFunction.run, Autotuner.run
-    JITFunction.run, Autotuner.run = note, lambda self, *args, **options: _first_choice(self, args, options)
-    try:
-        yield found
-    finally:
-        JITFunction.run, Autotuner.run = kept
+    def first(self: Any, *args: Any, **options: Any) -> Any:
+        return _first_choice(self, args, options) if threading.get_ident() == here else tune(self, *args, **options)
+
+    with language:
+        run, tune = JITFunction.run, Autotuner.run
+        JITFunction.run, Autotuner.run = note, first
+        try:
+            yield found
+        finally:
+            JITFunction.run, Autotuner.run = run, tune
 
 
 def launched(function: Callable[..., Any], *args: Any, **options: Any) -> list[Launch]:

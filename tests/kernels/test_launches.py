@@ -2,6 +2,7 @@
 
 import importlib.util
 import threading
+import time
 
 import pytest
 import torch
@@ -149,6 +150,9 @@ def test_one_thread_may_compile_while_another_interprets(mine):
     thread.start()
     try:
         reports = [compile_variant(mine, "mine", archs=[arch]) for arch in (80, 90, 100)]
+        for _ in range(20):  # what is recorded here is still run there
+            assert len(launched(norm, x, weight, 1e-6)) == 1
+            time.sleep(0.001)
     finally:
         done.set()
         thread.join()
