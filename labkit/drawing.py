@@ -88,12 +88,13 @@ def side_by_side(*parts: str, least: int = 390) -> str:
     return f'<div class="lk-grid" style="{columns}">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
-def bars(rows: Sequence[Bar], width: int = 430) -> str:
-    """Bars from the left, the value behind each; a whisker where there is an interval."""
+def bars(rows: Sequence[Bar], width: int = 430, most: float = 0.0) -> str:
+    """Bars from the left, the value behind each; a whisker where there is an interval. `most` is a full length."""
     longest = max((len(row.label) for row in rows), default=0)
     left = min(width * 0.45, 16 + 7 * longest)
     room = width - left - 60
-    most = max((max(row.value, row.high or 0.0) for row in rows if math.isfinite(row.value)), default=0.0) or 1.0
+    there = [max(row.value, row.high or 0.0) for row in rows if math.isfinite(row.value)]
+    most = most or max(there, default=0.0) or 1.0
     shapes = []
     for i, row in enumerate(rows):
         y = 19 * i

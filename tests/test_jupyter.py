@@ -1,8 +1,12 @@
 """labkit lab: notebooks are found, copied, and what somebody edited is never overwritten."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -147,6 +151,33 @@ def test_copies_are_signed_so_that_their_pictures_show_and_edited_ones_are_not(m
     nbformat.write(edited, path)
     lab.lab(folder)
     assert not NotebookNotary().check_signature(nbformat.read(path, as_version=4))
+
+
+def test_the_server_really_starts_and_lists_the_copies(tmp_path):
+    dirs = {name: str(tmp_path / name) for name in ("JUPYTER_RUNTIME_DIR", "JUPYTER_DATA_DIR", "JUPYTER_CONFIG_DIR")}
+    words = [sys.executable, "-m", "labkit.cli", "lab", str(tmp_path / "mine"), "--no-browser", "--port", "0"]
+    words += ["--", "--allow-root", "--IdentityProvider.token=secret"]
+    with open(tmp_path / "said", "wb") as said:
+        process = subprocess.Popen(words, env={**os.environ, **dirs}, stdout=said, stderr=said, start_new_session=True)
+    try:
+        address = _address(tmp_path / "JUPYTER_RUNTIME_DIR", process)
+        with urllib.request.urlopen(f"{address}api/contents?token=secret", timeout=30) as answer:
+            listed = {entry["name"] for entry in json.load(answer)["content"]}
+        assert listed == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert "new     02_block_tables.ipynb" in (tmp_path / "said").read_text()
+
+
+def _address(runtime: Path, process: subprocess.Popen) -> str:
+    for _ in range(600):
+        assert process.poll() is None, "it ended by itself"
+        for path in runtime.glob("jpserver-*.json"):
+            if path.read_text().endswith("}"):
+                return json.loads(path.read_text())["url"]
+        time.sleep(0.1)
+    raise AssertionError("no server within a minute")
 
 
 def test_without_jupyterlab_nothing_is_copied_and_the_extra_is_named(monkeypatch, tmp_path, capsys):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import labkit.drawing as drawing
+import labkit.study.tables as tables
 from labkit.bench.workload import Ask, Workload, random_lengths
 from labkit.core.events import Batch, Event, Step, read
 from labkit.core.log import EventLog
@@ -74,16 +75,17 @@ class Calibration:
 
     def frame(self) -> pandas.DataFrame:
         """A row a step: what it computed, measured and predicted seconds."""
-        import pandas as pd
-
+        pd = tables.pandas()
         return pd.DataFrame([vars(work) for work in self.work]).assign(predicted=self.predicted)
 
     def _repr_html_(self) -> str:
-        kept = np.linspace(0, len(self.work) - 1, min(DOTS, len(self.work))).astype(int)
+        near = np.flatnonzero(self.measured <= np.quantile(self.measured, 1 - OUTLIERS))
+        kept = near[np.linspace(0, len(near) - 1, min(DOTS, len(near))).astype(int)]
         pairs = list(zip((self.measured[kept] * 1e3).tolist(), (self.predicted[kept] * 1e3).tolist(), strict=True))
         rows = [(name, drawing.show(getattr(self.runner, name) * 1e6)) for name in CONSTANTS]
         moved = any(work.moved for work in self.work)
         notes = [] if moved else [drawing.note("no block was moved: per_block is the default")]
+        notes.append(drawing.note(f"left out of the picture: the slowest {OUTLIERS:.0%} of the steps"))
         return drawing.block(
             drawing.title(repr(self).split(";")[1].strip(" )")),
             drawing.side_by_side(

@@ -4,7 +4,6 @@ and the pictures are others' work.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +18,6 @@ from labkit.study.settings import (
     Setting,
     check_grid,
     check_runner,
-    label_of,
     make_engine,
     settings_of,
     valid_names,
@@ -160,6 +158,8 @@ class Experiment:
         return f"{self.workload.name}: {len(self.workload.asks)} requests"
 
     def _runner_name(self) -> str:
+        if several := next((name for name in ("model", "runner") if name in self.grid), None):
+            return f"{len(self.grid[several])} {several}s"
         if self.model is not None:
             return "the embedded model" if self.model == "embedded" else self.model
         return type(self.runner).__name__ if self.runner is not None else "SimRunner"
@@ -180,7 +180,7 @@ _WARM_UP = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokeni
 
 
 def _name_of(names: Mapping[str, Any]) -> str:
-    return ", ".join(str(label_of(value)) for value in names.values()) or "the setting"
+    return ", ".join(map(str, names.values())) or "the setting"
 
 
 def _number(name: str, value: Any) -> float:
@@ -206,9 +206,6 @@ def _curves(history: History, workload: Workload) -> dict[str, list[float | None
 def _progress(planned: list[Any], shown: bool) -> Any:
     if not shown:
         return planned
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        warnings.warn("progress is not shown: it needs tqdm", stacklevel=3)
-        return planned
+    from tqdm.auto import tqdm  # comes with transformers
+
     return tqdm(planned, unit="run", leave=False, delay=1.0)

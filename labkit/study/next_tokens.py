@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import labkit.drawing as drawing
+import labkit.study.tables as tables
 from labkit.core.options import check_names, whole
 from labkit.core.params import SamplingParams
 
@@ -51,8 +52,7 @@ class NextTokens:
 
     def frame(self) -> pandas.DataFrame:
         """A row for each of the likeliest tokens: its id, its text, and its probability in each view."""
-        import pandas as pd
-
+        pd = tables.pandas()
         columns = {name: [float(p[token]) for token in self.texts] for name, p in self.views}
         return pd.DataFrame({"token": list(self.texts), "text": list(self.texts.values()), **columns})
 
@@ -63,6 +63,7 @@ class NextTokens:
 
     def _repr_html_(self) -> str:
         parts = []
+        most = 100 * max(float(p.max()) for _, p in self.views)  # one scale for all of them
         for i, (name, p) in enumerate(self.views):
             color = drawing.PALETTE[6 if i == 0 else (i - 1) % 6]
             bars = [
@@ -70,7 +71,7 @@ class NextTokens:
                 for token, text in self.texts.items()
             ]
             rest = f"{int((p > 0).sum()):,} tokens left"
-            parts.append(drawing.title(f"{name} [%]") + drawing.bars(bars, width=280) + drawing.note(rest))
+            parts.append(drawing.title(f"{name} [%]") + drawing.bars(bars, width=280, most=most) + drawing.note(rest))
         return drawing.block(drawing.side_by_side(*parts, least=240))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import labkit.drawing as drawing
+import labkit.study.tables as tables
 from labkit.core.options import check_names, closest
 from labkit.study.history import CURVES
 
@@ -81,8 +82,7 @@ class Study:
 
     def frame(self) -> pandas.DataFrame:
         """A row a run: the setting, its seed, what was measured (times in seconds), and the error if it failed."""
-        import pandas as pd
-
+        pd = tables.pandas()
         rows = [{**run.setting, "seed": run.seed, **run.metrics, "error": run.error} for run in self.runs]
         return pd.DataFrame(rows, columns=[*self.names, "seed", *self.metrics, "error"])
 
@@ -95,8 +95,7 @@ class Study:
         return self._long("curves")
 
     def _long(self, which: str) -> pandas.DataFrame:
-        import pandas as pd
-
+        pd = tables.pandas()
         frames = []
         for run in self.runs:
             columns = getattr(run, which)

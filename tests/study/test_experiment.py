@@ -150,6 +150,7 @@ def test_workloads_and_runners_can_stand_in_the_grid():
     assert frame.requests.tolist() == [40, 40, 30, 30]
     assert frame.makespan[1] > frame.makespan[0] and frame.makespan[3] > frame.makespan[2]
     assert slow.layout is None, "each run has a runner of its own"
+    assert repr(study) == "Study(4 settings of 2 workloads on 2 runners)"
     constants = run(grid={"constant": [0.01, 0.1]}).frame()
     assert constants.makespan[1] > constants.makespan[0]
 
@@ -186,6 +187,7 @@ def test_it_runs_on_the_fake_and_on_the_embedded_model():
         ({"rows": [1]}, {"runner": 3}, TypeError, "runner must be"),
         ({"per_token": [1]}, {"runner": lk.FakeRunner()}, TypeError, "no option 'per_token'"),
         ({"rows": [1]}, {"repeats": 0}, ValueError, "repeats"),
+        ({"seed": [1, 2]}, {"model": "embedded"}, TypeError, "no option 'seed'"),
         ({"workload": [3]}, {}, TypeError, "holds Workloads"),
     ],
 )

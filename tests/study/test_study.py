@@ -77,3 +77,14 @@ def test_numbers_that_are_none_are_saved_as_null(tmp_path):
     lk.Study([run], names=["rows"], workload="w", runner="x", num_planned=1).save(tmp_path / "s.json")
     assert json.loads((tmp_path / "s.json").read_text())["runs"][0]["metrics"]["own"] is None
     assert "none" in lk.Study.load(tmp_path / "s.json")._repr_html_()
+
+
+def test_without_pandas_or_plotly_the_extra_is_named(study, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'labkit\[study\]'"):
+        study.frame()
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(ImportError, match=r"pip install 'labkit\[lab\]'"):
+        study.plot("num_blocks")
