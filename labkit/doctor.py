@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import labkit.drawing as drawing
+from labkit.widgets import style
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 PYTHONS = ((3, 11), (3, 14))  # from, and below
 EXTRAS = ("lab", "study", "server", "structured")
 MARKS = {OK: "ok  ", WARN: "warn", FAIL: "FAIL"}
-COLORS = {OK: drawing.PALETTE[2], WARN: drawing.PALETTE[1], FAIL: drawing.PALETTE[5]}
+COLORS = {OK: style.HUES[2], WARN: style.HUES[1], FAIL: style.HUES[5]}
 GIB = 2**30
 
 
@@ -77,13 +77,12 @@ class Report:
     def _repr_html_(self) -> str:
         from html import escape
 
-        lines = "".join(
-            f'<tr><td style="white-space:nowrap"><span class="lk-key" style="background:{COLORS[row.state]}"></span>'
-            f'{row.state}</td><td style="text-align:left">{escape(row.name)}</td><td style="text-align:left">'
-            f"{escape(row.found)}{f'<br><b>{escape(row.fix)}</b>' if row.fix else ''}</td></tr>"
+        lines = [
+            (style.key(row.state, COLORS[row.state]), escape(row.name),
+             escape(row.found) + (f"<br><b>{escape(row.fix)}</b>" if row.fix else ""))
             for row in self.rows
-        )
-        return drawing.block(drawing.title(self._sum()), f"<table><tbody>{lines}</tbody></table>")
+        ]  # fmt: skip
+        return style.page(style.title(self._sum()), style.table((), lines, align="lll"))
 
 
 Probe = Callable[[], Iterable[Row]]

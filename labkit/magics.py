@@ -13,10 +13,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import labkit.drawing as drawing
 from labkit import __version__
 from labkit.bench.cell import IdleError, Timing, measure, measure_engine
 from labkit.engine import Engine
+from labkit.widgets import style
 
 
 class UsageError(ValueError):
@@ -66,8 +66,8 @@ class Status:
         head = ("engine", "state", "step", "rows", "waiting", "blocks")
         rows = [[str(getattr(row, name)) for name in ("runner", *head[1:])] for row in self.engines]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        table = drawing.table(head, rows) if rows else drawing.note("no engine is open")
-        return drawing.block(drawing.title(versions), drawing.note(self.machine), table)
+        table = style.text_table(head, rows) if rows else style.note("no engine is open")
+        return style.page(style.title(versions), style.note(self.machine), table)
 
 
 def status() -> Status:

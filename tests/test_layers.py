@@ -46,14 +46,12 @@ MAY_IMPORT = {
     },
     "play": {"clock", "core", "engine"},  # the engine only as a type
     "profile": {"core", "engine"},  # the engine only as a type
-    "drawing": set(),
-    "study": {"bench", "build", "clock", "core", "drawing", "engine", "handle", "runner", "study"},
+    "study": {"bench", "build", "clock", "core", "engine", "handle", "runner", "study", "widgets"},
     "bench": {
         "",
         "assets",
         "bench",
         "core",
-        "drawing",
         "engine",
         "loading",
         "models",
@@ -73,12 +71,13 @@ MAY_IMPORT = {
         "intake",
         "lab",
         "models",
+        "widgets",
     },  # engines are made and watched from outside
     "beams": {"core", "engine"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
-    "doctor": {"core", "drawing", "engine"},
+    "doctor": {"core", "engine", "widgets"},
     "jupyter": set(),
-    "magics": {"", "bench", "core", "doctor", "drawing", "engine"},
+    "magics": {"", "bench", "core", "doctor", "engine", "widgets"},
     "cli": {"bench", "demo", "doctor", "jupyter", ""},
     "__init__": {
         "beams",

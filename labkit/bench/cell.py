@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import labkit.drawing as drawing
 from labkit.core.options import real, whole
+from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
@@ -64,10 +64,8 @@ class Timing:
         shown = values[values <= np.percentile(values, 99)] if len(values) >= 100 else values
         low, high = float(shown.min()), float(shown.max())
         counts, _ = np.histogram(shown, bins=40, range=(low, high if high > low else low + 1))
-        picture = drawing.columns(
-            counts.tolist(), low, high, f"{unit} a call", drawing.PALETTE[0], width=560, height=90
-        )
-        return drawing.block(drawing.title(repr(self)), drawing.beside([picture], width=860, height=100))
+        picture = charts.columns(counts.tolist(), low, high, f"{unit} a call", style.HUES[0], width=560, height=90)
+        return style.page(style.title(repr(self)), charts.beside([picture], width=860, height=100))
 
 
 def measure(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import labkit.drawing as drawing
+from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
     from labkit.bench.workload import Workload
@@ -23,9 +23,9 @@ def workload_html(workload: Workload) -> str:
     come = [ask.arrival for ask in opening]
     what = "conversations that begin" if workload.is_closed else "requests that come"
     groups = [
-        _histogram(come, f"{what}, by second", drawing.PALETTE[0]),
-        _histogram([len(ask.prompt) for ask in asks], "prompt tokens a request", drawing.PALETTE[2]),
-        _histogram([ask.num_output for ask in asks], "output tokens a request", drawing.PALETTE[1]),
+        _histogram(come, f"{what}, by second", style.HUES[0]),
+        _histogram([len(ask.prompt) for ask in asks], "prompt tokens a request", style.HUES[2]),
+        _histogram([ask.num_output for ask in asks], "output tokens a request", style.HUES[1]),
     ]
     notes = [f"{shared(workload):.0%} of the prompt tokens stand in a block of {BLOCK} that came before"]
     if workload.is_closed:
@@ -34,7 +34,7 @@ def workload_html(workload: Workload) -> str:
     if len(urgent) > 1:
         counts = ", ".join(f"{sum(ask.priority == p for ask in asks)} of priority {p}" for p in sorted(urgent))
         notes.append(counts)
-    return drawing.block(drawing.title(repr(workload)), drawing.beside(groups), drawing.note("; ".join(notes)))
+    return style.page(style.title(repr(workload)), charts.beside(groups), style.note("; ".join(notes)))
 
 
 def shared(workload: Workload) -> float:
@@ -66,4 +66,4 @@ def _chain(prompt: tuple[int, ...]) -> list[int]:
 def _histogram(values: Sequence[float], name: str, color: str, bins: int = 30) -> str:
     low, high = float(min(values)), float(max(values))
     counts, edges = np.histogram(values, bins=bins, range=(low, high if high > low else low + 1))
-    return drawing.columns(counts.tolist(), float(edges[0]), float(edges[-1]), name, color)
+    return charts.columns(counts.tolist(), float(edges[0]), float(edges[-1]), name, color)

@@ -16,11 +16,11 @@ from labkit.core.params import SamplingParams
 from labkit.engine import Engine
 from labkit.handle import Handle
 from labkit.intake import prompt_ids
-from labkit.lab.draw import Plot, around, power
 from labkit.lab.layers import Hidden, LayerDifference, compare_layers, watched_layers
 from labkit.lab.ops import OpDifference, first_op, recorded_ops
 from labkit.lab.side import Side, settled
 from labkit.lab.trial import NEAR, first_difference, gap, text_of, token_at
+from labkit.widgets.plot import Plot, around, power
 
 if TYPE_CHECKING:
     import pandas

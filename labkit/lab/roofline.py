@@ -12,7 +12,8 @@ from labkit_kernels import show
 from labkit_kernels.bench import Report
 
 from labkit.core.frames import table
-from labkit.lab.draw import COLORS, Plot, around, decades, power, shape_at, short_number
+from labkit.widgets.plot import Plot, around, decades, power, shape_at, short_number
+from labkit.widgets.style import HUES
 
 if TYPE_CHECKING:
     import pandas
@@ -82,7 +83,7 @@ class Roofline:
     @property
     def colors(self) -> dict[str, str]:
         names = dict.fromkeys(point.variant for point in self.points)
-        return {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
+        return {name: HUES[i % len(HUES)] for i, name in enumerate(names)}
 
     def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
         """Of both axes, so that the points and the corners of the roofs are seen."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-import labkit.drawing as drawing
 import labkit.study.tables as tables
 from labkit.bench.workload import Ask, Workload, random_lengths
 from labkit.core.events import Batch, Event, Step, read
@@ -21,6 +20,7 @@ from labkit.core.options import whole
 from labkit.engine import Engine
 from labkit.runner.sim import SimRunner
 from labkit.study.serving import serve
+from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
     import pandas
@@ -82,15 +82,15 @@ class Calibration:
         near = np.flatnonzero(self.measured <= np.quantile(self.measured, 1 - OUTLIERS))
         kept = near[np.linspace(0, len(near) - 1, min(DOTS, len(near))).astype(int)]
         pairs = list(zip((self.measured[kept] * 1e3).tolist(), (self.predicted[kept] * 1e3).tolist(), strict=True))
-        rows = [(name, drawing.show(getattr(self.runner, name) * 1e6)) for name in CONSTANTS]
+        rows = [(name, charts.show(getattr(self.runner, name) * 1e6)) for name in CONSTANTS]
         moved = any(work.moved for work in self.work)
-        notes = [] if moved else [drawing.note("no block was moved: per_block is the default")]
-        notes.append(drawing.note(f"left out of the picture: the slowest {OUTLIERS:.0%} of the steps"))
-        return drawing.block(
-            drawing.title(repr(self).split(";")[1].strip(" )")),
-            drawing.side_by_side(
-                drawing.dots(pairs, "measured ms a step", "predicted ms a step"),
-                drawing.table(("of SimRunner", "microseconds"), rows) + "".join(notes),
+        notes = [] if moved else [style.note("no block was moved: per_block is the default")]
+        notes.append(style.note(f"left out of the picture: the slowest {OUTLIERS:.0%} of the steps"))
+        return style.page(
+            style.title(repr(self).split(";")[1].strip(" )")),
+            style.side_by_side(
+                charts.dots(pairs, "measured ms a step", "predicted ms a step"),
+                style.text_table(("of SimRunner", "microseconds"), rows) + "".join(notes),
             ),
         )
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-import labkit.drawing as drawing
 from labkit.bench.workload import Workload
 from labkit.core.options import choose
 from labkit.study.history import CURVES, History, rolling, thin
+from labkit.widgets import charts, style
 
 EVERY = 0.2  # seconds between two looks, and more when a look was slow
 MOST_POINTS = 600
@@ -74,14 +74,14 @@ class LiveCurves:
     def picture(self) -> str:
         """The curves as they are, without anything that moves."""
         lines = [
-            drawing.Curve(name, _color(i), xs.tolist(), ys.tolist())
+            charts.Curve(name, _color(i), xs.tolist(), ys.tolist())
             for i, (name, (xs, ys)) in enumerate(self._points.items())
             if len(xs)
         ]
-        return drawing.block(
-            drawing.title(f"{self.curve} of the last tenth of the tokens" if self.curve in RATES else self.curve),
-            drawing.keys(lines),
-            drawing.curves(lines, "seconds", ""),
+        return style.page(
+            style.title(f"{self.curve} of the last tenth of the tokens" if self.curve in RATES else self.curve),
+            style.legend(style.key(line.label, line.color) for line in lines),
+            charts.curves(lines, "seconds", ""),
         )
 
     def _follow(self) -> None:
@@ -119,10 +119,10 @@ def _figure(names: list[str], curve: str) -> Any:
     empty = np.zeros(0, np.float32)
     traces = [go.Scatter(x=empty, y=empty, name=name, line_color=_color(i)) for i, name in enumerate(names)]
     figure = go.FigureWidget(traces)
-    figure.update_layout(**drawing.LAYOUT, height=340, margin={"l": 60, "r": 20, "t": 20, "b": 45})
+    figure.update_layout(**charts.LAYOUT, height=340, margin={"l": 60, "r": 20, "t": 20, "b": 45})
     figure.update_layout(showlegend=True, xaxis_title="seconds", yaxis_title=curve)
     return figure
 
 
 def _color(i: int) -> str:
-    return drawing.PALETTE[i % len(drawing.PALETTE)]
+    return style.HUES[i % len(style.HUES)]

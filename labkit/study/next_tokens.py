@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-import labkit.drawing as drawing
 import labkit.study.tables as tables
 from labkit.core.options import check_names, whole
 from labkit.core.params import SamplingParams
+from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
     import pandas
@@ -65,14 +65,14 @@ class NextTokens:
         parts = []
         most = 100 * max(float(p.max()) for _, p in self.views)  # one scale for all of them
         for i, (name, p) in enumerate(self.views):
-            color = drawing.PALETTE[6 if i == 0 else (i - 1) % 6]
+            color = style.HUES[6 if i == 0 else (i - 1) % 6]
             bars = [
-                drawing.Bar(repr(text), round(100 * float(p[token]), 2), color=color)
+                charts.Bar(repr(text), round(100 * float(p[token]), 2), color=color)
                 for token, text in self.texts.items()
             ]
             rest = f"{int((p > 0).sum()):,} tokens left"
-            parts.append(drawing.title(f"{name} [%]") + drawing.bars(bars, width=280, most=most) + drawing.note(rest))
-        return drawing.block(drawing.side_by_side(*parts, least=240))
+            parts.append(style.title(f"{name} [%]") + charts.bars(bars, width=280, most=most) + style.note(rest))
+        return style.page(style.side_by_side(*parts, least=240))
 
 
 def next_tokens(engine: Engine, prompt: Any, *, show: int = 10) -> NextTokens:

@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import labkit.drawing as drawing
 import labkit.study.tables as tables
 from labkit.core.options import check_names, closest
 from labkit.study.history import CURVES
+from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
     import pandas
@@ -117,7 +117,7 @@ class Study:
         by = [by] if isinstance(by, str) else [name for name in self.names if name != x] if by is None else list(by)
         check_names("Study.plot(by=)", by, self.names)
         figure = go.Figure()
-        figure.update_layout(**drawing.LAYOUT, height=380, margin={"l": 60, "r": 20, "t": 40, "b": 50})
+        figure.update_layout(**charts.LAYOUT, height=380, margin={"l": 60, "r": 20, "t": 40, "b": 50})
         figure.update_layout(
             title=self.workload, xaxis_title=x, yaxis_title=_with_unit(y), legend_title=", ".join(by), showlegend=True
         )
@@ -166,29 +166,29 @@ class Study:
         return found
 
     def _repr_html_(self) -> str:
-        parts = [drawing.title(repr(self))]
+        parts = [style.title(repr(self))]
         groups = self._by_label()
         if self.names:
-            parts.append(drawing.note("bars are labelled: " + ", ".join(self.names)))
-        parts += [drawing.note(f"{run.label}: {run.error}", bad=True) for run in self.failed]
+            parts.append(style.note("bars are labelled: " + ", ".join(self.names)))
+        parts += [style.note(f"{run.label}: {run.error}", bad=True) for run in self.failed]
         parts.append(
-            drawing.side_by_side(
+            style.side_by_side(
                 *(
-                    drawing.title(_with_unit(name)) + drawing.bars(self._bars(name, groups))
+                    style.title(_with_unit(name)) + charts.bars(self._bars(name, groups))
                     for name in self._worth_showing()
                 )
             )
         )
         if len(groups) > MOST_BARS:
-            parts.append(drawing.note(f"the first {MOST_BARS} of {len(groups)} settings; frame() has them all"))
+            parts.append(style.note(f"the first {MOST_BARS} of {len(groups)} settings; frame() has them all"))
         head = [*self.names, "seed", *self.metrics]
         rows = [
             [*(str(value) for value in run.setting.values()), str(run.seed)]
-            + [drawing.show(run.metrics[name]) if name in run.metrics else "" for name in self.metrics]
+            + [charts.show(run.metrics[name]) if name in run.metrics else "" for name in self.metrics]
             for run in self.runs
         ]
-        parts.append(f"<details><summary>all numbers</summary>{drawing.table(head, rows)}</details>")
-        return drawing.block(*parts)
+        parts.append(f"<details><summary>all numbers</summary>{style.text_table(head, rows)}</details>")
+        return style.page(*parts)
 
     def _worth_showing(self) -> list[str]:
         """Measures somebody added, and of the usual ones those that differ; the first if none does."""
@@ -196,16 +196,16 @@ class Study:
         usual = [name for name in SHOWN if len({run.metrics[name] for run in self.runs if name in run.metrics}) > 1]
         return own + usual or [name for name in SHOWN[1:2] if name in self.metrics]
 
-    def _bars(self, name: str, groups: dict[str, list[Run]]) -> list[drawing.Bar]:
+    def _bars(self, name: str, groups: dict[str, list[Run]]) -> list[charts.Bar]:
         colors = self._values(self.names[-1]) if self.names else [None]
         found = []
         for label, runs in list(groups.items())[:MOST_BARS]:
             values = [value for run in runs if math.isfinite(value := run.metrics.get(name, math.nan))]
             color = _color(colors.index(runs[0].setting[self.names[-1]]) if self.names else 0)
             if values:
-                found.append(drawing.Bar(label, sum(values) / len(values), min(values), max(values), color))
+                found.append(charts.Bar(label, sum(values) / len(values), min(values), max(values), color))
             else:
-                found.append(drawing.Bar(label, math.nan, color=color))
+                found.append(charts.Bar(label, math.nan, color=color))
         return found
 
     # -- files ---------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def _label(run: Run, by: Sequence[str]) -> str:
 
 
 def _color(i: int) -> str:
-    return drawing.PALETTE[i % len(drawing.PALETTE)]
+    return style.HUES[i % len(style.HUES)]
 
 
 def _trace(go: Any, name: str, points: dict[Any, list[float]], color: str, numbers: bool) -> Any:
@@ -268,7 +268,7 @@ def _trace(go: Any, name: str, points: dict[Any, list[float]], color: str, numbe
         reach = {
             "array": [max(points[x]) - mean for x, mean in zip(xs, means, strict=True)],
             "arrayminus": [mean - min(points[x]) for x, mean in zip(xs, means, strict=True)],
-            "color": drawing.GREY,
+            "color": charts.GREY,
         }
     if numbers:
         return go.Scatter(x=xs, y=means, error_y=reach, name=name, line_color=color, mode="lines+markers")

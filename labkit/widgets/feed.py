@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -225,7 +225,7 @@ class Feed:
             return found
         now = self.now(upto)
         return [
-            segment if segment.end <= now else replace(segment, end=now, is_open=True)
+            segment if segment.end <= now else segment._replace(end=now, is_open=True)
             for segment in found
             if segment.begin <= now
         ]

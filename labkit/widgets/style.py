@@ -17,7 +17,7 @@ COLORS = {
     "purple": "#cc79a7",
     "yellow": "#f0e442",
 }
-HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")
+HUES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")  # yellow vanishes on white
 DARK = frozenset((COLORS["blue"], COLORS["green"], COLORS["red"]))  # white text is read on these, black on the others
 
 BLOCK_COLOR = {"used": COLORS["blue"], "shared": COLORS["purple"], "cached": COLORS["orange"], "free": "none"}
@@ -65,7 +65,7 @@ max-width:900px;margin:2px 0;text-align:left}
 .lk svg{display:block;max-width:100%;height:auto;margin:4px 0}
 .lk svg text{font:11px var(--jp-ui-font-family,system-ui,sans-serif);fill:currentColor}
 .lk svg text.s{font-size:9px}.lk svg text.w{fill:#fff}.lk svg text.b{fill:#000}.lk svg text.e{text-anchor:end}
-.lk svg text.c{text-anchor:middle}.lk svg .q{opacity:.65}.lk svg g rect{rx:2px}
+.lk svg text.c{text-anchor:middle}.lk svg .q,.lk svg .dim{opacity:.65}.lk svg g rect{rx:2px}
 .lk .h{font-weight:600}.lk .q{opacity:.68}.lk p{margin:2px 0}
 .lk .key{white-space:nowrap;margin-right:14px}
 .lk .key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;vertical-align:-1px;
@@ -88,6 +88,26 @@ def view(title: str, *parts: str, about: str = "") -> str:
     more = f' <span class="q">{escape(about)}</span>' if about else ""
     head = f'<p><span class="h">{escape(title)}</span>{more}</p>'
     return f'<div class="lk"><style>{STYLE}</style>{head}{"".join(parts)}</div>'
+
+
+def page(*parts: str) -> str:
+    """Parts that stand alone in a cell's output, with the stylesheet."""
+    return f'<div class="lk"><style>{STYLE}</style>{"".join(parts)}</div>'
+
+
+def title(text: str) -> str:
+    return f'<p class="h">{escape(text)}</p>'
+
+
+def note(text: str, bad: bool = False) -> str:
+    look = f' style="color:{COLORS["red"]}"' if bad else ' class="q"'
+    return f"<p{look}>{escape(text)}</p>"
+
+
+def side_by_side(*parts: str, least: int = 390) -> str:
+    """HTML in as many columns as there is room for, each at least so many pixels wide."""
+    columns = f"display:grid;gap:6px 28px;grid-template-columns:repeat(auto-fill,minmax(min(100%,{least}px),1fr))"
+    return f'<div style="{columns}">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def inner(html: str) -> str:
@@ -133,6 +153,11 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "l") 
     body = "".join(f"<tr>{line('td', row)}" for row in rows)
     top = f"<thead><tr>{line('th', head)}</thead>" if head else ""
     return f'<table class="t">{top}<tbody>{body}</tbody></table>'
+
+
+def text_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """The same of plain text."""
+    return table(map(escape, head), [list(map(escape, row)) for row in rows])
 
 
 def section(summary: str, *parts: str, is_open: bool = False) -> str:

@@ -9,8 +9,8 @@ from labkit_kernels import Case, get, rms_norm
 from labkit_kernels.check import randn
 
 import labkit as lk
-from labkit.lab.draw import Plot, around, decades, power, short_number
 from labkit.lab.roofline import Limits, roofline
+from labkit.widgets.plot import Plot, around, decades, power, short_number
 
 from .conftest import fine_rms_norm, wrong_rms_norm
 

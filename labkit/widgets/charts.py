@@ -1,7 +1,5 @@
-"""Small pictures as inline SVG: bars, curves, columns. Knows numbers, names and colours; refuses to know of what.
-
-Everything hangs under one class, takes its ink from the page (`currentColor`), fetches nothing and runs nothing.
-"""
+"""Small charts as inline SVG: bars, curves, dots, columns; and how plotly's figures look beside them. Knows numbers,
+names and colours; refuses to know of what."""
 
 from __future__ import annotations
 
@@ -10,30 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-# Okabe and Ito's colours, told apart by colour-blind eyes; black and yellow vanish on one of the two backgrounds.
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999")
+from labkit.widgets.style import HUES
+
 GREY, CLEAR = "#808080", "rgba(0,0,0,0)"  # legible on white and on black; no background of its own
 AXIS = {"linecolor": GREY, "tickcolor": GREY, "gridcolor": "rgba(128,128,128,.2)", "zeroline": False}
 LAYOUT = {  # of a plotly figure, for a light page and a dark one
     "template": "simple_white", "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": GREY, "size": 13},
     "xaxis": AXIS, "yaxis": {**AXIS, "showgrid": True, "rangemode": "tozero"},
 }  # fmt: skip
-STYLE = """<style>
-.lk-drawn{font:13px/1.45 var(--jp-ui-font-family,system-ui,sans-serif);color:var(--jp-ui-font-color1,inherit);
-max-width:900px}
-.lk-drawn svg{display:block;width:100%;height:auto;overflow:visible}
-.lk-drawn text{font-size:12px;fill:currentColor}.lk-drawn .dim{fill-opacity:.65;opacity:.8}
-.lk-drawn .lk-title{font-weight:600;margin:.2em 0}.lk-drawn .lk-note{opacity:.75;margin:.2em 0}
-.lk-drawn .lk-bad{color:#d55e00;margin:.2em 0}
-.lk-drawn table{border-collapse:collapse;margin:.5em 0;font-size:13px;width:auto}
-.lk-drawn th,.lk-drawn td{padding:.2em .8em;text-align:right;border:0;border-bottom:1px solid #8884;background:none}
-.lk-drawn th:first-child,.lk-drawn td:first-child{text-align:left;padding-left:0}
-.lk-drawn th{border-bottom:2px solid #8888;font-weight:600}
-.lk-drawn .lk-grid{display:grid;gap:.5em 2em}
-.lk-drawn summary{cursor:pointer;opacity:.75}
-.lk-drawn .lk-key{display:inline-block;width:.8em;height:.8em;border-radius:2px;margin:0 .35em 0 0}
-.lk-drawn .lk-keys span.lk-one{margin-right:1.1em;white-space:nowrap}
-</style>"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +24,7 @@ class Bar:
     value: float
     low: float | None = None  # the ends of a whisker
     high: float | None = None
-    color: str = PALETTE[0]
+    color: str = HUES[0]
 
 
 @dataclass(frozen=True)
@@ -51,41 +33,6 @@ class Curve:
     color: str
     xs: Sequence[float]
     ys: Sequence[float]
-
-
-def block(*parts: str) -> str:
-    """HTML that stands alone in a page or a cell's output."""
-    return f'<div class="lk-drawn">{STYLE}{"".join(parts)}</div>'
-
-
-def title(text: str) -> str:
-    return f'<div class="lk-title">{escape(text)}</div>'
-
-
-def note(text: str, bad: bool = False) -> str:
-    return f'<div class="{"lk-bad" if bad else "lk-note"}">{escape(text)}</div>'
-
-
-def keys(curves: Sequence[Curve]) -> str:
-    """Which colour is whose."""
-    each = "".join(
-        f'<span class="lk-one"><span class="lk-key" style="background:{curve.color}"></span>'
-        f"{escape(curve.label)}</span>"
-        for curve in curves
-    )
-    return f'<div class="lk-keys">{each}</div>'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{escape(name)}</th>" for name in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table>"
-
-
-def side_by_side(*parts: str, least: int = 390) -> str:
-    """HTML in as many columns as there is room for, each at least so many pixels wide."""
-    columns = f"grid-template-columns:repeat(auto-fill,minmax(min(100%,{least}px),1fr))"
-    return f'<div class="lk-grid" style="{columns}">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def bars(rows: Sequence[Bar], width: int = 430, most: float = 0.0) -> str:
@@ -178,7 +125,7 @@ def dots(pairs: Sequence[tuple[float, float]], x_name: str, y_name: str, width: 
     )
     places = "".join("M{:.1f} {:.1f}h0".format(*at(*pair)) for pair in pairs)
     shapes.append(
-        f'<path d="{places}" stroke="{PALETTE[0]}" stroke-opacity=".45" stroke-width="4" stroke-linecap="round"/>'
+        f'<path d="{places}" stroke="{HUES[0]}" stroke-opacity=".45" stroke-width="4" stroke-linecap="round"/>'
     )
     return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(shapes)}</svg>'
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999")  # Okabe and Ito
 STYLE = (
     "<style>.lkp{max-width:100%;height:auto;display:block;font-family:var(--jp-content-font-family,system-ui,sans-serif)}"
     ".lkp text{font-size:11.5px;fill:currentColor}.lkp .muted{opacity:.62}.lkp .title{font-weight:600}</style>"
