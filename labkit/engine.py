@@ -112,7 +112,8 @@ class Engine(Shown):
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.bell = Bell()
         self.lock = threading.Lock()  # ids: whoever hands in a request takes one
-        self.closed: LeakReport | None = None
+        self.is_closed = False  # nobody may begin anything
+        self.closed: LeakReport | None = None  # and what was left when all had ended
         blocks = scheduler.blocks
         layout = Layout(blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks)
         self._call(lambda: runner.open(layout))
@@ -581,6 +582,7 @@ class Engine(Shown):
         """End every request, the thread, the cache and the model. The report says what is still there, if anything."""
         if self.closed is not None:
             return self.closed
+        self.is_closed = True
         self.pause()
         aborted = self._call(self._end_all)
         memory = held_memory(self.runner)
@@ -603,7 +605,7 @@ class Engine(Shown):
         return len(live)
 
     def _check_open(self) -> None:
-        if self.closed is not None:
+        if self.is_closed:
             raise RuntimeError("this engine is closed: make another one")
 
     # -- live settings -------------------------------------------------------------------------------------------

@@ -175,14 +175,14 @@ class Player:
             self._go.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(10.0)
-        if self.was_running and self.engine.closed is None:
+        if self.was_running and not self.engine.is_closed:
             self.engine.start()
         self._over.set()
         return self
 
     def _hold(self, state: str) -> None:
         self._go.clear()
-        if self.real_time and self.engine.closed is None:
+        if self.real_time and not self.engine.is_closed:
             self.engine.pause()
         self.state = state
 
@@ -245,18 +245,26 @@ class Player:
     def _turn(self) -> float:
         """One look at the clock; seconds until the next."""
         with self._lock:
+            if self.engine.is_closed:
+                return self._end()
             if self.state != "playing":
-                return TICK
-            if self.engine.closed is not None:
-                self._finish()
                 return TICK
             try:
                 return self._look() if self.real_time else self._keep_pace()
             except Exception as error:  # whoever waits is told; whoever does not sees the warning
+                if self.engine.is_closed:
+                    return self._end()
                 self.error = error
                 warnings.warn(f"playing stopped: {type(error).__name__}: {error}", stacklevel=2)
                 self._finish()
                 return TICK
+
+    def _end(self) -> float:
+        """The engine was closed: nothing can be played any more."""
+        self.state = "stopped"
+        self._gone.set()
+        self._over.set()
+        return TICK
 
     def _finish(self) -> None:
         self._hold("done")
@@ -330,10 +338,7 @@ class Player:
 def _run(player: weakref.ref[Player], go: threading.Event, gone: threading.Event) -> None:
     """The thread's own loop; it must not keep a player alive that nobody holds."""
     while not gone.is_set():
-        if not go.wait(1.0):
-            if player() is None:
-                return
-            continue
+        go.wait(1.0)
         here = player()
         if here is None:
             return

@@ -24,6 +24,17 @@ def own_threads():
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("labkit-player")]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    assert not own_threads()
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 5
+    while own_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not own_threads()
+
+
 @pytest.mark.parametrize("make", [simulated, real_time])
 def test_everything_that_comes_is_served(make):
     eng = make()
@@ -180,5 +191,8 @@ def test_without_a_load_it_plays_what_others_submit_and_waiting_ends_when_that_i
 
 
 def test_waiting_for_an_endless_load_is_refused():
-    with pytest.raises(ValueError, match="has no end: give it num="):
-        lk.Player(simulated(), lk.Load(rate=3)).play().wait()
+    with (
+        lk.Player(simulated(), lk.Load(rate=3)) as player,
+        pytest.raises(ValueError, match="has no end: give it num="),
+    ):
+        player.play().wait()

@@ -207,6 +207,8 @@ class Dashboard:
         ended = self.player is not None and self.player.state in ("done", "stopped") and was != self.player.state
         if ended:
             self._keep_still()
+        if self.player is not None and self.player.engine.is_closed:
+            self.close()  # nothing will come any more
         spent = time.perf_counter() - begin
         return max(EVERY, 6 * spent) if changed else EVERY
 

@@ -183,6 +183,26 @@ def test_a_dashboard_that_nobody_holds_lets_go_of_engine_and_threads():
         assert not own_threads()
 
 
+def test_closing_the_engine_ends_its_dashboards_and_their_threads():
+    eng = lk.Engine(
+        scheduler=lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16)), runner=lk.FakeRunner(seed=0, seconds=0.0)
+    )
+    playing, watching = eng.dashboard(rate=200), eng.dashboard()
+    for live in (playing, watching):
+        live._follow()
+    playing.play()
+    time.sleep(0.3)
+    eng.close()
+    deadline = time.monotonic() + 10
+    while own_threads() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not own_threads() and playing.closed and watching.closed
+    with pytest.raises(RuntimeError, match="was stopped"):
+        playing.play()
+    with pytest.raises(RuntimeError, match="engine is closed"):
+        eng.dashboard()
+
+
 def test_a_few_messages_an_update():
     live = simulated().dashboard(rate=20, num=40, speed=1e4)
     live.play().wait(60)
