@@ -7,12 +7,13 @@ and survive preemption like anything else. What that costs is the last partial b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.params import MOST_LOGPROBS, SamplingParams
+from labkit.intake import prompt_ids
 
 if TYPE_CHECKING:
     from labkit.engine import Engine
@@ -59,17 +60,18 @@ class Search:
     ended: list[Beam] = field(default_factory=list)
 
 
-def beam_search(
-    engine: Engine, prompts: Sequence[Iterable[int]], params: BeamSearchParams | None = None
-) -> list[list[Beam]]:
-    """For each prompt its best continuations, the best first."""
+def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams | None = None) -> list[list[Beam]]:
+    """For each of a list of prompts (text, token ids, or as `Engine.submit` takes them) its best continuations, best
+    first."""
+    if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
+        raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")
     params = BeamSearchParams() if params is None else params
     if not isinstance(params, BeamSearchParams):
         raise ValueError(f"params must be BeamSearchParams, got {params!r}")
     width = params.beam_width
     ask = SamplingParams(max_tokens=1, temperature=0, logprobs=2 * width, ignore_eos=True, detokenize=False)
     eos = () if params.ignore_eos else engine.runner.eos_token_ids
-    searches = [Search(list(prompt)) for prompt in prompts]
+    searches = [Search(prompt_ids(engine, prompt)[0].tolist()) for prompt in prompts]
     for _ in range(params.max_tokens):
         asked = [(search, beam) for search in searches for beam in search.beams]
         if not asked:

@@ -371,7 +371,7 @@ class Engine(Shown):
         self,
         *,
         rate: float | None = None,
-        mix: Any = "mixed",
+        mix: Any = None,
         num: int | None = None,
         seed: int = 0,
         speed: float = 1.0,
@@ -385,7 +385,9 @@ class Engine(Shown):
         from labkit.widgets.dashboard import Dashboard
 
         self._check_open()
-        load = None if rate is None else Load(rate, mix, num, seed)
+        if rate is None and (mix is not None or num is not None):
+            raise ValueError("mix= and num= say which requests come: they need rate=, how many a second")
+        load = None if rate is None else Load(rate, "mixed" if mix is None else mix, num, seed)
         return Dashboard(self.log, Player(self, load, speed))
 
     def run(self) -> None:
@@ -517,13 +519,17 @@ class Engine(Shown):
 
     def start(self) -> Engine:
         """Step in the background from now on, whenever there is something to do."""
+        self._num_failures = 0
+        self.own_thread().set_turn(_turn_of(weakref.ref(self)))
+        return self
+
+    def own_thread(self) -> Worker:
+        """From now on everything happens in one thread, whoever asks for it."""
         self._check_open()
         if self.worker is None:
             self.worker = Worker()
             self._finalizer = weakref.finalize(self, Worker.stop, self.worker, 5.0)
-        self._num_failures = 0
-        self.worker.set_turn(_turn_of(weakref.ref(self)))
-        return self
+        return self.worker
 
     def pause(self) -> Engine:
         """Stop stepping after the current step; `start()` goes on. Nothing is lost."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def command(folder: Path, *, browser: bool = True, port: int | None = None, word
     if port is not None and not 0 <= port <= 65535:
         raise ValueError(f"--port is a number up to 65535, got {port}")
     options = [] if browser else ["--no-browser"]
+    options += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []  # as in most containers
     options += [] if port is None else [f"--ServerApp.port={port}"]
     return [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={folder.resolve()}", *options, *words]
 

@@ -13,7 +13,6 @@ from labkit.core.params import SamplingParams
 from labkit.core.plan import TokenLogprobs
 from labkit.engine import Engine, Prompt
 from labkit.handle import Handle
-from labkit.intake import prompt_ids
 
 RENAMED = {
     "enable_prefix_caching": "prefix_caching",
@@ -117,7 +116,7 @@ class LLM:
 
     def beam_search(self, prompts: Sequence[Prompt], params: BeamSearchParams | None = None) -> list[list[Beam]]:
         """The likeliest continuations of each prompt, the best first."""
-        return beam_search(self.engine, [prompt_ids(self.engine, prompt)[0].tolist() for prompt in prompts], params)
+        return beam_search(self.engine, prompts, params)
 
 
 def output_of(handle: Handle) -> RequestOutput:

@@ -116,6 +116,7 @@ class Player:
         self._target: float | None = None  # where a virtual clock should be by now
         self._looked = 0.0
         self._num_waiting = 0
+        self.at_end: Callable[[], Callable[[], object] | None] = lambda: None  # a weak reference to who draws the end
         self._lock = threading.RLock()  # one command at a time
         self._go, self._gone, self._over = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -132,8 +133,9 @@ class Player:
     def play(self) -> Player:
         """Go on until all is served, or somebody says otherwise."""
         with self._lock:
-            self._check_open()
-            if self._thread is None:
+            self.engine.own_thread()
+            if self._thread is None or not self._thread.is_alive():
+                self._gone.clear()
                 self._thread = threading.Thread(
                     target=_run, args=(weakref.ref(self), self._go, self._gone), name="labkit-player", daemon=True
                 )
@@ -157,7 +159,7 @@ class Player:
         """Pause, and take that many steps."""
         whole("num", num, least=1)
         with self._lock:
-            self._check_open()
+            self.engine.own_thread()
             self._hold("paused")
             for _ in range(num):
                 self._submit_due(idle=not self.engine.scheduler.has_work)
@@ -166,18 +168,19 @@ class Player:
         return self
 
     def stop(self) -> Player:
-        """The end of this player; the engine stays as it is, in the background if it was there before."""
+        """End the player's thread; `play` goes on. The engine is in the background if it was there before."""
         with self._lock:
             if self.state == "stopped":
                 return self
             self._hold("stopped")
             self._gone.set()
             self._go.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(10.0)
+            self._thread, thread = None, self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(10.0)
         if self.was_running and not self.engine.is_closed:
             self.engine.start()
-        self._over.set()
+        self._tell()
         return self
 
     def _hold(self, state: str) -> None:
@@ -200,13 +203,13 @@ class Player:
         deadline = None if timeout is None else time.monotonic() + duration("timeout", timeout)
         if timeout is None and self.load is not None and self.load.num is None and self.load.rate:
             raise ValueError(f"{self.load!r} has no end: give it num=, or wait(timeout=)")
+        if self.state == "paused":
+            raise RuntimeError("it is paused: nothing would end the waiting; play() goes on")
         self._num_waiting += 1
         try:
             while not self._over.wait(0.1):
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(f"{self!r} has not ended after {timeout:g} s")
-                if self.state == "paused":
-                    raise RuntimeError("it is paused: nothing would end the waiting; play() goes on")
         except KeyboardInterrupt:
             self.pause()
             raise
@@ -236,10 +239,6 @@ class Player:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def _check_open(self) -> None:
-        if self.state == "stopped":
-            raise RuntimeError("this player was stopped: make another one")
-
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _turn(self) -> float:
@@ -263,11 +262,17 @@ class Player:
         """The engine was closed: nothing can be played any more."""
         self.state = "stopped"
         self._gone.set()
-        self._over.set()
+        self._tell()
         return TICK
 
     def _finish(self) -> None:
         self._hold("done")
+        self._tell()
+
+    def _tell(self) -> None:
+        """It is over: whoever shows it draws the end, and then whoever waits goes on."""
+        if (show := self.at_end()) is not None:
+            show()
         self._over.set()
 
     @property
@@ -277,7 +282,7 @@ class Player:
 
     @property
     def _is_served(self) -> bool:
-        more = self.load is not None and self.load.rate > 0 and not self._is_exhausted
+        more = self.load is not None and not self._is_exhausted
         engine = self.engine
         return not more and not engine.scheduler.has_work and not engine.arriving and not engine.in_flight
 

@@ -69,3 +69,15 @@ def test_samples_and_beams_of_a_long_prompt_share_its_blocks(pair):
     beams.listen(lambda outputs: saved.append(1.0))
     lk.beam_search(beams, [prompt], lk.BeamSearchParams(8, 20))
     assert beams.blocks.stats().hit_rate >= 0.5
+
+
+def test_prompts_are_a_list_and_may_be_text():
+    eng = lk.Engine(num_blocks=128)
+    params = lk.BeamSearchParams(beam_width=2, max_tokens=3)
+    ids = eng.tokenizer.encode("import ")
+    text, same = lk.beam_search(eng, ["import ", list(ids)], params)
+    assert [beam.token_ids for beam in text] == [beam.token_ids for beam in same] and text[0].text
+    for wrong in ("import ", [1, 2, 3], {"prompt": "x"}):
+        with pytest.raises(TypeError, match="prompts is a list of prompts: write"):
+            lk.beam_search(eng, wrong, params)
+    eng.close()

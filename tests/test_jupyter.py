@@ -128,7 +128,12 @@ def test_jupyterlab_is_started_with_what_was_asked(monkeypatch, tmp_path, capsys
     assert main(["lab", str(folder), "--no-browser", "--port", "9999", "--", "--ip=0.0.0.0", "--debug"]) == 3
     words = started[0]
     assert words[:3] == [sys.executable, "-m", "jupyterlab"] and f"--ServerApp.root_dir={folder.resolve()}" in words
-    assert words[-4:] == ["--no-browser", "--ServerApp.port=9999", "--ip=0.0.0.0", "--debug"]
+    assert [word for word in words if word != "--allow-root"][-4:] == [
+        "--no-browser",
+        "--ServerApp.port=9999",
+        "--ip=0.0.0.0",
+        "--debug",
+    ]
     told = capsys.readouterr().out
     assert "02_block_tables.ipynb" in told and str(folder.resolve()) in told
     assert (folder / "02_block_tables.ipynb").exists()

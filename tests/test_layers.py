@@ -73,7 +73,7 @@ MAY_IMPORT = {
         "models",
         "widgets",
     },  # engines are made and watched from outside
-    "beams": {"core", "engine"},  # the engine only as a type
+    "beams": {"core", "engine", "intake"},  # the engine only as a type
     "llm": {"beams", "closing", "core", "engine", "handle", "intake"},
     "doctor": {"core", "engine", "widgets"},
     "jupyter": set(),

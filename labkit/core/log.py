@@ -127,7 +127,7 @@ class EventLog(Shown):
                 warnings.warn(f"{subscriber!r} raised {error!r} and is no longer subscribed", stacklevel=2)
 
     def __iter__(self) -> Iterator[Event]:
-        for batch in self._batches:
+        for batch in self.batches():  # a copy: whoever reads may be in another thread than who writes
             yield from read(batch)
 
     def batches(self) -> list[Batch]:
@@ -154,7 +154,7 @@ class EventLog(Shown):
     def why(self, request: str | Request) -> Why:
         """Why a request waited: for each step, the limit that bound; and what it was preempted for."""
         waits = self._trimmed.copy()
-        for batch in self._batches:
+        for batch in self.batches():
             waits.apply(batch)
         id = getattr(request, "id", request)
         if not isinstance(id, str):
@@ -193,7 +193,10 @@ class EventLog(Shown):
         """A saved log, ready for every view and fold."""
         if isinstance(file, (str, PathLike)):
             with open(file, encoding="utf-8") as opened:
-                return cls.load(opened)
+                try:
+                    return cls.load(opened)
+                except ValueError as error:
+                    raise ValueError(f"{file}: {error}") from None
         log = cls(keep=None)
         log.num_trimmed = _read_header(file.readline())
         moment: tuple[int, int] | None = None

@@ -4,6 +4,7 @@ and the pictures are others' work.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -119,6 +120,9 @@ class Experiment:
         finally:
             if view:
                 view.close()
+        if failed := [run for run in runs if run.error is not None]:
+            first = failed[0]
+            warnings.warn(f"{len(failed)} of {len(runs)} runs failed, {first.label}: {first.error}", stacklevel=2)
         return Study(
             runs,
             names=list(self.grid),

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 ORDERS = ("fcfs", "priority", "sjf", "lpm")
+PREEMPTIONS = ("recompute", "swap", "auto")
 EVICTIONS = ("lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost")
 WIDE = {"description_width": "76px"}
+PACES = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 6.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 
 
 def controls(dashboard: Any) -> dict[str, Any]:
@@ -20,11 +22,12 @@ def controls(dashboard: Any) -> dict[str, Any]:
         widget.layout.margin = "0"
     player = dashboard.player
     bar, refresh = (_scrubber if player is None else _transport)(dashboard, w)
-    settings = [] if player is None else [_settings(dashboard, w)]
+    settings, follow = (None, refresh) if player is None else _settings(dashboard, w)
     figure = dashboard._figure
     figure.layout.autosize = True
-    found["refresh"] = refresh
-    found["box"] = w.VBox([bar, found["trouble"], found["strip"], figure, *settings, found["machine"]])
+    shown = [bar, found["trouble"], found["strip"], figure, *([settings] if settings else []), found["machine"]]
+    found["refresh"] = lambda: (refresh(), follow())
+    found["box"] = w.VBox(shown)
     found["box"].layout = w.Layout(width="100%", min_width="720px", overflow="hidden")
     found["box"].add_class("labkit-dashboard")
     return found
@@ -47,16 +50,20 @@ def _transport(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     state = w.HTML(layout=w.Layout(margin="0 12px"))
     parts: list[Any] = [*buttons.values(), state]
     if not player.real_time:
-        speed = w.FloatLogSlider(value=player.speed, base=10, min=-2, max=4, step=0.1, description="pace",
-                                 tooltip="virtual seconds a second", readout_format=".3g", style=WIDE)  # fmt: skip
+        paces = sorted({*PACES, player.speed})  # exact values: a slider rounds what it is given
+        speed = w.SelectionSlider(options=[(f"{pace:g}x", pace) for pace in paces], value=player.speed,
+                                  description="pace", tooltip="virtual seconds a second", style=WIDE)  # fmt: skip
         speed.observe(lambda change: setattr(player, "speed", float(change.new)), "value")
         parts.append(speed)
 
     def refresh() -> None:
         now = player.state
-        buttons["play"].disabled = now in ("playing", "stopped")
-        buttons["pause"].disabled = now != "playing"
-        buttons["step"].disabled = buttons["stop"].disabled = now == "stopped"
+        over = player.engine.is_closed
+        buttons["play"].disabled = over or now == "playing"
+        buttons["pause"].disabled = over or now != "playing"
+        buttons["step"].disabled = over
+        buttons["stop"].disabled = over or now == "stopped"
+        now = "engine closed" if over else now
         shown = f'<span class="labkit-state" style="font-weight:600">{now}</span>'
         if state.value != shown:
             state.value = shown
@@ -83,48 +90,84 @@ def _scrubber(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     return w.HBox([play, slider], layout=w.Layout(align_items="center")), refresh
 
 
-def _settings(dashboard: Any, w: Any) -> Any:
-    """What comes, and how it is served."""
+def _settings(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
+    """What comes, and how it is served; and a function that shows what is set, whoever set it."""
     player = dashboard.player
     engine, scheduler, blocks = player.engine, player.engine.scheduler, player.engine.blocks
-    load = player.load
     wide = w.Layout(width="98%")
+    following = False
 
-    def name_of(value: Any) -> str:
-        return (
-            value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", str(value))
+    def slider(kind: Any, description: str, low: float, high: float, **more: Any) -> Any:
+        return kind(
+            min=low, max=high, description=description, style=WIDE, layout=wide, continuous_update=False, **more
         )
 
-    def menu(description: str, names: tuple[str, ...], value: str) -> Any:
-        options = list(names) if value in names else [value, *names]
-        return w.Dropdown(options=options, value=value, description=description, style=WIDE, layout=wide)
+    def menu(description: str, names: tuple[str, ...]) -> Any:
+        return w.Dropdown(options=[(name, name) for name in names], description=description, style=WIDE, layout=wide)
 
-    rate = w.FloatSlider(value=load.rate if load else 0, min=0, max=100, step=0.5, description="requests/s", style=WIDE,
-                         readout_format=".3g", layout=wide, continuous_update=False)  # fmt: skip
-    mix = menu("prompts", tuple(player.mixes), load.mix_name if load else "mixed")
-    budget = w.IntSlider(value=scheduler.max_num_batched_tokens, min=1, max=max(2048, scheduler.max_num_batched_tokens),
-                         description="budget", style=WIDE, layout=wide, continuous_update=False)  # fmt: skip
-    rows = w.IntSlider(value=scheduler.max_num_seqs, min=1, max=scheduler.width, description="rows", style=WIDE,
-                       layout=wide, continuous_update=False)  # fmt: skip
-    order = menu("order", ORDERS, name_of(scheduler.queue.order))
-    eviction = menu("eviction", EVICTIONS, name_of(blocks.eviction))
-    preemption = menu("preemption", ("recompute", "swap", "auto"), scheduler.preemption)
-    caching = w.Checkbox(value=blocks.prefix_caching, description="prefix cache", indent=False, layout=wide)
+    most = max(100.0, 2 * player.load.rate) if player.load else 100.0
+    rate = slider(w.FloatSlider, "requests/s", 0.0, most, step=0.1, readout_format=".3g")
+    budget = slider(w.IntSlider, "budget", 1, max(2048, scheduler.max_num_batched_tokens))
+    rows = slider(w.IntSlider, "rows", 1, scheduler.width)
+    mix, order = menu("prompts", tuple(player.mixes)), menu("order", ORDERS)
+    eviction, preemption = menu("eviction", EVICTIONS), menu("preemption", PREEMPTIONS)
+    caching = w.Checkbox(description="prefix cache", indent=False, layout=wide)
+    settings: tuple[tuple[Any, Callable[[], Any], Callable[[Any], Any]], ...] = (  # widget, what is set, how to set it
+        (rate, lambda: player.load.rate if player.load else 0.0, lambda x: player.change_load(rate=float(x))),
+        (mix, lambda: player.load.mix if player.load else "mixed", lambda x: player.change_load(mix=x)),
+        (caching, lambda: blocks.prefix_caching, lambda x: engine.control(prefix_caching=bool(x))),
+        (budget, lambda: scheduler.max_num_batched_tokens, lambda x: engine.control(budget=int(x))),
+        (rows, lambda: scheduler.max_num_seqs, lambda x: engine.control(rows=int(x))),
+        (order, lambda: _plain(scheduler.queue.order, ORDERS), lambda x: engine.control(order=x)),
+        (eviction, lambda: _plain(blocks.eviction, EVICTIONS), lambda x: engine.control(eviction=x)),
+        (preemption, lambda: scheduler.preemption, lambda x: engine.control(preemption=x)),
+    )
+
+    def refresh() -> None:
+        nonlocal following
+        following = True
+        try:
+            for widget, read, _ in settings:
+                _show(widget, read())
+        finally:
+            following = False
 
     def changes(widget: Any, act: Callable[[Any], Any]) -> None:
-        widget.observe(lambda change: _guarded(dashboard, lambda: act(change.new)), "value")
+        def changed(change: Any) -> None:
+            if not following:
+                _guarded(dashboard, lambda: act(change.new))
+                if dashboard.trouble:
+                    refresh()  # it is as it was
 
-    changes(rate, lambda value: player.change_load(rate=float(value)))
-    changes(mix, lambda value: player.change_load(mix=value if value in player.mixes or load is None else load.mix))
-    changes(budget, lambda value: engine.control(budget=int(value)))
-    changes(rows, lambda value: engine.control(rows=int(value)))
-    changes(order, lambda value: engine.control(order=value))
-    changes(eviction, lambda value: engine.control(eviction=value))
-    changes(preemption, lambda value: engine.control(preemption=value))
-    changes(caching, lambda value: engine.control(prefix_caching=bool(value)))
-    columns = [w.VBox(part, layout=w.Layout(width="33%")) for part in ([rate, mix, caching], [budget, rows, order],
-                                                                         [eviction, preemption])]  # fmt: skip
-    return w.HBox(columns, layout=w.Layout(width="100%"))
+        widget.observe(changed, "value")
+
+    refresh()
+    for widget, _, act in settings:
+        changes(widget, act)
+    parts = ([rate, mix, caching], [budget, rows, order], [eviction, preemption])
+    box = w.HBox([w.VBox(part, layout=w.Layout(width="33%")) for part in parts], layout=w.Layout(width="100%"))
+    return box, refresh
+
+
+def _plain(value: Any, names: tuple[str, ...]) -> Any:
+    """A policy of ours by its name; anyone else's as it is."""
+    name = _name_of(value)
+    return name if name in names else value
+
+
+def _name_of(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", repr(value))
+
+
+def _show(widget: Any, value: Any) -> None:
+    """Show what is set, and make room for it."""
+    if hasattr(widget, "options"):
+        if value not in [option for _, option in widget.options]:
+            widget.options = [*widget.options, (_name_of(value), value)]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool) and value > widget.max:
+        widget.max = value
+    if widget.value != value:
+        widget.value = value
 
 
 def _guarded(dashboard: Any, act: Callable[[], Any]) -> None:

@@ -21,6 +21,7 @@ from labkit.widgets.controls import controls
 from labkit.widgets.feed import Feed
 
 EVERY = 0.2  # seconds between two looks
+MOST_STEPS = 65_536  # of a log that are kept to be looked at
 
 
 class Dashboard:
@@ -32,7 +33,7 @@ class Dashboard:
 
     def __init__(self, log: EventLog, player: Any = None) -> None:
         self.log, self.player = log, player
-        self.feed = Feed(log)
+        self.feed = Feed(log) if player is not None else Feed(log, keep=MOST_STEPS)
         if player is not None:
             self.feed.block_size = player.engine.blocks.block_size
         self.shown: int | None = None  # the step that is looked at; None: the latest
@@ -48,6 +49,8 @@ class Dashboard:
         self._drawn: tuple[Any, ...] | None = None
         self._thread: threading.Thread | None = None
         self._finalizer = weakref.finalize(self, self._wake.set)
+        if player is not None:
+            player.at_end = weakref.WeakMethod(self._draw_end)
         self.draw()
 
     def __repr__(self) -> str:
@@ -76,11 +79,14 @@ class Dashboard:
 
     # -- driving -------------------------------------------------------------------------------------------------
 
-    def play(self) -> Dashboard:
-        self._driven().play()
+    def play(self) -> Any:
+        """Go on. Gives the player: wait for it, or, so that buttons work meanwhile, `await live.play()`."""
+        player = self._driven()
+        player.play()
         self._follow()
+        self._keep_still("")
         self.draw()
-        return self
+        return player
 
     def pause(self) -> None:
         self._driven().pause()
@@ -91,28 +97,19 @@ class Dashboard:
         self.draw()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until all is served; then the picture is drawn to its end."""
-        try:
-            self._driven().wait(timeout)
-        finally:
-            self.draw()
-            self._keep_still()
+        """Until all is served. A cell that waits keeps the kernel from hearing clicks; one that awaits does not."""
+        self._driven().wait(timeout)
 
     def __await__(self) -> Any:
-        async def until_over() -> Dashboard:
-            try:
-                await self._driven()
-            finally:
-                self.draw()
-                self._keep_still()
-            return self
-
-        return until_over().__await__()
+        return self._driven().__await__()
 
     def stop(self) -> None:
         """The end of playing: the last picture stays, and a still one for whoever opens the notebook later."""
         if self.player is not None:
             self.player.stop()
+        self._draw_end()
+
+    def _draw_end(self) -> None:
         self.draw()
         self._keep_still()
 
@@ -144,7 +141,7 @@ class Dashboard:
         """Go to a step, forwards or back; without one, to the latest."""
         first, last = self.feed.first, self.feed.num_steps
         if step is not None and not (isinstance(step, int) and first <= step <= last):
-            raise ValueError(f"step must be between {first} and {last}, got {step!r}")
+            raise ValueError(f"step must be between {first} and {last}, which are kept; got {step!r}")
         self.shown = None if step == last else step
         self.draw()
 
@@ -183,6 +180,7 @@ class Dashboard:
             self._drawn = state
             self.num_drawn += 1
             figure.update(self._figure, self.feed, self.shown)
+            figure.refresh_traits(self._figure)
             self._set("strip", panels.strip(panels.figures(self.feed, self.shown)))
             self._set("machine", self._machine.html())
             self._widgets["refresh"]()
@@ -192,21 +190,17 @@ class Dashboard:
         if self._widgets[name].value != html:
             self._widgets[name].value = html
 
-    def _keep_still(self) -> None:
-        """Put the still picture beside the live one."""
+    def _keep_still(self, html: str | None = None) -> None:
+        """Put the still picture below the live one; while it plays there is none."""
         if self._still is not None:
             from IPython.display import HTML
 
-            self._still.update(HTML(self.snapshot()))
+            self._still.update(HTML(self.snapshot() if html is None else html))
 
     def _tick(self) -> float:
         """One look; seconds until the next."""
         begin = time.perf_counter()
-        was = self._drawn[-1] if self._drawn else None
         changed = self.draw(force=False)
-        ended = self.player is not None and self.player.state in ("done", "stopped") and was != self.player.state
-        if ended:
-            self._keep_still()
         if self.player is not None and self.player.engine.is_closed:
             self.close()  # nothing will come any more
         spent = time.perf_counter() - begin

@@ -17,6 +17,7 @@ from labkit.core.log import EventLog
 from labkit.widgets.timeline import Segment, Timeline
 
 COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers
+COUNTED = ("Finished", "Preempted")
 KEEP = 4096  # steps
 STRETCHES = 48  # of a window, for rates and percentiles: a step alone says little of either
 
@@ -74,7 +75,8 @@ class Feed:
         self.num_steps = 0  # folded so far; the latest `keep` are here
         self.counts: Counter[str] = Counter()  # events by name
         self.block_size = 16
-        self._steps = np.zeros((self.keep, len(COLUMNS) + 2), np.int64)  # step, now, and a Step event's columns
+        # a step's number, its time, a Step event's columns, and COUNTED until then
+        self._steps = np.zeros((self.keep, 2 + len(COLUMNS) + len(COUNTED)), np.int64)
         self._first_tokens: deque[tuple[int, float]] = deque(maxlen=self.keep)  # (ns, s since submission)
         self._submitted: dict[str, int] = {}
         self._row_of: dict[str, int] = {}
@@ -129,7 +131,7 @@ class Feed:
         self._forks.clear()
         self._rows.append((self._tokens.copy(), self._cached.copy()))
         line = self._steps[self.num_steps % self.keep]
-        line[0], line[1], line[2:] = batch.step, batch.now, batch.row
+        line[:] = batch.step, batch.now, *batch.row, *(self.counts[name] for name in COUNTED)
         self.num_steps += 1
 
     def _place(self, request: str, row: int) -> None:
@@ -190,11 +192,12 @@ class Feed:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def latest(self, upto: int | None = None) -> dict[str, int]:
-        """A Step event's columns, of the last step or of the one after which `upto` steps were folded."""
+        """A Step event's columns and COUNTED, of the last step or of the one after which `upto` steps were folded."""
         at = self.num_steps if upto is None else upto
+        names = (*COLUMNS, *COUNTED)
         if not self._first < at <= self.num_steps:
-            return dict.fromkeys(COLUMNS, 0)
-        return dict(zip(COLUMNS, self._steps[(at - 1) % self.keep, 2:].tolist(), strict=True))
+            return dict.fromkeys(names, 0)
+        return dict(zip(names, self._steps[(at - 1) % self.keep, 2:].tolist(), strict=True))
 
     @property
     def _first(self) -> int:
@@ -240,7 +243,11 @@ class Feed:
             return Window(
                 nothing, lines[:, 0], dict.fromkeys(COLUMNS, nothing), Pace(nothing, nothing, nothing, pairs, pairs)
             )
-        before = int(self._steps[(begin - 1) % self.keep, 1]) if begin > self._first else lines[0, 1] - lines[0, -1]
+        before = (
+            int(self._steps[(begin - 1) % self.keep, 1])
+            if begin > self._first
+            else lines[0, 1] - lines[0, 1 + len(COLUMNS)]
+        )
         cuts, last = _cut(len(lines), points)
         columns = {name: self._fold(name, lines[:, i + 2], cuts, last) for i, name in enumerate(COLUMNS)}
         time = (lines[last, 1] / 1e9).astype(np.float32)

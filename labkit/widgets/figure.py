@@ -7,6 +7,7 @@ they travel as bytes. Colours of axes and text are half grey: they are read on a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from labkit.widgets.feed import Feed, Pace
 from labkit.widgets.style import COLORS, SEGMENT_COLOR, seconds
-from labkit.widgets.timeline import Segment
+from labkit.widgets.timeline import WAITS, Segment
 
 INK, FAINT = "#808080", "rgba(128,128,128,0.22)"
 MOST_LANES, MOST_BARS = 16, 400
@@ -137,7 +138,7 @@ def build() -> Any:
             col=2,
         )
     figure = go.FigureWidget(grid)
-    figure._config = {**figure._config, "displayModeBar": False, "displaylogo": False}
+    figure._config = {**figure._config, "displayModeBar": False, "displaylogo": False, "responsive": True}
     _lay_out(figure)
     return figure
 
@@ -176,9 +177,10 @@ def _lay_out(figure: Any) -> None:
     figure.update_xaxes(
         title={"text": "logical block", "font": {"size": 11}, "standoff": 4}, showgrid=False, row=3, col=1
     )
-    figure.update_yaxes(title={"text": "row", "font": {"size": 11}, "standoff": 2}, showgrid=False, row=3, col=1)
+    figure.update_yaxes(title={"text": "row", "font": {"size": 11}, "standoff": 2}, showgrid=False, row=3, col=1,
+                        autorange="reversed", rangemode="normal", tickfont={"size": 10})  # fmt: skip
     figure.update_yaxes(autorange="reversed", showgrid=False, tickfont={"size": 10}, rangemode="normal", row=3, col=2)
-    ticks = [digit * 10.0**power for power in range(-5, 4) for digit in (1, 3)]
+    ticks = [digit * 10.0**power for power in range(-5, 4) for digit in (1, 2, 5)]
     figure.update_yaxes(type="log", showgrid=False, tickvals=ticks, ticktext=[seconds(tick) for tick in ticks],
                         rangemode="normal", secondary_y=True, row=2, col=2)  # fmt: skip
     figure.update_layout(
@@ -198,7 +200,7 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
     with figure.batch_update():
         traces = {trace.meta: trace for trace in figure.data}
         for name, (_, column, _) in AREAS.items():
-            traces[name].update(x=window.time, y=window.columns[column], overwrite=True)
+            traces[name].update(x=window.time, y=window.columns[column])
         _speed(traces, window.pace)
         z = cells(feed, upto)
         traces["tables"].z = z
@@ -208,7 +210,6 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
                 base=np.array([segment.begin / 1e9 for _, segment in found], np.float32),
                 y=np.array([lane for lane, _ in found], np.float32),
                 hovertext=[_says(segment) for _, segment in found],
-                overwrite=True,
             )
         if len(window):
             begin, end = float(window.time[0]), float(window.time[-1])
@@ -216,32 +217,46 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
                 figure.layout[axis].range = (begin, max(end, begin + 1e-3))
             since = min((segment.begin / 1e9 for found in bars.values() for _, segment in found), default=begin)
             figure.layout.xaxis6.range = (since, max(end, since + 1e-3))
+        rows = taken_rows(feed, upto)
+        figure.layout.yaxis6.update(tickmode="array", tickvals=list(range(len(rows))), ticktext=list(map(str, rows)))
         lanes_shown = {"tickvals": list(range(len(names))), "ticktext": list(map(_short, names))}
         figure.layout.yaxis7.update(tickmode="array", range=(max(len(names), 8) - 0.4, -0.6), **lanes_shown)
 
 
+def refresh_traits(figure: Any) -> None:
+    """What a page is given that opens the figure now: its traits are otherwise as they were when it was made. Set
+    without a message, as pages that show it know."""
+    figure._trait_values["_widget_data"] = copy.deepcopy(figure._data)
+    figure._trait_values["_widget_layout"] = copy.deepcopy(figure._layout)
+
+
 def _speed(traces: dict[str, Any], pace: Pace) -> None:
     rate = (pace.tokens / np.maximum(pace.seconds, 1e-9)).astype(np.float32)
-    traces["tokens/s"].update(x=pace.time, y=rate, overwrite=True)
+    traces["tokens/s"].update(x=pace.time, y=rate)
     for what, values in (("first token", pace.ttft), ("between tokens", pace.itl)):
         for i, name in enumerate(("p50", "p90")):
             there = ~np.isnan(values[:, i])
-            traces[f"{what} {name}"].update(x=pace.time[there], y=values[there, i], overwrite=True)
+            traces[f"{what} {name}"].update(x=pace.time[there], y=values[there, i])
+
+
+def taken_rows(feed: Feed, upto: int | None = None) -> list[int]:
+    """The rows of the batch that hold tokens, as many as there is room for."""
+    found: list[int] = np.flatnonzero(feed.table(upto)[0])[:MOST_ROWS].tolist()
+    return found
 
 
 def cells(feed: Feed, upto: int | None = None) -> np.ndarray:
-    """uint8 [rows, blocks]: what each logical block of each row holds; long tables are cut."""
-    tokens, cached = feed.table(upto)
+    """uint8 [taken rows, blocks]: what each logical block of each row holds; long tables are cut."""
+    tokens, cached = (counts[taken_rows(feed, upto)] for counts in feed.table(upto))
     size = feed.block_size
-    num_rows = min(MOST_ROWS, max(8, int(np.flatnonzero(tokens)[-1]) + 1 if tokens.any() else 8))
-    tokens, cached = (np.pad(a[:num_rows], (0, max(0, num_rows - len(a)))) for a in (tokens, cached))
     blocks = -(-tokens // size)
     wide = min(MOST_BLOCKS, max(16, int(blocks.max(initial=0))))
     at = np.arange(wide)[None, :]
-    z = np.zeros((num_rows, wide), np.uint8)
-    z[at < blocks[:, None]] = 2
-    z[at < (cached // size)[:, None]] = 1
-    z[(at == blocks[:, None] - 1) & (tokens % size != 0)[:, None]] = 3
+    z = np.zeros((max(len(tokens), 1), wide), np.uint8)
+    held = z[: len(tokens)]
+    held[at < blocks[:, None]] = 2
+    held[at < (cached // size)[:, None]] = 1
+    held[(at == blocks[:, None] - 1) & (tokens % size != 0)[:, None]] = 3
     return z
 
 
@@ -249,9 +264,13 @@ Bars = list[tuple[int, Segment]]  # (lane, what is drawn on it)
 
 
 def lanes(segments: Sequence[Segment], since: float) -> tuple[list[str], dict[str, Bars]]:
-    """The latest requests that were there after `since` (s), a lane each; and what they did, by kind."""
+    """Requests that run and the latest others that were there after `since` (s), a lane each; their deeds by kind."""
     recent = [segment for segment in segments if segment.end / 1e9 >= since]
-    names = list(dict.fromkeys(segment.request for segment in recent))[-MOST_LANES:]
+    order = list(dict.fromkeys(segment.request for segment in recent))
+    running = {segment.request for segment in recent if segment.is_open and segment.kind not in WAITS}
+    others = [name for name in order if name not in running]
+    shown = {*list(running)[:MOST_LANES], *others[len(others) - max(0, MOST_LANES - len(running)) :]}
+    names = [name for name in order if name in shown]
     lane_of = {name: i for i, name in enumerate(names)}
     bars: dict[str, Bars] = {kind: [] for kind in BARS}
     for segment in [segment for segment in recent if segment.request in lane_of][-MOST_BARS:]:

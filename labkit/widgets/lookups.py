@@ -133,7 +133,9 @@ def _request_or_text(engine: Any, what: str) -> Any:
         return engine.request(what)
     except ValueError:
         if engine.tokenizer is None:
-            raise
+            raise ValueError(
+                f"there is no request {what!r}, and no tokenizer to read it as text: give token ids"
+            ) from None
         return what
 
 

@@ -34,7 +34,6 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
         sum(float(window.columns[name].sum()) for name in ("prefill_tokens", "cached_tokens")) if len(window) else 0.0
     )
     hit = float(window.columns["cached_tokens"].sum()) / known if known else None
-    counts = feed.counts
     return {
         "step": f"{steps:,}",
         "time": seconds(feed.now(upto) / 1e9),
@@ -45,8 +44,8 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
         "cache hits": "\u2013" if hit is None else f"{hit:.0%}",
         "running": f"{last['running']:,}",
         "waiting": f"{last['waiting']:,}",
-        "preempted": f"{counts['Preempted']:,}",
-        "finished": f"{counts['Finished']:,}",
+        "preempted": f"{last['Preempted']:,}",
+        "finished": f"{last['Finished']:,}",
     }
 
 

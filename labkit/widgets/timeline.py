@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, NamedTuple
 
 from labkit.core.events import Batch
@@ -61,10 +62,12 @@ class Segment(NamedTuple):
 
 
 def log_of(given: Any) -> EventLog:
-    """A log, or an engine's."""
+    """A log, an engine's, or a saved one's file."""
+    if isinstance(given, (str, PathLike)):
+        return EventLog.load(given)
     log = given if isinstance(given, EventLog) else getattr(given, "log", None)
     if not isinstance(log, EventLog):
-        raise TypeError(f"an EventLog or an engine is needed, got {given!r}: EventLog.load(file) reads a saved log")
+        raise TypeError(f"an EventLog, an engine or the file of a saved log is needed, got {given!r}")
     return log
 
 

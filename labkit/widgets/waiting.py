@@ -138,7 +138,7 @@ class _Steps:
 
 def waiting_view(story: WaitingStory) -> str:
     """Its own line, what held it below, and the lines of those it was behind, over one axis."""
-    about = f"waited {plural(story.why.num_waited, 'step')}, {seconds(story.seconds)}; {story.why.status}"
+    about = f"{plural(story.why.num_waited, 'step')}, {seconds(story.seconds)}; {story.why.status}"
     if not story.holds and not story.why.preemptions:
         return view(f"Why {story.request!r} waited"[:90], "<p>It never waited.</p>", about=about)
     mine = [segment for segment in story.timeline if segment.request == story.request]

@@ -90,13 +90,14 @@ def test_on_the_fake_every_token_of_every_turn_is_right():
 
 
 def test_a_setting_that_fails_is_a_row_with_its_error():
-    study = run(grid={"num_blocks": [2, 64], "order": ["fcfs", "fastest"]}, rows=8)
+    with pytest.warns(UserWarning, match="3 of 4 runs failed, 2, fcfs: RuntimeError"):
+        study = run(grid={"num_blocks": [2, 64], "order": ["fcfs", "fastest"]}, rows=8)
     errors = study.frame().error
     assert errors.notna().tolist() == [True, True, False, True]
     assert "blocks" in errors[0] and "unknown order 'fastest'; Valid: fcfs" in errors[3]
     assert len(study.failed) == 3 and "3 failed" in repr(study)
     assert "unknown order" in study._repr_html_()
-    with pytest.raises(ValueError, match="every run failed"):
+    with pytest.warns(UserWarning, match="1 of 1 runs failed"), pytest.raises(ValueError, match="every run failed"):
         run(grid={"num_blocks": [2]}).requests()
 
 
@@ -130,7 +131,9 @@ def test_a_metric_that_fails_is_said_in_its_row():
     def broken(log):
         return "many"
 
-    assert "'broken' gave 'many'" in exp.run(progress=False).frame().error[0]
+    with pytest.warns(UserWarning, match="'broken' gave 'many'"):
+        study = exp.run(progress=False)
+    assert "'broken' gave 'many'" in study.frame().error[0]
 
 
 def test_repeats_draw_the_workload_again():

@@ -88,7 +88,7 @@ def test_buttons_do_what_they_say(live):
     widget(live, "Pause").click()
     assert live.player.state in ("paused", "done")
     widget(live, "Stop").click()
-    assert live.player.state == "stopped" and widget(live, "Play").disabled
+    assert live.player.state == "stopped" and not widget(live, "Play").disabled
 
 
 def test_what_a_click_could_not_do_is_said_below_the_buttons(live):
@@ -124,7 +124,7 @@ def test_a_saved_log_goes_to_any_step_forwards_and_back(live, tmp_path):
     assert len(traces(back)["used"].x) == 5
     back.show(last)
     assert len(traces(back)["used"].x) == len(want["used"])
-    with pytest.raises(ValueError, match=f"between 1 and {last}, got 0"):
+    with pytest.raises(ValueError, match=f"between 1 and {last}, which are kept; got 0"):
         back.show(0)
     with pytest.raises(RuntimeError, match=r"does not play: show\(step\)"):
         back.play()
@@ -197,10 +197,9 @@ def test_closing_the_engine_ends_its_dashboards_and_their_threads():
     while own_threads() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not own_threads() and playing.closed and watching.closed
-    with pytest.raises(RuntimeError, match="was stopped"):
-        playing.play()
-    with pytest.raises(RuntimeError, match="engine is closed"):
-        eng.dashboard()
+    for call in (playing.play, eng.dashboard):
+        with pytest.raises(RuntimeError, match="engine is closed"):
+            call()
 
 
 def test_a_few_messages_an_update():
@@ -224,3 +223,52 @@ def test_wrong_sources_are_named(tmp_path):
         lk.dashboard(lk.EventLog(), rate=3)
     with pytest.raises(ValueError, match="rate"):
         simulated().dashboard(rate=-2)
+    with pytest.raises(ValueError, match="they need rate="):
+        simulated().dashboard(num=5)
+
+
+def test_an_engine_that_is_played_can_be_asked_anything_from_another_thread():
+    eng = simulated()
+    with eng.dashboard(rate=20, speed=200) as live:
+        live.play()
+        snap = eng.snapshot()
+        for i in range(12):
+            eng.log.frame("Step")
+            eng.generate([1, 2, 3], lk.SamplingParams(max_tokens=2))
+            eng.control(budget=100 + i)
+            if i % 4 == 3:
+                eng.restore(snap)
+                eng.fork().check()
+            eng.check()
+    assert live.player.error is None
+
+
+def test_a_page_that_opens_later_gets_what_is_shown_now(live):
+    live.play().wait(60)
+    state = live._figure.get_state(["_widget_data", "_widget_layout"])
+    given = {trace["meta"]: trace for trace in state["_widget_data"]}
+    for name, trace in traces(live).items():
+        if trace.x is not None:
+            shape = given[name]["x"]["shape"][0] if isinstance(given[name]["x"], dict) else len(given[name]["x"])
+            assert shape == len(trace.x), name
+    assert state["_widget_layout"]["height"] and "range" in state["_widget_layout"]["xaxis"]
+
+
+def test_menus_keep_own_functions_and_settings_follow_the_engine(live):
+    def mine(block):
+        return block.hits
+
+    live.engine.control(eviction=mine)
+    live.draw()
+    menu = widget(live, "eviction")
+    assert menu.label == "mine"
+    menu.label = "lru"
+    assert live.engine.blocks.eviction.name == "lru"
+    menu.label = "mine"
+    assert live.engine.blocks.eviction.name == "mine" and live.trouble == ""
+    before = len(live.engine.log.events("Control"))
+    live.engine.control(rows=3, budget=77, order="sjf", prefix_caching=False)
+    live.draw()
+    assert widget(live, "rows").value == 3 and widget(live, "budget").value == 77
+    assert widget(live, "order").label == "sjf" and widget(live, "prefix cache").value is False
+    assert len(live.engine.log.events("Control")) == before + 4  # following is no changing

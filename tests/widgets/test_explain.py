@@ -52,7 +52,7 @@ def test_a_wait_is_told_in_words():
     assert "every row was taken" in html_of(explain.waiting(eng, b))
     with pytest.raises(KeyError, match="knows no request 'd'"):
         explain.waiting(eng, "d")
-    with pytest.raises(TypeError, match="an EventLog or an engine is needed"):
+    with pytest.raises(TypeError, match="an EventLog, an engine or the file of a saved log"):
         explain.waiting(a, "a")
     with pytest.raises(TypeError, match="a request or its id"):
         explain.waiting(eng, 3)
