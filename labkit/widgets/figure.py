@@ -38,6 +38,13 @@ AREAS = {  # trace -> (panel, column, colour)
     "swapped": (3, "swapped", COLORS["purple"]),
     "waiting": (3, "waiting", COLORS["red"]),
 }
+LINES = (  # trace, colour, dash; all but the first against the right axis
+    ("tokens/s", COLORS["blue"], "solid"),
+    ("first token p50", COLORS["green"], "solid"),
+    ("first token p90", COLORS["green"], "dot"),
+    ("between tokens p50", COLORS["orange"], "solid"),
+    ("between tokens p90", COLORS["orange"], "dot"),
+)
 TITLES = (
     ("KV blocks", (("used", "blue"), ("cached", "orange"), ("free", "grey"))),
     ("Tokens a step", (("decode", "blue"), ("prefill", "green"), ("from cache", "orange"))),
@@ -52,6 +59,7 @@ def build() -> Any:
     """A figure widget with all its traces, empty."""
     try:
         import anywidget  # noqa: F401  plotly makes its figure of it
+        import pandas  # noqa: F401  plotly asks whether it is there, and must not find it half imported by another thread
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots
     except ImportError as error:
@@ -66,77 +74,12 @@ def build() -> Any:
         subplot_titles=[_title(*title) for title in TITLES],
     )
     for name, (panel, _, color) in AREAS.items():
-        grid.add_trace(
-            go.Scatter(
-                name=name,
-                meta=name,
-                x=_EMPTY,
-                y=_EMPTY,
-                mode="lines",
-                line={"width": 0, "color": color, "shape": "hv"},
-                fillcolor=color,
-                stackgroup=str(panel),
-                hovertemplate="%{y:.4~g} " + name + "<extra></extra>",
-            ),
-            row=(panel + 1) // 2,
-            col=2 - panel % 2,
-        )
-    for name, color, dash, second in (
-        ("tokens/s", COLORS["blue"], "solid", False),
-        ("first token p50", COLORS["green"], "solid", True),
-        ("first token p90", COLORS["green"], "dot", True),
-        ("between tokens p50", COLORS["orange"], "solid", True),
-        ("between tokens p90", COLORS["orange"], "dot", True),
-    ):
-        unit = "%{y:.4~g} " if not second else "%{y:.3~s}s "
-        grid.add_trace(
-            go.Scatter(
-                name=name,
-                meta=name,
-                x=_EMPTY,
-                y=_EMPTY,
-                mode="lines",
-                connectgaps=True,
-                hovertemplate=unit + name + "<extra></extra>",
-                line={"width": 1.6, "color": color, "dash": dash},
-            ),
-            row=2,
-            col=2,
-            secondary_y=second,
-        )
-    grid.add_trace(
-        go.Heatmap(
-            name="tables",
-            meta="tables",
-            z=np.zeros((1, 1), np.uint8),
-            zmin=0,
-            zmax=len(CELLS) - 1,
-            showscale=False,
-            xgap=1,
-            ygap=1,
-            colorscale=_steps([color for _, color in CELLS]),
-            hovertemplate="row %{y}, block %{x}<extra></extra>",
-        ),
-        row=3,
-        col=1,
-    )
+        grid.add_trace(_area(go, name, panel, color), row=(panel + 1) // 2, col=2 - panel % 2)
+    for name, color, dash in LINES:
+        grid.add_trace(_line(go, name, color, dash), row=2, col=2, secondary_y=name != "tokens/s")
+    grid.add_trace(_tables(go), row=3, col=1)
     for kind in BARS:
-        grid.add_trace(
-            go.Bar(
-                name=kind,
-                meta=f"{kind} bar",
-                x=_EMPTY,
-                y=_EMPTY,
-                base=_EMPTY,
-                orientation="h",
-                width=0.78,
-                marker={"color": _bar_color(kind)},
-                hovertext=(),
-                hovertemplate="%{hovertext}<extra></extra>",
-            ),
-            row=3,
-            col=2,
-        )
+        grid.add_trace(_bars(go, kind), row=3, col=2)
     figure = go.FigureWidget(grid)
     figure._config = {**figure._config, "displayModeBar": False, "displaylogo": False, "responsive": True}
     _lay_out(figure)
@@ -144,6 +87,36 @@ def build() -> Any:
 
 
 _EMPTY = np.zeros(0, np.float32)
+
+
+def _area(go: Any, name: str, panel: int, color: str) -> Any:
+    return go.Scatter(
+        name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", line={"width": 0, "color": color, "shape": "hv"},
+        fillcolor=color, stackgroup=str(panel), hovertemplate="%{y:.4~g} " + name + "<extra></extra>",
+    )  # fmt: skip
+
+
+def _line(go: Any, name: str, color: str, dash: str) -> Any:
+    value = "%{y:.4~g} " if name == "tokens/s" else "%{y:.3~s}s "
+    return go.Scatter(
+        name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", connectgaps=True,
+        hovertemplate=f"{value}{name}<extra></extra>", line={"width": 1.6, "color": color, "dash": dash},
+    )  # fmt: skip
+
+
+def _tables(go: Any) -> Any:
+    return go.Heatmap(
+        name="tables", meta="tables", z=np.zeros((1, 1), np.uint8), zmin=0, zmax=len(CELLS) - 1, showscale=False,
+        xgap=1, ygap=1, colorscale=_steps([color for _, color in CELLS]),
+        hovertemplate="line %{y}, block %{x}<extra></extra>",
+    )  # fmt: skip
+
+
+def _bars(go: Any, kind: str) -> Any:
+    return go.Bar(
+        name=kind, meta=f"{kind} bar", x=_EMPTY, y=_EMPTY, base=_EMPTY, orientation="h", width=0.78,
+        marker={"color": _bar_color(kind)}, hovertext=(), hovertemplate="%{hovertext}<extra></extra>",
+    )  # fmt: skip
 
 
 def _title(words: str, keys: Sequence[tuple[str, str]]) -> str:

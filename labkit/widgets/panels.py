@@ -117,6 +117,7 @@ def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
     window = feed.window(upto, steps=feed.keep, points=160)
     parts = [strip(figures(feed, upto))]
     at = window.time.tolist()
+    begin = at[0] if at and feed.first > 1 else 0.0  # what was forgotten leaves no gap
     for panel, heading in PANELS.items():
         series = [
             (name, _color_name(color), window.columns[column].tolist())
@@ -124,7 +125,9 @@ def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
             if where == panel and name != "free"
         ]
         keys = [key(name, COLORS[color]) for name, color, _ in series]
-        parts.append(f'<p><span class="h">{heading}</span></p>{legend(keys)}{svg.stacked(series, at, height=130)}')
+        parts.append(
+            f'<p><span class="h">{heading}</span></p>{legend(keys)}{svg.stacked(series, at, 130, begin=begin)}'
+        )
     parts.append(_tables(feed, upto))
     parts.append(_timeline(feed, upto))
     head = f'<span class="h">{escape(title)}</span> <span class="q">still picture</span>'

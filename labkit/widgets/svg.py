@@ -102,8 +102,10 @@ def round_up(value: float) -> float:
     return next(scale * step for step in (1, 2, 5, 10) if value <= step * scale * (1 + 1e-9))
 
 
-def stacked(series: Sequence[Series], at: Sequence[float], height: float = 200, most: int = 1200) -> str:
-    """Areas on top of each other over time (seconds), as SVG; of long runs, every so many-th point."""
+def stacked(
+    series: Sequence[Series], at: Sequence[float], height: float = 200, most: int = 1200, begin: float = 0.0
+) -> str:
+    """Areas on top of each other over time (seconds, from `begin` on), as SVG; of long runs, every so many-th point."""
     if not at:
         return "<p>no step was taken</p>"
     if len(at) > most:
@@ -114,7 +116,7 @@ def stacked(series: Sequence[Series], at: Sequence[float], height: float = 200, 
     top, end = _quarters_up(max(totals)), max(at[-1], 1e-9)
 
     def x(time: float) -> float:
-        return round(left + (WIDTH - left - right) * time / end, 1)
+        return round(left + (WIDTH - left - right) * (time - begin) / max(end - begin, 1e-9), 1)
 
     def y(value: float) -> float:
         return round(height - bottom - (height - bottom - 8) * value / top, 1)
@@ -131,7 +133,7 @@ def stacked(series: Sequence[Series], at: Sequence[float], height: float = 200, 
         back = [f"{x(t)},{y(v)}" for t, v in zip(at, floor, strict=True)][::-1]
         shapes.append(f'<polygon points="{" ".join(there + back)}" fill="{COLORS[color]}" fill-opacity=".85"/>')
         floor = ceiling
-    return svg(WIDTH, height, *shapes, time_axis(end, left, WIDTH - left - right, height - bottom, 8))
+    return svg(WIDTH, height, *shapes, time_axis(end, left, WIDTH - left - right, height - bottom, 8, begin))
 
 
 def _quarters_up(value: float) -> float:
