@@ -21,6 +21,7 @@ from labkit.widgets.controls import controls
 from labkit.widgets.feed import Feed
 
 EVERY = 0.2  # seconds between two looks
+FIT_EVERY = 4.0  # seconds between two looks at the width, when nothing else changes
 MOST_STEPS = 65_536  # of a log that are kept to be looked at
 
 
@@ -47,6 +48,7 @@ class Dashboard:
         self._widgets = controls(self)
         self._still: Any = None  # the display that keeps the still picture
         self._drawn: tuple[Any, ...] | None = None
+        self._fitted = 0.0  # when it last looked how wide its place is
         self._thread: threading.Thread | None = None
         self._finalizer = weakref.finalize(self, self._wake.set)
         if player is not None:
@@ -201,6 +203,10 @@ class Dashboard:
         """One look; seconds until the next."""
         begin = time.perf_counter()
         changed = self.draw(force=False)
+        if not changed and begin - self._fitted > FIT_EVERY:
+            self._fitted = begin
+            with self._lock:
+                figure.fit(self._figure)
         if self.player is not None and self.player.engine.is_closed:
             self.close()  # nothing will come any more
         spent = time.perf_counter() - begin

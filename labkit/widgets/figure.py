@@ -50,7 +50,7 @@ TITLES = (
     ("Tokens a step", (("decode", "blue"), ("prefill", "green"), ("from cache", "orange"))),
     ("Requests", (("running", "blue"), ("swapped", "purple"), ("waiting", "red"))),
     ("Speed", (("tokens/s", "blue"), ("first token", "green"), ("between tokens", "orange"))),
-    ("Block tables: row by row", (("from cache", "orange"), ("filled", "blue"), ("being filled", "sky"))),
+    ("Block tables", (("from cache", "orange"), ("filled", "blue"), ("filling", "sky"))),
     ("Timeline", tuple((kind, kind) for kind in ("queued", "prefill", "decode", "preempted", "swapped"))),
 )
 
@@ -201,6 +201,12 @@ def refresh_traits(figure: Any) -> None:
     without a message, as pages that show it know."""
     figure._trait_values["_widget_data"] = copy.deepcopy(figure._data)
     figure._trait_values["_widget_layout"] = copy.deepcopy(figure._layout)
+
+
+def fit(figure: Any) -> None:
+    """Make it as wide as its place is now: a page that opened it before it had one, or was resized, finds out when
+    anything of the layout changes."""
+    figure.layout.meta = (figure.layout.meta or 0) + 1
 
 
 def _speed(traces: dict[str, Any], pace: Pace) -> None:

@@ -73,6 +73,35 @@ def test_continuous_batching_pauses_steps_and_stops_by_click(page):
     assert not labels, f"labels that lie on each other: {labels}"
 
 
+def test_a_page_that_is_loaded_again_shows_what_is_so_now(page):
+    page.open("03_continuous_batching.ipynb")
+    page.run_until("live.play()")
+    page.page.wait_for_selector(lab.FIGURE, timeout=60_000)
+    page.wait_for(lambda: page.state() == "paused")
+    page.time_cell("live.player.change_load(num=100_000)")
+    page.click("play")
+    page.wait_for(lambda: page.step() > 50)
+    page.click("stop")
+    page.wait_for(lambda: page.state() == "stopped")
+    page.wait(800)
+    shown = page.points(), page.last_time(), page.points("decode bar")
+    page.page.evaluate(
+        "async () => { const panel = window.jupyterapp.shell.currentWidget;"
+        " for (const cell of panel.content.model.cells) cell.trusted = true; await panel.context.save() }"
+    )
+    page.page.reload()
+    page.page.wait_for_selector(lab.FIGURE, timeout=90_000)
+    page.wait_for(lambda: page.points() > 0)
+    assert (page.points(), page.last_time(), page.points("decode bar")) == shown
+    page.wait_for(lambda: not page.overlaps())  # once it has found out how wide it may be
+    fine(page)
+    at = page.last_time()
+    page.wait_for(lambda: page.state() == "stopped")
+    page.click("play")  # it lives
+    page.wait_for(lambda: page.last_time() > at)
+    page.click("stop")
+
+
 def test_a_cell_answers_while_the_engine_plays(page):
     page.open("03_continuous_batching.ipynb")
     page.run_until("live.play()")
