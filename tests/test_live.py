@@ -151,11 +151,12 @@ def test_pause_step_and_start_again():
 
 
 def test_abort_and_controls_reach_a_running_engine():
-    with wall_engine(max_model_len=200) as eng:
-        handle = eng.submit([1], params(190))
+    sched = lk.Scheduler(lk.BlockManager(10_000, 4), max_model_len=30_000)  # seconds of work: the abort comes in time
+    with lk.Engine(scheduler=sched, runner=lk.FakeRunner(seed=1, vocab_size=50)) as eng:
+        handle = eng.submit([1], params(29_000))
         eng.control(budget=3, order="sjf")
         handle.abort().wait(10)
-        assert handle.status == "aborted" and handle.num_output < 190
+        assert handle.status == "aborted" and handle.num_output < 29_000
         assert [event.setting for event in eng.log.events() if type(event).__name__ == "Control"] == ["budget", "order"]
 
 
