@@ -1,7 +1,8 @@
 """Linear layers of plain weights. Other formats have a class of their own with the same call. Knows what a machine
 multiplies fastest; refuses to know models.
 
-`linear(weight, bias)` makes the one for where the weight is: packed for AMX tiles, reordered by oneDNN, or as it is.
+`linear(weight, bias)` makes the one for where the weight is: packed (AMX, AVX-512 BF16), reordered by oneDNN, or as
+it is.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Linear(Shown):
 
 
 class TiledLinear(Linear):
-    """Weights as the tiles that AMX multiplies; norm, bias and residual in the same call."""
+    """Weights packed into tiles, as AMX and AVX-512 BF16 read them; norm, bias and residual in the same call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = Packed.pack(weight)
@@ -130,19 +131,19 @@ class InvariantLinear(Linear):
 
 def linear(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = False) -> Linear:
     """The layer that multiplies this weight fastest where it is; `deterministic` if rows may not depend on each other
-    (products on tiles never do)."""
-    if deterministic and not (weight.device.type == "cpu" and _has_tiles(weight.dtype)):
+    (products of packed weights never do)."""
+    if deterministic and not (weight.device.type == "cpu" and _is_packed(weight.dtype)):
         return InvariantLinear(weight, bias)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
         return Linear(weight, bias)
-    if _has_tiles(weight.dtype):
+    if _is_packed(weight.dtype):
         return TiledLinear(weight, bias)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ReorderedLinear(weight, bias)
     return Linear(weight, bias)
 
 
-def _has_tiles(dtype: torch.dtype) -> bool:
+def _is_packed(dtype: torch.dtype) -> bool:
     return get("linear").picked("cpu", dtype).name != "reference"
 
 

@@ -38,10 +38,10 @@ def test_norm_product_bias_and_residual(kind, rows):
 def test_the_layer_is_chosen_by_what_there_is(monkeypatch):
     weight = torch.randn(32, 32)
     assert type(dense.linear(weight)) is dense.Linear
-    monkeypatch.setattr(dense, "_has_tiles", lambda dtype: True)
+    monkeypatch.setattr(dense, "_is_packed", lambda dtype: True)
     assert type(dense.linear(weight.bfloat16())) is dense.TiledLinear
     assert type(dense.linear(weight.bfloat16(), deterministic=True)) is dense.TiledLinear
-    monkeypatch.setattr(dense, "_has_tiles", lambda dtype: False)
+    monkeypatch.setattr(dense, "_is_packed", lambda dtype: False)
     assert type(dense.linear(weight.bfloat16())) is dense.ReorderedLinear
     assert type(dense.linear(weight.bfloat16(), deterministic=True)) is dense.InvariantLinear
 

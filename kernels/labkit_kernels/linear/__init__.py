@@ -21,7 +21,7 @@ WIDE, DEEP = 16, 32  # columns and depths of a tile
 @dataclass(frozen=True)
 class Packed:
     """A weight [columns, depth] as tiles [columns / 16, depth / 32, 16 pairs of depths, 16 columns, 2], zeros around:
-    the order in which AMX reads it."""
+    the order in which AMX and AVX-512 BF16 read it."""
 
     tiles: Tensor
     columns: int

@@ -1,14 +1,15 @@
-// Linear layers on AMX tiles, for bfloat16: one call a layer, or a whole gated MLP in one. Knows pointers and sizes.
+// Linear layers on packed weights, for bfloat16: one call a layer, or a whole gated MLP in one. Knows pointers and sizes;
+// what multiplies (AMX tiles, or vectors of pairs) is in units.h.
 //
 // Weights lie as tiles of 16 columns x 32 deep, in the order they are read: a thread owns a range of columns and streams
 // through its weights once. Rows of x are turned into tiles too, by all threads together, and normed on the way where
 // there is a norm. What is left is one loop over a register block of 32 rows x 32 columns (2 x 2 tiles of sums, two
 // tiles of each operand).
 //
-// With few rows the loop waits for memory: the weights of the next columns are fetched into L2 while these are
-// multiplied. With many rows it waits for the tile unit: what happens to finished sums (bias, activation, residual,
-// rounding) is done row by row between the products of the next block, where the vector units are idle. Rows are
-// taken at most 512 at a time and deep sums in parts, so that a thread's left operand stays in L2.
+// With few rows the loop waits for memory: the weights of the next columns are on their way while these are
+// multiplied. With many rows it waits for the unit. Where that is the tile unit, what happens to finished sums (bias,
+// activation, residual, rounding) is done row by row between the products of the next block, as the vector units are
+// idle then. Rows are taken at most 512 at a time and deep sums in parts, so that a thread's left operand stays in L2.
 
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-"""Packed linear layers in C++, on machines with AMX. Knows pointers and sizes; nothing of what is computed."""
+"""Packed linear layers in C++, where pairs of bfloat16 are multiplied. Knows pointers; nothing of what is computed."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ _library = native.load(
 
 
 def available() -> bool:
-    """Has this machine tile registers, and the library code for them?"""
+    """Does this machine multiply pairs of bfloat16, and has the library code for it?"""
     answer = c_int32(0)
     if _library is not None:
         _library.linear_available(answer)
