@@ -10,38 +10,38 @@ from .core.shown import draw_with
 __version__ = "0.1.0.dev0"
 
 _HOME = {
-    "BlockManager": "core.manager",
-    "BlockTable": "core.table",
-    "OutOfBlocksError": "core.manager",
-    "Span": "core.prefix",
-    "LRU": "core.eviction",
-    "FIFO": "core.eviction",
-    "LFU": "core.eviction",
-    "SLRU": "core.eviction",
-    "S3FIFO": "core.eviction",
-    "TTL": "core.eviction",
-    "CostAware": "core.eviction",
-    "Scheduler": "core.scheduler",
-    "RejectedError": "core.scheduler",
+    "BlockManager": "core.blocks.manager",
+    "BlockTable": "core.blocks.table",
+    "OutOfBlocksError": "core.blocks.manager",
+    "Span": "core.blocks.prefix",
+    "LRU": "core.blocks.eviction",
+    "FIFO": "core.blocks.eviction",
+    "LFU": "core.blocks.eviction",
+    "SLRU": "core.blocks.eviction",
+    "S3FIFO": "core.blocks.eviction",
+    "TTL": "core.blocks.eviction",
+    "CostAware": "core.blocks.eviction",
+    "Scheduler": "core.scheduling.scheduler",
+    "RejectedError": "core.scheduling.scheduler",
     "SamplingParams": "core.params",
     "Request": "core.request",
     "Plan": "core.plan",
     "Result": "core.plan",
     "Failure": "core.plan",
     "Outputs": "core.plan",
-    "EventLog": "core.log",
-    "diff": "core.diff",
+    "EventLog": "core.events.log",
+    "diff": "core.events.diff",
     "dashboard": "widgets.dashboard",
     "Dashboard": "widgets.dashboard",
-    "Load": "play",
-    "Player": "play",
-    "Engine": "engine",
-    "StalledError": "engine",
+    "Load": "notebook.play",
+    "Player": "notebook.play",
+    "Engine": "engine.engine",
+    "StalledError": "engine.engine",
     "LLM": "llm",
-    "BeamSearchParams": "beams",
+    "BeamSearchParams": "engine.beams",
     "parse_benchmark_output": "bench.metrics",
     "calculate_performance_improvement": "bench.metrics",
-    "beam_search": "beams",
+    "beam_search": "engine.beams",
     "kernel_lab": "lab.kernel_lab",
     "try_variant": "lab.trial",
     "divergence": "lab.divergence",
@@ -50,10 +50,10 @@ _HOME = {
     "FakeRunner": "runner.fake",
     "SimRunner": "runner.sim",
     "Layout": "runner.base",
-    "ByteTokenizer": "tokenizer",
-    "Tokenizer": "tokenizer",
-    "Handle": "handle",
-    "RequestError": "handle",
+    "ByteTokenizer": "text.tokenizer",
+    "Tokenizer": "text.tokenizer",
+    "Handle": "engine.handle",
+    "RequestError": "engine.handle",
     "Experiment": "study.experiment",
     "Study": "study.study",
     "calibrate": "study.calibrate",
@@ -65,7 +65,7 @@ _HOME = {
 
 _MODULES = {
     "assets": "assets",
-    "doctor": "doctor",
+    "doctor": "notebook.doctor",
     "explain": "widgets.explain",
     "workloads": "study.workloads",
 }
@@ -73,27 +73,27 @@ _MODULES = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from .beams import BeamSearchParams, beam_search
     from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
-    from .core.diff import diff
-    from .core.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
-    from .core.log import EventLog
-    from .core.manager import BlockManager, OutOfBlocksError
+    from .core.blocks.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
+    from .core.blocks.manager import BlockManager, OutOfBlocksError
+    from .core.blocks.prefix import Span
+    from .core.blocks.table import BlockTable
+    from .core.events.diff import diff
+    from .core.events.log import EventLog
     from .core.params import SamplingParams
     from .core.plan import Failure, Outputs, Plan, Result
-    from .core.prefix import Span
     from .core.request import Request
-    from .core.scheduler import RejectedError, Scheduler
-    from .core.table import BlockTable
-    from .engine import Engine, StalledError
-    from .handle import Handle, RequestError
+    from .core.scheduling.scheduler import RejectedError, Scheduler
+    from .engine.beams import BeamSearchParams, beam_search
+    from .engine.engine import Engine, StalledError
+    from .engine.handle import Handle, RequestError
     from .lab.divergence import divergence
     from .lab.kernel_lab import kernel_lab
     from .lab.trial import try_variant
     from .llm import LLM
     from .models import load_model
-    from .play import Load, Player
+    from .notebook.play import Load, Player
     from .runner.base import Layout
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
@@ -103,7 +103,7 @@ if TYPE_CHECKING:
     from .study.experiment import Experiment
     from .study.next_tokens import next_tokens
     from .study.study import Study
-    from .tokenizer import ByteTokenizer, Tokenizer
+    from .text.tokenizer import ByteTokenizer, Tokenizer
     from .widgets import explain
     from .widgets.dashboard import Dashboard, dashboard
 
@@ -129,7 +129,7 @@ draw_with(_draw)
 
 def load_ipython_extension(shell: object) -> None:
     """`%load_ext labkit`: %labkit and %%bench."""
-    from .magics import load
+    from .notebook.magics import load
 
     load(shell)
 

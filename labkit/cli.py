@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from labkit.demo import run, simulate
+    from labkit.notebook.demo import run, simulate
 
     if args.simulate:
         print(simulate(num_requests=args.requests, seed=args.seed, log_file=args.log))
@@ -74,14 +74,14 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _lab(args: argparse.Namespace) -> int:
-    from labkit.jupyter import lab
+    from labkit.notebook.jupyter import lab
 
     words = getattr(args, "words", ())
     return lab(args.folder, reset=args.reset, browser=not args.no_browser, port=args.port, words=words)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from labkit.doctor import examine
+    from labkit.notebook.doctor import examine
 
     report = examine()
     print(report.as_json() if args.json else report)

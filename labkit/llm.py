@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit.beams import Beam, BeamSearchParams, beam_search
-from labkit.closing import LeakReport
 from labkit.core.options import check_names
 from labkit.core.params import SamplingParams
 from labkit.core.plan import TokenLogprobs
-from labkit.engine import Engine, Prompt
-from labkit.handle import Handle
+from labkit.engine.beams import Beam, BeamSearchParams, beam_search
+from labkit.engine.closing import LeakReport
+from labkit.engine.engine import Engine, Prompt
+from labkit.engine.handle import Handle
 
 RENAMED = {
     "enable_prefix_caching": "prefix_caching",

@@ -8,7 +8,7 @@ import random
 import numpy as np
 
 import labkit as lk
-from labkit.core.events import Event
+from labkit.core.events.types import Event
 from labkit.core.request import Request
 from labkit.runner.fake import next_token
 

@@ -16,7 +16,7 @@ from labkit.core.options import real, whole
 from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
-    from labkit.engine import Engine
+    from labkit.engine.engine import Engine
 
 LEAST_SAMPLE = 1e-3  # seconds: what is quicker is called several times a sample
 MOST_CALLS = 100_000

@@ -193,7 +193,7 @@ def _workload(args: argparse.Namespace, model: str) -> Any:
     if kind == "trace" and file:
         return workload.trace(file, args.num, **given)
     if kind == "sharegpt" and file:
-        from labkit.tokenizer import Tokenizer
+        from labkit.text.tokenizer import Tokenizer
 
         return workload.sharegpt(file, Tokenizer.load(model), args.num, seed=args.seed)
     if Path(args.workload).exists():

@@ -178,7 +178,7 @@ def _serve(
     """Workload N of `num` requests, or prompt and output in `lengths`; the second of two passes counts."""
     from labkit import Engine, SamplingParams
     from labkit.bench import limit, workload
-    from labkit.core.events import Step
+    from labkit.core.events.types import Step
 
     config = make_config(where.shape(shape))
     if where.quick:

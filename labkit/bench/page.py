@@ -10,7 +10,7 @@ from typing import Any
 
 from labkit.bench import metrics
 from labkit.bench.throughput import SHOWN
-from labkit.report import STYLE
+from labkit.widgets.report import STYLE
 from labkit.widgets.style import COLORS
 from labkit.widgets.svg import stacked
 

@@ -15,7 +15,7 @@ import time
 
 def labkit(model, options):
     from labkit import Engine, SamplingParams
-    from labkit.core.events import Step
+    from labkit.core.events.types import Step
 
     engine = Engine(model, **options)
     blocks = engine.blocks

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from labkit.core.log import EventLog
-from labkit.core.manager import BlockManager
+from labkit.core.blocks.manager import BlockManager
+from labkit.core.blocks.prefix import hash_blocks
+from labkit.core.events.log import EventLog
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result
-from labkit.core.prefix import hash_blocks
 from labkit.core.request import Request
-from labkit.core.scheduler import Scheduler
+from labkit.core.scheduling.scheduler import Scheduler
 
 ROWS = (16, 256, 1024, 4096)
 PROMPT, BLOCK = 256, 16

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from .options import choose, flag, named_options, real, whole
+from labkit.core.options import choose, flag, named_options, real, whole
 
 MOST_SAMPLES = 1024
 MOST_STOPS = 64

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Ints, Tokens
-from .params import SamplingParams
-from .prefix import Span
-from .request import Request
-from .shown import mimebundle
+from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.tables import Ints, Tokens
+from labkit.core.params import SamplingParams
+from labkit.core.request import Request
+from labkit.core.shown import mimebundle
 
 Pairs = NDArray[np.int64]
 

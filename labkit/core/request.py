@@ -7,10 +7,10 @@ from enum import StrEnum
 
 import numpy as np
 
-from .blocks import BlockTables, Tokens
-from .params import SamplingParams
-from .prefix import Span
-from .shown import Shown
+from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.tables import BlockTables, Tokens
+from labkit.core.params import SamplingParams
+from labkit.core.shown import Shown
 
 NO_TOKENS = np.zeros(0, np.int32)
 

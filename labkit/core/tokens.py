@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .blocks import Tokens
+from labkit.core.blocks.tables import Tokens
 
 TokenIds: TypeAlias = "Sequence[int] | Iterable[int] | NDArray[np.integer[np.typing.NBitBase]]"
 

@@ -13,9 +13,9 @@ from labkit_kernels import show
 from labkit.core.frames import table
 from labkit.core.options import real, whole
 from labkit.core.params import SamplingParams
-from labkit.engine import Engine
-from labkit.handle import Handle
-from labkit.intake import prompt_ids
+from labkit.engine.engine import Engine
+from labkit.engine.handle import Handle
+from labkit.engine.intake import prompt_ids
 from labkit.lab.layers import Hidden, LayerDifference, compare_layers, watched_layers
 from labkit.lab.ops import OpDifference, first_op, recorded_ops
 from labkit.lab.side import Side, settled

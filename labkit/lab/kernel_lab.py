@@ -20,7 +20,7 @@ from labkit.lab.roofline import Limits, Roofline, roofline
 from labkit.lab.trial import Trial, try_variant
 
 if TYPE_CHECKING:
-    from labkit.engine import Engine
+    from labkit.engine.engine import Engine
     from labkit.lab.panel import Panel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

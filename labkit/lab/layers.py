@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.engine import Engine
+from labkit.engine.engine import Engine
 from labkit.models.base import Capture
 
 Hidden = dict[int, dict[int, Tensor]]  # layer -> position -> its output [hidden size], float32 on the CPU

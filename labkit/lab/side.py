@@ -17,8 +17,8 @@ from labkit_kernels import get
 
 from labkit.core.options import check_names, flag, whole
 from labkit.core.params import SamplingParams
-from labkit.engine import Engine
-from labkit.handle import Handle
+from labkit.engine.engine import Engine
+from labkit.engine.handle import Handle
 from labkit.lab.trial import alone
 
 OF_RUN = ("use", "batch", "cached", "chunk")
@@ -50,7 +50,7 @@ class Side:
             engine, given = given, {}
         if not isinstance(given, Mapping) or (engine is not None and not isinstance(engine, Engine)):
             raise TypeError(f"{name} is an Engine, a dict of settings, or a pair of both, got {given!r}")
-        from labkit.build import Options
+        from labkit.engine.build import Options
 
         check_names(f"divergence: {name}", given, (*OF_RUN, *Options.__dataclass_fields__))
         options = {key: value for key, value in given.items() if key not in OF_RUN}

@@ -19,8 +19,8 @@ from labkit.core.params import SamplingParams
 if TYPE_CHECKING:
     import pandas
 
-    from labkit.engine import Engine
-    from labkit.handle import Handle
+    from labkit.engine.engine import Engine
+    from labkit.engine.handle import Handle
 
 NEAR = 20  # likeliest tokens that each draw keeps, to say how close the other one was
 BEFORE = 40  # characters of the text before a change

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from labkit.core.options import choose, whole
 
 if TYPE_CHECKING:
-    from .base import Model
+    from labkit.models.base import Model
 
 LOAD_FORMATS = {"auto": "safetensors", "dummy": "random weights"}
 PATHS = {"auto": None, "native": None, "transformers": None}
@@ -66,7 +66,7 @@ def _build(
     config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
     deterministic: bool,
 ) -> Model:  # fmt: skip
-    from .decoder import FAMILIES, Decoder
+    from labkit.models.decoder import FAMILIES, Decoder
 
     native = config.model_type in FAMILIES
     if path == "native" and not native:
@@ -77,7 +77,7 @@ def _build(
         raise ValueError(
             f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or none was asked for"
         )
-    from .transformers import TransformersModel
+    from labkit.models.transformers import TransformersModel
 
     folder = getattr(weights, "folder", None)  # a checkpoint is read by transformers itself
     return TransformersModel(config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from labkit.models.base import Batch, KVCache, Model
-from labkit.sampling import Sampler
+from labkit.sampling.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 1025, 32))
 LEAST_WIDTH = 16  # blocks in a table

@@ -23,8 +23,8 @@ from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.rows import Rows
-from labkit.sampling import Drawn, Sampler, logprobs_of
-from labkit.upload import fetch, put
+from labkit.sampling.sampler import Drawn, Sampler, logprobs_of
+from labkit.transfer import fetch, put
 
 MOST_LOGITS = 2**26  # entries of a matrix of prompt logits computed at once
 

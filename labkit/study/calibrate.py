@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 import labkit.study.tables as tables
 from labkit.bench.workload import Ask, Workload, random_lengths
-from labkit.core.events import Batch, Event, Step, read
-from labkit.core.log import EventLog
+from labkit.core.events.log import EventLog
+from labkit.core.events.types import Batch, Event, Step, read
 from labkit.core.options import whole
-from labkit.engine import Engine
+from labkit.engine.engine import Engine
 from labkit.runner.sim import SimRunner
 from labkit.study.serving import serve
 from labkit.widgets import charts, style

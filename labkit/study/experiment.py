@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from labkit.bench.workload import Workload
-from labkit.core.log import EventLog
+from labkit.core.events.log import EventLog
 from labkit.core.options import flag, real, whole
 from labkit.core.params import SamplingParams
-from labkit.engine import Engine
+from labkit.engine.engine import Engine
 from labkit.study.history import CURVES, History, rolling, thin
 from labkit.study.serving import serve
 from labkit.study.settings import (

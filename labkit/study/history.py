@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.core.events import NAMES, Batch
+from labkit.core.events.types import NAMES, Batch
 from labkit.core.options import choose
 
 ROWS = 8192

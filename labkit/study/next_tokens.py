@@ -18,7 +18,7 @@ from labkit.widgets import charts, style
 if TYPE_CHECKING:
     import pandas
 
-    from labkit.engine import Engine
+    from labkit.engine.engine import Engine
 
 FILTERS = ("temperature", "top_k", "top_p", "min_p")
 

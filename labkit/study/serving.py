@@ -14,9 +14,9 @@ import numpy as np
 from labkit.bench.metrics import Timed, latencies
 from labkit.bench.workload import Workload
 from labkit.core.params import SamplingParams
-from labkit.core.scheduler import RejectedError
-from labkit.engine import Engine
-from labkit.handle import Handle
+from labkit.core.scheduling.scheduler import RejectedError
+from labkit.engine.engine import Engine
+from labkit.engine.handle import Handle
 from labkit.study.history import History
 
 LOOK_EVERY = 16  # steps between two looks at how full the blocks are: a look costs what some rows' tables cost

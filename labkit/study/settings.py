@@ -8,13 +8,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from labkit.build import Options
 from labkit.clock import VirtualClock
-from labkit.core.log import EventLog
-from labkit.core.manager import BlockManager
+from labkit.core.blocks.manager import BlockManager
+from labkit.core.events.log import EventLog
 from labkit.core.options import check_names
-from labkit.core.scheduler import Scheduler
-from labkit.engine import Engine
+from labkit.core.scheduling.scheduler import Scheduler
+from labkit.engine.build import Options
+from labkit.engine.engine import Engine
 from labkit.runner.fake import FakeRunner
 from labkit.runner.sim import SimRunner
 

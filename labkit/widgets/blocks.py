@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from labkit.core.manager import BlockManager
-from labkit.core.stats import BlockStats, filled_places
-from labkit.core.table import BlockTable
+from labkit.core.blocks.manager import BlockManager
+from labkit.core.blocks.stats import BlockStats, filled_places
+from labkit.core.blocks.table import BlockTable
 from labkit.widgets import svg
 from labkit.widgets.prefix import Decode, tree
 from labkit.widgets.style import BLOCK_COLOR, COLORS, key, legend, plural, section, short, view

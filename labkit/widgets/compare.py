@@ -3,7 +3,7 @@ refuses to know why the runs differ."""
 
 from __future__ import annotations
 
-from labkit.core.diff import Diff
+from labkit.core.events.diff import Diff
 from labkit.widgets import svg
 from labkit.widgets.gantt import choose, gantt, keys
 from labkit.widgets.style import COLORS, legend, plural, seconds, section, short, table, view

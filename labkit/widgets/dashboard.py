@@ -15,7 +15,7 @@ from html import escape
 from os import PathLike
 from typing import Any
 
-from labkit.core.log import EventLog
+from labkit.core.events.log import EventLog
 from labkit.widgets import figure, panels
 from labkit.widgets.controls import controls
 from labkit.widgets.feed import Feed

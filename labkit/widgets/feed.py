@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from labkit.core.events import NAMES, Batch
-from labkit.core.log import EventLog
+from labkit.core.events.log import EventLog
+from labkit.core.events.types import NAMES, Batch
 from labkit.widgets.timeline import Segment, Timeline
 
 COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from labkit.core.events import NAMES, Batch
-from labkit.core.log import EventLog
-from labkit.core.why import Why
+from labkit.core.events.log import EventLog
+from labkit.core.events.types import NAMES, Batch
+from labkit.core.events.why import Why
 from labkit.widgets import svg
 from labkit.widgets.style import COLORS, HUES, key, legend, limit_color, plural, short, table, view
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from labkit.core import frames
-from labkit.core.events import Batch
-from labkit.core.manager import BlockManager
-from labkit.core.prefix import Span, hash_blocks, root_hash, span_keys
+from labkit.core.blocks.manager import BlockManager
+from labkit.core.blocks.prefix import Span, hash_blocks, root_hash, span_keys
+from labkit.core.events.types import Batch
 from labkit.core.request import Request
 from labkit.core.shown import Shown
 from labkit.core.tokens import as_tokens

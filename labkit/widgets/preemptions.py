@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.core import frames
-from labkit.core.events import Batch
+from labkit.core.events.types import Batch
 from labkit.core.shown import Shown
 from labkit.widgets.gantt import gantt, keys
 from labkit.widgets.style import plural, seconds, short, table, view

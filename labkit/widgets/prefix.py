@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from labkit.core.prefix import Explanation, Lookup, PrefixCache
+from labkit.core.blocks.prefix import Explanation, Lookup, PrefixCache
 from labkit.widgets import svg
 from labkit.widgets.style import BLOCK_COLOR, COLORS, key, legend, plural, short, view
 

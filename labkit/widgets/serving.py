@@ -6,9 +6,9 @@ from __future__ import annotations
 import heapq
 from typing import Any
 
-from labkit.core.policy import name_of
 from labkit.core.request import Request
-from labkit.core.scheduler import Scheduler
+from labkit.core.scheduling.policy import name_of
+from labkit.core.scheduling.scheduler import Scheduler
 from labkit.widgets import svg
 from labkit.widgets.blocks import manager
 from labkit.widgets.logs import log

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, NamedTuple
 
-from labkit.core.events import Batch
-from labkit.core.log import EventLog
+from labkit.core.events.log import EventLog
+from labkit.core.events.types import Batch
 
 KINDS = (
     "queued",  # submitted, and without a row so far

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from labkit.core import frames
-from labkit.core.events import NAMES, Batch
+from labkit.core.events.types import NAMES, Batch
+from labkit.core.events.why import Why
 from labkit.core.shown import Shown
-from labkit.core.why import Why
 from labkit.widgets import svg
 from labkit.widgets.gantt import LEFT, RIGHT, gantt, keys
 from labkit.widgets.logs import marker

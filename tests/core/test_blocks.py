@@ -3,8 +3,8 @@
 import pytest
 
 import labkit as lk
-from labkit.core.blocks import BlockPool
-from labkit.core.eviction import LRU
+from labkit.core.blocks.eviction import LRU
+from labkit.core.blocks.tables import BlockPool
 
 
 def state(bm: lk.BlockManager) -> tuple:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import labkit as lk
-from labkit.core.events import Cleared, Held, Removed, Rewound, Scheduled, Step, Stored, Submitted
+from labkit.core.events.types import Cleared, Held, Removed, Rewound, Scheduled, Step, Stored, Submitted
 from tests.harness import Recording, engine, params, run
 
 pandas = pytest.importorskip("pandas", reason="labkit[lab] is not installed")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 import labkit as lk
-from labkit.core.eviction import EVICTION_POLICIES
+from labkit.core.blocks.eviction import EVICTION_POLICIES
 
 POLICIES = [*EVICTION_POLICIES, lambda block: block.depth, lambda block: -block.freed_at]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import labkit as lk
-from labkit.core.prefix import hash_blocks, root_hash, span_keys
+from labkit.core.blocks.prefix import hash_blocks, root_hash, span_keys
 
 
 def test_only_full_blocks_are_hashed_and_each_covers_its_whole_prefix():

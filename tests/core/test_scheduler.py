@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import labkit as lk
-from labkit.core.events import Admitted, Held, Preempted, Rejected, Resumed, SwappedIn, SwappedOut
+from labkit.core.events.types import Admitted, Held, Preempted, Rejected, Resumed, SwappedIn, SwappedOut
 from tests.harness import Flaky, Recording, Scripted, assert_right, engine, params, run
 
 

@@ -1,7 +1,7 @@
 """Between a launch and its result nothing waits for the device: no value is read back, everything goes up pinned.
 
 A CPU has nothing to wait for, so this watches for the calls that would: whatever makes a Python number or a numpy array
-of a tensor, sizes that depend on values, and copies from the host other than through `labkit.upload`.
+of a tensor, sizes that depend on values, and copies from the host other than through `labkit.transfer`.
 """
 
 import random

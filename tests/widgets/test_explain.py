@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import labkit as lk
-from labkit.core.prefix import Span
+from labkit.core.blocks.prefix import Span
 from tests.harness import engine, params, run
 from tests.widgets.test_timeline import MS, Watching, busy_engine
 from tests.widgets.test_views import html_of

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import pytest
 
 import labkit as lk
-from labkit.closing import LeakReport
 from labkit.core import shown
-from labkit.core.diff import Diff
-from labkit.core.events import Batch
+from labkit.core.events.diff import Diff
+from labkit.core.events.types import Batch
 from labkit.core.plan import NO_CHANGES, Join
-from labkit.profile import Part, Profile
+from labkit.engine.closing import LeakReport
+from labkit.engine.profile import Part, Profile
 from labkit.widgets import views
 from tests.harness import engine, params, run
 
@@ -336,7 +336,7 @@ def test_the_core_draws_without_widgets_torch_or_pandas_being_loaded():
         "bm = lk.BlockManager(8, 4); sched = lk.Scheduler(bm)\n"
         "assert not [name for name in sys.modules if name.startswith('labkit.widgets')]\n"
         "assert 'text/html' in sched._repr_mimebundle_()\n"
-        "heavy = {'torch', 'pandas', 'IPython', 'labkit.engine'} & set(sys.modules)\n"
+        "heavy = {'torch', 'pandas', 'IPython', 'labkit.engine.engine'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,372 @@
+"""Which full blocks hold which tokens. Knows hashes, chains and why a lookup ended; refuses to know who uses a block.
+
+A block's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. Duplicates may coexist and
+are never merged, so tables stay append-only; a hash is known until its last copy goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.core.blocks.tables import Ints, Tokens
+from labkit.core.options import text, whole
+from labkit.core.shown import Shown
+
+EventSink = Callable[[tuple[object, ...]], None]
+
+DIGEST = np.dtype("V32")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens that belong together, such as an image's: `key` (its content hash) enters the hash of every block it
+    touches, and a prefix hit never ends inside it."""
+
+    start: int
+    length: int
+    key: bytes
+
+    def __post_init__(self) -> None:
+        whole("a span's start", self.start, least=0)
+        whole("a span's length", self.length, least=1)
+        if not isinstance(self.key, bytes):
+            raise ValueError(f"a span's key is the bytes of its content's hash, got {self.key!r}")
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Lookup(Shown):
+    """A pure peek: the blocks that a prompt would be given."""
+
+    num_tokens: int
+    num_hit: int
+    blocks: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        where = f": blocks {' '.join(map(str, self.blocks))}" if self.blocks else ""
+        return f"Lookup({self.num_hit} of {self.num_tokens} tokens{where})"
+
+
+@dataclass(frozen=True)
+class Explanation(Shown):
+    """Why a lookup hit as far as it did. `reason` is a short code, `detail` a sentence."""
+
+    num_tokens: int
+    num_hit: int
+    reason: str
+    detail: str
+
+    def __repr__(self) -> str:
+        return f"Explanation({self.num_hit} of {self.num_tokens} tokens: {self.reason} - {self.detail})"
+
+
+def root_hash(salt: str | None, adapter: str | None, group: int = 0) -> bytes:
+    """Where a chain starts. Lengths are written out, so that no salt can pass for an adapter or for tokens."""
+    for name, value in (("salt", salt), ("adapter", adapter)):
+        if value is not None:
+            text(name, value, may_be_empty=True)
+    return _root_hash(salt, adapter, group)
+
+
+@lru_cache(maxsize=1024)
+def _root_hash(salt: str | None, adapter: str | None, group: int) -> bytes:
+    parts = [b"labkit", str(group).encode()]
+    parts += [b"-" if name is None else f"{len(name)}:{name}".encode() for name in (salt, adapter)]
+    return sha256(b"|".join(parts)).digest()
+
+
+def span_keys(spans: Iterable[Span], block_size: int, num_tokens: int | None = None) -> dict[int, bytes]:
+    """block index -> 32 bytes that stand for the spans it touches, and where in the block they lie."""
+    found: dict[int, list[bytes]] = {}
+    for span in spans:
+        if not isinstance(span, Span):
+            raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
+        if num_tokens is not None and span.end > num_tokens:
+            raise ValueError(f"{span!r} does not lie within {num_tokens} tokens")
+        for index in range(span.start // block_size, -(-span.end // block_size)):
+            place = f"{span.start - index * block_size}:{span.length}:".encode()
+            found.setdefault(index, []).append(place + sha256(span.key).digest())
+    return {index: sha256(b"".join(parts)).digest() for index, parts in found.items()}
+
+
+def hash_blocks(
+    tokens: Tokens, block_size: int, parent: bytes, keys: dict[int, bytes] | None = None, first: int = 0
+) -> list[bytes]:
+    """The chained hash of every full block of `tokens`; `first` is the index of their first block in the chain."""
+    width = 4 * block_size
+    data = np.ascontiguousarray(tokens, np.int32).tobytes()
+    hashes: list[bytes] = []
+    append = hashes.append
+    if keys:
+        for index in range(len(tokens) // block_size):
+            parent = sha256(parent + data[index * width : (index + 1) * width] + keys.get(first + index, b"")).digest()
+            append(parent)
+        return hashes
+    for at in range(0, len(data) - width + 1, width):
+        parent = sha256(parent + data[at : at + width]).digest()
+        append(parent)
+    return hashes
+
+
+class PrefixCache(Shown):
+    """Hash -> block, and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
+    pool's column of counts, for whoever draws the cache; nothing here is decided by it."""
+
+    def __init__(self, num_blocks: int, block_size: int, holders: NDArray[np.int32] | None = None) -> None:
+        places = num_blocks + 1
+        self.num_blocks = num_blocks
+        self.holders = holders
+        self.block_size = block_size
+        self.block_of: dict[bytes, int] = {}
+        self.spares: dict[bytes, list[int]] = {}  # further copies of a hash, oldest first
+        # np.full, not np.zeros: zeros are mapped when first touched, which costs the step that does it
+        self.stored = np.full(places, False)  # arrays, not lists of bytes: a full garbage collection skips them
+        self._hash_of = np.full(places, b"", DIGEST)
+        self._parent_hash_of = np.full(places, b"", DIGEST)
+        self.tokens_of = np.full((places, block_size), 0, np.int32)
+        self.depth_of = np.full(places, 0, np.int64)
+        self.parent_of = np.full(places, 0, np.int64)
+        self.children = np.full(places, 0, np.int64)  # stored blocks whose physical parent this is
+        self.hits = np.full(places, 0, np.int64)
+        self.stored_at = np.full(places, 0, np.int64)
+        self._stamp = np.full(places, 0, np.int64)  # tells a parent from a later user of the same block
+        self._parent_stamp = np.full(places, 0, np.int64)
+        self.num_stored = 0
+        self.ghost_step: dict[bytes, int] = {}  # evicted hash -> the step it happened in, oldest first
+        self.ghost_for: dict[bytes, str | None] = {}  # evicted hash -> the request it made room for
+        self.roots: dict[bytes, tuple[str | None, str | None]] = {}
+        self.emit: EventSink | None = None
+
+    def __len__(self) -> int:
+        return len(self.block_of)
+
+    def __repr__(self) -> str:
+        copies = sum(map(len, self.spares.values()))
+        return f"PrefixCache({len(self)} hashes, {copies} duplicates, {len(self.ghost_step)} ghosts)"
+
+    def root(self, salt: str | None, adapter: str | None) -> bytes:
+        digest = root_hash(salt, adapter)
+        self.roots.pop(digest, None)
+        self.roots[digest] = (salt, adapter)
+        while len(self.roots) > 4 * self.num_blocks + 1:
+            self.roots.pop(next(iter(self.roots)))
+        return digest
+
+    def find(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest stored prefix."""
+        found = []
+        get = self.block_of.get
+        for digest in hashes:
+            block = get(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def store(
+        self,
+        blocks: list[int],
+        digests: list[bytes],
+        parent_digests: list[bytes],
+        parents: Ints,
+        depths: Ints,
+        tokens: Tokens,
+    ) -> None:
+        """`blocks` now hold `tokens` [blocks, block_size], computed, each after the prefix that ends in the physical
+        block `parents` (0: none)."""
+        at = np.array(blocks, np.int64)
+        self.tokens_of[at] = tokens
+        self.depth_of[at] = depths
+        self.parent_of[at] = parents
+        self._parent_stamp[at] = self._stamp[parents]
+        np.add.at(self.children, parents, 1)
+        self.stored_at[at] = np.arange(self.num_stored, self.num_stored + len(blocks))
+        self.num_stored += len(blocks)
+        self.stored[at] = True
+        joined, joined_parents = b"".join(digests), b"".join(parent_digests)
+        self._hash_of[at] = np.frombuffer(joined, DIGEST)
+        self._parent_hash_of[at] = np.frombuffer(joined_parents, DIGEST)
+        first_copy, ghosts = self.block_of.setdefault, self.ghost_step
+        firsts = map(first_copy, digests, blocks)
+        copies = [i for i, (first, block) in enumerate(zip(firsts, blocks, strict=True)) if first != block]
+        if ghosts:
+            for digest in digests:
+                if digest in ghosts:
+                    del ghosts[digest], self.ghost_for[digest]
+        for i in copies:
+            self.spares.setdefault(digests[i], []).append(blocks[i])
+        if self.emit is not None and len(copies) < len(blocks):
+            if copies:
+                fresh = np.delete(np.arange(len(blocks)), copies)
+                at, tokens = at[fresh], tokens[fresh]
+                joined, joined_parents = self._hash_of[at].tobytes(), self._parent_hash_of[at].tobytes()
+            self.emit(("Stored", joined, joined_parents, tuple(at.tolist()), tokens.tobytes()))
+
+    def store_one(
+        self, block: int, digest: bytes, parent_digest: bytes, parent: int, depth: int, tokens: Tokens
+    ) -> None:
+        """`store` for a single block, at a third of its price: with few rows most steps complete one block."""
+        self.tokens_of[block] = tokens
+        self.depth_of[block] = depth
+        self.parent_of[block] = parent
+        self._parent_stamp[block] = self._stamp[parent]
+        self.children[parent] += 1
+        self.stored_at[block] = self.num_stored
+        self.num_stored += 1
+        self.stored[block] = True
+        self._hash_of[block] = digest
+        self._parent_hash_of[block] = parent_digest
+        if self.block_of.setdefault(digest, block) != block:
+            self.spares.setdefault(digest, []).append(block)
+            return
+        if self.ghost_step.pop(digest, None) is not None:
+            del self.ghost_for[digest]
+        if self.emit is not None:
+            self.emit(("Stored", digest, parent_digest, (block,), tokens.tobytes()))
+
+    def hash_of(self, block: int) -> bytes:
+        """What a stored block is found by."""
+        assert self.stored[block], f"block {block} holds nothing"
+        digest: bytes = self._hash_of[block].tobytes()
+        return digest
+
+    def has_parent(self, block: int) -> int:
+        """The stored block right before `block`, or 0 when it is gone."""
+        parent = int(self.parent_of[block])
+        return parent if parent and self._parent_stamp[block] == self._stamp[parent] else 0
+
+    def remove(self, blocks: list[int], step: int, requests: Sequence[str | None]) -> None:
+        """Forget what these blocks held: evicted at `step`, each for one of `requests`."""
+        at = np.array(blocks, np.int64)
+        assert self.stored[at].all(), f"one of the blocks {blocks} holds nothing"
+        joined = self._hash_of[at].tobytes()
+        parents = self.parent_of[at]
+        same = self._parent_stamp[at] == self._stamp[parents]
+        np.subtract.at(self.children, parents[same], 1)
+        self.stored[at] = False
+        self._stamp[at] += 1
+        self.children[at] = self.hits[at] = self.parent_of[at] = 0
+        block_of, spares_of = self.block_of, self.spares
+        step_of, request_of = self.ghost_step, self.ghost_for
+        gone = []
+        for i, block in enumerate(blocks):
+            digest = joined[32 * i : 32 * i + 32]
+            if spares_of and (spares := spares_of.get(digest)) is not None:
+                if block_of[digest] == block:
+                    block_of[digest] = spares.pop(0)
+                else:
+                    spares.remove(block)
+                if not spares:
+                    del spares_of[digest]
+                continue
+            del block_of[digest]
+            step_of[digest] = step
+            request_of[digest] = requests[i]
+            gone.append(i)
+        if len(step_of) > 4 * self.num_blocks:
+            for oldest in list(islice(step_of, max(self.num_blocks, len(step_of) - 4 * self.num_blocks))):
+                del step_of[oldest], request_of[oldest]  # many at once: a dict's front is slow to find
+        if self.emit is not None and gone:
+            if len(gone) < len(blocks):
+                joined = b"".join(joined[32 * i : 32 * i + 32] for i in gone)
+                blocks, requests = [blocks[i] for i in gone], [requests[i] for i in gone]
+            self.emit(("Removed", joined, tuple(blocks), tuple(requests)))
+
+    def clear(self) -> None:
+        self._stamp[self.stored] += 1
+        self.stored[:] = False
+        self.children[:] = self.hits[:] = self.parent_of[:] = 0
+        self.block_of.clear()
+        self.spares.clear()
+        self.ghost_step.clear()
+        self.ghost_for.clear()
+        if self.emit is not None:
+            self.emit(("Cleared",))
+
+    def explain(self, tokens: Tokens, usable: int, salt: str | None, adapter: str | None,
+                spans: Sequence[Span]) -> Explanation:  # fmt: skip
+        """Why a lookup of `tokens`, which may use `usable` blocks, ends where it does."""
+        size = self.block_size
+        root = root_hash(salt, adapter)
+        keys = span_keys(spans, size)
+        hashes = hash_blocks(tokens, size, root, keys)
+        num_found = len(self.find(hashes))
+        num_hit = min(num_found, usable)
+
+        def because(reason: str, detail: str) -> Explanation:
+            return Explanation(len(tokens), num_hit * size, reason, detail)
+
+        if len(tokens) < size:
+            return because("shorter than a block", f"{len(tokens)} tokens do not fill a block of {size}")
+        if num_found > num_hit:
+            if any(span.start < (num_hit + 1) * size < span.end for span in spans):
+                return because("capped", "a hit never ends inside a span")
+            return because("capped", "at least one token must be computed to have logits")
+        if num_found == len(hashes):
+            return because("all full blocks hit", f"the last {len(tokens) - num_found * size} tokens fill no block")
+        missing = hashes[num_found]
+        at = num_found * size
+        if missing in self.ghost_step:
+            request = self.ghost_for[missing]
+            whom = f" for request {request!r}" if request is not None else ""
+            step = self.ghost_step[missing]
+            return because("evicted", f"tokens {at}..{at + size - 1} were evicted at step {step}{whom}")
+        parent = hashes[num_found - 1] if num_found else root
+        wanted = tokens[at : at + size]
+        siblings = [self._common(block, wanted) for block in self._children_of(parent)]
+        if any(common == size for common in siblings):
+            return because("span", f"tokens {at}..{at + size - 1} match, the spans in them do not")
+        if num_found or any(siblings):
+            if siblings:
+                return because("diverged", f"the closest stored prefix differs from token {at + max(siblings)} on")
+            return because("never seen", f"nothing stored goes on after token {at}")
+        return because(*self._other_root(tokens, salt, adapter))
+
+    def _children_of(self, parent_digest: bytes) -> list[int]:
+        """Scans every block: an explanation is asked for by people, a store happens every step."""
+        digests = self._parent_hash_of.view(np.uint8).reshape(-1, 32)
+        same = (digests == np.frombuffer(parent_digest, np.uint8)).all(axis=1)
+        blocks: list[int] = (same & self.stored).nonzero()[0].tolist()
+        return blocks
+
+    def _common(self, block: int, wanted: Tokens) -> int:
+        differs = np.flatnonzero(self.tokens_of[block] != wanted)
+        return int(differs[0]) if len(differs) else self.block_size
+
+    def _other_root(self, tokens: Tokens, salt: str | None, adapter: str | None) -> tuple[str, str]:
+        """Nothing under this root: would the same tokens have hit under another salt or adapter?"""
+        same = self.stored & (self.depth_of == 0) & (self.tokens_of == tokens[: self.block_size]).all(axis=1)
+        for block in same.nonzero()[0].tolist():
+            other = self.roots.get(self._parent_hash_of[block].tobytes())
+            if other is None:
+                continue
+            if other[1] != adapter:
+                return "adapter", f"stored for adapter {other[1]!r}, asked for {adapter!r}"
+            if other[0] != salt:
+                return "salt", "the same tokens are stored under another salt"
+        return "never seen", "no stored block starts with these tokens"
+
+    def check(self) -> None:
+        """The map and the blocks say the same: every stored block is found by its hash, or is a spare of it."""
+        copies: dict[bytes, set[int]] = {}
+        children = np.zeros(len(self.stored), np.int64)
+        for block in self.stored.nonzero()[0].tolist():
+            copies.setdefault(self.hash_of(block), set()).add(block)
+            children[self.has_parent(block)] += 1
+        known = {digest: {block, *self.spares.get(digest, ())} for digest, block in self.block_of.items()}
+        assert copies == known, "the hash map and the blocks disagree"
+        assert self.spares.keys() <= self.block_of.keys(), "a spare without a first copy"
+        assert (children[1:] == self.children[1:]).all(), "children are miscounted"
+        assert self.ghost_step.keys() == self.ghost_for.keys(), "half a ghost"
+        assert len(self.ghost_step) <= 4 * self.num_blocks, "ghosts are unbounded"
+        assert not (self.ghost_step.keys() & self.block_of.keys()), "a stored hash is also a ghost"

@@ -1,0 +1,109 @@
+"""How full the blocks are, in tokens and in blocks, and what contiguous reservation would have cost. Reads only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.core.blocks.tables import Ints
+from labkit.core.shown import Shown
+
+if TYPE_CHECKING:
+    from labkit.core.blocks.manager import BlockManager
+
+
+@dataclass(frozen=True)
+class BlockStats(Shown):
+    """Tokens and blocks apart: a block in use may be nearly empty, and one block may serve many tables."""
+
+    num_blocks: int
+    block_size: int
+    used_blocks: int
+    cached_blocks: int
+    free_blocks: int
+    used_tokens: int  # distinct token places filled in used blocks
+    table_tokens: int  # the same, counted once a table: what unshared tables would hold
+    num_tables: int
+    num_queries: int
+    num_hit_queries: int
+    num_queried_tokens: int
+    num_hit_tokens: int
+    num_evicted: int
+    num_copied: int
+
+    @property
+    def usage(self) -> float:
+        """The share of blocks in use."""
+        return self.used_blocks / self.num_blocks
+
+    @property
+    def token_usage(self) -> float:
+        """The share of token places in use."""
+        return self.used_tokens / (self.num_blocks * self.block_size)
+
+    @property
+    def waste(self) -> float:
+        """The share of places in used blocks that hold no token."""
+        places = self.used_blocks * self.block_size
+        return 1.0 - self.used_tokens / places if places else 0.0
+
+    @property
+    def saved_by_sharing(self) -> float:
+        """The share of tokens that tables hold together instead of each for itself."""
+        return 1.0 - self.used_tokens / self.table_tokens if self.table_tokens else 0.0
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Hit tokens over queried tokens; None while nothing was queried, which is not the same as no hit."""
+        return self.num_hit_tokens / self.num_queried_tokens if self.num_queried_tokens else None
+
+    def contiguous_waste(self, reserved_tokens: int) -> float:
+        """The share that would be wasted had every table reserved `reserved_tokens` places in one piece."""
+        places = self.num_tables * reserved_tokens
+        return 1.0 - self.table_tokens / places if places else 0.0
+
+    def __repr__(self) -> str:
+        hit = "nothing queried" if self.hit_rate is None else f"{self.hit_rate:.1%} of queried tokens hit"
+        return (
+            f"BlockStats({self.used_blocks}+{self.cached_blocks} of {self.num_blocks} blocks used+cached, "
+            f"{self.used_tokens} tokens, waste {self.waste:.1%}, {hit})"
+        )
+
+
+def filled_places(manager: BlockManager) -> tuple[Ints, int]:
+    """How many places of each block hold a token of someone who holds it [num_blocks + 1], and the tokens of all
+    tables, shared ones counted once a table."""
+    tables, size = manager.tables, manager.block_size
+    filled = np.zeros(manager.num_blocks + 1, np.int64)
+    rows = np.array(list(tables.row_of.values()), np.int64)
+    held = np.minimum(tables.num_tokens[rows], tables.num_blocks[rows] * size)  # [tables]
+    lengths = -(-held // size)
+    at = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # 0, 1, .. of each table
+    blocks = tables.blocks[0, np.repeat(rows, lengths), at]
+    np.maximum.at(filled, blocks, np.minimum(np.repeat(held, lengths) - at * size, size))
+    filled[0] = 0
+    for pin in manager.pins:
+        filled[list(pin.blocks)] = size
+    return filled, int(held.sum())
+
+
+def block_stats(manager: BlockManager) -> BlockStats:
+    filled, table_tokens = filled_places(manager)
+    return BlockStats(
+        num_blocks=manager.num_blocks,
+        block_size=manager.block_size,
+        used_blocks=manager.num_used,
+        cached_blocks=manager.num_cached,
+        free_blocks=manager.num_free,
+        used_tokens=int(filled.sum()),
+        table_tokens=table_tokens,
+        num_tables=len(manager.tables.row_of),
+        num_queries=manager.num_queries,
+        num_hit_queries=manager.num_hit_queries,
+        num_queried_tokens=manager.num_queried_tokens,
+        num_hit_tokens=manager.num_hit_tokens,
+        num_evicted=manager.num_evicted,
+        num_copied=manager.num_copied,
+    )

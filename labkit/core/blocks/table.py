@@ -1,0 +1,65 @@
+"""What people hold of the block manager: a table's view, a pin. Decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from labkit.core.shown import Shown
+
+if TYPE_CHECKING:
+    from labkit.core.blocks.manager import BlockManager
+
+
+class BlockTable(Shown):
+    """A name's view of its row: prints its blocks, and which of them it shares."""
+
+    def __init__(self, manager: BlockManager, name: str) -> None:
+        self._manager = manager
+        self.name = name
+
+    @property
+    def blocks(self) -> list[int]:
+        return self._manager.tables.row_blocks(self._row)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._manager.tables.num_tokens[self._row])
+
+    @property
+    def tokens(self) -> list[int]:
+        tokens: list[int] = self._manager.tables.row_tokens(self._row).tolist()
+        return tokens
+
+    @property
+    def _row(self) -> int:
+        return self._manager.row(self.name)
+
+    def place(self, token: int) -> tuple[int, int]:
+        """(physical block, offset in it) of the token at this index."""
+        if not 0 <= token < self.num_tokens:
+            raise IndexError(f"table {self.name!r} holds {self.num_tokens} tokens, there is no token {token}")
+        index, offset = divmod(token, self._manager.block_size)
+        return self.blocks[index], offset
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __repr__(self) -> str:
+        if self.name not in self._manager.tables.row_of:
+            return f"BlockTable({self.name!r}: freed)"
+        count = self._manager.pool.count
+        cells = " ".join("-" if not b else f"{b}x{count[b]}" if count[b] > 1 else str(b) for b in self.blocks)
+        return f"BlockTable({self.name!r}: {self.num_tokens} tokens in blocks {cells or 'none'})"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A soft hold on cached blocks: released at `expires` (ns), or before a request would starve."""
+
+    blocks: tuple[int, ...]
+    num_tokens: int
+    expires: int | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pin:
+        return self  # whoever holds it can still unpin after time was turned back

@@ -1,0 +1,202 @@
+"""Who of the waiting gets a row now, and what limit holds the first who does not. Knows the queue, hits and room."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from labkit.core.blocks.prefix import hash_blocks, span_keys
+from labkit.core.plan import Join
+from labkit.core.request import Request, Status
+from labkit.core.scheduling import planning
+from labkit.core.scheduling.draft import Chunk, Draft
+
+if TYPE_CHECKING:
+    from labkit.core.scheduling.scheduler import Scheduler
+
+
+def admit(s: Scheduler, draft: Draft, left: int) -> int:
+    """Give rows to the queue's first, in order, until a limit binds; the budget that is left."""
+    promised = _promised(s)
+    while s.queue:
+        request = s.queue.peek()
+        limit, used = _try(s, draft, request, left, promised)
+        if limit == "prefix pending":
+            continue
+        if limit is not None:
+            note_head(s, request, limit)
+            break
+        left -= used
+        if request.row in s.prefilling:
+            promised += _missing(s, request)
+    return left
+
+
+def note_head(s: Scheduler, request: Request, limit: str) -> None:
+    """The head's limit is everyone's behind it; written when either changes."""
+    if s.last_head != (request.id, limit):
+        s.last_head = (request.id, limit)
+        s.log.add(("Held", request.id, limit, True))
+
+
+def _promised(s: Scheduler) -> int:
+    """Blocks that admitted prefills still need for the tokens they know."""
+    tables, blocks = s.tables, s.blocks
+    return sum(blocks.blocks_for(int(tables.num_tokens[r])) - int(tables.num_blocks[r]) for r in s.prefilling)
+
+
+def _missing(s: Scheduler, request: Request) -> int:
+    assert request.row is not None
+    return s.blocks.blocks_for(request.num_tokens) - int(s.tables.num_blocks[request.row])
+
+
+def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int) -> tuple[str | None, int]:
+    """Admit `request`, or say which limit holds it."""
+    blocks = s.blocks
+    if left <= 0:
+        return "budget", 0
+    if draft.preempted:
+        return "blocks", 0
+    if not s.free_rows or s.num_running >= s.max_num_seqs:
+        return "rows", 0
+    alone = not s.num_running and not s.draining
+    if not alone and _still_blocked(s, request):
+        return "blocks", 0
+    tokens = request.tokens
+    hashes = known_hashes(s, request)
+    hit = peek(s, request, hashes)
+    if hashes and s.prefix_hold and (digest := s.pending.last_shared(hashes, len(hit))) and reads_cache(request):
+        usable = max(len(tokens) - 1, 0) // blocks.block_size
+        if len(hit) < usable and request.status is not Status.SWAPPED:
+            s.queue.pop()
+            s.pending.park(request, digest)
+            s.log.add(("Held", request.id, "prefix pending", False))
+            return "prefix pending", 0
+    needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
+    reserve = 0 if alone else promised + int(s.watermark * blocks.num_blocks)
+    while alone and needed > blocks.available and blocks.release_pins():
+        hit = peek(s, request, hashes)
+        needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
+    if needed + reserve > blocks.available:
+        s.blocked = (request.serial, blocks.available, hashes[len(hit)] if len(hit) < len(hashes) else None)
+        return "blocks", 0
+    gap = len(tokens) - max(len(hit) * blocks.block_size, request.num_computed)
+    if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
+        return "budget", 0
+    s.queue.pop()
+    return None, _place(s, draft, request, hashes, hit, left)
+
+
+def _still_blocked(s: Scheduler, request: Request) -> bool:
+    """Nothing has changed for the better since this request last found too few blocks: no more are available, and the
+    first block it missed has not been stored. Spares a blocked head its lookup in every step."""
+    if s.blocked is None:
+        return False
+    serial, available, missing = s.blocked
+    return serial == request.serial and s.blocks.available <= available and missing not in s.blocks.prefix.block_of
+
+
+def reads_cache(request: Request) -> bool:
+    """Prompt logprobs and a look inside need every prompt position computed."""
+    params = request.params
+    return (params.prompt_logprobs is None and not params.capture) or len(request.output) > 0
+
+
+def known_hashes(s: Scheduler, request: Request) -> list[bytes]:
+    """Hashes of the request's full blocks, computed once and kept until it has a row."""
+    if not s.blocks.prefix_caching:
+        return []
+    size = s.blocks.block_size
+    if request.hashes is None or len(request.hashes) != request.num_tokens // size:
+        root = s.blocks.prefix.root(request.salt, request.adapter)
+        request.hashes = hash_blocks(request.tokens, size, root, span_keys(request.spans, size))
+    return request.hashes
+
+
+def peek(s: Scheduler, request: Request, hashes: list[bytes]) -> list[int]:
+    if not s.blocks.prefix_caching or not reads_cache(request):
+        return []
+    return s.blocks.hit(hashes, request.num_tokens, request.spans)
+
+
+def _place(s: Scheduler, draft: Draft, request: Request, hashes: list[bytes], hit: list[int], left: int) -> int:
+    """A row, the blocks that were hit or swapped out, and the first chunk."""
+    blocks, tables, size = s.blocks, s.tables, s.blocks.block_size
+    tokens = request.tokens
+    fresh = request.num_preemptions == 0
+    row = s.free_rows.pop()
+    root = blocks.prefix.root(request.salt, request.adapter)
+    blocks.open(request.id, root, hashes or None, span_keys(request.spans, size), row)
+    blocks.join(row, tokens, hit)
+    if fresh and blocks.prefix_caching and reads_cache(request):
+        blocks.count_query(len(tokens), len(hit))
+    swapped = request.status is Status.SWAPPED
+    if swapped:
+        _swap_in(s, draft, request, row, len(hit))
+    occupy(s, request, row)
+    num_hit = len(hit) * size
+    if fresh:
+        request.num_cached = num_hit
+        request.admitted_at = draft.now
+        s.cached_this_step += num_hit
+        s.log.add(("Admitted", request.id, row, num_hit, _lookup_code(s, request, len(hit))))
+    else:
+        s.log.add(("Resumed", request.id, row, int(tables.num_computed[row])))
+    start = int(tables.num_computed[row])
+    gap = len(tokens) - start
+    contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
+    count = planning.chunk_size(s, gap, left, contended)
+    blocks.grow(row, start + count, request.id)
+    draft.joins.append(join_of(request, row))
+    draft.change(row, 0, tables.row_blocks(row))
+    s.scheduled[row] = start
+    chunk = Chunk(row, start, count, gap)
+    draft.chunks.append(chunk)
+    if count < gap:
+        draft.cut.append(chunk)
+    s.prefilling[row] = None
+    if hashes and s.prefix_hold:
+        s.pending.begin(row, hashes[start // size :])
+    return count
+
+
+def _swap_in(s: Scheduler, draft: Draft, request: Request, row: int, num_hit: int) -> None:
+    """Blocks for what was moved to host memory; those the prefix cache still holds need no move."""
+    size = s.blocks.block_size
+    end = max(request.num_computed, num_hit * size)
+    s.blocks.grow(row, end, request.id)
+    device = s.tables.row_blocks(row)
+    moved = list(zip(request.host_blocks, device, strict=False))[num_hit:]
+    draft.swap_in += moved
+    s.host_releases.append((s.step, request.host_blocks))
+    s.tables.num_computed[row] = end
+    request.host_blocks, request.num_computed = [], 0
+    s.num_swapped -= 1
+    s.log.add(("SwappedIn", request.id, len(moved)))
+
+
+def occupy(s: Scheduler, request: Request, row: int) -> None:
+    """The row's columns are this request's from now on."""
+    params = request.params
+    assert params.max_tokens is not None
+    request.row, request.status = row, Status.RUNNING
+    request.hashes = None
+    s.row_request[row] = request
+    s.serial[row] = request.serial
+    s.rank[:, row] = (request.priority, request.arrival, request.serial)
+    s.limit[row] = request.num_prompt + params.max_tokens
+    s.no_stop_before[row] = request.num_prompt + params.min_tokens
+    s.set_stops(row, request.stop_ids)
+
+
+def join_of(request: Request, row: int) -> Join:
+    return Join(
+        row, request.id, request.tokens, request.num_prompt, request.params, request.sample, request.adapter,
+        request.spans,
+    )  # fmt: skip
+
+
+def _lookup_code(s: Scheduler, request: Request, num_hit_blocks: int) -> str:
+    if not s.blocks.prefix_caching or not reads_cache(request):
+        return "off"
+    usable = s.blocks.usable_blocks(request.num_tokens, request.spans, request.num_tokens)
+    return "none" if not num_hit_blocks else "full" if num_hit_blocks == usable else "partial"

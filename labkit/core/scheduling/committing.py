@@ -1,0 +1,146 @@
+"""What a result changes: tokens, stored blocks, ends, forks; or nothing, when a step failed. Knows plans and results;
+refuses to know who will be scheduled next."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.core.plan import Failure, Outputs, Plan, Result
+from labkit.core.request import Request, Status
+from labkit.core.scheduling import admission, preempt
+
+if TYPE_CHECKING:
+    from labkit.core.scheduling.scheduler import Scheduler
+
+
+def apply(s: Scheduler, plan: Plan, result: Result, now: int) -> Outputs:
+    tables = s.tables
+    rows, end = plan.rows, plan.start + plan.count
+    sampled, tokens = plan.sample_row, np.asarray(result.tokens, np.int32)
+    errors = result.errors or {}
+    void = s.dropped.copy() if s.draining or errors else None
+    if void is not None:
+        void[list(errors)] = True
+        rows, end = rows[~void[rows]], end[~void[rows]]
+    s.blocks.commit(rows, end)
+    if plan.step in s.forks:
+        void = s.dropped.copy() if void is None else void
+        void[_fork(s, s.forks.pop(plan.step), errors, plan.step)] = True
+    if void is not None:
+        tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
+    known = tables.num_tokens[sampled]
+    if plan.num_decode < len(plan.rows):
+        _settle_prefills(s, plan, now)
+    tables.flat_tokens[tables.token_base[sampled] + known] = tokens
+    known = known + 1
+    tables.num_tokens[sampled] = known
+    over = known >= s.limit[sampled]
+    for column in s.stops:
+        over |= (tokens == column[sampled]) & (known >= s.no_stop_before[sampled])
+    done = over.nonzero()[0]
+    ended: list[Request] = []
+    if len(done) or errors:
+        ended = _finish(s, sampled[done].tolist(), tokens[done].tolist(), errors, now)
+    return Outputs(plan.step, now, sampled, s.serial[sampled], tokens, tuple(ended))
+
+
+def _settle_prefills(s: Scheduler, plan: Plan, now: int) -> None:
+    """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
+    tables, size = s.tables, s.blocks.block_size
+    for row in plan.rows[plan.num_decode :].tolist():
+        num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
+        for request in s.pending.settle(row, num_left):
+            s.queue.push(request)
+    for row in plan.sample_row[plan.num_decode :].tolist():
+        request = s.row_request[row]
+        if request is None or request.row != row:
+            continue
+        if request.first_token_at is None:
+            request.first_token_at = now
+        if row not in s.draining:  # else it was preempted meanwhile, and is scheduled no more
+            s.log.add(("Scheduled", request.id, 1))
+
+
+def _finish(s: Scheduler, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
+    ended = []
+    for row, token in zip(rows, tokens, strict=True):
+        request = s.row_request[row]
+        assert request is not None
+        ended.append(request)
+        stops = s.tables.num_tokens[row] >= s.no_stop_before[row]
+        if stops and token in request.params.stop_token_ids:
+            reason = "stop"
+        elif stops and token in request.stop_ids:
+            reason = "eos"
+        else:
+            reason = "length"
+        request.finished_at = now
+        s.end_row(row, Status.FINISHED, reason)
+    for row, text in errors.items():
+        request = s.row_request[row]
+        if request is None or request.row != row:
+            continue  # it ended meanwhile
+        request.error = text
+        request.finished_at = now
+        ended.append(request)
+        rows = [*rows, row]
+        s.end_row(row, Status.FINISHED, "error")
+    s.remove_rows(rows)
+    return ended
+
+
+def _fork(s: Scheduler, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
+    """The prompt is computed: its samples get tables over the same blocks. Rows that were promised in vain."""
+    in_vain, joining = [], []
+    for row, child_row, child in forks:
+        parent = s.row_request[row]
+        if child.ended or parent is None or parent.row != row or row in errors:
+            in_vain.append(child_row)
+            break_promise(s, child_row, child)
+            continue
+        s.num_attached -= 1
+        s.blocks.fork_row(row, child.id, child_row)
+        admission.occupy(s, child, child_row)
+        child.admitted_at = child.admitted_at or parent.admitted_at
+        s.scheduled[child_row] = s.tables.num_tokens[child_row]
+        s.last_plan[child_row] = step
+        s.log.add(("Forked", child.id, parent.id, child_row))
+        s.forked.append(child)
+        joining.append(child_row)
+    s.decoding = np.concatenate((s.decoding, np.array(joining, np.int64)))
+    return in_vain
+
+
+def break_promise(s: Scheduler, child_row: int, child: Request) -> None:
+    s.free_rows.append(child_row)
+    s.leaves.append(child_row)
+    if not child.ended:
+        s.detach(child)
+
+
+def roll_back(s: Scheduler, plan: Plan, failure: Failure) -> None:
+    """Every running request goes back to the queue with the tokens it has, to be computed again: what the failed
+    step wrote, copied or moved is unknown, and the plans launched on top of it are void."""
+    s.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
+    s.void_until = s.step - 1
+    s.reset_runner = True
+    for row in [*s.decoding.tolist(), *s.prefilling]:
+        preempt.preempt(s, row, "", how="recompute")
+    for row, how in s.draining.items():
+        s.draining[row] = how and "recompute"
+    for request in list(s.requests.values()):
+        if request.status is Status.SWAPPED and request.swap_step >= plan.step:
+            preempt.drop_host_blocks(s, request)
+            request.status = Status.WAITING
+    s.forked.clear()
+
+
+def drain(s: Scheduler, plan: Plan) -> None:
+    for row in [row for row in s.draining if s.last_plan[row] <= plan.step]:
+        how = s.draining.pop(row)
+        if how is None:
+            s.close_row(row)
+        else:
+            preempt.vacate(s, row, how)

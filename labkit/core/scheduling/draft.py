@@ -1,0 +1,115 @@
+"""A plan in the making: what `schedule` has decided so far. Knows columns; decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.core.blocks.tables import Ints, Tokens
+from labkit.core.plan import NO_CHANGES, NO_INTS, NO_PAIRS, Join, Pairs, Plan, TableChanges
+from labkit.core.request import Request
+
+if TYPE_CHECKING:
+    from labkit.core.scheduling.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class Chunk:
+    """A prefill's part in a step: `count` of the `gap` tokens from `start` on."""
+
+    row: int
+    start: int
+    count: int
+    gap: int
+
+
+@dataclass(slots=True)
+class Draft:
+    now: int
+    changes: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)  # rows, indices, blocks
+    joins: list[Join] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    cut: list[Chunk] = field(default_factory=list)  # those that got less than they could use
+    forks: list[tuple[int, int, Request]] = field(default_factory=list)  # parent row, child row, child
+    preempted: bool = False
+
+    def change(self, row: int, first: int, blocks: list[int]) -> None:
+        n = len(blocks)
+        self.changes.append((np.full(n, row), np.arange(first, first + n), np.array(blocks, np.int64)))
+
+    def table_changes(self) -> TableChanges:
+        if not self.changes:
+            return NO_CHANGES
+        if len(self.changes) == 1:
+            rows, index, blocks = self.changes[0]
+        else:
+            rows, index, blocks = (np.concatenate(column) for column in zip(*self.changes, strict=True))
+        return TableChanges(np.zeros(len(rows), np.int64), rows, index, blocks)
+
+    def plan(self, scheduler: Scheduler, decodes: Ints, start: Ints) -> Plan:
+        """The plan, its columns decode rows first."""
+        s, num_decode = scheduler, len(decodes)
+        tokens, ends, feed = self._decode_tokens(s, decodes, start)
+        rows, count = decodes, s.ones[:num_decode]
+        sample_row, sample_query = decodes, s.counting[:num_decode]
+        if self.chunks:
+            chunks, query = self.chunks, num_decode - 1
+            queries, indptr, end = [], [], int(ends[-1])
+            for chunk in chunks:
+                query += chunk.count
+                end += chunk.count
+                indptr.append(end)
+                queries.append(query)
+            done = [i for i, chunk in enumerate(chunks) if chunk.count == chunk.gap]
+            rows = np.concatenate((decodes, [chunk.row for chunk in chunks]))
+            start = np.concatenate((start, [chunk.start for chunk in chunks]))
+            count = np.concatenate((count, [chunk.count for chunk in chunks]))
+            ends = np.concatenate((ends, indptr))
+            new_rows = [chunks[i].row for i in done]
+            new_queries = [queries[i] for i in done]
+            for parent, child, _ in self.forks:
+                new_queries.append(new_queries[new_rows.index(parent)])
+                new_rows.append(child)
+            if new_rows:
+                sample_row = np.concatenate((sample_row, new_rows))
+                sample_query = np.concatenate((sample_query, new_queries))
+            known = s.tables.tokens
+            tokens = np.concatenate((tokens, *(known[c.row, c.start : c.start + c.count] for c in chunks)))
+        return Plan(
+            step=s.step,
+            now=self.now,
+            rows=rows,
+            start=start,
+            count=count,
+            num_decode=num_decode,
+            tokens=tokens,
+            indptr=ends,
+            feed=feed,
+            sample_query=sample_query,
+            sample_row=sample_row,
+            table_changes=self.table_changes(),
+            joins=tuple(self.joins),
+            copies=_pairs(self.copies),
+            swap_in=_pairs(self.swap_in),
+            budget=s.max_num_batched_tokens,
+        )
+
+    def _decode_tokens(self, s: Scheduler, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:
+        """Token ids of the decode rows in CSR form, and the entries whose token only the runner knows yet."""
+        tables = s.tables
+        indptr, feed = s.counting[: len(decodes) + 1], NO_INTS
+        if s.in_flight:
+            fed = start >= tables.num_tokens[decodes]
+            if fed.any():
+                feed = fed.nonzero()[0]
+                decodes, start = decodes[~fed], start[~fed]
+                indptr = np.concatenate(([0], np.cumsum(~fed)))
+        return tables.flat_tokens[tables.token_base[decodes] + start], indptr, feed
+
+
+def _pairs(pairs: list[tuple[int, int]]) -> Pairs:
+    return np.array(pairs, np.int64) if pairs else NO_PAIRS

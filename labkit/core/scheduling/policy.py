@@ -1,0 +1,163 @@
+"""Who goes first, and how a victim is preempted. Knows keys and costs; refuses to know blocks and rows.
+
+An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is asked once, at
+submission, or, when it has an attribute `dynamic = True`, whenever there is a place to give away.
+"""
+
+from __future__ import annotations
+
+import heapq
+import numbers
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+from labkit.core.options import choose
+from labkit.core.request import Request
+
+Key: TypeAlias = Any
+Order: TypeAlias = Callable[[Request, int], Key]
+Cost: TypeAlias = Callable[[int], float]
+
+
+def fcfs(request: Request, now: int) -> Key:
+    """First come, first served."""
+    return request.arrival
+
+
+def priority(request: Request, now: int) -> Key:
+    """The smallest priority number first, then first come."""
+    return (request.priority, request.arrival)
+
+
+def sjf(request: Request, now: int) -> Key:
+    """Shortest job first: prompt and the most it may produce."""
+    return request.num_tokens + request.num_left
+
+
+def lpm(request: Request, now: int) -> Key:
+    """Longest prefix match: whoever the cache spares most of its prompt, then first come."""
+    return (-request.cached_tokens, request.arrival)
+
+
+lpm.dynamic = True  # type: ignore[attr-defined]
+
+ORDERS: dict[str, Order] = {"fcfs": fcfs, "priority": priority, "sjf": sjf, "lpm": lpm}
+
+
+def order_of(choice: str | Order) -> Order:
+    if isinstance(choice, str):
+        return choose("order", choice, ORDERS)
+    if callable(choice):
+        return choice
+    raise ValueError(f"order must be a name or f(request, now) -> key, got {choice!r}")
+
+
+def name_of(function: object) -> str:
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _shape_of(key: Key) -> Any:
+    """ "n" for a number, a tuple of shapes for a tuple, None for what cannot be ordered."""
+    if isinstance(key, tuple):
+        shapes = tuple(map(_shape_of, key))
+        return None if None in shapes else shapes
+    return "n" if isinstance(key, numbers.Real) and key == key else None
+
+
+PREEMPTIONS = {"recompute": "recompute", "swap": "swap", "auto": "auto"}
+
+
+def default_swap_cost(num_tokens: int) -> float:
+    """Seconds to move a request's KV out and back: about 100 kB a token over 12 GB/s, twice."""
+    return 2 * num_tokens * 100e3 / 12e9
+
+
+def default_recompute_cost(num_tokens: int) -> float:
+    """Seconds to compute a request's KV again: 30,000 tokens a second."""
+    return num_tokens / 30e3
+
+
+class WaitingQueue:
+    """Requests by key; a heap whose removed entries are skipped."""
+
+    def __init__(self, order: Order) -> None:
+        self.order = order
+        self._heap: list[list[Any]] = []  # [key, serial, request or None]
+        self._entries: dict[int, list[Any]] = {}  # serial -> its entry
+        self._shaped_by: Order | None = None  # the order whose keys have this form
+        self._shape: Any = None
+        self._keys: dict[int, Key] = {}  # serial -> its key, kept while the request lives
+
+    def __repr__(self) -> str:
+        return f"WaitingQueue({name_of(self.order)}: {len(self)} waiting)"
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request: Request) -> bool:
+        return request.serial in self._entries
+
+    def __iter__(self) -> Iterator[Request]:
+        return (entry[2] for entry in sorted(self._entries.values(), key=lambda entry: entry[:2]))
+
+    @property
+    def dynamic(self) -> bool:
+        return bool(getattr(self.order, "dynamic", False))
+
+    def key(self, request: Request, now: int) -> Key:
+        """The order's key, or a ValueError when it cannot be compared."""
+        key = self.order(request, now)
+        shape = _shape_of(key)
+        if shape is None:
+            raise ValueError(
+                f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}: keys are numbers, or tuples of them"
+            )
+        if self._shaped_by is not self.order:
+            self._shaped_by, self._shape = self.order, shape
+        if shape != self._shape:
+            raise ValueError(
+                f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}, which cannot be compared with its "
+                f"earlier keys: all need one form"
+            )
+        return key
+
+    def set_key(self, request: Request, key: Key) -> None:
+        """The key a request keeps while it lives, whenever it comes back."""
+        self._keys[request.serial] = key
+
+    def forget(self, request: Request) -> None:
+        self._keys.pop(request.serial, None)
+
+    def push(self, request: Request) -> None:
+        entry = [self._keys[request.serial], request.serial, request]
+        heapq.heappush(self._heap, entry)
+        self._entries[request.serial] = entry
+
+    def peek(self) -> Request:
+        heap = self._heap
+        while heap[0][2] is None:
+            heapq.heappop(heap)
+        first: Request = heap[0][2]
+        return first
+
+    def pop(self) -> Request:
+        request = self.peek()
+        heapq.heappop(self._heap)
+        del self._entries[request.serial]
+        return request
+
+    def remove(self, request: Request) -> None:
+        self._entries.pop(request.serial)[2] = None
+
+    def reorder(self, now: int, others: Iterable[Request] = ()) -> None:
+        """Ask every waiting request's key again, and the keys `others` will come back with."""
+        entries = [[self.key(request, now), request.serial, request] for request in self]
+        keys = {request.serial: self.key(request, now) for request in others}
+        try:
+            heapq.heapify(entries)
+        except TypeError as error:
+            raise ValueError(f"order {name_of(self.order)!r} gives keys that cannot be compared: {error}") from error
+        self._heap = entries
+        self._entries = {entry[1]: entry for entry in entries}
+        self._keys.update(keys)
+        self._keys.update((entry[1], entry[0]) for entry in entries)

@@ -1,0 +1,84 @@
+"""Whom to preempt, how, and where its blocks go. Knows rows and the two pools; refuses to know why blocks ran out."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from labkit.core.request import Request, Status
+
+if TYPE_CHECKING:
+    from labkit.core.scheduling.scheduler import Scheduler
+
+
+def victim(s: Scheduler) -> int:
+    """The running row of the lowest priority, then of the latest arrival, then submitted last."""
+    rows = np.concatenate((s.decoding, np.fromiter(s.prefilling, np.int64, len(s.prefilling))))
+    for column in s.rank:
+        key = column[rows]
+        rows = rows[key == key.max()]
+    return int(rows[0])
+
+
+def preempt(s: Scheduler, row: int, needed_by: str, how: str | None = None) -> None:
+    """Send a running request back to the queue with the tokens it has. A row that a plan in flight names drains first:
+    its token on the way is kept."""
+    request = s.row_request[row]
+    assert request is not None
+    how = how or cheaper(s, int(s.tables.num_computed[row]))
+    request.num_preemptions += 1
+    s.num_preempted += 1
+    s.log.add(("Preempted", request.id, how, needed_by, int(s.tables.num_computed[row])))
+    request.status = Status.WAITING
+    s.remove_rows([row])
+    s.forget_pending(row)
+    s.held.pop(row, None)
+    if s.is_in_flight(row):
+        s.draining[row] = how
+    else:
+        vacate(s, row, how)
+
+
+def cheaper(s: Scheduler, num_computed: int) -> str:
+    """recompute or swap: as configured, or the one that costs less; never swap without room in host memory."""
+    if s.preemption == "recompute" or not 0 < s.blocks.blocks_for(num_computed) <= len(s.blocks.host.free):
+        return "recompute"
+    if s.preemption == "swap":
+        return "swap"
+    try:
+        return "swap" if s.swap_cost(num_computed) < s.recompute_cost(num_computed) else "recompute"
+    except Exception as error:  # a user's function, in the middle of a step
+        warnings.warn(f"preemption cost failed for {num_computed} tokens: {error!r}; recomputing", stacklevel=2)
+        return "recompute"
+
+
+def vacate(s: Scheduler, row: int, how: str) -> None:
+    """Take a preempted request off its row, its blocks to host memory or given up, and queue it."""
+    request = s.row_request[row]
+    assert request is not None
+    blocks = s.tables.row_blocks(row)
+    num_computed = int(s.tables.num_computed[row])
+    request.output = request.output_array.copy()
+    request.row = None
+    num_swapped = s.blocks.blocks_for(num_computed)
+    if how == "swap" and 0 < num_swapped <= len(s.blocks.host.free):
+        host = s.blocks.host.take(num_swapped)
+        s.blocks.host.count[host] = 1
+        s.swap_out += zip(blocks[:num_swapped], host, strict=True)
+        request.host_blocks, request.num_computed, request.swap_step = host, num_computed, s.step
+        request.status = Status.SWAPPED
+        s.num_swapped += 1
+        s.log.add(("SwappedOut", request.id, num_swapped))
+    s.close_row(row)
+    s.queue.push(request)
+
+
+def drop_host_blocks(s: Scheduler, request: Request) -> None:
+    """A swapped request no longer needs its blocks: it ended, or will compute them again."""
+    gone = set(request.host_blocks)
+    s.swap_out = [(block, host) for block, host in s.swap_out if host not in gone]
+    s.blocks.host.free += s.blocks.host.release(np.array(request.host_blocks, np.int64)).tolist()
+    request.host_blocks, request.num_computed = [], 0
+    s.num_swapped -= 1

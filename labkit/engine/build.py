@@ -1,0 +1,157 @@
+"""An engine's parts from a model's name and the settings that serving people know. Knows how parts fit together;
+computes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from labkit.core.blocks.manager import BlockManager
+from labkit.core.options import flag, named_options, real, whole
+from labkit.core.scheduling.scheduler import Scheduler
+
+SMALL = 64 * 2**20  # bytes of weights below which one core does as well as two, and far better beside other programs
+CPU_SHARE = 0.25  # of the memory that is free, for keys and values on a CPU
+
+
+class Parts(NamedTuple):
+    scheduler: Scheduler
+    runner: Any
+    tokenizer: Any
+
+
+@named_options
+@dataclass(frozen=True)
+class Options:
+    """How to load and serve a model.
+
+    `dtype` "auto" is the checkpoint's own; `device` None a GPU if there is one; `num_blocks` None as many as fit into
+    `gpu_memory_utilization` of a GPU's memory, or a quarter of what a CPU has free. `max_model_len` bounds prompt and
+    output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. `graphs` None
+    replays captured decode steps on a GPU, and `max_in_flight` None keeps one step in flight there. `deterministic`
+    computes each request the same way whatever is served beside it, bit for bit, and takes longer. The rest goes to the
+    `BlockManager` and the `Scheduler`.
+    """
+
+    dtype: Any = "auto"
+    device: Any = None
+    load_format: str = "auto"
+    path: str = "auto"
+    trust_remote_code: bool = False
+    skip_tokenizer_init: bool = False
+    seed: int = 0
+    num_threads: int | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    num_blocks: int | None = None
+    block_size: int = 16
+    num_host_blocks: int = 0
+    prefix_caching: bool = True
+    eviction: Any = "lru"
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_waiting: int | None = None
+    chunked_prefill: bool = True
+    max_prefill_chunk: int | None = None
+    prefill_share: float = 0.5
+    order: Any = "fcfs"
+    preemption: str = "auto"
+    swap_cost: Any = None
+    recompute_cost: Any = None
+    watermark: float = 0.01
+    prefix_hold: bool = True
+    max_in_flight: int | None = None
+    graphs: bool | None = None
+    deterministic: bool = False
+    log: Any = None
+
+    def __post_init__(self) -> None:
+        for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic"):
+            flag(name, getattr(self, name))
+        whole("seed", self.seed, least=0)
+        whole("block_size", self.block_size, least=1, most=2**20)
+        real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
+            whole(name, getattr(self, name), least=1)
+        for name, least in (("num_blocks", 1), ("max_model_len", 2), ("num_threads", 1), ("max_in_flight", 0)):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), least=least)
+
+
+SCHEDULING = (
+    "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
+    "order", "preemption", "swap_cost", "recompute_cost", "watermark", "prefix_hold", "max_in_flight", "log",
+)  # fmt: skip
+
+
+def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts:
+    """Load the model, size the cache, make the scheduler. None is the embedded model."""
+    options = Options(**settings)
+    import torch
+
+    from labkit.assets import path
+    from labkit.loading.checkpoint import resolve
+    from labkit.models import load_model
+    from labkit.runner.torch import TorchRunner
+    from labkit.text.tokenizer import Tokenizer
+
+    source = path("tiny") if model is None else model
+    folder = resolve(source) if isinstance(source, (str, Path)) else None
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_model(
+        folder if folder is not None else source, dtype=options.dtype, device=device, load_format=options.load_format,
+        path=options.path, max_model_len=options.max_model_len, seed=options.seed,
+        trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
+    )  # fmt: skip
+    if device.type == "cpu":
+        _choose_threads(loaded, options.num_threads)
+    if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
+        tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
+    runner = TorchRunner(
+        loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs
+    )
+    blocks = BlockManager(
+        options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
+        options.block_size,
+        num_host_blocks=options.num_host_blocks,
+        eviction=options.eviction,
+        prefix_caching=options.prefix_caching,
+    )
+    scheduling = {name: getattr(options, name) for name in SCHEDULING}
+    if options.max_in_flight is None:
+        scheduling["max_in_flight"] = int(device.type == "cuda")
+    scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
+    return Parts(scheduler, runner, tokenizer)
+
+
+def _choose_threads(model: Any, num_threads: int | None) -> None:
+    """How many cores the calling thread's work is shared out to."""
+    import torch
+
+    small = sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()) < SMALL
+    if num_threads is not None or small:
+        torch.set_num_threads(num_threads or 1)
+
+
+def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
+    """As many as fit, and no more than could ever be used."""
+    share = options.gpu_memory_utilization if runner.device.type == "cuda" else CPU_SHARE
+    fit = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
+    most = options.max_num_seqs * -(-max_model_len // options.block_size)
+    return min(fit, most)
+
+
+def _eos_ids(model: Any, folder: Path | None, tokenizer: Any) -> tuple[int, ...]:
+    """Where the model says that it has ended: its generation config, its config, its tokenizer."""
+    import json
+
+    found: list[Any] = [getattr(model.config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    generation = folder / "generation_config.json" if folder is not None else None
+    if generation is not None and generation.exists():
+        try:
+            found.append(json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{generation} is not JSON: {error}") from error
+    flat = [i for given in found for i in (given if isinstance(given, list) else [given]) if i is not None]
+    return tuple(i for i in dict.fromkeys(flat) if 0 <= i < model.vocab_size)

@@ -1,0 +1,246 @@
+"""A request as its owner holds it: text and tokens as they come, awaited, iterated, aborted. Knows one request and the
+engine it was given to; refuses to know how either works."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Generator, Iterator
+from typing import TYPE_CHECKING, Any
+
+from labkit.core.plan import Extras, TokenLogprobs
+from labkit.core.request import Request, Status
+from labkit.core.scheduling.scheduler import RejectedError
+from labkit.text.stream import Text
+
+if TYPE_CHECKING:
+    from labkit.engine.engine import Engine
+
+
+class RequestError(RuntimeError):
+    """This request alone failed; the engine goes on."""
+
+
+class Handle(Request):
+    """What `Engine.submit` returns.
+
+    `for text in handle`, `async for text in handle` give text as it comes (token ids where the engine has no
+    tokenizer); `handle.wait()` and `await handle` come back when it has ended; `handle.text`, `.output_ids`,
+    `.logprobs` are what there is so far. Without a background thread, whoever waits also steps the engine.
+    """
+
+    __slots__ = ("_lock", "_text", "captures", "engine", "logprobs", "prompt_logprobs", "prompt_text")
+
+    def __init__(self, *args: Any, engine: Engine, prompt_text: str | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.engine = engine
+        self.prompt_text = prompt_text
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: dict[int, TokenLogprobs] = {}
+        self.captures: dict[tuple[str, int], list[tuple[int, Any]]] = {}
+        self._text: Text | None = None
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        import copy
+
+        other = object.__new__(Handle)
+        memo[id(self)] = other
+        for name in (*Request.__slots__, *Handle.__slots__):
+            if name not in ("_lock", "_text"):
+                setattr(other, name, copy.deepcopy(getattr(self, name), memo))
+        other._text, other._lock = None, threading.Lock()
+        return other
+
+    # -- what there is so far ------------------------------------------------------------------------------------
+
+    @property
+    def output_ids(self) -> list[int]:
+        """Tokens so far; may be read from any thread while the engine runs."""
+        while True:  # a row that changed hands meanwhile may have held other tokens
+            row = self.row
+            ids: list[int] = self.output_array.tolist()
+            if self.row == row:
+                return ids
+
+    @property
+    def text(self) -> str:
+        """Text so far, in whole characters, without what may turn out to be a stop string."""
+        if self.engine.tokenizer is None or not self.params.detokenize:
+            raise ValueError(f"request {self.id!r} has no text: the engine has no tokenizer, or detokenize=False")
+        ended = self.ended  # asked first: tokens that come later are then not missed
+        text = self.read_text()
+        return text.final if ended else text.shown
+
+    def read_text(self) -> Text:
+        """The text, brought up to the latest token."""
+        with self._lock:
+            ids = self.output_ids
+            if self._text is None or self._text.num_tokens > len(ids):
+                assert self.engine.tokenizer is not None
+                self._text = Text(self.engine.tokenizer, self.prompt.tolist(), self.params)
+            if self._text.num_tokens < len(ids):
+                self._text.feed(ids[self._text.num_tokens :])
+            return self._text
+
+    def forget_text(self) -> None:
+        """The tokens are others than before: time was turned back."""
+        self._text = None
+        del self.logprobs[self.num_output :]
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        """The stop string or token that ended it, if one did."""
+        if self.finish_reason == "stop string":
+            return self.read_text().stop_string
+        return self.output_ids[-1] if self.finish_reason == "stop" else None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        return sum(entry.logprob for entry in self.logprobs) if self.logprobs else None
+
+    def captured(self, what: str, layer: int) -> Any:
+        """The layer's output [tokens, hidden size], or its attention as a list of [heads, queries, keys] by chunk."""
+        parts = self.captures.get((what, layer))
+        if parts is None:
+            raise ValueError(f"request {self.id!r} captured nothing of {what!r}, layer {layer}: ask with capture=")
+        if what == "attention":
+            return [array for _, array in parts]
+        import torch
+
+        whole: dict[int, Any] = {}
+        for start, array in parts:  # tokens computed again after a preemption come again
+            whole |= {start + i: line for i, line in enumerate(array)}
+        return torch.stack([whole[i] for i in sorted(whole)])
+
+    def take(self, extras: Extras) -> None:
+        """What the runner gave beside a token."""
+        if extras.logprobs is not None and len(self.logprobs) < self.num_output:
+            self.logprobs.append(extras.logprobs)
+        if extras.prompt_logprobs:
+            self.prompt_logprobs |= extras.prompt_logprobs
+        for key, (start, array) in (extras.captured or {}).items():
+            self.captures.setdefault(key, []).append((start, array))
+
+    # -- waiting -------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> Handle:
+        """Until it has ended; TimeoutError when that takes longer. Raises RequestError if it failed."""
+        self.engine.wait_for([self], timeout)
+        return self._unless_failed()
+
+    def abort(self) -> Handle:
+        self.engine.abort(self)
+        return self
+
+    def _unless_failed(self) -> Handle:
+        if self.error is not None:
+            raise RequestError(f"request {self.id!r} failed: {self.error}")
+        if self.status is Status.REJECTED:
+            raise RejectedError(f"request {self.id!r} is rejected: {self.finish_reason}")
+        return self
+
+    def _pieces(self) -> tuple[Any, int]:
+        """Everything so far, as what iteration hands out, and its length."""
+        if self.engine.tokenizer is None or not self.params.detokenize:
+            ids = self.output_ids
+            return ids, len(ids)
+        text = self.text
+        return text, len(text)
+
+    def __iter__(self) -> Iterator[Any]:
+        seen = num_tokens = 0
+        while True:
+            ended = self.ended
+            pieces, end = self._pieces()
+            if end > seen:
+                yield from pieces[seen:] if isinstance(pieces, list) else (pieces[seen:],)
+                seen = end
+            if ended:
+                self._unless_failed()
+                return
+            num_tokens = self.engine.wait_past(self, num_tokens)
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        seen = num_tokens = 0
+        while True:
+            ended = self.ended
+            pieces, end = self._pieces()
+            if end > seen:
+                for piece in pieces[seen:] if isinstance(pieces, list) else (pieces[seen:],):
+                    yield piece
+                seen = end
+            if ended:
+                self._unless_failed()
+                return
+            num_tokens = await self.engine.wait_past_async(self, num_tokens)
+
+    def __await__(self) -> Generator[Any, None, Handle]:
+        return self._end().__await__()
+
+    async def _end(self) -> Handle:
+        while not self.ended:
+            await self.engine.wait_past_async(self, None)
+        return self._unless_failed()
+
+
+class Bell:
+    """Tells whoever waits that a step has passed: one post an event loop and step, however many wait there."""
+
+    def __init__(self) -> None:
+        self.passed = threading.Condition()
+        self.num_waiting = 0
+        self.count = 0
+        self.loops: dict[asyncio.AbstractEventLoop, list[tuple[Handle, int | None, asyncio.Future[None]]]] = {}
+        self.lock = threading.Lock()
+
+    def ring(self) -> None:
+        """Called by the engine's thread after each step, and after anything that ends a request."""
+        if self.num_waiting:
+            with self.passed:
+                self.count += 1
+                self.passed.notify_all()
+        if self.loops:
+            with self.lock:
+                loops = list(self.loops)
+            for loop in loops:
+                try:
+                    loop.call_soon_threadsafe(self._wake, loop)
+                except RuntimeError:  # that loop was closed with someone still waiting in it
+                    with self.lock:
+                        self.loops.pop(loop, None)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self.lock:
+            waiting = self.loops.get(loop, [])
+            staying = [entry for entry in waiting if not has_news(entry[0], entry[1]) and not entry[2].done()]
+            going = [entry for entry in waiting if entry not in staying]
+            if staying:
+                self.loops[loop] = staying
+            else:
+                self.loops.pop(loop, None)
+        for _, _, future in going:
+            if not future.done():
+                future.set_result(None)
+
+    def wait(self, handle: Handle, seen: int | None, timeout: float | None) -> bool:
+        """Until `handle` has more than `seen` tokens, or has ended; False when the time is up."""
+        with self.passed:
+            self.num_waiting += 1
+            try:
+                return self.passed.wait_for(lambda: has_news(handle, seen), timeout)
+            finally:
+                self.num_waiting -= 1
+
+    async def wait_async(self, handle: Handle, seen: int | None) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self.lock:
+            self.loops.setdefault(loop, []).append((handle, seen, future))
+        if has_news(handle, seen):  # it came before the bell knew of us
+            self._wake(loop)
+        await future
+
+
+def has_news(handle: Handle, seen: int | None) -> bool:
+    return handle.ended or (seen is not None and len(handle.output_ids) > seen)

@@ -1,0 +1,138 @@
+"""A prompt and its parameters, checked and made into a request. Knows what an engine can serve; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from labkit.core.blocks.prefix import Span
+from labkit.core.options import check_names, duration, text, whole
+from labkit.core.params import SamplingParams
+from labkit.core.request import Request
+from labkit.core.tokens import Tokens, as_tokens
+from labkit.engine.handle import Handle
+
+if TYPE_CHECKING:
+    from labkit.engine.engine import Engine
+
+
+def make_handle(
+    engine: Engine,
+    prompt: Any,
+    params: SamplingParams | None,
+    *,
+    id: str | None,
+    arrival: float | None,
+    priority: int,
+    salt: str | None,
+    adapter: str | None,
+    spans: Sequence[Span],
+) -> Handle:
+    """A handle for the prompt, its further samples in `.samples`; a ValueError names what cannot be."""
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise ValueError(f"params must be SamplingParams, got {params!r}")
+    tokens, prompt_text = prompt_ids(engine, prompt)
+    params = _fitting(engine, params, len(tokens))
+    whole("priority", priority, least=-(2**31), most=2**31)
+    if id is not None:
+        text("id", id)
+    for name, value in (("salt", salt), ("adapter", adapter)):
+        if value is not None:
+            text(name, value, may_be_empty=True)
+    for span in spans:
+        if not isinstance(span, Span):
+            raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
+        if not 0 <= span.start < span.end <= len(tokens):
+            raise ValueError(f"{span!r} does not lie within the prompt's {len(tokens)} tokens")
+    when = engine.clock.now()
+    if arrival is not None:
+        when = max(when, round(duration("arrival", arrival) * 1e9))
+    eos = () if params.ignore_eos else engine.runner.eos_token_ids
+    stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
+    each = replace(params, n=1)
+
+    def make(id: str, sample: int, parent: Request | None) -> Handle:
+        return Handle(
+            id, tokens, each, arrival=when, priority=priority, salt=salt, adapter=adapter,
+            spans=spans, stop_ids=stop_ids, parent=parent, sample=sample, engine=engine, prompt_text=prompt_text,
+        )  # fmt: skip
+
+    first = make(id or engine.new_id(), 0, None)
+    first.samples = [make(f"{first.id}/{i}", i, first) for i in range(1, params.n)]
+    return first
+
+
+def prompt_ids(engine: Engine, prompt: Any) -> tuple[Tokens, str | None]:
+    """Token ids of whatever a prompt may be, and its text if that is what it was."""
+    written = None
+    if isinstance(prompt, Mapping):
+        check_names("a prompt", prompt, ("prompt", "prompt_token_ids"))
+        if len(prompt) != 1:
+            raise ValueError(f'a prompt holds "prompt" or "prompt_token_ids", got {sorted(prompt)}')
+        (prompt,) = prompt.values()
+    if isinstance(prompt, str):
+        encode = getattr(engine.tokenizer, "encode", None)
+        if encode is None:
+            raise ValueError("prompt must be token ids, got text: this engine has no tokenizer to encode it")
+        prompt, written = encode(text("prompt", prompt, may_be_empty=True)), prompt
+    tokens = as_tokens(prompt)
+    if not len(tokens):
+        raise ValueError("prompt is empty: a request needs at least one token")
+    vocab_size = engine.runner.vocab_size
+    if int(tokens.max()) >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise ValueError(f"prompt[{at}] is {tokens[at]}: the vocabulary ends at {vocab_size - 1}")
+    return tokens, written
+
+
+def _fitting(engine: Engine, params: SamplingParams, num_prompt: int) -> SamplingParams:
+    """The parameters with what only this engine knows filled in."""
+    if params.stop and engine.tokenizer is None:
+        raise ValueError("stop strings need text: give the Engine a tokenizer, or use stop_token_ids")
+    if params.stop and not params.detokenize:
+        raise ValueError("stop strings need text: they cannot go with detokenize=False")
+    vocab_size = engine.runner.vocab_size
+    ids = {
+        "logit_bias": params.logit_bias or (),
+        "allowed_token_ids": params.allowed_token_ids or (),
+        "bad_word_ids": [i for word in params.bad_word_ids for i in word],
+    }
+    for name, given in ids.items():
+        for i in given:
+            if i >= vocab_size:
+                raise ValueError(f"{name} names token {i}: the vocabulary ends at {vocab_size - 1}")
+    if params.bad_words:
+        params = replace(params, bad_words=(), bad_word_ids=(*params.bad_word_ids, *_word_ids(engine, params)))
+    if params.structured_outputs is not None:
+        grammar = _grammar(engine, params.structured_outputs)
+        params = replace(params, structured_outputs=None, logits_processors=(*params.logits_processors, grammar))
+    num_layers = getattr(engine.runner, "num_layers", 0)
+    for what, layers in (params.capture or {}).items():
+        for layer in layers:
+            if layer >= num_layers:
+                raise ValueError(f"capture of {what!r} names layer {layer}: this runner has {num_layers} layers")
+    if params.max_tokens is None:
+        params = replace(params, max_tokens=max(1, engine.scheduler.room_for(num_prompt)))
+    return params
+
+
+def _grammar(engine: Engine, form: Mapping[str, Any]) -> Any:
+    from labkit.text.grammar import Grammar
+    from labkit.text.tokenizer import Tokenizer
+
+    if not isinstance(engine.tokenizer, Tokenizer):
+        raise ValueError("structured_outputs need text: give the Engine a model's tokenizer")
+    return Grammar(form, engine.tokenizer, engine.runner.vocab_size, engine.runner.eos_token_ids)
+
+
+def _word_ids(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:
+    """Each word as it may be written: at the start of a text, and behind a space."""
+    encode = getattr(engine.tokenizer, "encode", None)
+    if encode is None:
+        raise ValueError("bad_words need text: give the Engine a tokenizer, or use bad_word_ids")
+    found = [tuple(encode(start + word.lstrip())) for word in params.bad_words for start in ("", " ")]
+    return list(dict.fromkeys(found))

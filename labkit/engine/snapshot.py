@@ -1,0 +1,102 @@
+"""Time travel: an engine's state, kept apart, put back, or copied. Knows which objects carry state; decides nothing.
+
+Parts and requests keep their identity through a restore, so that whoever holds `bm`, `sched` or a request still holds
+the live one: their contents are replaced, not they.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from labkit.core.request import Request, Status
+from labkit.core.shown import Shown
+
+if TYPE_CHECKING:
+    from labkit.engine.engine import Engine
+
+KEPT = frozenset(
+    {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "bell", "lock", "closed", "_finalizer"}
+)  # of the engine itself: who it is
+
+
+class Snapshot(Shown):
+    """An engine's state at one moment; `engine.restore(snapshot)` as often as wanted."""
+
+    def __init__(self, engine: Engine, state: list[tuple[object, dict[str, Any]]], mark: int) -> None:
+        self.engine = engine
+        self.state = state
+        self.mark = mark
+        self.step = engine.scheduler.step
+        self.now = engine.clock.now()
+
+    def __repr__(self) -> str:
+        return f"Snapshot(step {self.step}, {self.now / 1e9:.6f} s)"
+
+
+def _parts(engine: Engine) -> list[object]:
+    s, blocks = engine.scheduler, engine.scheduler.blocks
+    return [
+        engine, s, s.queue, s.pending, blocks, blocks.pool, blocks.host, blocks.tables, blocks.prefix, blocks.eviction,
+        engine.runner, engine.clock,
+    ]  # fmt: skip
+
+
+def _requests(engine: Engine) -> list[Request]:
+    s = engine.scheduler
+    arriving = engine.arriving.values()
+    rows = [request for request in s.row_request if request is not None]
+    return [*s.requests.values(), *s.ended.values(), *arriving, *rows]
+
+
+def _fields(thing: object) -> dict[str, Any]:
+    if isinstance(thing, Request):
+        return {name: getattr(thing, name) for name in Request.__slots__}
+    kept = KEPT if hasattr(thing, "listeners") else frozenset()
+    return {name: value for name, value in thing.__getstate__().items() if name not in kept}  # type: ignore[attr-defined]
+
+
+def _put_back(thing: object, state: dict[str, Any]) -> None:
+    if hasattr(thing, "__setstate__"):
+        thing.__setstate__(state)
+        return
+    for name, value in state.items():
+        setattr(thing, name, value)
+
+
+def _copy_state(things: list[object], states: list[dict[str, Any]], log: object) -> list[dict[str, Any]]:
+    """Deep copies in which every part and request stands for itself."""
+    memo: dict[int, Any] = {id(thing): thing for thing in things}
+    memo[id(log)] = log
+    return [copy.deepcopy(state, memo) for state in states]
+
+
+def take_snapshot(engine: Engine) -> Snapshot:
+    unique = {id(thing): thing for thing in [*_parts(engine), *_requests(engine)]}
+    things = list(unique.values())
+    engine.log.flush(engine.scheduler.step, engine.clock.now())
+    states = _copy_state(things, [_fields(thing) for thing in things], engine.log)
+    return Snapshot(engine, list(zip(things, states, strict=True)), engine.log.mark())
+
+
+def restore_engine(engine: Engine, snapshot: Snapshot) -> None:
+    if snapshot.engine is not engine:
+        raise ValueError("this snapshot was taken of another engine")
+    known = {id(thing) for thing, _ in snapshot.state}
+    engine.log.flush(engine.scheduler.step, engine.clock.now())
+    engine.log.rewind(snapshot.mark)
+    for request in _requests(engine):
+        if id(request) not in known:
+            request.row, request.status = None, Status.REWOUND
+    things = [thing for thing, _ in snapshot.state]
+    states = _copy_state(things, [state for _, state in snapshot.state], engine.log)
+    for thing, state in zip(things, states, strict=True):
+        _put_back(thing, state)
+
+
+def copy_engine(engine: Engine) -> Engine:
+    listeners, engine.listeners = engine.listeners, []
+    try:
+        return copy.deepcopy(engine)
+    finally:
+        engine.listeners = listeners

@@ -1,0 +1,284 @@
+"""From logits to tokens, as each request asked. Knows rows and their parameters; refuses to know models and blocks.
+
+Rows that ask for nothing special cost a few vector operations in all; penalties work on the rows that have them as one
+matrix; masks, bias and a caller's own functions row by row. Randomness is a hash of (request's seed, sample, position),
+so a request's text depends on its seed alone: not on what else is in the batch, not on preemptions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.core.params import SamplingParams
+from labkit.core.plan import Join, TokenLogprobs
+from labkit.transfer import fetch, put
+
+Sample = Callable[..., Tensor]  # the op: (logits, temperature, top_k, top_p, min_p, key) -> tokens
+
+
+class Drawn(NamedTuple):
+    """One step's draws, still on the device."""
+
+    tokens: Tensor  # [samples] int64
+    chosen: Tensor  # [samples]: the drawn token's logit; nan or -inf tells that the row could not be sampled
+    errors: dict[int, str]  # row -> what its own function did wrong
+    logprobs: LogprobBatch | None = None
+
+
+class LogprobBatch(NamedTuple):
+    rows: list[int]
+    wanted: list[int]  # how many of the top entries each row asked for
+    chosen: Tensor  # [rows]
+    rank: Tensor  # [rows]
+    top: Tensor  # [rows, most wanted]
+    top_ids: Tensor
+
+    def fetched(self) -> LogprobBatch:
+        """On its way to the host: `by_row` may be asked once an event recorded now has come."""
+        return LogprobBatch(self.rows, self.wanted, *map(fetch, self[2:]))
+
+    def by_row(self) -> dict[int, TokenLogprobs]:
+        columns = zip(
+            self.rows, self.wanted, self.chosen.tolist(), self.rank.tolist(), self.top.tolist(), self.top_ids.tolist(),
+            strict=True,
+        )  # fmt: skip
+        return {
+            row: TokenLogprobs(own, rank, tuple(ids[:k]), tuple(top[:k])) for row, k, own, rank, top, ids in columns
+        }
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, wanted: list[int], rows: list[int]) -> LogprobBatch:
+    """Log-probabilities of `tokens` and of the most likely ones, before any parameter changed them."""
+    scores = logits.log_softmax(-1)
+    chosen = scores.gather(1, tokens[:, None])
+    rank = (scores > chosen).sum(-1) + 1
+    top = scores.topk(min(max(wanted), scores.shape[1]), dim=-1)
+    return LogprobBatch(rows, wanted, chosen[:, 0], rank, top.values, top.indices)
+
+
+class Special:
+    """What one row asks beyond the columns: masks, bias, words, functions, logprobs; and the tokens it has so far."""
+
+    def __init__(self, join: Join, stop_ids: Iterable[int], vocab_size: int, device: torch.device) -> None:
+        params = join.params
+        self.params = params
+        self.num_prompt = join.num_prompt
+        self.prompt: list[int] = join.tokens[: join.num_prompt].tolist()
+        self.output: list[int] = join.tokens[join.num_prompt :].tolist()
+        self.stop_ids = put([i for i in stop_ids if i < vocab_size], device, np.int64)
+        self.bias = None
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias.items(), strict=True)
+            self.bias = put(ids, device, np.int64), put(values, device, np.float32)
+        self.forbidden = None
+        if params.allowed_token_ids is not None:
+            self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
+            self.forbidden[put(params.allowed_token_ids, device, np.int64)] = False
+        # A processor with a memory, as a grammar is one, begins anew for every row.
+        self.processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
+        self.needs_history = bool(params.logits_processors or params.bad_word_ids)
+        self.changes = bool(
+            self.needs_history or self.bias is not None or self.forbidden is not None or params.min_tokens
+        )
+
+    def apply(self, logits: Tensor, known: int) -> Tensor:
+        """This row's logits [vocabulary] with all its own wishes in them."""
+        params = self.params
+        if self.forbidden is not None:
+            logits = logits.masked_fill(self.forbidden, -torch.inf)
+        for word in params.bad_word_ids:
+            *before, last = word
+            if not before or self.output[-len(before) :] == before:
+                logits[last] = -torch.inf
+        if known - self.num_prompt < params.min_tokens:
+            logits[self.stop_ids] = -torch.inf
+        if self.bias is not None:
+            logits.index_add_(0, *self.bias)
+        for function in self.processors:
+            logits = self._call(function, logits)
+        return logits
+
+    def _call(self, function: Callable[..., Any], logits: Tensor) -> Tensor:
+        given = function(self.prompt, self.output, logits)
+        if not isinstance(given, Tensor) or given.shape != logits.shape:
+            what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise TypeError(f"it must return logits of shape {tuple(logits.shape)}, it returned {what}")
+        return given
+
+
+class Sampler:
+    """Parameters by row, and the draw."""
+
+    def __init__(
+        self, vocab_size: int, num_rows: int, eos_ids: tuple[int, ...], seed: int, device: torch.device
+    ) -> None:
+        self.vocab_size, self.num_rows, self.eos_ids = vocab_size, num_rows, eos_ids
+        self.seed, self.device = seed, device
+        self.base = np.zeros(num_rows, np.uint64)
+        self.plain = np.zeros(num_rows, bool)  # rows that want nothing beyond the columns
+        self.greedy = np.zeros(num_rows, bool)  # and of them, those that only ever want the largest logit
+        self.columns = [  # temperature, top_k, top_p, min_p; one line more than rows, for padding
+            torch.zeros(num_rows + 1, dtype=dtype, device=device)
+            for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
+        ]
+        self.special: dict[int, Special] = {}
+        self.penalized: dict[int, int] = {}  # row -> its place in the counts
+        self.num_host_rows = 0  # rows that need every token on the host before the next draw
+        self._places: list[int] = []
+        self.in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self.count = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self.penalties = torch.zeros((0, 3), device=device)  # presence, frequency, repetition
+
+    # -- rows come and go ----------------------------------------------------------------------------------------
+
+    def join(self, joins: Iterable[Join]) -> None:
+        joins = list(joins)
+        if not joins:
+            return
+        for join in joins:
+            self.leave(join.row)
+            self.base[join.row] = self._base(join)
+            special = self._is_special(join.params)
+            self.plain[join.row] = not special and not _penalizes(join.params)
+            self.greedy[join.row] = self.plain[join.row] and join.params.temperature == 0
+            if special:
+                stop_ids = (*join.params.stop_token_ids, *(() if join.params.ignore_eos else self.eos_ids))
+                made = self.special[join.row] = Special(join, stop_ids, self.vocab_size, self.device)
+                self.num_host_rows += made.needs_history
+            if _penalizes(join.params):
+                self._penalize(join)
+        rows = put([join.row for join in joins], self.device, np.int64)
+        params = [join.params for join in joins]
+        values = (
+            ([p.temperature for p in params], np.float32),
+            ([0 if p.top_k >= self.vocab_size else p.top_k for p in params], np.int32),
+            ([p.top_p for p in params], np.float32),
+            ([p.min_p for p in params], np.float32),
+        )
+        for column, (given, dtype) in zip(self.columns, values, strict=True):
+            column[rows] = put(given, self.device, dtype)
+
+    def leave(self, row: int) -> None:
+        special = self.special.pop(row, None)
+        if special is not None:
+            self.num_host_rows -= special.needs_history
+        if row in self.penalized:
+            self._places.append(self.penalized.pop(row))
+
+    def reset(self) -> None:
+        for row in [*self.special, *self.penalized]:
+            self.leave(row)
+
+    def _base(self, join: Join) -> int:
+        """Where this sample's randomness starts: its seed, or, unseeded, the runner's seed and the request's name."""
+        seed = join.params.seed
+        own = f"s{seed}" if seed is not None else f"u{self.seed}:{join.request.partition('/')[0]}"
+        digest = hashlib.blake2b(f"{own}:{join.sample}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    @staticmethod
+    def _is_special(params: SamplingParams) -> bool:
+        return bool(
+            params.logits_processors or params.bad_word_ids or params.logit_bias or params.min_tokens
+            or params.allowed_token_ids is not None or params.logprobs is not None
+        )  # fmt: skip
+
+    def _penalize(self, join: Join) -> None:
+        if not self._places:
+            have = len(self.count)
+            more = max(8, have)
+            self._places = list(range(have, have + more))[::-1]
+            self.in_prompt = torch.cat((self.in_prompt, self.in_prompt.new_zeros(more, self.vocab_size)))
+            self.count = torch.cat((self.count, self.count.new_zeros(more, self.vocab_size)))
+            self.penalties = torch.cat((self.penalties, self.penalties.new_zeros(more, 3)))
+        place = self.penalized[join.row] = self._places.pop()
+        tokens = put(join.tokens, self.device, np.int64)
+        self.in_prompt[place] = False
+        self.in_prompt[place, tokens[: join.num_prompt]] = True
+        self.count[place] = 0
+        output = tokens[join.num_prompt :]
+        self.count[place].index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        params = join.params
+        given = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
+        self.penalties[place] = put(given, self.device, np.float32)
+
+    # -- a draw --------------------------------------------------------------------------------------------------
+
+    def draw(self, logits: Tensor, rows: np.ndarray, known: np.ndarray, sample: Sample) -> Drawn:
+        """A token for each of `rows` from its line of `logits` [samples, vocabulary] float32, which may be changed.
+        `known` are the tokens that each row has before the draw."""
+        wanted = [(i, row) for i, row in enumerate(rows.tolist()) if row in self.special] if self.special else []
+        asking = [(i, row) for i, row in wanted if self.special[row].params.logprobs is not None]
+        lines = put([i for i, _ in asking], self.device, np.int64) if asking else None
+        raw = logits[lines] if lines is not None else None
+        errors: dict[int, str] = {}
+        for i, row in wanted:
+            if self.special[row].changes:
+                try:
+                    logits[i] = self.special[row].apply(logits[i].clone(), int(known[i]))
+                except Exception as error:  # a caller's own function may raise anything
+                    errors[row] = f"logits processor failed: {type(error).__name__}: {error}"
+        if self.penalized:
+            self._apply_penalties(logits, rows)
+        index = put(rows, self.device, np.int64)
+        keys = put(self.keys(rows, known), self.device)
+        columns = [column[index] for column in self.columns]
+        tokens = sample(logits, *columns, keys)
+        chosen = logits.gather(1, tokens[:, None])[:, 0]
+        if self.penalized:
+            self._count(tokens, rows)
+        if self.num_host_rows and any(self.special[row].needs_history for _, row in wanted):
+            on_host = tokens.tolist()
+            for i, row in wanted:
+                self.special[row].output.append(on_host[i])
+        batch = None
+        if raw is not None:
+            numbers = [self.special[row].params.logprobs or 0 for _, row in asking]
+            batch = logprobs_of(raw, tokens[lines], numbers, [row for _, row in asking]).fetched()
+        return Drawn(tokens, chosen, errors, batch)
+
+    def keys(self, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """What each row's next draw hashes: its seed, and how many tokens it has."""
+        return _keys(self.base[rows], known)
+
+    def _where_penalized(self, rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        lines = [(i, self.penalized[row]) for i, row in enumerate(rows.tolist()) if row in self.penalized]
+        if not lines:
+            return None
+        pairs = put(lines, self.device, np.int64)
+        return pairs[:, 0], pairs[:, 1]
+
+    def _apply_penalties(self, logits: Tensor, rows: np.ndarray) -> None:
+        if (where := self._where_penalized(rows)) is None:
+            return
+        lines, places = where
+        count, wide = self.count[places], logits[lines]
+        presence, frequency, repetition = self.penalties[places].unbind(1)
+        seen = self.in_prompt[places] | (count > 0)
+        repeated = torch.where(wide > 0, wide / repetition[:, None], wide * repetition[:, None])
+        wide = torch.where(seen, repeated, wide)
+        wide = wide - frequency[:, None] * count - presence[:, None] * (count > 0)
+        logits[lines] = wide
+
+    def _count(self, tokens: Tensor, rows: np.ndarray) -> None:
+        if (where := self._where_penalized(rows)) is not None:
+            lines, places = where
+            self.count.index_put_((places, tokens[lines]), self.count.new_ones(len(lines)), accumulate=True)
+
+
+def _penalizes(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
+
+
+def _keys(base: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """One well-mixed key a draw."""
+    x = base ^ (known.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))).view(np.int64)
