@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from labkit.core.blocks.prefix import hash_blocks, span_keys
-from labkit.core.plan import Join
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import planning
-from labkit.core.scheduling.draft import Chunk, Draft
-
-if TYPE_CHECKING:
-    from labkit.core.scheduling.scheduler import Scheduler
+from labkit.core.scheduling.builder import Chunk, PlanBuilder
+from labkit.core.scheduling.state import SchedulerState
 
 
-def admit(s: Scheduler, draft: Draft, left: int) -> int:
+def admit(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     """Give rows to the queue's first, in order, until a limit binds; the budget that is left."""
     promised = _promised(s)
     while s.queue:
         request = s.queue.peek()
-        limit, used = _try(s, draft, request, left, promised)
+        limit, used = _try(s, builder, request, left, promised)
         if limit == "prefix pending":
             continue
         if limit is not None:
@@ -31,30 +26,30 @@ def admit(s: Scheduler, draft: Draft, left: int) -> int:
     return left
 
 
-def note_head(s: Scheduler, request: Request, limit: str) -> None:
+def note_head(s: SchedulerState, request: Request, limit: str) -> None:
     """The head's limit is everyone's behind it; written when either changes."""
     if s.last_head != (request.id, limit):
         s.last_head = (request.id, limit)
         s.log.add(("Held", request.id, limit, True))
 
 
-def _promised(s: Scheduler) -> int:
+def _promised(s: SchedulerState) -> int:
     """Blocks that admitted prefills still need for the tokens they know."""
     tables, blocks = s.tables, s.blocks
     return sum(blocks.blocks_for(int(tables.num_tokens[r])) - int(tables.num_blocks[r]) for r in s.prefilling)
 
 
-def _missing(s: Scheduler, request: Request) -> int:
+def _missing(s: SchedulerState, request: Request) -> int:
     assert request.row is not None
     return s.blocks.blocks_for(request.num_tokens) - int(s.tables.num_blocks[request.row])
 
 
-def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int) -> tuple[str | None, int]:
+def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, promised: int) -> tuple[str | None, int]:
     """Admit `request`, or say which limit holds it."""
     blocks = s.blocks
     if left <= 0:
         return "budget", 0
-    if draft.preempted:
+    if builder.preempted:
         return "blocks", 0
     if not s.free_rows or s.num_running >= s.max_num_seqs:
         return "rows", 0
@@ -83,10 +78,10 @@ def _try(s: Scheduler, draft: Draft, request: Request, left: int, promised: int)
     if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
         return "budget", 0
     s.queue.pop()
-    return None, _place(s, draft, request, hashes, hit, left)
+    return None, _place(s, builder, request, hashes, hit, left)
 
 
-def _still_blocked(s: Scheduler, request: Request) -> bool:
+def _still_blocked(s: SchedulerState, request: Request) -> bool:
     """Nothing has changed for the better since this request last found too few blocks: no more are available, and the
     first block it missed has not been stored. Spares a blocked head its lookup in every step."""
     if s.blocked is None:
@@ -101,7 +96,7 @@ def reads_cache(request: Request) -> bool:
     return (params.prompt_logprobs is None and not params.capture) or len(request.output) > 0
 
 
-def known_hashes(s: Scheduler, request: Request) -> list[bytes]:
+def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:
     """Hashes of the request's full blocks, computed once and kept until it has a row."""
     if not s.blocks.prefix_caching:
         return []
@@ -112,13 +107,15 @@ def known_hashes(s: Scheduler, request: Request) -> list[bytes]:
     return request.hashes
 
 
-def peek(s: Scheduler, request: Request, hashes: list[bytes]) -> list[int]:
+def peek(s: SchedulerState, request: Request, hashes: list[bytes]) -> list[int]:
     if not s.blocks.prefix_caching or not reads_cache(request):
         return []
     return s.blocks.hit(hashes, request.num_tokens, request.spans)
 
 
-def _place(s: Scheduler, draft: Draft, request: Request, hashes: list[bytes], hit: list[int], left: int) -> int:
+def _place(
+    s: SchedulerState, builder: PlanBuilder, request: Request, hashes: list[bytes], hit: list[int], left: int
+) -> int:
     """A row, the blocks that were hit or swapped out, and the first chunk."""
     blocks, tables, size = s.blocks, s.tables, s.blocks.block_size
     tokens = request.tokens
@@ -131,12 +128,12 @@ def _place(s: Scheduler, draft: Draft, request: Request, hashes: list[bytes], hi
         blocks.count_query(len(tokens), len(hit))
     swapped = request.status is Status.SWAPPED
     if swapped:
-        _swap_in(s, draft, request, row, len(hit))
-    occupy(s, request, row)
+        _swap_in(s, builder, request, row, len(hit))
+    s.occupy(request, row)
     num_hit = len(hit) * size
     if fresh:
         request.num_cached = num_hit
-        request.admitted_at = draft.now
+        request.admitted_at = builder.now
         s.cached_this_step += num_hit
         s.log.add(("Admitted", request.id, row, num_hit, _lookup_code(s, request, len(hit))))
     else:
@@ -146,27 +143,27 @@ def _place(s: Scheduler, draft: Draft, request: Request, hashes: list[bytes], hi
     contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
     count = planning.chunk_size(s, gap, left, contended)
     blocks.grow(row, start + count, request.id)
-    draft.joins.append(join_of(request, row))
-    draft.change(row, 0, tables.row_blocks(row))
+    builder.join(request, row)
+    builder.change(row, 0, tables.row_blocks(row))
     s.scheduled[row] = start
     chunk = Chunk(row, start, count, gap)
-    draft.chunks.append(chunk)
+    builder.chunks.append(chunk)
     if count < gap:
-        draft.cut.append(chunk)
+        builder.cut.append(chunk)
     s.prefilling[row] = None
     if hashes and s.prefix_hold:
         s.pending.begin(row, hashes[start // size :])
     return count
 
 
-def _swap_in(s: Scheduler, draft: Draft, request: Request, row: int, num_hit: int) -> None:
+def _swap_in(s: SchedulerState, builder: PlanBuilder, request: Request, row: int, num_hit: int) -> None:
     """Blocks for what was moved to host memory; those the prefix cache still holds need no move."""
     size = s.blocks.block_size
     end = max(request.num_computed, num_hit * size)
     s.blocks.grow(row, end, request.id)
     device = s.tables.row_blocks(row)
     moved = list(zip(request.host_blocks, device, strict=False))[num_hit:]
-    draft.swap_in += moved
+    builder.swap_in += moved
     s.host_releases.append((s.step, request.host_blocks))
     s.tables.num_computed[row] = end
     request.host_blocks, request.num_computed = [], 0
@@ -174,28 +171,7 @@ def _swap_in(s: Scheduler, draft: Draft, request: Request, row: int, num_hit: in
     s.log.add(("SwappedIn", request.id, len(moved)))
 
 
-def occupy(s: Scheduler, request: Request, row: int) -> None:
-    """The row's columns are this request's from now on."""
-    params = request.params
-    assert params.max_tokens is not None
-    request.row, request.status = row, Status.RUNNING
-    request.hashes = None
-    s.row_request[row] = request
-    s.serial[row] = request.serial
-    s.rank[:, row] = (request.priority, request.arrival, request.serial)
-    s.limit[row] = request.num_prompt + params.max_tokens
-    s.no_stop_before[row] = request.num_prompt + params.min_tokens
-    s.set_stops(row, request.stop_ids)
-
-
-def join_of(request: Request, row: int) -> Join:
-    return Join(
-        row, request.id, request.tokens, request.num_prompt, request.params, request.sample, request.adapter,
-        request.spans,
-    )  # fmt: skip
-
-
-def _lookup_code(s: Scheduler, request: Request, num_hit_blocks: int) -> str:
+def _lookup_code(s: SchedulerState, request: Request, num_hit_blocks: int) -> str:
     if not s.blocks.prefix_caching or not reads_cache(request):
         return "off"
     usable = s.blocks.usable_blocks(request.num_tokens, request.spans, request.num_tokens)

@@ -3,19 +3,15 @@ refuses to know who will be scheduled next."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import admission, preempt
-
-if TYPE_CHECKING:
-    from labkit.core.scheduling.scheduler import Scheduler
+from labkit.core.scheduling import preempt
+from labkit.core.scheduling.state import SchedulerState
 
 
-def apply(s: Scheduler, plan: Plan, result: Result, now: int) -> Outputs:
+def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
     tables = s.tables
     rows, end = plan.rows, plan.start + plan.count
     sampled, tokens = plan.sample_row, np.asarray(result.tokens, np.int32)
@@ -46,7 +42,7 @@ def apply(s: Scheduler, plan: Plan, result: Result, now: int) -> Outputs:
     return Outputs(plan.step, now, sampled, s.serial[sampled], tokens, tuple(ended))
 
 
-def _settle_prefills(s: Scheduler, plan: Plan, now: int) -> None:
+def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
     """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
     tables, size = s.tables, s.blocks.block_size
     for row in plan.rows[plan.num_decode :].tolist():
@@ -63,7 +59,7 @@ def _settle_prefills(s: Scheduler, plan: Plan, now: int) -> None:
             s.log.add(("Scheduled", request.id, 1))
 
 
-def _finish(s: Scheduler, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
+def _finish(s: SchedulerState, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
     ended = []
     for row, token in zip(rows, tokens, strict=True):
         request = s.row_request[row]
@@ -91,7 +87,7 @@ def _finish(s: Scheduler, rows: list[int], tokens: list[int], errors: dict[int, 
     return ended
 
 
-def _fork(s: Scheduler, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
+def _fork(s: SchedulerState, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
     """The prompt is computed: its samples get tables over the same blocks. Rows that were promised in vain."""
     in_vain, joining = [], []
     for row, child_row, child in forks:
@@ -102,7 +98,7 @@ def _fork(s: Scheduler, forks: list[tuple[int, int, Request]], errors: dict[int,
             continue
         s.num_attached -= 1
         s.blocks.fork_row(row, child.id, child_row)
-        admission.occupy(s, child, child_row)
+        s.occupy(child, child_row)
         child.admitted_at = child.admitted_at or parent.admitted_at
         s.scheduled[child_row] = s.tables.num_tokens[child_row]
         s.last_plan[child_row] = step
@@ -113,14 +109,14 @@ def _fork(s: Scheduler, forks: list[tuple[int, int, Request]], errors: dict[int,
     return in_vain
 
 
-def break_promise(s: Scheduler, child_row: int, child: Request) -> None:
+def break_promise(s: SchedulerState, child_row: int, child: Request) -> None:
     s.free_rows.append(child_row)
     s.leaves.append(child_row)
     if not child.ended:
         s.detach(child)
 
 
-def roll_back(s: Scheduler, plan: Plan, failure: Failure) -> None:
+def roll_back(s: SchedulerState, plan: Plan, failure: Failure) -> None:
     """Every running request goes back to the queue with the tokens it has, to be computed again: what the failed
     step wrote, copied or moved is unknown, and the plans launched on top of it are void."""
     s.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
@@ -137,7 +133,7 @@ def roll_back(s: Scheduler, plan: Plan, failure: Failure) -> None:
     s.forked.clear()
 
 
-def drain(s: Scheduler, plan: Plan) -> None:
+def drain(s: SchedulerState, plan: Plan) -> None:
     for row in [row for row in s.draining if s.last_plan[row] <= plan.step]:
         how = s.draining.pop(row)
         if how is None:

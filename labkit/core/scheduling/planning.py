@@ -6,20 +6,16 @@ when there are too few. Prefills follow one by one, the most senior first.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from labkit.core.blocks.tables import Ints
 from labkit.core.plan import Plan
-from labkit.core.scheduling import admission, preempt
-from labkit.core.scheduling.draft import Chunk, Draft
-
-if TYPE_CHECKING:
-    from labkit.core.scheduling.scheduler import Scheduler
+from labkit.core.scheduling import preempt
+from labkit.core.scheduling.builder import Chunk, PlanBuilder
+from labkit.core.scheduling.state import SchedulerState
 
 
-def plan_decodes(s: Scheduler, draft: Draft) -> tuple[Ints, Ints]:
+def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
     """One token for every decode row, and a block for each that enters a new one."""
     tables = s.tables
     while True:
@@ -33,7 +29,7 @@ def plan_decodes(s: Scheduler, draft: Draft) -> tuple[Ints, Ints]:
         if not len(short) and not tables.shared:
             break
         num_before = len(s.decoding)
-        rows, start = _give_blocks(s, draft, rows, start, short)
+        rows, start = _give_blocks(s, builder, rows, start, short)
         if len(rows) or len(s.decoding) == num_before:
             break  # else all whose turn it was have been preempted: the others' turn
     s.scheduled[rows] = start + 1
@@ -44,7 +40,7 @@ def plan_decodes(s: Scheduler, draft: Draft) -> tuple[Ints, Ints]:
     return rows, start
 
 
-def _take_turns(s: Scheduler, rows: Ints) -> Ints:
+def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
     """More decode rows than budget: those that waited longest go, the others are held."""
     longest = np.argsort(s.last_plan[rows], kind="stable")
     for row in rows[longest[s.max_num_batched_tokens :]].tolist():
@@ -52,7 +48,7 @@ def _take_turns(s: Scheduler, rows: Ints) -> Ints:
     return rows[np.sort(longest[: s.max_num_batched_tokens])]
 
 
-def _give_blocks(s: Scheduler, draft: Draft, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
+def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
     """Blocks for rows at a border, copies for rows about to write into a shared block; preempt until they fit."""
     blocks = s.blocks
     while True:
@@ -68,12 +64,12 @@ def _give_blocks(s: Scheduler, draft: Draft, rows: Ints, start: Ints, short: Int
             needy = copies[0] if copies else int(rows[short[0]])
             victim = preempt.victim(s)
             preempt.preempt(s, victim, s.id_of(needy))
-            draft.preempted = True
+            builder.preempted = True
             rows = rows[rows != victim]
         start = s.scheduled[rows]
         short = (start >= s.tables.room[rows]).nonzero()[0]
     for row in copies:
-        copy_if_shared(s, draft, row, int(s.scheduled[row]))
+        copy_if_shared(s, builder, row, int(s.scheduled[row]))
     if len(short):
         crossing = rows[short]
         names = None
@@ -81,11 +77,11 @@ def _give_blocks(s: Scheduler, draft: Draft, rows: Ints, start: Ints, short: Int
             names = [s.id_of(row) for row in crossing.tolist()]
         taken = blocks.take(len(short), names)
         index = s.tables.append_one(crossing, taken)
-        draft.changes.append((crossing, index, np.array(taken, np.int64)))
+        builder.changes.append((crossing, index, np.array(taken, np.int64)))
     return rows, start
 
 
-def _rows_to_copy(s: Scheduler, rows: Ints) -> list[int]:
+def _rows_to_copy(s: SchedulerState, rows: Ints) -> list[int]:
     shared = s.tables.shared
     if not shared:
         return []
@@ -97,21 +93,21 @@ def _rows_to_copy(s: Scheduler, rows: Ints) -> list[int]:
     return copies
 
 
-def copy_if_shared(s: Scheduler, draft: Draft, row: int, start: int) -> None:
+def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int) -> None:
     """Copy on write. The last holder keeps the original, so ask again for each."""
     if s.blocks.must_copy(row, start):
         index, source, copy = s.blocks.copy_on_write(row, start)
-        draft.copies.append((source, copy))
-        draft.change(row, index, [copy])
+        builder.copies.append((source, copy))
+        builder.change(row, index, [copy])
 
 
-def _num_coming_back(s: Scheduler) -> int:
+def _num_coming_back(s: SchedulerState) -> int:
     """Blocks that draining rows alone hold: theirs until the plans that name them are committed."""
     count, tables = s.blocks.pool.count, s.tables
     return sum(int((count[tables.row_blocks(row)] == 1).sum()) for row in s.draining)
 
 
-def _hold_those_without(s: Scheduler, rows: Ints, short: Ints, copies: list[int]) -> Ints:
+def _hold_those_without(s: SchedulerState, rows: Ints, short: Ints, copies: list[int]) -> Ints:
     """Too few blocks until draining rows give theirs back: the most senior of the needy get what there is."""
     needy = sorted({*rows[short].tolist(), *copies}, key=s.seniority)
     held = needy[s.blocks.available :]
@@ -120,7 +116,7 @@ def _hold_those_without(s: Scheduler, rows: Ints, short: Ints, copies: list[int]
     return rows[~np.isin(rows, held)]
 
 
-def plan_prefills(s: Scheduler, draft: Draft, left: int) -> int:
+def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     contenders = len(s.prefilling) + min(len(s.queue), len(s.free_rows))
     for row in sorted(s.prefilling, key=s.seniority):
         if row not in s.prefilling:
@@ -132,19 +128,19 @@ def plan_prefills(s: Scheduler, draft: Draft, left: int) -> int:
         start = int(s.scheduled[row])
         gap = int(s.tables.num_tokens[row]) - start
         count = chunk_size(s, gap, left, contenders > 0)
-        fitting = _make_fit(s, draft, row, start, count)
+        fitting = _make_fit(s, builder, row, start, count)
         if fitting == 0:
             s.hold(row, "blocks")
             continue
         chunk = Chunk(row, start, fitting, gap)
-        draft.chunks.append(chunk)
+        builder.chunks.append(chunk)
         if fitting == count < gap:
-            draft.cut.append(chunk)
+            builder.cut.append(chunk)
         left -= fitting
     return left
 
 
-def chunk_size(s: Scheduler, gap: int, left: int, contended: bool) -> int:
+def chunk_size(s: SchedulerState, gap: int, left: int, contended: bool) -> int:
     """How many of `gap` tokens a prefill may compute with `left` tokens of budget."""
     count = min(gap, left, s.max_prefill_chunk or gap)
     if contended and count > s.blocks.block_size:
@@ -152,58 +148,58 @@ def chunk_size(s: Scheduler, gap: int, left: int, contended: bool) -> int:
     return count
 
 
-def _make_fit(s: Scheduler, draft: Draft, row: int, start: int, count: int) -> int:
+def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, count: int) -> int:
     """Blocks for a prefill's chunk, taken from less senior prefills when there are none; the tokens that fit."""
     blocks, size = s.blocks, s.blocks.block_size
     copies = blocks.must_copy(row, start)
     if copies and not blocks.available:
         return 0
-    copy_if_shared(s, draft, row, start)
+    copy_if_shared(s, builder, row, start)
     room = int(s.tables.room[row])
     while blocks.available < blocks.blocks_for(start + count) - room // size:
         if blocks.release_pins():
             continue
-        planned = {chunk.row for chunk in draft.chunks}
+        planned = {chunk.row for chunk in builder.chunks}
         others = [r for r in s.prefilling if r not in planned and s.seniority(r) > s.seniority(row)]
         if not others or _num_coming_back(s):
             break
         victim = max(others, key=s.seniority)
         preempt.preempt(s, victim, s.id_of(row))
-        draft.preempted = True
+        builder.preempted = True
     count = min(count, room + blocks.available * size - start)
     if count > 0:
-        grow(s, draft, row, start + count)
+        grow(s, builder, row, start + count)
     return max(count, 0)
 
 
-def grow(s: Scheduler, draft: Draft, row: int, num_tokens: int) -> None:
+def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> None:
     first = int(s.tables.num_blocks[row])
     new = s.blocks.grow(row, num_tokens, s.id_of(row))
     if new:
-        draft.change(row, first, new)
+        builder.change(row, first, new)
 
 
-def give_back(s: Scheduler, draft: Draft, left: int) -> None:
+def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
     """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
-    for chunk in draft.cut:
+    for chunk in builder.cut:
         room = int(s.tables.room[chunk.row]) + s.blocks.available * s.blocks.block_size - chunk.start
         more = min(chunk.gap, chunk.count + left, s.max_prefill_chunk or chunk.gap, room) - chunk.count
         if more > 0:
             chunk.count += more
             left -= more
-            grow(s, draft, chunk.row, chunk.start + chunk.count)
+            grow(s, builder, chunk.row, chunk.start + chunk.count)
 
 
-def build(s: Scheduler, draft: Draft, rows: Ints, start: Ints) -> Plan:
-    if draft.chunks:
-        _settle_chunks(s, draft)
+def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> Plan:
+    if builder.chunks:
+        _settle_chunks(s, builder)
     for child in s.forked:
         if child.row is not None:
-            draft.change(child.row, 0, s.tables.row_blocks(child.row))
+            builder.change(child.row, 0, s.tables.row_blocks(child.row))
     s.forked.clear()
-    plan = draft.plan(s, rows, start)
-    if draft.forks:
-        s.forks[s.step] = draft.forks
+    plan = builder.plan(s, rows, start)
+    if builder.forks:
+        s.forks[s.step] = builder.forks
     if s.leaves or s.swap_out or s.reset_runner:
         swap_out = np.array(s.swap_out, np.int64).reshape(-1, 2)
         plan = plan._replace(leaves=tuple(s.leaves), swap_out=swap_out, reset=s.reset_runner)
@@ -211,10 +207,10 @@ def build(s: Scheduler, draft: Draft, rows: Ints, start: Ints) -> Plan:
     return plan
 
 
-def _settle_chunks(s: Scheduler, draft: Draft) -> None:
+def _settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
     """Rows whose chunk reaches their last known token draw a sample, and decode from the next step on."""
     done = []
-    for chunk in draft.chunks:
+    for chunk in builder.chunks:
         row, count = chunk.row, chunk.count
         s.scheduled[row] = chunk.start + count
         s.last_plan[row] = s.step
@@ -224,13 +220,13 @@ def _settle_chunks(s: Scheduler, draft: Draft) -> None:
         if count == chunk.gap:
             done.append(row)
             del s.prefilling[row]
-            _promise_forks(s, draft, row)
+            _promise_forks(s, builder, row)
             del s.chunk_of[row]
     if done:
         s.decoding = np.concatenate((s.decoding, np.array(done, np.int64)))
 
 
-def _promise_forks(s: Scheduler, draft: Draft, row: int) -> None:
+def _promise_forks(s: SchedulerState, builder: PlanBuilder, row: int) -> None:
     """The last prompt chunk serves all samples: promise a row to each there is one for; the rest queue up."""
     parent = s.row_request[row]
     assert parent is not None
@@ -239,9 +235,9 @@ def _promise_forks(s: Scheduler, draft: Draft, row: int) -> None:
     for child in parent.samples:
         if child.ended or not s.is_attached(child):
             continue
-        if s.free_rows and s.num_running + len(draft.forks) + 1 < s.max_num_seqs:
+        if s.free_rows and s.num_running + len(builder.forks) + 1 < s.max_num_seqs:
             child_row = s.free_rows.pop()
-            draft.forks.append((row, child_row, child))
-            draft.joins.append(admission.join_of(child, child_row))
+            builder.forks.append((row, child_row, child))
+            builder.join(child, child_row)
         else:
             s.detach(child)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from labkit.core.request import Request, Status
-
-if TYPE_CHECKING:
-    from labkit.core.scheduling.scheduler import Scheduler
+from labkit.core.scheduling.state import SchedulerState
 
 
-def victim(s: Scheduler) -> int:
+def victim(s: SchedulerState) -> int:
     """The running row of the lowest priority, then of the latest arrival, then submitted last."""
     rows = np.concatenate((s.decoding, np.fromiter(s.prefilling, np.int64, len(s.prefilling))))
     for column in s.rank:
@@ -22,7 +19,7 @@ def victim(s: Scheduler) -> int:
     return int(rows[0])
 
 
-def preempt(s: Scheduler, row: int, needed_by: str, how: str | None = None) -> None:
+def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None) -> None:
     """Send a running request back to the queue with the tokens it has. A row that a plan in flight names drains first:
     its token on the way is kept."""
     request = s.row_request[row]
@@ -41,7 +38,7 @@ def preempt(s: Scheduler, row: int, needed_by: str, how: str | None = None) -> N
         vacate(s, row, how)
 
 
-def cheaper(s: Scheduler, num_computed: int) -> str:
+def cheaper(s: SchedulerState, num_computed: int) -> str:
     """recompute or swap: as configured, or the one that costs less; never swap without room in host memory."""
     if s.preemption == "recompute" or not 0 < s.blocks.blocks_for(num_computed) <= len(s.blocks.host.free):
         return "recompute"
@@ -54,7 +51,7 @@ def cheaper(s: Scheduler, num_computed: int) -> str:
         return "recompute"
 
 
-def vacate(s: Scheduler, row: int, how: str) -> None:
+def vacate(s: SchedulerState, row: int, how: str) -> None:
     """Take a preempted request off its row, its blocks to host memory or given up, and queue it."""
     request = s.row_request[row]
     assert request is not None
@@ -75,7 +72,7 @@ def vacate(s: Scheduler, row: int, how: str) -> None:
     s.queue.push(request)
 
 
-def drop_host_blocks(s: Scheduler, request: Request) -> None:
+def drop_host_blocks(s: SchedulerState, request: Request) -> None:
     """A swapped request no longer needs its blocks: it ended, or will compute them again."""
     gone = set(request.host_blocks)
     s.swap_out = [(block, host) for block, host in s.swap_out if host not in gone]

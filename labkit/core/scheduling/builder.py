@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import NO_CHANGES, NO_INTS, NO_PAIRS, Join, Pairs, Plan, TableChanges
 from labkit.core.request import Request
-
-if TYPE_CHECKING:
-    from labkit.core.scheduling.scheduler import Scheduler
+from labkit.core.scheduling.state import SchedulerState
 
 
 @dataclass(slots=True)
@@ -26,7 +23,9 @@ class Chunk:
 
 
 @dataclass(slots=True)
-class Draft:
+class PlanBuilder:
+    """What one call of `schedule` has decided so far, in lists; `plan` makes the columns of it."""
+
     now: int
     changes: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)  # rows, indices, blocks
     joins: list[Join] = field(default_factory=list)
@@ -36,6 +35,15 @@ class Draft:
     cut: list[Chunk] = field(default_factory=list)  # those that got less than they could use
     forks: list[tuple[int, int, Request]] = field(default_factory=list)  # parent row, child row, child
     preempted: bool = False
+
+    def join(self, request: Request, row: int) -> None:
+        """The runner is told that `request` has this row from now on."""
+        self.joins.append(
+            Join(
+                row, request.id, request.tokens, request.num_prompt, request.params, request.sample, request.adapter,
+                request.spans,
+            )
+        )  # fmt: skip
 
     def change(self, row: int, first: int, blocks: list[int]) -> None:
         n = len(blocks)
@@ -50,9 +58,9 @@ class Draft:
             rows, index, blocks = (np.concatenate(column) for column in zip(*self.changes, strict=True))
         return TableChanges(np.zeros(len(rows), np.int64), rows, index, blocks)
 
-    def plan(self, scheduler: Scheduler, decodes: Ints, start: Ints) -> Plan:
+    def plan(self, s: SchedulerState, decodes: Ints, start: Ints) -> Plan:
         """The plan, its columns decode rows first."""
-        s, num_decode = scheduler, len(decodes)
+        num_decode = len(decodes)
         tokens, ends, feed = self._decode_tokens(s, decodes, start)
         rows, count = decodes, s.ones[:num_decode]
         sample_row, sample_query = decodes, s.counting[:num_decode]
@@ -98,7 +106,7 @@ class Draft:
             budget=s.max_num_batched_tokens,
         )
 
-    def _decode_tokens(self, s: Scheduler, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:
+    def _decode_tokens(self, s: SchedulerState, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:
         """Token ids of the decode rows in CSR form, and the entries whose token only the runner knows yet."""
         tables = s.tables
         indptr, feed = s.counting[: len(decodes) + 1], NO_INTS
