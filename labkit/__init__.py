@@ -17,8 +17,8 @@ _HOME = {
     "LRU": "core.blocks.eviction",
     "FIFO": "core.blocks.eviction",
     "LFU": "core.blocks.eviction",
-    "SLRU": "core.blocks.eviction",
-    "S3FIFO": "core.blocks.eviction",
+    "SLRU": "core.blocks.queues",
+    "S3FIFO": "core.blocks.queues",
     "TTL": "core.blocks.eviction",
     "CostAware": "core.blocks.eviction",
     "Scheduler": "core.scheduling.scheduler",
@@ -75,9 +75,10 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
-    from .core.blocks.eviction import FIFO, LFU, LRU, S3FIFO, SLRU, TTL, CostAware
+    from .core.blocks.eviction import FIFO, LFU, LRU, TTL, CostAware
     from .core.blocks.manager import BlockManager, OutOfBlocksError
     from .core.blocks.prefix import Span
+    from .core.blocks.queues import S3FIFO, SLRU
     from .core.blocks.table import BlockTable
     from .core.events.diff import diff
     from .core.events.log import EventLog

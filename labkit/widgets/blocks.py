@@ -12,7 +12,7 @@ import numpy as np
 
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.blocks.stats import BlockStats, filled_places
-from labkit.core.blocks.table import BlockTable
+from labkit.core.blocks.table import BlockTable, TableOwner
 from labkit.widgets import svg
 from labkit.widgets.prefix import Decode, tree
 from labkit.widgets.style import BLOCK_COLOR, COLORS, key, legend, plural, section, short, view
@@ -47,7 +47,7 @@ def _about(bm: BlockManager) -> str:
 
 def pool(bm: BlockManager) -> str:
     """The cells and their legend."""
-    filled, _ = filled_places(bm)
+    filled, _ = filled_places(bm.tables, bm.pool, bm.pins)
     shared = int((bm.pool.count > 1).sum())
     used = bm.num_used
     entries = [
@@ -269,7 +269,7 @@ def _place(x: float, y: float, block: int, count: int, full: float, shared: list
     return "".join(shapes)
 
 
-def _sharers(bm: BlockManager, row: int) -> dict[int, list[str]]:
+def _sharers(bm: TableOwner, row: int) -> dict[int, list[str]]:
     """shared block of this row -> the other tables that hold it."""
     mine = {block for block in bm.tables.row_blocks(row) if block and bm.pool.count[block] > 1}
     found: dict[int, list[str]] = {}

@@ -70,19 +70,24 @@ class Explanation(Shown):
         return f"Explanation({self.num_hit} of {self.num_tokens} tokens: {self.reason} - {self.detail})"
 
 
-def root_hash(salt: str | None, adapter: str | None, group: int = 0) -> bytes:
+def root_hash(salt: str | None, adapter: str | None) -> bytes:
     """Where a chain starts. Lengths are written out, so that no salt can pass for an adapter or for tokens."""
     for name, value in (("salt", salt), ("adapter", adapter)):
         if value is not None:
             text(name, value, may_be_empty=True)
-    return _root_hash(salt, adapter, group)
+    return _root_hash(salt, adapter)
 
 
 @lru_cache(maxsize=1024)
-def _root_hash(salt: str | None, adapter: str | None, group: int) -> bytes:
-    parts = [b"labkit", str(group).encode()]
+def _root_hash(salt: str | None, adapter: str | None) -> bytes:
+    parts = [b"labkit", b"0"]
     parts += [b"-" if name is None else f"{len(name)}:{name}".encode() for name in (salt, adapter)]
     return sha256(b"|".join(parts)).digest()
+
+
+def group_key(digest: bytes, group: int) -> bytes:
+    """What a block of this group of layers is found by, where group 0 goes by the plain hash."""
+    return digest if not group else bytes([digest[0] ^ group]) + digest[1:]
 
 
 def span_keys(spans: Iterable[Span], block_size: int, num_tokens: int | None = None) -> dict[int, bytes]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from labkit.core.blocks.tables import Ints
+from labkit.core.blocks.table import Pin
+from labkit.core.blocks.tables import BlockPool, BlockTables, Ints
 from labkit.core.shown import Shown
-
-if TYPE_CHECKING:
-    from labkit.core.blocks.manager import BlockManager
 
 
 @dataclass(frozen=True)
@@ -72,38 +70,19 @@ class BlockStats(Shown):
         )
 
 
-def filled_places(manager: BlockManager) -> tuple[Ints, int]:
+def filled_places(tables: BlockTables, pool: BlockPool, pins: Iterable[Pin]) -> tuple[Ints, int]:
     """How many places of each block hold a token of someone who holds it [num_blocks + 1], and the tokens of all
     tables, shared ones counted once a table."""
-    tables, size = manager.tables, manager.block_size
-    filled = np.zeros(manager.num_blocks + 1, np.int64)
+    size = tables.block_size
+    filled = np.zeros(pool.num_blocks + 1, np.int64)
     rows = np.array(list(tables.row_of.values()), np.int64)
     held = np.minimum(tables.num_tokens[rows], tables.num_blocks[rows] * size)  # [tables]
     lengths = -(-held // size)
     at = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # 0, 1, .. of each table
-    blocks = tables.blocks[0, np.repeat(rows, lengths), at]
-    np.maximum.at(filled, blocks, np.minimum(np.repeat(held, lengths) - at * size, size))
+    for group in range(tables.num_groups):
+        blocks = tables.blocks[group, np.repeat(rows, lengths), at]
+        np.maximum.at(filled, blocks, np.minimum(np.repeat(held, lengths) - at * size, size))
     filled[0] = 0
-    for pin in manager.pins:
+    for pin in pins:
         filled[list(pin.blocks)] = size
-    return filled, int(held.sum())
-
-
-def block_stats(manager: BlockManager) -> BlockStats:
-    filled, table_tokens = filled_places(manager)
-    return BlockStats(
-        num_blocks=manager.num_blocks,
-        block_size=manager.block_size,
-        used_blocks=manager.num_used,
-        cached_blocks=manager.num_cached,
-        free_blocks=manager.num_free,
-        used_tokens=int(filled.sum()),
-        table_tokens=table_tokens,
-        num_tables=len(manager.tables.row_of),
-        num_queries=manager.num_queries,
-        num_hit_queries=manager.num_hit_queries,
-        num_queried_tokens=manager.num_queried_tokens,
-        num_hit_tokens=manager.num_hit_tokens,
-        num_evicted=manager.num_evicted,
-        num_copied=manager.num_copied,
-    )
+    return filled, int(held.sum()) * tables.num_groups

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+from labkit.core.blocks.tables import BlockPool, BlockTables
 from labkit.core.shown import Shown
 
-if TYPE_CHECKING:
-    from labkit.core.blocks.manager import BlockManager
+
+class TableOwner(Protocol):
+    """What a view of a table asks of the block manager."""
+
+    block_size: int
+    pool: BlockPool
+    tables: BlockTables
+    copies: dict[int, dict[int, int]]
+
+    def must_copy(self, row: int, start: int) -> bool: ...
 
 
 class BlockTable(Shown):
     """A name's view of its row: prints its blocks, and which of them it shares."""
 
-    def __init__(self, manager: BlockManager, name: str) -> None:
+    def __init__(self, manager: TableOwner, name: str) -> None:
         self._manager = manager
         self.name = name
 
@@ -33,7 +42,7 @@ class BlockTable(Shown):
 
     @property
     def _row(self) -> int:
-        return self._manager.row(self.name)
+        return self._manager.tables.row(self.name)
 
     def place(self, token: int) -> tuple[int, int]:
         """(physical block, offset in it) of the token at this index."""

@@ -54,13 +54,14 @@ class BlockTables:
     """One row a table: its blocks, its token ids, how many of them are known and computed.
 
     Everything is an array indexed by row, so that a step over all rows is a few vector operations. Width grows by
-    doubling; nobody pays rows x longest-possible up front. `blocks` has a leading group axis (size 1 until a model
-    mixes attention kinds). `room` is the number of token places the row's blocks offer, `next_full` the computed
-    length at which the next block is complete and can be stored.
+    doubling; nobody pays rows x longest-possible up front. `blocks` has a leading group axis: layers that keep
+    different blocks are in different groups. `room` is the number of token places the row's blocks offer, `next_full`
+    the computed length at which the next block is complete and can be stored.
     """
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, num_groups: int = 1) -> None:
         self.block_size = block_size
+        self.num_groups = num_groups
         self.num_rows = 0
         self.free_rows: list[int] = []
         self.row_of: dict[str, int] = {}
@@ -73,7 +74,8 @@ class BlockTables:
         self.num_tokens = np.zeros(0, np.int64)
         self.num_computed = np.zeros(0, np.int64)
         self.next_full = np.zeros(0, np.int64)
-        self.blocks = np.zeros((1, 0, 16), np.int32)  # [groups, rows, blocks]
+        self.blocks = np.zeros((num_groups, 0, 16), np.int32)  # [groups, rows, blocks]
+        self.front = np.zeros((num_groups, 0), np.int64)  # blocks released at each table's front: they name scratch
         self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
         self._flatten()
 
@@ -109,7 +111,10 @@ class BlockTables:
         self.free_rows += range(first, self.num_rows)
         for name in ("num_blocks", "room", "num_tokens", "num_computed", "next_full"):
             setattr(self, name, np.concatenate((getattr(self, name), np.zeros(more, np.int64))))
-        self.blocks = np.concatenate((self.blocks, np.zeros((1, more, self.blocks.shape[2]), np.int32)), axis=1)
+        self.blocks = np.concatenate(
+            (self.blocks, np.zeros((self.num_groups, more, self.blocks.shape[2]), np.int32)), axis=1
+        )
+        self.front = np.concatenate((self.front, np.zeros((self.num_groups, more), np.int64)), axis=1)
         self.tokens = np.concatenate((self.tokens, np.zeros((more, self.tokens.shape[1]), np.int32)))
         self.hashes += [None] * more
         self.last_hash += [b""] * more
@@ -138,6 +143,7 @@ class BlockTables:
             row = self.free_rows.pop(0)
         self.row_of[name] = row
         self.num_blocks[row] = self.room[row] = self.num_tokens[row] = self.num_computed[row] = 0
+        self.front[:, row] = 0
         return row
 
     def close(self, name: str, *, reserved: bool = False) -> None:
@@ -147,28 +153,44 @@ class BlockTables:
         self.hashes[row] = None
         self.last_hash[row] = b""
         self.num_blocks[row] = self.room[row] = self.num_tokens[row] = self.num_computed[row] = 0
+        self.front[:, row] = 0
         if not reserved:
             self.free_rows.append(row)
 
+    def row(self, name: str) -> int:
+        if name not in self.row_of:
+            known = ", ".join(map(repr, list(self.row_of)[:8])) or "none"
+            raise ValueError(f"there is no table {name!r}; tables: {known}")
+        return self.row_of[name]
+
+    def held(self, row: int) -> list[int]:
+        """The row's blocks in all groups, 0 for those that were released."""
+        blocks: list[int] = self.blocks[:, row, : self.num_blocks[row]].reshape(-1).tolist()
+        return blocks
+
     def row_blocks(self, row: int) -> list[int]:
+        """The first group's blocks."""
         blocks: list[int] = self.blocks[0, row, : self.num_blocks[row]].tolist()
         return blocks
 
     def row_tokens(self, row: int) -> Tokens:
         return self.tokens[row, : self.num_tokens[row]]
 
-    def append(self, row: int, blocks: list[int]) -> None:
+    def append(self, row: int, blocks: list[list[int]] | Tokens) -> None:
+        """As many further blocks in each group."""
         have = int(self.num_blocks[row])
-        self.make_width((have + len(blocks)) * self.block_size + 1)  # a last token may be known that needs no place
-        self.blocks[0, row, have : have + len(blocks)] = blocks
-        self.num_blocks[row] = have + len(blocks)
-        self.room[row] = (have + len(blocks)) * self.block_size
+        end = have + len(blocks[0])
+        self.make_width(end * self.block_size + 1)  # a last token may be known that needs no place
+        self.blocks[:, row, have:end] = blocks
+        self.num_blocks[row] = end
+        self.room[row] = end * self.block_size
 
-    def append_one(self, rows: Ints, blocks: list[int]) -> Ints:
-        """One more block for each of `rows`; the index it got in each row's table."""
+    def append_one(self, rows: Ints, blocks: Ints) -> Ints:
+        """One more block for each of `rows` in each group, `blocks` [groups, rows]; its index in each row's tables."""
         index = self.num_blocks[rows]
         self.make_width((int(index.max()) + 1) * self.block_size + 1)
-        self.flat_blocks[self.block_base[rows] + index] = blocks
+        for group, column in enumerate(blocks):
+            self.flat_blocks[self.block_base[rows] + (index + group * self.blocks[0].size)] = column
         self.num_blocks[rows] = index + 1
         self.room[rows] += self.block_size
         return index

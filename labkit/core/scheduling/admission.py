@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from labkit.core.blocks.prefix import hash_blocks, span_keys
+from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import planning
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
@@ -36,12 +37,14 @@ def note_head(s: SchedulerState, request: Request, limit: str) -> None:
 def _promised(s: SchedulerState) -> int:
     """Blocks that admitted prefills still need for the tokens they know."""
     tables, blocks = s.tables, s.blocks
-    return sum(blocks.blocks_for(int(tables.num_tokens[r])) - int(tables.num_blocks[r]) for r in s.prefilling)
+    each = (blocks.blocks_for(int(tables.num_tokens[r])) - int(tables.num_blocks[r]) for r in s.prefilling)
+    return sum(each) * blocks.num_groups
 
 
 def _missing(s: SchedulerState, request: Request) -> int:
     assert request.row is not None
-    return s.blocks.blocks_for(request.num_tokens) - int(s.tables.num_blocks[request.row])
+    more = s.blocks.blocks_for(request.num_tokens) - int(s.tables.num_blocks[request.row])
+    return more * s.blocks.num_groups
 
 
 def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, promised: int) -> tuple[str | None, int]:
@@ -59,26 +62,33 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
     tokens = request.tokens
     hashes = known_hashes(s, request)
     hit = peek(s, request, hashes)
-    if hashes and s.prefix_hold and (digest := s.pending.last_shared(hashes, len(hit))) and reads_cache(request):
+    if hashes and s.prefix_hold and (digest := s.pending.last_shared(hashes, hit.num_blocks)) and reads_cache(request):
         usable = max(len(tokens) - 1, 0) // blocks.block_size
-        if len(hit) < usable and request.status is not Status.SWAPPED:
+        if hit.num_blocks < usable and request.status is not Status.SWAPPED:
             s.queue.pop()
             s.pending.park(request, digest)
             s.log.add(("Held", request.id, "prefix pending", False))
             return "prefix pending", 0
-    needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
+    needed = _needed(s, request, hit)
     reserve = 0 if alone else promised + int(s.watermark * blocks.num_blocks)
     while alone and needed > blocks.available and blocks.release_pins():
         hit = peek(s, request, hashes)
-        needed = blocks.blocks_for(len(tokens)) - len(hit) + blocks.num_revived(hit)
+        needed = _needed(s, request, hit)
     if needed + reserve > blocks.available:
-        s.blocked = (request.serial, blocks.available, hashes[len(hit)] if len(hit) < len(hashes) else None)
+        s.blocked = (request.serial, blocks.available, hashes[hit.num_blocks] if hit.num_blocks < len(hashes) else None)
         return "blocks", 0
-    gap = len(tokens) - max(len(hit) * blocks.block_size, request.num_computed)
+    gap = len(tokens) - max(hit.num_blocks * blocks.block_size, request.num_computed)
     if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
         return "budget", 0
     s.queue.pop()
     return None, _place(s, builder, request, hashes, hit, left)
+
+
+def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
+    """Blocks that become unavailable once all of the request's tokens are computed."""
+    blocks = s.blocks
+    most = blocks.most_blocks(request.num_tokens, s.max_num_batched_tokens) - hit.num_blocks * blocks.num_groups
+    return max(most, 0) + blocks.num_revived(hit.held)
 
 
 def _still_blocked(s: SchedulerState, request: Request) -> bool:
@@ -107,15 +117,13 @@ def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:
     return request.hashes
 
 
-def peek(s: SchedulerState, request: Request, hashes: list[bytes]) -> list[int]:
+def peek(s: SchedulerState, request: Request, hashes: list[bytes]) -> Hit:
     if not s.blocks.prefix_caching or not reads_cache(request):
-        return []
+        return Hit(0, [[]] * s.blocks.num_groups)
     return s.blocks.hit(hashes, request.num_tokens, request.spans)
 
 
-def _place(
-    s: SchedulerState, builder: PlanBuilder, request: Request, hashes: list[bytes], hit: list[int], left: int
-) -> int:
+def _place(s: SchedulerState, builder: PlanBuilder, request: Request, hashes: list[bytes], hit: Hit, left: int) -> int:
     """A row, the blocks that were hit or swapped out, and the first chunk."""
     blocks, tables, size = s.blocks, s.tables, s.blocks.block_size
     tokens = request.tokens
@@ -125,17 +133,17 @@ def _place(
     blocks.open(request.id, root, hashes or None, span_keys(request.spans, size), row)
     blocks.join(row, tokens, hit)
     if fresh and blocks.prefix_caching and reads_cache(request):
-        blocks.count_query(len(tokens), len(hit))
+        blocks.count_query(len(tokens), hit.num_blocks)
     swapped = request.status is Status.SWAPPED
     if swapped:
-        _swap_in(s, builder, request, row, len(hit))
+        _swap_in(s, builder, request, row, hit.num_blocks)
     s.occupy(request, row)
-    num_hit = len(hit) * size
+    num_hit = hit.num_blocks * size
     if fresh:
         request.num_cached = num_hit
         request.admitted_at = builder.now
         s.cached_this_step += num_hit
-        s.log.add(("Admitted", request.id, row, num_hit, _lookup_code(s, request, len(hit))))
+        s.log.add(("Admitted", request.id, row, num_hit, _lookup_code(s, request, hit.num_blocks)))
     else:
         s.log.add(("Resumed", request.id, row, int(tables.num_computed[row])))
     start = int(tables.num_computed[row])
@@ -144,7 +152,7 @@ def _place(
     count = planning.chunk_size(s, gap, left, contended)
     blocks.grow(row, start + count, request.id)
     builder.join(request, row)
-    builder.change(row, 0, tables.row_blocks(row))
+    builder.change(row, 0, tables.blocks[:, row, : tables.num_blocks[row]])
     s.scheduled[row] = start
     chunk = Chunk(row, start, count, gap)
     builder.chunks.append(chunk)
@@ -161,10 +169,16 @@ def _swap_in(s: SchedulerState, builder: PlanBuilder, request: Request, row: int
     size = s.blocks.block_size
     end = max(request.num_computed, num_hit * size)
     s.blocks.grow(row, end, request.id)
-    device = s.tables.row_blocks(row)
-    moved = list(zip(request.host_blocks, device, strict=False))[num_hit:]
+    tables, num_swapped = s.tables, s.blocks.blocks_for(request.num_computed)
+    moved = []
+    for group in range(s.blocks.num_groups):
+        host = request.host_blocks[group * num_swapped : (group + 1) * num_swapped]
+        device = tables.blocks[group, row, :num_swapped].tolist()
+        moved += [pair for pair in list(zip(host, device, strict=True))[num_hit:] if pair[0]]
+        if (left_window := max((i for i, block in enumerate(host) if not block), default=-1) + 1) > num_hit:
+            s.blocks.leave_window(group, row, left_window)  # nothing was moved there
     builder.swap_in += moved
-    s.host_releases.append((s.step, request.host_blocks))
+    s.host_releases.append((s.step, [block for block in request.host_blocks if block]))
     s.tables.num_computed[row] = end
     request.host_blocks, request.num_computed = [], 0
     s.num_swapped -= 1

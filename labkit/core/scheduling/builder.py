@@ -27,7 +27,7 @@ class PlanBuilder:
     """What one call of `schedule` has decided so far, in lists; `plan` makes the columns of it."""
 
     now: int
-    changes: list[tuple[Ints, Ints, Ints]] = field(default_factory=list)  # rows, indices, blocks
+    changes: list[tuple[int, Ints, Ints, Ints]] = field(default_factory=list)  # group, rows, indices, blocks
     joins: list[Join] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
@@ -45,18 +45,22 @@ class PlanBuilder:
             )
         )  # fmt: skip
 
-    def change(self, row: int, first: int, blocks: list[int]) -> None:
-        n = len(blocks)
-        self.changes.append((np.full(n, row), np.arange(first, first + n), np.array(blocks, np.int64)))
+    def change(self, row: int, first: int, blocks: Tokens) -> None:
+        """`blocks` [groups, blocks] stand in the row's tables from index `first` on."""
+        index = np.arange(first, first + blocks.shape[1])
+        rows = np.full(len(index), row)
+        for group, column in enumerate(blocks.astype(np.int64)):
+            self.changes.append((group, rows, index, column))
 
     def table_changes(self) -> TableChanges:
         if not self.changes:
             return NO_CHANGES
+        groups = np.repeat([change[0] for change in self.changes], [len(change[1]) for change in self.changes])
         if len(self.changes) == 1:
-            rows, index, blocks = self.changes[0]
+            _, rows, index, blocks = self.changes[0]
         else:
-            rows, index, blocks = (np.concatenate(column) for column in zip(*self.changes, strict=True))
-        return TableChanges(np.zeros(len(rows), np.int64), rows, index, blocks)
+            rows, index, blocks = (np.concatenate([change[i] for change in self.changes]) for i in (1, 2, 3))
+        return TableChanges(groups, rows, index, blocks)
 
     def plan(self, s: SchedulerState, decodes: Ints, start: Ints) -> Plan:
         """The plan, its columns decode rows first."""

@@ -50,10 +50,10 @@ def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
 
 def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
     """Blocks for rows at a border, copies for rows about to write into a shared block; preempt until they fit."""
-    blocks = s.blocks
+    blocks, groups = s.blocks, s.blocks.num_groups
     while True:
         copies = _rows_to_copy(s, rows)
-        needed = len(short) + len(copies)
+        needed = (len(short) + len(copies)) * groups
         if needed <= blocks.available:
             break
         if blocks.release_pins():
@@ -73,11 +73,12 @@ def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Int
     if len(short):
         crossing = rows[short]
         names = None
-        if len(short) > len(blocks.pool.free):
-            names = [s.id_of(row) for row in crossing.tolist()]
-        taken = blocks.take(len(short), names)
+        if len(short) * groups > len(blocks.pool.free):
+            names = [s.id_of(row) for row in crossing.tolist()] * groups
+        taken = np.array(blocks.take(len(short) * groups, names), np.int64).reshape(groups, -1)
         index = s.tables.append_one(crossing, taken)
-        builder.changes.append((crossing, index, np.array(taken, np.int64)))
+        for group, column in enumerate(taken):
+            builder.changes.append((group, crossing, index, column))
     return rows, start
 
 
@@ -96,21 +97,21 @@ def _rows_to_copy(s: SchedulerState, rows: Ints) -> list[int]:
 def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int) -> None:
     """Copy on write. The last holder keeps the original, so ask again for each."""
     if s.blocks.must_copy(row, start):
-        index, source, copy = s.blocks.copy_on_write(row, start)
-        builder.copies.append((source, copy))
-        builder.change(row, index, [copy])
+        index, pairs = s.blocks.copy_on_write(row, start)
+        builder.copies += pairs
+        builder.change(row, index, np.array([[copy] for _, copy in pairs]))
 
 
 def _num_coming_back(s: SchedulerState) -> int:
     """Blocks that draining rows alone hold: theirs until the plans that name them are committed."""
     count, tables = s.blocks.pool.count, s.tables
-    return sum(int((count[tables.row_blocks(row)] == 1).sum()) for row in s.draining)
+    return sum(int((count[tables.held(row)] == 1).sum()) for row in s.draining)
 
 
 def _hold_those_without(s: SchedulerState, rows: Ints, short: Ints, copies: list[int]) -> Ints:
     """Too few blocks until draining rows give theirs back: the most senior of the needy get what there is."""
     needy = sorted({*rows[short].tolist(), *copies}, key=s.seniority)
-    held = needy[s.blocks.available :]
+    held = needy[s.blocks.available // s.blocks.num_groups :]
     for row in held:
         s.hold(row, "blocks")
     return rows[~np.isin(rows, held)]
@@ -151,12 +152,12 @@ def chunk_size(s: SchedulerState, gap: int, left: int, contended: bool) -> int:
 def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, count: int) -> int:
     """Blocks for a prefill's chunk, taken from less senior prefills when there are none; the tokens that fit."""
     blocks, size = s.blocks, s.blocks.block_size
-    copies = blocks.must_copy(row, start)
-    if copies and not blocks.available:
+    groups = blocks.num_groups
+    if blocks.must_copy(row, start) and blocks.available < groups:
         return 0
     copy_if_shared(s, builder, row, start)
     room = int(s.tables.room[row])
-    while blocks.available < blocks.blocks_for(start + count) - room // size:
+    while blocks.available < (blocks.blocks_for(start + count) - room // size) * groups:
         if blocks.release_pins():
             continue
         planned = {chunk.row for chunk in builder.chunks}
@@ -166,7 +167,7 @@ def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, cou
         victim = max(others, key=s.seniority)
         preempt.preempt(s, victim, s.id_of(row))
         builder.preempted = True
-    count = min(count, room + blocks.available * size - start)
+    count = min(count, room + blocks.available // groups * size - start)
     if count > 0:
         grow(s, builder, row, start + count)
     return max(count, 0)
@@ -176,13 +177,14 @@ def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> 
     first = int(s.tables.num_blocks[row])
     new = s.blocks.grow(row, num_tokens, s.id_of(row))
     if new:
-        builder.change(row, first, new)
+        builder.change(row, first, np.array(new))
 
 
 def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
     """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
     for chunk in builder.cut:
-        room = int(s.tables.room[chunk.row]) + s.blocks.available * s.blocks.block_size - chunk.start
+        blocks = s.blocks.available // s.blocks.num_groups
+        room = int(s.tables.room[chunk.row]) + blocks * s.blocks.block_size - chunk.start
         more = min(chunk.gap, chunk.count + left, s.max_prefill_chunk or chunk.gap, room) - chunk.count
         if more > 0:
             chunk.count += more
@@ -191,11 +193,16 @@ def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
 
 
 def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> Plan:
+    if s.blocks.released:
+        left = [(group, gone, index, np.zeros(len(index), np.int64)) for group, gone, index in s.blocks.released]
+        builder.changes[:0] = left  # first: a row may belong to someone else by now
+        s.blocks.released.clear()
     if builder.chunks:
         _settle_chunks(s, builder)
     for child in s.forked:
         if child.row is not None:
-            builder.change(child.row, 0, s.tables.row_blocks(child.row))
+            tables = s.tables
+            builder.change(child.row, 0, tables.blocks[:, child.row, : tables.num_blocks[child.row]])
     s.forked.clear()
     plan = builder.plan(s, rows, start)
     if builder.forks:

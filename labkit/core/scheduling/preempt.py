@@ -40,7 +40,8 @@ def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None)
 
 def cheaper(s: SchedulerState, num_computed: int) -> str:
     """recompute or swap: as configured, or the one that costs less; never swap without room in host memory."""
-    if s.preemption == "recompute" or not 0 < s.blocks.blocks_for(num_computed) <= len(s.blocks.host.free):
+    most = s.blocks.most_blocks(num_computed, 1)
+    if s.preemption == "recompute" or not 0 < most <= len(s.blocks.host.free):
         return "recompute"
     if s.preemption == "swap":
         return "swap"
@@ -55,16 +56,17 @@ def vacate(s: SchedulerState, row: int, how: str) -> None:
     """Take a preempted request off its row, its blocks to host memory or given up, and queue it."""
     request = s.row_request[row]
     assert request is not None
-    blocks = s.tables.row_blocks(row)
     num_computed = int(s.tables.num_computed[row])
     request.output = request.output_array.copy()
     request.row = None
-    num_swapped = s.blocks.blocks_for(num_computed)
+    blocks = s.tables.blocks[:, row, : s.blocks.blocks_for(num_computed)].reshape(-1)  # of every group, 0: released
+    num_swapped = int((blocks > 0).sum())
     if how == "swap" and 0 < num_swapped <= len(s.blocks.host.free):
-        host = s.blocks.host.take(num_swapped)
-        s.blocks.host.count[host] = 1
-        s.swap_out += zip(blocks[:num_swapped], host, strict=True)
-        request.host_blocks, request.num_computed, request.swap_step = host, num_computed, s.step
+        host = np.zeros(len(blocks), np.int64)
+        host[blocks > 0] = taken = s.blocks.host.take(num_swapped)
+        s.blocks.host.count[taken] = 1
+        s.swap_out += zip(blocks[blocks > 0].tolist(), taken, strict=True)
+        request.host_blocks, request.num_computed, request.swap_step = host.tolist(), num_computed, s.step
         request.status = Status.SWAPPED
         s.num_swapped += 1
         s.log.add(("SwappedOut", request.id, num_swapped))
@@ -74,8 +76,8 @@ def vacate(s: SchedulerState, row: int, how: str) -> None:
 
 def drop_host_blocks(s: SchedulerState, request: Request) -> None:
     """A swapped request no longer needs its blocks: it ended, or will compute them again."""
-    gone = set(request.host_blocks)
+    gone = {block for block in request.host_blocks if block}
     s.swap_out = [(block, host) for block, host in s.swap_out if host not in gone]
-    s.blocks.host.free += s.blocks.host.release(np.array(request.host_blocks, np.int64)).tolist()
+    s.blocks.host.free += s.blocks.host.release(np.array(sorted(gone), np.int64)).tolist()
     request.host_blocks, request.num_computed = [], 0
     s.num_swapped -= 1

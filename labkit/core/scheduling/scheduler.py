@@ -254,7 +254,7 @@ class Scheduler(SchedulerState, Shown):
         """A dynamic order's keys, asked before anything is decided: a function that raises leaves no trace."""
         for request in self.queue:
             hit = admission.peek(self, request, admission.known_hashes(self, request))
-            request.cached_tokens = len(hit) * self.blocks.block_size
+            request.cached_tokens = hit.num_blocks * self.blocks.block_size
         self.queue.reorder(now)
 
     # -- a step: commit ------------------------------------------------------------------------------------------

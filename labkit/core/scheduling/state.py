@@ -260,7 +260,7 @@ class SchedulerState:
             assert computed <= known, f"row {row}: {computed} computed of {known} known"
             assert computed <= scheduled <= known + in_flight, f"row {row}: {computed} <= {scheduled} <= {known}"
             assert scheduled <= tables.room[row], f"row {row}: {scheduled} scheduled, room for {tables.room[row]}"
-        host = sum(len(request.host_blocks) for request in self.requests.values())
+        host = sum(len(request.host_blocks) - request.host_blocks.count(0) for request in self.requests.values())
         host += sum(len(blocks) for _, blocks in self.host_releases)
         assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is lost"
 

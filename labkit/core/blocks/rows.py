@@ -1,0 +1,409 @@
+"""Blocks by row, as the scheduler uses them: reference counts, prefix cache, eviction. Knows no requests.
+
+Layers that keep different parts of the context are in different *groups*: `windows[g]` is how many of the last tokens
+group g's layers attend to, None for all of them. A row has one table a group, of equal length, over one pool: a block
+holds the keys and values of one group's layers. Entries of a windowed group that have left its window are released,
+and name block 0, the scratch block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from labkit.core.blocks.eviction import EvictionChoice, EvictionPolicy, eviction_policy
+from labkit.core.blocks.full import FullBlocks
+from labkit.core.blocks.prefix import EventSink, PrefixCache, Span, group_key
+from labkit.core.blocks.table import Pin
+from labkit.core.blocks.tables import NEVER, BlockPool, BlockTables, Ints, Tokens
+from labkit.core.options import whole
+
+
+class OutOfBlocksError(RuntimeError):
+    """More blocks were asked for than are free or evictable. Nothing was changed."""
+
+
+class Hit(NamedTuple):
+    """The cached blocks a prompt may start with, one list a group; 0 stands for a block that its window has left."""
+
+    num_blocks: int  # in each list
+    blocks: list[list[int]]
+
+    @property
+    def held(self) -> list[int]:
+        """All of them as one list."""
+        if len(self.blocks) == 1:
+            return self.blocks[0]
+        return [block for group in self.blocks for block in group]
+
+
+class RowBlocks:
+    """The pool, the tables by row, the prefix cache and the eviction policy, kept consistent."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int,
+        eviction: EvictionChoice,
+        prefix_caching: bool,
+        windows: Sequence[int | None],
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
+        if not self.windows:
+            raise ValueError("windows is one entry a group of layers, None for full attention: got none")
+        self.num_groups = len(self.windows)
+        self.pool = BlockPool(num_blocks)
+        self.host = BlockPool(num_host_blocks)
+        self.tables = BlockTables(block_size, self.num_groups)
+        self.prefix = PrefixCache(num_blocks, block_size, holders=self.pool.count)
+        self._eviction = eviction_policy(eviction)
+        self._eviction.attach(self.prefix)
+        self.prefix_caching = prefix_caching
+        self.attached = False  # a runner computes these blocks: nothing may be stored that it did not compute
+        self.pins: list[Pin] = []
+        self.now = 0
+        self.step = 0
+        self.emit: EventSink | None = None
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+        self.num_queries = 0
+        self.num_hit_queries = 0
+        self.num_copied = 0
+        self.copies: dict[int, dict[int, int]] = {}  # row -> index in its table -> the block that was copied there
+        self.num_evicted = 0
+        self.released: list[tuple[int, Ints, Ints]] = []  # (group, rows, indices) since the last plan: now scratch
+        self._own_rows: set[int] = set()  # rows of tables made by name, not by a scheduler
+        self._full = FullBlocks(self.tables, self.prefix, self.windows)
+        self._windowed = [(group, window) for group, window in enumerate(self.windows) if window is not None]
+
+    @property
+    def num_free(self) -> int:
+        return len(self.pool.free)
+
+    @property
+    def num_cached(self) -> int:
+        return len(self._eviction)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self.pool.free) - len(self._eviction)
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be had without taking them from anyone."""
+        return len(self.pool.free) + len(self._eviction)
+
+    @property
+    def eviction(self) -> EvictionPolicy:
+        return self._eviction
+
+    @eviction.setter
+    def eviction(self, choice: EvictionChoice) -> None:
+        policy, old = eviction_policy(choice), self._eviction
+        if policy is old:
+            return
+        cached = old.candidates()
+        policy.attach(self.prefix)
+        _tell_time(policy, self.now)
+        policy.freed(cached)
+        old.forget(cached)
+        self._eviction = policy
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def usable_blocks(self, num_hashes_or_tokens: int, spans: Sequence[Span], num_tokens: int) -> int:
+        """How many whole blocks a hit may use: one token is left to compute, and no span is split."""
+        usable = min(num_hashes_or_tokens, max(num_tokens - 1, 0)) // self.block_size
+        for span in sorted(spans, key=lambda span: -span.start):
+            if span.start < usable * self.block_size < span.end:
+                usable = span.start // self.block_size
+        return usable
+
+    def hit(
+        self, hashes: list[bytes], num_tokens: int, spans: Sequence[Span] = (), windows: Sequence[int | None] = ()
+    ) -> Hit:
+        """The cached blocks a prompt may start with: the longest prefix of which every group has what it attends to.
+        Changes nothing."""
+        windows = windows or self.windows
+        usable = max(num_tokens - 1, 0) // self.block_size
+        if windows == (None,):
+            found = self.prefix.find(hashes[:usable])
+            if spans:
+                found = found[: self.usable_blocks(len(found) * self.block_size, spans, num_tokens)]
+            return Hit(len(found), [found])
+        if spans:
+            usable = self.usable_blocks(num_tokens, spans, num_tokens)
+        get = self.prefix.block_of.get
+        stored = [[get(group_key(digest, group), 0) for digest in hashes[:usable]] for group in range(len(windows))]
+        for end in range(min(usable, len(hashes)), 0, -1):
+            first = [0 if window is None else max(0, end - self.blocks_for(window)) for window in windows]
+            if (not spans or self.usable_blocks(end * self.block_size, spans, num_tokens) == end) and all(
+                all(blocks[begin:end]) for blocks, begin in zip(stored, first, strict=True)
+            ):
+                return Hit(end, [[0] * begin + blocks[begin:end] for blocks, begin in zip(stored, first, strict=True)])
+        return Hit(0, [[] for _ in windows])
+
+    def num_revived(self, blocks: list[int]) -> int:
+        """How many of these blocks nobody holds: taking them makes that many fewer available."""
+        return int((self.pool.count[[block for block in blocks if block]] == 0).sum()) if blocks else 0
+
+    def most_blocks(self, num_tokens: int, chunk: int) -> int:
+        """The most blocks that a row of `num_tokens` tokens holds at once, computed in chunks of at most `chunk`: a
+        windowed group gives back what its window has left."""
+        whole_row = self.blocks_for(num_tokens)
+        if not self._windowed:
+            return whole_row * self.num_groups
+        within = [min(whole_row, self.blocks_for(window + chunk) + 1) for _, window in self._windowed]
+        return whole_row * (self.num_groups - len(within)) + sum(within)
+
+    def count_query(self, num_tokens: int, num_hit_blocks: int) -> None:
+        self.num_queries += 1
+        self.num_hit_queries += num_hit_blocks > 0
+        self.num_queried_tokens += num_tokens
+        self.num_hit_tokens += num_hit_blocks * self.block_size
+
+    def open(
+        self, name: str, root: bytes, hashes: list[bytes] | None, keys: dict[int, bytes], row: int | None = None
+    ) -> int:
+        """A row for `name`, empty."""
+        own = row is None
+        row = self.tables.open(name, row)
+        if own:
+            self._own_rows.add(row)
+        self.tables.last_hash[row] = root
+        self.tables.hashes[row] = hashes
+        if keys:
+            self.tables.span_keys[row] = keys
+        stores = self.prefix_caching and not (own and self.attached)
+        self.tables.next_full[row] = self.block_size if stores else NEVER
+        return row
+
+    def join(self, row: int, tokens: Tokens, hit: Hit) -> None:
+        """Fill a fresh row with known tokens and the blocks that were hit."""
+        tables = self.tables
+        tables.write_tokens(row, 0, tokens)
+        if hit.num_blocks:
+            held = hit.held
+            self.hold(held)
+            self.prefix.hits[held] += 1
+            tables.append(row, hit.blocks)
+            tables.num_computed[row] = hit.num_blocks * self.block_size
+            if tables.next_full[row] != NEVER:
+                tables.next_full[row] = (hit.num_blocks + 1) * self.block_size
+            tables.last_hash[row] = self.prefix.hash_of(hit.blocks[0][-1])
+            for group, _ in self._windowed:
+                tables.front[group, row] = hit.blocks[group].count(0)
+
+    def hold(self, blocks: list[int]) -> None:
+        """Count blocks up; those that were only cached are no longer up for eviction."""
+        at = np.array(blocks, np.int64)
+        at = at[at > 0]
+        if not len(at):
+            return
+        idle = self.pool.count[at] == 0
+        if idle.any():
+            self._eviction.touched(at[idle].tolist())
+        self.pool.count[at] += 1
+
+    def release(self, blocks: list[int]) -> None:
+        """Count blocks down, the last of a chain first. Whoever is free then: cached ones wait in line to be evicted,
+        the others are the next to be reused."""
+        if not blocks:
+            return
+        at = np.array(blocks[::-1], np.int64)
+        gone = self.pool.release(at[at > 0])
+        stored = self.prefix.stored[gone]
+        self.pool.free += gone[~stored].tolist()
+        if stored.any():
+            self._eviction.freed(gone[stored].tolist())
+
+    def take(self, n: int, names: str | Sequence[str | None] | None = None) -> list[int]:
+        """`n` empty blocks, counted once each, evicting what must go. `names` says for whom, once or for each."""
+        pool = self.pool
+        short = n - len(pool.free)
+        if short > 0:
+            evicted = self._evict(short, names, n)
+            blocks = pool.take(n - short) + evicted
+        else:
+            blocks = pool.take(n)
+        if n <= 8:
+            for block in blocks:
+                pool.count[block] = 1
+        else:
+            pool.count[blocks] = 1
+        return blocks
+
+    def _evict(self, n: int, names: str | Sequence[str | None] | None, wanted: int) -> list[int]:
+        if n > len(self._eviction):
+            raise OutOfBlocksError(f"{wanted} blocks wanted, {self.available} available")
+        evicted = self._eviction.evict(n)
+        each = [names] * n if names is None or isinstance(names, str) else names[wanted - n :]
+        self.prefix.remove(evicted, self.step, each)
+        self.num_evicted += n
+        return evicted
+
+    def grow(self, row: int, num_tokens: int, name: str | None = None) -> list[list[int]]:
+        """Blocks for a row's first `num_tokens` tokens; the new ones of each group."""
+        more = self.blocks_for(num_tokens) - int(self.tables.num_blocks[row])
+        if more <= 0:
+            return []
+        taken = self.take(more * self.num_groups, name)
+        blocks = [taken[at : at + more] for at in range(0, len(taken), more)]
+        self.tables.append(row, blocks)
+        return blocks
+
+    def must_copy(self, row: int, start: int) -> bool:
+        """Would writing at token `start` touch a block that others hold too, or that was stored by one who did?"""
+        if row not in self.tables.shared:
+            return False
+        index = start // self.block_size
+        if index >= self.tables.num_blocks[row]:
+            return False
+        block = self.tables.blocks[0, row, index]
+        return bool(self.pool.count[block] > 1 or self.prefix.stored[block])
+
+    def copy_on_write(self, row: int, start: int) -> tuple[int, list[tuple[int, int]]]:
+        """Give the row its own copy of the blocks that token `start` is written to: their index in its tables, and
+        (source, copy) of each group."""
+        index = start // self.block_size
+        column = self.tables.blocks[:, row, index]
+        sources = column.tolist()
+        copies = self.take(self.num_groups)
+        column[:] = copies
+        self.release(sources)
+        self.tables.shared.discard(row)
+        self.num_copied += self.num_groups
+        self.copies.setdefault(row, {})[index] = sources[0]
+        pairs = list(zip(sources, copies, strict=True))
+        if self.emit is not None:
+            for source, copy in pairs:
+                self.emit(("Copied", source, copy))
+        return index, pairs
+
+    def fork_row(self, row: int, name: str, to: int | None = None) -> int:
+        """A row over the same blocks and tokens."""
+        tables = self.tables
+        other = self.open(name, b"", None, {}, to)
+        blocks = tables.blocks[:, row, : self.blocks_for(int(tables.num_tokens[row]))]
+        self.hold(blocks.reshape(-1).tolist())
+        tables.append(other, blocks.copy())
+        tables.front[:, other] = tables.front[:, row]
+        tables.write_tokens(other, 0, tables.row_tokens(row).copy())
+        tables.num_computed[other] = tables.num_computed[row]
+        if tables.next_full[other] != NEVER:
+            next_full = int(tables.next_full[row])
+            tables.next_full[other] = next_full
+            tables.last_hash[other] = tables.last_hash[row]
+            tables.hashes[other] = tables.hashes[row]
+            if row in tables.span_keys:
+                tables.span_keys[other] = tables.span_keys[row]
+        if tables.num_tokens[row] % self.block_size or tables.num_computed[row] % self.block_size:
+            tables.shared |= {row, other}
+        return other
+
+    def close(self, name: str, *, reserved: bool = False) -> None:
+        """Release a table and its row."""
+        row = self.tables.row_of[name]
+        self.release(self.tables.held(row))
+        self.copies.pop(row, None)
+        self.tables.close(name, reserved=reserved)
+
+    def commit(self, rows: Ints, end: Ints) -> None:
+        """These rows are computed up to `end`: full blocks become hit-able."""
+        tables = self.tables
+        tables.num_computed[rows] = end
+        full = (end >= tables.next_full[rows]).nonzero()[0]
+        if len(full):
+            self._full.store(rows[full], end[full])
+        for group, window in self._windowed:
+            first = np.maximum(end - window + 1, 0) // self.block_size  # the first block that later queries read
+            for i in (first > tables.front[group, rows]).nonzero()[0].tolist():
+                self.leave_window(group, int(rows[i]), int(first[i]))
+
+    def leave_window(self, group: int, row: int, first: int) -> None:
+        """Release the blocks of a row's table before index `first`, and name scratch in their place."""
+        tables = self.tables
+        index = np.arange(tables.front[group, row], first)
+        gone = tables.blocks[group, row, index]
+        self.release(gone.tolist())
+        tables.blocks[group, row, index] = 0
+        tables.front[group, row] = first
+        self.released.append((group, np.full(len(index), row), index))
+
+    def release_pins(self) -> bool:
+        """Let go of the oldest pin; whether there was one."""
+        if not self.pins:
+            return False
+        self.release(list(self.pins.pop(0).blocks))
+        return True
+
+    def tick(self, now: int) -> None:
+        """Time has come to `now` (ns): expired pins and blocks go."""
+        self.now = now
+        expired = getattr(self._eviction, "expired", None)
+        if expired is not None and (old := expired(now)):
+            self._eviction.forget(old)
+            self.prefix.remove(old, self.step, [None] * len(old))
+            self.pool.free += old
+        if self.pins:
+            over = [pin for pin in self.pins if pin.expires is not None and pin.expires <= now]
+            self.pins = [pin for pin in self.pins if all(pin is not other for other in over)]
+            for pin in over:
+                self.release(list(pin.blocks))  # last: they were in use until now
+
+    def attach(self) -> None:
+        """A runner computes these blocks from now on. What was stored before is in no runner's memory, and tables made
+        by name are never stored."""
+        self.clear_prefixes()
+        self.tables.next_full[list(self._own_rows)] = NEVER
+        self.attached = True
+
+    def clear_prefixes(self) -> None:
+        """Forget every hash; blocks in use stay in use, and chains that have begun are never stored again."""
+        cached = self._eviction.candidates()
+        self._eviction.forget(cached)
+        self.prefix.clear()
+        self.pool.free += cached
+        self.tables.next_full[self.tables.num_computed > 0] = NEVER
+
+    # -- laws ----------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """free + cached + used == total; every count is its tables plus its pins; no block is in two places."""
+        tables, pool = self.tables, self.pool
+        counted = np.zeros(self.num_blocks + 1, np.int64)
+        for row in tables.row_of.values():
+            blocks = [block for block in tables.held(row) if block]
+            assert len(set(blocks)) == len(blocks), f"row {row} names a block twice"
+            np.add.at(counted, blocks, 1)
+            places = tables.num_blocks[row] * self.block_size
+            assert tables.room[row] == places, f"row {row}: room and blocks disagree"
+            for group, window in self._windowed:
+                front = tables.front[group, row]
+                assert not tables.blocks[group, row, :front].any(), f"row {row} holds blocks before its window"
+                assert front * self.block_size <= max(tables.num_computed[row] - window + 1, 0), f"row {row}: front"
+            assert tables.num_computed[row] <= tables.num_tokens[row], f"row {row}: more computed than known"
+            assert tables.num_computed[row] <= tables.room[row], f"row {row}: more computed than there is room for"
+        for pin in self.pins:
+            np.add.at(counted, list(pin.blocks), 1)
+        assert (counted == pool.count).all(), f"counts are wrong: {np.flatnonzero(counted != pool.count)[:8]}"
+        candidates = self._eviction.candidates()
+        assert len(candidates) == len(self._eviction), "the eviction policy miscounts its candidates"
+        places = np.concatenate((np.flatnonzero(counted), np.array(pool.free + candidates, np.int64)))
+        assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, "a block is lost or twice"
+        assert self.prefix.stored[candidates].all(), "a candidate for eviction holds nothing"
+        assert not self.prefix.stored[pool.free].any(), "a free block still has a hash"
+        self.prefix.check()
+        host = self.host
+        assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is lost"
+
+
+def _tell_time(policy: EvictionPolicy, now: int) -> None:
+    """Policies that reckon with time are told before they are given blocks."""
+    if (expired := getattr(policy, "expired", None)) is not None:
+        expired(now)
