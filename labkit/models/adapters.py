@@ -1,21 +1,22 @@
 """Attention for families that transformers does not send through its attention interface: their own projections and
-positions, then the interface all the same. Knows three families' modules by their parts."""
+positions, then the interface all the same. Knows three families' attention modules by their parts."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
+
+from labkit.models import hf
 
 
 def _through_interface(module: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """[1, heads, tokens, size] each -> [1, tokens, heads * size]."""
-    out, _ = AttentionInterface()["labkit_paged"](module, q, k, v, None, **options)
+    out, _ = hf.AttentionInterface()["labkit_paged"](module, q, k, v, None, **options)
     return out.flatten(2)  # type: ignore[no-any-return]
 
 
@@ -68,8 +69,50 @@ def gptj(self: Any, hidden_states: Tensor, *args: Any, position_ids: Any = None,
     return self.out_proj(out), None
 
 
-ADAPTERS: dict[str, dict[str, Callable[..., Any]]] = {
-    "bloom": {"BloomAttention": bloom},
-    "falcon": {"FalconAttention": falcon},
-    "gptj": {"GPTJAttention": gptj},
-}
+def _rotates(module: nn.Module) -> None:
+    hf.member(type(module).__module__, "apply_rotary_pos_emb")
+
+
+class Adapter(NamedTuple):
+    """The forward of an attention class, and the parts of it that this forward uses."""
+
+    attention: str
+    forward: Callable[..., Any]
+    parts: tuple[str, ...]
+    rotates: bool = False
+
+
+ADAPTERS = {
+    "bloom": Adapter("BloomAttention", bloom, ("_reshape", "query_key_value", "num_heads", "inv_norm_factor", "dense")),
+    "falcon": Adapter(
+        "FalconAttention",
+        falcon,
+        ("query_key_value", "new_decoder_architecture", "num_kv_heads", "head_dim", "multi_query", "num_heads",
+         "inv_norm_factor", "dense"),
+        rotates=True,
+    ),
+    "gptj": Adapter(
+        "GPTJAttention",
+        gptj,
+        ("num_attention_heads", "head_dim", "q_proj", "k_proj", "v_proj", "rotary_dim", "scale_attn", "out_proj"),
+        rotates=True,
+    ),
+}  # fmt: skip
+
+
+def adapt(model: nn.Module) -> bool:
+    """Give a family's attention modules a forward that asks the interface; whether this is such a family."""
+    adapter = ADAPTERS.get(model.config.model_type)  # type: ignore[union-attr, arg-type]
+    if adapter is None:
+        return False
+    found = [module for module in model.modules() if type(module).__name__ == adapter.attention]
+    if not found:
+        raise hf.changed(f"{type(model).__name__}: it has no {adapter.attention}")
+    if adapter.forward is gptj and not hasattr(found[0], "embed_positions"):
+        return False  # since transformers 5.24 this family asks the interface itself
+    for module in found:
+        hf.parts(module, *adapter.parts)
+        if adapter.rotates:
+            _rotates(module)
+        module.forward = adapter.forward.__get__(module)  # type: ignore[method-assign]
+    return True

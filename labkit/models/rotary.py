@@ -42,7 +42,7 @@ def rope_table(config: Any, head_size: int, length: int, layer_type: str | None 
 
 
 def _scaled(config: Any, kind: str, length: int, layer_type: str | None) -> tuple[Tensor, float]:
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from labkit.models.hf import ROPE_INIT_FUNCTIONS
 
     if kind not in ROPE_INIT_FUNCTIONS:
         raise ValueError(f"rope type {kind!r} is not known; known: default, {', '.join(ROPE_INIT_FUNCTIONS)}")

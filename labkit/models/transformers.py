@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoModelForCausalLM
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from labkit.loading.checkpoint import Source
 from labkit.loading.dense import Linear, linear
+from labkit.models import hf
+from labkit.models.adapters import adapt
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_parameters
@@ -81,10 +81,10 @@ def _attention(
     return out[None], None
 
 
-AttentionInterface.register(NAME, _attention)  # and no mask of that name, so that none is made
+hf.AttentionInterface.register(NAME, _attention)  # and no mask of that name, so that none is made
 
 
-class _Hidden(BaseModelOutputWithPast):
+class _Hidden(hf.BaseModelOutputWithPast):  # type: ignore[name-defined, misc]
     """Hidden states, and None for whatever else a head may pass on."""
 
     def __getattr__(self, name: str) -> None:
@@ -101,7 +101,7 @@ class _Given(nn.Module):
     def decoder(self) -> _Given:  # opt's head asks past its model
         return self
 
-    def forward(self, *args: Any, **options: Any) -> BaseModelOutputWithPast:
+    def forward(self, *args: Any, **options: Any) -> _Hidden:
         return _Hidden(last_hidden_state=self.hidden)
 
 
@@ -136,9 +136,9 @@ class TransformersModel:
         options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
         try:
             if folder is not None:
-                model = AutoModelForCausalLM.from_pretrained(folder, device_map=None, **options)
+                model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=None, **options)
             else:
-                model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+                model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         except (ValueError, KeyError, ImportError, AttributeError) as error:
             raise ValueError(f"transformers cannot build a causal model of {config.model_type!r}: {error}") from error
         model = model.to(self.device).eval().requires_grad_(False)
@@ -254,16 +254,3 @@ def swap_linears(model: nn.Module) -> list[Linear]:
 
 def _flat(ours: Linear) -> Callable[[Tensor], Tensor]:
     return lambda x: ours.multiply(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])
-
-
-def adapt(model: nn.Module) -> bool:
-    """Families whose attention does not ask the interface get one that does. Is this one of them?"""
-    from labkit.models.adapters import ADAPTERS
-
-    forward = ADAPTERS.get(model.config.model_type)
-    if forward is None:
-        return False
-    for module in model.modules():
-        if type(module).__name__ in forward:
-            module.forward = forward[type(module).__name__].__get__(module)  # type: ignore[method-assign]
-    return True

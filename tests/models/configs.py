@@ -70,6 +70,7 @@ OTHERS = {
     "bloom": {"n_layer": 2, "n_head": 6},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
     "gptj": {**GPT_LIKE, "rotary_dim": 8},
+    "codegen": {**GPT_LIKE, "rotary_dim": 8},
 }  # fmt: skip
 
 

@@ -53,7 +53,6 @@ def test_native_and_transformers_paths_agree_on_the_same_weights(kind):
     ("kind", "message"),
     [
         ("mamba", "of its 2 layers 0 go through transformers' attention interface"),
-        ("codegen", "is not supported"),
         ("llama4_text", "'llama4_text' is not supported: its chunked attention"),
     ],
 )

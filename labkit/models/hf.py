@@ -1,0 +1,53 @@
+"""What labkit uses of transformers' insides, looked up in one place: what a new version has moved is said by name.
+
+Everything else in labkit uses transformers' documented interface.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import transformers
+from torch import nn
+
+TESTED = ("5.17", "5.24")  # the oldest and the newest minor version that the tests passed with
+
+
+def changed(what: str) -> ImportError:
+    """The error for something that this version of transformers no longer has."""
+    first, last = TESTED
+    major, minor = last.split(".")
+    return ImportError(
+        f"transformers {transformers.__version__} changed {what}; labkit was tested with {first} to {last}: "
+        f"pip install 'transformers>={first},<{major}.{int(minor) + 1}'"
+    )
+
+
+def member(module: str, name: str) -> Any:
+    """`name` of one of transformers' modules."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise changed(f"{module}.{name}, which is gone") from error
+
+
+def parts(module: nn.Module, *names: str) -> None:
+    """Check that an attention module has the parts that its adapter uses."""
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise changed(f"{type(module).__name__}: it has no {', '.join(missing)}")
+
+
+AttentionInterface = member("transformers", "AttentionInterface")
+AutoModelForCausalLM = member("transformers", "AutoModelForCausalLM")
+BaseModelOutputWithPast = member("transformers.modeling_outputs", "BaseModelOutputWithPast")
+ROPE_INIT_FUNCTIONS = member("transformers.modeling_rope_utils", "ROPE_INIT_FUNCTIONS")
+for _owner, _name in (
+    (AttentionInterface, "register"),
+    (AttentionInterface, "__getitem__"),
+    (member("transformers", "PreTrainedModel"), "set_attn_implementation"),
+    (member("transformers", "PreTrainedModel"), "get_output_embeddings"),
+):
+    if not hasattr(_owner, _name):
+        raise changed(f"{_owner.__name__}.{_name}, which is gone")

@@ -1,0 +1,46 @@
+"""What a new transformers has moved is said by name, with the versions that work."""
+
+import importlib
+import re
+
+import pytest
+import transformers
+
+from labkit import load_model
+from labkit.models import adapters, hf
+from tests.models.configs import config
+
+
+def test_a_name_that_is_gone_is_said_with_the_versions_that_work(monkeypatch):
+    monkeypatch.delattr(transformers.modeling_rope_utils, "ROPE_INIT_FUNCTIONS")
+    version, (first, last) = re.escape(transformers.__version__), hf.TESTED
+    expected = f"transformers {version} changed transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS, which is gone"
+    with pytest.raises(ImportError, match=f"{expected}; labkit was tested with {first} to {last}: pip install"):
+        importlib.reload(hf)
+    monkeypatch.undo()
+    importlib.reload(hf)
+
+
+@pytest.mark.parametrize("part", ["query_key_value", "inv_norm_factor"])
+def test_an_attention_that_lost_a_part_is_named(monkeypatch, part):
+    module = importlib.import_module("transformers.models.bloom.modeling_bloom")
+    made = module.BloomAttention.__init__
+
+    def without(self, *args, **options):
+        made(self, *args, **options)
+        delattr(self, part)
+
+    monkeypatch.setattr(module.BloomAttention, "__init__", without)
+    with pytest.raises(ImportError, match=f"changed BloomAttention: it has no {part}; labkit was tested with"):
+        load_model(config("bloom"), load_format="dummy", path="transformers")
+
+
+def test_an_attention_that_was_renamed_is_named(monkeypatch):
+    monkeypatch.setitem(adapters.ADAPTERS, "bloom", adapters.ADAPTERS["bloom"]._replace(attention="Renamed"))
+    with pytest.raises(ImportError, match="changed BloomForCausalLM: it has no Renamed"):
+        load_model(config("bloom"), load_format="dummy", path="transformers")
+
+
+def test_the_versions_that_were_tested_hold_the_installed_one():
+    first, last = (tuple(map(int, version.split("."))) for version in hf.TESTED)
+    assert first <= tuple(map(int, transformers.__version__.split(".")[:2])) <= last
