@@ -6,8 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .core.shown import draw_with
-
-__version__ = "0.1.0.dev0"
+from .core.version import __version__
 
 _HOME = {
     "BlockManager": "core.blocks.manager",
@@ -36,7 +35,7 @@ _HOME = {
     "Load": "notebook.play",
     "Player": "notebook.play",
     "Engine": "engine.engine",
-    "StalledError": "engine.engine",
+    "StalledError": "engine.loop",
     "LLM": "llm",
     "BeamSearchParams": "engine.beams",
     "parse_benchmark_output": "bench.metrics",
@@ -87,8 +86,9 @@ if TYPE_CHECKING:
     from .core.request import Request
     from .core.scheduling.scheduler import RejectedError, Scheduler
     from .engine.beams import BeamSearchParams, beam_search
-    from .engine.engine import Engine, StalledError
+    from .engine.engine import Engine
     from .engine.handle import Handle, RequestError
+    from .engine.loop import StalledError
     from .lab.divergence import divergence
     from .lab.kernel_lab import kernel_lab
     from .lab.trial import try_variant

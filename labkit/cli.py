@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from labkit import __version__
 from labkit.bench import commands as bench_commands
+from labkit.core.version import __version__
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "study": {"bench", "clock", "core", "engine", "runner", "study", "widgets"},
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "runner", "text", "widgets"},
     "notebook": {"", "bench", "clock", "core", "engine", "notebook", "runner", "widgets"},
-    "cli": {"", "bench", "notebook"},
+    "cli": {"", "bench", "core", "notebook"},
     "__init__": {
         "assets",
         "bench",
@@ -148,3 +148,76 @@ def test_every_public_name_resolves_and_files_open_with_what_they_know():
     for path in modules():
         if path.read_text().strip():
             assert ast.get_docstring(ast.parse(path.read_text())), f"{path} opens without a word"
+
+
+def circles(package: str, root: Path) -> list[list[str]]:
+    """Groups of modules that import each other, directly or around a corner; imports inside functions and for type
+    checkers count too."""
+    name_of = {}
+    for path in sorted((root / package).rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name_of[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    graph: dict[str, set[str]] = {}
+    for name, path in name_of.items():
+        here = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        graph[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            found: list[str] = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = here.split(".")[: len(here.split(".")) - node.level + 1] if node.level else []
+                origin = ".".join([*base, *([node.module] if node.module else [])])
+                found = [f"{origin}.{alias.name}" for alias in node.names] + [origin]
+                found = found[:-1] if all(one in name_of for one in found[:-1]) else found
+            graph[name] |= {one for one in found if one in name_of and one != name}
+    order: list[str] = []
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    groups: list[list[str]] = []
+
+    def visit(name: str) -> None:  # Tarjan's strongly connected components
+        index[name] = low[name] = len(index)
+        order.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                visit(other)
+            if other in order:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            group = order[order.index(name) :]
+            del order[order.index(name) :]
+            if len(group) > 1:
+                groups.append(sorted(group))
+
+    for name in graph:
+        if name not in index:
+            visit(name)
+    return groups
+
+
+@pytest.mark.parametrize(("package", "root"), [("labkit", ROOT), ("labkit_kernels", ROOT / "kernels")])
+def test_no_modules_import_each_other(package, root):
+    found = circles(package, root)
+    assert not found, "modules that import each other: " + "; ".join(", ".join(group) for group in found)
+
+
+def test_a_circle_is_found_also_inside_functions(tmp_path):
+    (tmp_path / "house").mkdir()
+    (tmp_path / "house" / "__init__.py").write_text("")
+    (tmp_path / "house" / "a.py").write_text("from house import b\n")
+    (tmp_path / "house" / "b.py").write_text("def late():\n    from . import c\n")
+    (tmp_path / "house" / "c.py").write_text("from house.a import name\n")
+    assert circles("house", tmp_path) == [["house.a", "house.b", "house.c"]]
+
+
+@pytest.mark.parametrize("folder", ["labkit", "kernels"])
+def test_no_file_is_over_450_lines(folder):
+    """A longer one is usually two ideas."""
+    long = {
+        str(path.relative_to(ROOT)): length
+        for path in sorted((ROOT / folder).rglob("*"))
+        if path.suffix in {".py", ".cpp", ".h", ".js", ".css"}
+        if (length := len(path.read_text().splitlines())) > 450
+    }
+    assert not long, f"files over 450 lines: {long}"

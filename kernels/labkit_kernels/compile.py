@@ -4,7 +4,7 @@ refuses to know what a kernel computes.
     from labkit_kernels.compile import compile_ops
     print(compile_ops(["rms_norm"]))    # registers, spills and shared memory on sm_80, sm_90 and sm_100
 
-Importing this file brings no Triton: kernel files import `Config` from here, and are themselves imported on first use.
+Importing this file brings no Triton; kernel files are imported on first use.
 """
 
 from __future__ import annotations
@@ -25,42 +25,12 @@ from typing import Any
 import torch
 
 from . import show
+from .config import ARCHS, MOST_SHARED, Config
 from .launches import language, launched
 from .registry import OPS, Op, get
 from .rows import Rows, short, write
 
-ARCHS = (80, 90, 100)
-MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one program may take
-
 MOST_REGISTERS = 255  # one thread may have
-
-
-@dataclass(frozen=True)
-class Config:
-    """One kernel as it is launched by default: types of its arguments, values of its constants.
-
-    `constexprs` may hold num_warps and num_stages, as keyword arguments of a launch do. Pointers are taken to be
-    aligned to 16 bytes, and so are the integers named in `aligned`.
-    """
-
-    kernel: Any  # a triton.jit function
-    signature: dict[str, str]  # name -> "*bf16", "i32", "fp32"
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    archs: tuple[int, ...] = ARCHS
-    aligned: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        constants = dict(self.constexprs)
-        object.__setattr__(self, "num_warps", constants.pop("num_warps", self.num_warps))
-        object.__setattr__(self, "num_stages", constants.pop("num_stages", self.num_stages))
-        object.__setattr__(self, "constexprs", constants)
-
-    def __repr__(self) -> str:
-        pointers = [kind[1:] for kind in self.signature.values() if kind.startswith("*")]
-        dtypes = dict.fromkeys(kind for kind in pointers if not kind.startswith("i"))  # indices say nothing
-        return " ".join([*dtypes, *(f"{name}={value}" for name, value in self.constexprs.items())])
 
 
 @dataclass(frozen=True)
@@ -207,8 +177,8 @@ def compile_config(op: str, config: Config, arch: int) -> Row:
 def compiled_for(config: Config, arch: int) -> Any:
     """Triton's compiled kernel: `.asm["ptx"]`, `.metadata`."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+
+    from .jit import ASTSource, GPUTarget
 
     names = config.kernel.arg_names
     signature = {name: config.signature.get(name, "constexpr") for name in names}
@@ -247,7 +217,7 @@ def resources(ptx: str, arch: int) -> tuple[int, int]:
 
 def _ptxas(arch: int) -> str:
     """The assembler that comes with Triton: which of its two knows this architecture is for Triton to say."""
-    from triton.backends.nvidia.compiler import get_ptxas
+    from .jit import get_ptxas
 
     path: str = get_ptxas(arch).path
     return path

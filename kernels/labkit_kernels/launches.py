@@ -16,13 +16,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from .compile import Config
+from .config import Config
 
 LAUNCHES = 64  # recorded of one call at most: a launcher in an endless loop would wait for a result
 
@@ -37,9 +36,7 @@ class Launch:
 
     def config(self) -> Config:
         """What the compiler would be asked for: integers that are 1 are constants, as Triton has it."""
-        from triton.runtime.jit import mangle_type
-
-        from .compile import Config
+        from .jit import mangle_type
 
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
@@ -75,8 +72,7 @@ def install() -> None:
     global _installed
     if _installed or "triton" not in sys.modules or torch.cuda.is_available():
         return
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.jit import JITFunction
+    from .jit import Autotuner, JITFunction
 
     mend_interpreter()
     _installed = True
@@ -132,7 +128,7 @@ def _unchanged_language() -> Iterator[None]:
 
 def _inner(kernel: Any) -> Any:
     """The same function for the interpreter, made once."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from .jit import InterpretedFunction
 
     if "_labkit_interpreted" not in vars(kernel):
         kernel._labkit_interpreted = InterpretedFunction(kernel.fn)
@@ -153,7 +149,8 @@ def mend_interpreter() -> None:
     one element, which numpy 2.4 takes for no number any more."""
     import triton
     import triton.language as tl
-    from triton.runtime import interpreter
+
+    from .jit import interpreter
 
     if hasattr(interpreter, "_labkit_mended"):
         return
@@ -181,8 +178,7 @@ def mend_interpreter() -> None:
 def recorded() -> Iterator[list[Launch]]:
     """Within the block this thread's Triton kernels are not run: their launches are noted, and what they would write
     stays as it is. Other threads launch as ever."""
-    from triton.runtime.autotuner import Autotuner
-    from triton.runtime.jit import JITFunction
+    from .jit import Autotuner, JITFunction
 
     found: list[Launch] = []
     here = threading.get_ident()

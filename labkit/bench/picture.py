@@ -4,20 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, takewhile
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from labkit.widgets import charts, style
 
-if TYPE_CHECKING:
-    from labkit.bench.workload import Workload
+
+class Drawn(Protocol):
+    """One request of a workload, as far as it is drawn."""
+
+    prompt: tuple[int, ...]
+    num_output: int
+    arrival: float
+    priority: int
+    after: int | None
+
+
+class Drawable(Protocol):
+    """A workload, as far as it is drawn."""
+
+    @property
+    def asks(self) -> Sequence[Drawn]: ...
+
+    @property
+    def is_closed(self) -> bool: ...
+
 
 BLOCK = 16
 MOST_LOOKED_AT = 2000  # requests whose tokens are compared: a picture should not take longer than the run
 
 
-def workload_html(workload: Workload) -> str:
+def workload_html(workload: Drawable) -> str:
     asks = workload.asks
     opening = [ask for ask in asks if ask.after is None]
     come = [ask.arrival for ask in opening]
@@ -37,7 +55,7 @@ def workload_html(workload: Workload) -> str:
     return style.page(style.title(repr(workload)), charts.beside(groups), style.note("; ".join(notes)))
 
 
-def shared(workload: Workload) -> float:
+def shared(workload: Drawable) -> float:
     """The share of prompt tokens that a cache without bounds would have, in whole blocks."""
     seen: set[int] = set()
     lengths: list[int] = []

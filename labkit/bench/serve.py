@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
-from labkit import __version__
 from labkit.bench import metrics
 from labkit.bench.metrics import Timed
 from labkit.bench.workload import Ask, Workload
+from labkit.core.version import __version__
 
 
 def run(

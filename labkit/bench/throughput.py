@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit import __version__
 from labkit.bench import metrics
 from labkit.bench.process import start
 from labkit.bench.workload import Workload
+from labkit.core.version import __version__
 
 
 @dataclass(frozen=True)

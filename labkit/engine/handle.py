@@ -1,20 +1,28 @@
-"""A request as its owner holds it: text and tokens as they come, awaited, iterated, aborted. Knows one request and the
-engine it was given to; refuses to know how either works."""
+"""A request as the caller holds it: its text and tokens as they come, awaited, iterated, aborted."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator
+from typing import Any, Protocol
 
 from labkit.core.plan import Extras, TokenLogprobs
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.scheduler import RejectedError
 from labkit.text.stream import Text
+from labkit.text.tokenizer import Decoder
 
-if TYPE_CHECKING:
-    from labkit.engine.engine import Engine
+
+class Owner(Protocol):
+    """What a handle asks of the engine it was submitted to."""
+
+    @property
+    def tokenizer(self) -> Decoder | None: ...
+
+    def wait_for(self, handles: Iterable[Handle], timeout: float | None = None) -> None: ...
+    def wait_past(self, handle: Handle, seen: int) -> int: ...
+    async def wait_past_async(self, handle: Handle, seen: int | None) -> int: ...
+    def abort(self, request: str | Request) -> Handle: ...
 
 
 class RequestError(RuntimeError):
@@ -31,7 +39,7 @@ class Handle(Request):
 
     __slots__ = ("_lock", "_text", "captures", "engine", "logprobs", "prompt_logprobs", "prompt_text")
 
-    def __init__(self, *args: Any, engine: Engine, prompt_text: str | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, engine: Owner, prompt_text: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self.engine = engine
         self.prompt_text = prompt_text
@@ -182,65 +190,3 @@ class Handle(Request):
         while not self.ended:
             await self.engine.wait_past_async(self, None)
         return self._unless_failed()
-
-
-class Bell:
-    """Tells whoever waits that a step has passed: one post an event loop and step, however many wait there."""
-
-    def __init__(self) -> None:
-        self.passed = threading.Condition()
-        self.num_waiting = 0
-        self.count = 0
-        self.loops: dict[asyncio.AbstractEventLoop, list[tuple[Handle, int | None, asyncio.Future[None]]]] = {}
-        self.lock = threading.Lock()
-
-    def ring(self) -> None:
-        """Called by the engine's thread after each step, and after anything that ends a request."""
-        if self.num_waiting:
-            with self.passed:
-                self.count += 1
-                self.passed.notify_all()
-        if self.loops:
-            with self.lock:
-                loops = list(self.loops)
-            for loop in loops:
-                try:
-                    loop.call_soon_threadsafe(self._wake, loop)
-                except RuntimeError:  # that loop was closed with someone still waiting in it
-                    with self.lock:
-                        self.loops.pop(loop, None)
-
-    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
-        with self.lock:
-            waiting = self.loops.get(loop, [])
-            staying = [entry for entry in waiting if not has_news(entry[0], entry[1]) and not entry[2].done()]
-            going = [entry for entry in waiting if entry not in staying]
-            if staying:
-                self.loops[loop] = staying
-            else:
-                self.loops.pop(loop, None)
-        for _, _, future in going:
-            if not future.done():
-                future.set_result(None)
-
-    def wait(self, handle: Handle, seen: int | None, timeout: float | None) -> bool:
-        """Until `handle` has more than `seen` tokens, or has ended; False when the time is up."""
-        with self.passed:
-            self.num_waiting += 1
-            try:
-                return self.passed.wait_for(lambda: has_news(handle, seen), timeout)
-            finally:
-                self.num_waiting -= 1
-
-    async def wait_async(self, handle: Handle, seen: int | None) -> None:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-        with self.lock:
-            self.loops.setdefault(loop, []).append((handle, seen, future))
-        if has_news(handle, seen):  # it came before the bell knew of us
-            self._wake(loop)
-        await future
-
-
-def has_news(handle: Handle, seen: int | None) -> bool:
-    return handle.ended or (seen is not None and len(handle.output_ids) > seen)

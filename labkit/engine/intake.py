@@ -4,23 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from labkit.clock import Clock
 from labkit.core.blocks.prefix import Span
 from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
+from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.tokens import Tokens, as_tokens
-from labkit.engine.handle import Handle
+from labkit.engine.handle import Handle, Owner
+from labkit.runner.base import Runner
 
-if TYPE_CHECKING:
-    from labkit.engine.engine import Engine
+
+class Server(Owner, Protocol):
+    """What the intake asks of an engine."""
+
+    scheduler: Scheduler
+    runner: Runner
+    clock: Clock
+
+    def new_id(self) -> str: ...
 
 
 def make_handle(
-    engine: Engine,
+    engine: Server,
     prompt: Any,
     params: SamplingParams | None,
     *,
@@ -66,7 +76,7 @@ def make_handle(
     return first
 
 
-def prompt_ids(engine: Engine, prompt: Any) -> tuple[Tokens, str | None]:
+def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
     """Token ids of whatever a prompt may be, and its text if that is what it was."""
     written = None
     if isinstance(prompt, Mapping):
@@ -89,7 +99,7 @@ def prompt_ids(engine: Engine, prompt: Any) -> tuple[Tokens, str | None]:
     return tokens, written
 
 
-def _fitting(engine: Engine, params: SamplingParams, num_prompt: int) -> SamplingParams:
+def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> SamplingParams:
     """The parameters with what only this engine knows filled in."""
     if params.stop and engine.tokenizer is None:
         raise ValueError("stop strings need text: give the Engine a tokenizer, or use stop_token_ids")
@@ -120,7 +130,7 @@ def _fitting(engine: Engine, params: SamplingParams, num_prompt: int) -> Samplin
     return params
 
 
-def _grammar(engine: Engine, form: Mapping[str, Any]) -> Any:
+def _grammar(engine: Server, form: Mapping[str, Any]) -> Any:
     from labkit.text.grammar import Grammar
     from labkit.text.tokenizer import Tokenizer
 
@@ -129,7 +139,7 @@ def _grammar(engine: Engine, form: Mapping[str, Any]) -> Any:
     return Grammar(form, engine.tokenizer, engine.runner.vocab_size, engine.runner.eos_token_ids)
 
 
-def _word_ids(engine: Engine, params: SamplingParams) -> list[tuple[int, ...]]:
+def _word_ids(engine: Server, params: SamplingParams) -> list[tuple[int, ...]]:
     """Each word as it may be written: at the start of a text, and behind a space."""
     encode = getattr(engine.tokenizer, "encode", None)
     if encode is None:

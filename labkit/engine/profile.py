@@ -10,13 +10,26 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from labkit.core.frames import table
+from labkit.core.plan import Outputs
+from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
+from labkit.runner.base import Runner
+from labkit.text.tokenizer import Decoder
 
-if TYPE_CHECKING:
-    from labkit.engine.engine import Engine
+
+class Stepped(Protocol):
+    """What is asked of an engine that is profiled."""
+
+    scheduler: Scheduler
+    runner: Runner
+
+    @property
+    def tokenizer(self) -> Decoder | None: ...
+
+    def step(self) -> Outputs | None: ...
 
 
 @dataclass(frozen=True)
@@ -94,7 +107,7 @@ STAGES = (  # (path to the object, method, stage, op)
 )
 
 
-def profile(engine: Engine, steps: int) -> Profile:
+def profile(engine: Stepped, steps: int) -> Profile:
     """Take `steps` steps, all of them timed part by part."""
     from labkit_kernels import watched
 
@@ -132,7 +145,7 @@ def _stage_of(op: str) -> str:
     return {"sample": "sample", "linear_argmax": "head"}.get(op, "forward")
 
 
-def _owner(engine: Engine, path: str) -> Any:
+def _owner(engine: Stepped, path: str) -> Any:
     found: Any = engine
     for name in path.split("."):
         found = getattr(found, name, None)
@@ -149,7 +162,7 @@ def _patched(owner: Any, method: str, stage: str, op: str, watch: _Stopwatch) ->
         delattr(owner, method)  # the class's own shows again
 
 
-def _read_text(engine: Engine) -> None:
+def _read_text(engine: Stepped) -> None:
     """What a client that reads along costs."""
     if engine.tokenizer is None:
         return

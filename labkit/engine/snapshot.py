@@ -7,23 +7,40 @@ the live one: their contents are replaced, not they.
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
+from labkit.clock import Clock
+from labkit.core.events.log import EventLog
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
+from labkit.engine.handle import Handle
+from labkit.runner.base import Runner
 
-if TYPE_CHECKING:
-    from labkit.engine.engine import Engine
 
+class Stateful(Protocol):
+    """What a snapshot needs to see of an engine."""
+
+    scheduler: Scheduler
+    runner: Runner
+    clock: Clock
+    arriving: dict[str, Handle]
+    listeners: list[Any]
+
+    @property
+    def log(self) -> EventLog: ...
+
+
+E = TypeVar("E", bound=Stateful)
 KEPT = frozenset(
-    {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "bell", "lock", "closed", "_finalizer"}
+    {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "wakeup", "lock", "closed", "_finalizer"}
 )  # of the engine itself: who it is
 
 
 class Snapshot(Shown):
     """An engine's state at one moment; `engine.restore(snapshot)` as often as wanted."""
 
-    def __init__(self, engine: Engine, state: list[tuple[object, dict[str, Any]]], mark: int) -> None:
+    def __init__(self, engine: Stateful, state: list[tuple[object, dict[str, Any]]], mark: int) -> None:
         self.engine = engine
         self.state = state
         self.mark = mark
@@ -34,7 +51,7 @@ class Snapshot(Shown):
         return f"Snapshot(step {self.step}, {self.now / 1e9:.6f} s)"
 
 
-def _parts(engine: Engine) -> list[object]:
+def _parts(engine: Stateful) -> list[object]:
     s, blocks = engine.scheduler, engine.scheduler.blocks
     return [
         engine, s, s.queue, s.pending, blocks, blocks.pool, blocks.host, blocks.tables, blocks.prefix, blocks.eviction,
@@ -42,7 +59,7 @@ def _parts(engine: Engine) -> list[object]:
     ]  # fmt: skip
 
 
-def _requests(engine: Engine) -> list[Request]:
+def _requests(engine: Stateful) -> list[Request]:
     s = engine.scheduler
     arriving = engine.arriving.values()
     rows = [request for request in s.row_request if request is not None]
@@ -71,7 +88,7 @@ def _copy_state(things: list[object], states: list[dict[str, Any]], log: object)
     return [copy.deepcopy(state, memo) for state in states]
 
 
-def take_snapshot(engine: Engine) -> Snapshot:
+def take_snapshot(engine: Stateful) -> Snapshot:
     unique = {id(thing): thing for thing in [*_parts(engine), *_requests(engine)]}
     things = list(unique.values())
     engine.log.flush(engine.scheduler.step, engine.clock.now())
@@ -79,7 +96,7 @@ def take_snapshot(engine: Engine) -> Snapshot:
     return Snapshot(engine, list(zip(things, states, strict=True)), engine.log.mark())
 
 
-def restore_engine(engine: Engine, snapshot: Snapshot) -> None:
+def restore_engine(engine: Stateful, snapshot: Snapshot) -> None:
     if snapshot.engine is not engine:
         raise ValueError("this snapshot was taken of another engine")
     known = {id(thing) for thing, _ in snapshot.state}
@@ -94,7 +111,7 @@ def restore_engine(engine: Engine, snapshot: Snapshot) -> None:
         _put_back(thing, state)
 
 
-def copy_engine(engine: Engine) -> Engine:
+def copy_engine(engine: E) -> E:
     listeners, engine.listeners = engine.listeners, []
     try:
         return copy.deepcopy(engine)

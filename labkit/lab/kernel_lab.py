@@ -12,8 +12,9 @@ from labkit_kernels import OPS, Op, Report, bench, check, get
 from labkit_kernels.bench import Machine
 from labkit_kernels.bench import Report as Times
 from labkit_kernels.check import Case
-from labkit_kernels.compile import ARCHS, compile_config, compile_variant, configs
 from labkit_kernels.compile import Report as Compiled
+from labkit_kernels.compile import compile_config, compile_variant, configs
+from labkit_kernels.config import ARCHS
 from labkit_kernels.launches import install
 
 from labkit.lab.roofline import Limits, Roofline, roofline
@@ -127,6 +128,12 @@ class KernelLab:
     def try_in(self, engine: Engine, variant: str, prompts: Any, *, max_tokens: int = 32) -> Trial:
         """The tokens that a variant changes in an engine; see `labkit.try_variant`."""
         return self._keep("trial", try_variant(engine, self.op, variant, prompts, max_tokens=max_tokens))
+
+    def of(self, name: str) -> KernelLab:
+        """The lab of another op on the same machine, shown by the same panel."""
+        other = KernelLab(get(name))
+        other.machine, other._panel = self.machine, self._panel
+        return other
 
     def panel(self) -> Panel:
         """The same by clicks: choose shapes, dtypes and variants, and run. One a lab."""

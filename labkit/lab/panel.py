@@ -10,14 +10,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from labkit_kernels import OPS
+from labkit_kernels import OPS, Op
 
 from labkit.core.options import duration
 
-if TYPE_CHECKING:
-    from labkit.lab.kernel_lab import KernelLab
+
+class Lab(Protocol):
+    """What the panel asks of a kernel lab."""
+
+    op: Op
+    shapes: list[str]
+    variants: list[str]
+
+    def of(self, name: str) -> Lab:
+        """The lab of another op on the same machine, shown by the same panel."""
+        ...
+
+    def _repr_html_(self) -> str: ...
+
 
 NOTHING = '<div style="opacity:.62">nothing was run yet</div>'
 
@@ -31,7 +43,7 @@ class Panel:
     Panel(rms_norm: 1 shapes, 1 dtypes, 1 variants; idle)
     """
 
-    def __init__(self, lab: KernelLab) -> None:
+    def __init__(self, lab: Lab) -> None:
         try:
             import ipywidgets
             import plotly.graph_objects as go
@@ -113,12 +125,8 @@ class Panel:
 
     def _change_op(self, name: str) -> None:
         """Another lab: what was found of the op before stays with that."""
-        from labkit.lab.kernel_lab import kernel_lab
-
         if name != self.lab.op.name:
-            machine = self.lab.machine
-            self.lab = kernel_lab(name)
-            self.lab.machine, self.lab._panel = machine, self
+            self.lab = self.lab.of(name)
             self._offer()
 
     def _offer(self) -> None:

@@ -13,8 +13,8 @@ import sys
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from labkit import __version__
 from labkit.bench.cell import IdleError, Timing, measure, measure_engine
+from labkit.core.version import __version__
 from labkit.engine.engine import Engine
 from labkit.widgets import style
 

@@ -13,17 +13,41 @@ import threading
 import time
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from labkit.clock import WallClock
+from labkit.clock import Clock, WallClock
+from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, duration, real, whole
 from labkit.core.params import SamplingParams
-from labkit.core.scheduling.scheduler import RejectedError
+from labkit.core.plan import Outputs
+from labkit.core.scheduling.scheduler import RejectedError, Scheduler
+from labkit.engine.handle import Handle
+from labkit.runner.base import Runner
 
-if TYPE_CHECKING:
-    from labkit.engine.engine import Engine
+
+class Played(Protocol):
+    """What a player asks of the engine that it plays."""
+
+    scheduler: Scheduler
+    runner: Runner
+    clock: Clock
+    arriving: dict[str, Handle]
+    in_flight: deque[Any]
+    is_closed: bool
+
+    @property
+    def blocks(self) -> BlockManager: ...
+    @property
+    def is_running(self) -> bool: ...
+    def submit(self, prompt: Any, params: SamplingParams, *, arrival: float | None = None) -> Handle: ...
+    def step(self) -> Outputs | None: ...
+    def start(self) -> Any: ...
+    def pause(self) -> Any: ...
+    def own_thread(self) -> Any: ...
+
 
 Draw = Callable[[random.Random], tuple[Sequence[int], int]]  # -> (prompt ids below 2**15, output tokens)
 
@@ -100,7 +124,7 @@ class Player:
 
     mixes = MIXES
 
-    def __init__(self, engine: Engine, load: Load | None = None, speed: float = 1.0) -> None:
+    def __init__(self, engine: Played, load: Load | None = None, speed: float = 1.0) -> None:
         if load is not None and not isinstance(load, Load):
             raise TypeError(f"load must be a Load(rate=, mix=, num=), got {load!r}")
         self.engine = engine

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.activation import gelu_mul, silu_mul
-from labkit_kernels.compile import Config
+from labkit_kernels.config import Config
 from labkit_kernels.layout import dense_rows
 
 SILU, GELU = 0, {"tanh": 1, "none": 2}

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.cache import copy_blocks, reference, store_kv
-from labkit_kernels.compile import ARCHS, Config
+from labkit_kernels.config import ARCHS, Config
 
 WORDS = 2048  # of eight bytes, that a program copies at most
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labkit_kernels.linear.packed import Packed
 from labkit_kernels.norm.reference import rms_norm
-
-if TYPE_CHECKING:
-    from . import Packed
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit_kernels.compile import Config
+from labkit_kernels.config import Config
 from labkit_kernels.linear import linear_invariant
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit_kernels.compile import Config
+from labkit_kernels.config import Config
 from labkit_kernels.layout import dense_like, dense_rows, rows
 from labkit_kernels.norm import layer_norm, reference, rms_norm
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.cache.triton import _move, store_kv_triton
-from labkit_kernels.compile import Config
+from labkit_kernels.config import Config
 from labkit_kernels.layout import dense_like
 from labkit_kernels.rotary import rope, rope_kv
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from labkit_kernels.compile import Config
+from labkit_kernels.config import Config
 
 from . import sample as op
 

@@ -1,0 +1,69 @@
+// Rows of keys and values found through a block table, turned into float32. Part of cpu.cpp.
+
+// Where keys `begin`.. of this sequence lie. Past `count` the last row is repeated: its score is masked, and memory
+// that nobody wrote is never read.
+template <class T>
+inline void find_rows(const void* cache, int64_t block_stride, int64_t head_stride, int64_t slot_stride,
+                      const int32_t* table, int64_t block_size, int head, int begin, int count, Rows& rows) {
+    const T* base = static_cast<const T*>(cache) + head * head_stride;
+    int block = begin / block_size, slot = begin % block_size;
+    for (int i = 0; i < count;) {
+        const T* at = base + table[block] * block_stride + slot * slot_stride;
+        int stop = std::min<int64_t>(count, i + block_size - slot);
+        for (; i < stop; i++, at += slot_stride) rows.at[i] = at;
+        block++;
+        slot = 0;
+    }
+    for (int i = count; i < KEYS; i++) rows.at[i] = rows.at[count - 1];
+}
+
+// Asks for a line of a row that is needed a tile from now. One here and there: a burst of them fills the line buffers,
+// and then the processor waits.
+inline void prefetch(const void* row, int64_t byte) {
+    __builtin_prefetch(static_cast<const char*>(row) + byte, 0, 2);
+}
+
+// to[size][KEYS] = the transposed tile.
+template <class T>
+inline void transpose_keys(const Rows& rows, int count, int64_t size, float* to, const Rows& next_keys,
+                           const Rows& next_values) {
+    int columns = (count + W - 1) / W * W;
+    for (int k = 0; k < columns; k += W) {
+        int64_t d = 0;
+        for (; d + W <= size; d += W) {
+            vf tile[W];
+            for (int i = 0; i < W; i++) tile[i] = labkit::load(static_cast<const T*>(rows.at[k + i]) + d);
+            if (d * sizeof(T) % 64 == 0)
+                for (int i = 0; i < W; i++) {
+                    prefetch(next_keys.at[k + i], d * sizeof(T));
+                    prefetch(next_values.at[k + i], d * sizeof(T));
+                }
+            labkit::transpose(tile);
+            for (int i = 0; i < W; i++) labkit::store(to + (d + i) * KEYS + k, tile[i]);
+        }
+        for (; d < size; d++)
+            for (int i = 0; i < W; i++)
+                to[d * KEYS + k + i] = labkit::to_float(static_cast<const T*>(rows.at[k + i])[d]);
+    }
+}
+
+// Pointers to the values as float rows of whole vectors: into the cache where they lie so already, else to a copy.
+template <class T>
+inline void float_rows(const Rows& rows, int count, int64_t size, float* to, const float** at) {
+    int64_t wide = padded(size);
+    for (int i = 0; i < count; i++) {
+        const T* from = static_cast<const T*>(rows.at[i]);
+        if constexpr (std::is_same_v<T, float>) {
+            if (wide == size) {
+                at[i] = from;
+                continue;
+            }
+        }
+        float* row = to + i * wide;
+        int64_t d = 0;
+        for (; d + W <= size; d += W) labkit::store(row + d, labkit::load(from + d));
+        for (; d < size; d++) row[d] = labkit::to_float(from[d]);
+        for (; d < wide; d++) row[d] = 0.f;
+        at[i] = row;
+    }
+}

@@ -1,0 +1,48 @@
+"""What labkit_kernels uses of Triton's insides, looked up in one place: what a new version has moved is said by name.
+
+Kernels themselves use Triton's documented language. This module imports Triton, so it is imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import triton
+
+TESTED = ("3.6", "3.9")  # the oldest and the newest minor version that the tests passed with
+
+
+def changed(what: str) -> ImportError:
+    """The error for something that this version of Triton no longer has."""
+    first, last = TESTED
+    major, minor = last.split(".")
+    return ImportError(
+        f"triton {triton.__version__} changed {what}; labkit was tested with {first} to {last}: "
+        f"pip install 'triton>={first},<{major}.{int(minor) + 1}'"
+    )
+
+
+def member(module: str, name: str, *parts: str) -> Any:
+    """`name` of one of Triton's modules, which has these parts."""
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise changed(f"{module}.{name}, which is gone") from error
+    missing = [part for part in parts if not hasattr(found, part)]
+    if missing:
+        raise changed(f"{module}.{name}: it has no {', '.join(missing)}")
+    return found
+
+
+JITFunction = member("triton.runtime.jit", "JITFunction", "run", "__call__", "params")
+mangle_type = member("triton.runtime.jit", "mangle_type")
+Autotuner = member("triton.runtime.autotuner", "Autotuner", "run")
+interpreter = member(
+    "triton.runtime", "interpreter", "InterpretedFunction", "InterpreterBuilder", "TensorHandle", "_patch_lang_tensor"
+)
+InterpretedFunction = interpreter.InterpretedFunction
+member("triton.runtime.interpreter", "InterpreterBuilder", "create_dot")
+ASTSource = member("triton.compiler", "ASTSource")
+GPUTarget = member("triton.backends.compiler", "GPUTarget")
+get_ptxas = member("triton.backends.nvidia.compiler", "get_ptxas")

@@ -1,0 +1,125 @@
+"""An engine's own thread: stepping in the background, and calls that are carried over to it.
+
+Knows when to step and when to give up; refuses to know what a step does.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Self, TypeVar
+
+from labkit.clock import Clock, WallClock
+from labkit.core.request import Request
+from labkit.core.scheduling.scheduler import Scheduler
+from labkit.engine.loop import Loop, StalledError
+from labkit.engine.worker import Worker
+from labkit.runner.base import Runner
+
+T = TypeVar("T")
+MOST_FAILURES = 3  # steps in a row that may fail before the background thread ends its requests
+
+
+class Background(Loop):
+    """A loop that one worker thread may run."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock, worker: Worker | None) -> None:
+        super().__init__(scheduler, runner, clock)
+        self.worker = worker
+        self.is_closed = False  # nothing may begin any more
+        self._num_failures = 0
+        if worker is not None:
+            self._finalizer = weakref.finalize(self, Worker.stop, worker, 5.0)
+
+    def _call(self, function: Callable[[], T]) -> T:
+        return function() if self.worker is None else self.worker.call(function)
+
+    @property
+    def _is_here(self) -> bool:
+        return self.worker is None or self.worker.is_here
+
+    @property
+    def is_running(self) -> bool:
+        """Does a background thread step this engine?"""
+        return self.worker is not None and self.worker.turn is not None
+
+    def start(self) -> Self:
+        """Step in the background from now on, whenever there is something to do."""
+        self._num_failures = 0
+        self.own_thread().set_turn(_turn_of(weakref.ref(self)))
+        return self
+
+    def own_thread(self) -> Worker:
+        """From now on everything happens in one thread, whoever asks for it."""
+        self._check_open()
+        if self.worker is None:
+            self.worker = Worker()
+            self._finalizer = weakref.finalize(self, Worker.stop, self.worker, 5.0)
+        return self.worker
+
+    def pause(self) -> Self:
+        """Stop stepping after the current step; `start()` goes on. Nothing is lost."""
+        if self.worker is not None and self.is_running:
+            self.worker.set_turn(None)
+            self.wakeup.ring()
+        return self
+
+    def _turn(self) -> float | None:
+        """One step in the background; seconds until the next is due, None: when somebody asks for something."""
+        real_time = isinstance(self.clock, WallClock)
+        try:
+            outputs = self._step(patient=not real_time)
+            self._num_failures = 0
+        except StalledError as error:
+            self._give_up([self.scheduler.queue.peek()] if self.scheduler.queue else self._live(), error)
+            return 0.0
+        except Exception as error:
+            self._num_failures += 1
+            warnings.warn(f"a step failed: {type(error).__name__}: {error}", stacklevel=2)
+            if self._num_failures >= MOST_FAILURES:
+                self._give_up(self._live(), error)
+                self._num_failures = 0
+            return 0.0
+        if outputs is not None:
+            return 0.0
+        if self._arrivals:
+            return max(0.0, (self._arrivals[0][0] - self.clock.now()) / 1e9)
+        return None
+
+    def _live(self) -> list[Request]:
+        return list(self.scheduler.requests.values())
+
+    def _give_up(self, requests: list[Request], error: Exception) -> None:
+        """Nobody watches a background engine: what cannot be served is ended, and says why."""
+        for request in requests:
+            if not request.ended:
+                request.error = f"{type(error).__name__}: {error}"
+                self.scheduler.abort(request.id, self.clock.now())
+        self.log.post()
+        self.wakeup.ring()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise RuntimeError("this engine is closed: make another one")
+
+    def _end_all(self) -> int:
+        live = [*self.arriving.values(), *self._live()]
+        for request in live:
+            self._abort(request)  # type: ignore[arg-type]
+        while self.in_flight:
+            try:
+                self._commit()
+            except Exception as error:
+                warnings.warn(f"the last step failed: {error}", stacklevel=2)
+        return len(live)
+
+
+def _turn_of(engine: weakref.ref[Background]) -> Callable[[], float | None]:
+    """A worker must not keep the engine alive that it works for."""
+
+    def turn() -> float | None:
+        here = engine()
+        return None if here is None else here._turn()
+
+    return turn

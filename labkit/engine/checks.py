@@ -1,0 +1,56 @@
+"""What an engine is given, checked before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from labkit.core.scheduling.scheduler import Scheduler
+from labkit.engine.handle import Handle
+
+
+class Names(Protocol):
+    """An engine, as far as it knows which ids are in use."""
+
+    scheduler: Scheduler
+    arriving: dict[str, Handle]
+
+
+def check_parts(scheduler: Any, runner: Any, clock: Any, tokenizer: Any) -> None:
+    if not isinstance(scheduler, Scheduler):
+        raise ValueError(f"scheduler must be a Scheduler, got {type(scheduler).__name__}")
+    if scheduler.blocks.attached:
+        raise ValueError("this scheduler already drives an engine: make another one")
+    if isinstance(runner, type) or not all(hasattr(runner, name) for name in ("open", "launch", "vocab_size")):
+        shown = f"the class {runner.__name__}" if isinstance(runner, type) else repr(runner)
+        raise ValueError(
+            f"runner must be an object with open, launch and vocab_size, such as FakeRunner(); got {shown}"
+        )
+    if clock is not None and not all(hasattr(clock, name) for name in ("now", "advance", "wait_until")):
+        raise ValueError(f"clock must be a WallClock() or VirtualClock(), got {clock!r}")
+    if tokenizer is not None and not hasattr(tokenizer, "decode"):
+        raise ValueError(f"tokenizer must have decode(ids) -> str, got {tokenizer!r}")
+
+
+def is_ids(prompts: Any) -> bool:
+    """Token ids of one prompt, rather than several prompts?"""
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    first = next(iter(prompts), None) if isinstance(prompts, Sequence) else None
+    return first is not None and not isinstance(first, (str, Mapping, Sequence, np.ndarray))
+
+
+class Taken:
+    """Is this id a request's? Asked by the block manager before a table is made under it."""
+
+    def __init__(self, engine: Callable[[], Names | None]) -> None:
+        self.engine = engine
+
+    def __call__(self, id: str) -> bool:
+        engine = self.engine()
+        return engine is not None and (id in engine.arriving or id in engine.scheduler.requests)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
+        return self

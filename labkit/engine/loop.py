@@ -1,0 +1,240 @@
+"""The loop: requests arrive, plans go to a runner, results come back, outputs go to listeners. Read `_step` first.
+
+Knows a scheduler, a runner and a clock; refuses to know threads, models and policies.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from labkit.clock import Clock
+from labkit.core.blocks.manager import BlockManager
+from labkit.core.events.log import EventLog
+from labkit.core.options import duration
+from labkit.core.plan import Failure, Outputs, Plan, Result
+from labkit.core.request import Request, Status
+from labkit.core.scheduling.scheduler import RejectedError, Scheduler
+from labkit.engine.handle import Handle
+from labkit.engine.wakeup import Wakeup
+from labkit.runner.base import Pending, Runner
+
+Listener = Callable[[Outputs], None]
+
+
+class StalledError(RuntimeError):
+    """Requests wait, and nothing that runs will ever make room for them."""
+
+
+class Loop:
+    """Steps a scheduler and a runner. Everything here runs in one thread at a time."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.clock = clock
+        self.in_flight: deque[tuple[Plan, Pending]] = deque()
+        self.listeners: list[Listener] = []
+        self.arriving: dict[str, Handle] = {}  # submitted, but not yet known to the scheduler
+        self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
+        self._ticket = itertools.count()
+        self._watched: dict[str, Handle] = {}  # requests with stop strings
+        self.wakeup = Wakeup()
+
+    @property
+    def log(self) -> EventLog:
+        return self.scheduler.log
+
+    @property
+    def blocks(self) -> BlockManager:
+        return self.scheduler.blocks
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def is_taken(self, id: str) -> bool:
+        s = self.scheduler
+        return id in self.arriving or id in s.requests or id in s.ended or id in s.tables.row_of
+
+    def _enqueue(self, handle: Handle) -> None:
+        """To arrive later; one that can never fit is refused at once."""
+        if self.scheduler.why_never(handle) is not None:
+            self._enter(handle)
+        heapq.heappush(self._arrivals, (handle.arrival, next(self._ticket), handle))
+
+    def _enter(self, handle: Handle, quiet: bool = False) -> None:
+        """The scheduler's from now on."""
+        for member in (handle, *handle.samples):
+            self.arriving.pop(member.id, None)
+        if handle.ended:
+            return
+        handle.samples = [sample for sample in handle.samples if not sample.ended]
+        try:
+            self.scheduler.submit(handle, self.clock.now())
+        except RejectedError:
+            self.log.post()
+            self.wakeup.ring()
+            if not quiet:
+                raise
+            return  # the request says so, and the log; nobody is here to be told
+        except Exception as error:
+            if not quiet:
+                raise
+            for member in (handle, *handle.samples):
+                member.status, member.finish_reason, member.error = Status.REJECTED, "error", str(error)
+            self.wakeup.ring()
+            return
+        if handle.params.stop:
+            self._watched |= {member.id: member for member in (handle, *handle.samples)}  # type: ignore[misc]
+
+    def _abort(self, handle: Handle) -> Handle:
+        if handle.ended:
+            return handle
+        if handle.status is Status.ARRIVING:
+            self._arrivals = [entry for entry in self._arrivals if entry[2] is not handle]
+            heapq.heapify(self._arrivals)
+            for member in (handle, *handle.samples):
+                member.status, member.finish_reason = Status.ABORTED, "abort"
+                self.arriving.pop(member.id, None)
+                self.scheduler.remember(member)
+        else:
+            self.scheduler.abort(handle.id, self.clock.now())
+            self._watched.pop(handle.id, None)
+            self.log.post()
+        self.wakeup.ring()
+        return handle
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def _step(self, patient: bool = True) -> Outputs | None:
+        """The whole program. Not `patient`: come back rather than wait for an arrival."""
+        while True:
+            self._let_arrive()
+            plan = self._launch()
+            if self.in_flight and (plan is None or len(self.in_flight) > self.scheduler.max_in_flight):
+                return self._commit()
+            if plan is not None:
+                return Outputs(plan.step, self.clock.now(), *_NOTHING)
+            if not self._arrivals:
+                self.log.post()
+                if self.scheduler.has_work:
+                    self._explain_stall()
+                return None
+            if not patient:
+                return None
+            self.clock.wait_until(self._arrivals[0][0])
+
+    def _let_arrive(self) -> None:
+        while self._arrivals and self._arrivals[0][0] <= self.clock.now():
+            self._enter(heapq.heappop(self._arrivals)[2], quiet=True)
+
+    def _launch(self) -> Plan | None:
+        plan = self.scheduler.schedule(self.clock.now())
+        if plan is not None:
+            try:
+                pending = self.runner.launch(plan)
+            except Exception as error:
+                self._fail(plan, error)
+                raise
+            self.in_flight.append((plan, pending))
+        return plan
+
+    def _commit(self) -> Outputs:
+        plan, pending = self.in_flight.popleft()
+        try:
+            result = pending.result()
+            _check_result(plan, result)
+        except Exception as error:
+            self.in_flight.appendleft((plan, pending))
+            self._fail(plan, error)
+            raise
+        self.clock.advance(result.seconds)
+        try:
+            find_stops = self._find_stops if self._watched else None
+            outputs = self.scheduler.commit(plan, result, self.clock.now(), find_stops)
+        finally:
+            if result.extras:
+                self._hand_out(result)
+        for listener in list(self.listeners):
+            self._tell(listener, outputs)
+        self.wakeup.ring()
+        return outputs
+
+    def _hand_out(self, result: Result) -> None:
+        for id, extras in (result.extras or {}).items():
+            handle = self.scheduler.requests.get(id) or self.scheduler.ended.get(id)
+            if isinstance(handle, Handle):
+                handle.take(extras)
+
+    def _fail(self, plan: Plan, error: Exception) -> None:
+        """A step came to nothing: everything in flight is rolled back, and its requests wait to be computed again.
+        The error rises to the caller, who may step on."""
+        flying = [launched for launched, _ in self.in_flight]
+        self.in_flight.clear()
+        for failed in flying if plan in flying else [*flying, plan]:
+            self.scheduler.commit(failed, Failure(error), self.clock.now())
+
+    def _tell(self, listener: Listener, outputs: Outputs) -> None:
+        try:
+            listener(outputs)
+        except Exception as error:
+            if listener in self.listeners:
+                self.listeners.remove(listener)
+            warnings.warn(f"{listener!r} raised {error!r} and no longer listens", stacklevel=2)
+
+    def listen(self, listener: Listener) -> Callable[[], None]:
+        """Call `listener(outputs)` once a step; returns a function that ends it. One that raises is dropped."""
+        if not callable(listener):
+            raise TypeError(f"a listener is a function of a step's outputs, got {listener!r}")
+        self.listeners.append(listener)
+        return lambda: self.listeners.remove(listener) if listener in self.listeners else None
+
+    def _find_stops(self) -> list[tuple[Request, int]]:
+        """Requests whose text now holds one of their stop strings. The tokens that make it stay with the request, its
+        text ends before it."""
+        found: list[tuple[Request, int]] = []
+        for id, handle in list(self._watched.items()):
+            text = handle.read_text() if handle.num_output and handle.status is not Status.ABORTED else None
+            if text is not None and text.end is not None:
+                found.append((handle, text.num_tokens))
+            if handle.ended or (text is not None and text.end is not None):
+                del self._watched[id]
+        return found
+
+    def _explain_stall(self) -> None:
+        s, blocks = self.scheduler, self.blocks
+        head = s.queue.peek() if s.queue else None
+        held = {name: len(blocks.table(name)) for name in blocks.tables.row_of if name not in s.requests}
+        stuck = next((s.row_request[row] for row in s.held), None)
+        who = f"request {head.id!r} needs {blocks.blocks_for(head.num_tokens)} blocks" if head else "nobody can go on"
+        if head is None and stuck is not None:
+            who = f"request {stuck.id!r} needs {blocks.blocks_for(stuck.num_tokens)} blocks in all and runs out of them"
+        others = f"; tables made outside the engine hold {held}: free them" if held else ""
+        raise StalledError(
+            f"{s.num_waiting} wait and none can be computed: {who}, {blocks.available} are available{others}"
+        )
+
+    def drain(self) -> None:
+        """Commit what is in flight, launch nothing."""
+        while self.in_flight:
+            self._commit()
+
+
+def _check_result(plan: Plan, result: Any) -> None:
+    """A runner's answer, before anything is made of it."""
+    if not isinstance(result, Result):
+        raise ValueError(f"a runner gives a Result, got {type(result).__name__}")
+    tokens = np.asarray(result.tokens)
+    if tokens.shape != (len(plan.sample_row),):
+        raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has shape {tokens.shape}")
+    if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() > 2**31 - 1):
+        raise ValueError(f"a result's tokens are whole numbers in 0..2**31 - 1, got {tokens!r}")
+    duration("a result's seconds", result.seconds)
+
+
+_NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))

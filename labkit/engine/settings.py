@@ -1,0 +1,60 @@
+"""Settings that may change while an engine runs. Each change leaves a Control event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from labkit.core.blocks.eviction import eviction_policy
+from labkit.core.options import check_names, choose, flag, real, whole
+from labkit.core.scheduling.policy import PREEMPTIONS, name_of, order_of
+from labkit.core.scheduling.scheduler import Scheduler
+
+CHECKS: dict[str, Callable[[Any], Any]] = {
+    "budget": lambda x: whole("budget", x, least=1),
+    "rows": lambda x: whole("rows", x, least=1),
+    "order": order_of,
+    "eviction": eviction_policy,
+    "preemption": lambda x: choose("preemption", x, PREEMPTIONS),
+    "prefix_caching": lambda x: flag("prefix_caching", x),
+    "prefill_share": lambda x: real("prefill_share", x, least=0, most=1, open_left=True),
+    "max_prefill_chunk": lambda x: None if x is None else whole("max_prefill_chunk", x, least=1),
+    "watermark": lambda x: real("watermark", x, least=0, most=1),
+}
+OF_SCHEDULER = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}  # the others go by the same name
+OF_BLOCKS = ("eviction", "prefix_caching")
+
+
+def checked(scheduler: Scheduler, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings' values, or an error before any is set."""
+    check_names("Engine.control", settings, CHECKS)
+    if "rows" in settings:
+        whole("rows", settings["rows"], least=1, most=scheduler.width)
+    return {name: CHECKS[name](value) for name, value in settings.items()}
+
+
+def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any], now: int) -> None:
+    """Set `values`; the events show what was given."""
+    if "order" in values:
+        _set_order(scheduler, values["order"], now)
+    for name, value in values.items():
+        if name in OF_BLOCKS:
+            setattr(scheduler.blocks, name, value)
+        elif name != "order":
+            setattr(scheduler, OF_SCHEDULER.get(name, name), value)
+        scheduler.blocked = None  # the queue's first is tried again
+        given = settings[name]
+        shown = given if isinstance(given, (str, int, float, bool, type(None))) else name_of(given)
+        scheduler.log.add(("Control", name, str(shown)))
+    scheduler.log.flush(scheduler.step, now)
+    scheduler.log.post()
+
+
+def _set_order(scheduler: Scheduler, order: Any, now: int) -> None:
+    queue, old = scheduler.queue, scheduler.queue.order
+    queue.order = order
+    try:
+        queue.reorder(now, scheduler.requests.values())
+    except Exception:
+        queue.order = old
+        raise

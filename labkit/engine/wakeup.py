@@ -1,0 +1,79 @@
+"""Wakes whoever waits for a request: threads on a condition, event loops by one call a step."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Protocol
+
+
+class Awaited(Protocol):
+    """What is asked of a request that somebody waits for."""
+
+    @property
+    def ended(self) -> bool: ...
+
+    @property
+    def output_ids(self) -> list[int]: ...
+
+
+class Wakeup:
+    """Tells everyone who waits that a step has passed: one call an event loop and step, however many wait there."""
+
+    def __init__(self) -> None:
+        self.passed = threading.Condition()
+        self.num_waiting = 0
+        self.count = 0
+        self.loops: dict[asyncio.AbstractEventLoop, list[tuple[Awaited, int | None, asyncio.Future[None]]]] = {}
+        self.lock = threading.Lock()
+
+    def ring(self) -> None:
+        """Called by the engine's thread after each step, and after anything that ends a request."""
+        if self.num_waiting:
+            with self.passed:
+                self.count += 1
+                self.passed.notify_all()
+        if self.loops:
+            with self.lock:
+                loops = list(self.loops)
+            for loop in loops:
+                try:
+                    loop.call_soon_threadsafe(self._wake, loop)
+                except RuntimeError:  # that loop was closed with someone still waiting in it
+                    with self.lock:
+                        self.loops.pop(loop, None)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        with self.lock:
+            waiting = self.loops.get(loop, [])
+            staying = [entry for entry in waiting if not has_news(entry[0], entry[1]) and not entry[2].done()]
+            going = [entry for entry in waiting if entry not in staying]
+            if staying:
+                self.loops[loop] = staying
+            else:
+                self.loops.pop(loop, None)
+        for _, _, future in going:
+            if not future.done():
+                future.set_result(None)
+
+    def wait(self, handle: Awaited, seen: int | None, timeout: float | None) -> bool:
+        """Until `handle` has more than `seen` tokens, or has ended; False when the time is up."""
+        with self.passed:
+            self.num_waiting += 1
+            try:
+                return self.passed.wait_for(lambda: has_news(handle, seen), timeout)
+            finally:
+                self.num_waiting -= 1
+
+    async def wait_async(self, handle: Awaited, seen: int | None) -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        with self.lock:
+            self.loops.setdefault(loop, []).append((handle, seen, future))
+        if has_news(handle, seen):  # it came before we were on the list
+            self._wake(loop)
+        await future
+
+
+def has_news(handle: Awaited, seen: int | None) -> bool:
+    return handle.ended or (seen is not None and len(handle.output_ids) > seen)
