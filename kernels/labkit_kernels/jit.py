@@ -35,12 +35,12 @@ def member(module: str, name: str, *parts: str) -> Any:
     return found
 
 
-JITFunction = member("triton.runtime.jit", "JITFunction", "run", "__call__", "params")
+JITFunction = member("triton.runtime.jit", "JITFunction", "run", "__call__")
 mangle_type = member("triton.runtime.jit", "mangle_type")
 Autotuner = member("triton.runtime.autotuner", "Autotuner", "run")
-interpreter = member(
-    "triton.runtime", "interpreter", "InterpretedFunction", "InterpreterBuilder", "TensorHandle", "_patch_lang_tensor"
-)
+for _name in ("InterpretedFunction", "InterpreterBuilder", "TensorHandle", "_patch_lang_tensor"):
+    member("triton.runtime.interpreter", _name)
+interpreter = importlib.import_module("triton.runtime.interpreter")
 InterpretedFunction = interpreter.InterpretedFunction
 member("triton.runtime.interpreter", "InterpreterBuilder", "create_dot")
 ASTSource = member("triton.compiler", "ASTSource")

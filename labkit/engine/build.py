@@ -30,8 +30,9 @@ class Options:
     `gpu_memory_utilization` of a GPU's memory, or a quarter of what a CPU has free. `max_model_len` bounds prompt and
     output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. `graphs` None
     replays captured decode steps on a GPU, and `max_in_flight` None keeps one step in flight there. `deterministic`
-    computes each request the same way whatever is served beside it, bit for bit, and takes longer. The rest goes to the
-    `BlockManager` and the `Scheduler`.
+    computes each request the same way whatever is served beside it, bit for bit, and takes longer. `hybrid_kv` gives
+    layers with a sliding window blocks of their own, which are freed as soon as the window has left them (their decode
+    steps are then not captured). The rest goes to the `BlockManager` and the `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -64,10 +65,11 @@ class Options:
     max_in_flight: int | None = None
     graphs: bool | None = None
     deterministic: bool = False
+    hybrid_kv: bool = False
     log: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic"):
+        for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic", "hybrid_kv"):
             flag(name, getattr(self, name))
         whole("seed", self.seed, least=0)
         whole("block_size", self.block_size, least=1, most=2**20)
@@ -109,14 +111,16 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
         tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
     runner = TorchRunner(
-        loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs
-    )
+        loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
+        hybrid_kv=options.hybrid_kv,
+    )  # fmt: skip
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
         options.block_size,
         num_host_blocks=options.num_host_blocks,
         eviction=options.eviction,
         prefix_caching=options.prefix_caching,
+        windows=runner.windows,
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     if options.max_in_flight is None:
@@ -138,7 +142,7 @@ def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
     """As many as fit, and no more than could ever be used."""
     share = options.gpu_memory_utilization if runner.device.type == "cuda" else CPU_SHARE
     fit = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
-    most = options.max_num_seqs * -(-max_model_len // options.block_size)
+    most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
     return min(fit, most)
 
 

@@ -92,7 +92,9 @@ class Engine(Background, Shown):
         self.lock = threading.Lock()  # held while ids are given out
         self.closed: LeakReport | None = None  # what was left after close()
         blocks = scheduler.blocks
-        layout = Layout(blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks)
+        layout = Layout(
+            blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows
+        )
         self._call(lambda: runner.open(layout))
         blocks.attach()
         blocks.taken = Taken(weakref.ref(self))

@@ -19,6 +19,7 @@ class KVSpec(NamedTuple):
     num_heads: int
     key_size: int
     value_size: int
+    window: int | None = None  # how many of the last tokens it attends to; None: all of them
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,13 @@ class Batch:
     seq_len: Tensor  # [sequences] int32: keys of each sequence, this step's included
     max_query_len: int
     max_seq_len: int
+    group_of: tuple[int, ...] = ()  # by layer, where layers keep different blocks; else all are in group 0
+    other_groups: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and block table of groups 1, 2, ..
+
+    def places(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""
+        group = self.group_of[layer] if self.group_of else 0
+        return (self.slots, self.block_table) if not group else self.other_groups[group - 1]
 
 
 @dataclass

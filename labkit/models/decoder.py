@@ -172,17 +172,18 @@ class Attention:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
         norms = {}
+        slots, block_table = batch.places(self.index)
         if self.table is not None and self.per_head and self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
         if self.table is not None and ops.rope_kv is not None:
-            q = ops.rope_kv(q, k, v, self.table, batch.positions, *cache, batch.slots, **norms)
+            q = ops.rope_kv(q, k, v, self.table, batch.positions, *cache, slots, **norms)
         else:
             if self.table is not None:
                 q, k = ops.rope(q, k, self.table, batch.positions, **norms)
             elif self.per_head and self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
-            ops.store_kv(k, v, *cache, batch.slots)
-        where = (batch.block_table, batch.query_start, batch.seq_len)
+            ops.store_kv(k, v, *cache, slots)
+        where = (block_table, batch.query_start, batch.seq_len)
         options: dict[str, Any] = {"scale": shape.scale, "window": shape.windows[self.index], "softcap": shape.softcap}
         if capture is not None and self.index in capture.attention_layers:
             capture.attention[self.index] = attention_weights(q, cache[0], *where, **options)
@@ -365,7 +366,9 @@ class Decoder:
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.shape = shape = Shape.of(config)
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
-        self.kv = (KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size),) * shape.num_layers
+        self.kv = tuple(
+            KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
+        )
         self.ops = Ops(device, dtype, deterministic)
         weights = Weights(source, dtype, device, deterministic)
         self.embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)

@@ -58,14 +58,15 @@ def _attention(
     """What transformers calls in each layer; keys and values come with positions in them, and not repeated."""
     step = _step
     if step.seen is not None:
-        step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3]))
+        step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3], sliding_window))
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3]), None
     assert step.batch is not None and step.caches is not None and step.ops is not None
     layer, step.layer = step.layer, step.layer + 1
     cache, batch = step.caches[layer], step.batch
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, size]
-    step.ops.store_kv(k, v, *cache, batch.slots)
-    where = (batch.block_table, batch.query_start, batch.seq_len)
+    slots, block_table = batch.places(layer)
+    step.ops.store_kv(k, v, *cache, slots)
+    where = (block_table, batch.query_start, batch.seq_len)
     options: dict[str, Any] = {
         "scale": scaling if scaling is not None else q.shape[-1] ** -0.5,
         "window": sliding_window or 0,

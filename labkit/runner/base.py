@@ -14,6 +14,7 @@ class Layout(NamedTuple):
     block_size: int
     num_rows: int
     num_host_blocks: int = 0
+    windows: tuple[int | None, ...] = (None,)  # by group of layers: the last tokens they attend to, None: all
 
 
 class Pending(Protocol):

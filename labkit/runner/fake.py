@@ -72,22 +72,37 @@ class FakeRunner:
         start = int(plan.start[entry])
         places = np.arange(start, start + int(plan.count[entry]))
         size = self.layout.block_size
-        blocks = self.rows.tables[plan.rows[entry], places // size]
-        assert blocks.all(), f"row {plan.rows[entry]} writes tokens {places[0]}.. into the scratch block"
-        self.memory[blocks, places % size] = self.rows.inputs(plan, entry)
+        tokens = self.rows.inputs(plan, entry)
+        for table in self.rows.tables:
+            blocks = table[plan.rows[entry], places // size]
+            assert blocks.all(), f"row {plan.rows[entry]} writes tokens {places[0]}.. into the scratch block"
+            self.memory[blocks, places % size] = tokens
 
     def _sample(self, plan: Plan) -> np.ndarray:
         assert self.layout is not None
         ends = np.cumsum(plan.count)
-        size = self.layout.block_size
         tokens = np.zeros(len(plan.sample_row), np.int32)
         entries = np.searchsorted(ends, plan.sample_query, side="right")
         for i, (entry, row) in enumerate(zip(entries.tolist(), plan.sample_row.tolist(), strict=True)):
             length = int(plan.start[entry] + plan.count[entry])
-            blocks = self.rows.tables[plan.rows[entry], : -(-length // size)]
-            context = self.memory[blocks].reshape(-1)[:length]
+            context = self._context(int(plan.rows[entry]), length)
             join = self.rows.joins[row]
             assert join is not None, f"row {row} samples and never joined"
             tokens[i] = next_token(self.seed, (join.params.seed or 0) + join.sample, context, self.vocab_size)
         self.rows.latest[plan.sample_row] = tokens
         return tokens
+
+    def _context(self, row: int, length: int) -> np.ndarray:
+        """What the row's layers see: all tokens where a group keeps them, else those in the widest window. Every group
+        must have what its window holds."""
+        assert self.layout is not None
+        windows, size = self.layout.windows, self.layout.block_size
+        seen = [
+            self.memory[table[row, : -(-length // size)]].reshape(-1)[max(0, length - (window or length)) : length]
+            for table, window in zip(self.rows.tables, windows, strict=True)
+        ]
+        context = max(seen, key=len)
+        for part, window in zip(seen, windows, strict=True):
+            same = np.array_equal(part, context[len(context) - len(part) :])
+            assert same, f"row {row}: the layers with window {window} read other tokens than the rest"
+        return context

@@ -13,7 +13,8 @@ class Rows:
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
-        self.tables = np.zeros((layout.num_rows, 16), np.int64)  # [rows, blocks]; unset entries name the scratch block
+        groups = len(layout.windows)
+        self.tables = np.zeros((groups, layout.num_rows, 16), np.int64)  # [groups, rows, blocks]; 0: the scratch block
         self.joins: list[Join | None] = [None] * layout.num_rows
         self.latest = np.zeros(layout.num_rows, np.int32)
 
@@ -25,17 +26,17 @@ class Rows:
             self.joins[row] = None
         for join in plan.joins:
             self.joins[join.row] = join
-            self.tables[join.row] = 0
+            self.tables[:, join.row] = 0
         changes = plan.table_changes
         if len(changes.row):
             self._make_width(int(changes.index.max()) + 1)
-            self.tables[changes.row, changes.index] = changes.block
+            self.tables[changes.group, changes.row, changes.index] = changes.block
 
     def _make_width(self, num_blocks: int) -> None:
-        width = self.tables.shape[1]
+        width = self.tables.shape[2]
         if num_blocks > width:
             grown = max(num_blocks, 2 * width)
-            self.tables = np.pad(self.tables, ((0, 0), (0, grown - width)))
+            self.tables = np.pad(self.tables, ((0, 0), (0, 0), (0, grown - width)))
 
     def inputs(self, plan: Plan, entry: int) -> np.ndarray:
         """The token ids that entry `entry` computes."""

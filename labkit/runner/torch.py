@@ -13,20 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from labkit_kernels import copy_blocks, generation, pages, swap_blocks
+from labkit_kernels import copy_blocks, generation, swap_blocks
 from labkit_kernels import sample as sample_op
 from torch import Tensor
 
 from labkit.core.options import flag, named_options, real, whole
-from labkit.core.plan import Extras, Plan, Result, TokenLogprobs
-from labkit.models.base import Batch, Capture, KVCache, Model
+from labkit.core.plan import Plan
+from labkit.models.base import Batch, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
+from labkit.runner.computed import Computed, on_its_way
+from labkit.runner.extras import capture_of, extras_of, wants_prompt
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
+from labkit.runner.groups import by_window, one_group
+from labkit.runner.memory import BlockStore, available_memory, make_caches
 from labkit.runner.rows import Rows
-from labkit.sampling.sampler import Drawn, Sampler, logprobs_of
-from labkit.transfer import fetch, put
-
-MOST_LOGITS = 2**26  # entries of a matrix of prompt logits computed at once
+from labkit.sampling.sampler import Drawn, Sampler
+from labkit.transfer import put
 
 
 @named_options
@@ -40,14 +42,24 @@ class TorchRunner:
     """
 
     def __init__(
-        self, model: Model, *, eos_token_ids: Sequence[int] = (), seed: int = 0, graphs: bool | None = None
+        self,
+        model: Model,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        seed: int = 0,
+        graphs: bool | None = None,
+        hybrid_kv: bool = False,
     ) -> None:
-        """`graphs`: replay captured decode steps; None is yes on a GPU, for models that can be captured."""
+        """`graphs`: replay captured decode steps; None is yes on a GPU, for models that can be captured. `hybrid_kv`:
+        layers with a sliding window keep only the window's blocks; steps with several groups are not captured."""
         self.model = model
         if graphs is not None:
             flag("graphs", graphs)
         self.graphs: Graphs | None = None
-        self._wants_graphs = model.capturable and (model.device.type == "cuda" if graphs is None else graphs)
+        self.groups = by_window(model.kv) if flag("hybrid_kv", hybrid_kv) else one_group(model.kv)
+        self._wants_graphs = (
+            model.capturable and not hybrid_kv and (model.device.type == "cuda" if graphs is None else graphs)
+        )
         self.vocab_size = model.vocab_size
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
@@ -69,9 +81,15 @@ class TorchRunner:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes that all layers' keys and values of one block take."""
-        size = self.model.dtype.itemsize
-        return sum(spec.num_heads * (spec.key_size + spec.value_size) for spec in self.model.kv) * block_size * size
+        """Bytes that one block takes: keys and values of all layers in a group."""
+        specs = [self.model.kv[self.groups.place_of.index(place)] for place in range(self.groups.size)]
+        each = sum(spec.num_heads * (spec.key_size + spec.value_size) for spec in specs)
+        return each * block_size * self.model.dtype.itemsize
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """What each group of layers attends to, as a `BlockManager` takes it."""
+        return self.groups.windows
 
     def fitting_blocks(self, block_size: int, utilization: float, most_tokens: int, most_rows: int) -> int:
         """How many blocks fit into `utilization` of the memory beside the weights and a step of `most_tokens`."""
@@ -80,7 +98,7 @@ class TorchRunner:
             free, total = torch.cuda.mem_get_info(self.device)
             budget = free - (1 - utilization) * total - self._peak(most_tokens, most_rows)
         else:
-            budget = utilization * _available_memory()
+            budget = utilization * available_memory()
         blocks = int(budget // self.bytes_per_block(block_size))
         if blocks < 1:
             raise ValueError(
@@ -93,7 +111,7 @@ class TorchRunner:
         """Bytes that the largest step takes beside what is allocated now, by trying it on a scratch cache."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        caches = _caches(self.model, 2, 16, self.device)
+        caches = make_caches(self.model, one_group(self.model.kv), 2, 16, self.device)
         ids = torch.zeros(most_tokens, dtype=torch.int64, device=self.device)
         each = torch.ones(most_tokens, dtype=torch.int32, device=self.device)
         starts = torch.arange(most_tokens + 1, dtype=torch.int32, device=self.device)
@@ -108,6 +126,11 @@ class TorchRunner:
     def open(self, layout: Layout) -> None:
         if self.layout is not None:
             raise ValueError("this TorchRunner already serves an engine: close that one, or make another runner")
+        if layout.windows != self.windows:
+            raise ValueError(
+                f"the BlockManager was made for windows {layout.windows}, the layers of this runner have "
+                f"{self.windows}: make it with windows=runner.windows"
+            )
         self.layout = layout
         self.rows = Rows(layout)
         self.store, self.host = self._stores(layout)
@@ -124,15 +147,16 @@ class TorchRunner:
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
-        here = _caches(self.model, layout.num_blocks + 1, layout.block_size, self.device)
+        here = make_caches(self.model, self.groups, layout.num_blocks + 1, layout.block_size, self.device)
         if not layout.num_host_blocks:
             return BlockStore(here), BlockStore([])
-        there = _caches(self.model, layout.num_host_blocks + 1, layout.block_size, cpu, pinned)
+        there = make_caches(self.model, self.groups, layout.num_host_blocks + 1, layout.block_size, cpu, pinned)
         return BlockStore(here), BlockStore(there)
 
     @property
     def caches(self) -> list[KVCache]:
-        return self.store.caches
+        """By layer; layers of different groups share memory, never blocks."""
+        return [self.store.caches[place] for place in self.groups.place_of] if self.store.caches else []
 
     @property
     def num_layers(self) -> int:
@@ -182,12 +206,12 @@ class TorchRunner:
             return self._replay(self.graphs, plan, begin)
         inputs = self._inputs(plan)
         wanted = self._wanted(plan)
-        capture = _capture_of(wanted)
+        capture = capture_of(wanted)
         hidden = self.model.forward(inputs.batch, self.caches, capture)  # [tokens, hidden size]
         drawn = self._draw(plan, inputs, hidden)
-        extras = self._extras(plan, inputs, hidden, wanted, capture) if wanted else {}
+        extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        pending = _Computed(plan, _on_its_way(drawn), drawn, extras, names, begin, self.device)
+        pending = Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device)
         return pending if self.device.type == "cuda" else Done(pending.result())
 
     def _pick(self) -> None:
@@ -214,16 +238,16 @@ class TorchRunner:
         assert self.layout is not None
         rows, start, size = plan.rows, plan.start, self.layout.block_size
         index, place = np.divmod(start, size)
-        blocks = self.rows.tables[rows, index]
+        blocks = self.rows.tables[0, rows, index]
         self.store.touched[blocks] = True
         columns = np.zeros((7, len(rows)), np.int64)
         columns[FED, plan.feed] = 1
         columns[GIVEN, columns[FED] == 0] = plan.tokens
         columns[POSITION], columns[SLOT], columns[ROW] = start, blocks * size + place, rows
         columns[KEY] = self.sampler.keys(rows, start + 1)
-        table = self.rows.tables[rows, : int(index.max()) + 1]
+        table = self.rows.tables[0, rows, : int(index.max()) + 1]
         out = graphs.run(columns, table, self._sample)[:, : len(rows)]
-        pending = _Computed(plan, out, None, {}, [], begin, self.device)
+        pending = Computed(plan, out, None, {}, [], begin, self.device)
         return pending if self.device.type == "cuda" else Done(pending.result())
 
     def _apply(self, plan: Plan) -> None:
@@ -262,12 +286,12 @@ class TorchRunner:
             entry = np.repeat(np.arange(len(rows)), count)
             positions = np.arange(total) - query_start[:-1][entry] + start[entry]
         index, place = np.divmod(positions, size)
-        blocks = self.rows.tables[rows[entry], index]
+        blocks = self.rows.tables[:, rows[entry], index]  # [groups, tokens]
         self.store.touched[blocks] = True
         slots = blocks * size + place
         seq_len = start + count
         longest = int(seq_len.max()) if len(rows) else 0
-        table = self.rows.tables[rows, : max(1, -(-longest // size))]
+        tables = self.rows.tables[:, rows, : max(1, -(-longest // size))].astype(np.int32)
         ids = np.zeros(total, np.int64)
         feed = plan.feed
         if len(feed):
@@ -282,12 +306,14 @@ class TorchRunner:
         batch = Batch(
             token_ids=token_ids,
             positions=self._put(positions),
-            slots=self._put(slots),
-            block_table=self._put(table.astype(np.int32)),
+            slots=self._put(slots[0]),
+            block_table=self._put(tables[0]),
             query_start=self._put(query_start.astype(np.int32)),
             seq_len=self._put(seq_len.astype(np.int32)),
             max_query_len=int(count.max()) if len(rows) else 0,
             max_seq_len=longest,
+            group_of=self.groups.group_of if len(tables) > 1 else (),
+            other_groups=tuple((self._put(slots[i]), self._put(tables[i])) for i in range(1, len(tables))),
         )
         return _Inputs(batch, query_start, seq_len)
 
@@ -323,164 +349,12 @@ class TorchRunner:
         found = []
         for entry in self._asking[plan.rows].nonzero()[0].tolist():
             join = self.rows.joins[plan.rows[entry]]
-            if join is not None and (join.params.capture or self._wants_prompt(plan, entry, join)):
+            if join is not None and (join.params.capture or wants_prompt(plan, entry, join)):
                 found.append((entry, join))
         return found
-
-    @staticmethod
-    def _wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
-        return join.params.prompt_logprobs is not None and int(plan.start[entry]) < join.num_prompt - 1
-
-    def _extras(
-        self, plan: Plan, inputs: _Inputs, hidden: Tensor, wanted: list[tuple[int, Any]], capture: Capture | None
-    ) -> dict[str, Extras]:
-        found = {}
-        for entry, join in wanted:
-            begin, end = int(inputs.query_start[entry]), int(inputs.query_start[entry + 1])
-            start = int(plan.start[entry])
-            prompt = None
-            if self._wants_prompt(plan, entry, join):
-                prompt = self._prompt_logprobs(hidden[begin:end], start, join)
-            captured = _captured(capture, join.params.capture, entry, begin, end, start) if capture else None
-            found[join.request] = Extras(None, prompt, captured)
-        return found
-
-    def _prompt_logprobs(self, hidden: Tensor, start: int, join: Any) -> dict[int, TokenLogprobs]:
-        """Of the prompt's tokens that follow positions start .. start + len(hidden)."""
-        end = min(start + len(hidden), join.num_prompt - 1)
-        targets = torch.from_numpy(join.tokens[start + 1 : end + 1].astype(np.int64)).to(self.device)
-        wanted, found = join.params.prompt_logprobs, {}
-        piece = max(1, MOST_LOGITS // self.vocab_size)
-        for first in range(0, end - start, piece):
-            of = targets[first : first + piece]
-            logits = self.model.logits(hidden[first : first + len(of)])
-            lines = list(range(start + 1 + first, start + 1 + first + len(of)))
-            found |= logprobs_of(logits, of, [wanted] * len(of), lines).by_row()
-        return found
-
-
-class SavedBlocks(NamedTuple):
-    """The blocks that had been written at some moment, and their contents."""
-
-    index: np.ndarray
-    kept: list[Tensor]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavedBlocks:
-        return self
-
-
-class BlockStore:
-    """Keys and values of all layers, and which blocks were ever written: a copy holds only those."""
-
-    def __init__(self, caches: list[KVCache]) -> None:
-        self.caches = caches
-        self.flat = [tensor for pair in caches for tensor in pair]
-        self.touched = np.zeros(len(self.flat[0]) if caches else 0, bool)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SavedBlocks:
-        index = self.touched.nonzero()[0]
-        return SavedBlocks(index, [tensor[torch.from_numpy(index)] for tensor in self.flat])
-
-    def load(self, saved: SavedBlocks) -> None:
-        for tensor, kept in zip(self.flat, saved.kept, strict=True):
-            tensor[torch.from_numpy(saved.index)] = kept
-        self.touched[:] = False
-        self.touched[saved.index] = True
 
 
 class _Inputs(NamedTuple):
     batch: Batch
     query_start: np.ndarray  # [entries + 1]
     seq_len: np.ndarray  # [entries]
-
-
-def _on_its_way(drawn: Drawn | None) -> Tensor | None:
-    """Tokens and their logits [2, samples], on the host when the device has come that far."""
-    return None if drawn is None else fetch(torch.stack((drawn.tokens.double(), drawn.chosen.double())))
-
-
-class _Computed:
-    """A launched step. On a GPU its tokens travel to the host while the next step is prepared."""
-
-    def __init__(
-        self, plan: Plan, host: Tensor | None, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None],
-        begin: float, device: torch.device,
-    ) -> None:  # fmt: skip
-        self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
-        self.begin = begin
-        self.event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self.event = torch.cuda.Event()
-            self.event.record()
-
-    def result(self) -> Result:
-        if self.event is not None:
-            self.event.synchronize()
-        if self.host is None:
-            return Result(np.zeros(0, np.int32), time.perf_counter() - self.begin, None, self.extras or None)
-        tokens, chosen = self.host.numpy()
-        rows = self.plan.sample_row
-        errors = dict(self.drawn.errors) if self.drawn is not None else {}
-        for row, value in zip(rows.tolist(), chosen.tolist(), strict=True) if not np.isfinite(chosen).all() else ():
-            if value == float("-inf"):
-                errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
-            elif value != value:
-                errors.setdefault(row, "the model gave nan for its next token")
-        extras = dict(self.extras)
-        if self.drawn is not None and self.drawn.logprobs is not None:
-            for row, logprobs in self.drawn.logprobs.by_row().items():
-                name = self.names[row]
-                assert name is not None
-                extras[name] = extras.get(name, Extras())._replace(logprobs=logprobs)
-        seconds = time.perf_counter() - self.begin
-        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None)
-
-
-def _caches(
-    model: Model, num_blocks: int, block_size: int, device: torch.device, pinned: bool = False
-) -> list[KVCache]:
-    """Zeroed (nan in a place never written would poison a product with 0)."""
-
-    def zeros(*shape: int) -> Tensor:
-        if device.type != "cpu" or pinned:
-            return torch.zeros(shape, dtype=model.dtype, device=device, pin_memory=pinned)
-        return pages.zeros(shape, model.dtype)
-
-    return [
-        (
-            zeros(num_blocks, spec.num_heads, block_size, spec.key_size),
-            zeros(num_blocks, spec.num_heads, block_size, spec.value_size),
-        )
-        for spec in model.kv
-    ]
-
-
-def _available_memory() -> int:
-    """Bytes that a new process may take without swapping, as the system says."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        import os
-
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _capture_of(wanted: list[tuple[int, Any]]) -> Capture | None:
-    layers: dict[str, set[int]] = {"hidden": set(), "attention": set()}
-    for _, join in wanted:
-        for what, which in join.params.capture.items() if join.params.capture else ():
-            layers[what] |= set(which)
-    if not any(layers.values()):
-        return None
-    return Capture(frozenset(layers["hidden"]), frozenset(layers["attention"]))
-
-
-def _captured(
-    capture: Capture, asked: dict[str, Any] | None, entry: int, begin: int, end: int, start: int
-) -> dict[tuple[str, int], tuple[int, Any]]:
-    asked = asked or {}
-    hidden = {("hidden", i): (start, capture.hidden[i][begin:end].float().cpu()) for i in asked.get("hidden", ())}
-    attention = {("attention", i): (start, capture.attention[i][entry].cpu()) for i in asked.get("attention", ())}
-    return hidden | attention

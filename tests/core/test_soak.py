@@ -15,10 +15,11 @@ POLICIES = ["lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost", lambda block
 
 def random_engine(rng: random.Random, seed: int, lag: int) -> lk.Engine:
     size = rng.choice([1, 2, 3, 4, 16])
-    blocks = rng.randrange(8, 30) * max(1, 8 // size)
+    windows = rng.choice([(None,), (None,), (None, 3), (None, None), (None, 9, 2)])
+    blocks = rng.randrange(8, 30) * max(1, 8 // size) * len(windows)
     bm = lk.BlockManager(
         blocks, size, num_host_blocks=rng.choice([0, blocks // 2]), eviction=rng.choice(POLICIES[:7]),
-        prefix_caching=rng.random() < 0.8,
+        prefix_caching=rng.random() < 0.8, windows=windows,
     )  # fmt: skip
     sched = lk.Scheduler(
         bm,
@@ -45,7 +46,7 @@ class Life:
 
     def __init__(self, rng: random.Random, seed: int, lag: int) -> None:
         self.rng, self.eng = rng, random_engine(rng, seed, lag)
-        self.room = self.eng.blocks.num_blocks * self.eng.blocks.block_size // 3
+        self.room = self.eng.blocks.num_blocks * self.eng.blocks.block_size // (3 * self.eng.blocks.num_groups)
         self.prefixes = [[rng.randrange(5) for _ in range(self.room)] for _ in range(3)]
         self.requests: list[lk.Request] = []
 

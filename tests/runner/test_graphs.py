@@ -78,11 +78,11 @@ def test_padding_writes_to_scratch_alone(model):
     eng = engine(model, True, max_num_seqs=8)
     before = [eng.submit([5, 6, 7], lk.SamplingParams(max_tokens=9, temperature=0)) for _ in range(3)]
     eng.step()
-    free = sorted(set(range(1, 61)) - {int(b) for row in range(8) for b in eng.runner.rows.tables[row]})
+    free = sorted(set(range(1, 61)) - {int(b) for row in range(8) for b in eng.runner.rows.tables[0, row]})
     kept = [tensor[free].clone() for tensor in eng.runner.store.flat]
     for _ in range(3):
         eng.step()
-    used = {int(b) for row in range(8) for b in eng.runner.rows.tables[row]}
+    used = {int(b) for row in range(8) for b in eng.runner.rows.tables[0, row]}
     still = [i for i, block in enumerate(free) if block not in used]
     for tensor, old in zip(eng.runner.store.flat, kept, strict=True):
         assert torch.equal(tensor[np.array(free)[still]], old[still])

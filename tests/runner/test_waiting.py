@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 import labkit as lk
 from labkit.models import load_model
+from labkit.runner.computed import Computed
 from labkit.runner.graphs import Buffers
-from labkit.runner.torch import _Computed
 from tests.models.configs import VOCAB, config
 
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}
@@ -54,7 +54,7 @@ class Waits(TorchFunctionMode):
 @pytest.fixture(autouse=True)
 def what_may_read(monkeypatch):
     """Results, which a CPU has at once; and buffers on the host, when they are made."""
-    for owner, name in ((_Computed, "result"), (Buffers, "__init__")):
+    for owner, name in ((Computed, "result"), (Buffers, "__init__")):
         monkeypatch.setattr(owner, name, unwatched(getattr(owner, name)))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from labkit.core.blocks.eviction import EvictionChoice, EvictionPolicy, eviction_policy
 from labkit.core.blocks.full import FullBlocks
@@ -152,14 +153,29 @@ class RowBlocks:
         """How many of these blocks nobody holds: taking them makes that many fewer available."""
         return int((self.pool.count[[block for block in blocks if block]] == 0).sum()) if blocks else 0
 
-    def most_blocks(self, num_tokens: int, chunk: int) -> int:
-        """The most blocks that a row of `num_tokens` tokens holds at once, computed in chunks of at most `chunk`: a
-        windowed group gives back what its window has left."""
-        whole_row = self.blocks_for(num_tokens)
+    def most_blocks(self, num_tokens: int, chunk: int, num_hit: int = 0) -> int:
+        """The most blocks that a row takes to compute `num_tokens` tokens in chunks of at most `chunk`, the first
+        `num_hit` blocks of each group apart. A windowed group gives back what its window has left."""
+        whole_row = self.blocks_for(num_tokens) - num_hit
         if not self._windowed:
             return whole_row * self.num_groups
-        within = [min(whole_row, self.blocks_for(window + chunk) + 1) for _, window in self._windowed]
-        return whole_row * (self.num_groups - len(within)) + sum(within)
+        within = sum(min(whole_row, self._most_within(window, chunk)) for _, window in self._windowed)
+        return whole_row * (self.num_groups - len(self._windowed)) + within
+
+    def most_tokens(self, chunk: int) -> int:
+        """The longest row that the whole pool can hold."""
+        full = self.num_groups - len(self._windowed)
+        within = sum(self._most_within(window, chunk) for _, window in self._windowed)
+        blocks = self.num_blocks // self.num_groups
+        if self._windowed and full:
+            blocks = max(blocks, (self.num_blocks - within) // full)
+        elif self._windowed and within <= self.num_blocks:
+            blocks = self.num_blocks
+        return blocks * self.block_size
+
+    def _most_within(self, window: int, chunk: int) -> int:
+        """Blocks that hold a window and a chunk, wherever they begin."""
+        return self.blocks_for(window + chunk) + 1
 
     def count_query(self, num_tokens: int, num_hit_blocks: int) -> None:
         self.num_queries += 1
@@ -256,6 +272,18 @@ class RowBlocks:
         blocks = [taken[at : at + more] for at in range(0, len(taken), more)]
         self.tables.append(row, blocks)
         return blocks
+
+    def put_back(self, row: int, present: NDArray[np.bool_], name: str | None = None) -> list[list[int]]:
+        """Further blocks for a row where `present` [groups, blocks] says so, scratch elsewhere."""
+        blocks = np.zeros(present.shape, np.int64)
+        blocks[present] = self.take(int(present.sum()), name)
+        self.tables.append(row, blocks.astype(np.int32))
+        for group, line in enumerate(present):
+            first = int(self.tables.num_blocks[row]) - int(line.sum())
+            if not line.all():
+                self.leave_window(group, row, first)
+        found: list[list[int]] = blocks.tolist()
+        return found
 
     def must_copy(self, row: int, start: int) -> bool:
         """Would writing at token `start` touch a block that others hold too, or that was stored by one who did?"""

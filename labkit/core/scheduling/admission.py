@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from labkit.core.blocks.prefix import hash_blocks, span_keys
 from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
@@ -86,9 +88,8 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
 
 def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
     """Blocks that become unavailable once all of the request's tokens are computed."""
-    blocks = s.blocks
-    most = blocks.most_blocks(request.num_tokens, s.max_num_batched_tokens) - hit.num_blocks * blocks.num_groups
-    return max(most, 0) + blocks.num_revived(hit.held)
+    most = s.blocks.most_blocks(request.num_tokens, s.max_num_batched_tokens, hit.num_blocks)
+    return most + s.blocks.num_revived(hit.held)
 
 
 def _still_blocked(s: SchedulerState, request: Request) -> bool:
@@ -166,17 +167,13 @@ def _place(s: SchedulerState, builder: PlanBuilder, request: Request, hashes: li
 
 def _swap_in(s: SchedulerState, builder: PlanBuilder, request: Request, row: int, num_hit: int) -> None:
     """Blocks for what was moved to host memory; those the prefix cache still holds need no move."""
-    size = s.blocks.block_size
-    end = max(request.num_computed, num_hit * size)
-    s.blocks.grow(row, end, request.id)
-    tables, num_swapped = s.tables, s.blocks.blocks_for(request.num_computed)
-    moved = []
-    for group in range(s.blocks.num_groups):
-        host = request.host_blocks[group * num_swapped : (group + 1) * num_swapped]
-        device = tables.blocks[group, row, :num_swapped].tolist()
-        moved += [pair for pair in list(zip(host, device, strict=True))[num_hit:] if pair[0]]
-        if (left_window := max((i for i, block in enumerate(host) if not block), default=-1) + 1) > num_hit:
-            s.blocks.leave_window(group, row, left_window)  # nothing was moved there
+    blocks = s.blocks
+    end = max(request.num_computed, num_hit * blocks.block_size)
+    host = np.array(request.host_blocks, np.int64).reshape(blocks.num_groups, -1)[:, num_hit:]
+    moved: list[tuple[int, int]] = []
+    if host.size:
+        device = np.array(blocks.put_back(row, host > 0, request.id))
+        moved = list(zip(host[host > 0].tolist(), device[host > 0].tolist(), strict=True))
     builder.swap_in += moved
     s.host_releases.append((s.step, [block for block in request.host_blocks if block]))
     s.tables.num_computed[row] = end

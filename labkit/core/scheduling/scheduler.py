@@ -110,7 +110,7 @@ class Scheduler(SchedulerState, Shown):
 
     def room_for(self, num_prompt: int) -> int:
         """The most tokens that a prompt of this length may be continued by."""
-        room = self.blocks.num_blocks * self.blocks.block_size
+        room = self.blocks.most_tokens(self.max_num_batched_tokens)
         return (room if self.max_model_len is None else min(room, self.max_model_len)) - num_prompt
 
     def why_never(self, request: Request) -> str | None:
@@ -122,7 +122,7 @@ class Scheduler(SchedulerState, Shown):
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
             return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
         if self.room_for(num_prompt) < most:
-            needed = bm.blocks_for(num_prompt + most)
+            needed = bm.most_blocks(num_prompt + most, self.max_num_batched_tokens)
             return (
                 f"{num_prompt} prompt tokens and max_tokens={most} need {needed} blocks of {bm.block_size}, "
                 f"the pool has {bm.num_blocks}: shorten one of them or make the pool larger"

@@ -1,0 +1,55 @@
+"""A launched step, and what it gives once the device is done."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.core.plan import Extras, Plan, Result
+from labkit.sampling.sampler import Drawn
+from labkit.transfer import fetch
+
+
+def on_its_way(drawn: Drawn | None) -> Tensor | None:
+    """Tokens and their logits [2, samples], on the host when the device has come that far."""
+    return None if drawn is None else fetch(torch.stack((drawn.tokens.double(), drawn.chosen.double())))
+
+
+class Computed:
+    """A launched step. On a GPU its tokens travel to the host while the next step is prepared."""
+
+    def __init__(
+        self, plan: Plan, host: Tensor | None, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None],
+        begin: float, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
+        self.begin = begin
+        self.event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def result(self) -> Result:
+        if self.event is not None:
+            self.event.synchronize()
+        if self.host is None:
+            return Result(np.zeros(0, np.int32), time.perf_counter() - self.begin, None, self.extras or None)
+        tokens, chosen = self.host.numpy()
+        rows = self.plan.sample_row
+        errors = dict(self.drawn.errors) if self.drawn is not None else {}
+        for row, value in zip(rows.tolist(), chosen.tolist(), strict=True) if not np.isfinite(chosen).all() else ():
+            if value == float("-inf"):
+                errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
+            elif value != value:
+                errors.setdefault(row, "the model gave nan for its next token")
+        extras = dict(self.extras)
+        if self.drawn is not None and self.drawn.logprobs is not None:
+            for row, logprobs in self.drawn.logprobs.by_row().items():
+                name = self.names[row]
+                assert name is not None
+                extras[name] = extras.get(name, Extras())._replace(logprobs=logprobs)
+        seconds = time.perf_counter() - self.begin
+        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None)

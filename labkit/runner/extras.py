@@ -1,0 +1,73 @@
+"""What a few requests want of a step beside their tokens: prompt logprobs, hidden states, attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.core.plan import Extras, Plan, TokenLogprobs
+from labkit.models.base import Capture, Model
+from labkit.sampling.sampler import logprobs_of
+
+MOST_LOGITS = 2**26  # entries of a matrix of prompt logits computed at once
+
+
+def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
+    return join.params.prompt_logprobs is not None and int(plan.start[entry]) < join.num_prompt - 1
+
+
+def extras_of(
+    model: Model,
+    plan: Plan,
+    query_start: np.ndarray,
+    hidden: Tensor,
+    wanted: list[tuple[int, Any]],
+    capture: Capture | None,
+) -> dict[str, Extras]:
+    """What these entries asked for beside tokens, by request."""
+    found = {}
+    for entry, join in wanted:
+        begin, end = int(query_start[entry]), int(query_start[entry + 1])
+        start = int(plan.start[entry])
+        prompt = None
+        if wants_prompt(plan, entry, join):
+            prompt = prompt_logprobs(model, hidden[begin:end], start, join)
+        captured = _captured(capture, join.params.capture, entry, begin, end, start) if capture else None
+        found[join.request] = Extras(None, prompt, captured)
+    return found
+
+
+def prompt_logprobs(model: Model, hidden: Tensor, start: int, join: Any) -> dict[int, TokenLogprobs]:
+    """Of the prompt's tokens that follow positions start .. start + len(hidden)."""
+    end = min(start + len(hidden), join.num_prompt - 1)
+    targets = torch.from_numpy(join.tokens[start + 1 : end + 1].astype(np.int64)).to(model.device)
+    wanted, found = join.params.prompt_logprobs, {}
+    piece = max(1, MOST_LOGITS // model.vocab_size)
+    for first in range(0, end - start, piece):
+        of = targets[first : first + piece]
+        logits = model.logits(hidden[first : first + len(of)])
+        lines = list(range(start + 1 + first, start + 1 + first + len(of)))
+        found |= logprobs_of(logits, of, [wanted] * len(of), lines).by_row()
+    return found
+
+
+def capture_of(wanted: list[tuple[int, Any]]) -> Capture | None:
+    layers: dict[str, set[int]] = {"hidden": set(), "attention": set()}
+    for _, join in wanted:
+        for what, which in join.params.capture.items() if join.params.capture else ():
+            layers[what] |= set(which)
+    if not any(layers.values()):
+        return None
+    return Capture(frozenset(layers["hidden"]), frozenset(layers["attention"]))
+
+
+def _captured(
+    capture: Capture, asked: dict[str, Any] | None, entry: int, begin: int, end: int, start: int
+) -> dict[tuple[str, int], tuple[int, Any]]:
+    asked = asked or {}
+    hidden = {("hidden", i): (start, capture.hidden[i][begin:end].float().cpu()) for i in asked.get("hidden", ())}
+    attention = {("attention", i): (start, capture.attention[i][entry].cpu()) for i in asked.get("attention", ())}
+    return hidden | attention

@@ -1,0 +1,46 @@
+"""Which layers share blocks. Layers that attend to the same part of the context form groups of equal size, so that one
+pool of blocks serves them all: a block holds one group's keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from labkit.models.base import KVSpec
+
+
+class Groups(NamedTuple):
+    windows: tuple[int | None, ...]  # by group
+    group_of: tuple[int, ...]  # by layer
+    place_of: tuple[int, ...]  # by layer: which of its group's layers it is
+
+    @property
+    def size(self) -> int:
+        """Layers in the largest group: a block has room for so many."""
+        return max(self.place_of) + 1
+
+
+def one_group(kv: Sequence[KVSpec]) -> Groups:
+    """Every layer keeps the whole context."""
+    return Groups((None,), (0,) * len(kv), tuple(range(len(kv))))
+
+
+def by_window(kv: Sequence[KVSpec]) -> Groups:
+    """Layers with the same window together, full attention first; larger kinds are cut to the size of the smallest."""
+    shapes = {(spec.num_heads, spec.key_size, spec.value_size) for spec in kv}
+    if len(shapes) > 1:
+        raise ValueError(f"hybrid_kv needs layers whose keys and values have one shape, this model has {len(shapes)}")
+    kinds: dict[int | None, list[int]] = {}
+    for layer, spec in enumerate(kv):
+        kinds.setdefault(spec.window, []).append(layer)
+    size = min(map(len, kinds.values()))
+    windows: list[int | None] = []
+    group_of, place_of = [0] * len(kv), [0] * len(kv)
+    for window in sorted(kinds, key=lambda window: (window is not None, window or 0)):
+        layers = kinds[window]
+        for first in range(0, len(layers), size):
+            for place, layer in enumerate(layers[first : first + size]):
+                group_of[layer], place_of[layer] = len(windows), place
+            windows.append(window)
+    return Groups(tuple(windows), tuple(group_of), tuple(place_of))
