@@ -39,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
     gpu.add_argument("--quick", action="store_true", help="in miniature: does everything run?")
     gpu.add_argument("--only", metavar="A,B", default="", help="some parts")
+    gpu.add_argument("--budget", metavar="SECONDS", type=float, default=420.0, help="no part begins after (420)")
     kernels = kinds.add_parser("kernels", help="each op's variants against the machine's limit", add_help=False)
     kernels.add_argument("words", nargs=argparse.REMAINDER)
     report = kinds.add_parser("report", help="results as one HTML page with plots")
@@ -155,9 +156,9 @@ def _kernels(args: argparse.Namespace) -> int:
 
 
 def _gpu(args: argparse.Namespace) -> int:
-    from labkit.bench import gpu
+    from labkit.bench.gpu.run import command
 
-    return gpu.command(args)
+    return command(args)
 
 
 def _report(args: argparse.Namespace) -> int:

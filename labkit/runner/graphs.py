@@ -115,7 +115,27 @@ class Graphs:
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __repr__(self) -> str:
-        return f"Graphs({len(self._made)} captured, {self.memory / 2**20:.0f} MiB)"
+        return f"Graphs({self.num_captured} captured, {self.memory / 2**20:.0f} MiB)"
+
+    @property
+    def num_captured(self) -> int:
+        return len(self._made)
+
+    def capture(self, rows: int, blocks: int, sample: Callable[..., Tensor]) -> None:
+        """Capture every size up to so many rows and blocks a row, so that no step has to."""
+        width = LEAST_WIDTH
+        while True:
+            for size in self.sizes[: bisect.bisect_left(self.sizes, rows) + 1]:
+                self._graph(size, width, sample)
+            if width >= blocks:
+                return
+            width *= 2
+
+    def _graph(self, size: int, width: int, sample: Callable[..., Tensor]) -> tuple[Buffers, Callable[[], Any]]:
+        if (size, width) not in self._made:
+            buffers = Buffers(size, width, self.device)
+            self._made[size, width] = buffers, self._capture(buffers, sample)
+        return self._made[size, width]
 
     def run(self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor]) -> Tensor:
         """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream is there."""
@@ -123,10 +143,7 @@ class Graphs:
         width = LEAST_WIDTH
         while width < tables.shape[1]:
             width *= 2
-        if (size, width) not in self._made:
-            buffers = Buffers(size, width, self.device)
-            self._made[size, width] = buffers, self._capture(buffers, sample)
-        buffers, replay = self._made[size, width]
+        buffers, replay = self._graph(size, width, sample)
         buffers.fill(columns, tables, self.num_rows)
         replay()
         return buffers.read()

@@ -145,6 +145,14 @@ class TorchRunner:
         size, rows = self.layout.block_size, self.layout.num_rows
         return Graphs(self.model, self.store.caches, self.sampler, self.latest, size, rows)
 
+    @torch.inference_mode()
+    def capture_all(self, most_tokens: int) -> None:
+        """Capture the decode steps of every number of rows, with contexts up to `most_tokens`; does nothing where steps
+        are not captured."""
+        if self.graphs is not None and self.layout is not None:
+            self._pick()
+            self.graphs.capture(self.layout.num_rows, -(-most_tokens // self.layout.block_size), self._sample)
+
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
         here = make_caches(self.model, self.groups, layout.num_blocks + 1, layout.block_size, self.device)

@@ -174,9 +174,10 @@ def test_an_engine_takes_what_it_started_with_it(tmp_path):
 
 
 def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, tmp_path):
-    from labkit.bench import gpu
+    from labkit.bench.gpu import run as gpu
+    from labkit.bench.gpu.where import Where
 
     parts = (gpu.Part("nowhere", "", 60, lambda where: {}), gpu.Part("limits", "", 60, lambda where: {}))
     monkeypatch.setattr(gpu, "PARTS", parts)
-    found = gpu.run(gpu.Where("cpu", True), (), None)["parts"]
+    found = gpu.run(Where("cpu", True), (), None)["parts"]
     assert "StopIteration" in found["nowhere"]["error"] and found["limits"]["bandwidth"] > 0

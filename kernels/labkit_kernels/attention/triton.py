@@ -47,11 +47,11 @@ def tiles(
     if dtype == torch.float32:  # no tensor cores: registers are the limit
         rows, keys, warps, stages = 16, 16, 4 if wide <= 128 else 8, 2
     elif decode:
-        rows, keys, warps, stages = 16, 128 if wide <= 64 else 64 if wide <= 128 else 32, 4, 3
+        rows, keys, warps, stages = 16, 128 if wide <= 64 and not large else 64 if wide <= 128 else 32, 4, 3
     elif wide <= 128 and invariant:  # decode steps take this path too, and fill few of its rows
         rows, keys, warps, stages = 64, 64, 8, 2 if large else 3
     elif wide <= 128:
-        rows, keys, warps, stages = 128, (64 if wide > 64 else 128) if large else (32 if wide > 64 else 64), 8, 3
+        rows, keys, warps, stages = 128, 64 if large or wide <= 64 else 32, 8, 3
     else:
         rows, keys, warps, stages = 64, 32, 8, 2
     if alibi and not decode:

@@ -273,17 +273,15 @@ class RowBlocks:
         self.tables.append(row, blocks)
         return blocks
 
-    def put_back(self, row: int, present: NDArray[np.bool_], name: str | None = None) -> list[list[int]]:
+    def put_back(self, row: int, present: NDArray[np.bool_], name: str | None = None) -> Ints:
         """Further blocks for a row where `present` [groups, blocks] says so, scratch elsewhere."""
         blocks = np.zeros(present.shape, np.int64)
         blocks[present] = self.take(int(present.sum()), name)
         self.tables.append(row, blocks.astype(np.int32))
-        for group, line in enumerate(present):
-            first = int(self.tables.num_blocks[row]) - int(line.sum())
-            if not line.all():
-                self.leave_window(group, row, first)
-        found: list[list[int]] = blocks.tolist()
-        return found
+        for group, there in enumerate(present):
+            if not there.all():
+                self.leave_window(group, row, int(self.tables.num_blocks[row]) - int(there.sum()))
+        return blocks
 
     def must_copy(self, row: int, start: int) -> bool:
         """Would writing at token `start` touch a block that others hold too, or that was stored by one who did?"""

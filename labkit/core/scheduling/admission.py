@@ -172,7 +172,7 @@ def _swap_in(s: SchedulerState, builder: PlanBuilder, request: Request, row: int
     host = np.array(request.host_blocks, np.int64).reshape(blocks.num_groups, -1)[:, num_hit:]
     moved: list[tuple[int, int]] = []
     if host.size:
-        device = np.array(blocks.put_back(row, host > 0, request.id))
+        device = blocks.put_back(row, host > 0, request.id)
         moved = list(zip(host[host > 0].tolist(), device[host > 0].tolist(), strict=True))
     builder.swap_in += moved
     s.host_releases.append((s.step, [block for block in request.host_blocks if block]))

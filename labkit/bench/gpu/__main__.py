@@ -1,0 +1,5 @@
+"""`python -m labkit.bench.gpu`."""
+
+from labkit.bench.gpu.run import main
+
+raise SystemExit(main())

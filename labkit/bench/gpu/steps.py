@@ -1,0 +1,192 @@
+"""Single steps of an engine: wall time, the host's own work, how long the GPU sat idle, and what it did, by kernel."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from labkit.bench.gpu.timing import graph_seconds, launch_seconds, profiled
+from labkit.bench.gpu.where import Where, make_config
+from labkit.core.params import SamplingParams
+from labkit.engine.engine import Engine
+
+
+def filled(where: Where, shape: str, rows: int, context: int, steps: int, **options: Any) -> Engine:
+    """An engine whose `rows` requests all decode, from about `context` tokens on, for `steps` more steps at least."""
+    if where.quick:
+        rows, context, steps = 4, 12, 12
+    longest = context + steps + 16
+    block = 8 if where.quick else 32
+    eng = Engine(
+        make_config(where.shape(shape)), load_format="dummy", dtype=where.dtype, device=where.device, max_num_seqs=rows,
+        block_size=block, num_blocks=2 * rows * -(-longest // block), max_model_len=longest, prefix_caching=False,
+        max_num_batched_tokens=max(8192, rows) if not where.quick else 64, **options,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=steps + 12, ignore_eos=True)
+    for i in range(rows):
+        eng.submit([10 + (i * 7 + j) % 400 for j in range(context)], params)
+    while eng.scheduler.num_running < rows or eng.scheduler.prefilling:
+        eng.step()
+    for _ in range(4):
+        eng.step()
+    where.sync()
+    return eng
+
+
+@contextmanager
+def _waits() -> Iterator[dict[str, float]]:
+    """Counts the thread's CPU time in waits for the device, which spin."""
+    spent = {"cpu": 0.0}
+    if not torch.cuda.is_available():
+        yield spent
+        return
+    original = torch.cuda.Event.synchronize
+
+    def timed(self: Any) -> None:
+        begin = time.thread_time()
+        original(self)
+        spent["cpu"] += time.thread_time() - begin
+
+    torch.cuda.Event.synchronize = timed  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        torch.cuda.Event.synchronize = original  # type: ignore[method-assign]
+
+
+def in_engine(eng: Engine, function: Callable[[], Any]) -> Any:
+    """In the engine's own thread, where steps are taken when it serves."""
+    return function() if eng.worker is None else eng.worker.call(function)
+
+
+def measured(where: Where, eng: Engine, steps: int) -> dict[str, Any]:
+    """Of `steps` steps: the median wall time, the host's CPU time without waits, and what the device did."""
+    from labkit.bench.gpu.serving import num_captured
+
+    if where.quick:
+        steps = 3
+    captured = num_captured(eng)
+
+    def timed() -> tuple[list[float], float]:
+        each = []
+        with _waits() as waits:
+            begin = time.thread_time()
+            for _ in range(steps):
+                at = time.perf_counter()
+                eng._step()
+                each.append(time.perf_counter() - at)
+            cpu = time.thread_time() - begin - waits["cpu"]
+        return each, cpu / steps
+
+    each, cpu = in_engine(eng, timed)
+    if num_captured(eng) != captured:
+        raise RuntimeError("a graph was captured inside the timed stretch: these times are not steps")
+
+    def recorded() -> dict[str, Any]:
+        def run() -> None:
+            for _ in range(steps // 2):
+                eng._step()
+
+        return profiled(where, run, max(1, steps // 2))
+
+    return {
+        "wall_ms": sorted(each)[len(each) // 2] * 1e3,
+        "host_cpu_ms": cpu * 1e3,
+        **in_engine(eng, recorded),
+    }
+
+
+def decode(where: Where) -> dict[str, Any]:
+    """256 rows of Qwen2.5-0.5B's shape, context about 500, every step a captured one."""
+    eng = filled(where, "qwen2.5-0.5b", 256, 480, 60)
+    return {"rows": 256, **measured(where, eng, 30)}
+
+
+def eager(where: Where) -> dict[str, Any]:
+    """64 rows, captured and not: what a step costs that no graph holds."""
+    out: dict[str, Any] = {}
+    for name, graphs in (("captured", True), ("eager", False)):
+        eng = filled(where, "qwen2.5-0.5b", 64, 100, 60, graphs=graphs and where.on_gpu)
+        found = measured(where, eng, 20)
+        out |= {f"{name}_{key}": found[key] for key in ("wall_ms", "host_cpu_ms", "busy_ms", "idle_ms")}
+        eng.close()
+    out["ratio"] = out["eager_wall_ms"] / out["captured_wall_ms"]
+    return out
+
+
+def mixed(where: Where) -> dict[str, Any]:
+    """Steps in which 128 rows of Qwen3-0.6B's shape decode while prompts of 512 tokens come in, two a step."""
+    rows = 128 if not where.quick else 4
+    eng = filled(where, "qwen3-0.6b", rows, 256, 60)
+    num, length, steps = (40, 512, 20) if not where.quick else (3, 8, 3)
+    eng.control(rows=eng.scheduler.width)
+    for request in list(eng.scheduler.requests.values())[: rows // 2]:
+        eng.abort(request)
+    eng.control(budget=rows + 2 * length if not where.quick else 16)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    for i in range(num):
+        eng.submit([10 + (i * 11 + j) % 400 for j in range(length)], params)
+    for _ in range(3):
+        eng.step()
+
+    def timed() -> list[float]:
+        each = []
+        for _ in range(steps // 2):
+            begin = time.perf_counter()
+            eng._step()
+            each.append(time.perf_counter() - begin)
+        return each
+
+    each = in_engine(eng, timed)
+    found = in_engine(
+        eng, lambda: profiled(where, lambda: [eng._step() for _ in range(steps // 4 or 1)], steps // 4 or 1)
+    )
+    return {"wall_ms": sorted(each)[len(each) // 2] * 1e3, **found}
+
+
+def head(where: Where) -> dict[str, Any]:
+    """The end of a greedy step of 256 rows: the product with the vocabulary, the cast to float32, the draw."""
+    from labkit_kernels import get
+
+    config = make_config(where.shape("qwen2.5-0.5b"))
+    rows = 256 if not where.quick else 4
+    like: dict[str, Any] = {"device": where.device}
+    hidden = torch.randn(rows, config.hidden_size, dtype=where.dtype, **like)
+    weight = torch.randn(config.vocab_size, config.hidden_size, dtype=where.dtype, **like)
+    logits = hidden @ weight.T
+    wide = logits.float()
+    sample = get("sample").pick(where.device, torch.float32, vocab=config.vocab_size)
+    zeros, ones = torch.zeros(rows, **like), torch.ones(rows, **like)
+    none = torch.zeros(rows, dtype=torch.int32, **like)
+    keys = torch.randint(1 << 40, (rows,), **like)
+    with torch.inference_mode():
+        out = {
+            "product_us": graph_seconds(where, [lambda: hidden @ weight.T]) * 1e6,
+            "cast_us": graph_seconds(where, [lambda: logits.float()]) * 1e6,
+            "greedy_draw_us": graph_seconds(where, [lambda: sample(wide, zeros, none, ones, zeros, keys)]) * 1e6,
+            "draw_at_0.6_us": graph_seconds(where, [lambda: sample(wide, 0.6 * ones, none, ones, zeros, keys)]) * 1e6,
+        }
+    return {**out, "greedy_us": out["product_us"] + out["cast_us"] + out["greedy_draw_us"]}
+
+
+def launches(where: Where) -> dict[str, Any]:
+    """Microseconds of the host for one eager call of each small op, while the device keeps up."""
+    from labkit_kernels import get
+
+    rows, size = (64, 896) if not where.quick else (4, 64)
+    x = torch.randn(rows, size, dtype=where.dtype, device=where.device)
+    weight = torch.ones(size, dtype=where.dtype, device=where.device)
+    wide = torch.randn(rows, 4 * size, dtype=where.dtype, device=where.device)
+    norm, gate = (get(name).pick(where.device, where.dtype) for name in ("rms_norm", "silu_mul"))
+    calls = {
+        "rms_norm": lambda: norm(x, weight, 1e-6),
+        "silu_mul": lambda: gate(wide),
+        "torch linear": lambda: torch.nn.functional.linear(x, x),
+        "torch add": lambda: x + x,
+    }
+    with torch.inference_mode():
+        return {f"{name}_us": launch_seconds(where, call) * 1e6 for name, call in calls.items()}
