@@ -2,9 +2,12 @@
 
 import importlib
 import re
+from importlib import metadata
 
 import pytest
 import transformers
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from labkit import load_model
 from labkit.models import adapters, hf
@@ -44,3 +47,10 @@ def test_an_attention_that_was_renamed_is_named(monkeypatch):
 def test_the_versions_that_were_tested_hold_the_installed_one():
     first, last = (tuple(map(int, version.split("."))) for version in hf.TESTED)
     assert first <= tuple(map(int, transformers.__version__.split(".")[:2])) <= last
+
+
+def test_pyproject_allows_the_versions_that_were_tested():
+    (line,) = [one for one in metadata.requires("labkit") or () if one.startswith("transformers")]
+    first, last = hf.TESTED
+    major, minor = last.split(".")
+    assert set(Requirement(line).specifier) == set(SpecifierSet(f">={first},<{major}.{int(minor) + 1}"))
