@@ -6,7 +6,6 @@ Knows a scheduler, a runner and a clock; refuses to know threads, models and pol
 from __future__ import annotations
 
 import heapq
-import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -43,7 +42,7 @@ class Loop:
         self.listeners: list[Listener] = []
         self.arriving: dict[str, Handle] = {}  # submitted, but not yet known to the scheduler
         self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
-        self._ticket = itertools.count()
+        self._num_enqueued = 0  # ties in time go by it
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.wakeup = Wakeup()
 
@@ -65,7 +64,8 @@ class Loop:
         """To arrive later; one that can never fit is refused at once."""
         if self.scheduler.why_never(handle) is not None:
             self._enter(handle)
-        heapq.heappush(self._arrivals, (handle.arrival, next(self._ticket), handle))
+        self._num_enqueued += 1
+        heapq.heappush(self._arrivals, (handle.arrival, self._num_enqueued, handle))
 
     def _enter(self, handle: Handle, quiet: bool = False) -> None:
         """The scheduler's from now on."""
