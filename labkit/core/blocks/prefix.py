@@ -123,6 +123,14 @@ def hash_blocks(
     return hashes
 
 
+class Changes:
+    """Hashes that became stored and hashes that went, since somebody last asked."""
+
+    def __init__(self) -> None:
+        self.stored: set[bytes] = set()
+        self.removed: set[bytes] = set()
+
+
 class PrefixCache(Shown):
     """Hash -> block, and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
     pool's column of counts, for whoever draws the cache; nothing here is decided by it."""
@@ -151,6 +159,12 @@ class PrefixCache(Shown):
         self.ghost_for: dict[bytes, str | None] = {}  # evicted hash -> the request it made room for
         self.roots: dict[bytes, tuple[str | None, str | None]] = {}
         self.emit: EventSink | None = None
+        self.changes: Changes | None = None  # recorded while somebody asks for them
+
+    def start_recording(self) -> Changes | None:
+        """What has changed since the last call; None: not known. Recorded from now on, as far as it stays small."""
+        changes, self.changes = self.changes, Changes()
+        return changes
 
     def __len__(self) -> int:
         return len(self.block_of)
@@ -201,6 +215,8 @@ class PrefixCache(Shown):
         joined, joined_parents = b"".join(digests), b"".join(parent_digests)
         self._hash_of[at] = np.frombuffer(joined, DIGEST)
         self._parent_hash_of[at] = np.frombuffer(joined_parents, DIGEST)
+        if self.changes is not None:
+            self._note(self.changes.stored, digests)
         first_copy, ghosts = self.block_of.setdefault, self.ghost_step
         firsts = map(first_copy, digests, blocks)
         copies = [i for i, (first, block) in enumerate(zip(firsts, blocks, strict=True)) if first != block]
@@ -231,6 +247,8 @@ class PrefixCache(Shown):
         self.stored[block] = True
         self._hash_of[block] = digest
         self._parent_hash_of[block] = parent_digest
+        if self.changes is not None:
+            self._note(self.changes.stored, [digest])
         if self.block_of.setdefault(digest, block) != block:
             self.spares.setdefault(digest, []).append(block)
             return
@@ -275,6 +293,8 @@ class PrefixCache(Shown):
                     del spares_of[digest]
                 continue
             del block_of[digest]
+            if self.changes is not None:
+                self._note(self.changes.removed, [digest])
             step_of[digest] = step
             request_of[digest] = requests[i]
             gone.append(i)
@@ -287,7 +307,13 @@ class PrefixCache(Shown):
                 blocks, requests = [blocks[i] for i in gone], [requests[i] for i in gone]
             self.emit(("Removed", joined, tuple(blocks), tuple(requests)))
 
+    def _note(self, seen: set[bytes], digests: list[bytes]) -> None:
+        seen.update(digests)
+        if len(seen) > 4 * self.num_blocks:
+            self.changes = None  # nobody has asked for a long time
+
     def clear(self) -> None:
+        self.changes = None
         self._stamp[self.stored] += 1
         self.stored[:] = False
         self.children[:] = self.hits[:] = self.parent_of[:] = 0

@@ -40,6 +40,7 @@ def lpm(request: Request, now: int) -> Key:
 
 
 lpm.dynamic = True  # type: ignore[attr-defined]
+lpm.by_match = True  # type: ignore[attr-defined]  # its key changes with the match, and with nothing else
 
 ORDERS: dict[str, Order] = {"fcfs": fcfs, "priority": priority, "sjf": sjf, "lpm": lpm}
 
@@ -82,11 +83,13 @@ class WaitingQueue:
 
     def __init__(self, order: Order) -> None:
         self.order = order
-        self._heap: list[list[Any]] = []  # [key, serial, request or None]
+        self._heap: list[list[Any]] = []  # [key, serial, pushes before it, request or None]
+        self._num_pushed = 0
         self._entries: dict[int, list[Any]] = {}  # serial -> its entry
         self._shaped_by: Order | None = None  # the order whose keys have this form
         self._shape: Any = None
         self._keys: dict[int, Key] = {}  # serial -> its key, kept while the request lives
+        self.pushed: list[Request] | None = None  # since somebody last looked
 
     def __repr__(self) -> str:
         return f"WaitingQueue({name_of(self.order)}: {len(self)} waiting)"
@@ -98,7 +101,7 @@ class WaitingQueue:
         return request.serial in self._entries
 
     def __iter__(self) -> Iterator[Request]:
-        return (entry[2] for entry in sorted(self._entries.values(), key=lambda entry: entry[:2]))
+        return (entry[3] for entry in sorted(self._entries.values(), key=lambda entry: entry[:2]))
 
     @property
     def dynamic(self) -> bool:
@@ -129,15 +132,20 @@ class WaitingQueue:
         self._keys.pop(request.serial, None)
 
     def push(self, request: Request) -> None:
-        entry = [self._keys[request.serial], request.serial, request]
-        heapq.heappush(self._heap, entry)
-        self._entries[request.serial] = entry
+        heapq.heappush(self._heap, self._entry(request, self._keys[request.serial]))
+        if self.pushed is not None:
+            self.pushed.append(request)
+
+    def _entry(self, request: Request, key: Key) -> list[Any]:
+        self._num_pushed += 1
+        entry = self._entries[request.serial] = [key, request.serial, self._num_pushed, request]
+        return entry
 
     def peek(self) -> Request:
         heap = self._heap
-        while heap[0][2] is None:
+        while heap[0][3] is None:
             heapq.heappop(heap)
-        first: Request = heap[0][2]
+        first: Request = heap[0][3]
         return first
 
     def pop(self) -> Request:
@@ -147,11 +155,23 @@ class WaitingQueue:
         return request
 
     def remove(self, request: Request) -> None:
-        self._entries.pop(request.serial)[2] = None
+        self._entries.pop(request.serial)[3] = None
+
+    def rekey(self, requests: Iterable[Request], now: int) -> None:
+        """Ask these waiting requests' keys again."""
+        for request in requests:
+            key = self.key(request, now)
+            if key != self._keys[request.serial]:
+                self._keys[request.serial] = key
+                self._entries[request.serial][3] = None
+                heapq.heappush(self._heap, self._entry(request, key))
+        if len(self._heap) > 2 * len(self._entries) + 64:
+            self._heap = list(self._entries.values())
+            heapq.heapify(self._heap)
 
     def reorder(self, now: int, others: Iterable[Request] = ()) -> None:
         """Ask every waiting request's key again, and the keys `others` will come back with."""
-        entries = [[self.key(request, now), request.serial, request] for request in self]
+        entries = [[self.key(request, now), request.serial, 0, request] for request in self]
         keys = {request.serial: self.key(request, now) for request in others}
         try:
             heapq.heapify(entries)

@@ -230,8 +230,11 @@ class Scheduler(SchedulerState, Shown):
         blocks = self.blocks
         blocks.step = self.step
         blocks.tick(now)
-        if self.queue and self.queue.dynamic and self.free_rows and blocks.available:
-            self._refresh_order(now)
+        if self.queue.dynamic:
+            if self.queue and self.free_rows and blocks.available:
+                self._refresh_order(now)
+        elif self.matches.active:
+            self.matches.stop(self.queue)
         builder = PlanBuilder(now)
         rows, start = planning.plan_decodes(self, builder)
         left = self.max_num_batched_tokens - len(rows)
@@ -252,10 +255,22 @@ class Scheduler(SchedulerState, Shown):
 
     def _refresh_order(self, now: int) -> None:
         """A dynamic order's keys, asked before anything is decided: a function that raises leaves no trace."""
-        for request in self.queue:
-            hit = admission.peek(self, request, admission.known_hashes(self, request))
-            request.cached_tokens = hit.num_blocks * self.blocks.block_size
-        self.queue.reorder(now)
+        if self.blocks.num_groups == 1 and self.blocks.prefix_caching:
+            stale = self.matches.refresh(self.queue, self._measure)
+        else:
+            stale = list(self.queue)
+            for request in stale:
+                self._measure(request)
+        if getattr(self.queue.order, "by_match", False):
+            self.queue.rekey(stale, now)
+        else:
+            self.queue.reorder(now)
+
+    def _measure(self, request: Request) -> tuple[list[bytes], int]:
+        hashes = admission.known_hashes(self, request)
+        hit = admission.peek(self, request, hashes)
+        request.cached_tokens = hit.num_blocks * self.blocks.block_size
+        return hashes, hit.num_blocks
 
     # -- a step: commit ------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from labkit.core.blocks.tables import Ints
 from labkit.core.events.log import EventLog
 from labkit.core.plan import NO_INTS, Plan
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
 from labkit.core.scheduling.policy import Cost, Order, WaitingQueue
 
@@ -82,6 +83,7 @@ class SchedulerState:
         self.last_head: tuple[str, str] | None = None
         self.blocked: tuple[int, int, bytes | None] | None = None  # serial, blocks available, first hash it missed
         self.pending = PendingPrefixes()
+        self.matches = PrefixMatches(blocks.prefix)
         self.forked: list[Request] = []  # since the last plan: a runner has yet to see their tables
         self.leaves: list[int] = []  # rows given up since the last plan
         self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
