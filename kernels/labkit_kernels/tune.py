@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from .bench import Machine
+from .machine import Machine
 from .native import cache_folder
 from .registry import OPS
 

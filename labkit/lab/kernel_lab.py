@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from labkit_kernels import OPS, Op, Report, bench, check, get
-from labkit_kernels.bench import Machine
 from labkit_kernels.bench import Report as Times
 from labkit_kernels.check import Case
 from labkit_kernels.compile import Report as Compiled
 from labkit_kernels.compile import compile_config, compile_variant, configs
 from labkit_kernels.config import ARCHS
 from labkit_kernels.launches import install
+from labkit_kernels.machine import Machine
 
 from labkit.lab.roofline import Limits, Roofline, roofline
 from labkit.lab.trial import Trial, try_variant
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from labkit.lab.panel import Panel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEMORY = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes to copy so that no cache helps
-CACHE = 256 << 10  # and so that a core's own does
 
 
 class KernelLab:
@@ -105,11 +103,10 @@ class KernelLab:
         return self._keep("compile", Compiled(tuple(rows)))
 
     def limits(self, dtypes: Sequence[Any] | None = None) -> Limits:
-        """What this machine copies and multiplies in a second, measured once."""
+        """What this machine moves and computes in a second, measured once."""
         machine, wanted = self.machine, dtypes_of(dtypes) or [torch.bfloat16]
-        copying = {"memory": machine.bytes_per_second(MEMORY[self.device])}
-        if self.device == "cpu":
-            copying["cache"] = machine.bytes_per_second(CACHE)
+        places = ["memory", "cache"] if machine.cache_bytes else ["memory"]
+        copying = {place: machine.bytes_per_second(place) for place in places}
         return Limits(self.device, copying, {str(d)[6:]: machine.flops_per_second(d) for d in wanted})
 
     def roofline(

@@ -27,7 +27,7 @@ class Limits:
     """What this machine reached when it was asked for nothing else."""
 
     device: str
-    bytes_per_second: dict[str, float]  # from where -> copying
+    bytes_per_second: dict[str, float]  # memory, cache -> reading or copying
     flops_per_second: dict[str, float]  # dtype -> multiplying matrices
 
 
@@ -42,7 +42,8 @@ class Point:
     flops_per_second: float
     bytes_per_second: float
     seconds: float
-    fraction: float  # of the limit at this call's own size
+    fraction: float | None  # of the limit; None where a bench that reads more than it cannot be right
+    roof: str  # which limit: cache, memory or compute
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ class Roofline:
 
     @property
     def best(self) -> Point:
-        return max(self.points, key=lambda point: point.fraction)
+        return max(self.points, key=lambda point: point.fraction or 0.0)
 
     def __repr__(self) -> str:
         return f"Roofline({self.op} on {self.limits.device}: {len(self.points)} points)"
 
     def _repr_html_(self) -> str:
         best = self.best
-        note = f"{best.variant} comes nearest: {best.fraction:.0%} of the limit at {best.case}, {best.dtype}"
+        note = f"{best.variant} comes nearest: {_share(best)} at {best.case}, {best.dtype}"
         return show.page(f"roofline of {self.op} on {self.limits.device}", note, self.svg(), self._key())
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
@@ -190,8 +191,12 @@ def _title(point: Point) -> str:
     return (
         f"{point.variant}, {point.case}, {point.dtype}: {point.seconds * 1e6:.3g} us, "
         f"{short_number(point.flops_per_second)}FLOP/s, {short_number(point.bytes_per_second)}B/s, "
-        f"{point.fraction:.0%} of the limit"
+        f"{_share(point)}"
     )
+
+
+def _share(point: Point) -> str:
+    return "no limit known" if point.fraction is None else f"{point.fraction:.0%} of the {point.roof} roof"
 
 
 def roofline(op: str, report: Report, limits: Limits) -> Roofline:
@@ -206,6 +211,7 @@ def roofline(op: str, report: Report, limits: Limits) -> Roofline:
             row.bytes_per_second,
             row.median,
             row.fraction,
+            row.roof,
         )
         for row in report
         if row.status == "ok" and row.flops_per_second and row.bytes_per_second

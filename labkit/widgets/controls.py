@@ -17,7 +17,9 @@ def controls(dashboard: Any) -> dict[str, Any]:
     """The widgets by name; "box" holds them all, "refresh" is a function that brings them up to date."""
     import ipywidgets as w
 
-    found: dict[str, Any] = {name: w.HTML() for name in ("strip", "machine", "trouble")}
+    found: dict[str, Any] = {name: w.HTML() for name in ("strip", "machine", "trouble", "only")}
+    live, still = f"labkit-live-{id(dashboard):x}", f"labkit-still-{id(dashboard):x}"
+    found["only"].value = f"<style>body:has(.{live}) .{still}{{display:none}}</style>"  # the copy, where this is shown
     for widget in found.values():
         widget.layout.margin = "0"
     player = dashboard.player
@@ -25,11 +27,12 @@ def controls(dashboard: Any) -> dict[str, Any]:
     settings, follow = (None, refresh) if player is None else _settings(dashboard, w)
     figure = dashboard._figure
     figure.layout.autosize = True
-    shown = [bar, found["trouble"], found["strip"], figure, *([settings] if settings else []), found["machine"]]
+    shown = [bar, found["trouble"], found["strip"], figure, *([settings] if settings else []), found["machine"], found["only"]]
     found["refresh"] = lambda: (refresh(), follow())
     found["box"] = w.VBox(shown)
     found["box"].layout = w.Layout(width="100%", min_width="720px", overflow="hidden")
     found["box"].add_class("labkit-dashboard")
+    found["box"].add_class(live)
     return found
 
 

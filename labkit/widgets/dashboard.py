@@ -106,7 +106,7 @@ class Dashboard:
         return self._driven().__await__()
 
     def stop(self) -> None:
-        """The end of playing: the last picture stays, and a still one for whoever opens the notebook later."""
+        """End playing. The figure stays, and a still copy of it is saved with the notebook."""
         if self.player is not None:
             self.player.stop()
         self._draw_end()
@@ -193,11 +193,13 @@ class Dashboard:
             self._widgets[name].value = html
 
     def _keep_still(self, html: str | None = None) -> None:
-        """Put the still picture below the live one; while it plays there is none."""
+        """Save a still copy with the notebook. A page that shows the live figure hides it (see controls); one without
+        a kernel shows the copy alone. While the engine plays there is none."""
         if self._still is not None:
             from IPython.display import HTML
 
-            self._still.update(HTML(self.snapshot() if html is None else html))
+            shown = f'<div class="labkit-still-{id(self):x}">{self.snapshot()}</div>' if html is None else html
+            self._still.update(HTML(shown))
 
     def _tick(self) -> float:
         """One look; seconds until the next."""

@@ -20,11 +20,15 @@ COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers
 COUNTED = ("Finished", "Preempted")
 KEEP = 4096  # steps
 STRETCHES = 48  # of a window, for rates and percentiles: a step alone says little of either
+IDLE = 0.02  # of a window's time between two steps: the engine had nothing to do
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps, made at most `points` long: a point is the mean of its steps, or their last where that says more."""
+    """Some steps, made at most `points` long: a point is the mean of its steps, or their last where that says more.
+
+    Where the engine was idle there is one point more, at the idle time's end: no tokens, and the blocks and requests of
+    before."""
 
     time: np.ndarray  # s, of each point's last step
     step: np.ndarray
@@ -37,13 +41,15 @@ class Window:
 
 @dataclass(frozen=True)
 class Pace:
-    """How quick it was, over a few dozen stretches of the window; nan where there is nothing to tell."""
+    """How quick it was, over a few dozen stretches of the window, none of them across an idle time; nan where there is
+    nothing to tell."""
 
     time: np.ndarray  # s, of each stretch's end
-    seconds: np.ndarray
-    tokens: np.ndarray  # that were put out
+    seconds: np.ndarray  # that it took, without idle time before it
+    tokens: np.ndarray  # output tokens
     ttft: np.ndarray  # [stretches, 2]: p50 and p90 of requests that got their first token there
     itl: np.ndarray  # [stretches, 2]: p50 and p90 of the time between two tokens of a decoding request
+    breaks: np.ndarray  # s: when idle times ended; no line crosses them
 
 
 class Feed:
@@ -240,36 +246,41 @@ class Feed:
         lines = self._steps[np.arange(begin, end) % self.keep]
         if not len(lines):
             nothing, pairs = np.zeros(0, np.float32), np.zeros((0, 2), np.float32)
-            return Window(
-                nothing, lines[:, 0], dict.fromkeys(COLUMNS, nothing), Pace(nothing, nothing, nothing, pairs, pairs)
-            )
-        before = (
-            int(self._steps[(begin - 1) % self.keep, 1])
-            if begin > self._first
-            else lines[0, 1] - lines[0, 1 + len(COLUMNS)]
-        )
-        cuts, last = _cut(len(lines), points)
-        columns = {name: self._fold(name, lines[:, i + 2], cuts, last) for i, name in enumerate(COLUMNS)}
-        time = (lines[last, 1] / 1e9).astype(np.float32)
-        return Window(time, lines[last, 0], columns, self._pace(lines, before))
+            pace = Pace(nothing, nothing, nothing, pairs, pairs, nothing)
+            return Window(nothing, lines[:, 0], dict.fromkeys(COLUMNS, nothing), pace)
+        begins = lines[:, 1] - lines[:, 1 + len(COLUMNS)]
+        before = int(self._steps[(begin - 1) % self.keep, 1]) if begin > self._first else begins[0]
+        idle = np.maximum(begins - np.concatenate([[before], lines[:-1, 1]]), 0)
+        idle[idle <= IDLE * (lines[-1, 1] - before)] = 0
+        gaps = np.flatnonzero(idle)
+        cuts, last = _cut(len(lines), points, gaps)
+        after = np.searchsorted(cuts, gaps[gaps > 0])  # the points that an idle time precedes
+        columns = {}
+        for i, name in enumerate(COLUMNS):
+            values = self._fold(name, lines[:, i + 2], cuts, last)
+            columns[name] = np.insert(values, after, 0 if name.endswith("tokens") else values[after - 1])
+        time = np.insert(lines[last, 1], after, begins[cuts[after]])
+        step = np.insert(lines[last, 0], after, lines[last[after - 1], 0])
+        return Window((time / 1e9).astype(np.float32), step, columns, self._pace(lines, before, idle))
 
-    def _pace(self, lines: np.ndarray, before: int) -> Pace:
-        """Of these steps, the first of which began at `before` (ns)."""
-        cuts, last = _cut(len(lines), STRETCHES)
+    def _pace(self, lines: np.ndarray, before: int, idle: np.ndarray) -> Pace:
+        """Of these steps, the first of which began at `before` (ns); `idle` (ns) before each."""
+        gaps = np.flatnonzero(idle)
+        cuts, last = _cut(len(lines), STRETCHES, gaps)
         now, stretch = lines[:, 1], np.searchsorted(cuts, np.arange(len(lines)), side="right") - 1
-        seconds = np.diff(now[last], prepend=before) / 1e9
+        took = np.diff(now, prepend=before) - idle
         tokens = np.add.reduceat(lines[:, 2 + COLUMNS.index("output_tokens")], cuts)
         decodes = lines[:, 2 + COLUMNS.index("decode_tokens")] > 0
-        gaps = np.diff(now, prepend=before) / 1e9
         at = np.array([moment for moment, _ in self._first_tokens], np.int64)
-        took = np.array([s for _, s in self._first_tokens])
+        waited = np.array([s for _, s in self._first_tokens])
         inside = (at > before) & (at <= now[-1])
         return Pace(
             (now[last] / 1e9).astype(np.float32),
-            seconds.astype(np.float32),
+            (np.add.reduceat(took, cuts) / 1e9).astype(np.float32),
             tokens.astype(np.float32),
-            _quantiles(np.searchsorted(now[last], at[inside]), took[inside], len(cuts)),
-            _quantiles(stretch[decodes], gaps[decodes], len(cuts)),
+            _quantiles(np.searchsorted(now[last], at[inside]), waited[inside], len(cuts)),
+            _quantiles(stretch[decodes], took[decodes] / 1e9, len(cuts)),
+            ((now - took)[gaps] / 1e9).astype(np.float32),
         )
 
     @staticmethod
@@ -280,9 +291,9 @@ class Feed:
         return (np.add.reduceat(values, cuts) / (last - cuts + 1)).astype(np.float32)
 
 
-def _cut(num: int, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Even pieces, at most so many: where each begins, and its last index."""
-    cuts = np.arange(0, num, max(1, -(-num // most)))
+def _cut(num: int, most: int, gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Even pieces, about so many at most, and none across a gap: where each begins, and its last index."""
+    cuts = np.union1d(np.arange(0, num, max(1, -(-num // most))), gaps)
     return cuts, np.append(cuts[1:], num) - 1
 
 

@@ -91,7 +91,7 @@ _EMPTY = np.zeros(0, np.float32)
 
 def _area(go: Any, name: str, panel: int, color: str) -> Any:
     return go.Scatter(
-        name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", line={"width": 0, "color": color, "shape": "hv"},
+        name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", line={"width": 0, "color": color, "shape": "vh"},
         fillcolor=color, stackgroup=str(panel), hovertemplate="%{y:.4~g} " + name + "<extra></extra>",
     )  # fmt: skip
 
@@ -99,7 +99,7 @@ def _area(go: Any, name: str, panel: int, color: str) -> Any:
 def _line(go: Any, name: str, color: str, dash: str) -> Any:
     value = "%{y:.4~g} " if name == "tokens/s" else "%{y:.3~s}s "
     return go.Scatter(
-        name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", connectgaps=True,
+        name=name, meta=name, x=_EMPTY, y=_EMPTY, mode="lines", connectgaps=False,
         hovertemplate=f"{value}{name}<extra></extra>", line={"width": 1.6, "color": color, "dash": dash},
     )  # fmt: skip
 
@@ -211,11 +211,18 @@ def fit(figure: Any) -> None:
 
 def _speed(traces: dict[str, Any], pace: Pace) -> None:
     rate = (pace.tokens / np.maximum(pace.seconds, 1e-9)).astype(np.float32)
-    traces["tokens/s"].update(x=pace.time, y=rate)
+    _broken(traces["tokens/s"], pace.time, rate, pace.breaks)
     for what, values in (("first token", pace.ttft), ("between tokens", pace.itl)):
         for i, name in enumerate(("p50", "p90")):
-            there = ~np.isnan(values[:, i])
-            traces[f"{what} {name}"].update(x=pace.time[there], y=values[there, i])
+            _broken(traces[f"{what} {name}"], pace.time, values[:, i], pace.breaks)
+
+
+def _broken(trace: Any, x: np.ndarray, y: np.ndarray, breaks: np.ndarray) -> None:
+    """A line through the points that there are, which ends where an idle time begins."""
+    there = ~np.isnan(y)
+    x, y = x[there], y[there]
+    at = np.searchsorted(x, breaks)
+    trace.update(x=np.insert(x, at, breaks), y=np.insert(y, at, np.nan))
 
 
 def taken_rows(feed: Feed, upto: int | None = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""The dashboard's words and numbers: the strip of figures, the machine, and the still picture that stays in a notebook.
+"""The dashboard's words and numbers: the strip of figures, the machine, and the still copy that is saved with a notebook.
 Knows a feed and HTML; refuses to know widgets."""
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
         )
     parts.append(_tables(feed, upto))
     parts.append(_timeline(feed, upto))
-    head = f'<span class="h">{escape(title)}</span> <span class="q">still picture</span>'
+    head = f'<span class="h">{escape(title)}</span> <span class="q">still copy</span>'
     inside = f"<details open><summary>{head}</summary>{''.join(parts)}</details>"
     return f'<div class="lk wide"><style>{STYLE}{STRIP}</style>{inside}</div>'
 

@@ -3,7 +3,6 @@ decides nothing."""
 
 from __future__ import annotations
 
-import heapq
 from typing import Any
 
 from labkit.core.request import Request
@@ -81,13 +80,12 @@ def _longest(request: Request) -> int:
 
 def _queue(s: Scheduler) -> str:
     """The first of the queue, in the order in which they will be asked."""
-    entries = list(s.queue._entries.values())
-    if not entries:
+    first = s.queue.first(MOST_LINES)
+    if not first:
         return ""
-    first = heapq.nsmallest(MOST_LINES, entries, key=lambda entry: entry[:2])
     head = s.last_head
     lines = []
-    for place, (order_key, _, request) in enumerate(first, start=1):
+    for place, (order_key, request) in enumerate(first, start=1):
         held = ""
         if place == 1 and head is not None and head[0] == request.id:
             held = pill(head[1], limit_color(head[1]))
@@ -105,13 +103,14 @@ def _queue(s: Scheduler) -> str:
             ]
         )
     body = table(["place", "waiting", "", "tokens", "key", "held by", ""], lines, align="lll")
-    rest = f'<p class="q">and {len(entries) - len(first):,} more</p>' if len(entries) > len(first) else ""
+    num = len(s.queue)
+    rest = f'<p class="q">and {num - len(first):,} more</p>' if num > len(first) else ""
     parked = (
         f'<p class="q">{plural(len(s.pending), "request")} wait for a prefix that a row computes</p>'
         if len(s.pending)
         else ""
     )
-    return section(f"{len(entries):,} in the queue", body, rest, is_open=True) + parked
+    return section(f"{num:,} in the queue", body, rest, is_open=True) + parked
 
 
 def _key(value: object) -> str:

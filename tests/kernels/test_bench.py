@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 from labkit_kernels import bench
+from labkit_kernels import machine as machines
 from labkit_kernels.__main__ import main
-from labkit_kernels.bench import Machine
+from labkit_kernels.machine import Machine
 
 from .toys import double, toy
 
@@ -16,7 +17,7 @@ module = importlib.import_module("labkit_kernels.bench")  # the package's attrib
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "SECONDS", 0.003)
+    monkeypatch.setattr(machines, "SECONDS", 0.003)
 
 
 def test_only_variants_that_pass_their_check_are_timed():
@@ -50,7 +51,7 @@ def test_only_variants_that_pass_their_check_are_timed():
     for name in ("reference", "right"):
         row = rows[name]
         assert 0 < row.least <= row.median and row.limit > 0
-        assert row.fraction == row.limit / row.median
+        assert 0 < row.fraction <= 1 and row.roof in ("cache", "compute")
         assert row.bytes_per_second == pytest.approx(2 * 24 * 4 / row.median)
         assert row.flops_per_second == pytest.approx(48 / row.median)
     assert rows["reference"].speedup == 1
@@ -65,12 +66,43 @@ def test_cases_and_variants_are_chosen_by_name():
             bench(op, cases=["x"])
 
 
-def test_the_limit_is_the_larger_of_copying_and_computing(monkeypatch):
+def test_the_limit_is_the_largest_roof_and_says_which(monkeypatch):
     machine = Machine("cpu")
-    monkeypatch.setattr(machine, "times", lambda run: [3.0, 2.0])
-    assert machine.limit(64, 0, torch.float32) == 2.0
-    assert machine.limit(0, 2 * 1024**3 * 5, torch.float32) == 10.0
-    assert machine.limit(64, 2 * 1024**3 * 5, torch.float32) == 10.0
+    monkeypatch.setattr(machine, "bytes_per_second", {"cache": 100.0, "memory": 10.0}.__getitem__)
+    monkeypatch.setattr(machine, "flops_per_second", {torch.float32: 50.0}.__getitem__)
+    large = 4 * machine.cache_bytes
+    assert machine.limit(64, 0, torch.float32) == (0.64, "cache")
+    assert machine.limit(large, 0, torch.float32) == (large / 10, "memory")
+    assert machine.limit(0, 500, torch.float32) == (10.0, "compute")
+    assert machine.limit(64, 500, torch.float32) == (10.0, "compute")
+    assert machine.limit(0, 0, torch.float32) == (0.0, "")
+
+
+def test_the_cache_is_faster_than_the_memory(monkeypatch):
+    monkeypatch.setattr(machines, "SECONDS", 0.02)
+    machine = Machine("cpu")
+    assert machine.cache_bytes >= 1 << 20
+    assert machine.bytes_per_second("cache") > machine.bytes_per_second("memory") > 1e8
+    again = machine.bytes_per_second("cache")
+    machine.measure_again("cache", torch.float32)
+    assert machine.bytes_per_second("cache") >= again
+
+
+def test_nothing_is_shown_as_faster_than_the_machine(monkeypatch):
+    with toy() as op:
+        monkeypatch.setattr(op, "traffic", lambda *_args, **_options: 1 << 40)
+        (row,) = bench(op, ["reference"], device="cpu", dtypes=[torch.float32])
+    assert row.status == "ok" and row.fraction is None and row.roof == "memory"
+    assert "times faster than the memory roof; does toy's traffic count too much?" in row.reason
+
+
+def test_a_roof_that_was_measured_too_low_is_measured_again(monkeypatch):
+    machine = Machine("cpu")
+    machine._bytes_per_second = {"cache": 1.0, "memory": 1.0}
+    with toy() as op:
+        monkeypatch.setattr(op, "flops", None)
+        (row,) = bench(op, ["reference"], device="cpu", dtypes=[torch.float32], machine=machine)
+    assert 0 < row.fraction <= 1 and row.roof == "cache" and not row.reason
 
 
 def test_the_command_line_lists_checks_and_benches(tmp_path, capsys):

@@ -28,8 +28,7 @@ def variant() -> Iterator[Callable]:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("labkit_kernels.bench"), "SECONDS", 0.002)
-    monkeypatch.setattr(importlib.import_module("labkit.lab.kernel_lab"), "MEMORY", {"cpu": 1 << 22, "cuda": 1 << 26})
+    monkeypatch.setattr(importlib.import_module("labkit_kernels.machine"), "SECONDS", 0.002)
 
 
 @pytest.fixture(scope="module")

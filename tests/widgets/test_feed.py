@@ -91,6 +91,32 @@ def test_a_window_is_short_and_its_means_are_those_of_all_its_steps():
     assert all(a.dtype == np.float32 for a in (*folded.columns.values(), folded.time, pace.ttft, pace.itl))
 
 
+def test_curves_do_not_cross_idle_time():
+    sched = lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16))
+    eng = lk.Engine(scheduler=sched, runner=lk.FakeRunner(seed=0), clock=lk.VirtualClock())
+    for second in (0, 0, 10, 10, 40):
+        eng.submit([1] * 20, lk.SamplingParams(max_tokens=50), arrival=second)
+    eng.run()
+    feed = Feed(eng.log)
+    window = feed.window(steps=feed.num_steps)
+    assert len(window) == feed.num_steps + 2  # a point more where each idle time ends
+    idle = np.flatnonzero(np.diff(window.time) > 1)
+    assert window.time[idle + 1].tolist() == [10, 40]
+    for name in ("prefill_tokens", "decode_tokens", "output_tokens", "cached_tokens"):
+        assert not window.columns[name][idle + 1].any()
+    for name in ("used_blocks", "cached_blocks", "running"):
+        assert (window.columns[name][idle + 1] == window.columns[name][idle]).all()
+    pace, busy = window.pace, sum(step.duration for step in eng.log.events("Step")) / 1e9
+    assert pace.breaks.tolist() == [10, 40] and pace.seconds.sum() == pytest.approx(busy, rel=0.01)
+    drawn = figure.build()
+    figure.update(drawn, feed)
+    for trace in drawn.data:
+        if trace.meta in ("tokens/s", "between tokens p50"):
+            x, y = np.array(trace.x), np.array(trace.y)
+            jumps = np.flatnonzero(np.diff(x) > 1)
+            assert len(jumps) == 2 and np.isnan(y[jumps + 1]).all(), trace.meta
+
+
 def test_time_to_first_token_is_that_of_the_requests():
     eng = engine(2)
     requests = list(eng.arriving.values())

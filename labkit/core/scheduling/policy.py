@@ -103,6 +103,11 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Request]:
         return (entry[3] for entry in sorted(self._entries.values(), key=lambda entry: entry[:2]))
 
+    def first(self, num: int) -> list[tuple[Key, Request]]:
+        """The next `num` in order, with their keys."""
+        entries = heapq.nsmallest(num, list(self._entries.values()), key=lambda entry: entry[:2])
+        return [(entry[0], entry[3]) for entry in entries if entry[3] is not None]
+
     @property
     def dynamic(self) -> bool:
         return bool(getattr(self.order, "dynamic", False))
