@@ -1,4 +1,4 @@
-"""The README's Python runs as printed, block after block, and prints what it says it prints."""
+"""The Python of the README and of docs/ runs as printed, top to bottom on each page, and prints what it says it prints."""
 
 import contextlib
 import io
@@ -7,37 +7,68 @@ import subprocess
 import sys
 from pathlib import Path
 
+import labkit_kernels
+import pytest
+
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text()
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+OTHERS = ["kernels/README.md", "CHANGELOG.md", "LOG.md"]
+every_page = pytest.mark.parametrize("page", PAGES)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say(tmp_path: Path, monkeypatch):
+@pytest.fixture
+def variants_removed():
+    yield
+    for op in labkit_kernels.OPS.values():
+        op.variants.pop("mine", None)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say(
+    page: str, tmp_path: Path, monkeypatch, variants_removed
+):
     monkeypatch.chdir(tmp_path)
-    assert len(blocks("python")) >= 3
     space: dict = {}
-    for block in blocks("python"):
+    for block in blocks(page, "python"):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block, "README.md", "exec"), space)
+            exec(compile(block, page, "exec"), space)
         for claim in re.findall(r"#> (.*)", block):
-            assert claim.strip() in printed.getvalue(), f"README promises {claim!r}, got:\n{printed.getvalue()}"
+            assert claim.strip() in printed.getvalue(), f"{page} promises {claim!r}, got:\n{printed.getvalue()}"
 
 
-def test_make_targets_and_commands_that_the_readme_names_exist():
+def test_the_readme_and_the_pages_about_code_have_python():
+    for page in ("README.md", "docs/engine.md", "docs/kernels.md", "docs/notebooks.md"):
+        assert blocks(page, "python"), page
+
+
+@every_page
+def test_make_targets_and_commands_that_a_page_names_exist(page: str):
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"\bmake ([a-z]+)", TEXT)):
+    text, shell = (ROOT / page).read_text(), "\n".join(blocks(page, "bash"))
+    for target in {*re.findall(r"`make ([a-z]+)", text), *re.findall(r"^make ([a-z]+)", shell, re.MULTILINE)}:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
-    for words in set(re.findall(r"^labkit ([a-z ]+)", "\n".join(blocks("bash")), re.MULTILINE)):
+    for words in set(re.findall(r"^labkit ([a-z ]+)", shell, re.MULTILINE)):
         done = subprocess.run(
             [sys.executable, "-m", "labkit.cli", *words.split(), "--help"], capture_output=True, check=False
         )
         assert done.returncode == 0, words
 
 
-def test_files_that_the_readme_links_exist():
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", TEXT):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS])
+def test_files_that_a_page_links_or_names_exist(page: str):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+    folders = "labkit|kernels|tests|tools|notebooks|docs|deploy"
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_readme_links_every_page():
+    for page in PAGES[1:]:
+        assert f"]({page})" in (ROOT / "README.md").read_text(), page
