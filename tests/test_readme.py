@@ -1,4 +1,4 @@
-"""The Python of the README and of docs/ runs as printed, top to bottom on each page, and prints what it says it prints."""
+"""The Python of the README and of docs/ runs as printed, top to bottom on each page, and prints what it says."""
 
 import contextlib
 import io

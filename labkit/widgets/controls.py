@@ -27,7 +27,15 @@ def controls(dashboard: Any) -> dict[str, Any]:
     settings, follow = (None, refresh) if player is None else _settings(dashboard, w)
     figure = dashboard._figure
     figure.layout.autosize = True
-    shown = [bar, found["trouble"], found["strip"], figure, *([settings] if settings else []), found["machine"], found["only"]]
+    shown = [
+        bar,
+        found["trouble"],
+        found["strip"],
+        figure,
+        *([settings] if settings else []),
+        found["machine"],
+        found["only"],
+    ]
     found["refresh"] = lambda: (refresh(), follow())
     found["box"] = w.VBox(shown)
     found["box"].layout = w.Layout(width="100%", min_width="720px", overflow="hidden")

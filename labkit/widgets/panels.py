@@ -1,5 +1,5 @@
-"""The dashboard's words and numbers: the strip of figures, the machine, and the still copy that is saved with a notebook.
-Knows a feed and HTML; refuses to know widgets."""
+"""The dashboard's words and numbers: the strip of figures, the machine, and the still copy that is saved with a
+notebook. Knows a feed and HTML; refuses to know widgets."""
 
 from __future__ import annotations
 
