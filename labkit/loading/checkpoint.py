@@ -24,7 +24,9 @@ class Source(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, or only this part of it: a slice for each of its first dimensions, without a step."""
+        ...
 
 
 def resolve(source: str | Path) -> Path:
@@ -184,13 +186,14 @@ class Checkpoint:
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
         if name not in self.file_of:
             raise ValueError(f"{self.folder} lacks tensor {name!r}; {closest(name, list(self.shapes)[:8])}")
         path = self.file_of[name]
         if path != self._path:
             self._file, self._path = self._open(path), path
-        tensor: Tensor = self._file.get_tensor(name)
+        whole = is_whole(part, self.shapes[name])
+        tensor: Tensor = self._file.get_tensor(name) if whole else self._file.get_slice(name)[part]
         return tensor.to(device=device, dtype=dtype)
 
     def close(self) -> None:
@@ -211,7 +214,11 @@ class Dummy:
     def __repr__(self) -> str:
         return f"Dummy({len(self.shapes)} tensors, seed {self.seed})"
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+        """All of it is drawn, and a part is cut out: every rank sees parts of the same tensor."""
+        return self._draw(name, dtype, device)[part]
+
+    def _draw(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         shape = self.shapes[name]
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
@@ -225,6 +232,10 @@ class Dummy:
 
     def close(self) -> None:
         pass
+
+
+def is_whole(part: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
+    return all(cut.indices(size) == (0, size, 1) for cut, size in zip(part, shape, strict=False))
 
 
 def check_taken(source: Source, taken: Iterable[str], where: str) -> None:

@@ -1,67 +1,40 @@
-"""Linear layers of plain weights. Other formats have a class of their own with the same call. Knows what a machine
-multiplies fastest; refuses to know models.
+"""The dense format: weights that are stored as plain matrices.
 
-`linear(weight, bias)` makes the one for where the weight is: packed (AMX, AVX-512 BF16), reordered by oneDNN, or as
-it is.
+`Dense` reads a rank's part of them. `linear(weight, bias)` makes the layer that multiplies fastest where the weight is:
+packed into tiles (AMX, AVX-512 BF16), reordered by oneDNN, or left as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from labkit_kernels import Packed, generation, get
+from labkit_kernels import Packed, generation, get, pages
 from torch import Tensor
 
-from labkit.core.shown import Shown
+from labkit.loading.format import Linear, LinearSpec, RMSNorm, Shard, Tensors
 
 CPU = torch.device("cpu")
 
 
-class RMSNorm(Protocol):
-    """What a layer reads of a norm that it may compute itself: RMS, unless there is a bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor: ...
-
-
-class Linear(Shown):
-    """norm(x) @ weight.T + bias + residual."""
+class DenseLinear(Linear):
+    """Weights as the checkpoint has them, [out, in]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias = weight, bias  # [out, in], [out]
+        self.weight, self.bias = weight, bias
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(in, out)."""
         out, inner = self.weight.shape
         return inner, out
-
-    def __repr__(self) -> str:
-        inner, out = self.shape
-        return f"{type(self).__name__}({inner} -> {out}{', bias' if self.bias is not None else ''})"
-
-    def __call__(
-        self,
-        x: Tensor,
-        norm: RMSNorm | None = None,
-        residual: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        x = x if norm is None else norm(x)
-        out = self.multiply(x) if residual is None else self.add(residual, x)
-        return out if dtype is None else out.to(dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         return picked("matmul", x.dtype, x.device)(x, self.weight, self.bias)
 
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
-        """residual + multiply(x); the residual may be written to, and is the caller's no more."""
-        if self.bias is not None or type(self).multiply is not Linear.multiply:
+        if self.bias is not None or type(self).multiply is not DenseLinear.multiply:
             return residual + self.multiply(x)
         return picked("matmul_add", x.dtype, x.device)(residual, x, self.weight)
 
@@ -69,7 +42,7 @@ class Linear(Shown):
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
-class TiledLinear(Linear):
+class TiledLinear(DenseLinear):
     """Weights packed into tiles, as AMX and AVX-512 BF16 read them; norm, bias and residual in the same call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -102,7 +75,7 @@ class TiledLinear(Linear):
         return picked("linear_argmax", self.weight.dtype)(x, self.packed, self.bias)
 
 
-class ReorderedLinear(Linear):
+class ReorderedLinear(DenseLinear):
     """Weights in the order in which oneDNN multiplies them on this machine."""
 
     MOST_ROWS = 512  # its products slow down beyond
@@ -122,7 +95,7 @@ class ReorderedLinear(Linear):
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
-class InvariantLinear(Linear):
+class InvariantLinear(DenseLinear):
     """Every row's result, to the bit, whatever other rows there are."""
 
     def multiply(self, x: Tensor) -> Tensor:
@@ -135,12 +108,37 @@ def linear(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = 
     if deterministic and not (weight.device.type == "cpu" and _is_packed(weight.dtype)):
         return InvariantLinear(weight, bias)
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        return Linear(weight, bias)
+        return DenseLinear(weight, bias)
     if _is_packed(weight.dtype):
         return TiledLinear(weight, bias)
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ReorderedLinear(weight, bias)
-    return Linear(weight, bias)
+    return DenseLinear(weight, bias)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Plain weights, [outputs, inputs] each; see `labkit.loading.format.Format`."""
+
+    deterministic: bool = False
+
+    def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
+        shape, dtype, device = spec.shape(shard), tensors.dtype, tensors.device
+        on_cpu = device.type == "cpu"  # pages of its own: they go back to the system once the weight is packed
+        weight = pages.zeros(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
+        stored_bias = tensors.has(f"{next(iter(spec.outputs))}.bias")
+        has_bias = stored_bias and spec.has_bias(shard)
+        bias = torch.empty(shape[0], dtype=dtype, device=device) if has_bias else None
+        at = 0
+        for piece in spec.pieces(shard):
+            rows = slice(at, at + piece.num_outputs)
+            weight[rows] = tensors.get(f"{piece.name}.weight", *piece.stored, part=(piece.outputs, piece.inputs))
+            if bias is not None:
+                bias[rows] = tensors.get(f"{piece.name}.bias", piece.stored[0], part=(piece.outputs,))
+            elif stored_bias:
+                tensors.skip(f"{piece.name}.bias")
+            at = rows.stop
+        return linear(weight, bias, deterministic=self.deterministic)
 
 
 def _is_packed(dtype: torch.dtype) -> bool:

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from labkit_kernels import pages
 from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import Linear, TiledLinear, gated_mlp, linear, picked
+from labkit.loading.dense import Dense, TiledLinear, gated_mlp, linear, picked
+from labkit.loading.format import Linear, Units
+from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
@@ -91,43 +92,6 @@ class Shape:
         )
 
 
-class Weights:
-    """Reads a source's tensors by name for one model, and remembers which were read."""
-
-    def __init__(self, source: Source, dtype: torch.dtype, device: torch.device, deterministic: bool = False) -> None:
-        self.source, self.dtype, self.device, self.deterministic = source, dtype, device, deterministic
-        self.taken: set[str] = set()
-
-    def has(self, name: str) -> bool:
-        return name in self.source.shapes
-
-    def get(self, name: str, *shape: int) -> Tensor:
-        """A tensor, of this shape if one is given."""
-        if not self.has(name):
-            raise ValueError(f"{self.source!r} lacks tensor {name!r}")
-        if shape and self.source.shapes[name] != shape:
-            raise ValueError(f"tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}")
-        self.taken.add(name)
-        return self.source.read(name, self.dtype, self.device)
-
-    def linear(self, names: list[str], sizes: list[int], inner: int) -> Linear:
-        """One linear layer of several stored ones: their outputs side by side."""
-        shape = (sum(sizes), inner)
-        if self.device.type == "cpu":
-            weight = pages.zeros(shape, self.dtype)  # goes back to the system, not to the heap, once it is packed
-        else:
-            weight = torch.empty(shape, dtype=self.dtype, device=self.device)
-        with_bias = self.has(f"{names[0]}.bias")
-        bias = torch.empty(sum(sizes), dtype=self.dtype, device=self.device) if with_bias else None
-        at = 0
-        for name, size in zip(names, sizes, strict=True):
-            weight[at : at + size] = self.get(f"{name}.weight", size, inner)
-            if bias is not None:
-                bias[at : at + size] = self.get(f"{name}.bias", size)
-            at += size
-        return linear(weight, bias, deterministic=self.deterministic)
-
-
 class Norm:
     """RMS norm, or layer norm where there is a bias."""
 
@@ -150,17 +114,18 @@ class Norm:
 class Attention:
     def __init__(self, weights: Weights, name: str, index: int, shape: Shape, table: Tensor | None, ops: Ops) -> None:
         self.shape, self.ops, self.index, self.table = shape, ops, index, table
-        sizes = [shape.num_heads * shape.head_size, *[shape.num_kv_heads * shape.head_size] * 2]
-        fused = weights.has(f"{name}.qkv_proj.weight")
-        names = [f"{name}.{part}_proj" for part in "qkv"]
-        if fused:
-            names, merged = [f"{name}.qkv_proj"], [sum(sizes)]
-        self.qkv = weights.linear(names, merged if fused else sizes, shape.hidden_size)
-        self.out = weights.linear([f"{name}.o_proj"], [shape.hidden_size], sizes[0])
-        self.sizes = sizes
+        q, kv = Units(shape.num_heads, shape.head_size), Units(shape.num_kv_heads, shape.head_size, shared=True)
+        hidden, fused = Units(shape.hidden_size), f"{name}.qkv_proj"
+        separate = {f"{name}.{part}_proj": (units,) for part, units in zip("qkv", (q, kv, kv), strict=True)}
+        stored = {fused: (q, kv, kv)} if weights.has(f"{fused}.weight") else separate
+        self.qkv = weights.linear(stored, hidden, "column")
+        self.out = weights.linear({f"{name}.o_proj": (hidden,)}, q, "row")
+        self.sizes = [weights.shard.size(name, units) for units in (q, kv, kv)]
         self.q_norm = Norm(weights, f"{name}.q_norm", shape, ops) if weights.has(f"{name}.q_norm.weight") else None
         self.k_norm = Norm(weights, f"{name}.k_norm", shape, ops) if self.q_norm else None
         self.per_head = self.q_norm is not None and len(self.q_norm.weight) == shape.head_size
+        if self.q_norm is not None and not self.per_head and weights.shard.ranks > 1:
+            raise ValueError(f"'{name}.q_norm' is a norm over all heads: it cannot be split among ranks")
 
     def __call__(
         self, x: Tensor, norm: Norm | None, residual: Tensor | None, batch: Batch, cache: KVCache,
@@ -202,23 +167,22 @@ class MLP:
 
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.ops, self.activation = ops, shape.activation
-        self.deterministic = weights.deterministic
+        hidden = Units(shape.hidden_size)
         self.gated = not weights.has(f"{name}.c_fc.weight")
         if not self.gated:
-            inner = weights.source.shapes[f"{name}.c_fc.weight"][0]
-            self.up = weights.linear([f"{name}.c_fc"], [inner], shape.hidden_size)
-            self.down = weights.linear([f"{name}.c_proj"], [shape.hidden_size], inner)
+            inner = Units(weights.shape(f"{name}.c_fc.weight")[0])
+            self.up = weights.linear({f"{name}.c_fc": (inner,)}, hidden, "column")
+            self.down = weights.linear({f"{name}.c_proj": (hidden,)}, inner, "row")
             self.whole = None
             return
         if weights.has(f"{name}.gate_up_proj.weight"):
-            inner = weights.source.shapes[f"{name}.gate_up_proj.weight"][0] // 2
-            self.up = weights.linear([f"{name}.gate_up_proj"], [2 * inner], shape.hidden_size)
+            inner = Units(weights.shape(f"{name}.gate_up_proj.weight")[0] // 2)
+            stored = {f"{name}.gate_up_proj": (inner, inner)}
         else:
-            if not weights.has(f"{name}.gate_proj.weight"):
-                raise ValueError(f"{weights.source!r} lacks tensor '{name}.gate_proj.weight'")
-            inner = weights.source.shapes[f"{name}.gate_proj.weight"][0]
-            self.up = weights.linear([f"{name}.gate_proj", f"{name}.up_proj"], [inner, inner], shape.hidden_size)
-        self.down = weights.linear([f"{name}.down_proj"], [shape.hidden_size], inner)
+            inner = Units(weights.shape(f"{name}.gate_proj.weight")[0])
+            stored = {f"{name}.gate_proj": (inner,), f"{name}.up_proj": (inner,)}
+        self.up = weights.linear(stored, hidden, "column")
+        self.down = weights.linear({f"{name}.down_proj": (hidden,)}, inner, "row")
         self.whole = gated_mlp(self.up, self.down, self.activation)
 
     def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
@@ -227,7 +191,7 @@ class MLP:
         x = self.up(x, norm)
         if self.gated:
             x = gate(self.ops, self.activation, x)
-        elif self.deterministic and len(x):  # torch treats the last few of a tensor's elements in another way
+        elif self.ops.deterministic and len(x):  # torch treats the last few of a tensor's elements in another way
             x = torch.stack([plain(self.activation, row) for row in x])
         else:
             x = plain(self.activation, x)
@@ -259,30 +223,43 @@ class Experts:
 
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.shape, self.ops = shape, ops
-        router = f"{name}.gate.weight"
-        self.router = linear(weights.get(router), deterministic=weights.deterministic)
-        self.multiply = picked("linear_invariant", weights.dtype, weights.device) if weights.deterministic else F.linear
-        num = weights.source.shapes[router][0]
-        if weights.has(f"{name}.experts.gate_up_proj"):
-            self.up = weights.get(f"{name}.experts.gate_up_proj")  # [experts, 2 * inner, hidden]
-            self.down = weights.get(f"{name}.experts.down_proj")  # [experts, hidden, inner]
-        else:
-            first, second, last = ("w1", "w3", "w2")
-            if weights.has(f"{name}.experts.0.gate_proj.weight"):
-                first, second, last = "gate_proj", "up_proj", "down_proj"
-            inner = weights.source.shapes.get(f"{name}.experts.0.{first}.weight", (0,))[0]
-            like = {"dtype": weights.dtype, "device": weights.device}
-            self.up = torch.empty(num, 2 * inner, shape.hidden_size, **like)  # type: ignore[arg-type]
-            self.down = torch.empty(num, shape.hidden_size, inner, **like)  # type: ignore[arg-type]
-            for i in range(num):
-                self.up[i, :inner] = weights.get(f"{name}.experts.{i}.{first}.weight", inner, shape.hidden_size)
-                self.up[i, inner:] = weights.get(f"{name}.experts.{i}.{second}.weight", inner, shape.hidden_size)
-                self.down[i] = weights.get(f"{name}.experts.{i}.{last}.weight", shape.hidden_size, inner)
+        hidden, num = Units(shape.hidden_size), weights.shape(f"{name}.gate.weight")[0]
+        self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
+        self.multiply = picked("linear_invariant", weights.dtype, weights.device) if ops.deterministic else F.linear
+        self.up, self.down = self._read(weights, name, num, shape.hidden_size)
         self.shared = self.shared_gate = None
         if weights.has(f"{name}.shared_expert_gate.weight"):
             self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
-            gate_weight = weights.get(f"{name}.shared_expert_gate.weight")
-            self.shared_gate = linear(gate_weight, deterministic=weights.deterministic)
+            self.shared_gate = weights.linear({f"{name}.shared_expert_gate": (Units(1),)}, hidden)
+
+    @staticmethod
+    def _read(weights: Weights, name: str, num: int, hidden: int) -> tuple[Tensor, Tensor]:
+        """[experts, 2 * inner, hidden] and [experts, hidden, inner], of which a rank has its part of every `inner`."""
+        stacked = f"{name}.experts.gate_up_proj"
+        first, second, last = ("w1", "w3", "w2")
+        if weights.has(f"{name}.experts.0.gate_proj.weight"):
+            first, second, last = "gate_proj", "up_proj", "down_proj"
+        if weights.has(stacked):
+            full = weights.shape(stacked)[1] // 2
+        else:
+            full = weights.shape(f"{name}.experts.0.{first}.weight")[0]
+        mine = weights.shard.part(f"{name}.experts", Units(full))
+        inner, every = mine.stop - mine.start, slice(None)
+        if weights.has(stacked):
+            down = weights.get(f"{name}.experts.down_proj", num, hidden, full, part=(every, every, mine))
+            if inner == full:
+                return weights.get(stacked, num, 2 * full, hidden), down
+            other = slice(full + mine.start, full + mine.stop)
+            halves = [weights.get(stacked, num, 2 * full, hidden, part=(every, half)) for half in (mine, other)]
+            return torch.cat(halves, 1), down
+        up = torch.empty(num, 2 * inner, hidden, dtype=weights.dtype, device=weights.device)
+        down = torch.empty(num, hidden, inner, dtype=weights.dtype, device=weights.device)
+        for i in range(num):
+            each = f"{name}.experts.{i}"
+            up[i, :inner] = weights.get(f"{each}.{first}.weight", full, hidden, part=(mine,))
+            up[i, inner:] = weights.get(f"{each}.{second}.weight", full, hidden, part=(mine,))
+            down[i] = weights.get(f"{each}.{last}.weight", hidden, full, part=(every, mine))
+        return up, down
 
     def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
         x = _maybe(norm, x)
@@ -370,7 +347,7 @@ class Decoder:
             KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
         )
         self.ops = Ops(device, dtype, deterministic)
-        weights = Weights(source, dtype, device, deterministic)
+        weights = Weights(source, dtype, device, Dense(deterministic))
         self.embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
@@ -380,8 +357,10 @@ class Decoder:
         self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
         self.norm = Norm(weights, "model.norm", shape, self.ops)
         self.tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
-        head = self.embedding if self.tied else weights.get("lm_head.weight", self.vocab_size, self.hidden_size)
-        self.head = linear(head, deterministic=deterministic)
+        if self.tied:
+            self.head: Linear = linear(self.embedding, deterministic=deterministic)
+        else:
+            self.head = weights.linear({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size))
         check_taken(source, weights.taken, repr(source))
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
@@ -395,7 +374,8 @@ class Decoder:
         return {kind: table.to(self.device) for kind, table in own.items()}
 
     def __repr__(self) -> str:
-        size = sum(tensor.numel() for tensor in self.tensors()) - (self.head.weight.numel() if self.tied else 0)
+        parts = (*self.layers, self.norm, *([] if self.tied else [self.head]))
+        size = self.embedding.numel() + sum(tensor.numel() for part in parts for tensor in part.tensors())
         return f"Decoder({self.name}: {size / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
 
     def tensors(self) -> Iterator[Tensor]:
@@ -403,8 +383,9 @@ class Decoder:
         yield self.embedding
         for part in (*self.layers, self.norm):
             yield from part.tensors()
-        if self.head.weight is not self.embedding:
-            yield self.head.weight  # of a tied head, too, where it lies in another order
+        for tensor in self.head.tensors():
+            if tensor is not self.embedding:
+                yield tensor  # also of a tied head, where its weight is stored in another order
 
     def refresh_ops(self) -> None:
         self.ops.pick()

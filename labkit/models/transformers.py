@@ -17,7 +17,8 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor, nn
 
 from labkit.loading.checkpoint import Source
-from labkit.loading.dense import Linear, linear
+from labkit.loading.dense import DenseLinear, linear
+from labkit.loading.format import Linear
 from labkit.models import hf
 from labkit.models.adapters import adapt
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
@@ -244,7 +245,7 @@ def swap_linears(model: nn.Module) -> list[Linear]:
         if type(module) is not nn.Linear or module.weight.device.type != "cpu":
             continue
         ours = linear(module.weight.data, None if module.bias is None else module.bias.data)
-        if type(ours) is Linear:
+        if type(ours) is DenseLinear:
             return []
         module.forward = _flat(ours)  # type: ignore[method-assign]
         if used[id(module.weight)] == 1:

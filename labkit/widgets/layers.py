@@ -9,7 +9,7 @@ from labkit.widgets import svg
 from labkit.widgets.style import HUES, num_bytes, section, short, table, view
 
 LAYOUTS = {
-    "Linear": "as the checkpoint has it, [out, in]",
+    "DenseLinear": "as the checkpoint has it, [out, in]",
     "TiledLinear": "packed once into the tiles that AMX multiplies",
     "ReorderedLinear": "in the order in which oneDNN multiplies",
     "InvariantLinear": "[out, in], every row alike whatever its batch",

@@ -33,7 +33,7 @@ _VIEWS: dict[str, str] = {  # an object's class -> module of this package, funct
     "labkit.widgets.runs.RunStory": "runs.run_view",
     "labkit.widgets.lookups.LookupStory": "lookups.story_view",
     "labkit.engine.profile.Profile": "layers.profile",
-    "labkit.loading.dense.Linear": "layers.linear",
+    "labkit.loading.format.Linear": "layers.linear",
 }
 
 

@@ -16,7 +16,7 @@ class Norm:
         return F.rms_norm(x.float(), (48,), self.weight.float(), self.eps).to(x.dtype)
 
 
-KINDS = {"as it is": dense.Linear, "reordered": dense.ReorderedLinear, "invariant": dense.InvariantLinear,
+KINDS = {"as it is": dense.DenseLinear, "reordered": dense.ReorderedLinear, "invariant": dense.InvariantLinear,
          "tiles": dense.TiledLinear}  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def test_norm_product_bias_and_residual(kind, rows):
 
 def test_the_layer_is_chosen_by_what_there_is(monkeypatch):
     weight = torch.randn(32, 32)
-    assert type(dense.linear(weight)) is dense.Linear
+    assert type(dense.linear(weight)) is dense.DenseLinear
     monkeypatch.setattr(dense, "_is_packed", lambda dtype: True)
     assert type(dense.linear(weight.bfloat16())) is dense.TiledLinear
     assert type(dense.linear(weight.bfloat16(), deterministic=True)) is dense.TiledLinear
@@ -50,6 +50,6 @@ def test_a_gated_mlp_is_one_call_where_its_layers_are_tiles():
     up, down = dense.TiledLinear(torch.randn(64, 48).bfloat16()), dense.TiledLinear(torch.randn(48, 32).bfloat16())
     assert dense.gated_mlp(up, down, "silu") is not None
     assert dense.gated_mlp(up, down, "relu") is None
-    assert dense.gated_mlp(dense.Linear(torch.randn(64, 48)), down, "silu") is None
+    assert dense.gated_mlp(dense.DenseLinear(torch.randn(64, 48)), down, "silu") is None
     odd = dense.TiledLinear(torch.randn(48, 24).bfloat16())
     assert dense.gated_mlp(dense.TiledLinear(torch.randn(48, 48).bfloat16()), odd, "silu") is None

@@ -276,12 +276,12 @@ def test_what_is_left_after_closing_is_said():
 
 def test_a_profile_and_a_layer_have_pictures():
     torch = pytest.importorskip("torch")
-    from labkit.loading.dense import InvariantLinear, Linear
+    from labkit.loading.dense import DenseLinear, InvariantLinear
 
     parts = [Part("forward", "rms_norm", "cpu", 17, 0.2), Part("commit", "", "", 2, 0.1)]
     html = html_of(Profile(parts, 2, 2, 0.3))
     assert "66.7%" in html and "rms_norm" in html
-    html = html_of(Linear(torch.zeros(64, 16, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)))
+    html = html_of(DenseLinear(torch.zeros(64, 16, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)))
     assert "16 → 64" in html and "bfloat16" in html and "2.12 KiB" in html
     assert "whatever its batch" in html_of(InvariantLinear(torch.zeros(1, 3)))
 

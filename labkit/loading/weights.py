@@ -1,0 +1,46 @@
+"""The tensors of a checkpoint, as one rank of one model reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from labkit.loading.checkpoint import Source
+from labkit.loading.format import Format, Linear, LinearSpec, Shard, Split, Units
+
+WHOLE = Shard()
+
+
+class Weights:
+    """Reads tensors by name and remembers which were read; makes linear layers by its format."""
+
+    def __init__(
+        self, source: Source, dtype: torch.dtype, device: torch.device, format: Format, shard: Shard = WHOLE
+    ) -> None:
+        self.source, self.dtype, self.device, self.format, self.shard = source, dtype, device, format, shard
+        self.taken: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self.source.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if not self.has(name):
+            raise ValueError(f"{self.source!r} lacks tensor {name!r}")
+        return self.source.shapes[name]
+
+    def get(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, of this shape if one is given, or a part of it: `part=(slice(0, 8),)` are its first 8 rows."""
+        if self.shape(name) != shape and shape:
+            raise ValueError(f"tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}")
+        self.taken.add(name)
+        return self.source.read(name, self.dtype, self.device, part)
+
+    def skip(self, name: str) -> None:
+        """Another rank reads this tensor."""
+        self.taken.add(name)
+
+    def linear(self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None) -> Linear:
+        """One linear layer of several stored ones: see `LinearSpec`."""
+        return self.format.linear(self, LinearSpec(outputs, inputs, split), self.shard)
