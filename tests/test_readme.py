@@ -10,6 +10,8 @@ from pathlib import Path
 import labkit_kernels
 import pytest
 
+import labkit as lk
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 OTHERS = ["kernels/README.md", "CHANGELOG.md", "LOG.md"]
@@ -33,12 +35,17 @@ def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say(
 ):
     monkeypatch.chdir(tmp_path)
     space: dict = {}
-    for block in blocks(page, "python"):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile(block, page, "exec"), space)
-        for claim in re.findall(r"#> (.*)", block):
-            assert claim.strip() in printed.getvalue(), f"{page} promises {claim!r}, got:\n{printed.getvalue()}"
+    try:
+        for block in blocks(page, "python"):
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile(block, page, "exec"), space)
+            for claim in re.findall(r"#> (.*)", block):
+                assert claim.strip() in printed.getvalue(), f"{page} promises {claim!r}, got:\n{printed.getvalue()}"
+    finally:
+        for left in space.values():  # a page may leave an engine running
+            if isinstance(left, lk.Engine):
+                left.close()
 
 
 def test_the_readme_and_the_pages_about_code_have_python():

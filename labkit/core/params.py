@@ -108,6 +108,19 @@ class SamplingParams:
         self._check_form()
         self._check_capture()
 
+    @property
+    def penalizes(self) -> bool:
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
+
+    @property
+    def is_plain(self) -> bool:
+        """Each token is drawn from its logits alone: no penalties, masks, bias, processors; and no logprobs."""
+        return not (
+            self.logits_processors or self.bad_word_ids or self.bad_words or self.logit_bias or self.min_tokens
+            or self.allowed_token_ids is not None or self.logprobs is not None or self.structured_outputs
+            or self.penalizes
+        )  # fmt: skip
+
     def _check_masks(self) -> None:
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):

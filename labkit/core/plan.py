@@ -59,9 +59,11 @@ class Plan(NamedTuple):
     """One step. Applied in this order: reset, leaves, joins, table changes, swap out, copy, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
-    rows, one token each. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`, or, for the entries in `feed`, the row's
-    latest sample, which only the runner knows yet. Sample j is drawn from the logits of flat query position
-    `sample_query[j]` for row `sample_row[j]`; one position may serve several rows.
+    rows, one token each and `drafts[i]` guesses of the tokens after it. Entry i's ids are
+    `tokens[indptr[i]:indptr[i + 1]]`, or, for the entries in `feed`, the row's latest sample, which only the runner
+    knows yet. Sample j is drawn from the logits of flat query position `sample_query[j]` for row `sample_row[j]`; one
+    position may serve several rows. Where there are drafts, a token is drawn after each of them too (`draws`), and
+    those that follow right guesses count (`verify`).
     """
 
     step: int
@@ -83,6 +85,7 @@ class Plan(NamedTuple):
     swap_in: Pairs = NO_PAIRS  # host block -> device block
     reset: bool = False  # a step failed: forget every row
     budget: int = 0  # the most tokens that the step might have had; 0: not said
+    drafts: Ints = NO_INTS  # by decode row: how many guesses follow its token; empty: none (always so with `feed`)
 
     @property
     def num_tokens(self) -> int:
@@ -90,11 +93,42 @@ class Plan(NamedTuple):
 
     @property
     def num_prefill_tokens(self) -> int:
-        return self.num_tokens - self.num_decode
+        return self.num_tokens - self.num_decode - self.num_drafts
+
+    @property
+    def num_drafts(self) -> int:
+        return int(self.drafts.sum())
+
+    def draws(self) -> tuple[Ints, Ints]:
+        """All draws: for each the index of its sample, and the flat query position whose logits it is drawn from."""
+        samples = np.arange(len(self.sample_row))
+        if not len(self.drafts):
+            return samples, self.sample_query
+        counts = np.ones(len(samples), np.int64)
+        counts[: self.num_decode] += self.drafts
+        sample = np.repeat(samples, counts)
+        nth = np.arange(len(sample)) - (np.cumsum(counts) - counts)[sample]
+        return sample, self.sample_query[sample] + nth
+
+    def verify(self, drawn: Tokens) -> tuple[NDArray[np.bool_], Ints | None]:
+        """Which of the drawn tokens stand, one for each of `draws`: those before which every guess was right. And where
+        each sample's begin among them, as a `Result` wants it: None if there is one token a sample."""
+        if not len(self.drafts):
+            return np.ones(len(drawn), bool), None
+        sample, query = self.draws()
+        guessed = sample[1:] == sample[:-1]  # another draw of the same sample follows: on the guess that came next
+        wrong = np.zeros(len(drawn), np.int64)  # guesses, up to and with the one before this draw
+        wrong[1:] = np.cumsum(guessed & (drawn[:-1] != self.tokens[np.where(guessed, query[:-1] + 1, 0)]))
+        first = np.searchsorted(sample, sample)
+        stands = wrong == wrong[first]
+        indptr = np.zeros(len(self.sample_row) + 1, np.int64)
+        np.cumsum(np.bincount(sample[stands], minlength=len(self.sample_row)), out=indptr[1:])
+        return stands, indptr
 
     def __repr__(self) -> str:
         prefills = len(self.rows) - self.num_decode
-        parts = [f"{self.num_decode} decode rows", f"{prefills} prefills of {self.num_prefill_tokens} tokens"]
+        drafts = f" with {self.num_drafts} drafts" if len(self.drafts) else ""
+        parts = [f"{self.num_decode} decode rows{drafts}", f"{prefills} prefills of {self.num_prefill_tokens} tokens"]
         also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
         parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
         return f"Plan({self.step}: {', '.join(parts)})"
@@ -124,13 +158,22 @@ class Extras(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One token for each sample of the plan, the seconds it took, and an error text for rows that failed alone.
-    `extras` are by request id; the core hands them on unread."""
+    """The tokens of each sample of the plan, the seconds it took, and an error text for rows that failed alone.
+    `extras` are by request id; the core hands them on unread.
+
+    Sample j's tokens are `tokens[indptr[j]:indptr[j + 1]]`: one, and one more for each draft that was right; none for a
+    row that failed. Without `indptr` every sample has one token.
+    """
 
     tokens: Tokens
     seconds: float = 0.0
     errors: dict[int, str] | None = None
     extras: dict[str, Extras] | None = None
+    indptr: Ints | None = None
+
+    def counts(self) -> Ints:
+        """How many tokens each sample has."""
+        return np.ones(len(self.tokens), np.int64) if self.indptr is None else np.diff(self.indptr)
 
     def __repr__(self) -> str:
         tokens = f"{len(self.tokens)} tokens" if hasattr(self.tokens, "__len__") else repr(self.tokens)
@@ -146,7 +189,8 @@ class Failure(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a step gave: one token for each of `rows`, and the requests that ended with it."""
+    """What a step gave: one token for each of `rows` (a row with accepted drafts is there once for each of its tokens,
+    in their order), and the requests that ended with it."""
 
     step: int
     now: int

@@ -63,6 +63,7 @@ class Options:
     watermark: float = 0.01
     prefix_hold: bool = True
     max_in_flight: int | None = None
+    draft: Any = None
     graphs: bool | None = None
     deterministic: bool = False
     hybrid_kv: bool = False
@@ -83,7 +84,7 @@ class Options:
 
 SCHEDULING = (
     "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
-    "order", "preemption", "swap_cost", "recompute_cost", "watermark", "prefix_hold", "max_in_flight", "log",
+    "order", "preemption", "swap_cost", "recompute_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "log",
 )  # fmt: skip
 
 
@@ -124,7 +125,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     if options.max_in_flight is None:
-        scheduling["max_in_flight"] = int(device.type == "cuda")
+        scheduling["max_in_flight"] = int(device.type == "cuda" and options.draft is None)
     scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
     return Parts(scheduler, runner, tokenizer)
 

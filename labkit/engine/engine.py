@@ -91,6 +91,7 @@ class Engine(Background, Shown):
         self._num_made = 0
         self.lock = threading.Lock()  # held while ids are given out
         self.closed: LeakReport | None = None  # what was left after close()
+        scheduler.vocab_size = runner.vocab_size
         blocks = scheduler.blocks
         layout = Layout(
             blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows

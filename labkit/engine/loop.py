@@ -230,11 +230,35 @@ def _check_result(plan: Plan, result: Any) -> None:
     if not isinstance(result, Result):
         raise ValueError(f"a runner gives a Result, got {type(result).__name__}")
     tokens = np.asarray(result.tokens)
-    if tokens.shape != (len(plan.sample_row),):
+    if result.indptr is not None:
+        _check_counts(plan, result, tokens)
+    elif tokens.shape != (len(plan.sample_row),):
         raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has shape {tokens.shape}")
     if tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() > 2**31 - 1):
         raise ValueError(f"a result's tokens are whole numbers in 0..2**31 - 1, got {tokens!r}")
     duration("a result's seconds", result.seconds)
+
+
+def _check_counts(plan: Plan, result: Result, tokens: np.ndarray) -> None:
+    """One token a sample, and one more for each draft that was right; none where the row failed."""
+    indptr, num = np.asarray(result.indptr), len(plan.sample_row)
+    if indptr.shape != (num + 1,) or indptr.dtype.kind not in "iu" or indptr[0] or indptr[-1] != len(tokens):
+        raise ValueError(f"{plan!r} asks for {num} samples, the result's indptr is {indptr!r} for {len(tokens)} tokens")
+    counts, most = np.diff(indptr), np.ones(num, np.int64)
+    if len(plan.drafts):
+        most[: plan.num_decode] += plan.drafts
+    least = np.isin(plan.sample_row, list(result.errors or {}), invert=True)
+    if (wrong := ((counts < least) | (counts > most)).nonzero()[0]).size:
+        at = wrong[0]
+        raise ValueError(
+            f"{plan!r}: row {plan.sample_row[at]} may have {int(least[at])} to {most[at]} tokens, the result has "
+            f"{counts[at]}"
+        )
+    sample = np.repeat(np.arange(num), counts)
+    nth = np.arange(len(tokens)) - indptr[:-1][sample]
+    right = nth < counts[sample] - 1  # all but a sample's last token are drafts
+    if right.any() and (tokens[right] != plan.tokens[plan.sample_query[sample[right]] + nth[right] + 1]).any():
+        raise ValueError(f"{plan!r}: the result accepts a draft that is not in the plan")
 
 
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))

@@ -37,8 +37,10 @@ class Computed:
             self.event.synchronize()
         if self.host is None:
             return Result(np.zeros(0, np.int32), time.perf_counter() - self.begin, None, self.extras or None)
-        tokens, chosen = self.host.numpy()
-        rows = self.plan.sample_row
+        (tokens, chosen), rows, indptr = self.host.numpy(), self.plan.sample_row, None
+        if len(self.plan.drafts):
+            stands, indptr = self.plan.verify(tokens)
+            tokens, chosen, rows = tokens[stands], chosen[stands], rows[self.plan.draws()[0][stands]]
         errors = dict(self.drawn.errors) if self.drawn is not None else {}
         for row, value in zip(rows.tolist(), chosen.tolist(), strict=True) if not np.isfinite(chosen).all() else ():
             if value == float("-inf"):
@@ -52,4 +54,4 @@ class Computed:
                 assert name is not None
                 extras[name] = extras.get(name, Extras())._replace(logprobs=logprobs)
         seconds = time.perf_counter() - self.begin
-        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None)
+        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None, indptr)

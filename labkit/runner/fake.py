@@ -65,7 +65,9 @@ class FakeRunner:
             memory[block] = host[host_block]
         for entry in range(len(plan.rows)):
             self._write(plan, entry)
-        return Done(Result(self._sample(plan), self.seconds))
+        drawn = self._sample(plan)
+        stands, indptr = plan.verify(drawn)
+        return Done(Result(drawn[stands], self.seconds, indptr=indptr))
 
     def _write(self, plan: Plan, entry: int) -> None:
         assert self.layout is not None
@@ -81,15 +83,17 @@ class FakeRunner:
     def _sample(self, plan: Plan) -> np.ndarray:
         assert self.layout is not None
         ends = np.cumsum(plan.count)
-        tokens = np.zeros(len(plan.sample_row), np.int32)
-        entries = np.searchsorted(ends, plan.sample_query, side="right")
-        for i, (entry, row) in enumerate(zip(entries.tolist(), plan.sample_row.tolist(), strict=True)):
-            length = int(plan.start[entry] + plan.count[entry])
+        sample, query = plan.draws()
+        rows = plan.sample_row[sample]
+        tokens = np.zeros(len(rows), np.int32)
+        entries = np.searchsorted(ends, query, side="right")
+        for i, (entry, row) in enumerate(zip(entries.tolist(), rows.tolist(), strict=True)):
+            length = int(plan.start[entry] + plan.count[entry] - (ends[entry] - 1 - query[i]))
             context = self._context(int(plan.rows[entry]), length)
             join = self.rows.joins[row]
             assert join is not None, f"row {row} samples and never joined"
             tokens[i] = next_token(self.seed, (join.params.seed or 0) + join.sample, context, self.vocab_size)
-        self.rows.latest[plan.sample_row] = tokens
+        self.rows.latest[rows] = tokens
         return tokens
 
     def _context(self, row: int, length: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from labkit.core.plan import Join, Plan, Result
 from labkit.runner.base import Done, Layout
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15))
+_LUCK = np.uint64(1 << 40)  # beyond every length
 
 
 @named_options
@@ -19,7 +20,7 @@ class SimRunner:
     """Step seconds = `constant` + `per_token` * tokens + `per_context` * tokens read back + `per_block` * blocks moved.
 
     The defaults resemble a 0.5B model in bf16 on two CPU cores. `swap_cost` and `recompute_cost` say the same of a
-    preemption, for a scheduler with preemption="auto".
+    preemption, for a scheduler with preemption="auto". A draft is right with the probability `acceptance`.
     """
 
     def __init__(
@@ -31,11 +32,13 @@ class SimRunner:
         seed: int = 0,
         vocab_size: int = 32_000,
         eos_token_id: int | None = None,
+        acceptance: float = 0.6,
     ) -> None:
         self.constant = real("constant", constant, least=0.0)
         self.per_token = real("per_token", per_token, least=0.0)
         self.per_context = real("per_context", per_context, least=0.0)
         self.per_block = real("per_block", per_block, least=0.0)
+        self.acceptance = real("acceptance", acceptance, least=0.0, most=1.0)
         self.seed = whole("seed", seed, least=0)
         self.vocab_size = whole("vocab_size", vocab_size, least=1)
         self.eos_token_ids = () if eos_token_id is None else (whole("eos_token_id", eos_token_id, least=0),)
@@ -50,15 +53,15 @@ class SimRunner:
     def open(self, layout: Layout) -> None:
         self.layout = layout
         self.keys = np.zeros(layout.num_rows, np.uint64)
-        self.lengths = np.zeros(layout.num_rows, np.uint64)
 
     def launch(self, plan: Plan) -> Done:
         for join in plan.joins:
             self.keys[join.row] = self._key(join)
         end = plan.start + plan.count
-        self.lengths[plan.rows] = end
-        queries = np.searchsorted(np.cumsum(plan.count), plan.sample_query, side="right")
-        self.lengths[plan.sample_row] = end[queries]
+        ends = np.cumsum(plan.count)
+        sample, query = plan.draws()
+        rows, entries = plan.sample_row[sample], np.searchsorted(ends, query, side="right")
+        lengths = (end[entries] - (ends[entries] - 1 - query)).astype(np.uint64)
         moved = len(plan.swap_out) + len(plan.swap_in) + len(plan.copies)
         seconds = (
             self.constant
@@ -66,7 +69,20 @@ class SimRunner:
             + self.per_context * int(end.sum())
             + self.per_block * moved
         )
-        return Done(Result(self._noise(plan.sample_row), seconds))
+        drawn = self._noise(rows, lengths)
+        if len(plan.drafts):
+            self._guess_right(plan, drawn, sample, query, rows, lengths)
+        stands, indptr = plan.verify(drawn)
+        return Done(Result(drawn[stands], seconds, indptr=indptr))
+
+    def _guess_right(
+        self, plan: Plan, drawn: np.ndarray, sample: np.ndarray, query: np.ndarray, rows: np.ndarray,
+        lengths: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Makes so many of the drafts come true."""
+        drafted = np.flatnonzero(sample[1:] == sample[:-1])
+        lucky = self._mixed(rows[drafted], lengths[drafted] + _LUCK) < np.uint64(self.acceptance * (2**64 - 2**12))
+        drawn[drafted[lucky]] = plan.tokens[query[drafted[lucky]] + 1]
 
     def _key(self, join: Join) -> int:
         text = f"{self.seed}:{join.request}:{join.params.seed}:{join.sample}"
@@ -75,12 +91,16 @@ class SimRunner:
             value = (value ^ byte) * 1099511628211 % 2**64
         return value
 
-    def _noise(self, rows: np.ndarray) -> np.ndarray:
-        """One well-mixed token a row, from its key and length."""
-        x = self.keys[rows] + self.lengths[rows] * _MIX[2]
+    def _noise(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """A token for each of `rows`, from its key and length."""
+        return (self._mixed(rows, lengths) % np.uint64(self.vocab_size)).astype(np.int32)
+
+    def _mixed(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """64 well-mixed bits."""
+        x = self.keys[rows] + lengths * _MIX[2]
         x = (x ^ (x >> np.uint64(30))) * _MIX[0]
         x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-        return ((x ^ (x >> np.uint64(31))) % np.uint64(self.vocab_size)).astype(np.int32)
+        return x ^ (x >> np.uint64(31))  # type: ignore[no-any-return]
 
     def swap_cost(self, num_tokens: int) -> float:
         size = self.layout.block_size if self.layout else 16

@@ -237,6 +237,7 @@ class TorchRunner:
         return bool(
             len(rows)
             and plan.num_decode == len(rows) == len(plan.sample_row)
+            and not len(plan.drafts)
             and (plan.sample_row == rows).all()
             and self.sampler.plain[rows].all()
             and not self._asking[rows].any()
@@ -323,7 +324,7 @@ class TorchRunner:
             group_of=self.groups.group_of if len(tables) > 1 else (),
             other_groups=tuple((self._put(slots[i]), self._put(tables[i])) for i in range(1, len(tables))),
         )
-        return _Inputs(batch, query_start, seq_len)
+        return _Inputs(batch, query_start)
 
     def _put(self, array: np.ndarray) -> Tensor:
         return put(array, self.device)
@@ -331,23 +332,25 @@ class TorchRunner:
     def _draw(self, plan: Plan, inputs: _Inputs, hidden: Tensor) -> Drawn | None:
         if not len(plan.sample_row):
             return None
-        queries, inverse = plan.sample_query, None
+        sample, queries = plan.draws()
+        rows, inverse = plan.sample_row[sample], None
+        entries = np.searchsorted(inputs.query_start, queries, side="right") - 1
+        known = plan.start[entries] + queries - inputs.query_start[entries] + 1
         if plan.num_decode < len(plan.rows):  # n samples may share a query
             queries, inverse = np.unique(queries, return_inverse=True)
         hidden, again = hidden[self._put(queries)], None
         if inverse is not None and len(inverse) > len(queries):
             again = self._put(inverse)
-        found = self.model.greedy(hidden) if self.sampler.greedy[plan.sample_row].all() else None
+        found = self.model.greedy(hidden) if self.sampler.greedy[rows].all() else None
         if found is not None:
             tokens, chosen = found if again is None else (found[0][again], found[1][again])
-            self.latest[self._put(plan.sample_row)] = tokens
+            self.latest[self._put(rows)] = tokens
             return Drawn(tokens, chosen, {})
         logits = self.model.logits(hidden)
         if again is not None:
             logits = logits[again]
-        entries = np.searchsorted(inputs.query_start, plan.sample_query, side="right") - 1
-        drawn = self.sampler.draw(logits, plan.sample_row, inputs.seq_len[entries], self._sample)
-        self.latest[self._put(plan.sample_row)] = drawn.tokens
+        drawn = self.sampler.draw(logits, rows, known, self._sample)
+        self.latest[self._put(rows)] = drawn.tokens
         return drawn
 
     # -- what some requests want beside tokens -------------------------------------------------------------------
@@ -365,4 +368,3 @@ class TorchRunner:
 class _Inputs(NamedTuple):
     batch: Batch
     query_start: np.ndarray  # [entries + 1]
-    seq_len: np.ndarray  # [entries]

@@ -145,13 +145,13 @@ class Sampler:
             self.leave(join.row)
             self.base[join.row] = self._base(join)
             special = self._is_special(join.params)
-            self.plain[join.row] = not special and not _penalizes(join.params)
+            self.plain[join.row] = join.params.is_plain
             self.greedy[join.row] = self.plain[join.row] and join.params.temperature == 0
             if special:
                 stop_ids = (*join.params.stop_token_ids, *(() if join.params.ignore_eos else self.eos_ids))
                 made = self.special[join.row] = Special(join, stop_ids, self.vocab_size, self.device)
                 self.num_host_rows += made.needs_history
-            if _penalizes(join.params):
+            if join.params.penalizes:
                 self._penalize(join)
         rows = put([join.row for join in joins], self.device, np.int64)
         params = [join.params for join in joins]
@@ -270,10 +270,6 @@ class Sampler:
         if (where := self._where_penalized(rows)) is not None:
             lines, places = where
             self.count.index_put_((places, tokens[lines]), self.count.new_ones(len(lines)), accumulate=True)
-
-
-def _penalizes(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
 
 
 def _keys(base: np.ndarray, known: np.ndarray) -> np.ndarray:

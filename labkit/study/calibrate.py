@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import labkit.study.tables as tables
 from labkit.bench.workload import Ask, Workload, random_lengths
 from labkit.core.events.log import EventLog
-from labkit.core.events.types import Batch, Event, Step, read
+from labkit.core.events.types import Batch, Drafted, Event, Step, read
 from labkit.core.options import whole
 from labkit.engine.engine import Engine
 from labkit.runner.sim import SimRunner
@@ -155,6 +155,7 @@ def work_of(events: Iterable[Event]) -> tuple[list[Work], int]:
         fold.moved = 0
         for earlier in [one for one in pending if one.step <= event.step and one.now < event.now]:
             fold.apply(earlier)  # decided when the step was scheduled
+        fold.guesses = {one.request: one for one in pending if isinstance(one, Drafted) and one.step == event.step}
         tokens, context = fold.compute()
         for same in [one for one in pending if one.step <= event.step and one.now >= event.now]:
             fold.apply(same)  # what its result changed
@@ -184,6 +185,7 @@ class _Fold:
         self.rows: dict[str, _Row] = {}
         self.known: dict[str, int] = {}  # of requests without a row
         self.moved = 0
+        self.guesses: dict[str, Drafted] = {}  # of the step
 
     def apply(self, event: Event) -> None:
         handler = getattr(self, f"_{type(event).__name__.lower()}", None)
@@ -193,12 +195,17 @@ class _Fold:
     def compute(self) -> tuple[int, int]:
         """A step: (tokens, tokens read back)."""
         tokens = context = 0
-        for row in self.rows.values():
+        for name, row in self.rows.items():
             count = 0 if row.held else min(row.rate, row.known - row.computed)
             if count:
                 row.computed += count
                 tokens += count
                 context += row.computed
+                if (guess := self.guesses.get(name)) is not None:
+                    tokens += guess.num_drafts
+                    context += guess.num_drafts
+                    row.computed += guess.num_accepted
+                    row.known += guess.num_accepted
                 row.known += row.computed == row.known  # the last known position gives the next token
         return tokens, context
 

@@ -170,6 +170,10 @@ class Feed:
         if (row := self._row_of.get(request)) is not None:
             self._changes.append((batch.step + ends_a_step, row, num_tokens))
 
+    def _draft(self, batch: Batch, request: str, _drafts: int, num_accepted: int) -> None:
+        if (row := self._row_of.get(request)) is not None:
+            self._tokens[row] += num_accepted
+
     def _hold(self, batch: Batch, request: str, *_: object) -> None:
         if (row := self._row_of.get(request)) is not None:
             self._changes.append((batch.step, row, 0))
@@ -316,6 +320,7 @@ _HANDLERS = {
     "Resumed": Feed._admit,
     "Forked": Feed._fork,
     "Scheduled": Feed._schedule,
+    "Drafted": Feed._draft,
     "Held": Feed._hold,
     "Preempted": Feed._preempt,
     "Finished": Feed._leave,

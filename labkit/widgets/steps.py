@@ -13,17 +13,18 @@ MOST_ROWS = 40
 
 def plan(found: Plan) -> str:
     """The budget as one bar, then the rows: what they have, and what they compute."""
-    prefill, decode = found.num_prefill_tokens, found.num_decode
+    prefill, decode = found.num_prefill_tokens, found.num_decode + found.num_drafts
     total = found.budget or None
     parts = [("decode", decode, TOKEN_COLOR["decode"]), ("prefill", prefill, TOKEN_COLOR["prefill"])]
     top = svg.bar(parts, svg.WIDTH, 20, total=total)
     budget = (
         f"{decode + prefill:,} of {found.budget:,} tokens of the budget" if total else plural(decode + prefill, "token")
     )
+    drafts = f", of which {found.num_drafts:,} drafts" if len(found.drafts) else ""
     keys = legend(
         [key("computed before", COLORS["grey"]), key("from the cache", TOKEN_COLOR["cached"]),
          key("prefill", TOKEN_COLOR["prefill"], f"{prefill:,}"),
-         key("decode", TOKEN_COLOR["decode"], f"{decode:,}"), key("not yet", "none")]
+         key("decode", TOKEN_COLOR["decode"], f"{decode:,}{drafts}"), key("not yet", "none")]
     )  # fmt: skip
     return view(
         f"Plan of step {found.step}", svg.svg(svg.WIDTH, 20, top), keys, _rows(found), _also(found), about=budget

@@ -57,6 +57,12 @@ def prompts_of(rng: random.Random, number: int) -> list[list[int]]:
     return found
 
 
+def lookup(tokens):
+    """What followed where the latest token occurred before."""
+    at = (tokens[:-1] == tokens[-1]).nonzero()[0]
+    return tokens[at[-1] + 1 : at[-1] + 5] if len(at) else tokens[:2]
+
+
 SETTINGS = [
     {"size": 16, "max_num_batched_tokens": 2048},
     {"size": 1, "max_num_batched_tokens": 64, "blocks": 900},
@@ -66,6 +72,7 @@ SETTINGS = [
     {"size": 4, "blocks": 24, "max_num_batched_tokens": 32, "preemption": "recompute", "watermark": 0.0},
     {"size": 4, "blocks": 24, "host": 60, "max_num_batched_tokens": 32, "preemption": "swap", "watermark": 0.0},
     {"size": 3, "blocks": 40, "host": 60, "preemption": "swap", "max_in_flight": 1, "watermark": 0.0},
+    {"size": 4, "max_num_batched_tokens": 64, "draft": lookup},
 ]
 
 
@@ -118,6 +125,25 @@ def test_a_request_gets_the_same_text_whatever_is_served_beside_it(models):
     busy.run()
     assert busy.scheduler.num_preempted > 0
     assert handle.output_ids == alone
+
+
+def test_drafts_change_no_token_that_is_drawn_at_random(models):
+    """A draft counts if it is what would have been drawn, with the same seed at the same place."""
+    ours, _ = models("llama")
+    found = []
+    for draft in (None, lookup):
+        eng = engine(ours, draft=draft)
+        asked = [
+            lk.SamplingParams(max_tokens=60, ignore_eos=True, seed=i, temperature=0.3 * i, top_k=8) for i in range(4)
+        ]
+        handles = [eng.submit([5, 6, 7], one) for one in asked]
+        other = eng.submit([5, 6], lk.SamplingParams(max_tokens=20, seed=1, repetition_penalty=1.3, logprobs=2))
+        eng.run()
+        found.append([handle.output_ids for handle in (*handles, other)])
+        events = eng.log.events("Drafted")
+    assert found[0] == found[1]
+    assert 0 < sum(event.num_accepted for event in events) < sum(event.num_drafts for event in events)
+    assert all(event.request != other.id for event in events)
 
 
 def test_samples_of_one_request_differ_and_repeat(models):

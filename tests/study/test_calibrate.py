@@ -33,6 +33,7 @@ def crowd(eng, n=24, samples=1):
         {"preemption": "swap", "host": 300},
         {"max_in_flight": 1},
         {"prefill_share": 0.1},
+        {"draft": lambda tokens: tokens[:3]},
     ],
     ids=lambda options: next(iter(options), "plain"),
 )

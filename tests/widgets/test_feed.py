@@ -11,7 +11,7 @@ from labkit.widgets.feed import Feed
 from labkit.widgets.figure import cells, lanes
 
 
-def engine(seed, lag=0, **options):
+def engine(seed, lag=0, runner=None, **options):
     rng = random.Random(seed)
     size = rng.choice([1, 4, 16])
     settings = {
@@ -22,18 +22,20 @@ def engine(seed, lag=0, **options):
         **options,
     }
     blocks = lk.BlockManager(num_blocks=rng.choice([640, 1280]) // size, block_size=size, num_host_blocks=64)
-    eng = lk.Engine(scheduler=lk.Scheduler(blocks, **settings), runner=lk.FakeRunner(seed=0), clock=lk.VirtualClock())
+    runner = runner or lk.FakeRunner(seed=0)
+    eng = lk.Engine(scheduler=lk.Scheduler(blocks, **settings), runner=runner, clock=lk.VirtualClock())
     for i in range(20):
-        prompt = [rng.randrange(5) for _ in range(rng.randrange(1, 90))]
+        prompt = [rng.randrange(min(5, runner.vocab_size)) for _ in range(rng.randrange(1, 90))]
         params = lk.SamplingParams(max_tokens=rng.randrange(1, 60), n=rng.choice([1, 1, 3]), seed=1)
         eng.submit(prompt, params, arrival=i * 0.01)
     return eng
 
 
+@pytest.mark.parametrize("draft", [None, lambda tokens: tokens[-(tokens[-1] % 5) - 1 :]])
 @pytest.mark.parametrize("seed", range(8))
-def test_block_tables_drawn_from_events_are_the_real_ones(seed):
+def test_block_tables_drawn_from_events_are_the_real_ones(seed, draft):
     print("seed", seed)
-    eng = engine(seed)
+    eng = engine(seed, draft=draft, runner=lk.FakeRunner(seed=0, vocab_size=3) if draft else None)
     feed, tables = Feed(eng.log), eng.scheduler.tables
     while eng.step():
         feed.catch_up()

@@ -45,6 +45,15 @@ class Scheduled(Event):
 
 
 @dataclass(frozen=True)
+class Drafted(Event):
+    """The step also computed `num_drafts` guesses of the request's next tokens, of which `num_accepted` were right."""
+
+    request: str
+    num_drafts: int
+    num_accepted: int
+
+
+@dataclass(frozen=True)
 class Held(Event):
     """From this step on `limit` keeps the request; at the `head` of the queue it keeps everyone behind it as well."""
 
@@ -170,8 +179,8 @@ class Step(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
-        Submitted, Admitted, Scheduled, Held, Stored, Removed, Cleared, Copied, Forked, Preempted, SwappedOut,
-        SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, Rewound, Step,
+        Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Copied, Forked, Preempted,
+        SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}

@@ -34,6 +34,7 @@ class PlanBuilder:
     chunks: list[Chunk] = field(default_factory=list)
     cut: list[Chunk] = field(default_factory=list)  # those that got less than they could use
     forks: list[tuple[int, int, Request]] = field(default_factory=list)  # parent row, child row, child
+    drafts: list[Tokens] = field(default_factory=list)  # by decode row: guesses of its next tokens; empty: no drafts
     preempted: bool = False
 
     def join(self, request: Request, row: int) -> None:
@@ -68,8 +69,14 @@ class PlanBuilder:
         tokens, ends, feed = self._decode_tokens(s, decodes, start)
         rows, count = decodes, s.ones[:num_decode]
         sample_row, sample_query = decodes, s.counting[:num_decode]
+        drafts = NO_INTS
+        if self.drafts:
+            drafts = np.array([len(guess) for guess in self.drafts])
+            tokens = np.insert(tokens, np.repeat(ends[1:], drafts), np.concatenate(self.drafts))
+            count, ends = count + drafts, np.concatenate(([0], np.cumsum(count + drafts)))
+            sample_query = ends[:-1]
         if self.chunks:
-            chunks, query = self.chunks, num_decode - 1
+            chunks, query = self.chunks, num_decode + int(drafts.sum()) - 1
             queries, indptr, end = [], [], int(ends[-1])
             for chunk in chunks:
                 query += chunk.count
@@ -108,6 +115,7 @@ class PlanBuilder:
             copies=_pairs(self.copies),
             swap_in=_pairs(self.swap_in),
             budget=s.max_num_batched_tokens,
+            drafts=drafts,
         )
 
     def _decode_tokens(self, s: SchedulerState, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:

@@ -4,7 +4,9 @@ refuses to know who will be scheduled next."""
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import preempt
@@ -16,6 +18,9 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
     rows, end = plan.rows, plan.start + plan.count
     sampled, tokens = plan.sample_row, np.asarray(result.tokens, np.int32)
     errors = result.errors or {}
+    several = None
+    if result.indptr is not None or len(plan.drafts):
+        tokens, several = _accept(s, plan, tokens, result.counts(), end)
     void = s.dropped.copy() if s.draining or errors else None
     if void is not None:
         void[list(errors)] = True
@@ -32,14 +37,55 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
     tables.flat_tokens[tables.token_base[sampled] + known] = tokens
     known = known + 1
     tables.num_tokens[sampled] = known
-    over = known >= s.limit[sampled]
-    for column in s.stops:
-        over |= (tokens == column[sampled]) & (known >= s.no_stop_before[sampled])
-    done = over.nonzero()[0]
+    done = _is_over(s, sampled, tokens, known).nonzero()[0]
     ended: list[Request] = []
     if len(done) or errors:
         ended = _finish(s, sampled[done].tolist(), tokens[done].tolist(), errors, now)
+    if several is not None:
+        sampled, tokens = several
+        if void is not None:
+            tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
     return Outputs(plan.step, now, sampled, s.serial[sampled], tokens, tuple(ended))
+
+
+def _is_over(s: SchedulerState, rows: Ints, tokens: Tokens, known: Ints) -> NDArray[np.bool_]:
+    """Does this token, which makes `known` of the row, end its request?"""
+    over: NDArray[np.bool_] = known >= s.limit[rows]
+    for column in s.stops:
+        over |= (tokens == column[rows]) & (known >= s.no_stop_before[rows])
+    return over
+
+
+def _accept(
+    s: SchedulerState, plan: Plan, tokens: Tokens, counts: Ints, end: Ints
+) -> tuple[Tokens, tuple[Ints, Tokens]]:
+    """Right drafts become tokens of their rows; `end` of rows with wrong ones is drawn back, in place. Gives each
+    sample's last token, which is yet to be appended, and (row, token) of all."""
+    tables, samples = s.tables, np.arange(len(counts))
+    sample = np.repeat(samples, counts)
+    nth = np.arange(len(tokens)) - (np.cumsum(counts) - counts)[sample]
+    rows = plan.sample_row[sample]
+    over = _is_over(s, rows, tokens, tables.num_tokens[rows] + nth + 1)
+    last = counts - 1  # of each sample's tokens; what follows one that ends the request is dropped
+    np.minimum.at(last, sample[over], nth[over])
+    kept = nth <= last[sample]
+    sample, nth, rows, tokens = sample[kept], nth[kept], rows[kept], tokens[kept]
+    before = nth < last[sample]
+    at = rows[before]
+    tables.flat_tokens[tables.token_base[at] + tables.num_tokens[at] + nth[before]] = tokens[before]
+    num_right = np.maximum(last, 0)
+    tables.num_tokens[plan.sample_row] += num_right
+    num_decode = plan.num_decode
+    if len(plan.drafts):
+        end[:num_decode] -= plan.drafts - num_right[:num_decode]
+        s.scheduled[plan.rows[:num_decode]] = end[:num_decode]
+        for i in plan.drafts.nonzero()[0].tolist():
+            request = s.row_request[plan.rows[i]]
+            if request is not None and request.row == plan.rows[i]:
+                s.log.add(("Drafted", request.id, int(plan.drafts[i]), int(num_right[i])))
+    ends = np.zeros(len(samples), np.int32)
+    ends[sample[~before]] = tokens[~before]
+    return ends, (rows, tokens)
 
 
 def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:

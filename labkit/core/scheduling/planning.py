@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from labkit.core.blocks.tables import Ints
+from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Plan
 from labkit.core.scheduling import preempt
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
 from labkit.core.scheduling.state import SchedulerState
+
+NO_GUESS: Tokens = np.zeros(0, np.int32)
 
 
 def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
@@ -180,7 +182,30 @@ def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> 
         builder.change(row, first, np.array(new))
 
 
-def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
+def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int) -> None:
+    """Guesses that are verified beside each decode row's token. They get the budget that nobody else wanted, and blocks
+    only while every running row could still be given one."""
+    assert s.draft is not None
+    blocks, tables, total = s.blocks, s.tables, 0
+    guesses = [NO_GUESS] * len(rows)
+    for i, row in enumerate(rows.tolist()):
+        known = int(tables.num_tokens[row])
+        most = min(left - total, int(s.limit[row]) - known - 1)
+        if most <= 0 or not s.can_draft(row):
+            continue
+        spare = max(0, blocks.available - s.num_running * blocks.num_groups) // blocks.num_groups
+        most = min(most, int(tables.room[row]) + spare * blocks.block_size - known)
+        guess = s.guess(row)[: max(most, 0)]
+        if len(guess):
+            guesses[i] = guess
+            total += len(guess)
+            grow(s, builder, row, known + len(guess))
+            s.scheduled[row] += len(guess)
+    if total:
+        builder.drafts = guesses
+
+
+def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
     for chunk in builder.cut:
         blocks = s.blocks.available // s.blocks.num_groups
@@ -190,6 +215,7 @@ def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
             chunk.count += more
             left -= more
             grow(s, builder, chunk.row, chunk.start + chunk.count)
+    return left
 
 
 def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> Plan:

@@ -22,6 +22,7 @@ from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.policy import (
     PREEMPTIONS,
     Cost,
+    Draft,
     Order,
     default_recompute_cost,
     default_swap_cost,
@@ -47,7 +48,9 @@ class Scheduler(SchedulerState, Shown):
     is "recompute", "swap" or "auto", which takes the cheaper by `swap_cost` and `recompute_cost` (tokens -> seconds).
     `watermark` of the blocks stay free when a request is admitted beside running ones. A request whose prefix another
     row is computing waits for it when `prefix_hold`. `max_in_flight` plans may be launched before the first is
-    committed.
+    committed. `draft` is a function `f(token_ids) -> guesses of the next ids` (speculative decoding): a step verifies
+    them beside the row's own token, with the budget and the blocks that nobody else needs, and keeps those that are
+    what would have been drawn. Requests with penalties, masks, logits processors or logprobs are served without.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -72,6 +75,7 @@ class Scheduler(SchedulerState, Shown):
         watermark: float = 0.01,
         prefix_hold: bool = True,
         max_in_flight: int = 0,
+        draft: Draft | None = None,
         log: EventLog | None = None,
     ) -> None:
         if not isinstance(blocks, BlockManager):
@@ -96,6 +100,11 @@ class Scheduler(SchedulerState, Shown):
         for name, cost in (("swap_cost", swap_cost), ("recompute_cost", recompute_cost)):
             if cost is not None and not callable(cost):
                 raise ValueError(f"{name} must be a function of a number of tokens, got {cost!r}")
+        if draft is not None and not callable(draft):
+            raise ValueError(f"draft must be a function of token ids, got {draft!r}")
+        if draft is not None and self.max_in_flight:
+            raise ValueError("a draft continues tokens that are known: it needs max_in_flight=0")
+        self.draft = draft
         if log is not None and not isinstance(log, EventLog):
             raise ValueError(f"log must be an EventLog, got {log!r}")
         super().__init__(blocks, self.max_num_seqs, order_of(order), log if log is not None else EventLog())
@@ -243,7 +252,9 @@ class Scheduler(SchedulerState, Shown):
         if self.queue:
             left = admission.admit(self, builder, left)
         if builder.cut and left > 0:
-            planning.give_back(self, builder, left)
+            left = planning.give_back(self, builder, left)
+        if self.draft is not None and left > 0:
+            planning.plan_drafts(self, builder, rows, left)
         if not len(rows) and not builder.chunks and not builder.copies and not self.swap_out:
             self.log.flush(self.step, now)
             return None
@@ -257,7 +268,9 @@ class Scheduler(SchedulerState, Shown):
         """A dynamic order's keys, asked before anything is decided: a function that raises leaves no trace."""
         if self.blocks.num_groups == 1 and self.blocks.prefix_caching:
             stale = self.matches.refresh(self.queue, self._measure)
-        else:
+        else:  # measured anew each time, so that what was kept up before is out of date
+            if self.matches.active:
+                self.matches.stop(self.queue)
             stale = list(self.queue)
             for request in stale:
                 self._measure(request)
@@ -289,8 +302,8 @@ class Scheduler(SchedulerState, Shown):
             raise ValueError(f"{plan!r} is not the oldest plan in flight: plans are committed once, in launch order")
         if now is None:
             now = plan.now + round(duration("a result's seconds", result.seconds) * 1e9)
-        if isinstance(result, Result) and len(result.tokens) != len(plan.sample_row):
-            raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has {len(result.tokens)}")
+        if isinstance(result, Result) and (given := len(result.counts())) != len(plan.sample_row):
+            raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has {given}")
         self.in_flight.popleft()
         self.blocks.step = plan.step
         if isinstance(result, Failure):
@@ -324,10 +337,11 @@ class Scheduler(SchedulerState, Shown):
         cached = len(blocks.eviction)
         free = len(blocks.pool.free)
         prefill = plan.num_prefill_tokens if plan.num_decode < len(plan.rows) else 0
+        decode = plan.num_decode + plan.num_drafts if len(plan.drafts) else plan.num_decode
         self.log.flush(
             plan.step,
             now,
-            (len(plan.rows), prefill, plan.num_decode, self.cached_this_step, num_outputs, self.num_running,
+            (len(plan.rows), prefill, decode, self.cached_this_step, num_outputs, self.num_running,
              self.num_waiting, self.num_swapped, blocks.num_blocks - free - cached, cached, free, duration),
         )  # fmt: skip
         self.cached_this_step = 0

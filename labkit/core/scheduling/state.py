@@ -5,19 +5,20 @@ The modules that admit, plan, preempt and commit work on this state. It decides 
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
 
 from labkit.core.blocks.manager import BlockManager
-from labkit.core.blocks.tables import Ints
+from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.events.log import EventLog
 from labkit.core.plan import NO_INTS, Plan
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
-from labkit.core.scheduling.policy import Cost, Order, WaitingQueue
+from labkit.core.scheduling.policy import Cost, Draft, Order, WaitingQueue, name_of
 
 MOST_REMEMBERED = 4096  # ended requests that can still be asked for by id
 
@@ -39,6 +40,8 @@ class SchedulerState:
     recompute_cost: Cost
     watermark: float
     prefix_hold: bool
+    draft: Draft | None
+    vocab_size: int | None = None  # the runner's; drafts are cut at the first id beyond
 
     def __init__(self, blocks: BlockManager, num_rows: int, order: Order, log: EventLog) -> None:
         self.blocks = blocks
@@ -222,6 +225,24 @@ class SchedulerState:
         self.no_stop_before[row] = request.num_prompt + params.min_tokens
         self.set_stops(row, request.stop_ids)
 
+    def can_draft(self, row: int) -> bool:
+        """Tokens drawn ahead must depend on logits alone, not on what is drawn before them."""
+        request = self.row_request[row]
+        return request is not None and request.params.is_plain and not request.params.capture
+
+    def guess(self, row: int) -> Tokens:
+        """What the draft function makes of a row's tokens; nothing, with a warning, if it fails."""
+        assert self.draft is not None
+        try:
+            guess = np.asarray(self.draft(self.tables.row_tokens(row).copy()))
+            if guess.size and (guess.ndim != 1 or guess.dtype.kind not in "iu"):
+                raise ValueError(f"a draft is a sequence of token ids, got {guess!r}")
+        except Exception as error:  # a user's function, in the middle of a step
+            warnings.warn(f"draft {name_of(self.draft)} failed for {self.id_of(row)!r}: {error!r}", stacklevel=2)
+            return np.zeros(0, np.int32)
+        bad = (guess < 0) | (guess >= (self.vocab_size or 2**31))
+        return guess[: bad.argmax() if bad.any() else None].astype(np.int32)
+
     def hold(self, row: int, limit: str) -> None:
         """A running row gets nothing this step; written when the reason changes."""
         if self.held.get(row) != limit:
@@ -258,7 +279,7 @@ class SchedulerState:
             request = self.row_request[row]
             assert request is not None and request.row == row and request.status is Status.RUNNING, f"row {row} astray"
             computed, scheduled, known = tables.num_computed[row], self.scheduled[row], tables.num_tokens[row]
-            in_flight = sum(int((plan.sample_row == row).sum()) for plan in self.in_flight)
+            in_flight = sum(int((plan.sample_row[plan.draws()[0]] == row).sum()) for plan in self.in_flight)
             assert computed <= known, f"row {row}: {computed} computed of {known} known"
             assert computed <= scheduled <= known + in_flight, f"row {row}: {computed} <= {scheduled} <= {known}"
             assert scheduled <= tables.room[row], f"row {row}: {scheduled} scheduled, room for {tables.room[row]}"
