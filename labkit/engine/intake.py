@@ -58,6 +58,7 @@ def make_handle(
             raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
         if not 0 <= span.start < span.end <= len(tokens):
             raise ValueError(f"{span!r} does not lie within the prompt's {len(tokens)} tokens")
+    _check_embeddings(engine, spans)
     when = engine.clock.now()
     if arrival is not None:
         when = max(when, round(duration("arrival", arrival) * 1e9))
@@ -97,6 +98,19 @@ def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
         at = int(np.argmax(tokens >= vocab_size))
         raise ValueError(f"prompt[{at}] is {tokens[at]}: the vocabulary ends at {vocab_size - 1}")
     return tokens, written
+
+
+def _check_embeddings(engine: Server, spans: Sequence[Span]) -> None:
+    size = getattr(engine.runner, "embedding_size", None)
+    end = 0
+    for span in sorted((span for span in spans if span.embeddings is not None), key=lambda span: span.start):
+        if size is None:
+            raise ValueError(f"{span!r} has embeddings, and {engine.runner!r} computes from token ids alone")
+        if span.embeddings.shape[1] != size:
+            raise ValueError(f"{span!r} has embeddings of size {span.embeddings.shape[1]}, the model's have {size}")
+        if span.start < end:
+            raise ValueError(f"{span!r} overlaps another span with embeddings: a position has one input")
+        end = span.end
 
 
 def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> SamplingParams:

@@ -36,6 +36,7 @@ class Batch:
     max_seq_len: int
     group_of: tuple[int, ...] = ()  # by layer, where layers keep different blocks; else all are in group 0
     other_groups: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and block table of groups 1, 2, ..
+    embeddings: tuple[Tensor, Tensor] | None = None  # (which tokens [n], inputs [n, size] for them)
 
     def places(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""
@@ -63,6 +64,7 @@ class Model(Protocol):
     name: str  # the architecture, for people
     vocab_size: int
     hidden_size: int
+    embedding_size: int | None  # of an input embedding; None: inputs are token ids only
     max_model_len: int  # positions it was made for
     kv: tuple[KVSpec, ...]  # one a layer
     dtype: torch.dtype

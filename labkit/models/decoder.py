@@ -46,6 +46,7 @@ class Shape:
     softcap: float
     logit_softcap: float
     embed_scale: float
+    scales_inputs: bool  # also embeddings that a caller gives; else only what is looked up
     residual_scale: float
     logit_divisor: float
     norm_offset: float  # gemma scales by 1 + w
@@ -81,6 +82,7 @@ class Shape:
             softcap=get("attn_logit_softcapping", default=0.0),
             logit_softcap=get("final_logit_softcapping", default=0.0),
             embed_scale=config.hidden_size**0.5 if gemma else get("embedding_multiplier", default=1.0),
+            scales_inputs=not gemma,
             residual_scale=get("residual_multiplier", default=1.0),
             logit_divisor=get("logits_scaling", default=1.0),
             norm_offset=1.0 if gemma else 0.0,
@@ -343,6 +345,7 @@ class Decoder:
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.shape = shape = Shape.of(config)
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.embedding_size = config.hidden_size
         self.kv = tuple(
             KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
         )
@@ -392,8 +395,13 @@ class Decoder:
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         x = F.embedding(batch.token_ids, self.embedding)  # [tokens, hidden size]
-        if self.shape.embed_scale != 1.0:
-            x = x * torch.tensor(self.shape.embed_scale, dtype=self.dtype)
+        scale = torch.tensor(self.shape.embed_scale, dtype=self.dtype) if self.shape.embed_scale != 1.0 else None
+        if scale is not None and not self.shape.scales_inputs:
+            x = x * scale
+        if batch.embeddings is not None:
+            x = x.index_copy(0, *batch.embeddings)
+        if scale is not None and self.shape.scales_inputs:
+            x = x * scale
         _keep(capture, -1, x)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)

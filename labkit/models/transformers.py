@@ -7,6 +7,7 @@ goes through it and would come out wrong, is refused by name.
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -133,6 +134,9 @@ class TransformersModel:
         self.ops = Ops(device, dtype)
         self.kv = self._probe()
         self.hidden_size = int(self._hidden_size)
+        self.embedding_size = None
+        if "inputs_embeds" in inspect.signature(self.body.forward).parameters:
+            self.embedding_size = int(self.body.get_input_embeddings().weight.shape[1])
 
     def _load(self, config: Any, source: Source, folder: Any, trust_remote_code: bool) -> Any:
         options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
@@ -196,7 +200,7 @@ class TransformersModel:
         wants_hidden = capture is not None and bool(capture.hidden_layers)
         try:
             out = self.body(
-                input_ids=batch.token_ids[None],
+                **self._inputs(batch),
                 position_ids=batch.positions[None],
                 use_cache=False,
                 **({"output_hidden_states": True} if wants_hidden else {}),
@@ -207,6 +211,12 @@ class TransformersModel:
             for layer in capture.hidden_layers:
                 capture.hidden[layer] = out.hidden_states[layer + 1][0]
         return out[0][0]
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        if batch.embeddings is None:
+            return {"input_ids": batch.token_ids[None]}
+        own = self.body.get_input_embeddings()(batch.token_ids)
+        return {"inputs_embeds": own.index_copy(0, *batch.embeddings)[None]}
 
     def logits(self, hidden: Tensor) -> Tensor:
         self.given.hidden = hidden[None]

@@ -63,6 +63,7 @@ class TorchRunner:
         self.vocab_size = model.vocab_size
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
+        self.embedding_size = getattr(model, "embedding_size", None)
         self.device = model.device
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
@@ -137,6 +138,7 @@ class TorchRunner:
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
         self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or a look inside
+        self._embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         if self._wants_graphs:
             self.graphs = self._make_graphs()
 
@@ -241,6 +243,7 @@ class TorchRunner:
             and (plan.sample_row == rows).all()
             and self.sampler.plain[rows].all()
             and not self._asking[rows].any()
+            and not (plan.start < self._embedded[rows]).any()
         )
 
     def _replay(self, graphs: Graphs, plan: Plan, begin: float) -> Pending:
@@ -268,6 +271,8 @@ class TorchRunner:
         self.sampler.join(plan.joins)
         for join in plan.joins:
             self._asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
+            ends = (span.end for span in join.spans if span.embeddings is not None)
+            self._embedded[join.row] = max(ends, default=0)
         if len(plan.swap_out):
             self._swap(self.store, self.host, plan.swap_out)
         if len(plan.copies):
@@ -323,8 +328,23 @@ class TorchRunner:
             max_seq_len=longest,
             group_of=self.groups.group_of if len(tables) > 1 else (),
             other_groups=tuple((self._put(slots[i]), self._put(tables[i])) for i in range(1, len(tables))),
+            embeddings=self._embeddings(plan, query_start),
         )
         return _Inputs(batch, query_start)
+
+    def _embeddings(self, plan: Plan, query_start: np.ndarray) -> tuple[Tensor, Tensor] | None:
+        """Inputs of this step that a request brings along: which of the step's tokens they are for, and they."""
+        places, values = [], []
+        for entry in (plan.start < self._embedded[plan.rows]).nonzero()[0].tolist():
+            start, join = int(plan.start[entry]), self.rows.joins[plan.rows[entry]]
+            for span in join.spans if join is not None else ():
+                begin, end = max(span.start, start), min(span.end, start + int(plan.count[entry]))
+                if span.embeddings is not None and begin < end:
+                    places.append(np.arange(begin, end) + query_start[entry] - start)
+                    values.append(span.embeddings[begin - span.start : end - span.start])
+        if not places:
+            return None
+        return self._put(np.concatenate(places)), self._put(np.concatenate(values)).to(self.model.dtype)
 
     def _put(self, array: np.ndarray) -> Tensor:
         return put(array, self.device)

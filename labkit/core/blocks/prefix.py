@@ -7,10 +7,11 @@ are never merged, so tables stay append-only; a hash is known until its last cop
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,21 +28,43 @@ DIGEST = np.dtype("V32")
 @dataclass(frozen=True)
 class Span:
     """Tokens that belong together, such as an image's: `key` (its content hash) enters the hash of every block it
-    touches, and a prefix hit never ends inside it."""
+    touches, and a prefix hit never ends inside it.
+
+    `embeddings` [length, size], an array or a tensor, are the model's inputs at these positions, in the place of what
+    it would look up for the token ids (transformers' `inputs_embeds`); without a `key` their own hash is taken.
+    """
 
     start: int
     length: int
-    key: bytes
+    key: bytes = b""
+    embeddings: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         whole("a span's start", self.start, least=0)
         whole("a span's length", self.length, least=1)
-        if not isinstance(self.key, bytes):
+        if self.embeddings is not None:
+            object.__setattr__(self, "embeddings", _embeddings(self.embeddings, self.length))
+            if not self.key:
+                object.__setattr__(self, "key", sha256(self.embeddings.tobytes()).digest())
+        if not isinstance(self.key, bytes) or not self.key:
             raise ValueError(f"a span's key is the bytes of its content's hash, got {self.key!r}")
 
     @property
     def end(self) -> int:
         return self.start + self.length
+
+
+def _embeddings(given: Any, length: int) -> NDArray[np.float32]:
+    """A float32 array of its own, whatever library or device it comes from."""
+    if hasattr(given, "detach"):
+        given = given.detach().float().cpu().numpy()
+    found = np.array(given, np.float32)
+    if found.ndim != 2 or len(found) != length:
+        raise ValueError(f"a span's embeddings are one line for each of its {length} tokens, got shape {found.shape}")
+    if not np.isfinite(found).all():
+        raise ValueError("a span's embeddings hold nan or infinity")
+    found.flags.writeable = False
+    return found
 
 
 @dataclass(frozen=True)
