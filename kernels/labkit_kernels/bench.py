@@ -60,18 +60,12 @@ class Report(Rows):
     )
     kind = Row
 
-    @property
-    def ok(self) -> bool:
-        return self.count("ok") > 0 and not self.count("FAILED") and not self.count("raised")
-
     def __repr__(self) -> str:
-        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
-        return f"Bench({names}: {self.said()})"
+        return f"Bench({self.ops()}: {self.said()})"
 
     def _repr_html_(self) -> str:
-        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
         note = f"{self.said()}; a bar is the time, the line across it the limit of this machine"
-        return show.page(f"bench of {names}", note, *self.parts())
+        return show.page(f"bench of {self.ops()}", note, *self.parts())
 
     def parts(self) -> list[str]:
         """A table a case: bars are times, as shares of the slowest."""

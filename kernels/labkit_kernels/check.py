@@ -91,17 +91,11 @@ class Report(Rows):
     heads = ("op", "variant", "case", "dtype", "device", "status", "max abs", "max rel", "of tolerance", "note")
     kind = Row
 
-    @property
-    def ok(self) -> bool:
-        return self.count("ok") > 0 and not self.count("FAILED") and not self.count("raised")
-
     def __repr__(self) -> str:
-        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
-        return f"Report({names}: {self.said()})"
+        return f"Report({self.ops()}: {self.said()})"
 
     def _repr_html_(self) -> str:
-        names = ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
-        return show.page(f"check of {names}", f"{self.said()}; the worst elements first", *self.parts())
+        return show.page(f"check of {self.ops()}", f"{self.said()}; the worst elements first", *self.parts())
 
     def parts(self) -> list[str]:
         """A table of errors a variant, open where something is wrong."""

@@ -26,6 +26,7 @@ COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math: minus infinity means something in a mask. What is dropped are errno and floating point traps.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 SECONDS = 120
+CODES = {torch.float32: 0, torch.bfloat16: 1}  # how a source is told a dtype
 
 _warned: set[str] = set()
 

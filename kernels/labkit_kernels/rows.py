@@ -29,7 +29,11 @@ class Rows:
 
     @property
     def ok(self) -> bool:
-        raise NotImplementedError
+        """Something was tried, and nothing failed."""
+        return self.count("ok") > 0 and not self.count("FAILED") and not self.count("raised")
+
+    def ops(self) -> str:
+        return ", ".join(dict.fromkeys(row.op for row in self.rows)) or "nothing"
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.rows)

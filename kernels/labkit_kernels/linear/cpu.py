@@ -10,7 +10,6 @@ from labkit_kernels.linear import linear, linear_argmax, mlp, reference
 from labkit_kernels.linear.library import Linear, Mlp, available, library
 from labkit_kernels.linear.packed import Packed
 
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 GATES = {"silu": 0, "tanh": 1, "none": 2}
 BF16 = (torch.bfloat16,)
 
@@ -45,7 +44,7 @@ if available():
         call = Linear(
             x.data_ptr(), _pointer(norm), weight.tiles.data_ptr(), _pointer(bias), _pointer(residual), out.data_ptr(),
             rows, weight.depth, columns, x.stride(0), 0 if residual is None else residual.stride(0), columns, eps,
-            0 if norm is None else CODES[norm.dtype], CODES[out.dtype], native.num_threads(),
+            0 if norm is None else native.CODES[norm.dtype], native.CODES[out.dtype], native.num_threads(),
         )  # fmt: skip
         if rows:
             _linear(call)
@@ -60,7 +59,7 @@ if available():
         call = Linear(
             x.data_ptr(), _pointer(norm), weight.tiles.data_ptr(), _pointer(bias), None, None,
             len(x), weight.depth, weight.columns, x.stride(0), 0, 0, eps,
-            0 if norm is None else CODES[norm.dtype], 0, native.num_threads(),
+            0 if norm is None else native.CODES[norm.dtype], 0, native.num_threads(),
         )  # fmt: skip
         if len(x):
             _argmax(call, columns.data_ptr(), sums.data_ptr())
@@ -88,7 +87,7 @@ if available():
         call = Mlp(
             x.data_ptr(), _pointer(norm), up.tiles.data_ptr(), down.tiles.data_ptr(), _pointer(residual),
             out.data_ptr(), rows, size, inner, x.stride(0), 0 if residual is None else residual.stride(0), size, eps,
-            0 if norm is None else CODES[norm.dtype], GATES[gate], native.num_threads(),
+            0 if norm is None else native.CODES[norm.dtype], GATES[gate], native.num_threads(),
         )  # fmt: skip
         if rows:
             _mlp(call)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from ctypes import c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from labkit_kernels import native
 from labkit_kernels.layout import dense_like, dense_rows, rows
 from labkit_kernels.norm import reference, rms_norm
 
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 library = native.load(
     Path(__file__).with_name("cpu.cpp"),
     {"rms_norm": [c_void_p] * 4 + [c_int64] * 7 + [c_double] + [c_int] * 3},
@@ -21,9 +19,9 @@ library = native.load(
 if library is not None:
     _rms_norm = library.rms_norm
 
-    @rms_norm.variant("cpu", device="cpu", dtypes=tuple(CODES), picked=True)
+    @rms_norm.variant("cpu", device="cpu", dtypes=tuple(native.CODES), picked=True)
     def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-        kind = CODES.get(weight.dtype)
+        kind = native.CODES.get(weight.dtype)
         lies = None if residual is None else rows(residual)
         if kind is None or (residual is not None and (lies is None or residual.dtype != x.dtype)):
             return reference.rms_norm(x, weight, eps, residual)
@@ -36,7 +34,7 @@ if library is not None:
         _rms_norm(
             x.data_ptr(), weight.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr(),
             outer, inner, x.shape[-1], x_outer, x_inner, *(lies[2:] if lies is not None else (0, 0)), eps,
-            CODES[x.dtype], kind, native.num_threads(),
+            native.CODES[x.dtype], kind, native.num_threads(),
         )  # fmt: skip
         return out
 

@@ -12,7 +12,6 @@ from labkit_kernels import native
 from labkit_kernels.layout import dense_like
 from labkit_kernels.rotary import reference, rope
 
-CODES = {torch.float32: 0, torch.bfloat16: 1}
 library = native.load(
     Path(__file__).with_name("cpu.cpp"),
     {"rope": [c_void_p] * 8 + [c_int64] * 10 + [c_double] + [c_int] * 4},
@@ -21,7 +20,7 @@ library = native.load(
 if library is not None:
     _rope = library.rope
 
-    @rope.variant("cpu", device="cpu", dtypes=tuple(CODES), picked=True)
+    @rope.variant("cpu", device="cpu", dtypes=tuple(native.CODES), picked=True)
     def rope_cpu(
         q: Tensor,
         k: Tensor,
@@ -34,7 +33,7 @@ if library is not None:
         eps: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         norms = [norm.dtype for norm in (q_norm, k_norm) if norm is not None]
-        if any(kind not in CODES or kind != norms[0] for kind in norms) or k.dtype != q.dtype:
+        if any(kind not in native.CODES or kind != norms[0] for kind in norms) or k.dtype != q.dtype:
             return reference.rope(
                 q, k, table, positions, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps
             )
@@ -57,6 +56,6 @@ if library is not None:
             None if q_norm is None else q_norm.data_ptr(), None if k_norm is None else k_norm.data_ptr(),
             table.data_ptr(), positions.data_ptr(), tokens, heads, k.shape[1], size, table.shape[1] // 2,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), table.stride(0), eps,
-            interleaved, CODES[q.dtype], CODES[norms[0]] if norms else 0, native.num_threads(),
+            interleaved, native.CODES[q.dtype], native.CODES[norms[0]] if norms else 0, native.num_threads(),
         )  # fmt: skip
         return out
