@@ -1,8 +1,9 @@
-"""Runs a variant and the reference on the same inputs and says how far they are apart. Knows tensors, tolerances and
-Triton's interpreter; refuses to know what an op computes.
+"""Runs a variant and the reference on the same inputs and compares the results.
 
     report = check("rms_norm")          # every variant, on this machine or in the interpreter
     report.ok, report.rows              # data; printing it gives a table
+
+Each op brings its own cases and tolerance; this module does not know what an op computes.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ SHOWN = 8  # cases of a variant that a notebook shows at once
 class Case:
     """Inputs to check or time an op on: `make(device, dtype, generator)` gives (args, kwargs).
 
-    It is called once for the reference and once for the variant, with generators in the same state, so that in-place
-    ops, views and aliases come out the same. `timed` cases are large and for `bench`; `facts` go to `accepts`.
+    `make` is called once for the reference and once for the variant, with generators in the same state, so that
+    in-place ops, views and aliases behave alike. `timed` cases are large and used by `bench` only; `facts` are passed
+    to `accepts`.
     """
 
     name: str
@@ -58,7 +60,7 @@ def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.fl
 
 @dataclass(frozen=True)
 class Tolerance:
-    """|variant - reference| <= atol + rtol * |reference|, and `why` that is the right bound."""
+    """The allowed error: |variant - reference| <= atol + rtol * |reference|. `why` says why this bound is right."""
 
     rtol: float
     atol: float
@@ -85,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Report(Rows):
-    """What `check` found: `rows`, and `ok` when something was checked and nothing failed or raised."""
+    """What `check` found. `ok` is True if at least one case was checked and none failed or raised."""
 
     rows: tuple[Row, ...] = ()
     heads = ("op", "variant", "case", "dtype", "device", "status", "max abs", "max rel", "of tolerance", "note")
@@ -104,7 +106,7 @@ class Report(Rows):
         return show.page(f"check of {names}", f"{self.said()}; the worst elements first", *self.parts())
 
     def parts(self) -> list[str]:
-        """A table of errors a variant, open where something is wrong."""
+        """One table of errors per variant, unfolded if a case failed."""
         found = []
         for op, variant in dict.fromkeys((row.op, row.variant) for row in self.rows):
             one = Report(tuple(row for row in self.rows if (row.op, row.variant) == (op, variant)))
@@ -188,9 +190,10 @@ def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequenc
 
 
 def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dtype, label: str | None = None) -> Row:
-    """One row. What the variant raises is data; what the reference or the case raises is our own fault and rises.
+    """One row. An error in the variant becomes data; an error in the reference or the case is a bug of ours and is
+    raised.
 
-    `label` "interpreter" is a variant for a GPU on tensors of the CPU.
+    `label` "interpreter" means a GPU variant on CPU tensors.
     """
     label = label or device
     said = (op.name, variant.name, case.name, str(dtype).removeprefix("torch."))
@@ -226,7 +229,7 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two nests of tensors are apart; `text` is empty when that is tolerated."""
+    """How far two nested structures of tensors are apart; `text` is empty if the difference is within tolerance."""
 
     text: str = ""
     max_abs: float = 0.0
@@ -253,9 +256,10 @@ def compare(
     measure: Callable[[Tensor, Tensor, Tolerance], float] | None = None,
     where: str = "result",
 ) -> Difference:
-    """Walk two nests of tensors together. With `storage`, all of a tensor's storage, so that a stray write shows.
+    """Compare two nested structures of tensors. With `storage`, compare each tensor's whole storage, to find stray
+    writes.
 
-    `measure` replaces the difference as an op's own idea of how far two results are apart: 1 is the most tolerated.
+    `measure` replaces the difference where an op measures distance in another way: 1 is the largest tolerated value.
     """
     if isinstance(expected, Tensor):
         if not isinstance(found, Tensor):
@@ -315,7 +319,7 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
 
 
 def interpreting() -> bool:
-    """Is this process one whose Triton kernels run in the interpreter?"""
+    """Whether this process runs Triton kernels in the interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

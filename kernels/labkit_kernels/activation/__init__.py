@@ -1,4 +1,4 @@
-"""Gated activations: two values read and one written for each place."""
+"""Gated activations: two values are read and one is written for each element."""
 
 from __future__ import annotations
 

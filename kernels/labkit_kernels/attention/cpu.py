@@ -1,4 +1,5 @@
-"""The C++ kernel as a variant for float32 and bfloat16. Knows pointers and strides; nothing of what is computed."""
+"""Paged attention in C++ as a variant for float32 and bfloat16. This module passes pointers and strides; the arithmetic
+is in cpu.cpp."""
 
 from __future__ import annotations
 

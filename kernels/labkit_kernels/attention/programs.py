@@ -1,4 +1,4 @@
-"""The Triton programs of paged attention: one that attends, and one that adds up the parts of split sequences."""
+"""The Triton kernels of paged attention: one computes it, one combines the partial results of split sequences."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
-"""Paged attention on a GPU. Knows pointers, tiles and splits; knows nothing of requests or of what a block table means
-to whoever wrote it.
+"""Paged attention on a GPU: chooses tiles and splits and launches the kernels in programs.py.
 
-A decode step reads `2 * keys * key heads * head size` numbers and computes two flops a number and query head: it runs
-at the speed of memory, if enough programs ask for it. So the query heads that share a key head are the rows of one
-program (each key is read once for all of them), and when sequences are too few to fill the device their keys are split
-between programs, whose parts a second kernel adds up. A prefill is bound by the tensor cores: rows are queries x group,
-tiles that every row sees whole run without a mask, and only those on the diagonal or on a window's edge pay for one.
+A decode step reads `2 * keys * key heads * head size` numbers and computes two flops per number and query head. It is
+bound by memory bandwidth if enough programs run at once. So the query heads that share a key head are the rows of one
+program: each key is read once for all of them. When there are too few sequences to fill the device, their keys are
+split between programs, and a second kernel combines the partial results. A prefill is bound by the tensor cores. Rows
+are queries x group; tiles that every row sees in full run without a mask, and only tiles on the diagonal or at a
+window's edge are masked.
 
-Both are one kernel. Keys are found by position: a tile of keys need not be a block of the cache, and any block size
-will do; where a tile lies in one block its number is read once.
+One kernel does both. It finds keys by position, so a tile of keys need not be a block of the cache and any block size
+works. If a tile lies within one block, the block number is read once.
 """
 
 from __future__ import annotations
