@@ -1,4 +1,4 @@
-"""labkit: a research workbench for LLM serving. `import labkit as lk`; every name is loaded on first use."""
+"""labkit: a research workbench for LLM serving. Use it as `import labkit as lk`; names are imported on first use."""
 
 from __future__ import annotations
 

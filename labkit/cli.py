@@ -1,4 +1,4 @@
-"""The `labkit` command: parses words, calls functions, prints. Knows nothing that a function elsewhere does not."""
+"""The `labkit` command: parses arguments, calls functions, prints. Has no logic of its own."""
 
 from __future__ import annotations
 

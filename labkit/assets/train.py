@@ -1,10 +1,9 @@
-"""Makes the embedded models from the running Python's own standard library. Knows torch, tokenizers and source files;
-refuses to know the engine that will serve them.
+"""Trains the embedded models on the source code of the running Python's standard library.
 
     python -m labkit.assets.train                         # both models, into this folder: an hour on two cores
-    python -m labkit.assets.train --quick --out /tmp/try  # seconds: does it all run, does the loss fall?
+    python -m labkit.assets.train --quick --out /tmp/try  # seconds: checks that everything runs and the loss falls
 
-Read `main` first: corpus, tokenizer, a model trained for so many steps, its card.
+Start with `main`: corpus, tokenizer, training for a number of steps, model card. Does not use the engine.
 """
 
 from __future__ import annotations
@@ -141,7 +140,8 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
 
 
 class Muon:
-    """Momentum whose matrix updates are made orthogonal (Newton-Schulz); matrices of one shape go as one batch."""
+    """Momentum whose matrix updates are orthogonalized (Newton-Schulz). Matrices of one shape are updated as one
+    batch."""
 
     def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95) -> None:
         self.groups: dict[torch.Size, list[torch.Tensor]] = {}

@@ -1,6 +1,4 @@
-"""How long a piece of Python takes, said honestly: warm, repeated, the median and what it might as well have been.
-Knows callables and clocks; refuses to know notebooks.
-"""
+"""Times a Python callable for a notebook: warm-up, repetitions, and the median with its interval."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ ENOUGH = 5
 
 
 class IdleError(RuntimeError):
-    """This engine has no step to time."""
+    """The engine has no step to time."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one number a sample; `low` and `high` hold the median in 95 of 100 resamplings."""
+    """Seconds per call, one number a sample. `low` and `high` bound the median in 95 of 100 resamplings."""
 
     what: str
     seconds: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""`labkit bench ...`: words to functions. Knows the options' names; measures nothing itself."""
+"""The command line of `labkit bench`: parses options and calls the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Is it the right model? No speed is reported for a run that fails. Knows both paths to a model's logits; refuses to
-know how fast they are."""
+"""The quality gate: compares labkit's next-token distributions with transformers'. If it fails, no speed is
+reported."""
 
 from __future__ import annotations
 

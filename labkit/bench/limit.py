@@ -1,7 +1,7 @@
-"""The physical floor: bytes over bandwidth or flops over peak, whichever is longer. Knows shapes and a machine's
-measured rates; refuses to know schedulers.
+"""The hardware limit of a run: bytes over bandwidth or flops over peak, whichever takes longer.
 
-The two rates are measured in the same run, by the fastest means there is here; on a GPU the datasheet's stand beside.
+Both rates are measured in the same run, by the fastest means available. On a GPU the datasheet's rates are reported
+beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e1
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine can do at best."""
+    """The peak rates of a machine."""
 
     name: str
     bandwidth: float  # bytes read a second
@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model must move and compute: its layers' weights, its head, and keys and values a token."""
+    """What a model must move and compute: its layers' weights, its head, and keys and values per token."""
 
     layers: int  # weights of all layers that one token is multiplied with
     head: int

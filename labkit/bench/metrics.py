@@ -1,4 +1,4 @@
-"""From what was measured to what is said: percentiles, goodput, ratios with their intervals. Knows numbers only."""
+"""Turns measurements into reported figures: percentiles, goodput, ratios with their intervals. Numbers only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HIGHER = {"output_tokens_per_second", "total_tokens_per_second", "requests_per_s
 
 @dataclass(frozen=True)
 class Timed:
-    """One request as its client saw it: seconds after the beginning."""
+    """One request as its client saw it; times are seconds since the start of the run."""
 
     arrival: float
     first: float  # its first token came

@@ -1,10 +1,10 @@
-"""One engine in a process of its own, fed by lines of JSON: loads once, then serves pass after pass. Started by any
-interpreter that has the engine, so it imports nothing of labkit unless labkit is the engine.
+"""Runs one engine in its own process: loads it once, then serves passes that arrive as lines of JSON.
 
     python peer_process.py BACKEND MODEL '{"num_threads": 2}'
 
-It says {"ready": seconds} and then answers every {"asks": [[ids, number of outputs], ...]} with {"seconds": ...,
-"outputs": [numbers]}, and whatever else its engine tells: "first" and "done" are seconds by request.
+Any Python that has the engine can start it, so it imports labkit only if labkit is the engine. It prints {"ready":
+seconds}, then answers each {"asks": [[ids, number of outputs], ...]} with {"seconds": ..., "outputs": [numbers]} and
+whatever else the engine reports: "first" and "done" are seconds by request.
 """
 
 import json

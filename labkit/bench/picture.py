@@ -1,4 +1,4 @@
-"""What a workload looks like: when it comes, how long it is, how much of it is shared. Times nothing."""
+"""Pictures of a workload: arrivals, lengths, and how much of the prompts is shared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labkit.widgets import charts, style
 
 
 class Drawn(Protocol):
-    """One request of a workload, as far as it is drawn."""
+    """What the pictures need of one request."""
 
     prompt: tuple[int, ...]
     num_output: int
@@ -22,7 +22,7 @@ class Drawn(Protocol):
 
 
 class Drawable(Protocol):
-    """A workload, as far as it is drawn."""
+    """What the pictures need of a workload."""
 
     @property
     def asks(self) -> Sequence[Drawn]: ...

@@ -1,4 +1,4 @@
-"""A backend in its own process: started, asked pass by pass, ended. Knows lines of JSON; the engines are in
+"""Starts a backend in its own process, sends it one pass at a time as JSON, and stops it. The engines are in
 peer_process.py."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEEDS = {
 
 
 class Remote:
-    """A server at an OpenAI-compatible address, asked for everything at once."""
+    """A server at an OpenAI-compatible address. All requests are sent at once."""
 
     load_seconds = ready_seconds = 0.0  # it was there before
 

@@ -1,8 +1,8 @@
-"""What a step of the scheduler costs, apart from any model. Times `schedule` + `commit`; knows no tensors.
+"""Times one scheduler step, `schedule` + `commit`, without any model.
 
-Rows decode at staggered places, so that every step some enter a new block and complete an old one. The event log and a
-columnar listener are on, garbage collection as it comes. vLLM's scheduler does the same work when an interpreter that
-has it is named.
+Rows are at staggered positions, so in every step some rows enter a new block and complete an old one. The event log and
+a columnar listener are on, and garbage collection runs as usual. If you name a Python that has vLLM, its scheduler is
+timed on the same work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGETS = {16: 40, 256: 100, 1024: 300, 4096: 1000}
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a step."""
+    """Microseconds per step."""
 
     rows: int
     mean: float

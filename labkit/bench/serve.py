@@ -1,6 +1,5 @@
-"""Requests that come when they come, to an engine in this process or to any OpenAI-compatible address. Knows arrival
-times and streams; what a client sees is what counts.
-"""
+"""Serves requests at their arrival times, on an engine in this process or at an OpenAI-compatible address. Measures
+what a client sees."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""What is asked of an engine: prompts as token ids, how many tokens each wants, and when it comes. Knows numbers and
-files; refuses to know who serves them. One seed gives one workload, for every backend the same.
-"""
+"""Workloads: prompts as token ids, output lengths and arrival times. One seed gives the same workload to every
+backend."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ Range = tuple[int, int]  # both ends may be drawn
 class Ask:
     """One request of a workload.
 
-    One that comes `after` another continues it: `prompt` is what the conversation so far is followed by, and `arrival`
-    the seconds between that answer's end and this question.
+    A request with `after` continues an earlier one: `prompt` is what follows the conversation so far, and `arrival` is
+    the seconds between the end of that answer and this question.
     """
 
     prompt: tuple[int, ...]
@@ -39,7 +38,8 @@ class Ask:
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests with a name. What a maker drew can be drawn again with another seed: `workload.reseeded(1)`."""
+    """A named list of requests. One that was drawn from a seed can be drawn again from another:
+    `workload.reseeded(1)`."""
 
     name: str
     asks: tuple[Ask, ...]

@@ -1,4 +1,4 @@
-"""Names that people type. Knows the closest valid one; refuses to know what it means."""
+"""Checks names and values of options; an unknown name raises an error with the closest valid one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What a runner is asked to compute and what it computed: plain columns, the only things that cross to a runner.
+"""Plans and results: plain columns, and all that passes between scheduler and runner.
 
-A plan is immutable and stands alone: it may go to another process, to disk, to a simulator.
+A plan is immutable and self-contained: it can be sent to another process, saved, or given to a simulator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_PAIRS.flags.writeable = False
 
 
 class Join(NamedTuple):
-    """A request takes a row. `tokens` are all its known ids; what of them the cache holds is not computed again."""
+    """A request gets a row. `tokens` are all its token ids; those already in the cache are not computed again."""
 
     row: int
     request: str
@@ -41,7 +41,7 @@ class Join(NamedTuple):
 
 
 class TableChanges(NamedTuple):
-    """Block `block` stands at `index` of `row`'s table, in attention group `group`."""
+    """Sets entry `index` of `row`'s table in attention group `group` to `block`."""
 
     group: Ints
     row: Ints
@@ -59,8 +59,8 @@ class Plan(NamedTuple):
     """One step. Applied in this order: reset, leaves, joins, table changes, swap out, copy, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
-    rows, one token each. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`, or, for the entries in `feed`, the row's
-    latest sample, which only the runner knows yet. Sample j is drawn from the logits of flat query position
+    rows, one token each. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`. For entries in `feed` the id is the row's
+    latest sample, which only the runner has yet. Sample j is drawn from the logits of flat query position
     `sample_query[j]` for row `sample_row[j]`; one position may serve several rows.
     """
 
@@ -107,7 +107,7 @@ class Plan(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token was: its log-probability, its rank (1: the likeliest), and the likeliest tokens' own."""
+    """A token's log-probability and rank (1 is the likeliest), and the likeliest tokens with theirs."""
 
     logprob: float
     rank: int
@@ -116,7 +116,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What a request asked for beside its token."""
+    """What a request asked for besides tokens."""
 
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: dict[int, TokenLogprobs] | None = None  # by position in the prompt
@@ -124,8 +124,8 @@ class Extras(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One token for each sample of the plan, the seconds it took, and an error text for rows that failed alone.
-    `extras` are by request id; the core hands them on unread."""
+    """One token for each sample of the plan, the step's seconds, and an error text for each row that failed on its own.
+    `extras` are by request id; the core passes them on unread."""
 
     tokens: Tokens
     seconds: float = 0.0
@@ -139,14 +139,14 @@ class Result(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The whole step failed: its requests go back to the queue with the tokens they had."""
+    """The whole step failed. Its requests go back to the queue and keep their tokens."""
 
     error: BaseException
     seconds: float = 0.0
 
 
 class Outputs(NamedTuple):
-    """What a step gave: one token for each of `rows`, and the requests that ended with it."""
+    """What a step produced: one token for each of `rows`, and the requests that finished."""
 
     step: int
     now: int

@@ -1,4 +1,4 @@
-"""One prompt and its continuation. Knows token ids, status and times; refuses to know tensors, text and threads."""
+"""A request: one prompt and its continuation, as token ids with status and times."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ ENDED = frozenset((Status.FINISHED, Status.ABORTED, Status.REJECTED, Status.REWO
 
 
 class Request(Shown):
-    """A handle that stays valid from submission on: `status`, `output_ids`, `finish_reason`.
+    """Valid from submission on: `status`, `output_ids`, `finish_reason`.
 
-    While it runs, its tokens live in its row of the block tables; before and after, here. A waiting request costs
-    4 bytes a prompt token and about 1 kB; once its prefix was looked up (the head of the queue, everyone under an order
-    that asks) 5 bytes a token more.
+    While it runs, its tokens are in its row of the block tables; before and after, they are here. A waiting request
+    costs 4 bytes a prompt token and about 1 kB. Once its prefix was looked up, it costs 5 bytes a token more; only the
+    head of the queue is looked up, or every request if the order asks for cached tokens.
     """
 
     __slots__ = (

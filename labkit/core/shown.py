@@ -1,5 +1,5 @@
-"""How core objects come to have a picture: they ask a drawer that was registered from outside. Knows that a repr never
-raises; refuses to know HTML."""
+"""Gives core objects an HTML view in notebooks. The drawing function is registered from outside, so the core has no
+HTML code. A repr never raises."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mimebundle(thing: object) -> dict[str, str]:
 
 
 class Shown:
-    """A base of objects that a notebook shows as a picture.
+    """Base class for objects with an HTML view in a notebook.
 
     >>> class Point(Shown):
     ...     def __repr__(self): return "Point(1, 2)"

@@ -1,4 +1,4 @@
-"""What callers hand in as token ids, checked once and made int32. Knows no vocabulary."""
+"""Checks token ids given by callers and converts them to int32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention alone, in a captured graph and eagerly, beside torch's own on the same shapes."""
+"""Times attention alone, in a captured graph and eagerly, and torch's own attention on the same shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold before anything is timed: every kernel against its reference, and the model against transformers."""
+"""Correctness checks before any timing: every kernel against its reference, and the model against transformers."""
 
 from __future__ import annotations
 

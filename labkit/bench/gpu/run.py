@@ -1,4 +1,4 @@
-"""The parts in order, each in a process of its own, and the command line."""
+"""Runs the parts in order, each in its own process; the command line of `labkit bench gpu`."""
 
 from __future__ import annotations
 

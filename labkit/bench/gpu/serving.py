@@ -1,4 +1,5 @@
-"""Whole engines: workload N, everything at once, and Poisson arrivals. A capture inside a timed stretch repeats it."""
+"""Times whole engines: workload N, all requests at once, and Poisson arrivals. A pass with a graph capture is
+repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Single steps of an engine: wall time, the host's own work, how long the GPU sat idle, and what it did, by kernel."""
+"""Times single engine steps: wall time, the host's work, GPU idle time, and GPU time by kernel."""
 
 from __future__ import annotations
 

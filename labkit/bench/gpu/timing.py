@@ -1,8 +1,8 @@
-"""How a call is timed on a GPU: inside a captured graph, eagerly, and kernel by kernel.
+"""Times a call on a GPU: in a captured graph, eagerly, and kernel by kernel.
 
-Inside a graph there is no host work between kernels, so the time is the device's. Eagerly the time is what a caller
-waits for who has nothing else queued: Python and launches included. Inputs are rotated where all of them would fit in
-the L2 cache, so that memory is read and not the cache.
+In a graph there is no host work between kernels, so the time is the device's. Eager time includes Python and launch
+overhead, as a caller with nothing else queued sees it. Inputs are rotated where all of them would fit in the L2 cache,
+so that reads come from memory.
 """
 
 from __future__ import annotations

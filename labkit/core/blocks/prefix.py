@@ -1,7 +1,7 @@
-"""Which full blocks hold which tokens. Knows hashes, chains and why a lookup ended; refuses to know who uses a block.
+"""The prefix cache: which full blocks hold which tokens, and why a lookup ended where it did.
 
-A block's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. Duplicates may coexist and
-are never merged, so tables stay append-only; a hash is known until its last copy goes.
+A block's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. Duplicates may exist and
+are never merged, so tables stay append-only. A hash stays known until its last copy is gone.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ DIGEST = np.dtype("V32")
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that belong together, such as an image's: `key` (its content hash) enters the hash of every block it
-    touches, and a prefix hit never ends inside it."""
+    """Tokens that belong together, such as an image's. `key` (the content hash) is part of the hash of every block the
+    span touches, and a prefix hit never ends inside it."""
 
     start: int
     length: int
@@ -46,7 +46,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Lookup(Shown):
-    """A pure peek: the blocks that a prompt would be given."""
+    """The blocks that a prompt would get. A lookup changes nothing."""
 
     num_tokens: int
     num_hit: int
@@ -59,7 +59,7 @@ class Lookup(Shown):
 
 @dataclass(frozen=True)
 class Explanation(Shown):
-    """Why a lookup hit as far as it did. `reason` is a short code, `detail` a sentence."""
+    """Why a lookup ended where it did. `reason` is a short code, `detail` a sentence."""
 
     num_tokens: int
     num_hit: int
@@ -124,7 +124,7 @@ def hash_blocks(
 
 
 class Changes:
-    """Hashes that became stored and hashes that went, since somebody last asked."""
+    """Hashes that were stored and hashes that were removed since the last call."""
 
     def __init__(self) -> None:
         self.stored: set[bytes] = set()
@@ -132,8 +132,8 @@ class Changes:
 
 
 class PrefixCache(Shown):
-    """Hash -> block, and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
-    pool's column of counts, for whoever draws the cache; nothing here is decided by it."""
+    """Hash -> block; and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
+    pool's reference counts, used only to draw the cache."""
 
     def __init__(self, num_blocks: int, block_size: int, holders: NDArray[np.int32] | None = None) -> None:
         places = num_blocks + 1

@@ -1,4 +1,4 @@
-"""Eviction policies of two queues: SLRU and S3-FIFO. They implement `EvictionPolicy` on their own."""
+"""Eviction policies with several queues: SLRU and S3-FIFO."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from labkit.core.shown import Shown
 
 @named_options
 class SLRU(Shown):
-    """Two LRU segments: a block enters on probation and is protected once hit. At most a share `protected` of the pool
-    is; beyond it the oldest protected block steps back to probation."""
+    """Two LRU segments: a block starts on probation and is protected once hit. At most a share `protected` of the pool
+    is protected; beyond that the oldest protected block goes back on probation."""
 
     name = "slru"
 
@@ -55,8 +55,8 @@ class SLRU(Shown):
 
 @named_options
 class S3FIFO(Shown):
-    """Small, main and ghost queues: a block that was never hit leaves from the small queue without disturbing the main
-    one; one that comes back after that enters the main queue at once."""
+    """Small, main and ghost queues. A block that is never hit leaves from the small queue without disturbing the main
+    one. If it comes back after that, it enters the main queue at once."""
 
     name = "s3-fifo"
 

@@ -1,9 +1,9 @@
-"""Blocks by row, as the scheduler uses them: reference counts, prefix cache, eviction. Knows no requests.
+"""Block tables by row, as the scheduler uses them: reference counts, prefix cache, eviction. Knows no requests.
 
 Layers that keep different parts of the context are in different *groups*: `windows[g]` is how many of the last tokens
-group g's layers attend to, None for all of them. A row has one table a group, of equal length, over one pool: a block
-holds the keys and values of one group's layers. Entries of a windowed group that have left its window are released,
-and name block 0, the scratch block.
+group g's layers attend to, None for all. A row has one table per group, all of equal length, over one pool; a block
+holds the keys and values of one group's layers. Blocks that have left a group's window are released, and their entries
+are set to block 0, the scratch block.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from labkit.core.options import whole
 
 
 class OutOfBlocksError(RuntimeError):
-    """More blocks were asked for than are free or evictable. Nothing was changed."""
+    """More blocks were requested than are free or evictable. Nothing was changed."""
 
 
 class Hit(NamedTuple):
-    """The cached blocks a prompt may start with, one list a group; 0 stands for a block that its window has left."""
+    """The cached blocks a prompt can start with, one list per group; 0 stands for a block outside the group's
+    window."""
 
     num_blocks: int  # in each list
     blocks: list[list[int]]

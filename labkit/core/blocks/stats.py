@@ -1,4 +1,4 @@
-"""How full the blocks are, in tokens and in blocks, and what contiguous reservation would have cost. Reads only."""
+"""Pool usage in tokens and in blocks, and what contiguous reservation would have cost. Reads only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.core.shown import Shown
 
 @dataclass(frozen=True)
 class BlockStats(Shown):
-    """Tokens and blocks apart: a block in use may be nearly empty, and one block may serve many tables."""
+    """Counts tokens and blocks separately: a used block may be nearly empty, and one block may serve many tables."""
 
     num_blocks: int
     block_size: int

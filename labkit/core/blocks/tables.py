@@ -1,7 +1,5 @@
-"""Blocks by number and the tables that name them. Knows counts and places; refuses to know what is in a block.
-
-Physical block 0 is scratch: padding points to it and nothing counts it.
-"""
+"""The block pool with its reference counts, and the block tables. Block 0 is scratch: padding points to it, and it is
+never counted."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ NEVER = np.iinfo(np.int64).max
 
 
 class BlockPool:
-    """Reference counts of `num_blocks` blocks, and the free ones that hold nothing.
+    """Reference counts of `num_blocks` blocks, and the free blocks that hold nothing.
 
-    A free block that still holds cached tokens belongs to the eviction policy until someone evicts it.
+    An unused block that still holds cached tokens belongs to the eviction policy until it is evicted.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -51,12 +49,12 @@ class BlockPool:
 
 
 class BlockTables:
-    """One row a table: its blocks, its token ids, how many of them are known and computed.
+    """One row per table: its blocks, its token ids, and how many tokens are known and computed.
 
-    Everything is an array indexed by row, so that a step over all rows is a few vector operations. Width grows by
-    doubling; nobody pays rows x longest-possible up front. `blocks` has a leading group axis: layers that keep
-    different blocks are in different groups. `room` is the number of token places the row's blocks offer, `next_full`
-    the computed length at which the next block is complete and can be stored.
+    Everything is an array indexed by row, so that a step over all rows is a few vector operations. The width grows by
+    doubling, so memory is not rows x the longest possible request. `blocks` has a leading group axis, one per group of
+    layers that keeps blocks of its own. `room` is how many tokens fit in the row's blocks, `next_full` the computed
+    length at which the next block is complete and can be stored.
     """
 
     def __init__(self, block_size: int, num_groups: int = 1) -> None:

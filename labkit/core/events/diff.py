@@ -1,4 +1,4 @@
-"""Two runs side by side: where their logs part, and what that cost each request. Reads logs; knows nothing of runs."""
+"""Compares the event logs of two runs: where they first differ, and what that cost each request."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diff(Shown):
-    """`first` is the index of the first event that differs, with both sides (None where one log has ended). `kpis` has
-    the whole runs' figures: name -> (in a, in b), None where a log cannot tell."""
+    """`first` is the index of the first event that differs, with both sides (None if one log has ended there). `kpis`
+    holds figures of the whole runs: name -> (in a, in b), None if a log does not have it."""
 
     first: int | None
     a: Event | None

@@ -1,4 +1,4 @@
-"""Everything that changed, in order. Knows how to keep, save and fold events; refuses to know who reacts to them."""
+"""The event log: keeps, saves and loads events, and passes them to subscribers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Subscriber = Callable[[list[Batch]], None]
 
 @named_options
 class EventLog(Shown):
-    """An append-only log, bounded to the latest `keep` events; `keep=None` keeps all.
+    """An append-only log of the latest `keep` events; `keep=None` keeps all.
 
-    What is trimmed has gone into the folds, so that `why` still answers for requests that have not ended.
+    Running summaries include trimmed events, so `why` still works for requests that have not ended.
     """
 
     def __init__(self, keep: int | None = 200_000) -> None:

@@ -1,7 +1,7 @@
-"""Why a request waited: a fold over the event log. Knows events by name; refuses to know the scheduler.
+"""Why a request waited, computed from the event log.
 
-The log writes a hold once, when it begins or changes: one for the head of the queue, which is everyone's behind it too,
-and one for each request that is held apart. The fold spreads them over the steps between.
+The log writes a hold once, when it begins or changes: one for the head of the queue, which also holds everyone behind
+it, and one for each request that is held on its own. `Waits` spreads the holds over the steps between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wait:
-    """Steps `first..last` brought no token; `limit` bound, for the request or for `behind`, the head of the queue."""
+    """In steps `first..last` the request got no token. `limit` was reached, for it or for `behind`, the head of the
+    queue."""
 
     first: int
     last: int
@@ -107,8 +108,8 @@ def _step_of(hold: tuple[int, *tuple[str, ...]]) -> int:
 
 
 class Waits:
-    """The fold's state: the holds of the queue's head, and each request's history. An event costs O(1); the steps are
-    spread over the holds only when someone asks."""
+    """The running state: holds of the head of the queue, and each request's history. An event costs O(1); holds are
+    spread over steps only on request."""
 
     def __init__(self) -> None:
         self.heads: list[tuple[int, str, str]] = []  # (step, head, limit)

@@ -1,4 +1,4 @@
-"""Who of the waiting gets a row now, and what limit holds the first who does not. Knows the queue, hits and room."""
+"""Admission: which waiting requests get a row now, and which limit holds the first that does not."""
 
 from __future__ import annotations
 

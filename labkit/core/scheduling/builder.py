@@ -1,4 +1,4 @@
-"""A plan in the making: what `schedule` has decided so far. Knows columns; decides nothing."""
+"""Collects the decisions of one `schedule` call and makes the plan's columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.core.scheduling.state import SchedulerState
 
 @dataclass(slots=True)
 class Chunk:
-    """A prefill's part in a step: `count` of the `gap` tokens from `start` on."""
+    """One prefill in a step: `count` of the `gap` remaining tokens, from `start` on."""
 
     row: int
     start: int
@@ -24,7 +24,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """What one call of `schedule` has decided so far, in lists; `plan` makes the columns of it."""
+    """What one call of `schedule` has decided so far, as lists; `plan` turns them into columns."""
 
     now: int
     changes: list[tuple[int, Ints, Ints, Ints]] = field(default_factory=list)  # group, rows, indices, blocks

@@ -1,5 +1,4 @@
-"""What a result changes: tokens, stored blocks, ends, forks; or nothing, when a step failed. Knows plans and results;
-refuses to know who will be scheduled next."""
+"""Applies a result: appends tokens, stores full blocks, finishes and forks requests. A failed step is rolled back."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How much of each waiting request's prompt is cached, kept up with what the prefix cache stores and forgets.
+"""How much of each waiting request's prompt is cached, updated as the prefix cache stores and evicts blocks.
 
-A request is measured again only when that can have changed its match: the first block it missed was stored, or one of
-the blocks it matched was evicted. Requests with the same matched prefix are looked at together.
+A request is looked up again only if its match can have changed: the first block it missed was stored, or one of the
+blocks it matched was evicted. Requests with the same matched prefix are handled together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Measure = Callable[[Request], tuple[list[bytes], int]]  # -> (hashes of its bloc
 
 
 class PrefixMatches:
-    """For orders that go by cached tokens."""
+    """For queue orders that sort by cached tokens."""
 
     def __init__(self, prefix: PrefixCache) -> None:
         self.prefix = prefix

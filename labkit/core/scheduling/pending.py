@@ -1,5 +1,4 @@
-"""Prefixes that a running row is computing right now, and the requests that wait for them instead of computing them
-again. Knows hashes and rows; refuses to know budgets and blocks."""
+"""Prefixes that a running row is computing now, and the requests that wait for them instead of computing them again."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from labkit.core.request import Request
 
 
 class PendingPrefixes:
-    """hash -> the row that will store it, and the requests parked until it does or gives up."""
+    """hash -> the row that will store it, and the requests parked until it is stored or the row gives up."""
 
     def __init__(self) -> None:
         self.row_of: dict[bytes, int] = {}

@@ -1,7 +1,7 @@
-"""How a step's budget and blocks are given out to the rows that run. Knows counts and places; refuses to know results.
+"""How a step's token budget and blocks are divided among running rows.
 
-Decode rows are one vector: blocks for those at a border, copies for those about to write into a shared block, victims
-when there are too few. Prefills follow one by one, the most senior first.
+Decode rows are handled as one vector: rows at a block boundary get a block, rows about to write into a shared block get
+a copy, and if blocks run out victims are preempted. Prefills follow one by one, the most senior first.
 """
 
 from __future__ import annotations

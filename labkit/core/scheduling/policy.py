@@ -1,7 +1,7 @@
-"""Who goes first, and how a victim is preempted. Knows keys and costs; refuses to know blocks and rows.
+"""Queue orders, and how a victim is preempted.
 
-An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is asked once, at
-submission, or, when it has an attribute `dynamic = True`, whenever there is a place to give away.
+An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is called once, at
+submission. If it has an attribute `dynamic = True`, it is called again in each step that has a free row.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def default_recompute_cost(num_tokens: int) -> float:
 
 
 class WaitingQueue:
-    """Requests by key; a heap whose removed entries are skipped."""
+    """Requests by key: a heap with lazy deletion."""
 
     def __init__(self, order: Order) -> None:
         self.order = order

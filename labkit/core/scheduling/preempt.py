@@ -1,4 +1,4 @@
-"""Whom to preempt, how, and where its blocks go. Knows rows and the two pools; refuses to know why blocks ran out."""
+"""Preemption: which request, whether to recompute or swap, and what happens to its blocks."""
 
 from __future__ import annotations
 

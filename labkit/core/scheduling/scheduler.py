@@ -1,9 +1,9 @@
-"""Decides who computes how many tokens, in which blocks. Knows nothing of tensors, text or clocks.
+"""Decides which request computes how many tokens, in which blocks. No tensors, text or clocks.
 
-There is no prefill phase and no decode phase: each step closes the gap between the tokens a row knows and the tokens it
-has computed, under one token budget. Decode rows go first, as one vector; then running prefills; then the queue.
-`schedule` gives a plan, `commit` takes its result. Rows and blocks that an uncommitted plan names are not reused:
-a row that must go while a plan in flight names it *drains*, and is given back when that plan is committed.
+There is no prefill phase and no decode phase. Each step closes the gap between the tokens a row knows and the tokens it
+has computed, under one token budget: decode rows first, as one vector; then running prefills; then the queue.
+`schedule` returns a plan, `commit` takes its result. Rows and blocks of an uncommitted plan are not reused: a row that
+must leave while a plan in flight names it *drains*, and is freed when that plan is committed.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from labkit.core.shown import Shown
 
 
 class RejectedError(RuntimeError):
-    """A request that can never fit, or a full queue. Counted, logged, and nothing else has changed."""
+    """The request can never fit, or the queue is full. The rejection is counted and logged; nothing else changed."""
 
 
 @named_options
 class Scheduler(SchedulerState, Shown):
-    """One token budget, rows, and a queue, over a `BlockManager`.
+    """One token budget, rows and a queue, over a `BlockManager`.
 
-    `max_num_batched_tokens` bounds the tokens of a step, `max_num_seqs` the rows. A prefill takes at most
-    `max_prefill_chunk` tokens a step, and while others contend at most `prefill_share` of what is left; what nobody
-    else wants goes back to it; without `chunked_prefill` a prompt waits for a step that has room for all of it,
-    unless no step ever has. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) -> key`; `preemption`
-    is "recompute", "swap" or "auto", which takes the cheaper by `swap_cost` and `recompute_cost` (tokens -> seconds).
-    `watermark` of the blocks stay free when a request is admitted beside running ones. A request whose prefix another
-    row is computing waits for it when `prefix_hold`. `max_in_flight` plans may be launched before the first is
-    committed.
+    `max_num_batched_tokens` limits the tokens of a step, `max_num_seqs` the rows. A prefill takes at most
+    `max_prefill_chunk` tokens a step, and while others compete at most `prefill_share` of the remaining budget; tokens
+    that nobody else needs go back to it. Without `chunked_prefill` a prompt waits for a step that has room for all of
+    it, unless it is longer than the whole budget. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) ->
+    key`. `preemption` is "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost` and `recompute_cost`
+    (tokens -> seconds). `watermark` is the share of blocks kept free when a request is admitted beside running ones.
+    With `prefix_hold`, a request waits if another row is computing its prefix. `max_in_flight` plans may be launched
+    before the first is committed.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)

@@ -1,6 +1,6 @@
-"""What the scheduler keeps: columns by row, the queues, and the counts; and the moves that keep them consistent.
+"""The scheduler's state: columns by row, queues and counts, and the operations that keep them consistent.
 
-The modules that admit, plan, preempt and commit work on this state. It decides nothing itself.
+The modules for admission, planning, preemption and commit work on this state. It makes no decisions.
 """
 
 from __future__ import annotations
