@@ -1,4 +1,4 @@
-"""The names that vLLM's users know, over `Engine`. Knows how they are spelled; adds nothing of its own."""
+"""vLLM's names (`LLM`, `RequestOutput`, ...) over `Engine`. Adds no features."""
 
 from __future__ import annotations
 

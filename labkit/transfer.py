@@ -1,7 +1,7 @@
-"""From the host to a device without waiting for it. Knows pinned memory; refuses to know what is sent.
+"""Copies from host to device that do not block.
 
-A plain copy from pageable memory waits until everything launched before it has ended: one of those a step, and the
-device idles while the next step is prepared.
+A plain copy from pageable memory waits until everything launched before it has ended. One such copy a step would leave
+the device idle while the next step is prepared. These copies use pinned memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""An engine's own thread: stepping in the background, and calls that are carried over to it.
-
-Knows when to step and when to give up; refuses to know what a step does.
-"""
+"""The engine's background thread: steps while there is work, and runs calls that other threads make."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""An engine's parts from a model's name and the settings that serving people know. Knows how parts fit together;
-computes nothing."""
+"""Builds an engine's parts from a model's name and the usual serving options."""
 
 from __future__ import annotations
 
@@ -26,13 +25,13 @@ class Parts(NamedTuple):
 class Options:
     """How to load and serve a model.
 
-    `dtype` "auto" is the checkpoint's own; `device` None a GPU if there is one; `num_blocks` None as many as fit into
-    `gpu_memory_utilization` of a GPU's memory, or a quarter of what a CPU has free. `max_model_len` bounds prompt and
-    output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. `graphs` None
-    replays captured decode steps on a GPU, and `max_in_flight` None keeps one step in flight there. `deterministic`
-    computes each request the same way whatever is served beside it, bit for bit, and takes longer. `hybrid_kv` gives
-    layers with a sliding window blocks of their own, which are freed as soon as the window has left them (their decode
-    steps are then not captured). The rest goes to the `BlockManager` and the `Scheduler`.
+    `dtype` "auto" is the checkpoint's own dtype. `device` None is a GPU if there is one. `num_blocks` None is as many
+    as fit into `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len`
+    limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
+    GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight. `deterministic`
+    computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `hybrid_kv` gives
+    layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
+    steps are then not captured. All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"

@@ -1,6 +1,6 @@
-"""The engine's public face: submit, generate, chat, step, control, snapshot, close.
+"""The public class `Engine`: submit, generate, chat, step, control, snapshot, close.
 
-`Loop` takes the steps, `Background` runs the loop in a thread of its own.
+`Loop` takes the steps; `Background` runs the loop in its own thread.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 class Engine(Background, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
-    `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other; the options are those of
-    `labkit.engine.build.Options`. Or it is given its parts:
+    `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see
+    `labkit.engine.build.Options`. You can also pass the parts:
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16))
@@ -55,8 +55,8 @@ class Engine(Background, Shown):
     >>> r
     Request('r1': finished, length, 3 + 4 tokens)
 
-    Without more it does nothing by itself: `step()`, `run()`, or waiting for a handle drives it. Inside `with engine:`,
-    or after `start()`, a background thread does, and everything here may be called from any thread.
+    An engine does nothing by itself: `step()`, `run()` or waiting for a handle drives it. Inside `with engine:`, or
+    after `start()`, a background thread drives it, and all methods may be called from any thread.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A request as the caller holds it: its text and tokens as they come, awaited, iterated, aborted."""
+"""A submitted request as its caller sees it: read text and tokens as they arrive, wait, iterate, abort."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.text.tokenizer import Decoder
 
 
 class Owner(Protocol):
-    """What a handle asks of the engine it was submitted to."""
+    """What a handle needs of its engine."""
 
     @property
     def tokenizer(self) -> Decoder | None: ...
@@ -26,15 +26,15 @@ class Owner(Protocol):
 
 
 class RequestError(RuntimeError):
-    """This request alone failed; the engine goes on."""
+    """This request failed; the engine continues."""
 
 
 class Handle(Request):
     """What `Engine.submit` returns.
 
-    `for text in handle`, `async for text in handle` give text as it comes (token ids where the engine has no
-    tokenizer); `handle.wait()` and `await handle` come back when it has ended; `handle.text`, `.output_ids`,
-    `.logprobs` are what there is so far. Without a background thread, whoever waits also steps the engine.
+    `for text in handle` and `async for text in handle` yield text as it is produced (token ids if the engine has no
+    tokenizer). `handle.wait()` and `await handle` return when the request has ended. `handle.text`, `.output_ids` and
+    `.logprobs` hold what there is so far. Without a background thread, waiting also steps the engine.
     """
 
     __slots__ = ("_lock", "_text", "captures", "engine", "logprobs", "prompt_logprobs", "prompt_text")

@@ -1,4 +1,4 @@
-"""A prompt and its parameters, checked and made into a request. Knows what an engine can serve; changes nothing."""
+"""Request intake: checks a prompt and its parameters against the engine and makes a request. Changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from labkit.runner.base import Runner
 
 
 class Server(Owner, Protocol):
-    """What the intake asks of an engine."""
+    """What intake needs of an engine."""
 
     scheduler: Scheduler
     runner: Runner

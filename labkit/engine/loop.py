@@ -1,6 +1,7 @@
-"""The loop: requests arrive, plans go to a runner, results come back, outputs go to listeners. Read `_step` first.
+"""The engine's loop: requests arrive, plans go to a runner, results come back, outputs go to listeners. Read `_step`
+first.
 
-Knows a scheduler, a runner and a clock; refuses to know threads, models and policies.
+It has no thread of its own, see `background.py`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Listener = Callable[[Outputs], None]
 
 
 class StalledError(RuntimeError):
-    """Requests wait, and nothing that runs will ever make room for them."""
+    """Requests wait, and no running request will ever free what they need."""
 
 
 class Loop:
-    """Steps a scheduler and a runner. Everything here runs in one thread at a time."""
+    """Steps a scheduler and a runner. Only one thread at a time may call it."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock) -> None:
         self.scheduler = scheduler

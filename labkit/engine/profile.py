@@ -1,7 +1,6 @@
-"""Where each millisecond of a step went: schedule, prepare, every op of the forward, sample, commit, text. Knows the
-names of an engine's stages; changes nothing but the time they take.
+"""Profiles engine steps: schedule, prepare, every op of the forward, sample, commit, text.
 
-On a GPU every op is waited for, so the parts are true and their sum is more than an undisturbed step takes.
+On a GPU each op is waited for. So each part's time is correct, but their sum is more than an undisturbed step takes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from labkit.text.tokenizer import Decoder
 
 
 class Stepped(Protocol):
-    """What is asked of an engine that is profiled."""
+    """What the profiler needs of an engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -74,7 +73,7 @@ class Profile(Shown):
 
 
 class _Stopwatch:
-    """Time by name; what runs inside something else is taken off that."""
+    """Time by name; time spent in a nested part is subtracted from the outer one."""
 
     def __init__(self, sync: Callable[[], None]) -> None:
         self.sync = sync

@@ -1,4 +1,4 @@
-"""Settings that may change while an engine runs. Each change leaves a Control event."""
+"""Settings that can change while an engine runs. Each change is logged as a Control event."""
 
 from __future__ import annotations
 

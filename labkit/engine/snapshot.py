@@ -1,7 +1,7 @@
-"""Time travel: an engine's state, kept apart, put back, or copied. Knows which objects carry state; decides nothing.
+"""Snapshots: saves an engine's state, restores it, or copies it into another engine.
 
-Parts and requests keep their identity through a restore, so that whoever holds `bm`, `sched` or a request still holds
-the live one: their contents are replaced, not they.
+Restoring replaces the contents of parts and requests, not the objects. References to `bm`, `sched` or a request stay
+valid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from labkit.runner.base import Runner
 
 
 class Stateful(Protocol):
-    """What a snapshot needs to see of an engine."""
+    """What a snapshot needs of an engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -38,7 +38,7 @@ KEPT = frozenset(
 
 
 class Snapshot(Shown):
-    """An engine's state at one moment; `engine.restore(snapshot)` as often as wanted."""
+    """An engine's state at one moment. `engine.restore(snapshot)` works any number of times."""
 
     def __init__(self, engine: Stateful, state: list[tuple[object, dict[str, Any]]], mark: int) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""Wakes whoever waits for a request: threads on a condition, event loops by one call a step."""
+"""Wakes threads and event loops that wait for a request: threads by a condition, event loops by one call per step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Awaited(Protocol):
-    """What is asked of a request that somebody waits for."""
+    """What this needs of a request that is waited for."""
 
     @property
     def ended(self) -> bool: ...
@@ -18,7 +18,7 @@ class Awaited(Protocol):
 
 
 class Wakeup:
-    """Tells everyone who waits that a step has passed: one call an event loop and step, however many wait there."""
+    """Tells all waiters that a step has passed. An event loop gets one call per step, however many tasks wait in it."""
 
     def __init__(self) -> None:
         self.passed = threading.Condition()

@@ -1,7 +1,7 @@
-"""One thread that does an engine's work, and an inbox of what others ask of it. Knows callables; nothing of engines.
+"""A worker thread with an inbox of callables.
 
-All torch and OpenMP work of an engine happens here, loading included: a second thread that touches OpenMP costs a
-fifth of the speed on a CPU.
+All torch and OpenMP work of an engine runs in one such thread, loading included: a second thread that uses OpenMP costs
+a fifth of the speed on a CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _numbers = itertools.count(1)
 
 
 class Worker:
-    """Runs what is asked of it, in order; between two requests, while it has a `turn`, takes it again and again."""
+    """Runs submitted calls in order. Between them it calls `turn` repeatedly, as long as one is set."""
 
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[tuple[Future[Any] | None, Callable[[], Any]] | None] = queue.SimpleQueue()

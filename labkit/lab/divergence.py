@@ -1,5 +1,5 @@
-"""Where two ways of computing the same answer part: the first token, how close it was, the first layer, the op. Knows
-engines' public faces and the registry; refuses to guess what it has not seen."""
+"""Compares two ways of computing the same answer: the first token that differs and by how much, the first layer, the
+op."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BEFORE = 48  # characters of the text before the difference
 
 @dataclass(frozen=True)
 class Divergence:
-    """What `divergence` found; prints in plain words. `frame()` has a row a layer."""
+    """What `divergence` found. Prints a summary; `frame()` has one row per layer."""
 
     a: str
     b: str
@@ -220,7 +220,7 @@ def divergence(
 
 @dataclass(frozen=True)
 class _Look:
-    """What one side gave: tokens as they come, and again with every layer kept."""
+    """What one side produced: its tokens, and a second run with every layer's output."""
 
     ids: list[int]  # of the prompt
     plain: list[int]

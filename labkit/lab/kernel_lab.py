@@ -1,5 +1,4 @@
-"""One op on the bench: check, time, compile and try its variants, from a cell or by clicks. Knows the kernels package;
-an engine only as something to try a variant in."""
+"""The kernel lab: check, time, compile and try an op's variants from a notebook."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""What every layer of a model gave for one request, and how far two of them are apart. Knows plans, batches and hidden
-states; refuses to know why they differ.
+"""Records every layer's output for one request, and compares two such records.
 
-A request that asks for `capture` computes its whole prompt. Here the forward is watched from outside instead, so that a
-prompt out of the prefix cache can be looked at as it is served.
+A request with `capture` computes its whole prompt. This module watches the forward from outside instead, so it also
+works for a prompt that comes from the prefix cache.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One layer's output in a and in b: ||a - b|| / ||a|| at every position that both computed from the same tokens."""
+    """One layer's output in a and in b: ||a - b|| / ||a|| at each position that both computed from the same tokens."""
 
     layer: int  # -1: the embeddings
     largest: float

@@ -1,6 +1,4 @@
-"""What every op gave while some tokens were computed, and the first that gave something else. Knows the registry's
-watchers; refuses to know models.
-"""
+"""Records every op's result while some tokens are computed, and finds the first that differs."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ MOST_BYTES = 2 << 30  # of results that are kept to be compared
 
 @dataclass(frozen=True)
 class OpDifference:
-    """The first call of an op whose result differs while the results of all calls before it agree."""
+    """The first call of an op whose result differs, while the results of all earlier calls agree."""
 
     op: str
     variant_a: str

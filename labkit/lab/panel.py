@@ -1,8 +1,7 @@
-"""A kernel lab to click on: choose an op, shapes, dtypes and variants, run, look. Knows widgets and a lab's methods;
-everything it does can be done without it, and without a click.
+"""The kernel lab as widgets: choose op, shapes, dtypes and variants, and run. Everything works by method calls as well.
 
-A run works in a thread of its own, so that the notebook stays free. Results replace those before them. There is one
-FigureWidget a panel, made once and filled again: each instance sends 5 MB to the browser.
+A run has its own thread, so the notebook stays responsive. Results replace the previous ones. Each panel creates one
+FigureWidget and reuses it, because every instance sends 5 MB to the browser.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from labkit.core.options import duration
 
 
 class Lab(Protocol):
-    """What the panel asks of a kernel lab."""
+    """What the panel needs of a kernel lab."""
 
     op: Op
     shapes: list[str]

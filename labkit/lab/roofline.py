@@ -1,5 +1,4 @@
-"""How near each variant comes to what the machine can do: flops a second over flops a byte. Knows measured rows and
-limits; measures nothing."""
+"""The roofline of measured variants: flop/s over flop/byte, under the limits of this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ SHAPES = {"float32": "square", "bfloat16": "circle", "float16": "diamond"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine reached when it was asked for nothing else."""
+    """The peak rates measured on this machine."""
 
     device: str
     bytes_per_second: dict[str, float]  # memory, cache -> reading or copying
@@ -33,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Point:
-    """One variant on one case. `intensity` is flops a byte that must move."""
+    """One variant on one case. `intensity` is flops per byte that must move."""
 
     variant: str
     case: str
@@ -48,8 +47,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Points under the roofs that the machine's limits make. Below the slope memory decides, below the flat part the
-    arithmetic does."""
+    """Points below this machine's limits. Under the slope a call is bound by memory, under the flat part by
+    arithmetic."""
 
     op: str
     limits: Limits

@@ -1,8 +1,7 @@
-"""One side of a comparison: an engine, and how one prompt is run in it. Knows the settings that a run can have; refuses
-to know what is compared.
+"""One side of a comparison: an engine, and how to run a prompt in it.
 
-A setting is of the run (`use`, `batch`, `cached`, `chunk`: any engine can do these, and is put back afterwards) or of
-the engine (every option of `labkit.Engine`): then an engine is built for it.
+A setting is either of the run (`use`, `batch`, `cached`, `chunk`), which any engine supports and which is undone
+afterwards, or of the engine (every option of `labkit.Engine`), for which an engine is built.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _number = count()
 class Side:
     """How one side is computed.
 
-    `use` maps ops to variants; `batch` is how many prompts are computed together; `cached` says that the prompt's full
-    blocks come out of the prefix cache; `chunk` bounds the prompt tokens of a step.
+    `use` maps ops to variants. `batch` is how many prompts are computed together. `cached` takes the prompt's full
+    blocks from the prefix cache. `chunk` limits the prompt tokens of a step.
     """
 
     engine: Engine | None = None

@@ -1,5 +1,4 @@
-"""A variant inside a running engine: the same greedy prompts without it and with it. Knows an engine's public face and
-the registry; refuses to know what an op computes."""
+"""Tries a variant in a running engine: the same greedy prompts without and with it."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ _number = itertools.count()
 
 @dataclass(frozen=True)
 class Change:
-    """Where one answer becomes another one. A gap is by how much a side's own token was likelier, in logits; None: the
+    """Where one answer changes into another. A gap is how much likelier a side's own token was, in logits; None if the
     other side's token was not among its twenty likeliest."""
 
     prompt: int  # which of the prompts
@@ -45,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Trial:
-    """What `try_variant` saw. `num_calls` is how often the engine called the variant: 0 says that it was never used."""
+    """What `try_variant` found. `num_calls` is how often the engine called the variant; 0 means never."""
 
     op: str
     variant: str

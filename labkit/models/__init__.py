@@ -1,4 +1,4 @@
-"""What computes hidden states: a native decoder for the common families, transformers for every other one."""
+"""Models: a native decoder for the common families, and transformers for all others."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Attention for families that transformers does not send through its attention interface: their own projections and
-positions, then the interface all the same. Knows three families' attention modules by their parts."""
+"""Attention adapters for families whose attention does not go through transformers' attention interface.
+
+An adapter computes the family's own projections and positions, then calls the interface.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,7 @@ def _rotates(module: nn.Module) -> None:
 
 
 class Adapter(NamedTuple):
-    """The forward of an attention class, and the parts of it that this forward uses."""
+    """A replacement forward for an attention class, and the attributes of the class that it uses."""
 
     attention: str
     forward: Callable[..., Any]

@@ -1,5 +1,5 @@
-"""The boundary between a runner and a model: a batch goes in, hidden states come out. Knows tensors; refuses to know
-requests, blocks by count and text."""
+"""The interface between runner and model: a batch goes in, hidden states come out. No requests, block counts or
+text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [blocks, key head
 
 
 class KVSpec(NamedTuple):
-    """What one layer keeps of each token."""
+    """What one layer stores per token."""
 
     num_heads: int
     key_size: int
@@ -24,7 +24,8 @@ class KVSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's tokens, flattened: decode rows and prefill chunks alike are sequences whose last queries they are."""
+    """One step's tokens, flattened. Decode rows and prefill chunks are both sequences; the tokens are their last
+    queries."""
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
@@ -45,9 +46,9 @@ class Batch:
 
 @dataclass
 class Capture:
-    """Layers whose output or attention a caller wants, and what they gave in the latest forward.
+    """The layers whose output or attention a caller wants, and what the latest forward gave.
 
-    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings); `attention[i]` is a list over sequences
+    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings). `attention[i]` is a list over sequences
     of [query heads, queries, keys].
     """
 

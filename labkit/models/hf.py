@@ -1,4 +1,4 @@
-"""What labkit uses of transformers' insides, looked up in one place: what a new version has moved is said by name.
+"""transformers internals that labkit uses, looked up in one place, so that an error names what a new version changed.
 
 Everything else in labkit uses transformers' documented interface.
 """

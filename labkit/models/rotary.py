@@ -1,8 +1,8 @@
-"""Cosines and sines for every position a model may see. Knows a config's rope parameters; nothing of attention.
+"""Cosine and sine tables for every position a model may use.
 
-Kinds whose frequencies depend on the length (dynamic, longrope) get one table, chosen by the longest request the engine
-will serve: what one request computes never depends on another's length. While that is within the length the model was
-first trained for, it is what transformers computes.
+Rope types whose frequencies depend on the length (dynamic, longrope) get one table, for the longest request that the
+engine will serve, so no request depends on another's length. Up to the model's original training length this is what
+transformers computes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Any other causal model, run by transformers' own code with labkit's paged attention in place of its own.
+"""Runs any other causal model by transformers' own code, with labkit's paged attention in place of its attention.
 
-Knows transformers' attention interface; refuses to know any architecture. What does not go through the interface, or
-goes through it and would come out wrong, is refused by name.
+It relies on transformers' attention interface, not on any architecture. A model that does not use the interface, or
+would give wrong results through it, is refused with an error that names the reason.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_pos
 
 
 class _Step(threading.local):
-    """What the attention of the forward that runs in this thread needs beyond its arguments."""
+    """What attention needs beyond its arguments, for the forward that this thread runs."""
 
     batch: Batch | None = None
     caches: list[KVCache] | None = None
@@ -86,7 +86,7 @@ hf.AttentionInterface.register(NAME, _attention)  # and no mask of that name, so
 
 
 class _Hidden(hf.BaseModelOutputWithPast):  # type: ignore[name-defined, misc]
-    """Hidden states, and None for whatever else a head may pass on."""
+    """Hidden states; None for all other outputs that a head may pass on."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -94,7 +94,7 @@ class _Hidden(hf.BaseModelOutputWithPast):  # type: ignore[name-defined, misc]
 
 
 class _Given(nn.Module):
-    """Stands where the layers were: the head is then transformers' own, scales and caps included."""
+    """Replaces the layers by given hidden states, so that the head is transformers' own, with its scales and caps."""
 
     hidden: Tensor
 

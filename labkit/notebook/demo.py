@@ -1,5 +1,5 @@
-"""What `labkit demo` runs: a mixed workload on the embedded model (or on the simulator), told in a page. Knows how to
-tell; decides nothing."""
+"""`labkit demo`: serves a mixed workload on the embedded model (or the simulator) and writes a page with the
+results."""
 
 from __future__ import annotations
 

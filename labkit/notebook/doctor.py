@@ -1,6 +1,7 @@
-"""Is this machine ready: versions, devices, compiler, folders, the embedded model. Knows how to look; changes nothing.
+"""`labkit doctor`: checks versions, devices, compiler, folders and the embedded model. Changes nothing.
 
-A probe is a function that gives rows. One that fails in a way nobody foresaw is itself a row, and never hides the rest.
+A probe is a function that returns rows. If a probe fails unexpectedly, the error becomes a row and the others still
+run.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """What one look found; a row that is not ok says what to do."""
+    """One finding. A row that is not ok says what to do."""
 
     name: str
     state: str
@@ -40,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows. `ok` is False when one failed; warnings leave it True.
+    """All rows. `ok` is False if one failed; warnings leave it True.
 
     >>> Report((Row("compiler", "ok", "g++ 13"),))
     ok    compiler  g++ 13

@@ -1,6 +1,4 @@
-"""JupyterLab on a copy of the notebooks, in a folder of the user's own. Knows files and what was edited; refuses to
-overwrite anyone's work.
-"""
+"""`labkit lab`: copies the notebooks to a folder and opens JupyterLab there. Never overwrites an edited copy."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`%load_ext labkit`: two magics, each a thin face on Python functions that can be called directly. Knows IPython's way
-to hand over a line and a cell; measures and reports nothing itself.
-"""
+"""`%load_ext labkit`: the magics `%labkit` and `%%bench`, over functions that can be called directly."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from labkit.widgets import style
 
 
 class UsageError(ValueError):
-    """A magic was given words that it does not know."""
+    """A magic was called with arguments it does not know."""
 
 
 class _Words(argparse.ArgumentParser):
@@ -29,7 +27,7 @@ class _Words(argparse.ArgumentParser):
 
 
 class EngineRow:
-    """One live engine, in a line."""
+    """One open engine, in a line."""
 
     def __init__(self, engine: Engine) -> None:
         scheduler, blocks = engine.scheduler, engine.blocks
@@ -51,7 +49,7 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Status:
-    """The engines that are open in this process, and what they stand on."""
+    """The engines open in this process, and the versions and devices they use."""
 
     engines: tuple[EngineRow, ...]
     versions: dict[str, str]

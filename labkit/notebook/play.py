@@ -1,8 +1,7 @@
-"""Plays an engine: requests that keep coming, a pace, pause and single steps. Knows engines and clocks; refuses to know
-who watches.
+"""Plays an engine: submits requests over time, and can pause, single-step and set the pace.
 
-An engine on a wall clock steps by itself in its own thread, at full speed; here only arrivals are handed in. On a
-virtual clock the player steps it, so many virtual seconds a second.
+An engine on a wall clock steps at full speed in its own thread, and the player only submits requests. On a virtual
+clock the player steps the engine, at a chosen number of virtual seconds per second.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from labkit.runner.base import Runner
 
 
 class Played(Protocol):
-    """What a player asks of the engine that it plays."""
+    """What a player needs of its engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -80,7 +79,7 @@ MIXES: dict[str, Draw] = {"short": _short, "mixed": _mixed, "long": _long, "shar
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that come at `rate` a second (Poisson), `num` of them or without an end. `mix` names a kind of prompt,
+    """Requests that arrive at `rate` a second (Poisson): `num` of them, or without end. `mix` names a kind of prompt,
     or is a function f(rng) -> (token ids, number of output tokens).
 
     >>> Load(rate=4, mix="shared prefix", num=100)
@@ -116,7 +115,7 @@ class Load:
 
 
 class Player:
-    """`play`, `pause`, `step`, `stop`; `wait` for the end or `await` it. Stops by itself when all is served.
+    """`play`, `pause`, `step`, `stop`; `wait` for the end or `await` it. Stops by itself once everything is served.
 
     >>> with Player(engine, Load(rate=8, num=40)) as player:
     ...     player.play().wait()

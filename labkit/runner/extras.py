@@ -1,4 +1,4 @@
-"""What a few requests want of a step beside their tokens: prompt logprobs, hidden states, attention."""
+"""What some requests want besides tokens: prompt logprobs, hidden states, attention."""
 
 from __future__ import annotations
 

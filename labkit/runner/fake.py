@@ -1,5 +1,5 @@
-"""A runner without a model: it stores token ids where a model stores keys and values, and reads them back through the
-block tables. A wrong copy, swap, table or input then shows as a wrong token."""
+"""A runner without a model. It stores token ids where a model stores keys and values, and reads them back through the
+block tables, so a wrong copy, swap, table or input shows as a wrong token."""
 
 from __future__ import annotations
 

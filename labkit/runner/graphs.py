@@ -1,12 +1,11 @@
-"""Decode steps that were captured once and are replayed: one graph for a batch size and a width of block tables. Knows
-static buffers; refuses to know requests.
+"""Captured decode steps: one CUDA graph per batch size and block table width.
 
-A graph reads its inputs from a buffer that never moves, so a step fills it by one copy from pinned memory and starts
-one replay: forward, sampling, and what the next step reads are all inside. Batches are padded to the next size; a
-padded line writes to the scratch block and to a scratch row. Lines go in order of their length, the longest first:
-attention ends when its last program does, and a long sequence that began last would be waited for by an idle device.
-Graphs are captured when they are first needed, as each takes memory (`memory` says how much). On a CPU a "graph" is the
-function itself, called again on the same buffers: so the padding and the buffers are tested where there is no GPU.
+A graph reads its inputs from a fixed buffer, so a step is one copy from pinned memory and one replay. The graph holds
+the forward, the sampling, and the next step's input. Batches are padded to the next captured size; padding writes to
+the scratch block and a scratch row. Rows are sorted by length, longest first: attention ends when its last program
+ends, so a long sequence should not start last. Graphs are captured on first use, as each takes memory (`memory` says
+how much). On a CPU a "graph" is the function itself, called again on the same buffers, so that padding and buffers are
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ TURNS = 3  # a copy may still be on its way when the next step is prepared, and 
 
 
 class Lines(NamedTuple):
-    """What a step brings, a line a row of the batch."""
+    """A decode step's inputs, one line per row of the batch."""
 
     columns: Any  # [7, size] int64: the seven below
     tables: Any  # [size, width] int32
@@ -51,7 +50,7 @@ def _whole(count: int) -> int:
 
 
 class Buffers:
-    """The inputs of one (size, width), pinned memory that they are filled from, in turns, and the outputs."""
+    """For one (size, width): the input buffers, the pinned memory they are filled from in turns, and the outputs."""
 
     def __init__(self, size: int, width: int, device: torch.device) -> None:
         self.size, self.width, self.device = size, width, device

@@ -1,6 +1,5 @@
-"""Which layers share blocks. Layers that attend to the same part of the context form groups of equal size, so that one
-pool of blocks serves them all: a block holds one group's keys and values.
-"""
+"""Which layers share blocks. Layers that attend to the same part of the context form groups of equal size, so one pool
+of blocks serves all groups: a block holds one group's keys and values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A runner's keys and values: how they are allocated, copied for a snapshot, and how much memory there is."""
+"""A runner's KV cache memory: allocation, copies for snapshots, and available memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from labkit.runner.groups import Groups
 
 
 class SavedBlocks(NamedTuple):
-    """The blocks that had been written at some moment, and their contents."""
+    """The blocks written so far, and their contents."""
 
     index: np.ndarray
     kept: list[Tensor]
@@ -25,7 +25,7 @@ class SavedBlocks(NamedTuple):
 
 
 class BlockStore:
-    """Keys and values of all layers, and which blocks were ever written: a copy holds only those."""
+    """Keys and values of all layers, and which blocks were ever written; a copy holds only those."""
 
     def __init__(self, caches: list[KVCache]) -> None:
         self.caches = caches

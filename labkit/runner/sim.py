@@ -1,6 +1,6 @@
-"""A runner that only says how long a step would take. Knows counts of tokens; computes none of them.
+"""A runner that computes nothing and says how long each step would take, from its token counts.
 
-Its tokens are noise from a hash of seed, request and position: their number matters, not their values.
+Its tokens are a hash of seed, request and position: only their number matters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(
 class SimRunner:
     """Step seconds = `constant` + `per_token` * tokens + `per_context` * tokens read back + `per_block` * blocks moved.
 
-    The defaults resemble a 0.5B model in bf16 on two CPU cores. `swap_cost` and `recompute_cost` say the same of a
+    The defaults resemble a 0.5B model in bf16 on two CPU cores. `swap_cost` and `recompute_cost` give the cost of a
     preemption, for a scheduler with preemption="auto".
     """
 

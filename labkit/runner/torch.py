@@ -1,7 +1,6 @@
-"""A runner that computes: a model over a paged cache, and a sampler. Knows tensors and plans; refuses to know who is
-scheduled and why.
+"""A runner that computes: a model over a paged KV cache, and a sampler. It does not depend on the scheduler.
 
-A step is one forward over all of a plan's tokens, decode rows and prefill chunks alike. Read `launch` first.
+A step is one forward over all of a plan's tokens, decode rows and prefill chunks together. Read `launch` first.
 """
 
 from __future__ import annotations

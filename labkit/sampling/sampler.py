@@ -1,8 +1,8 @@
-"""From logits to tokens, as each request asked. Knows rows and their parameters; refuses to know models and blocks.
+"""From logits to tokens, with each request's sampling parameters.
 
-Rows that ask for nothing special cost a few vector operations in all; penalties work on the rows that have them as one
-matrix; masks, bias and a caller's own functions row by row. Randomness is a hash of (request's seed, sample, position),
-so a request's text depends on its seed alone: not on what else is in the batch, not on preemptions.
+Rows without special parameters share a few vector operations. Penalties are computed as one matrix over the rows that
+have them. Masks, bias and callers' functions are applied row by row. Randomness is a hash of (request's seed, sample,
+position), so a request's text depends on its seed only: not on the batch, and not on preemptions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Sample = Callable[..., Tensor]  # the op: (logits, temperature, top_k, top_p, mi
 
 
 class Drawn(NamedTuple):
-    """One step's draws, still on the device."""
+    """One step's sampled tokens, still on the device."""
 
     tokens: Tensor  # [samples] int64
     chosen: Tensor  # [samples]: the drawn token's logit; nan or -inf tells that the row could not be sampled
@@ -63,7 +63,7 @@ def logprobs_of(logits: Tensor, tokens: Tensor, wanted: list[int], rows: list[in
 
 
 class Special:
-    """What one row asks beyond the columns: masks, bias, words, functions, logprobs; and the tokens it has so far."""
+    """One row's special parameters: masks, bias, words, functions, logprobs; and its tokens so far."""
 
     def __init__(self, join: Join, stop_ids: Iterable[int], vocab_size: int, device: torch.device) -> None:
         params = join.params
@@ -113,7 +113,7 @@ class Special:
 
 
 class Sampler:
-    """Parameters by row, and the draw."""
+    """Holds the parameters by row and draws the tokens."""
 
     def __init__(
         self, vocab_size: int, num_rows: int, eos_ids: tuple[int, ...], seed: int, device: torch.device

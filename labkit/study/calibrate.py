@@ -1,6 +1,5 @@
-"""A simulator's constants from the log of a real engine: what each step computed, and how long it took. Knows events;
-computes no model. The log of another machine does as well as an engine of one's own.
-"""
+"""Fits the simulator's constants to the event log of a real engine: what each step computed, and how long it took. The
+log may come from another machine."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ DOTS = 600
 
 @dataclass(frozen=True)
 class Work:
-    """What one step computed, and how long it took: from the end of the step before, when there was no break."""
+    """What one step computed, and how long it took: from the end of the previous step, if there was no gap."""
 
     step: int
     tokens: int
@@ -44,8 +43,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found: `runner` is a simulator of what was measured. `num_unclear` steps were left out, because
-    the log does not say what they computed."""
+    """What `calibrate` found. `runner` is a simulator with the fitted constants. `num_unclear` steps were left out,
+    because the log does not say what they computed."""
 
     runner: SimRunner
     work: tuple[Work, ...]
@@ -178,7 +177,7 @@ class _Row:
 
 
 class _Fold:
-    """The running requests as the log tells them: how far computed, how many tokens a step."""
+    """The running requests as the log shows them: tokens computed so far, and tokens per step."""
 
     def __init__(self) -> None:
         self.rows: dict[str, _Row] = {}

@@ -1,6 +1,4 @@
-"""Every setting of a grid, one after the other, on the same workload. Knows settings and seeds; the serving, the table
-and the pictures are others' work.
-"""
+"""Serves the same workload under every setting of a grid, one after the other."""
 
 from __future__ import annotations
 
@@ -31,12 +29,12 @@ KEPT_POINTS = 200  # of each curve in a study: enough for a picture, little in a
 
 
 class Experiment:
-    """A workload and a grid: a dict of names to lists of values, every combination of which is served.
+    """A workload and a grid: a dict of names to lists of values. Every combination is served.
 
     Names are options of `BlockManager`, `Scheduler` and `SimRunner` (`budget` and `rows` for short), "runner" and
-    "workload"; with a model, those of `Engine`. Without `model` it is a simulation on a virtual clock: `runner` is
-    `SimRunner()` unless another is given. `model` is a folder or a name, or "embedded", and takes real time. What is
-    the same for all settings is given by name. `repeats` draws the workload again from that many seeds.
+    "workload"; with a model, those of `Engine`. Without `model` it is a simulation on a virtual clock, with
+    `SimRunner()` unless you pass another `runner`. `model` is a folder, a name or "embedded", and runs in real time.
+    Pass options that are the same for all settings by name. `repeats` draws the workload again from that many seeds.
 
     >>> import labkit as lk
     >>> exp = lk.Experiment(lk.workloads.chats(8), {"eviction": ["lru", "lfu"], "num_blocks": [64, 128]}, rows=8)

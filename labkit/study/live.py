@@ -1,7 +1,7 @@
-"""One curve a setting that grows while it is served. Knows histories and one figure; never touches an engine.
+"""Live curves of a running experiment, one per setting. Reads histories; never touches an engine.
 
-A daemon thread looks at the history being written, five times a second at most, and sends what is new as one message.
-A figure's own data are gone when a notebook is opened again, so that closing leaves a still picture beside it.
+A daemon thread reads the history at most five times a second and sends what is new as one message. A figure's data are
+lost when a notebook is opened again, so closing leaves a static copy beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MOST_POINTS = 600
 
 
 class LiveCurves:
-    """Made once for an experiment and used again for its next run: widgets are never freed by their page."""
+    """Created once per experiment and reused for its next run, because a page never frees widgets."""
 
     def __init__(self, names: list[str], curve: str) -> None:
         choose("curve", curve, CURVES)

@@ -1,6 +1,4 @@
-"""What a model would say next, and what sampling parameters leave of it. Knows one row of logits, taken from a running
-engine; draws nothing.
-"""
+"""A model's next-token distribution, and what sampling parameters leave of it. Nothing is sampled."""
 
 from __future__ import annotations
 
@@ -25,9 +23,9 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True)
 class NextTokens:
-    """The probability of every token that may come next; one column a view, the model's own first.
+    """The probability of every possible next token; one column per view, the model's own first.
 
-    `under(temperature=0.5)` adds the view of a sampler with these parameters.
+    `under(temperature=0.5)` adds a view with these sampling parameters.
     """
 
     logits: NDArray[np.float32]  # [vocabulary]

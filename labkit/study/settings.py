@@ -1,4 +1,4 @@
-"""A grid of settings, and the engine that one of them makes. Knows which part takes which option; serves nothing."""
+"""The grid of settings, and how an engine is built from one of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an experiment found: one table, its pictures, a file. Knows numbers by setting; refuses to know engines."""
+"""The result of an experiment: a table, figures and a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ UNITS = {"makespan": "s", "ttft": "s", "tpot": "s", "e2e": "s"}
 
 @dataclass(frozen=True)
 class Run:
-    """One setting, served once. `setting` holds what its values are called."""
+    """One setting, served once. `setting` holds the labels of its values."""
 
     setting: dict[str, Any]
     seed: int
@@ -42,9 +42,10 @@ class Run:
 
 
 class Study:
-    """The runs of an experiment, in the order they were made.
+    """The runs of an experiment, in the order in which they were served.
 
-    `frame()` has a row a run, `requests()` a row a request, `curves()` a row a moment; `plot(x, y, by=)` is a figure.
+    `frame()` has one row per run, `requests()` one per request, `curves()` one per moment; `plot(x, y, by=)` is a
+    figure.
 
     >>> import labkit as lk
     >>> lk.Experiment(lk.workloads.poisson(20), {"rows": [2, 8]}).run()

@@ -1,4 +1,4 @@
-"""pandas, or the name of what brings it. Knows one import; makes no table."""
+"""Imports pandas, or raises an error that names the extra to install."""
 
 from __future__ import annotations
 

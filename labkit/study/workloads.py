@@ -1,6 +1,5 @@
-"""Workloads that tell settings apart: shared prefixes, conversations, crowds that come at once, two classes. Knows
-numbers drawn from a seed; refuses to know who serves them. Prompts are random token ids below `vocab_size`.
-"""
+"""Workloads for comparing settings: shared prefixes, conversations, bursts, two classes of requests. Everything is
+drawn from a seed; prompts are random token ids below `vocab_size`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Text held to a form: JSON, a regular expression, a choice, a grammar. Knows llguidance, which works out the tokens
-that may come next; refuses to know requests and the sampler, which sees a logits processor like any other.
-"""
+"""Structured outputs: JSON, a regular expression, a choice or a grammar. llguidance computes the allowed tokens; for
+the sampler this is a logits processor like any other."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ _vocabularies: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDicti
 
 
 class Grammar:
-    """A logits processor that leaves only what a form allows; every sample begins at its beginning.
+    """A logits processor that allows only tokens that fit a form. Every sample starts at the beginning of the form.
 
     `form` is one of {"json": schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} and
     {"grammar": "start: ..."} (Lark).
@@ -51,7 +50,7 @@ class Grammar:
 
 
 class Progress:
-    """How far one sample has come."""
+    """How far one sample has come in the form."""
 
     def __init__(self, matcher: Any, end_ids: list[int], num_consumed: int = 0) -> None:
         self.matcher, self.end_ids, self.num_consumed = matcher, end_ids, num_consumed

@@ -1,4 +1,4 @@
-"""A request's text as its tokens come, and where a stop string ends it. Knows tokens and characters, no engine."""
+"""A request's text as its tokens arrive, and where a stop string ends it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from labkit.text.tokenizer import Decoder, stream_of
 
 
 class Text:
-    """What may be shown so far.
+    """The text that may be shown so far.
 
-    Stop strings are found across token borders, whatever tokens they are made of; while one may be in the making, the
-    characters that could begin it are held back.
+    Stop strings are found across token boundaries. Characters that may be the beginning of a stop string are held back
+    until that is decided.
 
     >>> text = Text(ByteTokenizer(), [], SamplingParams(stop="END"))
     >>> text.feed(list(b"so far. EN")), text.shown

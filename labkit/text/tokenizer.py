@@ -1,6 +1,6 @@
-"""Text to token ids and back, from a model's own files. Knows the tokenizers library; refuses to know models.
+"""Text to token ids and back, from a model's own files.
 
-Where a folder has a `tokenizer.json` it is read directly: importing all of transformers for it would double the start.
+If a folder has a `tokenizer.json`, it is read directly: importing transformers for it would double the start-up time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Message = Mapping[str, Any]
 
 
 class Decoder(Protocol):
-    """All that an engine needs to show text."""
+    """What an engine needs to show text."""
 
     def decode(self, ids: list[int]) -> str: ...
 
 
 class TextStream(Protocol):
-    """Tokens in, complete characters out."""
+    """Takes tokens, returns complete characters."""
 
     def feed(self, ids: list[int]) -> str: ...
 
 
 class ByteTokenizer:
-    """Token ids that are bytes: enough to read a fake runner's output as text, and to try stop strings. Ids beyond
-    255 read as a character that is none."""
+    """Token ids are bytes: enough to read a fake runner's output as text, and to try stop strings. Ids above 255 become
+    the replacement character."""
 
     vocab_size = 256
 
@@ -149,7 +149,7 @@ class Tokenizer:
 
 
 class _BackendStream:
-    """tokenizers' own stream decoder."""
+    """The stream decoder of the tokenizers library."""
 
     def __init__(self, backend: Any, context: list[int], skip_special_tokens: bool) -> None:
         from tokenizers.decoders import DecodeStream
@@ -168,7 +168,8 @@ class _BackendStream:
 
 
 class DecodedStream:
-    """The same for anything that can only decode whole lists: text counts once it ends in no half character."""
+    """A stream decoder for tokenizers that can only decode whole lists: text counts once it ends in a complete
+    character."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

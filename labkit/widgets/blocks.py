@@ -1,6 +1,6 @@
-"""Blocks as coloured cells: a pool, a table, how full they are. Knows how blocks are counted; refuses to know who asks.
+"""KV cache blocks as coloured cells: the pool, a table, and usage.
 
-A pool of more than 512 blocks is folded: a cell then stands for several, and says so.
+In a pool of more than 512 blocks one cell stands for several blocks, and says so.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Small charts as inline SVG: bars, curves, dots, columns; and how plotly's figures look beside them. Knows numbers,
-names and colours; refuses to know of what."""
+"""Small charts as inline SVG: bars, curves, dots, columns. Also sets the style of plotly figures to match."""
 
 from __future__ import annotations
 

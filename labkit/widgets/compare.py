@@ -1,5 +1,4 @@
-"""Two runs side by side: figures, where they part, and two timelines over one axis. Knows logs and what a diff found;
-refuses to know why the runs differ."""
+"""Two runs side by side: figures, where they first differ, and two timelines over one axis."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Buttons, sliders and menus of a dashboard. Knows ipywidgets; every change goes to the player or through
-`engine.control`, and acts on the running engine at once."""
+"""Buttons, sliders and menus of a dashboard, as ipywidgets. Changes go to the player or to `engine.control`, and take
+effect at once."""
 
 from __future__ import annotations
 

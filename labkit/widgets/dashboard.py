@@ -1,8 +1,7 @@
-"""A run while it goes on: figures, panels and controls over one feed of events. Knows widgets and a player; what it
-changes goes through the engine's own methods, and what it shows through events.
+"""A live dashboard of a run: figures, panels and controls, fed by events.
 
-The engine's thread appends batches to a deque. One daemon thread draws, five times a second at most, and longer apart
-when drawing is slow.
+The engine's thread appends batches to a deque. One daemon thread draws at most five times a second, and less often if
+drawing is slow.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ MOST_STEPS = 65_536  # of a log that are kept to be looked at
 
 
 class Dashboard:
-    """What `engine.dashboard()` gives; or, of a log that was saved, `labkit.dashboard(log)`.
+    """What `engine.dashboard()` returns; for a saved log, use `labkit.dashboard(log)`.
 
-    Shown as a cell's result it is live. `play`, `pause`, `step`, `stop`, `wait` and `await` work without a click; a log
-    has `show(step)` instead.
+    It is live when shown as a cell's result. `play`, `pause`, `step`, `stop`, `wait` and `await` work without clicking.
+    A saved log has `show(step)` instead.
     """
 
     def __init__(self, log: EventLog, player: Any = None) -> None:

@@ -1,7 +1,6 @@
-"""A run as columns that a live picture reads: one line a step, one place a row of the batch. Knows events; refuses to
-know engines and pictures.
+"""A run as columns for live figures: one entry a step and one row a request of the batch, built from events.
 
-The engine's thread only appends batches to a deque. Whoever draws calls `catch_up`, which folds them in its own thread.
+The engine's thread only appends batches to a deque. The drawing thread calls `catch_up`, which processes them.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ IDLE = 0.02  # of a window's time between two steps: the engine had nothing to d
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps, made at most `points` long: a point is the mean of its steps, or their last where that says more.
+    """Some steps, reduced to about `points` points: a point is the mean of its steps, or their last value where that is
+    better.
 
-    Where the engine was idle there is one point more, at the idle time's end: no tokens, and the blocks and requests of
-    before."""
+    Where the engine was idle there is one more point, at the end of the idle time: no tokens, and the blocks and
+    requests of before.
+    """
 
     time: np.ndarray  # s, of each point's last step
     step: np.ndarray
@@ -41,8 +42,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Pace:
-    """How quick it was, over a few dozen stretches of the window, none of them across an idle time; nan where there is
-    nothing to tell."""
+    """Speed over a few dozen stretches of the window, none of them across an idle time; nan where there is no value."""
 
     time: np.ndarray  # s, of each stretch's end
     seconds: np.ndarray  # that it took, without idle time before it

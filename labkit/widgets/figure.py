@@ -1,8 +1,7 @@
-"""The dashboard's one figure: six panels, every trace made once, whole windows sent again at each update. Knows columns
-and segments; refuses to know where they come from.
+"""The dashboard's figure: six panels. Every trace is created once; each update sends whole windows.
 
-A figure widget sends its whole program to the page (5 MB), so there is one, with panels. Arrays are float32 or uint8:
-they travel as bytes. Colours of axes and text are half grey: they are read on a light and on a dark page.
+A figure widget sends its whole program to the page (5 MB), so there is one figure with several panels. Arrays are
+float32 or uint8 and travel as bytes. Axes and text are half grey, readable on light and dark pages.
 """
 
 from __future__ import annotations

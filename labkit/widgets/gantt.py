@@ -1,5 +1,4 @@
-"""Segments as a picture: a line a request over one time axis; the hover says why. Knows segments and colours; refuses
-to know events."""
+"""A timeline picture: one line per request over one time axis; hovering says why."""
 
 from __future__ import annotations
 

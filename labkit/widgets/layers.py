@@ -1,5 +1,4 @@
-"""What is inside a step of a model: its layers' weights, and where the time went. Knows sizes and seconds as they are
-handed over; refuses to know tensors' libraries."""
+"""Views of a model step: its layers' weights, and where the time went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log at a glance, and why one request waited. Knows events; refuses to know who wrote them."""
+"""Views of an event log, and of why one request waited."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Why a prefix lookup hit as far as it did, block by block, with the neighbour it parted from. Knows chains of hashes
-as a block manager or a log has them; changes nothing in either."""
+"""Why a prefix lookup hit as far as it did: block by block, with the stored prefix that it parted from."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ CONTEXT = 12  # tokens shown on either side of where two prompts part
 
 @dataclass(frozen=True)
 class Cell:
-    """One block's worth of the tokens that were looked up."""
+    """One block of the tokens that were looked up."""
 
     index: int
     first: int  # its first token
@@ -76,7 +75,7 @@ class LookupStory(Shown):
 
 @dataclass(frozen=True)
 class _Cache:
-    """A prefix cache as it is, or was: three questions."""
+    """A prefix cache as it is now or was earlier."""
 
     find: Callable[[bytes], int | None]
     ghost: Callable[[bytes], tuple[int, str | None] | None]

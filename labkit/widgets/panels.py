@@ -1,5 +1,4 @@
-"""The dashboard's words and numbers: the strip of figures, the machine, and the still copy that is saved with a
-notebook. Knows a feed and HTML; refuses to know widgets."""
+"""The dashboard's text and numbers: key figures, the machine, and the static copy that is saved with a notebook."""
 
 from __future__ import annotations
 
@@ -60,7 +59,7 @@ def strip(found: dict[str, str]) -> str:
 
 
 class Machine:
-    """How busy the machine is, since the last look."""
+    """CPU use of this process since the last call, its memory, and the GPUs."""
 
     def __init__(self) -> None:
         self._at, self._used = time.perf_counter(), self._cpu()

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: axes, lines, marks. Knows places on a page; refuses to know what the numbers mean."""
+"""Plots as inline SVG: axes, lines, marks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STYLE = (
 
 
 class Plot:
-    """A rectangle with two axes; what is added lies in data's own numbers. `svg()` is the whole."""
+    """A rectangle with two axes. Add lines and marks in data coordinates; `svg()` returns the picture."""
 
     def __init__(
         self, width: int, height: int, x: tuple[float, float], y: tuple[float, float], *, log_x: bool = False,

@@ -1,5 +1,4 @@
-"""What preemptions cost: tokens computed again, blocks moved, seconds lost, and for whom. Knows a log's events and
-segments; refuses to know why blocks ran out."""
+"""What preemptions cost: tokens recomputed, blocks moved, seconds lost, and which request needed the room."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """One preemption and what it cost. Times are ns; `resumed` and `again` are None while it has not come back."""
+    """One preemption and its cost. Times are ns; `resumed` and `again` are None until the request is back."""
 
     request: str
     step: int

@@ -1,5 +1,4 @@
-"""Prefixes as a tree, lookups as rows of blocks, eviction as queues. Knows chains of blocks; refuses to know what their
-tokens mean, unless it is handed a function that decodes them."""
+"""Prefixes as a tree, lookups as rows of blocks, eviction as queues. Tokens appear as text if a decoder is given."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One self-contained HTML page from an event log: plots as inline SVG, no script, nothing fetched. Knows events and
-numbers; refuses to know engines."""
+"""One self-contained HTML page from an event log: plots as inline SVG, no script, nothing is fetched."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""One request: where its tokens are, and when it came how far. Knows a request's counts and times, and a handle's text;
-refuses to know who serves it."""
+"""A view of one request: its tokens, its progress over time, and its text."""
 
 from __future__ import annotations
 

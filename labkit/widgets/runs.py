@@ -1,4 +1,4 @@
-"""A whole run, a line a request, and what its requests spent their time on. Knows segments; refuses to know events."""
+"""A whole run, one line per request, and what its requests spent their time on."""
 
 from __future__ import annotations
 

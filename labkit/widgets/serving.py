@@ -1,5 +1,4 @@
-"""The scheduler's rows and queue, the engine's parts, what it left behind. Knows their counts and settings; changes and
-decides nothing."""
+"""Views of the scheduler's rows and queue, the engine's parts, and the leak report."""
 
 from __future__ import annotations
 

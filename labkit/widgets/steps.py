@@ -1,5 +1,4 @@
-"""One step: what a plan asks for, and what came of it. Knows plans and outputs as columns; refuses to know who made
-them."""
+"""Views of one step: its plan and its outputs."""
 
 from __future__ import annotations
 

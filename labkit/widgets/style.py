@@ -1,5 +1,4 @@
-"""How pictures look: one stylesheet under one class, one palette, one meaning a colour. Knows HTML; refuses to know
-what is shown."""
+"""The look of all views: one stylesheet under one class, one palette, one meaning per colour."""
 
 from __future__ import annotations
 

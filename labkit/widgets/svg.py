@@ -1,5 +1,4 @@
-"""Shapes: cells, bars, areas, lines, a time axis, as inline SVG. Knows numbers and colours; refuses to know what they
-stand for. Labels come in as plain text and are escaped here."""
+"""Shapes as inline SVG: cells, bars, areas, lines, a time axis. Labels are plain text and are escaped here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Who did what when: an event log folded into segments, one after the other for each request. Knows events; refuses to
-know pictures, engines and schedulers.
+"""Turns an event log into segments: for each request, what state it was in from when to when.
 
-`segments(log)` folds a whole log. `Timeline` is the same fold, fed batch by batch while a run goes on.
+`segments(log)` processes a whole log. `Timeline` does the same batch by batch while a run goes on.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ WAITS = frozenset(("queued", "preempted", "swapped"))
 
 
 class Segment(NamedTuple):
-    """`request` was in one state from `begin` to `end` (ns). An end such as "finished" is a segment of no length."""
+    """`request` was in one state from `begin` to `end` (ns). An end such as "finished" is a segment of zero length."""
 
     request: str
     kind: str
@@ -95,7 +94,7 @@ def segments(log: Any, names: Iterable[str] | None = None) -> list[Segment]:
 
 @dataclass(slots=True)
 class _Track:
-    """Where one live request stands."""
+    """The current state of one live request."""
 
     order: int
     kind: str
@@ -111,7 +110,7 @@ class _Track:
 
 
 class _QueueClock:
-    """For how long each limit has held the head of the queue, and with it everyone behind."""
+    """How long each limit has held the head of the queue, and with it everyone behind."""
 
     def __init__(self) -> None:
         self.total: dict[str, int] = {}
@@ -130,10 +129,10 @@ class _QueueClock:
 
 
 class Timeline:
-    """The fold's state. `apply(batch)` takes O(1) an event, whatever went before.
+    """The running state. `apply(batch)` costs O(1) an event.
 
-    With a `log` it begins with what the log holds, and folds it again when the log was rewound; without one a rewind
-    makes it forget everything. At most `keep` closed segments are remembered, the latest.
+    With a `log` it starts with what the log holds, and processes the log again after a rewind. Without one, a rewind
+    makes it forget everything. At most the latest `keep` closed segments are kept.
 
     >>> timeline = Timeline(engine.log)
     >>> stop = engine.log.subscribe(lambda batches: [timeline.apply(batch) for batch in batches])

@@ -1,5 +1,4 @@
-"""Which picture belongs to which object. Knows names of classes and of functions that draw them; imports neither before
-one is to be drawn."""
+"""Which view belongs to which class. Classes and views are named here and imported only when needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Why one request waited: what held it when, behind whom, in words, as a picture and as a table. Knows a log's holds
-and segments; refuses to know who decides."""
+"""Why one request waited: what held it and when, and behind which request; as text, as a picture and as a table."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ _DURATION = NAMES["Step"].index("duration") - 2  # a row begins after step and n
 
 @dataclass(frozen=True)
 class Hold:
-    """Steps `first..last`, from `begin` to `end` (ns), in which `limit` kept a request, or the one it was `behind`."""
+    """Steps `first..last`, from `begin` to `end` (ns), in which `limit` held a request, or the one it was `behind`."""
 
     first: int
     last: int
@@ -118,7 +117,7 @@ def waiting(log: Any, request: Any) -> WaitingStory:
 
 
 class _Steps:
-    """When each step began and ended, by the log; what it has lost is as early as what it still has."""
+    """When each step began and ended, by the log. Steps that were trimmed count as early as the first that is left."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         rows = [(batch.step, batch.now, batch.now - batch.row[_DURATION]) for batch in batches if batch.row is not None]

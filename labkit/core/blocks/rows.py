@@ -1,4 +1,4 @@
-"""Block tables by row, as the scheduler uses them: reference counts, prefix cache, eviction. Knows no requests.
+"""Block tables by row, as the scheduler uses them: reference counts, prefix cache, eviction. Independent of requests.
 
 Layers that keep different parts of the context are in different *groups*: `windows[g]` is how many of the last tokens
 group g's layers attend to, None for all. A row has one table per group, all of equal length, over one pool; a block
