@@ -204,7 +204,7 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
     again, options = case.inputs(device, dtype)
     untouched, _ = case.inputs(device, dtype)
     if (wrong := compare(untouched, again, Tolerance(0.0, 0.0, ""), storage=True)).text:
-        raise AssertionError(f"case {case.name!r} of {op.name} gives other inputs each time: {wrong.text}")
+        raise AssertionError(f"make() of case {case.name!r} of {op.name} gives other inputs each time: {wrong.text}")
     before, begin = interpreted(), time.perf_counter()
     try:
         found = variant.function(*again, **options)

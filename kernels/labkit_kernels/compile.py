@@ -210,7 +210,7 @@ def resources(ptx: str, arch: int) -> tuple[int, int]:
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     if registers is None or not spilled:
-        raise RuntimeError(f"ptxas says nothing of registers: {done.stderr}")
+        raise RuntimeError(f"ptxas reported no registers: {done.stderr}")
     return int(registers[1]), sum(map(int, spilled))
 
 

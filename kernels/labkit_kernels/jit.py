@@ -28,7 +28,7 @@ def member(module: str, name: str, *parts: str) -> Any:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise changed(f"{module}.{name}, which is gone") from error
+        raise changed(f"{module}.{name}: it no longer exists") from error
     missing = [part for part in parts if not hasattr(found, part)]
     if missing:
         raise changed(f"{module}.{name}: it has no {', '.join(missing)}")

@@ -188,7 +188,9 @@ def recorded() -> Iterator[list[Launch]]:
         if threading.get_ident() != here:
             return run(self, *args, grid=grid, warmup=warmup, **options)
         if len(found) == LAUNCHES:
-            raise RuntimeError(f"{LAUNCHES} launches were recorded and none was run: the launcher waits for a result")
+            raise RuntimeError(
+                f"stopped after {LAUNCHES} recorded launches, which do not run: the launcher waits for a result"
+            )
         given = {name: value for name, value in options.items() if name in self.arg_names}
         bound = inspect.signature(self.fn).bind(*args, **given)
         bound.apply_defaults()

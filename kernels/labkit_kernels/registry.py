@@ -154,10 +154,12 @@ class Op:
     def case(self, *sizes: int) -> Any:
         """A case of these sizes: `rms_norm.case(512, 2048)`."""
         if self.sized is None:
-            raise ValueError(f"op {self.name} is not made by sizes: name one of its cases, or make a Case")
+            raise ValueError(f"op {self.name} is not made by sizes: name one of its cases, or pass a Case")
         named = list(inspect.signature(self.sized).parameters)
         if len(sizes) != len(named) or not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"a case of {self.name} is made by {', '.join(named)}, got {sizes}")
+            raise ValueError(
+                f"a case of {self.name} is made by {', '.join(named)}, got {sizes}: give that many positive numbers"
+            )
         return self.sized(*sizes)
 
     def load(self, device: str) -> None:

@@ -200,9 +200,11 @@ def _workload(args: argparse.Namespace, model: str) -> Any:
     if Path(args.workload).exists():
         loaded = workload.load(args.workload)
         if loaded.is_closed:
-            raise ValueError(f"{args.workload} has turns that wait for answers: labkit.Experiment serves those")
+            raise ValueError(f"{args.workload} has turns that wait for answers: use labkit.Experiment to serve it")
         return loaded
-    raise ValueError(f"--workload {args.workload!r} is no file and none of {', '.join(KINDS[:3])}, sharegpt:, trace:")
+    raise ValueError(
+        f"--workload {args.workload!r} is neither a file nor one of {', '.join(KINDS[:3])}, sharegpt:, trace:"
+    )
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,13 +223,13 @@ def _span(option: str, text: str) -> tuple[int, int]:
     try:
         return int(low), int(high or low)
     except ValueError:
-        raise ValueError(f"{option} is like 64-512, got {text!r}") from None
+        raise ValueError(f"{option} must look like 64-512, got {text!r}") from None
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
     for pair in given:
         if "=" not in pair:
-            raise ValueError(f"{option} is like vllm=/path/to/it, got {pair!r}")
+            raise ValueError(f"{option} must look like vllm=/path, got {pair!r}")
     return dict(pair.split("=", 1) for pair in given)
 
 

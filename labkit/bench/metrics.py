@@ -66,7 +66,7 @@ def parse_slo(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or name not in ("ttft", "tpot", "e2e"):
-            raise ValueError(f"--slo is like ttft=0.5,tpot=0.05 (of ttft, tpot, e2e, in seconds), got {part!r}")
+            raise ValueError(f"--slo must look like ttft=0.5,tpot=0.05 (of ttft, tpot, e2e, in seconds), got {part!r}")
         found[name] = float(value)
     return found
 
@@ -93,9 +93,9 @@ def parse_benchmark_output(given: str | Path | Mapping[str, Any]) -> dict[str, A
         try:
             found, _ = json.JSONDecoder().raw_decode(text[begin:])
         except ValueError as error:
-            raise ValueError(f"this is no result of labkit bench: {error}") from None
+            raise ValueError(f"this is not a result of labkit bench: {error}") from None
     if found.get("labkit_bench") != VERSION:
-        raise ValueError(f"this is no result of labkit bench, version {VERSION}: it has {sorted(found)[:6]}")
+        raise ValueError(f"this is not a result of labkit bench, version {VERSION}: it has {sorted(found)[:6]}")
     return found
 
 

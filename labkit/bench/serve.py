@@ -33,7 +33,9 @@ def run(
         over_http(workload, url, name, timeout) if url is not None else _in_process(workload, model, options or {})
     )
     if not timed:
-        raise RuntimeError(f"none of {len(workload.asks)} requests came back: {failed[0] if failed else 'no answer'}")
+        raise RuntimeError(
+            f"none of {len(workload.asks)} requests was answered: {failed[0] if failed else 'no answer'}"
+        )
     span = max(t.done for t in timed) - min(t.arrival for t in timed)
     out = sum(t.num_output for t in timed)
     found = {
@@ -136,7 +138,7 @@ def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
                 if piece.get("choices"):
                     seen.append(time.perf_counter())
         if not seen:
-            raise ValueError("the stream held no token")
+            raise ValueError("the server sent no token")
         return seen
     finally:
         connection.close()
@@ -145,7 +147,7 @@ def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
 def _address(url: str) -> Any:
     address = urlsplit(url if "//" in url else f"http://{url}")
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(f"a server's address is like http://127.0.0.1:8000, got {url!r}")
+        raise ValueError(f"a server's address must look like http://127.0.0.1:8000, got {url!r}")
     return address
 
 
@@ -158,7 +160,9 @@ def first_model(url: str, timeout: float = 10.0) -> str:
         answer = connection.getresponse()
         return str(json.loads(answer.read())["data"][0]["id"])
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{address.geturl()} names no model ({error}): is a server there? --name says which") from None
+        raise ValueError(
+            f"{address.geturl()} lists no model ({error}): check that a server runs there, or pass --name"
+        ) from None
     finally:
         connection.close()
 

@@ -51,7 +51,7 @@ class Workload:
         for i, ask in enumerate(self.asks):
             if ask.after is not None and not 0 <= ask.after < i:
                 raise ValueError(
-                    f"request {i} of workload {self.name!r} comes after {ask.after}, which is not before it"
+                    f"request {i} of workload {self.name!r} comes after {ask.after}, which is not an earlier one"
                 )
 
     @property
@@ -67,7 +67,7 @@ class Workload:
     def reseeded(self, seed: int) -> Workload:
         """Another draw of the same kind."""
         if self.again is None:
-            raise ValueError(f"workload {self.name!r} was not drawn from a seed: there is no other draw of it")
+            raise ValueError(f"workload {self.name!r} was not drawn from a seed, so it cannot be drawn again")
         return self.again(seed)
 
     @property
@@ -236,7 +236,7 @@ def _rng(num: int, seed: int) -> np.random.Generator:
 def draw_whole(rng: np.random.Generator, span: Range, num: int) -> list[int]:
     low, high = span
     if not 1 <= low <= high:
-        raise ValueError(f"a range of lengths goes from at least 1 up, got {low}-{high}")
+        raise ValueError(f"a range of lengths must be LOW-HIGH with 1 <= LOW <= HIGH, got {low}-{high}")
     return rng.integers(low, high + 1, num).tolist()
 
 

@@ -153,7 +153,9 @@ class SamplingParams:
         if not check(what):
             raise ValueError(f"structured_outputs[{kind!r}] cannot be {what!r}: see SamplingParams")
         if self.ignore_eos or self.min_tokens:
-            raise ValueError("structured_outputs end where their form ends: not with ignore_eos or min_tokens")
+            raise ValueError(
+                "structured_outputs cannot be combined with ignore_eos or min_tokens: they end where their form ends"
+            )
 
     def _check_capture(self) -> None:
         if self.capture is None:

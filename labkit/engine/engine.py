@@ -82,7 +82,7 @@ class Engine(Background, Shown):
         elif model is not None or options:
             given = "a model" if model is not None else ", ".join(options)
             raise TypeError(
-                f"Engine builds its parts from a model, or is given them: not {given} and scheduler, runner"
+                f"Engine takes a model and its options, or scheduler= and runner=, not both: leave out {given}"
             )
         check_parts(scheduler, runner, clock, tokenizer)
         assert scheduler is not None and runner is not None
@@ -133,7 +133,7 @@ class Engine(Background, Shown):
         with self.lock:
             for name in family:
                 if self.is_taken(name):
-                    raise ValueError(f"id {name!r} was submitted before, or names a table: ids are used once")
+                    raise ValueError(f"id {name!r} was submitted before, or names a table: use a new id")
             self.arriving |= family  # type: ignore[arg-type]
         try:
             if handle.arrival > self.clock.now():
@@ -252,7 +252,7 @@ class Engine(Background, Shown):
                 raise RuntimeError("the engine's own thread cannot wait for the engine")
             self.wakeup.wait(handle, seen, timeout)
         elif self.step() is None and not handle.ended and not self.is_running:
-            raise RuntimeError(f"{handle!r} is not this engine's, or was rewound: nothing is left to do")
+            raise RuntimeError(f"{handle!r} cannot finish here: it was rewound, or belongs to another engine")
 
     async def wait_past_async(self, handle: Handle, seen: int | None) -> int:
         while not has_news(handle, seen):
@@ -301,7 +301,7 @@ class Engine(Background, Shown):
 
         self._check_open()
         if rate is None and (mix is not None or num is not None):
-            raise ValueError("mix= and num= say which requests come: they need rate=, how many a second")
+            raise ValueError("mix= and num= describe the requests: they need rate= (requests a second)")
         load = None if rate is None else Load(rate, "mixed" if mix is None else mix, num, seed)
         return Dashboard(self.log, Player(self, load, speed))
 
@@ -363,7 +363,7 @@ class Engine(Background, Shown):
         """Go back to a snapshot of this engine. Every object and handle stays valid; the log is cut back, and its
         subscribers are told `Rewound`. Requests submitted since are marked `rewound`."""
         if not isinstance(snapshot, Snapshot):
-            raise TypeError(f"restore takes what snapshot() gave, got {snapshot!r}")
+            raise TypeError(f"restore needs a Snapshot from snapshot(), got {snapshot!r}")
         self._call(lambda: self._restore(snapshot))
 
     def _restore(self, snapshot: Snapshot) -> None:

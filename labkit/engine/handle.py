@@ -111,7 +111,7 @@ class Handle(Request):
         """The layer's output [tokens, hidden size], or its attention as a list of [heads, queries, keys] by chunk."""
         parts = self.captures.get((what, layer))
         if parts is None:
-            raise ValueError(f"request {self.id!r} captured nothing of {what!r}, layer {layer}: ask with capture=")
+            raise ValueError(f"request {self.id!r} captured nothing of {what!r}, layer {layer}: name it in capture=")
         if what == "attention":
             return [array for _, array in parts]
         import torch

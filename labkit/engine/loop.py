@@ -212,12 +212,14 @@ class Loop:
         head = s.queue.peek() if s.queue else None
         held = {name: len(blocks.table(name)) for name in blocks.tables.row_of if name not in s.requests}
         stuck = next((s.row_request[row] for row in s.held), None)
-        who = f"request {head.id!r} needs {blocks.blocks_for(head.num_tokens)} blocks" if head else "nobody can go on"
+        who = (
+            f"request {head.id!r} needs {blocks.blocks_for(head.num_tokens)} blocks" if head else "no request can go on"
+        )
         if head is None and stuck is not None:
             who = f"request {stuck.id!r} needs {blocks.blocks_for(stuck.num_tokens)} blocks in all and runs out of them"
         others = f"; tables made outside the engine hold {held}: free them" if held else ""
         raise StalledError(
-            f"{s.num_waiting} wait and none can be computed: {who}, {blocks.available} are available{others}"
+            f"{s.num_waiting} requests wait and none can run: {who}, {blocks.available} are available{others}"
         )
 
     def drain(self) -> None:

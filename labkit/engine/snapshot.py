@@ -98,7 +98,7 @@ def take_snapshot(engine: Stateful) -> Snapshot:
 
 def restore_engine(engine: Stateful, snapshot: Snapshot) -> None:
     if snapshot.engine is not engine:
-        raise ValueError("this snapshot was taken of another engine")
+        raise ValueError("this snapshot belongs to another engine")
     known = {id(thing) for thing, _ in snapshot.state}
     engine.log.flush(engine.scheduler.step, engine.clock.now())
     engine.log.rewind(snapshot.mark)

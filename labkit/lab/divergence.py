@@ -186,7 +186,7 @@ def divergence(
     with settled(*asked, model, prompt, max_tokens) as sides:
         one, other = (_look(side, model, prompt, max_tokens) for side in sides)
         if one.ids != other.ids:
-            raise ValueError("the prompt is other tokens in b than in a: the two engines serve different models")
+            raise ValueError("a and b encode the prompt as different tokens: compare engines with the same model")
         place = first_difference(one.plain, other.plain)
         seen = first_difference(one.handle.output_ids, other.handle.output_ids)
         at = place if seen is None else seen

@@ -109,8 +109,8 @@ class Side:
             if self.cached and not handle.num_cached:
                 size = engine.blocks.block_size
                 raise ValueError(
-                    f"cached: none of the {len(ids)} prompt tokens came out of the prefix cache: it takes blocks of "
-                    f"{size} that are full before the last token, and prefix_caching"
+                    f"cached: none of the {len(ids)} prompt tokens came from the prefix cache: that needs blocks of "
+                    f"{size} that are full before the last token, and prefix_caching=True"
                 )
         return handle
 
@@ -121,7 +121,7 @@ def settled(a: Side, b: Side, model: Any, prompt: Any, max_tokens: int) -> Itera
     given = a.engine or b.engine
     for side in (a, b):
         if side.options and given is not None and model is None:
-            raise ValueError(f"{side!r}: an engine is built for this: say of which model=")
+            raise ValueError(f"{side!r} needs an engine of its own: pass model=")
         if side.engine is not None and not hasattr(side.engine.runner, "model"):
             raise ValueError(f"{side.engine.runner!r} has no layers: divergence compares engines with a model")
     if given is not None:

@@ -128,7 +128,7 @@ def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max
         raise ValueError("there is no prompt: give one, or a list of them")
     model = getattr(engine.runner, "model", None)
     if model is None:
-        raise ValueError(f"{engine.runner!r} calls no ops: a variant is tried in an engine with a model")
+        raise ValueError(f"{engine.runner!r} has no model and calls no ops: use an engine with a model")
     report = check(op, variant, device=model.device, dtypes=[model.dtype])
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=NEAR)
     calls = {"variant": 0}
@@ -159,7 +159,7 @@ def alone(engine: Engine) -> Iterator[None]:
     try:
         if engine.scheduler.has_work or engine.arriving:
             raise ValueError(
-                f"{engine!r} has requests to serve, and they would be computed by the variant too: wait for them, "
+                f"{engine!r} has requests to serve, which the variant would compute too: wait for them, "
                 "abort them, or use engine.fork()"
             )
         yield

@@ -75,7 +75,7 @@ def _build(
         return Decoder(config, weights, dtype, device, length, deterministic)
     if deterministic:
         raise ValueError(
-            f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or none was asked for"
+            f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or path= rules it out"
         )
     from labkit.models.transformers import TransformersModel
 

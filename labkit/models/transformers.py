@@ -117,7 +117,7 @@ class TransformersModel:
     ) -> None:  # fmt: skip
         kind = config.model_type
         if kind in WRONG:
-            raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} does not reach an attention from outside")
+            raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} is not passed through the attention interface")
         _refuse_lengths(config, max_model_len)
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.causal = self._load(config, source, folder, trust_remote_code)

@@ -125,7 +125,7 @@ def trust(notebook: Path) -> None:
     try:
         NotebookNotary().sign(nbformat.read(notebook, as_version=4))
     except (OSError, sqlite3.Error) as error:
-        print(f"{notebook.name} could not be signed, so its pictures show once it is run: {error}")
+        print(f"{notebook.name} could not be signed, so its pictures appear only after you run it: {error}")
 
 
 def lab(

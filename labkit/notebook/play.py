@@ -225,9 +225,9 @@ class Player:
         """Until all is served, or it was stopped. Ctrl-C pauses it and goes on to the caller."""
         deadline = None if timeout is None else time.monotonic() + duration("timeout", timeout)
         if timeout is None and self.load is not None and self.load.num is None and self.load.rate:
-            raise ValueError(f"{self.load!r} has no end: give it num=, or wait(timeout=)")
+            raise ValueError(f"{self.load!r} has no end: give it num=, or use wait(timeout=)")
         if self.state == "paused":
-            raise RuntimeError("it is paused: nothing would end the waiting; play() goes on")
+            raise RuntimeError("the player is paused, so waiting would never end: call play() first")
         self._num_waiting += 1
         try:
             while not self._over.wait(0.1):

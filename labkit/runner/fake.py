@@ -87,7 +87,7 @@ class FakeRunner:
             length = int(plan.start[entry] + plan.count[entry])
             context = self._context(int(plan.rows[entry]), length)
             join = self.rows.joins[row]
-            assert join is not None, f"row {row} samples and never joined"
+            assert join is not None, f"row {row} samples but never joined"
             tokens[i] = next_token(self.seed, (join.params.seed or 0) + join.sample, context, self.vocab_size)
         self.rows.latest[plan.sample_row] = tokens
         return tokens

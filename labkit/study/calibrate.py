@@ -112,14 +112,14 @@ def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Cal
     else:
         raise TypeError(f"calibrate takes an Engine or an EventLog, got {source!r}")
     if len(work) < LEAST_STEPS:
-        raise ValueError(f"four constants need {LEAST_STEPS} steps at least, and there are {len(work)}")
+        raise ValueError(f"calibrate needs {LEAST_STEPS} steps at least, and there are {len(work)}")
     return Calibration(_fit(work), tuple(work), num_unclear)
 
 
 def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
     """One request alone, then all at once: small steps and large ones, short contexts and long."""
     if engine.is_running or engine.scheduler.has_work:
-        raise RuntimeError("the engine is at work: pause() it and let it finish first")
+        raise RuntimeError("the engine is at work: let it finish, then pause() it")
     scheduler, blocks = engine.scheduler, engine.blocks
     longest = min(scheduler.max_model_len or 1024, 1024, blocks.num_blocks * blocks.block_size // 4)
     if longest < 32:

@@ -103,7 +103,7 @@ class Experiment:
         if speed is not None:
             real("speed", speed, least=0.0, open_left=True)
             if self.model is not None or "model" in self.grid:
-                raise ValueError("speed is of a virtual clock: a model takes the time it takes")
+                raise ValueError("speed= needs a simulation: a model runs in real time")
         planned = [(seed, *setting) for setting in settings_of(self.grid) for seed in range(self.repeats)]
         view = self._open_live(live, planned)
         runs: list[Run] = []

@@ -46,11 +46,11 @@ def check_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], vali
         if not values:
             raise ValueError(f"grid[{name!r}] is empty: give it at least one value")
         if name in fixed:
-            raise TypeError(f"{name!r} is in the grid and given besides: leave one of them out")
+            raise TypeError(f"{name!r} is in the grid and also passed by name: leave one of them out")
     check_names("Experiment", [*grid, *fixed], valid)
     for short, name in SHORT.items():
         if short in {*grid, *fixed} and name in {*grid, *fixed}:
-            raise TypeError(f"{short!r} is another word for {name!r}: give one of them")
+            raise TypeError(f"{short!r} is short for {name!r}: give one of them")
 
 
 def settings_of(grid: Mapping[str, Sequence[Any]]) -> list[tuple[Setting, Setting]]:
@@ -107,11 +107,11 @@ def make_engine(setting: Mapping[str, Any], runner: Any, model: str | None, log:
 
 def check_runner(runner: Any) -> None:
     if runner is not None and not isinstance(runner, (SimRunner, FakeRunner)) and not hasattr(runner, "launch"):
-        raise TypeError(f"runner must be a SimRunner(), a FakeRunner() or alike, got {runner!r}")
+        raise TypeError(f"runner must be a SimRunner(), a FakeRunner() or a similar object, got {runner!r}")
 
 
 def _changed(runner: Any, options: Mapping[str, float]) -> SimRunner:
     if not isinstance(runner, SimRunner):
-        raise TypeError(f"{', '.join(options)} are a SimRunner's, and this is {runner!r}")
+        raise TypeError(f"{', '.join(options)} are options of a SimRunner, but runner is {runner!r}")
     old = {name: getattr(runner, name) for name in (*OF_SIMULATOR, "seed", "vocab_size")}
     return SimRunner(**{**old, **options})

@@ -143,9 +143,9 @@ class Study:
                     )
             return figure
         if x not in self.names:
-            raise ValueError(f"x is a setting of the grid, or 'time', and not {x!r}; {closest(x, self.names)}")
+            raise ValueError(f"x must be a setting of the grid or 'time', got {x!r}; {closest(x, self.names)}")
         if y not in self.metrics:
-            raise ValueError(f"y is something measured, and not {y!r}; {closest(y, self.metrics)}")
+            raise ValueError(f"y must be a measured column, got {y!r}; {closest(y, self.metrics)}")
         if hidden := [name for name in self.names if name not in (x, *by) and len(set(self._values(name))) > 1]:
             raise ValueError(f"{', '.join(hidden)} varies as well: add it to by=")
         groups: dict[str, dict[Any, list[float]]] = {}
@@ -227,12 +227,12 @@ class Study:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(found, dict) or found.get("labkit_study") != VERSION:
-            raise ValueError(f"{path} is no study, version {VERSION}, that Study.save wrote")
+            raise ValueError(f"{path} is not a study saved by Study.save, version {VERSION}")
         try:
             runs = [_run(run) for run in found["runs"]]
             named = {name: found[name] for name in ("names", "workload", "runner", "num_planned")}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is a study with something missing: {error}") from None
+            raise ValueError(f"{path} is a study with missing data: {error}") from None
         return cls(runs, **named)
 
 

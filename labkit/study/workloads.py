@@ -172,7 +172,7 @@ def mixed(*workloads: Workload) -> Workload:
     Workload(Poisson, 4/s + 2 chats of 2-6 turns, 1/s: 20 requests, 1,697 prompt + 1,526 output tokens)
     """
     if not workloads:
-        raise ValueError("mixed takes one workload at least")
+        raise ValueError("mixed needs at least one workload")
     entries = [(w, i, ask) for w, workload in enumerate(workloads) for i, ask in enumerate(workload.asks)]
     opening = sorted((entry for entry in entries if entry[2].after is None), key=lambda entry: entry[2].arrival)
     order = opening + [entry for entry in entries if entry[2].after is not None]

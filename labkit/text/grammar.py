@@ -28,7 +28,9 @@ class Grammar:
             raise ValueError("structured_outputs need llguidance: pip install 'labkit[structured]'") from error
         ((self.kind, what),) = form.items()
         if not end_ids:
-            raise ValueError("structured_outputs end with an end token: this model names none, or ignore_eos is set")
+            raise ValueError(
+                "structured_outputs need an end-of-sequence token: this model has none, or ignore_eos is set"
+            )
         try:
             source = _source(LLMatcher, self.kind, what)
         except (TypeError, ValueError) as error:
@@ -64,7 +66,7 @@ class Progress:
 
         new, self.num_consumed = output[self.num_consumed :], len(output)
         if new and not self.matcher.consume_tokens(new):
-            raise ValueError(f"the grammar does not allow what was written: {_first_line(self.matcher.get_error())}")
+            raise ValueError(f"the text does not fit the grammar: {_first_line(self.matcher.get_error())}")
         allowed = np.zeros(len(logits), bool)
         if self.matcher.is_stopped():
             allowed[self.end_ids] = True

@@ -84,11 +84,11 @@ class Tokenizer:
             slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
-                f"{folder} holds no tokenizer that can be read: {error} (skip_tokenizer_init=True does without)"
+                f"{folder} holds no tokenizer that can be read: {error} (skip_tokenizer_init=True goes without one)"
             ) from error
         backend = getattr(slow, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(f"{folder} has a tokenizer of a kind without a tokenizer.json: save a fast one beside it")
+            raise ValueError(f"{folder} has only a slow tokenizer: save a fast one (tokenizer.json) there")
         return cls(backend, config, template or slow.chat_template)
 
     @property

@@ -133,7 +133,7 @@ class Dashboard:
 
     def _driven(self) -> Any:
         if self.player is None:
-            raise RuntimeError("a saved log does not play: show(step) goes to any of its steps")
+            raise RuntimeError("a saved log cannot be played: show(step) shows any of its steps")
         return self.player
 
     # -- looking -------------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def lookup(
     else:
         if isinstance(what, str):
             if not hasattr(tokenizer, "encode"):
-                raise TypeError("text needs a tokenizer, and there is none here: give token ids")
+                raise TypeError("text needs a tokenizer, and the engine has none: pass token ids")
             what = tokenizer.encode(what)
         tokens = as_tokens(what, "tokens")
         asked = f"{plural(len(tokens), 'token')}, now"

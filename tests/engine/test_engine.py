@@ -151,7 +151,7 @@ def test_handles_and_parts_stay_valid_through_a_restore():
 def test_a_snapshot_belongs_to_its_engine():
     eng, _ = busy()
     other, _ = busy()
-    with pytest.raises(ValueError, match="taken of another engine"):
+    with pytest.raises(ValueError, match="belongs to another engine"):
         other.restore(eng.snapshot())
 
 

@@ -128,7 +128,7 @@ def test_settings_that_cannot_be_are_named(engine):
         lk.divergence({}, "bfloat16", PROMPT)
     with pytest.raises(ValueError, match="cannot be changed in an engine that exists"):
         lk.divergence(engine, (engine, {"dtype": "float32"}), PROMPT)
-    with pytest.raises(ValueError, match="say of which model="):
+    with pytest.raises(ValueError, match="pass model="):
         lk.divergence(engine, {"dtype": "float32"}, PROMPT)
     with pytest.raises(ValueError, match="has no variant 'nobody'"):
         lk.divergence({}, {"use": {"rms_norm": "nobody"}}, PROMPT)

@@ -84,7 +84,7 @@ def run(where: Where, names: Sequence[str], file: str | None, budget: float = 42
             Path(file).write_text(json.dumps(result, indent=1) + "\n")
         print(f"{part.name:18} {found['took']:6.1f} s  {_line(found)}", flush=True)
         if part.name in ("check", "gate") and found.get("ok") is False:
-            print("what is not right is not timed")
+            print("nothing is timed, because this check failed")
             break
     return result
 
@@ -152,10 +152,10 @@ def command(args: argparse.Namespace) -> int:
     names = [name for name in args.only.split(",") if name]
     for name in names:
         if name not in {part.name for part in PARTS}:
-            raise ValueError(f"--only {name!r} is none of {', '.join(part.name for part in PARTS)}")
+            raise ValueError(f"--only {name!r} is not one of {', '.join(part.name for part in PARTS)}")
     if args.device == "cpu" and not args.quick:
         raise ValueError("on a CPU only --quick makes sense: labkit bench throughput measures CPUs")
     if args.device != "cpu" and not torch.cuda.is_available():
-        raise RuntimeError("no GPU is visible to torch; --quick --device cpu shows that everything runs")
+        raise RuntimeError("no GPU is visible to torch; --quick --device cpu tries every part without one")
     result = run(Where(args.device, args.quick), names, args.json, args.budget)
     return int(any("error" in found or found.get("ok") is False for found in result["parts"].values()))

@@ -84,7 +84,7 @@ def measured(where: Where, eng: Engine, steps: int) -> dict[str, Any]:
 
     each, cpu = in_engine(eng, timed)
     if num_captured(eng) != captured:
-        raise RuntimeError("a graph was captured inside the timed stretch: these times are not steps")
+        raise RuntimeError("a graph was captured during the timed steps, so their times are wrong: run it again")
 
     def recorded() -> dict[str, Any]:
         def run() -> None:

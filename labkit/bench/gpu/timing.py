@@ -132,5 +132,5 @@ def profiled(where: Where, run: Callable[[], Any], steps: int) -> dict[str, Any]
 def share(part: float, whole: float) -> float:
     """`part` of a limit. More than all of it means that the limit was measured wrongly: then there is no figure."""
     if part > 1.02 * whole:
-        raise ValueError(f"{part:.4g} is {part / whole:.0%} of the limit {whole:.4g}: the limit was measured wrongly")
+        raise ValueError(f"{part:.4g} is {part / whole:.0%} of the limit {whole:.4g}: the limit was measured too low")
     return part / whole

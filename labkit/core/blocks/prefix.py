@@ -259,7 +259,7 @@ class PrefixCache(Shown):
 
     def hash_of(self, block: int) -> bytes:
         """What a stored block is found by."""
-        assert self.stored[block], f"block {block} holds nothing"
+        assert self.stored[block], f"block {block} is not stored"
         digest: bytes = self._hash_of[block].tobytes()
         return digest
 
@@ -271,7 +271,7 @@ class PrefixCache(Shown):
     def remove(self, blocks: list[int], step: int, requests: Sequence[str | None]) -> None:
         """Forget what these blocks held: evicted at `step`, each for one of `requests`."""
         at = np.array(blocks, np.int64)
-        assert self.stored[at].all(), f"one of the blocks {blocks} holds nothing"
+        assert self.stored[at].all(), f"one of the blocks {blocks} is not stored"
         joined = self._hash_of[at].tobytes()
         parents = self.parent_of[at]
         same = self._parent_stamp[at] == self._stamp[parents]
@@ -397,7 +397,7 @@ class PrefixCache(Shown):
         known = {digest: {block, *self.spares.get(digest, ())} for digest, block in self.block_of.items()}
         assert copies == known, "the hash map and the blocks disagree"
         assert self.spares.keys() <= self.block_of.keys(), "a spare without a first copy"
-        assert (children[1:] == self.children[1:]).all(), "children are miscounted"
-        assert self.ghost_step.keys() == self.ghost_for.keys(), "half a ghost"
-        assert len(self.ghost_step) <= 4 * self.num_blocks, "ghosts are unbounded"
+        assert (children[1:] == self.children[1:]).all(), "the counts of cached children are wrong"
+        assert self.ghost_step.keys() == self.ghost_for.keys(), "ghost_step and ghost_for have different keys"
+        assert len(self.ghost_step) <= 4 * self.num_blocks, "more ghosts than 4 * num_blocks"
         assert not (self.ghost_step.keys() & self.block_of.keys()), "a stored hash is also a ghost"

@@ -56,7 +56,7 @@ class RowBlocks:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
         if not self.windows:
-            raise ValueError("windows is one entry a group of layers, None for full attention: got none")
+            raise ValueError("windows must have one entry per group of layers (None: full attention), got an empty one")
         self.num_groups = len(self.windows)
         self.pool = BlockPool(num_blocks)
         self.host = BlockPool(num_host_blocks)
@@ -413,7 +413,9 @@ class RowBlocks:
             for group, window in self._windowed:
                 front = tables.front[group, row]
                 assert not tables.blocks[group, row, :front].any(), f"row {row} holds blocks before its window"
-                assert front * self.block_size <= max(tables.num_computed[row] - window + 1, 0), f"row {row}: front"
+                assert front * self.block_size <= max(tables.num_computed[row] - window + 1, 0), (
+                    f"row {row} has released blocks inside its window"
+                )
             assert tables.num_computed[row] <= tables.num_tokens[row], f"row {row}: more computed than known"
             assert tables.num_computed[row] <= tables.room[row], f"row {row}: more computed than there is room for"
         for pin in self.pins:
@@ -422,12 +424,14 @@ class RowBlocks:
         candidates = self._eviction.candidates()
         assert len(candidates) == len(self._eviction), "the eviction policy miscounts its candidates"
         places = np.concatenate((np.flatnonzero(counted), np.array(pool.free + candidates, np.int64)))
-        assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, "a block is lost or twice"
-        assert self.prefix.stored[candidates].all(), "a candidate for eviction holds nothing"
+        assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, (
+            "a block is missing or counted twice"
+        )
+        assert self.prefix.stored[candidates].all(), "a candidate for eviction is not stored"
         assert not self.prefix.stored[pool.free].any(), "a free block still has a hash"
         self.prefix.check()
         host = self.host
-        assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is lost"
+        assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is missing"
 
 
 def _tell_time(policy: EvictionPolicy, now: int) -> None:

@@ -204,7 +204,7 @@ class EventLog(Shown):
             try:
                 step, now, event = parse(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"line {number} is no event: {error}") from error
+                raise ValueError(f"line {number} is not an event: {error}") from error
             if moment is not None and moment != (step, now):
                 log.flush(*moment)
             moment = (step, now)
@@ -226,4 +226,4 @@ def _read_header(line: str) -> int:
             return whole("trimmed", header["trimmed"], least=0)
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError("this is no labkit event log: its first line should say so")
+    raise ValueError("this is not a labkit event log: its first line is no log header")

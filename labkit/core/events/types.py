@@ -237,10 +237,10 @@ _COUNTS = frozenset(("step", "now", "num_prompt", "row", "num_output", *NAMES["S
 def parse(record: Any) -> tuple[int, int, tuple[Any, ...]]:
     """A saved line as (step, now, the event as the hot path writes it), or a ValueError that names what is wrong."""
     if not isinstance(record, dict):
-        raise ValueError(f"it holds {record!r}, no JSON object")
+        raise ValueError(f"it holds {record!r}, which is not a JSON object")
     kind = record.get("event")
     if not isinstance(kind, str) or kind not in EVENTS:
-        raise ValueError(f"there is no event {kind!r}")
+        raise ValueError(f"unknown event {kind!r}")
     for column in fields(EVENTS[kind]):
         name = column.name
         if name not in record:

@@ -78,6 +78,6 @@ class PendingPrefixes:
         return free
 
     def check(self) -> None:
-        assert sum(map(len, self.parked.values())) == len(self.hash_for), "a parked request is lost"
-        assert self.parked.keys() <= self.row_of.keys(), "a request waits for a prefix that nobody computes"
+        assert sum(map(len, self.parked.values())) == len(self.hash_for), "the counts of parked requests disagree"
+        assert self.parked.keys() <= self.row_of.keys(), "a request waits for a prefix that no row computes"
         assert sum(map(len, self.hashes_of.values())) == len(self.row_of), "a pending hash has no row"

@@ -125,7 +125,7 @@ class WaitingQueue:
         if shape != self._shape:
             raise ValueError(
                 f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}, which cannot be compared with its "
-                f"earlier keys: all need one form"
+                f"earlier keys: all keys need the same form"
             )
         return key
 

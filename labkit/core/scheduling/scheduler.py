@@ -75,7 +75,7 @@ class Scheduler(SchedulerState, Shown):
         log: EventLog | None = None,
     ) -> None:
         if not isinstance(blocks, BlockManager):
-            raise ValueError(f"a Scheduler stands on a BlockManager, got {type(blocks).__name__}")
+            raise ValueError(f"a Scheduler needs a BlockManager, got {type(blocks).__name__}")
         if blocks.attached or blocks.emit is not None:
             raise ValueError(f"{blocks!r} already serves a scheduler: make another BlockManager")
         self.max_num_seqs = whole("max_num_seqs", max_num_seqs, least=1, most=2**20)
@@ -132,14 +132,14 @@ class Scheduler(SchedulerState, Shown):
     def check_new(self, ids: Iterable[str]) -> None:
         for id in ids:
             if id in self.requests or id in self.ended or id in self.tables.row_of:
-                raise ValueError(f"id {id!r} was submitted before, or names a table: ids are used once")
+                raise ValueError(f"id {id!r} was submitted before, or names a table: use a new id")
 
     def submit(self, request: Request, now: int) -> None:
         """Put a request, and the samples forked from it later, at its place in the queue."""
         family = [request, *request.samples]
         self.check_new(member.id for member in family)
         if request.params.max_tokens is None:
-            raise ValueError(f"request {request.id!r} has no max_tokens: the most it may have is room_for(num_prompt)")
+            raise ValueError(f"request {request.id!r} has no max_tokens: set it, to at most room_for(num_prompt)")
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"

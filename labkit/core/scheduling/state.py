@@ -248,15 +248,17 @@ class SchedulerState:
         assert self.num_submitted == going_on + ended, f"{self.num_submitted} submitted, {going_on} live, {ended} ended"
         assert len(self.requests) == going_on, f"{len(self.requests)} live requests, {going_on} counted"
         running = [*self.decoding.tolist(), *self.prefilling]
-        assert len(set(running)) == len(running), "a row is in two places"
+        assert len(set(running)) == len(running), "a row is listed twice"
         assert len(running) <= self.width, "more rows than there are"
         promised = [child_row for forks in self.forks.values() for _, child_row, _ in forks]
         rows = [*running, *self.draining, *promised, *self.free_rows]
-        assert sorted(rows) == sorted(set(rows)) and len(rows) == self.width, "a row is lost or twice"
+        assert sorted(rows) == sorted(set(rows)) and len(rows) == self.width, "a row is missing or counted twice"
         tables = self.tables
         for row in running:
             request = self.row_request[row]
-            assert request is not None and request.row == row and request.status is Status.RUNNING, f"row {row} astray"
+            assert request is not None and request.row == row and request.status is Status.RUNNING, (
+                f"row {row} and its request disagree"
+            )
             computed, scheduled, known = tables.num_computed[row], self.scheduled[row], tables.num_tokens[row]
             in_flight = sum(int((plan.sample_row == row).sum()) for plan in self.in_flight)
             assert computed <= known, f"row {row}: {computed} computed of {known} known"
@@ -264,13 +266,13 @@ class SchedulerState:
             assert scheduled <= tables.room[row], f"row {row}: {scheduled} scheduled, room for {tables.room[row]}"
         host = sum(len(request.host_blocks) - request.host_blocks.count(0) for request in self.requests.values())
         host += sum(len(blocks) for _, blocks in self.host_releases)
-        assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is lost"
+        assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is missing"
 
     def check_idle(self) -> None:
         """After the last request: every count is zero but people's own tables and pins."""
         self.check()
-        assert not self.requests and not self.draining and not self.forks, "a request is left"
-        assert not self.pending.row_of and not self.held and not self.chunk_of, "a trace of a request is left"
-        assert len(self.blocks.host.free) == self.blocks.host.num_blocks, "a host block is left"
+        assert not self.requests and not self.draining and not self.forks, "a request that ended is left"
+        assert not self.pending.row_of and not self.held and not self.chunk_of, "state of a request that ended is left"
+        assert len(self.blocks.host.free) == self.blocks.host.num_blocks, "a host block was not freed"
         if not self.blocks.tables.row_of and not self.blocks.pins:
-            assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks are left in use"
+            assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks were not freed"
