@@ -43,7 +43,7 @@ CONTEXT, LONG = 1024, 2048  # most steps; the last sixth
 
 
 def sources(most_files: int | None = None) -> tuple[list[str], list[str]]:
-    """The standard library's files as text: to train on, and held out. A file's own path decides which."""
+    """The standard library's files as text, split into training and held-out files by a file's own path."""
     root = Path(sysconfig.get_path("stdlib"))
     train, held_out = [], []
     paths = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
@@ -59,7 +59,7 @@ def sources(most_files: int | None = None) -> tuple[list[str], list[str]]:
 
 
 def chats(texts: list[str], rng: random.Random) -> list[list[dict[str, str]]]:
-    """Questions that the sources themselves answer: what a function does, what its code is."""
+    """Question and answer pairs taken from the sources: what a function does, what its code is."""
     found = []
     for text in texts:
         try:
@@ -91,7 +91,7 @@ def chats(texts: list[str], rng: random.Random) -> list[list[dict[str, str]]]:
 
 
 def make_tokenizer(texts: list[str]):
-    """Byte-level BPE: any text comes back as it went in."""
+    """Byte-level BPE, so that any text survives encoding and decoding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -123,12 +123,12 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def chat_text(messages: list[dict[str, str]]) -> str:
-    """What TEMPLATE writes."""
+    """The same text that TEMPLATE produces."""
     return "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
 
 
 def encode(tokenizer, texts: list[str]) -> np.ndarray:
-    """One stream, each text behind an <|endoftext|>."""
+    """One stream of tokens, each text followed by <|endoftext|>."""
     end = tokenizer.token_to_id("<|endoftext|>")
     stream: list[int] = []
     for encoding in tokenizer.encode_batch(texts):
@@ -209,7 +209,8 @@ def loss_of(model, batch: torch.Tensor) -> torch.Tensor:
 
 
 def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: bool, save) -> tuple:
-    """Trains for so many steps, the rate at 0 by then. Gives the model, steps, tokens, [(step, loss)]."""
+    """Train for this many steps, with a learning rate that ends at 0. Returns the model, steps, tokens, [(step,
+    loss)]."""
     seed = 0
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -247,7 +248,7 @@ def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: 
 
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, texts: list[str], length: int = 1024, stride: int = 512) -> float:
-    """Teacher-forced over windows that overlap; each text's bytes all count."""
+    """Teacher-forced over overlapping windows; every byte of each text counts."""
     bits = 0.0
     for text in texts:
         ids = torch.from_numpy(encode(tokenizer, [text])[:-1].astype(np.int64))
@@ -264,7 +265,8 @@ def bits_per_byte(model, tokenizer, texts: list[str], length: int = 1024, stride
 
 
 def xz_bits_per_byte(texts: list[str]) -> float:
-    """xz -9e over everything in one stream: the harder comparison, as it learns from one file for the next."""
+    """xz -9e over all texts as one stream. This is the harder comparison, as xz then learns from one file for the
+    next."""
     data = "".join(texts).encode()
     return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(data))
 

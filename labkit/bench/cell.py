@@ -69,8 +69,8 @@ class Timing:
 def measure(
     function: Callable[[], Any], *, repeats: int = 20, warmup: int = 2, what: str = "", budget: float = BUDGET
 ) -> Timing:
-    """Call it `warmup` times, then time it `repeats` times, or fewer when they take more than `budget` seconds. A GPU's
-    work is waited for; the garbage collector is left as it is, as it is in use.
+    """Call it `warmup` times, then time it `repeats` times, or fewer if they take more than `budget` seconds. Waits for
+    a GPU's work. The garbage collector stays on, as in normal use.
 
     >>> measure(lambda: sum(range(100)), repeats=5, what="a sum").what
     'a sum'
@@ -90,7 +90,7 @@ def measure(
 
 
 def measure_engine(engine: Engine, *, repeats: int = 10_000, warmup: int = 2) -> Timing:
-    """Time an engine's steps, one by one, until it has nothing left to do or `repeats` were taken."""
+    """Time an engine's steps one by one, until nothing is left to do or `repeats` steps were timed."""
     whole("repeats", repeats, least=1)
     if engine.is_running:
         raise IdleError("the engine steps by itself in the background: pause() it first")

@@ -35,7 +35,7 @@ class Gate:
 def check(
     model: str, dtype: str = "bfloat16", device: str = "cpu", *, num_prompts: int = 3, length: int = 96, seed: int = 0
 ) -> Gate:
-    """Loads the model twice and compares; a second or two a gigabyte."""
+    """Loads the model twice and compares. Takes a second or two per gigabyte."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

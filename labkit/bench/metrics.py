@@ -37,12 +37,12 @@ class Timed:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds a token after the first; a request of one token has none."""
+        """Seconds per token after the first; None for a request of one token."""
         return (self.done - self.first) / (self.num_output - 1) if self.num_output > 1 else None
 
 
 def latencies(requests: Sequence[Timed], slo: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Percentiles of TTFT, TPOT, ITL and E2E in seconds, and the requests a second that met the objective."""
+    """Percentiles of TTFT, TPOT, ITL and E2E in seconds, and goodput: the requests a second that met the objective."""
     found: dict[str, Any] = {}
     columns = {
         "ttft": [r.ttft for r in requests],
@@ -82,7 +82,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: 
 
 
 def parse_benchmark_output(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A result of `labkit bench`: a file's path, its text, or a whole terminal's output that ends with it."""
+    """A result of `labkit bench`, from a file's path, its text, or a terminal's output that ends with it."""
     if isinstance(given, Mapping):
         found = dict(given)
     else:
@@ -100,7 +100,7 @@ def parse_benchmark_output(given: str | Path | Mapping[str, Any]) -> dict[str, A
 
 
 def calculate_performance_improvement(ours: Any, theirs: Any) -> dict[str, float]:
-    """How many times better ours is, metric by metric: tokens a second as they are, seconds the other way round.
+    """How many times better ours is, for each metric: ours / theirs for tokens a second, theirs / ours for seconds.
 
     Both are results of `labkit bench` (anything that `parse_benchmark_output` reads), or plain mappings of metrics.
     """

@@ -167,7 +167,7 @@ BACKENDS = {
 
 
 def peak_memory():
-    """Bytes that this process and those it started have held at most; None where the system does not say."""
+    """Peak memory of this process and its children in bytes; None if the system does not report it."""
     try:
         parents, peaks = {}, {}
         for name in filter(str.isdigit, os.listdir("/proc")):

@@ -56,7 +56,7 @@ def workload_html(workload: Drawable) -> str:
 
 
 def shared(workload: Drawable) -> float:
-    """The share of prompt tokens that a cache without bounds would have, in whole blocks."""
+    """The share of prompt tokens that an unlimited prefix cache would hit, in whole blocks."""
     seen: set[int] = set()
     lengths: list[int] = []
     hit = total = 0
@@ -76,7 +76,7 @@ def shared(workload: Drawable) -> float:
 
 
 def _chain(prompt: tuple[int, ...]) -> list[int]:
-    """A number for each full block that stands for it and all before it."""
+    """A number for each full block that identifies it and everything before it."""
     blocks = [prompt[start : start + BLOCK] for start in range(0, len(prompt) - BLOCK + 1, BLOCK)]
     return list(accumulate(blocks, lambda before, block: hash((before, block)), initial=0))[1:]
 

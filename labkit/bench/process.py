@@ -97,7 +97,7 @@ class Backend:
             raise ValueError(f"{self.python} has no {needed}: install it there, or name another interpreter (--python)")
 
     def run(self, asks: Sequence[Ask]) -> dict[str, Any]:
-        """Serve these, all at once; checked to be as many tokens as were asked for."""
+        """Serve these requests, all at once, and check that as many tokens came back as were asked for."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"asks": [[ask.prompt, ask.num_output] for ask in asks]}) + "\n")
         self._process.stdin.flush()

@@ -27,7 +27,7 @@ def run(
     slo: dict[str, float] | None = None,
     timeout: float = 600.0,
 ) -> dict[str, Any]:
-    """Serve the workload at its arrival times; a result as `labkit bench report` reads it."""
+    """Serve the workload at its arrival times; returns a result that `labkit bench report` reads."""
     begin = time.perf_counter()
     timed, failed = (
         over_http(workload, url, name, timeout) if url is not None else _in_process(workload, model, options or {})
@@ -86,7 +86,7 @@ def _in_process(workload: Workload, model: str | None, options: dict[str, Any]) 
 def over_http(
     workload: Workload, url: str, name: str | None = None, timeout: float = 600.0
 ) -> tuple[list[Timed], list[str]]:
-    """What came back, and what went wrong. One thread a request that is on its way."""
+    """The answers and the errors. Uses one thread per request in flight."""
     address = _address(url)
     model = name or first_model(url, timeout)
     timed: list[Timed] = []
@@ -116,7 +116,7 @@ def over_http(
 
 
 def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
-    """When each piece of the answer came."""
+    """The arrival time of each piece of the answer."""
     body = {
         "model": model, "prompt": list(ask.prompt), "max_tokens": ask.num_output, "temperature": 0, "stream": True,
         "ignore_eos": True,

@@ -38,7 +38,7 @@ class Setting:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Everything that was measured, as `labkit bench report` and `parse_benchmark_output` read it."""
+    """All measurements, in the form that `labkit bench report` and `parse_benchmark_output` read."""
     result: dict[str, Any] = {
         "labkit_bench": metrics.VERSION,
         "kind": setting.kind,

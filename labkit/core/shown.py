@@ -12,17 +12,17 @@ _drawers: list[Drawer] = []  # the one that draws; empty where nobody does
 
 
 def draw_with(drawer: Drawer) -> None:
-    """From now on `drawer(thing)` makes the HTML of whatever is shown; None where it has no picture of it."""
+    """Register `drawer(thing)`, which returns the HTML of an object, or None if it has no view of it."""
     _drawers[:] = [drawer]
 
 
 def html_of(thing: object) -> str | None:
-    """The picture, if there is one. Raises what the drawer raises."""
+    """The HTML view, if there is one. Raises what the drawer raises."""
     return _drawers[0](thing) if _drawers else None
 
 
 def mimebundle(thing: object) -> dict[str, str]:
-    """What a notebook shows: the repr, and the picture. A drawer that fails leaves the text, with the error named."""
+    """What a notebook shows: the repr and the HTML view. If the drawer fails, the repr and the error."""
     try:
         plain = repr(thing)
     except Exception as error:

@@ -66,7 +66,8 @@ def gate(where: Where) -> dict[str, Any]:
 
 
 def limits(where: Where) -> dict[str, Any]:
-    """Bandwidth by reading random data, and the GEMM peak on random data, which draws more power than constants."""
+    """Bandwidth measured by reading random data, and the GEMM peak on random data, which draws more power than
+    constants."""
     from labkit.bench import limit
 
     found = limit.measure(where.device, where.dtype)

@@ -67,8 +67,8 @@ PARTS = (
 
 
 def run(where: Where, names: Sequence[str], file: str | None, budget: float = 420.0) -> dict[str, Any]:
-    """The parts, one after the other; the result so far is in `file` all the time. A part that would begin after
-    `budget` seconds is left out, and said to be."""
+    """Runs the parts one after the other, and writes the result so far to `file` after each. A part that would begin
+    after `budget` seconds is skipped, and marked as skipped."""
     result: dict[str, Any] = {"labkit_bench_gpu": VERSION, **machine(where), "parts": {}}
     start = time.perf_counter()
     for part in PARTS:

@@ -326,7 +326,7 @@ class PrefixCache(Shown):
 
     def explain(self, tokens: Tokens, usable: int, salt: str | None, adapter: str | None,
                 spans: Sequence[Span]) -> Explanation:  # fmt: skip
-        """Why a lookup of `tokens`, which may use `usable` blocks, ends where it does."""
+        """Why a lookup of `tokens`, limited to `usable` blocks, ends where it does."""
         size = self.block_size
         root = root_hash(salt, adapter)
         keys = span_keys(spans, size)
@@ -364,7 +364,7 @@ class PrefixCache(Shown):
         return because(*self._other_root(tokens, salt, adapter))
 
     def _children_of(self, parent_digest: bytes) -> list[int]:
-        """Scans every block: an explanation is asked for by people, a store happens every step."""
+        """Scans every block: explanations are rare, and stores happen every step."""
         digests = self._parent_hash_of.view(np.uint8).reshape(-1, 32)
         same = (digests == np.frombuffer(parent_digest, np.uint8)).all(axis=1)
         blocks: list[int] = (same & self.stored).nonzero()[0].tolist()
@@ -375,7 +375,7 @@ class PrefixCache(Shown):
         return int(differs[0]) if len(differs) else self.block_size
 
     def _other_root(self, tokens: Tokens, salt: str | None, adapter: str | None) -> tuple[str, str]:
-        """Nothing under this root: would the same tokens have hit under another salt or adapter?"""
+        """Nothing is stored under this root: would the same tokens have hit under another salt or adapter?"""
         same = self.stored & (self.depth_of == 0) & (self.tokens_of == tokens[: self.block_size]).all(axis=1)
         for block in same.nonzero()[0].tolist():
             other = self.roots.get(self._parent_hash_of[block].tobytes())
@@ -388,7 +388,8 @@ class PrefixCache(Shown):
         return "never seen", "no stored block starts with these tokens"
 
     def check(self) -> None:
-        """The map and the blocks say the same: every stored block is found by its hash, or is a spare of it."""
+        """The map and the blocks agree: every stored block is found by its hash, or is a duplicate of the one that
+        is."""
         copies: dict[bytes, set[int]] = {}
         children = np.zeros(len(self.stored), np.int64)
         for block in self.stored.nonzero()[0].tolist():

@@ -49,7 +49,7 @@ class SLRU(Shown):
         return [*self._probation, *self._protected]
 
     def queues(self) -> dict[str, list[int]]:
-        """What waits where, the next to go first."""
+        """The blocks in each queue, the next to be evicted first."""
         return {"on probation": list(self._probation), "protected": list(self._protected)}
 
 
@@ -129,5 +129,5 @@ class S3FIFO(Shown):
         return [*self._small, *self._main]
 
     def queues(self) -> dict[str, list[int]]:
-        """What waits where, the next to go first."""
+        """The blocks in each queue, the next to be evicted first."""
         return {"small": list(self._small), "main": list(self._main)}

@@ -30,7 +30,7 @@ class BlockPool:
         return f"BlockPool({self.num_blocks} blocks: {len(self.free)} hold nothing, {held} are held)"
 
     def take(self, n: int) -> list[int]:
-        """The last `n` freed blocks, not yet counted."""
+        """The last `n` freed blocks; their reference counts are still 0."""
         if n > len(self.free):
             raise IndexError(f"{n} free blocks wanted, {len(self.free)} left")
         if n == 0:
@@ -41,7 +41,7 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Ints) -> Ints:
-        """Count each block down once; those that nobody holds any longer, in the order given."""
+        """Decrease each block's reference count; returns those without a holder, in the given order."""
         left = self.count[blocks] - 1
         self.count[blocks] = left
         gone: Ints = blocks[left == 0]
@@ -96,7 +96,7 @@ class BlockTables:
         self.token_base = rows * self.tokens.shape[1]
 
     def reserve(self, n: int) -> list[int]:
-        """`n` rows that nobody else will be given, lowest first."""
+        """`n` rows for the caller alone, lowest first."""
         self._add_rows(n - len(self.free_rows))
         rows = sorted(self.free_rows)[:n]
         self.free_rows = [row for row in self.free_rows if row not in set(rows)]

@@ -34,7 +34,7 @@ class Diff(Shown):
         return self.first is None
 
     def frame(self) -> pandas.DataFrame:
-        """One line a request: seconds from submission to its end and preemptions, in a and in b."""
+        """One row per request: seconds from submission to end and preemptions, in a and in b."""
         columns = ["request", "seconds_a", "seconds_b", "preempted_a", "preempted_b"]
         frame = table(self.requests, columns)
         frame["change"] = frame.seconds_b - frame.seconds_a
@@ -87,8 +87,8 @@ def _log_of(name: str, given: Any) -> EventLog:
 
 
 def kpis(log: EventLog) -> dict[str, float | None]:
-    """A run's figures, in seconds, from its log alone: how long it took in all, percentiles of the time to the first
-    token (TTFT) and to the end (E2E), preemptions, the share of prompt tokens that the cache spared, steps."""
+    """A run's figures in seconds, from its log alone: total time, percentiles of time to first token (TTFT) and to the
+    end (E2E), preemptions, the share of prompt tokens that hit the prefix cache, steps."""
     since: dict[str, int] = {}
     prompts: dict[str, int] = {}
     first: dict[str, int] = {}

@@ -69,14 +69,14 @@ class Why(Shown):
         return sum(wait.num_steps for wait in self.waits)
 
     def limits(self) -> dict[str, int]:
-        """limit -> steps it bound."""
+        """limit -> number of steps in which it held the request."""
         steps: dict[str, int] = {}
         for wait in self.waits:
             steps[wait.limit] = steps.get(wait.limit, 0) + wait.num_steps
         return steps
 
     def frame(self) -> pandas.DataFrame:
-        """One line a step waited. Needs labkit[lab]."""
+        """One row per waited step. Needs labkit[lab]."""
         lines = [(step, w.limit, w.behind) for w in self.waits for step in range(w.first, w.last + 1)]
         return table(lines, ["step", "limit", "behind"])
 

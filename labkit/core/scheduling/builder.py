@@ -37,7 +37,7 @@ class PlanBuilder:
     preempted: bool = False
 
     def join(self, request: Request, row: int) -> None:
-        """The runner is told that `request` has this row from now on."""
+        """Tells the runner that `request` has this row from here on."""
         self.joins.append(
             Join(
                 row, request.id, request.tokens, request.num_prompt, request.params, request.sample, request.adapter,
@@ -46,7 +46,7 @@ class PlanBuilder:
         )  # fmt: skip
 
     def change(self, row: int, first: int, blocks: Tokens) -> None:
-        """`blocks` [groups, blocks] stand in the row's tables from index `first` on."""
+        """Puts `blocks` [groups, blocks] into the row's tables from index `first` on."""
         index = np.arange(first, first + blocks.shape[1])
         rows = np.full(len(index), row)
         for group, column in enumerate(blocks.astype(np.int64)):
@@ -63,7 +63,7 @@ class PlanBuilder:
         return TableChanges(groups, rows, index, blocks)
 
     def plan(self, s: SchedulerState, decodes: Ints, start: Ints) -> Plan:
-        """The plan, its columns decode rows first."""
+        """The plan, with decode rows first in its columns."""
         num_decode = len(decodes)
         tokens, ends, feed = self._decode_tokens(s, decodes, start)
         rows, count = decodes, s.ones[:num_decode]

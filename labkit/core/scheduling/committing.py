@@ -42,7 +42,7 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
 
 
 def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
-    """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
+    """What prefills have stored is no longer pending; rows that sampled their first token decode from here on."""
     tables, size = s.tables, s.blocks.block_size
     for row in plan.rows[plan.num_decode :].tolist():
         num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
@@ -87,7 +87,8 @@ def _finish(s: SchedulerState, rows: list[int], tokens: list[int], errors: dict[
 
 
 def _fork(s: SchedulerState, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
-    """The prompt is computed: its samples get tables over the same blocks. Rows that were promised in vain."""
+    """The prompt is computed: its samples get tables over the same blocks. Reserved rows without a sample are
+    returned."""
     in_vain, joining = [], []
     for row, child_row, child in forks:
         parent = s.row_request[row]
@@ -116,8 +117,8 @@ def break_promise(s: SchedulerState, child_row: int, child: Request) -> None:
 
 
 def roll_back(s: SchedulerState, plan: Plan, failure: Failure) -> None:
-    """Every running request goes back to the queue with the tokens it has, to be computed again: what the failed
-    step wrote, copied or moved is unknown, and the plans launched on top of it are void."""
+    """Return every running request to the queue with its tokens, to be computed again. What the failed step wrote,
+    copied or moved is unknown, and later plans in flight are void."""
     s.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
     s.void_until = s.step - 1
     s.reset_runner = True

@@ -30,13 +30,13 @@ class PrefixMatches:
         return f"PrefixMatches({len(self._at)} requests, {len(self._chains)} prefixes)"
 
     def stop(self, queue: WaitingQueue) -> None:
-        """Nobody asks any more: forget everything, record nothing."""
+        """The order no longer asks for matches: forget everything, record nothing."""
         self.active, self.prefix.changes, queue.pushed = False, None, None
         for one in (self._at, self._matched, self._missed, self._chains):
             one.clear()
 
     def refresh(self, queue: WaitingQueue, measure: Measure) -> list[Request]:
-        """Measure those whose match may have changed; these requests."""
+        """Look up those whose match may have changed; returns these requests."""
         stale = self._stale(queue)
         for request in stale:
             self._forget(request.serial)

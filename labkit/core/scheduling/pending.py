@@ -20,7 +20,7 @@ class PendingPrefixes:
         return f"PendingPrefixes({len(self.row_of)} blocks being computed, {len(self)} requests parked)"
 
     def __len__(self) -> int:
-        """Requests parked."""
+        """The number of parked requests."""
         return len(self.hash_for)
 
     def __contains__(self, request: Request) -> bool:
@@ -32,7 +32,7 @@ class PendingPrefixes:
             self.hashes_of[row] = mine
 
     def last_shared(self, hashes: Sequence[bytes], first: int) -> bytes | None:
-        """The last of `hashes[first:]` that the row computing `hashes[first]` will store, if one does."""
+        """The last of `hashes[first:]` that the row computing `hashes[first]` will store, if there is such a row."""
         row = self.row_of.get(hashes[first]) if first < len(hashes) else None
         if row is None:
             return None
@@ -57,7 +57,7 @@ class PendingPrefixes:
             del self.parked[digest]
 
     def settle(self, row: int, num_left: int) -> list[Request]:
-        """The row has all but its last `num_left` blocks stored; the requests that this sets free."""
+        """The row has stored all but its last `num_left` blocks; returns the requests that no longer need to wait."""
         mine = self.hashes_of.get(row)
         if mine is None:
             return []

@@ -41,7 +41,7 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
 
 
 def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
-    """More decode rows than budget: those that waited longest go, the others are held."""
+    """More decode rows than budget: the rows that waited longest run, the others are held."""
     longest = np.argsort(s.last_plan[rows], kind="stable")
     for row in rows[longest[s.max_num_batched_tokens :]].tolist():
         s.hold(row, "budget")
@@ -49,7 +49,8 @@ def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
 
 
 def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
-    """Blocks for rows at a border, copies for rows about to write into a shared block; preempt until they fit."""
+    """Blocks for rows at a block boundary, copies for rows about to write into a shared block; preempts until they
+    fit."""
     blocks, groups = s.blocks, s.blocks.num_groups
     while True:
         copies = _rows_to_copy(s, rows)
@@ -95,7 +96,7 @@ def _rows_to_copy(s: SchedulerState, rows: Ints) -> list[int]:
 
 
 def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int) -> None:
-    """Copy on write. The last holder keeps the original, so ask again for each."""
+    """Copy on write. The last holder keeps the original, so this is checked for each row in turn."""
     if s.blocks.must_copy(row, start):
         index, pairs = s.blocks.copy_on_write(row, start)
         builder.copies += pairs
@@ -103,13 +104,14 @@ def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int
 
 
 def _num_coming_back(s: SchedulerState) -> int:
-    """Blocks that draining rows alone hold: theirs until the plans that name them are committed."""
+    """Blocks that only draining rows hold; they are freed when the plans that name them are committed."""
     count, tables = s.blocks.pool.count, s.tables
     return sum(int((count[tables.held(row)] == 1).sum()) for row in s.draining)
 
 
 def _hold_those_without(s: SchedulerState, rows: Ints, short: Ints, copies: list[int]) -> Ints:
-    """Too few blocks until draining rows give theirs back: the most senior of the needy get what there is."""
+    """Too few blocks until draining rows release theirs: the most senior rows get what there is, the others are
+    held."""
     needy = sorted({*rows[short].tolist(), *copies}, key=s.seniority)
     held = needy[s.blocks.available // s.blocks.num_groups :]
     for row in held:
@@ -150,7 +152,8 @@ def chunk_size(s: SchedulerState, gap: int, left: int, contended: bool) -> int:
 
 
 def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, count: int) -> int:
-    """Blocks for a prefill's chunk, taken from less senior prefills when there are none; the tokens that fit."""
+    """Blocks for a prefill's chunk, taken from less senior prefills if none are free; returns the number of tokens that
+    fit."""
     blocks, size = s.blocks, s.blocks.block_size
     groups = blocks.num_groups
     if blocks.must_copy(row, start) and blocks.available < groups:
@@ -181,7 +184,7 @@ def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> 
 
 
 def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
-    """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
+    """Unused budget goes to the prefills that were cut to their share, in order."""
     for chunk in builder.cut:
         blocks = s.blocks.available // s.blocks.num_groups
         room = int(s.tables.room[chunk.row]) + blocks * s.blocks.block_size - chunk.start
@@ -215,7 +218,7 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
 
 
 def _settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
-    """Rows whose chunk reaches their last known token draw a sample, and decode from the next step on."""
+    """Rows whose chunk reaches their last known token sample a token now and decode from the next step on."""
     done = []
     for chunk in builder.chunks:
         row, count = chunk.row, chunk.count
@@ -234,7 +237,8 @@ def _settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
 
 
 def _promise_forks(s: SchedulerState, builder: PlanBuilder, row: int) -> None:
-    """The last prompt chunk serves all samples: promise a row to each there is one for; the rest queue up."""
+    """The last prompt chunk serves all samples: reserve a row for each while there are any; the other samples are
+    queued."""
     parent = s.row_request[row]
     assert parent is not None
     if not parent.samples or parent.num_output:

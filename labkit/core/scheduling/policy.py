@@ -25,17 +25,17 @@ def fcfs(request: Request, now: int) -> Key:
 
 
 def priority(request: Request, now: int) -> Key:
-    """The smallest priority number first, then first come."""
+    """The smallest priority number first, then first come, first served."""
     return (request.priority, request.arrival)
 
 
 def sjf(request: Request, now: int) -> Key:
-    """Shortest job first: prompt and the most it may produce."""
+    """Shortest job first, by prompt tokens plus the most it may produce."""
     return request.num_tokens + request.num_left
 
 
 def lpm(request: Request, now: int) -> Key:
-    """Longest prefix match: whoever the cache spares most of its prompt, then first come."""
+    """Longest prefix match: the request with the most cached prompt tokens, then first come, first served."""
     return (-request.cached_tokens, request.arrival)
 
 
@@ -130,7 +130,7 @@ class WaitingQueue:
         return key
 
     def set_key(self, request: Request, key: Key) -> None:
-        """The key a request keeps while it lives, whenever it comes back."""
+        """Compute the key that a request keeps for its lifetime, also when it returns to the queue."""
         self._keys[request.serial] = key
 
     def forget(self, request: Request) -> None:
@@ -163,7 +163,7 @@ class WaitingQueue:
         self._entries.pop(request.serial)[3] = None
 
     def rekey(self, requests: Iterable[Request], now: int) -> None:
-        """Ask these waiting requests' keys again."""
+        """Compute these waiting requests' keys again."""
         for request in requests:
             key = self.key(request, now)
             if key != self._keys[request.serial]:
@@ -175,7 +175,7 @@ class WaitingQueue:
             heapq.heapify(self._heap)
 
     def reorder(self, now: int, others: Iterable[Request] = ()) -> None:
-        """Ask every waiting request's key again, and the keys `others` will come back with."""
+        """Compute every waiting request's key again, and the keys with which `others` will return."""
         entries = [[self.key(request, now), request.serial, 0, request] for request in self]
         keys = {request.serial: self.key(request, now) for request in others}
         try:

@@ -109,12 +109,12 @@ class Scheduler(SchedulerState, Shown):
     # -- requests come and go ------------------------------------------------------------------------------------
 
     def room_for(self, num_prompt: int) -> int:
-        """The most tokens that a prompt of this length may be continued by."""
+        """The most output tokens for a prompt of this length."""
         room = self.blocks.most_tokens(self.max_num_batched_tokens)
         return (room if self.max_model_len is None else min(room, self.max_model_len)) - num_prompt
 
     def why_never(self, request: Request) -> str | None:
-        """Why this request can never be served here, or None."""
+        """Why this request can never be served here, or None if it can."""
         bm, num_prompt = self.blocks, request.num_prompt
         most = request.params.max_tokens or 1  # None asks for whatever is left, but at least one
         if self.max_model_len is not None and num_prompt + most > self.max_model_len:
@@ -135,7 +135,7 @@ class Scheduler(SchedulerState, Shown):
                 raise ValueError(f"id {id!r} was submitted before, or names a table: use a new id")
 
     def submit(self, request: Request, now: int) -> None:
-        """Put a request, and the samples forked from it later, at its place in the queue."""
+        """Put a request, and the samples to be forked from it later, into the queue."""
         family = [request, *request.samples]
         self.check_new(member.id for member in family)
         if request.params.max_tokens is None:
@@ -167,7 +167,7 @@ class Scheduler(SchedulerState, Shown):
             raise RejectedError(f"request {request.id!r} is rejected: {reason}")
 
     def abort(self, id: str, now: int) -> Request:
-        """End a request in any state; with the samples that have not been forked from it yet."""
+        """End a request in any state, with its samples that have not been forked yet."""
         request = self.live(id)
         for sample in request.samples:
             if sample.status is Status.WAITING and sample.id in self.requests and self.is_attached(sample):
@@ -178,7 +178,8 @@ class Scheduler(SchedulerState, Shown):
         return request
 
     def stop(self, id: str, keep: int, reason: str, now: int) -> Request:
-        """End a request with its first `keep` output tokens; may come any number of steps late, also after the end."""
+        """End a request and keep its first `keep` output tokens. May be called steps later, also after the request has
+        ended."""
         request = self.requests.get(id) or self.ended.get(id)
         if request is None:
             raise ValueError(f"there is no request {id!r}")
@@ -203,7 +204,7 @@ class Scheduler(SchedulerState, Shown):
         return self.requests[id]
 
     def _withdraw(self, request: Request, status: Status, reason: str, now: int, keep: int | None = None) -> None:
-        """Take a request out of wherever it is, with its first `keep` output tokens."""
+        """Remove a request from wherever it is, and keep its first `keep` output tokens."""
         request.finished_at = now
         row = request.row
         if row is not None:
@@ -224,7 +225,7 @@ class Scheduler(SchedulerState, Shown):
     # -- a step: schedule ----------------------------------------------------------------------------------------
 
     def schedule(self, now: int) -> Plan | None:
-        """The next step's plan, or None when there is nothing to compute now."""
+        """The next step's plan, or None if there is nothing to compute now."""
         if len(self.in_flight) > self.max_in_flight:
             raise RuntimeError(f"{len(self.in_flight)} plans are in flight: commit one first")
         blocks = self.blocks
@@ -254,7 +255,8 @@ class Scheduler(SchedulerState, Shown):
         return plan
 
     def _refresh_order(self, now: int) -> None:
-        """A dynamic order's keys, asked before anything is decided: a function that raises leaves no trace."""
+        """Compute a dynamic order's keys before any decision, so that a function that raises leaves the state
+        unchanged."""
         if self.blocks.num_groups == 1 and self.blocks.prefix_caching:
             stale = self.matches.refresh(self.queue, self._measure)
         else:
@@ -281,10 +283,12 @@ class Scheduler(SchedulerState, Shown):
         now: int | None = None,
         find_stops: Callable[[], list[tuple[Request, int]]] | None = None,
     ) -> Outputs:
-        """Append the step's tokens, store full blocks, end who is done, give back what drained.
+        """Append the step's tokens, store full blocks, finish requests, free rows that drained.
 
-        `find_stops` is asked once the tokens are there: the requests whose text came to a stop string, and how many
-        output tokens each keeps. It reads text, which nobody here can; it outranks stop ids, eos and length."""
+        `find_stops` is called once the tokens are appended. It returns the requests whose text contains a stop string,
+        and how many output tokens each keeps. It is a callback because the core has no text. It takes precedence over
+        stop ids, eos and length.
+        """
         if not self.in_flight or self.in_flight[0] is not plan:
             raise ValueError(f"{plan!r} is not the oldest plan in flight: plans are committed once, in launch order")
         if now is None:

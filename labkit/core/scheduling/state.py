@@ -152,7 +152,7 @@ class SchedulerState:
         self.remember(request)
 
     def remember(self, request: Request) -> None:
-        """A request that ended before it was submitted can still be asked for by its id."""
+        """Keep an ended request, so that it can be found by its id; only the latest are kept."""
         self.ended[request.id] = request
         if len(self.ended) > MOST_REMEMBERED:
             self.ended.popitem(last=False)
@@ -165,7 +165,7 @@ class SchedulerState:
                 self.detach(sample)
 
     def detach(self, sample: Request) -> None:
-        """A sample that will not be forked from its parent waits in the queue like everyone."""
+        """Queue a sample that will not be forked from its parent."""
         self.num_attached -= 1
         self.queue.push(sample)
         self.log.add(("Held", sample.id, "order", False))
@@ -174,7 +174,7 @@ class SchedulerState:
         return bool(self.in_flight) and int(self.last_plan[row]) >= self.in_flight[0].step
 
     def close_row(self, row: int) -> None:
-        """Give a row and its blocks back."""
+        """Free a row and release its blocks."""
         request = self.row_request[row]
         assert request is not None
         self.blocks.close(request.id, reserved=True)
@@ -196,7 +196,7 @@ class SchedulerState:
             self.decoding = self.decoding[~gone[self.decoding]]
 
     def forget_pending(self, row: int) -> None:
-        """The row will not store what it was computing: who waited for that goes back to the queue."""
+        """The row will not store what it was computing: requests parked for that return to the queue."""
         for request in self.pending.settle(row, 0):
             self.queue.push(request)
 
@@ -210,7 +210,7 @@ class SchedulerState:
         return tuple(self.rank[:, row].tolist())
 
     def occupy(self, request: Request, row: int) -> None:
-        """The row's columns are this request's from now on."""
+        """Set the row's columns for this request."""
         params = request.params
         assert params.max_tokens is not None
         request.row, request.status = row, Status.RUNNING
@@ -223,7 +223,7 @@ class SchedulerState:
         self.set_stops(row, request.stop_ids)
 
     def hold(self, row: int, limit: str) -> None:
-        """A running row gets nothing this step; written when the reason changes."""
+        """A running row computes nothing in this step; logged when the reason changes."""
         if self.held.get(row) != limit:
             self.held[row] = limit
             self.log.add(("Held", self.id_of(row), limit, False))
@@ -240,7 +240,7 @@ class SchedulerState:
     # -- laws ----------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Conservation of requests, rows, blocks and tokens; raises AssertionError at the first that is broken."""
+        """Check that requests, rows, blocks and tokens add up; raises AssertionError on the first mismatch."""
         self.blocks.check()
         self.pending.check()
         going_on = self.num_running + self.num_waiting + self.num_swapped
@@ -269,7 +269,7 @@ class SchedulerState:
         assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is missing"
 
     def check_idle(self) -> None:
-        """After the last request: every count is zero but people's own tables and pins."""
+        """With no requests left, every count must be zero, except for tables and pins created outside the engine."""
         self.check()
         assert not self.requests and not self.draining and not self.forks, "a request that ended is left"
         assert not self.pending.row_of and not self.held and not self.chunk_of, "state of a request that ended is left"
