@@ -61,7 +61,7 @@ class Search:
 
 
 def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams | None = None) -> list[list[Beam]]:
-    """For each of a list of prompts (text, token ids, or as `Engine.submit` takes them) its best continuations, best
+    """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
     first."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")

@@ -129,7 +129,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
 
 
 def _choose_threads(model: Any, num_threads: int | None) -> None:
-    """How many cores the calling thread's work is shared out to."""
+    """The number of cores that share the calling thread's work."""
     import torch
 
     small = sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()) < SMALL
@@ -138,7 +138,7 @@ def _choose_threads(model: Any, num_threads: int | None) -> None:
 
 
 def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
-    """As many as fit, and no more than could ever be used."""
+    """As many blocks as fit, but no more than could ever be used."""
     share = options.gpu_memory_utilization if runner.device.type == "cuda" else CPU_SHARE
     fit = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
     most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
@@ -146,7 +146,7 @@ def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
 
 
 def _eos_ids(model: Any, folder: Path | None, tokenizer: Any) -> tuple[int, ...]:
-    """Where the model says that it has ended: its generation config, its config, its tokenizer."""
+    """The model's end tokens, from its generation config, its config, or its tokenizer."""
     import json
 
     found: list[Any] = [getattr(model.config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]

@@ -35,7 +35,7 @@ def check_parts(scheduler: Any, runner: Any, clock: Any, tokenizer: Any) -> None
 
 
 def is_ids(prompts: Any) -> bool:
-    """Token ids of one prompt, rather than several prompts?"""
+    """Whether this is one prompt as token ids, rather than several prompts."""
     if isinstance(prompts, np.ndarray):
         return prompts.ndim == 1
     first = next(iter(prompts), None) if isinstance(prompts, Sequence) else None

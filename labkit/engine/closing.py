@@ -18,7 +18,7 @@ class Held(NamedTuple):
 
 
 def held_memory(runner: Any) -> list[Held]:
-    """Weak references to a runner's keys, values and weights, by its own account."""
+    """Weak references to the keys, values and weights that a runner reports."""
     tensors = getattr(runner, "memory_parts", None)
     if tensors is None:
         return []

@@ -120,10 +120,11 @@ class Engine(Background, Shown):
         adapter: str | None = None,
         spans: Sequence[Span] = (),
     ) -> Handle:
-        """Hand in a prompt, now or to arrive at `arrival` seconds. Errors are raised here, and change nothing.
+        """Submit a prompt. `arrival` delays it to that time (seconds) on the engine's clock. Errors are raised here and
+        change nothing.
 
-        A prompt is text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}. While the engine runs in the
-        background the request is looked at between two steps: a queue that is full by then shows as `rejected`.
+        A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. While the engine runs in the
+        background, the request is handled between two steps: if the queue is full by then, its status is `rejected`.
         """
         self._check_open()
         handle = make_handle(
@@ -164,7 +165,7 @@ class Engine(Background, Shown):
                     return id
 
     def request(self, id: str) -> Handle:
-        """A request by its id: live, arriving, or one of the latest that ended."""
+        """A request by its id: live, arriving, or one of the latest that have ended."""
         s = self.scheduler
         if not isinstance(id, str):
             raise TypeError(f"a request's id is a string, got {id!r}")
@@ -174,7 +175,7 @@ class Engine(Background, Shown):
         return found  # type: ignore[return-value]
 
     def abort(self, request: str | Request) -> Handle:
-        """End a request in whatever state it is; one that has ended stays as it is."""
+        """End a request in any state. One that has already ended is unchanged."""
         if not isinstance(request, Request):
             request = self.request(request)
         handle: Handle = request  # type: ignore[assignment]
@@ -194,7 +195,7 @@ class Engine(Background, Shown):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> Any:
-        """Submit one prompt or a list of them and wait: a handle, or a list of handles in the same order."""
+        """Submit one prompt or a list of them and wait. Returns a handle, or a list of handles in the same order."""
         single = isinstance(prompts, (str, Mapping)) or is_ids(prompts)
         batch: list[Any] = [prompts] if single else list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(batch)
@@ -215,7 +216,7 @@ class Engine(Background, Shown):
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, tools: Any = None, **options: Any
     ) -> Handle:
-        """One turn of a conversation in the model's own form."""
+        """One turn of a conversation, formatted with the model's chat template."""
         found: Handle = self.generate(self.chat_ids(messages, **({"tools": tools} if tools else {})), params, **options)
         return found
 
@@ -229,7 +230,7 @@ class Engine(Background, Shown):
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait_for(self, handles: Iterable[Handle], timeout: float | None = None) -> None:
-        """Until all have ended: stepping, or, with a background thread, watching."""
+        """Wait until all have ended, by stepping or, with a background thread, by waiting for it."""
         if timeout is not None:
             duration("timeout", timeout)
         clock = WallClock()
@@ -241,7 +242,7 @@ class Engine(Background, Shown):
                 self._wait_once(handle, None, left)
 
     def wait_past(self, handle: Handle, seen: int) -> int:
-        """Until it has more than `seen` tokens, or has ended; how many it has then."""
+        """Wait until the request has more than `seen` tokens or has ended; returns how many it has."""
         while not has_news(handle, seen):
             self._wait_once(handle, seen, None)
         return len(handle.output_ids)
@@ -266,14 +267,14 @@ class Engine(Background, Shown):
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> Outputs | None:
-        """One step: launch the next plan and commit the oldest. None when there is nothing left to do."""
+        """One step: launch the next plan and commit the oldest. None if nothing is left to do."""
         self._check_open()
         if self.is_running and not self._is_here:
             raise RuntimeError("the engine steps by itself in the background: pause() it first")
         return self._call(self._step)
 
     def profile(self, steps: int = 20) -> Profile:
-        """Take steps, and see where each millisecond of them went."""
+        """Take steps and measure where each millisecond went."""
         from labkit.engine.profile import profile
 
         whole("steps", steps, least=1)
@@ -291,8 +292,9 @@ class Engine(Background, Shown):
         seed: int = 0,
         speed: float = 1.0,
     ) -> Dashboard:
-        """This engine live in a notebook: figures, a timeline and controls. With `rate`, requests of that kind come so
-        many a second; on a virtual clock it plays `speed` virtual seconds a second. Needs labkit[lab].
+        """A live dashboard of this engine in a notebook: figures, a timeline and controls. `rate` submits requests of
+        kind `mix` at that many a second. On a virtual clock it plays `speed` virtual seconds a second. Needs
+        labkit[lab].
 
         >>> eng.dashboard(rate=8, num=200)
         """
@@ -325,7 +327,8 @@ class Engine(Background, Shown):
         self.close()
 
     def close(self) -> LeakReport:
-        """End every request, the thread, the cache and the model. The report says what is still there, if anything."""
+        """End all requests and the thread, and free the cache and the model. The report lists whatever is still
+        there."""
         if self.closed is not None:
             return self.closed
         self.is_closed = True
@@ -342,7 +345,7 @@ class Engine(Background, Shown):
     # -- live settings -------------------------------------------------------------------------------------------
 
     def control(self, **settings: Any) -> None:
-        """Change settings of the running engine; each leaves a Control event.
+        """Change settings of the running engine. Each change is logged as a Control event.
 
         budget, rows, order, eviction, preemption, prefix_caching, prefill_share, max_prefill_chunk, watermark.
         """
@@ -352,7 +355,7 @@ class Engine(Background, Shown):
     # -- time travel ---------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """All state, to come back to. Drains what is in flight first."""
+        """The engine's whole state, for `restore`. Commits what is in flight first."""
         return self._call(self._snapshot)
 
     def _snapshot(self) -> Snapshot:
@@ -360,8 +363,8 @@ class Engine(Background, Shown):
         return take_snapshot(self)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this engine. Every object and handle stays valid; the log is cut back, and its
-        subscribers are told `Rewound`. Requests submitted since are marked `rewound`."""
+        """Go back to a snapshot of this engine. Every object and handle stays valid. The log is cut back, and its
+        subscribers get a `Rewound` event. Requests submitted since are marked `rewound`."""
         if not isinstance(snapshot, Snapshot):
             raise TypeError(f"restore needs a Snapshot from snapshot(), got {snapshot!r}")
         self._call(lambda: self._restore(snapshot))
@@ -385,7 +388,7 @@ class Engine(Background, Shown):
         return self._call(fork)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """A copy has no thread, no listeners, and nobody who waits for it."""
+        """A copy has no thread, no listeners and no waiters."""
         other = object.__new__(Engine)
         memo[id(self)] = other
         for name, value in vars(self).items():
@@ -397,7 +400,7 @@ class Engine(Background, Shown):
         return other
 
     def check(self) -> None:
-        """All conservation laws."""
+        """Run every part's consistency check."""
         self._call(self._check)
 
     def _check(self) -> None:

@@ -73,7 +73,7 @@ class Handle(Request):
 
     @property
     def text(self) -> str:
-        """Text so far, in whole characters, without what may turn out to be a stop string."""
+        """Text so far, in whole characters, without a tail that may become a stop string."""
         if self.engine.tokenizer is None or not self.params.detokenize:
             raise ValueError(f"request {self.id!r} has no text: the engine has no tokenizer, or detokenize=False")
         ended = self.ended  # asked first: tokens that come later are then not missed
@@ -81,7 +81,7 @@ class Handle(Request):
         return text.final if ended else text.shown
 
     def read_text(self) -> Text:
-        """The text, brought up to the latest token."""
+        """The text, updated to the latest token."""
         with self._lock:
             ids = self.output_ids
             if self._text is None or self._text.num_tokens > len(ids):
@@ -92,13 +92,13 @@ class Handle(Request):
             return self._text
 
     def forget_text(self) -> None:
-        """The tokens are others than before: time was turned back."""
+        """The tokens changed because the engine was rewound."""
         self._text = None
         del self.logprobs[self.num_output :]
 
     @property
     def stop_reason(self) -> str | int | None:
-        """The stop string or token that ended it, if one did."""
+        """The stop string or token that ended the request, if any."""
         if self.finish_reason == "stop string":
             return self.read_text().stop_string
         return self.output_ids[-1] if self.finish_reason == "stop" else None
@@ -122,7 +122,7 @@ class Handle(Request):
         return torch.stack([whole[i] for i in sorted(whole)])
 
     def take(self, extras: Extras) -> None:
-        """What the runner gave beside a token."""
+        """Store what the runner returned besides a token."""
         if extras.logprobs is not None and len(self.logprobs) < self.num_output:
             self.logprobs.append(extras.logprobs)
         if extras.prompt_logprobs:
@@ -133,7 +133,8 @@ class Handle(Request):
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> Handle:
-        """Until it has ended; TimeoutError when that takes longer. Raises RequestError if it failed."""
+        """Wait until the request has ended; raises TimeoutError after `timeout` seconds, and RequestError if the
+        request failed."""
         self.engine.wait_for([self], timeout)
         return self._unless_failed()
 
@@ -149,7 +150,7 @@ class Handle(Request):
         return self
 
     def _pieces(self) -> tuple[Any, int]:
-        """Everything so far, as what iteration hands out, and its length."""
+        """Everything so far in the form that iteration yields, and its length."""
         if self.engine.tokenizer is None or not self.params.detokenize:
             ids = self.output_ids
             return ids, len(ids)

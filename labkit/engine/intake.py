@@ -41,7 +41,7 @@ def make_handle(
     adapter: str | None,
     spans: Sequence[Span],
 ) -> Handle:
-    """A handle for the prompt, its further samples in `.samples`; a ValueError names what cannot be."""
+    """A handle for the prompt, with its further samples in `.samples`; a ValueError names what is wrong."""
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {params!r}")
@@ -77,7 +77,7 @@ def make_handle(
 
 
 def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
-    """Token ids of whatever a prompt may be, and its text if that is what it was."""
+    """A prompt's token ids, and its text if it was given as text."""
     written = None
     if isinstance(prompt, Mapping):
         check_names("a prompt", prompt, ("prompt", "prompt_token_ids"))
@@ -100,7 +100,7 @@ def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
 
 
 def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> SamplingParams:
-    """The parameters with what only this engine knows filled in."""
+    """The parameters, with values filled in that depend on the engine."""
     if params.stop and engine.tokenizer is None:
         raise ValueError("stop strings need text: give the Engine a tokenizer, or use stop_token_ids")
     if params.stop and not params.detokenize:
@@ -140,7 +140,7 @@ def _grammar(engine: Server, form: Mapping[str, Any]) -> Any:
 
 
 def _word_ids(engine: Server, params: SamplingParams) -> list[tuple[int, ...]]:
-    """Each word as it may be written: at the start of a text, and behind a space."""
+    """Each word's token ids as written at the start of a text, and after a space."""
     encode = getattr(engine.tokenizer, "encode", None)
     if encode is None:
         raise ValueError("bad_words need text: give the Engine a tokenizer, or use bad_word_ids")

@@ -50,7 +50,7 @@ class Profile(Shown):
         self.num_steps, self.num_tokens, self.seconds = num_steps, num_tokens, seconds
 
     def frame(self) -> Any:
-        """A row a part: stage, op, variant, calls and milliseconds a step, share."""
+        """One row per part: stage, op, variant, calls and milliseconds per step, share."""
         return table(
             (
                 (part.stage, part.op, part.variant, part.calls / self.num_steps, part.seconds / self.num_steps * 1e3,
@@ -107,7 +107,7 @@ STAGES = (  # (path to the object, method, stage, op)
 
 
 def profile(engine: Stepped, steps: int) -> Profile:
-    """Take `steps` steps, all of them timed part by part."""
+    """Take `steps` steps and time each part."""
     from labkit_kernels import watched
 
     watch = _Stopwatch(_sync_of(engine.runner))
@@ -162,7 +162,7 @@ def _patched(owner: Any, method: str, stage: str, op: str, watch: _Stopwatch) ->
 
 
 def _read_text(engine: Stepped) -> None:
-    """What a client that reads along costs."""
+    """The cost of a client that reads text as it arrives."""
     if engine.tokenizer is None:
         return
     for request in list(engine.scheduler.requests.values()):

@@ -26,7 +26,7 @@ OF_BLOCKS = ("eviction", "prefix_caching")
 
 
 def checked(scheduler: Scheduler, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings' values, or an error before any is set."""
+    """The settings' values, or an error before any of them is set."""
     check_names("Engine.control", settings, CHECKS)
     if "rows" in settings:
         whole("rows", settings["rows"], least=1, most=scheduler.width)
@@ -34,7 +34,7 @@ def checked(scheduler: Scheduler, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any], now: int) -> None:
-    """Set `values`; the events show what was given."""
+    """Set `values`; the Control events record them as given."""
     if "order" in values:
         _set_order(scheduler, values["order"], now)
     for name, value in values.items():

@@ -82,7 +82,7 @@ def _put_back(thing: object, state: dict[str, Any]) -> None:
 
 
 def _copy_state(things: list[object], states: list[dict[str, Any]], log: object) -> list[dict[str, Any]]:
-    """Deep copies in which every part and request stands for itself."""
+    """Deep copies in which parts and requests are kept as references."""
     memo: dict[int, Any] = {id(thing): thing for thing in things}
     memo[id(log)] = log
     return [copy.deepcopy(state, memo) for state in states]

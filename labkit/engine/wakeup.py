@@ -57,7 +57,7 @@ class Wakeup:
                 future.set_result(None)
 
     def wait(self, handle: Awaited, seen: int | None, timeout: float | None) -> bool:
-        """Until `handle` has more than `seen` tokens, or has ended; False when the time is up."""
+        """Wait until `handle` has more than `seen` tokens or has ended; False on timeout."""
         with self.passed:
             self.num_waiting += 1
             try:

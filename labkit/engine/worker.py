@@ -34,11 +34,11 @@ class Worker:
 
     @property
     def is_here(self) -> bool:
-        """Is the caller this worker's own thread?"""
+        """Whether the caller is this worker's own thread."""
         return threading.current_thread() is self.thread
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run it there, and wait for what it gives. Ctrl-C ends the waiting, not the work."""
+        """Run a function in the worker thread and wait for its result. Ctrl-C ends the waiting, not the work."""
         if self.is_here:
             return function()
         if not self.thread.is_alive():
@@ -48,7 +48,7 @@ class Worker:
         return future.result()
 
     def post(self, function: Callable[[], Any]) -> None:
-        """Run it there, some time soon."""
+        """Run a function in the worker thread later, without waiting."""
         self.inbox.put((None, function))
 
     def set_turn(self, turn: Turn | None) -> None:
@@ -58,7 +58,7 @@ class Worker:
         self.call(change)
 
     def stop(self, timeout: float = 60.0) -> bool:
-        """Finish what was asked so far, and end. True when the thread is gone."""
+        """Finish all submitted calls and end the thread. True if the thread has ended."""
         if self.thread.is_alive() and not self.is_here:
             self.inbox.put(None)
             self.thread.join(timeout)

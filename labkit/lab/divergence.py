@@ -49,17 +49,17 @@ class Divergence:
 
     @property
     def same(self) -> bool:
-        """Are all tokens the same?"""
+        """Whether all tokens are equal."""
         return self.position is None
 
     @property
     def identical(self) -> bool:
-        """Is every hidden state the same, to the bit?"""
+        """Whether every hidden state is equal, bit for bit."""
         return self.same and not any(one.largest for one in self.layers)
 
     @property
     def layer(self) -> int | None:
-        """The first layer that is off by more than is tolerated; None: none is."""
+        """The first layer that differs by more than the tolerance, or None."""
         return next((one.layer for one in self.layers if one.largest > self.tolerance), None)
 
     @property
@@ -82,7 +82,7 @@ class Divergence:
         return f"token {self.position} of the answer: {self.tokens[0]!r} in a, {self.tokens[1]!r} in b"
 
     def sentences(self) -> list[str]:
-        """What there is to say beside the headline."""
+        """Further findings, besides the headline."""
         found = []
         if not self.same:
             names = (f"{one} prefers its own by {'more than its 20 likeliest' if g is None else f'{g:.3g}'}"
@@ -138,7 +138,7 @@ class Divergence:
         )  # fmt: skip
 
     def svg(self) -> str:
-        """A bar a layer: how far it is off, on a logarithmic scale."""
+        """One bar per layer: its difference on a logarithmic scale."""
         values = [min(one.largest, 1e9) for one in self.layers if one.largest]
         low, high = around([*values, self.tolerance])
         low = max(low, high * 1e-9)
@@ -164,16 +164,17 @@ class Divergence:
 def divergence(
     a: Any, b: Any, prompt: Any, *, model: Any = None, max_tokens: int = 32, tolerance: float | None = None
 ) -> Divergence:
-    """Answer one prompt greedily in two ways, and find where they part.
+    """Answer one prompt greedily in two ways, and find where they differ.
 
-    `a` and `b` are settings: `use={"rms_norm": "mine"}` (variants of ops), `batch=8` (others beside it), `cached=True`
-    (the prompt's blocks come out of the prefix cache), `chunk=16` (tokens of the prompt a step), and every option of
-    `Engine`: `dtype=`, `block_size=`, `deterministic=`, `path=`, ... Or an engine, or (engine, settings of the run).
-    `model` is what engines are built of. `tolerance` is relative; None: a few roundings of the coarser dtype.
+    `a` and `b` are settings: `use={"rms_norm": "mine"}` (variants of ops), `batch=8` (other prompts in the batch),
+    `cached=True` (the prompt's blocks come from the prefix cache), `chunk=16` (prompt tokens per step), and every
+    option of `Engine`: `dtype=`, `block_size=`, `deterministic=`, `path=`, ... Each can also be an engine, or (engine,
+    settings of the run). `model` is the model for engines that are built. `tolerance` is relative; None means a few
+    roundings of the coarser dtype.
 
-    Tokens are compared first. Then both are run again, step by step rather than as replayed graphs, and every layer's
-    output is compared wherever both computed it from the same tokens; where they use other variants of an op, every
-    op's result on the prompt as well.
+    Tokens are compared first. Then both sides run again, step by step without replayed graphs, and every layer's output
+    is compared wherever both computed it from the same tokens. If the sides use different variants of an op, every op's
+    result on the prompt is compared as well.
 
     >>> import labkit as lk
     >>> lk.divergence({"batch": 1}, {"batch": 4}, "def f(x):", max_tokens=8).same         # doctest: +SKIP

@@ -22,8 +22,8 @@ Hidden = dict[int, dict[int, Tensor]]  # layer -> position -> its output [hidden
 
 @contextmanager
 def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
-    """Within the block, every layer's output at every position that is computed for this request. Steps are not
-    replayed as graphs meanwhile: those show nothing of what is inside."""
+    """Within the block, record every layer's output at every position that is computed for this request. Steps do not
+    replay graphs meanwhile, because a replay shows nothing of what is inside."""
     runner: Any = engine.runner
     model, graphs = runner.model, runner.graphs
     layers = range(-1, len(model.kv))
@@ -75,7 +75,7 @@ class LayerDifference:
 
 
 def compare_layers(a: Hidden, b: Hidden, alike: int, tolerance: float) -> tuple[tuple[LayerDifference, ...], int]:
-    """Each layer's difference where both computed it from the same tokens, and at how many positions that is."""
+    """Each layer's difference where both computed it from the same tokens, and the number of such positions."""
     found, positions = [], sorted(i for i in a[-1].keys() & b[-1].keys() if i < alike)
     if not positions:
         raise ValueError("no position was computed by both sides: there is nothing to compare")
@@ -89,7 +89,7 @@ def compare_layers(a: Hidden, b: Hidden, alike: int, tolerance: float) -> tuple[
 
 
 def relative(a: Tensor, b: Tensor) -> Tensor:
-    """||a - b|| / ||a|| of each line [lines]; infinite where one side is not a number."""
+    """||a - b|| / ||a|| of each line [lines]; infinite if one side is not a number."""
     a, b = (side.reshape(-1, side.shape[-1]).float() for side in (a, b))
     apart = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)
     same = (a == b).all(dim=1)

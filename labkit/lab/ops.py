@@ -31,7 +31,7 @@ Call = tuple[str, str, list[Tensor]]  # op, variant, what it gave
 
 
 def recorded_ops(side: Side, model: Any, ids: list[int]) -> list[Call] | None:
-    """Every op's result while these tokens are computed; None: too large to keep."""
+    """Every op's result while these tokens are computed; None if it is too large to keep."""
     calls: list[Call] = []
     kept = 0
 
@@ -51,8 +51,8 @@ def recorded_ops(side: Side, model: Any, ids: list[int]) -> list[Call] | None:
 
 
 def first_op(sides: list[list[Call] | None], num_layers: int, tolerance: float) -> OpDifference | None:
-    """The first call whose result is off by more than is tolerated, or else by anything; None: none is, or the two
-    sides call other ops."""
+    """The first call whose result differs by more than the tolerance, else the first that differs at all. None if there
+    is none, or if the two sides call different ops."""
     a, b = sides
     if a is None or b is None or [op for op, *_ in a] != [op for op, *_ in b]:
         return None

@@ -24,7 +24,7 @@ class Lab(Protocol):
     variants: list[str]
 
     def of(self, name: str) -> Lab:
-        """The lab of another op on the same machine, shown by the same panel."""
+        """The lab of another op on the same machine, in the same panel."""
         ...
 
     def _repr_html_(self) -> str: ...
@@ -93,7 +93,7 @@ class Panel:
         return f"Panel({self.lab.op.name}: {chosen}; {'running' if self.is_running else 'idle'})"
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        """The widgets, and for a notebook that is opened without a kernel the results as they stand."""
+        """The widgets, and the current results as HTML for a notebook that is opened without a kernel."""
         bundle: dict[str, Any] = dict(self.box._repr_mimebundle_(**options) or {})
         return bundle | {"text/plain": repr(self), "text/html": self.lab._repr_html_()}
 
@@ -106,7 +106,7 @@ class Panel:
         dtypes: Sequence[str] | None = None,
         variants: Sequence[str] | None = None,
     ) -> Panel:
-        """What the lists would be clicked to; None leaves one as it is."""
+        """Set the lists as if by clicking; None leaves a list unchanged."""
         if op is not None:
             if op not in OPS:
                 raise ValueError(f"there is no op {op!r}: there are {', '.join(sorted(OPS))}")
@@ -123,7 +123,7 @@ class Panel:
         return self
 
     def _change_op(self, name: str) -> None:
-        """Another lab: what was found of the op before stays with that."""
+        """Switch to another op's lab; results of the previous op stay with its own lab."""
         if name != self.lab.op.name:
             self.lab = self.lab.of(name)
             self._offer()
@@ -146,7 +146,7 @@ class Panel:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> Panel:
-        """Run what is chosen, in the background; nothing if a run has not ended yet."""
+        """Run the selection in the background; does nothing if a run is in progress."""
         with self._lock:
             if not self.is_running:
                 self.error = None
@@ -156,7 +156,7 @@ class Panel:
         return self
 
     def wait(self, timeout: float | None = None) -> Panel:
-        """Until the run has ended; what it raised rises here."""
+        """Wait until the run has ended; raises what the run raised."""
         if timeout is not None:
             duration("timeout", timeout)
         if self._thread is not None:
@@ -168,7 +168,7 @@ class Panel:
         return self
 
     def run(self) -> Panel:
-        """Run what is chosen, and wait."""
+        """Run the selection and wait."""
         return self.start().wait()
 
     def _run(self) -> None:
@@ -183,7 +183,7 @@ class Panel:
             self.button.disabled = False
 
     def _measure(self) -> None:
-        """Check and time variant after variant, then draw."""
+        """Check and time the variants one by one, then draw."""
         lab, dtypes, shapes = self.lab, list(self.dtypes.value), list(self.shapes.value)
         for part in (self.shapes, self.dtypes, self.variants):
             if not part.value:

@@ -77,7 +77,7 @@ class Side:
 
     @contextmanager
     def opened(self, model: Any) -> Iterator[Engine]:
-        """The engine to run in, alone: the one there is, or one that is built and closed."""
+        """The engine to run in, used by nobody else: the given one, or one that is built and closed afterwards."""
         if self.engine is not None:
             with alone(self.engine):
                 yield self.engine
@@ -89,7 +89,7 @@ class Side:
             engine.close()
 
     def run(self, engine: Engine, ids: list[int], params: SamplingParams, id: str | None = None) -> Handle:
-        """One prompt's answer under these settings; the engine is left as it was, whatever happens."""
+        """One prompt's answer under these settings. The engine's own settings are restored afterwards."""
         salt = f"side {next(_number)}"
         with ExitStack() as stack:
             for op, variant in self.use.items():
@@ -117,7 +117,7 @@ class Side:
 
 @contextmanager
 def settled(a: Side, b: Side, model: Any, prompt: Any, max_tokens: int) -> Iterator[tuple[Side, Side]]:
-    """Both sides with an engine where they can share one: a given one, or one that is built for both."""
+    """Both sides with an engine, if they can share one: an engine that was given, or one built for both."""
     given = a.engine or b.engine
     for side in (a, b):
         if side.options and given is not None and model is None:

@@ -59,7 +59,7 @@ class Trial:
         return not self.changes
 
     def frame(self) -> pandas.DataFrame:
-        """A row a changed answer."""
+        """One row per changed answer."""
         return table((astuple(one) for one in self.changes), list(Change.__dataclass_fields__))
 
     def said(self) -> str:
@@ -104,12 +104,12 @@ class Trial:
 
 
 def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max_tokens: int = 32) -> Trial:
-    """Answer the same prompts greedily without a variant and with it, and say which tokens changed.
+    """Answer the same prompts greedily without a variant and with it, and report which tokens changed.
 
-    The variant is checked first; one that fails is tried all the same, and the result says so. The engine must be idle:
-    whoever is served meanwhile would be computed by the variant too, and so would another engine of this process. A
-    background thread is paused. Whatever happens, the engine is left without the variant, and nothing that it computed
-    is ever found in the prefix cache.
+    The variant is checked first; one that fails is tried anyway, and the result says so. The engine must be idle,
+    because other requests would be computed by the variant too, and so would another engine in this process. A
+    background thread is paused. Afterwards the engine does not use the variant, even after an error, and nothing that
+    the variant computed stays in the prefix cache.
 
     >>> import labkit as lk
     >>> from labkit_kernels import rms_norm
@@ -153,7 +153,7 @@ def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max
 
 @contextmanager
 def alone(engine: Engine) -> Iterator[None]:
-    """Within the block nobody steps the engine but the caller; it must have nothing to do."""
+    """Within the block only the caller steps the engine, which must be idle."""
     running = engine.is_running
     engine.pause()
     try:
@@ -187,12 +187,12 @@ def _change(engine: Engine, prompt: int, one: Handle, other: Handle) -> Change |
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Where two answers part; None: nowhere. The end of one counts as a token."""
+    """The index at which two answers differ, or None. The end of an answer counts as a token."""
     return next((i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y), None)
 
 
 def gap(handle: Handle, place: int, rival: Sequence[int]) -> float | None:
-    """By how much its own token was likelier there than the rival, in logits."""
+    """How much likelier the own token was there than the rival, in logits."""
     if not rival or place >= len(handle.logprobs):
         return None
     entry = handle.logprobs[place]
@@ -204,14 +204,14 @@ def token_at(engine: Engine, ids: Sequence[int], place: int) -> str:
 
 
 def text_of(engine: Engine, ids: Sequence[int]) -> str:
-    """As text, or as numbers where there is no tokenizer."""
+    """As text, or as numbers if there is no tokenizer."""
     if engine.tokenizer is None:
         return " ".join(map(str, ids))
     return engine.tokenizer.decode(list(ids))
 
 
 def _visible(text: str) -> str:
-    """Ends of lines and outer spaces as characters that can be seen."""
+    """The text with line ends and outer spaces as visible characters."""
     shown = text.replace("\n", "↵")
     head, tail = len(shown) - len(shown.lstrip(" ")), len(shown) - len(shown.rstrip(" "))
     return "·" * len(shown) if head == len(shown) else "·" * head + shown.strip(" ") + "·" * tail

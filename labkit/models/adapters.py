@@ -23,7 +23,7 @@ def _through_interface(module: Any, q: Tensor, k: Tensor, v: Tensor, **options: 
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """Slopes that halve geometrically; heads beyond a power of two take every second of the next series."""
+    """Slopes that halve geometrically. Heads beyond a power of two take every second slope of the next series."""
     whole = 2 ** math.floor(math.log2(num_heads))
 
     def series(n: int) -> Tensor:
@@ -103,7 +103,8 @@ ADAPTERS = {
 
 
 def adapt(model: nn.Module) -> bool:
-    """Give a family's attention modules a forward that asks the interface; whether this is such a family."""
+    """Replace the forward of a family's attention modules by one that calls the interface; returns whether it is such a
+    family."""
     adapter = ADAPTERS.get(model.config.model_type)  # type: ignore[union-attr, arg-type]
     if adapter is None:
         return False

@@ -75,7 +75,7 @@ class Model(Protocol):
         ...
 
     def tensors(self) -> Iterable[Tensor]:
-        """Every weight once."""
+        """Every weight, once each."""
         ...
 
     def refresh_ops(self) -> None:
@@ -87,5 +87,6 @@ class Model(Protocol):
         ...
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where each row's logits are largest, and the largest sum, without logits; None: there is no shorter way."""
+        """Each row's argmax and largest logit without writing all logits; None if there is no faster way than the
+        logits."""
         ...

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
-    """The parameters of one kind of layer, in the form of transformers 5, whatever the config's own."""
+    """The rope parameters of one kind of layer, in transformers 5 form, whatever form the config has."""
     given = getattr(config, "rope_parameters", None) or {}
     if layer_type is not None and layer_type in given:
         given = given[layer_type]

@@ -55,7 +55,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; keys and values come with positions in them, and not repeated."""
+    """Called by transformers in each layer; keys and values are already rotated and not repeated."""
     step = _step
     if step.seen is not None:
         step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3], sliding_window))
@@ -158,7 +158,7 @@ class TransformersModel:
         return model
 
     def _probe(self) -> tuple[KVSpec, ...]:
-        """One forward with nothing behind it tells what each layer keeps, and that each layer asks."""
+        """One forward without a cache, to learn what each layer stores and that every layer uses the interface."""
         _step.seen = seen = []
         try:
             with torch.inference_mode():
@@ -219,7 +219,7 @@ class TransformersModel:
 
 
 def _refuse_lengths(config: Any, max_model_len: int) -> None:
-    """Frequencies that follow the longest request of a batch would let requests change each other."""
+    """Refuses rope types whose frequencies follow the longest request of a batch: requests would change each other."""
     given = getattr(config, "rope_parameters", None) or {}
     kinds = given if given and all(isinstance(value, dict) for value in given.values()) else [None]
     for layer_type in kinds:
@@ -236,8 +236,8 @@ def _refuse_lengths(config: Any, max_model_len: int) -> None:
 
 
 def swap_linears(model: nn.Module) -> list[Linear]:
-    """Let transformers' linear layers multiply by ours where these are quicker; a weight that is theirs alone becomes a
-    zero of its shape, which takes no memory."""
+    """Replace transformers' linear layers by ours where ours are faster. A weight that only they used becomes a zero of
+    its shape that takes no memory."""
     used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     swapped = []
     for module in model.modules():

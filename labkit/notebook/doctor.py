@@ -90,7 +90,7 @@ Probe = Callable[[], Iterable[Row]]
 
 
 def examine(probes: dict[str, Probe] | None = None) -> Report:
-    """Look at everything; takes some seconds, as the CPU kernels are built and a model is loaded."""
+    """Check everything. Takes some seconds, because it builds the CPU kernels and loads a model."""
     rows: list[Row] = []
     for name, probe in (PROBES if probes is None else probes).items():
         try:
@@ -114,7 +114,7 @@ def python() -> Iterator[Row]:
 
 
 def packages() -> Iterator[Row]:
-    """What is installed against what pyproject.toml asks for."""
+    """Installed versions against the requirements in pyproject.toml."""
     from packaging.requirements import Requirement
 
     try:
@@ -177,7 +177,7 @@ def gpu() -> Iterator[Row]:
 
 
 def nvidia_devices() -> list[str]:
-    """What the driver lists, whatever torch was built for; nothing without nvidia-ml-py or a driver."""
+    """GPUs that the driver lists, whatever torch was built for; empty without nvidia-ml-py or a driver."""
     try:
         import pynvml
     except ImportError:
@@ -210,7 +210,7 @@ def jupyter() -> Iterator[Row]:
 
 
 def labextensions() -> list[Path]:
-    """Where a Jupyter server of this environment looks for what runs in the page."""
+    """Where a Jupyter server of this environment looks for lab extensions."""
     try:
         from jupyter_core.paths import jupyter_path
     except ImportError:
@@ -285,7 +285,7 @@ def folders() -> Iterator[Row]:
 
 
 def caches() -> dict[str, tuple[Path, str]]:
-    """Folders that things are kept in: (where, what moves it)."""
+    """The cache folders: (path, what setting moves it)."""
     from labkit_kernels.native import cache_folder
 
     home = Path.home()
@@ -299,7 +299,7 @@ def caches() -> dict[str, tuple[Path, str]]:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """None if files can be made there, now or once the folder is made."""
+    """None if files can be created there, else the reason. The folder need not exist yet."""
     there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     if not there.is_dir():
         return f"{there} is no folder"

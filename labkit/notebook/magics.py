@@ -92,10 +92,10 @@ def _machine() -> str:
 
 
 def bench(cell: str, space: dict[str, Any], *, repeats: int | None = None, warmup: int = 2, what: str = "") -> Timing:
-    """What `%%bench` does with a cell, in the names of `space`.
+    """What `%%bench` does with a cell, using the names in `space`.
 
-    A cell that ends with a function or an engine is run once, and the function's calls or the engine's steps are timed;
-    any other cell is timed as a whole.
+    If a cell ends with a function or an engine, it runs once, and the function's calls or the engine's steps are timed.
+    Any other cell is timed as a whole.
     """
     tree = ast.parse(cell, "<bench>")
     if not tree.body:

@@ -70,7 +70,7 @@ def _mixed(rng: random.Random) -> tuple[list[int], int]:
 
 
 def _shared(rng: random.Random) -> tuple[list[int], int]:
-    """One of three long beginnings, and an end of its own."""
+    """One of three long prefixes, and an ending of its own."""
     return _ids(random.Random(rng.randrange(3)), 160) + _ids(rng, rng.randint(4, 24)), rng.randint(16, 48)
 
 
@@ -107,7 +107,7 @@ class Load:
         return self.mix if isinstance(self.mix, str) else getattr(self.mix, "__name__", "own")
 
     def draw(self, rng: random.Random, vocab_size: int, most: int) -> tuple[list[int], int]:
-        """A prompt of tokens that the model has, and how many it asks for; together at most `most`."""
+        """A prompt of valid token ids and its number of output tokens; together at most `most`."""
         function = MIXES[self.mix] if isinstance(self.mix, str) else self.mix
         prompt, num_output = function(rng)
         ids = [int(token) % vocab_size for token in prompt][: max(1, most // 2)]
@@ -154,7 +154,7 @@ class Player:
     # -- commands ------------------------------------------------------------------------------------------------
 
     def play(self) -> Player:
-        """Go on until all is served, or somebody says otherwise."""
+        """Play until everything is served, or until paused or stopped."""
         with self._lock:
             self.engine.own_thread()
             if self._thread is None or not self._thread.is_alive():
@@ -172,14 +172,14 @@ class Player:
         return self
 
     def pause(self) -> Player:
-        """Hold after the current step."""
+        """Pause after the current step."""
         with self._lock:
             if self.state == "playing":
                 self._hold("paused")
         return self
 
     def step(self, num: int = 1) -> Player:
-        """Pause, and take that many steps."""
+        """Pause, and take this many steps."""
         whole("num", num, least=1)
         with self._lock:
             self.engine.own_thread()
@@ -191,7 +191,8 @@ class Player:
         return self
 
     def stop(self) -> Player:
-        """End the player's thread; `play` goes on. The engine is in the background if it was there before."""
+        """End the player's thread; `play` starts a new one. The engine runs in the background again if it did
+        before."""
         with self._lock:
             if self.state == "stopped":
                 return self
@@ -213,7 +214,7 @@ class Player:
         self.state = state
 
     def change_load(self, **fields: Any) -> None:
-        """Other requests from now on: rate=, mix=, num=."""
+        """Change the requests from here on: rate=, mix=, num=."""
         with self._lock:
             old = self.load or Load(rate=0.0)
             self.load = Load(**{"rate": old.rate, "mix": old.mix, "num": old.num, "seed": old.seed, **fields})
@@ -222,7 +223,8 @@ class Player:
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> Player:
-        """Until all is served, or it was stopped. Ctrl-C pauses it and goes on to the caller."""
+        """Wait until everything is served or the player is stopped. Ctrl-C pauses the player and is raised to the
+        caller."""
         deadline = None if timeout is None else time.monotonic() + duration("timeout", timeout)
         if timeout is None and self.load is not None and self.load.num is None and self.load.rate:
             raise ValueError(f"{self.load!r} has no end: give it num=, or use wait(timeout=)")
@@ -265,7 +267,7 @@ class Player:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _turn(self) -> float:
-        """One look at the clock; seconds until the next."""
+        """One iteration of the thread; returns the seconds until the next."""
         with self._lock:
             if self.engine.is_closed:
                 return self._end()
@@ -282,7 +284,7 @@ class Player:
                 return TICK
 
     def _end(self) -> float:
-        """The engine was closed: nothing can be played any more."""
+        """The engine was closed, so nothing can be played any more."""
         self.state = "stopped"
         self._gone.set()
         self._tell()
@@ -293,14 +295,15 @@ class Player:
         self._tell()
 
     def _tell(self) -> None:
-        """It is over: whoever shows it draws the end, and then whoever waits goes on."""
+        """The end: the dashboard draws it first, then waiting callers continue."""
         if (show := self.at_end()) is not None:
             show()
         self._over.set()
 
     @property
     def _is_over(self) -> bool:
-        """Without a load of its own a player waits for what others submit, unless somebody waits for the end."""
+        """Without a load of its own a player goes on for requests that others submit, unless somebody waits for the
+        end."""
         return self._is_served and (self.load is not None or self._num_waiting > 0)
 
     @property
@@ -338,7 +341,7 @@ class Player:
         return max(0.0, until - time.perf_counter())
 
     def _submit_due(self, upto: float | None = None, idle: bool = False) -> None:
-        """Hand in whoever has come; an idle engine that is stepped by hand gets the next one at once."""
+        """Submit the requests that are due. An idle engine that is stepped by hand gets the next one at once."""
         load = self.load
         if load is None or load.rate == 0:
             self._next = self.engine.clock.now() / 1e9 if self._next is None else self._next
@@ -364,7 +367,7 @@ class Player:
 
 
 def _run(player: weakref.ref[Player], go: threading.Event, gone: threading.Event) -> None:
-    """The thread's own loop; it must not keep a player alive that nobody holds."""
+    """The thread's loop; it must not keep an unused player alive."""
     while not gone.is_set():
         go.wait(1.0)
         here = player()

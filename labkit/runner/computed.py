@@ -14,7 +14,7 @@ from labkit.transfer import fetch
 
 
 def on_its_way(drawn: Drawn | None) -> Tensor | None:
-    """Tokens and their logits [2, samples], on the host when the device has come that far."""
+    """Tokens and their logits [2, samples], being copied to the host."""
     return None if drawn is None else fetch(torch.stack((drawn.tokens.double(), drawn.chosen.double())))
 
 

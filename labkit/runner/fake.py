@@ -14,7 +14,7 @@ from labkit.runner.rows import Rows
 
 
 def next_token(seed: int, sample_seed: int, context: np.ndarray, vocab_size: int) -> int:
-    """The fake model: a pure function of its seed, the sample's seed and every token before."""
+    """The fake model: a pure function of its seed, the sample's seed and all previous tokens."""
     key = f"{seed}:{sample_seed}".encode()
     digest = blake2b(np.ascontiguousarray(context, np.int32).tobytes(), digest_size=8, key=key[:64]).digest()
     return int.from_bytes(digest, "little") % vocab_size
@@ -93,8 +93,8 @@ class FakeRunner:
         return tokens
 
     def _context(self, row: int, length: int) -> np.ndarray:
-        """What the row's layers see: all tokens where a group keeps them, else those in the widest window. Every group
-        must have what its window holds."""
+        """The tokens that the row's layers see: all if a group keeps them, else those in the widest window. Every group
+        must hold the tokens in its window."""
         assert self.layout is not None
         windows, size = self.layout.windows, self.layout.block_size
         seen = [

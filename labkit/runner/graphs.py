@@ -38,7 +38,7 @@ GIVEN, POSITION, SLOT, ROW, KEY, FED, PLACE = range(7)  # columns
 
 
 def lines_of(flat: Any, size: int, width: int) -> Lines:
-    """Views of one int32 array or tensor, each beginning at a multiple of 16 bytes and dense: kernels read them."""
+    """Views of one int32 array or tensor, each contiguous and aligned to 16 bytes, because kernels read them."""
     ends = np.cumsum([_whole(14 * size), _whole(size * width), size])
     columns = flat[: 14 * size].view(np.int64 if isinstance(flat, np.ndarray) else torch.int64).reshape(7, size)
     tables = flat[ends[0] : ends[0] + size * width].reshape(size, width)
@@ -67,7 +67,7 @@ class Buffers:
         self._free = [torch.cuda.Event() for _ in range(TURNS)] if pinned else None
 
     def fill(self, columns: np.ndarray, tables: np.ndarray, scratch_row: int) -> None:
-        """This step's lines, the longest first, and padding behind them."""
+        """Write this step's rows, the longest first, and padding after them."""
         self._turn = (self._turn + 1) % TURNS
         if self._free is not None:
             self._free[self._turn].synchronize()  # long past, unless three steps are on their way
@@ -87,11 +87,11 @@ class Buffers:
         self.flat.copy_(self._staged[self._turn], non_blocking=True)
 
     def pad(self, scratch_row: int) -> None:
-        """Padding alone: what is captured and warmed up must write to nobody's blocks."""
+        """Write padding only: captures and warm-ups must not write to any request's blocks."""
         self.fill(np.zeros((7, 0), np.int64), np.zeros((0, self.width), np.int64), scratch_row)
 
     def read(self) -> Tensor:
-        """Where this step's outputs will be once its event has come, in the order in which its lines were given."""
+        """This step's outputs, valid once its event has completed, in the order in which its rows were given."""
         out = self._out[self._turn]
         out.copy_(self.out, non_blocking=True)
         if self._free is not None:
@@ -121,7 +121,7 @@ class Graphs:
         return len(self._made)
 
     def capture(self, rows: int, blocks: int, sample: Callable[..., Tensor]) -> None:
-        """Capture every size up to so many rows and blocks a row, so that no step has to."""
+        """Capture every batch size up to this many rows and blocks per row, so that no later step has to."""
         width = LEAST_WIDTH
         while True:
             for size in self.sizes[: bisect.bisect_left(self.sizes, rows) + 1]:
@@ -137,7 +137,8 @@ class Graphs:
         return self._made[size, width]
 
     def run(self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor]) -> Tensor:
-        """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream is there."""
+        """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream has got
+        there."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(tables))]
         width = LEAST_WIDTH
         while width < tables.shape[1]:
@@ -148,7 +149,7 @@ class Graphs:
         return buffers.read()
 
     def forget(self) -> None:
-        """Another variant is in use: what was captured is out of date."""
+        """Drop all graphs, because another variant is in use now."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # a graph that still runs must not be taken apart
         self._made.clear()
@@ -156,7 +157,7 @@ class Graphs:
         self.memory = 0
 
     def _step(self, buffers: Buffers, sample: Callable[..., Tensor]) -> None:
-        """What a graph holds."""
+        """The work that a graph captures."""
         columns, tables, lengths = buffers.lines
         rows = columns[ROW]
         batch = Batch(

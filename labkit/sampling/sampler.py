@@ -40,7 +40,7 @@ class LogprobBatch(NamedTuple):
     top_ids: Tensor
 
     def fetched(self) -> LogprobBatch:
-        """On its way to the host: `by_row` may be asked once an event recorded now has come."""
+        """Start the copy to the host; `by_row` is valid once an event recorded now has completed."""
         return LogprobBatch(self.rows, self.wanted, *map(fetch, self[2:]))
 
     def by_row(self) -> dict[int, TokenLogprobs]:
@@ -54,7 +54,7 @@ class LogprobBatch(NamedTuple):
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, wanted: list[int], rows: list[int]) -> LogprobBatch:
-    """Log-probabilities of `tokens` and of the most likely ones, before any parameter changed them."""
+    """Log-probabilities of `tokens` and of the likeliest tokens, before any sampling parameter is applied."""
     scores = logits.log_softmax(-1)
     chosen = scores.gather(1, tokens[:, None])
     rank = (scores > chosen).sum(-1) + 1
@@ -88,7 +88,7 @@ class Special:
         )
 
     def apply(self, logits: Tensor, known: int) -> Tensor:
-        """This row's logits [vocabulary] with all its own wishes in them."""
+        """This row's logits [vocabulary], with all its parameters applied."""
         params = self.params
         if self.forbidden is not None:
             logits = logits.masked_fill(self.forbidden, -torch.inf)
@@ -176,7 +176,7 @@ class Sampler:
             self.leave(row)
 
     def _base(self, join: Join) -> int:
-        """Where this sample's randomness starts: its seed, or, unseeded, the runner's seed and the request's name."""
+        """The start of this sample's randomness: its seed or, without one, the runner's seed and the request's id."""
         seed = join.params.seed
         own = f"s{seed}" if seed is not None else f"u{self.seed}:{join.request.partition('/')[0]}"
         digest = hashlib.blake2b(f"{own}:{join.sample}".encode(), digest_size=8).digest()
@@ -211,7 +211,7 @@ class Sampler:
     # -- a draw --------------------------------------------------------------------------------------------------
 
     def draw(self, logits: Tensor, rows: np.ndarray, known: np.ndarray, sample: Sample) -> Drawn:
-        """A token for each of `rows` from its line of `logits` [samples, vocabulary] float32, which may be changed.
+        """One token for each of `rows` from its row of `logits` [samples, vocabulary] float32, which may be modified.
         `known` are the tokens that each row has before the draw."""
         wanted = [(i, row) for i, row in enumerate(rows.tolist()) if row in self.special] if self.special else []
         asking = [(i, row) for i, row in wanted if self.special[row].params.logprobs is not None]
@@ -244,7 +244,7 @@ class Sampler:
         return Drawn(tokens, chosen, errors, batch)
 
     def keys(self, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """What each row's next draw hashes: its seed, and how many tokens it has."""
+        """What each row's next draw hashes: its seed and its number of tokens."""
         return _keys(self.base[rows], known)
 
     def _where_penalized(self, rows: np.ndarray) -> tuple[Tensor, Tensor] | None:

@@ -65,7 +65,7 @@ class Calibration:
 
     @property
     def bias(self) -> float:
-        """The predicted time of all steps together over the measured one, less one."""
+        """The predicted total time over the measured one, minus one."""
         return float(self.predicted.sum() / self.measured.sum() - 1)
 
     def __repr__(self) -> str:
@@ -73,7 +73,7 @@ class Calibration:
         return f"Calibration({self.runner!r}; {len(self.work)} steps, {how_well})"
 
     def frame(self) -> pandas.DataFrame:
-        """A row a step: what it computed, measured and predicted seconds."""
+        """One row per step: what it computed, measured and predicted seconds."""
         pd = tables.pandas()
         return pd.DataFrame([vars(work) for work in self.work]).assign(predicted=self.predicted)
 
@@ -97,7 +97,7 @@ class Calibration:
 def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Calibration:
     """Fit SimRunner's constants to the steps of a log, or of an engine, which serves `num` requests for it.
 
-    The fit is by least squares over relative errors, no constant below zero, scaled so that the sum is right.
+    A least squares fit over relative errors, with no constant below zero, scaled so that the total time is right.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=512))
@@ -117,7 +117,7 @@ def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Cal
 
 
 def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
-    """One request alone, then all at once: small steps and large ones, short contexts and long."""
+    """One request alone, then all at once, for small and large steps, short and long contexts."""
     if engine.is_running or engine.scheduler.has_work:
         raise RuntimeError("the engine is at work: let it finish, then pause() it")
     scheduler, blocks = engine.scheduler, engine.blocks
@@ -141,7 +141,7 @@ def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
 
 
 def work_of(events: Iterable[Event]) -> tuple[list[Work], int]:
-    """Each step's work, and how many steps were left out as the log does not say what they computed."""
+    """Each step's work, and how many steps were left out because the log does not say what they computed."""
     fold = _Fold()
     work: list[Work] = []
     num_unclear = 0

@@ -80,11 +80,11 @@ class Experiment:
         return f"Experiment({grid}{seeds} of {self._workload_name()} on {self._runner_name()})"
 
     def __len__(self) -> int:
-        """How many runs it takes."""
+        """The number of runs."""
         return len(settings_of(self.grid)) * self.repeats
 
     def metric(self, function: F) -> F:
-        """Decorator: measure this as well. It is given each run's whole event log, and gives a number."""
+        """Decorator that adds a metric: a function of a run's event log that returns a number."""
         name = getattr(function, "__name__", "")
         if not callable(function) or not name.isidentifier():
             raise TypeError(f"a metric is a named function of an event log, got {function!r}")
@@ -94,11 +94,12 @@ class Experiment:
         return function
 
     def run(self, *, live: bool | str = False, speed: float | None = None, progress: bool = True) -> Study:
-        """Serve every setting. Interrupted, it gives what was measured so far.
+        """Serve every setting. If interrupted, returns what was measured so far.
 
-        `live` draws the rolling hit rate of every setting while it is served, or another of "output_tokens_per_s",
-        "used_blocks", "waiting", "running". `speed` is how many simulated seconds pass in a second, to watch them; as
-        many as can without it."""
+        `live` draws each setting's rolling hit rate while it is served, or another of "output_tokens_per_s",
+        "used_blocks", "waiting", "running". `speed` limits a simulation to that many simulated seconds per second, so
+        that you can watch it.
+        """
         flag("progress", progress)
         if speed is not None:
             real("speed", speed, least=0.0, open_left=True)
@@ -130,7 +131,7 @@ class Experiment:
         )
 
     def _serve(self, values: Setting, names: dict[str, Any], seed: int, history: History, speed: float | None) -> Run:
-        """One setting, once. Whatever goes wrong in it is its result: the others are served all the same."""
+        """Serve one setting, once. An error becomes its result, and the other settings are still served."""
         log = EventLog(keep=None) if self.metrics else None
         engine: Engine | None = None
         try:

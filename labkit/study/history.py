@@ -73,7 +73,7 @@ class History:
                 self._size, self._stride = ROWS // 2, self._stride * 2
 
     def columns(self) -> Columns:
-        """A copy of what there is; from any thread."""
+        """A copy of the rows; callable from any thread."""
         with self.lock:
             rows = self._rows[: self._size].copy()
         return dict(zip(COLUMNS, rows.T, strict=True))

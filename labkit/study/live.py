@@ -37,7 +37,7 @@ class LiveCurves:
         self._thread: threading.Thread | None = None
 
     def open(self) -> LiveCurves:
-        """Show the figure as this cell's output, and begin to follow."""
+        """Show the figure as this cell's output and start following."""
         from IPython.display import display
 
         nothing = np.zeros(0, np.float32)
@@ -52,7 +52,7 @@ class LiveCurves:
         return self
 
     def watch(self, name: str, history: History, workload: Workload) -> None:
-        """From now on this setting is being served; the one before is drawn to its end."""
+        """Follow this setting from here on, and draw the previous one to its end."""
         num_output = sum(ask.num_output for ask in workload.asks)
         num_prompt = sum(workload.lengths()) - num_output
         with self.lock:
@@ -60,7 +60,7 @@ class LiveCurves:
             self._now, self._drawn = (name, history, num_prompt, num_output), -1
 
     def close(self) -> None:
-        """Draw the end, stop following, and leave the still picture."""
+        """Draw the end, stop following, and leave a static picture."""
         from IPython.display import HTML, display
 
         self._stop.set()
@@ -72,7 +72,7 @@ class LiveCurves:
         display(HTML(self.picture()))
 
     def picture(self) -> str:
-        """The curves as they are, without anything that moves."""
+        """The current curves as a static picture."""
         lines = [
             charts.Curve(name, _color(i), xs.tolist(), ys.tolist())
             for i, (name, (xs, ys)) in enumerate(self._points.items())

@@ -33,7 +33,7 @@ class NextTokens:
     views: tuple[tuple[str, NDArray[np.float64]], ...]
 
     def under(self, **filters: float) -> NextTokens:
-        """What temperature, top_k, top_p and min_p leave, computed as the sampler does."""
+        """Add a view with temperature, top_k, top_p and min_p applied as the sampler does."""
         check_names("NextTokens.under", filters, FILTERS)
         params = SamplingParams(**filters)  # type: ignore[arg-type]
         name = ", ".join(f"{name}={value:g}" for name, value in filters.items()) or "as it is"
@@ -41,11 +41,11 @@ class NextTokens:
 
     @property
     def kept(self) -> int:
-        """Tokens that the latest view can still draw."""
+        """Number of tokens that the latest view can still draw."""
         return int((self.views[-1][1] > 0).sum())
 
     def probability(self, token: int) -> float:
-        """Of a token id, in the latest view."""
+        """The probability of a token id in the latest view."""
         return float(self.views[-1][1][token])
 
     def frame(self) -> pandas.DataFrame:

@@ -69,7 +69,7 @@ class _Conversations:
 
 
 def serve(workload: Workload, engine: Engine, history: History | None = None, speed: float | None = None) -> Served:
-    """Serve all of it, on whatever clock the engine has; a virtual one passes at most `speed` seconds a second.
+    """Serve the whole workload on the engine's clock; a virtual clock advances at most `speed` seconds a second.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=256))

@@ -29,7 +29,7 @@ Setting = dict[str, Any]
 
 
 def valid_names(runner: Any, has_model: bool) -> tuple[str, ...]:
-    """What may stand in the grid."""
+    """The names allowed in the grid."""
     short = tuple(SHORT)
     if has_model:
         return ("workload", "model", *short, *OF_MODEL)
@@ -54,7 +54,7 @@ def check_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], vali
 
 
 def settings_of(grid: Mapping[str, Sequence[Any]]) -> list[tuple[Setting, Setting]]:
-    """Every combination, the last name fastest: (values, what they are called)."""
+    """Every combination, the last name varying fastest: (values, their labels)."""
     named = {name: list(zip(values, labels(values), strict=True)) for name, values in grid.items()}
     found = []
     for combination in itertools.product(*named.values()):
@@ -64,7 +64,7 @@ def settings_of(grid: Mapping[str, Sequence[Any]]) -> list[tuple[Setting, Settin
 
 
 def labels(values: Sequence[Any]) -> list[Any]:
-    """What each value is called in a table or a file: itself when it is plain, else its name; no two alike."""
+    """Each value's label in a table or a file: the value itself if it is plain, else its name. Labels are unique."""
     found: list[Any] = []
     for value in values:
         label = label_of(value)

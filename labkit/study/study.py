@@ -67,7 +67,7 @@ class Study:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of what was measured."""
+        """The names of the measured columns."""
         return list(dict.fromkeys(name for run in self.runs for name in run.metrics))
 
     def __repr__(self) -> str:
@@ -82,17 +82,17 @@ class Study:
     # -- tables --------------------------------------------------------------------------------------------------
 
     def frame(self) -> pandas.DataFrame:
-        """A row a run: the setting, its seed, what was measured (times in seconds), and the error if it failed."""
+        """One row per run: the setting, its seed, the measurements (times in seconds), and the error if it failed."""
         pd = tables.pandas()
         rows = [{**run.setting, "seed": run.seed, **run.metrics, "error": run.error} for run in self.runs]
         return pd.DataFrame(rows, columns=[*self.names, "seed", *self.metrics, "error"])
 
     def requests(self) -> pandas.DataFrame:
-        """A row a request and run."""
+        """One row per request and run."""
         return self._long("requests")
 
     def curves(self) -> pandas.DataFrame:
-        """A row a moment and run: `now` in seconds, and what was going on in the last tenth of the tokens."""
+        """One row per moment and run: `now` in seconds, and figures over the last tenth of the tokens."""
         return self._long("curves")
 
     def _long(self, which: str) -> pandas.DataFrame:
@@ -109,8 +109,8 @@ class Study:
     # -- pictures ------------------------------------------------------------------------------------------------
 
     def plot(self, x: str, y: str = "output_tokens_per_s", *, by: str | Sequence[str] | None = None) -> Figure:
-        """A plotly figure of a measure over a setting, a colour for each value of `by` (everything else that varies,
-        if not given). x="time" draws the curves of `curves()`. Where seeds differ, the mean and its extremes."""
+        """A plotly figure of a measurement over a setting, with one colour per value of `by` (default: all settings
+        that vary). x="time" draws the curves of `curves()`. With several seeds it shows the mean and the extremes."""
         try:
             import plotly.graph_objects as go
         except ImportError as error:
@@ -192,7 +192,7 @@ class Study:
         return style.page(*parts)
 
     def _worth_showing(self) -> list[str]:
-        """Measures somebody added, and of the usual ones those that differ; the first if none does."""
+        """Metrics that the user added, and of the usual ones those that differ; the first if none does."""
         own = [name for name in self.metrics if name not in USUAL]
         usual = [name for name in SHOWN if len({run.metrics[name] for run in self.runs if name in run.metrics}) > 1]
         return own + usual or [name for name in SHOWN[1:2] if name in self.metrics]
@@ -212,7 +212,7 @@ class Study:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """As JSON. Functions and objects in the grid are kept by name."""
+        """Save as JSON. Functions and objects in the grid are saved by name."""
         found = {
             "labkit_study": VERSION, "names": self.names, "workload": self.workload, "runner": self.runner,
             "num_planned": self.num_planned, "runs": [asdict(run) for run in self.runs],
@@ -221,7 +221,7 @@ class Study:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Study:
-        """What `save` wrote."""
+        """Load what `save` wrote."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
@@ -277,7 +277,7 @@ def _trace(go: Any, name: str, points: dict[Any, list[float]], color: str, numbe
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can say it: no number that is none."""
+    """The value as JSON can hold it; nan and infinity become None."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

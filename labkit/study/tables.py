@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pandas() -> Any:
-    """The module, imported where a table is asked for."""
+    """The pandas module, imported when a table is needed."""
     try:
         import pandas
     except ImportError as error:

@@ -47,7 +47,7 @@ class Grammar:
         return self  # nothing in it changes
 
     def begin(self) -> Progress:
-        """One sample's way through the form."""
+        """The state of one sample in the form."""
         return Progress(self.matcher.deep_copy(), self.end_ids)
 
 

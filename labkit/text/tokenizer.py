@@ -123,7 +123,7 @@ class Tokenizer:
     # -- chat ----------------------------------------------------------------------------------------------------
 
     def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> list[int]:
-        """Token ids of a conversation in the model's own form, up to where the assistant speaks next."""
+        """Token ids of a conversation formatted with the chat template, up to where the assistant speaks next."""
         text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, **more)
         return self.encode(text, add_special_tokens=False)
 
