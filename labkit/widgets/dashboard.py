@@ -81,7 +81,8 @@ class Dashboard:
     # -- driving -------------------------------------------------------------------------------------------------
 
     def play(self) -> Any:
-        """Go on. Gives the player: wait for it, or, so that buttons work meanwhile, `await live.play()`."""
+        """Continue. Returns the player: wait for it, or use `await live.play()` to keep the buttons working
+        meanwhile."""
         player = self._driven()
         player.play()
         self._follow()
@@ -98,14 +99,15 @@ class Dashboard:
         self.draw()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until all is served. A cell that waits keeps the kernel from hearing clicks; one that awaits does not."""
+        """Wait until everything is served. While a cell waits, the kernel does not process clicks; with `await` it
+        does."""
         self._driven().wait(timeout)
 
     def __await__(self) -> Any:
         return self._driven().__await__()
 
     def stop(self) -> None:
-        """End playing. The figure stays, and a still copy of it is saved with the notebook."""
+        """Stop playing. The figure stays, and a static copy of it is saved with the notebook."""
         if self.player is not None:
             self.player.stop()
         self._draw_end()
@@ -115,7 +117,7 @@ class Dashboard:
         self._keep_still()
 
     def close(self) -> None:
-        """Stop, and end every thread of it. The engine goes on as it was."""
+        """Stop, and end the dashboard's threads. The engine continues as before."""
         if self.closed:
             return
         self.stop()
@@ -139,7 +141,7 @@ class Dashboard:
     # -- looking -------------------------------------------------------------------------------------------------
 
     def show(self, step: int | None = None) -> None:
-        """Go to a step, forwards or back; without one, to the latest."""
+        """Go to a step, in either direction; without an argument, to the latest."""
         first, last = self.feed.first, self.feed.num_steps
         if step is not None and not (isinstance(step, int) and first <= step <= last):
             raise ValueError(f"step must be between {first} and {last}, which are kept; got {step!r}")
@@ -151,7 +153,7 @@ class Dashboard:
         return self.log.frame("Step")
 
     def snapshot(self) -> str:
-        """The picture as HTML, without anything that needs a kernel or a script."""
+        """The dashboard as HTML that needs neither a kernel nor a script."""
         with self._lock:
             self.feed.catch_up()
             return panels.snapshot(self.feed, self._title(), self.shown)
@@ -161,7 +163,7 @@ class Dashboard:
         return f"Dashboard at step {at:,}"
 
     def say(self, trouble: object = "") -> None:
-        """A line below the controls: what could not be done, and why."""
+        """A message below the controls: what could not be done, and why."""
         self.trouble = str(trouble)
         self._widgets["trouble"].value = (
             f'<span style="color:#d55e00">{escape(self.trouble)}</span>' if self.trouble else ""
@@ -170,7 +172,7 @@ class Dashboard:
     # -- drawing -------------------------------------------------------------------------------------------------
 
     def draw(self, force: bool = True) -> bool:
-        """Bring everything up to date; False when nothing has changed."""
+        """Update everything; False if nothing has changed."""
         with self._lock:
             self.feed.catch_up()
             state = (self.feed.num_steps, self.shown, self.feed.timeline.now, self.feed.counts.total(),
@@ -192,8 +194,8 @@ class Dashboard:
             self._widgets[name].value = html
 
     def _keep_still(self, html: str | None = None) -> None:
-        """Save a still copy with the notebook. A page that shows the live figure hides it (see controls); one without
-        a kernel shows the copy alone. While the engine plays there is none."""
+        """Save a static copy with the notebook. A page with the live figure hides it (see controls); a page without a
+        kernel shows only the copy. There is no copy while the engine plays."""
         if self._still is not None:
             from IPython.display import HTML
 
@@ -201,7 +203,7 @@ class Dashboard:
             self._still.update(HTML(shown))
 
     def _tick(self) -> float:
-        """One look; seconds until the next."""
+        """One iteration of the drawing thread; returns the seconds until the next."""
         begin = time.perf_counter()
         changed = self.draw(force=False)
         if not changed and begin - self._fitted > FIT_EVERY:
@@ -215,7 +217,7 @@ class Dashboard:
 
 
 def _draw_on(dashboard: weakref.ref[Dashboard], wake: threading.Event) -> None:
-    """The drawing thread; it must not keep a dashboard alive that nobody holds."""
+    """The drawing thread; it must not keep an unused dashboard alive."""
     pause = EVERY
     while not wake.wait(pause):
         here = dashboard()

@@ -74,7 +74,7 @@ class Feed:
         return f"Feed({self.num_steps} steps, {len(self.inbox)} batches waiting)"
 
     def close(self) -> None:
-        """Stop listening; what was folded stays."""
+        """Stop listening; what was processed stays."""
         self._unsubscribe()
 
     def _forget(self) -> None:
@@ -95,14 +95,14 @@ class Feed:
         self._known: set[int] = set()
 
     def _begin(self, batches: list[Batch]) -> None:
-        """What the log holds already; some of it may be posted to us yet."""
+        """Process what the log already holds; some of it may also still be posted to this feed."""
         self._apply(batches)
         self._known = {id(batch) for batch in batches[-64:]}
 
     # -- folding -------------------------------------------------------------------------------------------------
 
     def catch_up(self) -> int:
-        """Fold what has come; how many steps that were."""
+        """Process new events; returns how many steps they were."""
         before = self.num_steps
         batches = []
         while self.inbox:
@@ -157,7 +157,7 @@ class Feed:
         self._rate[row] = 0
 
     def _fork(self, batch: Batch, request: str, parent: str, row: int) -> None:
-        """As long as its parent is after this step, and decoding from the next one on."""
+        """A fork has as many tokens as its parent after this step, and decodes from the next one on."""
         self._place(request, row)
         self._rate[row] = 0
         self._forks.append((row, self._row_of.get(parent, row)))
@@ -198,7 +198,8 @@ class Feed:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def latest(self, upto: int | None = None) -> dict[str, int]:
-        """A Step event's columns and COUNTED, of the last step or of the one after which `upto` steps were folded."""
+        """A Step event's columns and COUNTED, of the last step or of the step after which `upto` steps had been
+        processed."""
         at = self.num_steps if upto is None else upto
         names = (*COLUMNS, *COUNTED)
         if not self._first < at <= self.num_steps:
@@ -212,7 +213,7 @@ class Feed:
 
     @property
     def first(self) -> int:
-        """The first step that can be looked at."""
+        """The first step that is kept."""
         return min(self._first + 1, self.num_steps)
 
     def now(self, upto: int | None = None) -> int:
@@ -264,7 +265,7 @@ class Feed:
         return Window((time / 1e9).astype(np.float32), step, columns, self._pace(lines, before, idle))
 
     def _pace(self, lines: np.ndarray, before: int, idle: np.ndarray) -> Pace:
-        """Of these steps, the first of which began at `before` (ns); `idle` (ns) before each."""
+        """The pace of these steps. The first began at `before` (ns); `idle` (ns) is the idle time before each."""
         gaps = np.flatnonzero(idle)
         cuts, last = _cut(len(lines), STRETCHES, gaps)
         now, stretch = lines[:, 1], np.searchsorted(cuts, np.arange(len(lines)), side="right") - 1
@@ -285,14 +286,14 @@ class Feed:
 
     @staticmethod
     def _fold(name: str, values: np.ndarray, cuts: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Tokens add up to a mean a step; blocks and rows are what they were in the end."""
+        """Combine steps into points: token counts become a mean per step, blocks and rows keep their last value."""
         if not name.endswith("tokens"):
             return values[last].astype(np.float32)
         return (np.add.reduceat(values, cuts) / (last - cuts + 1)).astype(np.float32)
 
 
 def _cut(num: int, most: int, gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Even pieces, about so many at most, and none across a gap: where each begins, and its last index."""
+    """About this many equal pieces, none across a gap: the start and the last index of each."""
     cuts = np.union1d(np.arange(0, num, max(1, -(-num // most))), gaps)
     return cuts, np.append(cuts[1:], num) - 1
 

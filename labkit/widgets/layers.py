@@ -39,7 +39,7 @@ def linear(layer: Any) -> str:
 
 
 def profile(found: Any) -> str:
-    """A bar of all parts, and a line each."""
+    """A bar of all parts, and a table with one row each."""
     parts, shapes, x = found.parts, [], 0.0
     for i, part in enumerate(parts):
         wide = svg.WIDTH * part.seconds / found.seconds

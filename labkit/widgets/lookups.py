@@ -60,7 +60,7 @@ class LookupStory(Shown):
     there: str = ""  # the closest stored neighbour's
 
     def frame(self) -> pandas.DataFrame:
-        """One line a block of the tokens."""
+        """One row per block of the tokens."""
         return frames.table(
             [(c.index, c.first, c.num_tokens, c.state, c.block, c.common, c.step, c.request) for c in self.cells],
             columns=["index", "first", "tokens", "state", "block", "common", "step", "request"],
@@ -92,8 +92,8 @@ def lookup(
 ) -> LookupStory:
     """Why a lookup of `what` hits as far as it does, in an engine or a block manager.
 
-    `what` is token ids, text where the engine has a tokenizer, or a request. For a request that was admitted the log
-    is asked what the cache held at that moment; else, and for tokens, it is what the cache holds now.
+    `what` is token ids, text if the engine has a tokenizer, or a request. For a request that was admitted, the log
+    tells what the cache held at that moment. Otherwise the cache is taken as it is now.
 
     >>> lk.explain.lookup(bm, [*range(20), *[99] * 20])
     40 tokens, now: 16 of 40 tokens hit
@@ -158,7 +158,7 @@ def _until_admitted(batches: list[Batch], id: str) -> list[Batch] | None:
 
 
 def _then(batches: list[Batch], id: str) -> _Cache:
-    """The cache when `id` was admitted, from what the log says was stored and removed before."""
+    """The cache at the moment `id` was admitted, from the events before it."""
     stored: dict[bytes, tuple[int, bytes, bytes]] = {}  # hash -> block, parent, tokens
     ghosts: dict[bytes, tuple[int, str | None]] = {}
     for batch in batches:
@@ -237,7 +237,7 @@ def _story(
 
 
 def _closest(siblings: list[Any], wanted: Any) -> tuple[Any, int]:
-    """The stored block that goes on like `wanted` the longest, and how long."""
+    """The stored block that agrees with `wanted` for the most tokens, and how many."""
     best, most = None, -1
     for ids in siblings:
         differs = np.flatnonzero(ids != wanted)
@@ -248,7 +248,7 @@ def _closest(siblings: list[Any], wanted: Any) -> tuple[Any, int]:
 
 
 def _around(ids: Any, at: int, decode: Callable[[list[int]], str] | None) -> str:
-    """The tokens on either side of `at`, with a mark between."""
+    """The tokens on either side of `at`, with a mark between them."""
     before, after = ids[max(at - CONTEXT, 0) : at].tolist(), ids[at : at + CONTEXT].tolist()
     if decode is None:
         return f"{' '.join(map(str, before))} | {' '.join(map(str, after))}"
@@ -274,7 +274,7 @@ def _because(cells: list[Cell], missed: int | None, size: int, num_tokens: int) 
 
 
 def story_view(story: LookupStory) -> str:
-    """The tokens in blocks, coloured by what was found; where two prompts part, both of them."""
+    """The tokens in blocks, coloured by what was found; where two prompts differ, both are shown."""
     counts: dict[str, int] = {}
     for cell in story.cells:
         counts[cell.state] = counts.get(cell.state, 0) + 1

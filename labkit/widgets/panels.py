@@ -23,7 +23,7 @@ PANELS = {1: "KV blocks", 2: "tokens a step", 3: "requests"}
 
 
 def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
-    """What a glance should say."""
+    """The key figures."""
     last, window = feed.latest(upto), feed.window(upto, steps=400, points=400)
     blocks = last["used_blocks"] + last["cached_blocks"] + last["free_blocks"]
     steps = feed.num_steps if upto is None else upto
@@ -110,7 +110,7 @@ def _gpu(handle: Any) -> str:
 
 
 def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
-    """The dashboard as it stands, as HTML and inline SVG: what remains when a notebook is opened again or exported."""
+    """The current dashboard as HTML and inline SVG, for a notebook that is opened again or exported."""
     from html import escape
 
     window = feed.window(upto, steps=feed.keep, points=160)

@@ -34,7 +34,7 @@ class Loss:
 
     @property
     def whom(self) -> str:
-        """For whom, in words."""
+        """Which request needed the room, in words."""
         if self.needed_by is None:
             return "a step that failed"
         return "itself" if self.needed_by == self.request else repr(self.needed_by)
@@ -45,7 +45,7 @@ class Loss:
 
     @property
     def seconds_lost(self) -> float | None:
-        """From losing the row to being where it was."""
+        """From losing the row to being where it was before."""
         return None if self.again is None else (self.again - self.at) / 1e9
 
     def __repr__(self) -> str:
@@ -75,7 +75,7 @@ class PreemptionStory(Shown):
         return sum(loss.num_recomputed or 0 for loss in self.losses)
 
     def frame(self) -> pandas.DataFrame:
-        """One line a preemption: whose, when, how, for whom, what it cost."""
+        """One row per preemption: which request, when, how, for which request, and its cost."""
         return frames.table(
             [
                 (loss.request, loss.step, loss.at / 1e9, loss.how, loss.needed_by, loss.num_tokens, loss.num_moved,
@@ -99,8 +99,8 @@ class PreemptionStory(Shown):
 
 
 def preemption(log: Any, request: Any = None) -> PreemptionStory:
-    """What its preemptions cost a request, or all of them everyone: tokens computed again or blocks moved, the seconds
-    until it was where it had been, and for whom.
+    """What preemptions cost one request, or all requests: tokens recomputed or blocks moved, the seconds until the
+    request was where it had been, and which request needed the room.
 
     >>> lk.explain.preemption(engine, "r5")
     r5: preempted 1x, 16 ms lost, 126 tokens computed again
@@ -146,7 +146,7 @@ def _losses(batches: Sequence[Batch], only: str | None) -> list[Loss]:
 
 
 def preemption_view(story: PreemptionStory) -> str:
-    """The lines of those who lost and of those they lost to, and what it came to."""
+    """Timelines of the requests that were preempted and of those that needed the room, and the total cost."""
     who = "everyone" if story.request is None else repr(story.request)
     if not story.losses:
         return view(f"Preemptions of {who}"[:90], "<p>None.</p>")

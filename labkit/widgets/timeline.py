@@ -48,7 +48,7 @@ class Segment(NamedTuple):
 
     @property
     def why(self) -> str:
-        """The note, and what held it for how long."""
+        """The note, and what held the request for how long."""
         if not self.limits:
             return self.note
         held = "held by " + ", ".join(f"{limit} {ns / 1e9:.4g} s" for limit, ns in self.limits)
@@ -61,7 +61,7 @@ class Segment(NamedTuple):
 
 
 def log_of(given: Any) -> EventLog:
-    """A log, an engine's, or a saved one's file."""
+    """An event log, from a log, an engine, or a saved log's file."""
     if isinstance(given, (str, PathLike)):
         return EventLog.load(given)
     log = given if isinstance(given, EventLog) else getattr(given, "log", None)
@@ -79,8 +79,8 @@ def id_of(request: Any) -> str:
 
 
 def segments(log: Any, names: Iterable[str] | None = None) -> list[Segment]:
-    """All segments of a log, or of an engine's, by request in the order of submission, then by time; of the requests
-    named, if any are.
+    """All segments of a log or an engine's log, by request in order of submission, then by time; only of the named
+    requests, if any are named.
 
     >>> segments(engine.log)[0]
     Segment('r1' prefill 0.000000 to 0.001000 s: 81 prompt tokens, 0 from the cache)
@@ -167,7 +167,7 @@ class Timeline:
         self._ahead = {id(batch): batch for batch in batches[-64:]}  # may be posted to us yet
 
     def apply(self, batch: Batch) -> None:
-        """One batch further."""
+        """Process one batch."""
         if self._ahead:
             if id(batch) in self._ahead:
                 return
@@ -184,7 +184,7 @@ class Timeline:
                 handler(self, batch, *event[1:])
 
     def segments(self) -> list[Segment]:
-        """Closed and open ones, by request in the order of submission, then by time."""
+        """Closed and open segments, by request in order of submission, then by time."""
         found = [*self._closed, *((track.order, self._open(name, track)) for name, track in self._tracks.items())]
         found.sort(key=lambda item: item[0])  # stable: a request's own are in order already
         return [segment for _, segment in found]
@@ -192,7 +192,7 @@ class Timeline:
     # -- segments open and close ---------------------------------------------------------------------------------
 
     def _track(self, name: str, batch: Batch, kind: str = "queued") -> _Track:
-        """The live request of this name; one whose beginning was trimmed is first seen now."""
+        """The live request of this name. If its beginning was trimmed from the log, it starts here."""
         track = self._tracks.get(name)
         if track is None:
             track = self._tracks[name] = _Track(self._num_seen, kind, batch.now, batch.step)
@@ -202,7 +202,7 @@ class Timeline:
         return track
 
     def _turn(self, name: str, kind: str, batch: Batch, why: str = "") -> _Track:
-        """From now on the request is in state `kind`."""
+        """From here on the request is in state `kind`."""
         track = self._track(name, batch)
         self._close(name, track, batch.now)
         track.kind, track.begin, track.step, track.why = kind, batch.now, batch.step, why
@@ -236,7 +236,7 @@ class Timeline:
     # -- what holds whoever waits --------------------------------------------------------------------------------
 
     def _follow(self, name: str, track: _Track, now: int) -> None:
-        """The request stands in the queue: what holds the head holds it."""
+        """The request is in the queue, so what holds the head of the queue holds it."""
         if not self._queue:  # what was said of an earlier head says nothing of this one, unless it is the same
             again = self._head is not None and self._head[0] == name
             self._clock.change(now, self._head[1] if again and self._head is not None else None)
@@ -252,7 +252,7 @@ class Timeline:
         return {}
 
     def _settle(self, name: str, track: _Track, now: int) -> None:
-        """Whatever held it so far ends now."""
+        """Whatever has held it ends now."""
         _add(track.waited, self._running_wait(track, now))
         track.limit = track.base = None
         self._queue.discard(name)

@@ -37,7 +37,7 @@ _VIEWS: dict[str, str] = {  # an object's class -> module of this package, funct
 
 
 def draw(thing: object) -> str | None:
-    """The HTML of an object that has a picture, or whose base has one; else None."""
+    """The HTML of an object whose class, or a base of it, has a view; else None."""
     found = function_for(type(thing))
     return None if found is None else found(thing)
 
