@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args.words = words
     try:
         return run[args.command](args)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         sys.stdout = None
         return 0
     except (ValueError, RuntimeError, OSError) as error:

@@ -24,7 +24,7 @@ from .machine import Machine
 from .registry import OPS, Op, Variant, get
 from .rows import Rows, short, write
 
-NOISE = 0.05  # by which a call may seem to be faster than the limit
+NOISE = 0.05  # a call may seem this much faster than the limit
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Row:
     least: float | None = None
     bytes_per_second: float | None = None
     flops_per_second: float | None = None
-    limit: float | None = None  # seconds: what this machine needs at best
+    limit: float | None = None  # seconds: the least this machine needs
     roof: str = ""  # which limit that is: cache, memory or compute
     fraction: float | None = None  # limit / median
     speedup: float | None = None  # over the reference

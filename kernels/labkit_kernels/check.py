@@ -30,7 +30,7 @@ from labkit_kernels.rows import Rows, short, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 20
-SHOWN = 8  # cases of a variant that a notebook shows at once
+SHOWN = 8  # cases per variant that a notebook shows without unfolding
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Case:
 
     name: str
     make: Callable[[torch.device, torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
-    dtypes: tuple[torch.dtype, ...] | None = None  # None: whatever is asked
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: any
     timed: bool = False
     facts: dict[str, Any] | None = None
 
@@ -162,7 +162,7 @@ def _variants(op: Op, name: str | None) -> list[Variant]:
         return [op.get(name)]
     op.load_all()
     found = [variant for variant in op.variants.values() if variant.name != "reference"]
-    return found or [op.variants["reference"]]  # against itself: are its cases sound?
+    return found or [op.variants["reference"]]  # the reference against itself checks the cases
 
 
 def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequence[torch.dtype] | None) -> list[Row]:
@@ -210,14 +210,14 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
         found = variant.function(*again, **options)
         if device == "cuda":
             torch.cuda.synchronize()
-    except Exception as error:  # whatever a stranger's variant raises
+    except Exception as error:  # a user's variant may raise anything
         seconds = time.perf_counter() - begin
         return Row(*said, label, "raised", f"{type(error).__name__}: {error}", seconds=seconds)
     seconds = time.perf_counter() - begin
     if interpreted() > before:
         label = "interpreter"
     tolerance = op.tolerance(dtype)
-    if label == "interpreter" and dtype == torch.bfloat16:  # it cuts bfloat16 off where a GPU rounds: twice the error
+    if label == "interpreter" and dtype == torch.bfloat16:  # it truncates where a GPU rounds: twice the error
         tolerance = Tolerance(2 * tolerance.rtol, 2 * tolerance.atol, tolerance.why)
     difference = compare(expected, found, tolerance, measure=op.compare).worse(
         compare((args, kwargs), (again, options), tolerance, storage=True, where="argument")
@@ -302,7 +302,7 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
         return Difference()
     wide = torch.float64 if expected.dtype == torch.float64 or not expected.dtype.is_floating_point else torch.float32
     one, other = expected.detach().to(wide), found.detach().to(wide)
-    if torch.equal(one, other):  # most arguments are as they were
+    if torch.equal(one, other):  # most arguments are unchanged
         return Difference()
     same = (one == other) | (one.isnan() & other.isnan())  # infinities agree with themselves
     error = torch.where(same, 0.0, (one - other).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
@@ -332,7 +332,7 @@ def _interpret_elsewhere(ops: list[str], variant: str, dtypes: Sequence[torch.dt
     # TRITON_INTERPRET is read when a kernel is defined, so a process that has imported Triton is too late to set it.
     home = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # The interpreter is many small numpy and torch calls: threads only get in each other's way.
+    # The interpreter makes many small numpy and torch calls, which threads only slow down.
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,

@@ -160,7 +160,7 @@ def compile_config(op: str, config: Config, arch: int) -> Row:
     begin = time.perf_counter()
     try:
         compiled = compiled_for(config, arch)
-    except Exception as error:  # whatever a compiler may raise on a kernel somebody is working on
+    except Exception as error:  # a compiler may raise anything on an unfinished kernel
         return Row(*said, "raised", f"{type(error).__name__}: {error}", seconds=time.perf_counter() - begin, **facts)
     registers, spills = resources(compiled.asm["ptx"], arch)
     shared = compiled.metadata.shared

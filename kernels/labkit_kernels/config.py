@@ -34,5 +34,5 @@ class Config:
 
     def __repr__(self) -> str:
         pointers = [kind[1:] for kind in self.signature.values() if kind.startswith("*")]
-        dtypes = dict.fromkeys(kind for kind in pointers if not kind.startswith("i"))  # indices say nothing
+        dtypes = dict.fromkeys(kind for kind in pointers if not kind.startswith("i"))  # index tensors are left out
         return " ".join([*dtypes, *(f"{name}={value}" for name, value in self.constexprs.items())])

@@ -23,7 +23,7 @@ import torch
 
 from .config import Config
 
-LAUNCHES = 64  # recorded of one call at most: a launcher in an endless loop would wait for a result
+LAUNCHES = 64  # most launches recorded per call: stops a launcher that loops until it sees a result
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _on_cpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 def _interpret(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
     global _interpreted
-    with language, _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+    with language, _unchanged_language(), np.errstate(all="ignore"):  # a GPU does not report overflows either
         _interpreted += 1
         _inside.depth = getattr(_inside, "depth", 0) + 1
         try:

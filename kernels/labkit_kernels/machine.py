@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SECONDS = 0.2  # spent on one measurement
-LEAST = 3  # samples of one measurement
+SECONDS = 0.2  # seconds per measurement
+LEAST = 3  # samples per measurement
 FLUSH = 256 << 20  # bytes that push everything else out of a GPU's cache
 MEMORY = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of a probe, so that no cache helps
-UNKNOWN_CACHE = 32 << 20  # bytes, where the system does not tell
+UNKNOWN_CACHE = 32 << 20  # bytes, if the system does not report it
 
 
 class Machine:

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import torch  # its OpenMP runtime must be in the process first: ours then shares it
+import torch  # must load its OpenMP runtime first, so that ours shares it
 
 COMPILERS = ("c++", "g++", "clang++")
-# No -ffast-math: minus infinity means something in a mask. What is dropped are errno and floating point traps.
+# No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 SECONDS = 120
 
@@ -78,7 +78,7 @@ def _targets(path: str) -> tuple[tuple[str, ...], ...]:
     """Flags that this compiler accepts, best first; the last work on any processor of this architecture."""
     openmp = ("-fopenmp",) if openmp_runtime() and _takes(path, "-fopenmp", "int main() {}") else ()
     if openmp and not _takes(path, "-fopenmp", _PARALLEL, link=True):
-        openmp = ()  # clang with GNU's runtime: it would bring its own
+        openmp = ()  # clang with GNU's runtime: clang would link its own
     for native in ("-march=native", "-mcpu=native"):
         if _takes(path, native, "int main() {}"):
             return ((native, *openmp), openmp)

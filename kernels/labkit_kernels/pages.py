@@ -17,7 +17,7 @@ HUGE = 2 << 20
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A zeroed tensor. Its memory is allocated when it is first touched."""
     size = math.prod(shape) * dtype.itemsize
-    huge = (size + HUGE // 2) // HUGE * HUGE  # a rest of less than half a page stays in small ones
+    huge = (size + HUGE // 2) // HUGE * HUGE  # a remainder of less than half a page stays in small pages
     if not huge or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(tuple(shape), dtype=dtype)
     memory = mmap.mmap(-1, max(size, huge) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -42,7 +42,7 @@ class Variant:
     device: str | None = None  # "cuda", "cpu"; None: any
     dtypes: tuple[torch.dtype, ...] | None = None
     accepts: Callable[..., str | None] | None = None
-    picked: bool = True  # False: only by name, as variants made in a cell are
+    picked: bool = True  # False: used only by name, like variants from a notebook cell
 
     def why_not(self, device: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
         if self.device is not None and self.device != device:
@@ -145,7 +145,7 @@ class Op:
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.variants[name] = Variant(name, function, device, dtypes, accepts, picked)
-            self.checked.pop(name, None)  # another function than the one that was checked
+            self.checked.pop(name, None)  # a new function, not the one that was checked
             _changed()
             return function
 
@@ -173,7 +173,7 @@ class Op:
             os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds, whatever Triton's default is
         for module in modules:
             importlib.import_module(f"{self.home}.{module}")
-        self.sources.pop(device, None)  # not before: a module that fails must not leave its op silently in torch
+        self.sources.pop(device, None)  # only now: if a module fails to import, the op must not silently stay in torch
 
     def load_all(self) -> None:
         """Import every module that registers a variant and can be imported here."""

@@ -96,7 +96,7 @@ def search(one: Tune, seconds: Callable[[Callable[[], Any]], float]) -> tuple[Ch
                 if not torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2):
                     continue
                 took = seconds(call)
-            except Exception:  # out of registers or shared memory: Triton raises many kinds
+            except Exception:  # out of registers or shared memory: Triton raises many types
                 continue
         if took < least:
             best, least = candidate, took

@@ -218,7 +218,7 @@ def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    compiled = loss_of if quick else torch.compile(loss_of)  # 1.4 times as quick on two cores, after a minute
+    compiled = loss_of if quick else torch.compile(loss_of)  # 1.4 times as fast on two cores, after a minute
     history, begin, step, num_tokens, saved = [], time.monotonic(), 0, 0, time.monotonic()
     while (spent := step / steps) < 1:
         rate = min(1.0, (step + 1) / (5 if quick else 30)) * min(1.0, (1 - spent) / 0.5)
@@ -243,7 +243,7 @@ def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: 
     return model, step, num_tokens, history
 
 
-# -- how good it is ----------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

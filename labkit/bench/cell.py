@@ -16,9 +16,9 @@ from labkit.widgets import charts, style
 if TYPE_CHECKING:
     from labkit.engine.engine import Engine
 
-LEAST_SAMPLE = 1e-3  # seconds: what is quicker is called several times a sample
+LEAST_SAMPLE = 1e-3  # seconds: faster functions are called several times per sample
 MOST_CALLS = 100_000
-BUDGET = 5.0  # seconds that samples may take in all, once there are enough
+BUDGET = 5.0  # seconds for all samples, once there are enough
 ENOUGH = 5
 
 

@@ -20,7 +20,7 @@ class Gate:
     kl: float
     agreement: float
     num_tokens: int
-    config: Any  # of the model that was looked at
+    config: Any  # of the model
     dtype: torch.dtype
 
     @property
@@ -53,7 +53,7 @@ def check(
             q = teacher_forced(ours, ids).log_softmax(-1)
             kl += (p.exp() * (p - q)).sum(-1).tolist()
             top = p.topk(2, dim=-1)
-            ahead = top.values[:, 0] - top.values[:, 1] > 0.02  # closer than rounding is a tie
+            ahead = top.values[:, 0] - top.values[:, 1] > 0.02  # a difference below rounding is a tie
             agreed += int((q.argmax(-1) == top.indices[:, 0])[ahead].sum())
             clear += int(ahead.sum())
     return Gate(float(np.mean(kl)), agreed / max(1, clear), num_prompts * length, ours.config, ours.dtype)

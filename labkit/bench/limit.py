@@ -112,7 +112,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine
 
 def _measure_gpu(device: str, dtype: torch.dtype) -> Machine:
     source = torch.randn(1 << 29, dtype=torch.float32, device=device)
-    a = torch.randn(8192, 8192, dtype=dtype, device=device)  # constants draw less power, and multiply faster
+    a = torch.randn(8192, 8192, dtype=dtype, device=device)  # constants draw less power and would multiply faster
 
     def synced(run: Any) -> Any:
         def call() -> None:

@@ -62,7 +62,7 @@ def transformers(model, options, continuous=True):
 
     def together(asks):
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=asks[0][1])
-        batching = ContinuousBatchingConfig(max_memory_percent=0.1)  # its own choice is zeroed for half a minute
+        batching = ContinuousBatchingConfig(max_memory_percent=0.1)  # the default takes half a minute to zero
         settings = {"generation_config": config, "continuous_batching_config": batching}
         with causal.continuous_batching_context_manager(**settings) as manager:
             begin = time.perf_counter()
@@ -186,7 +186,7 @@ def peak_memory():
 def main():
     backend, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an engine prints is not an answer
+    os.dup2(2, 1)  # what an engine prints must not mix with answers
 
     def say(answer):
         answers.write(json.dumps(answer) + "\n")
@@ -207,7 +207,7 @@ def main():
             answer = {"error": f"{type(error).__name__}: {error}"}
         answer["peak_memory"] = peak_memory()
         say(answer)
-    os._exit(0)  # some engines' threads do not end by themselves
+    os._exit(0)  # some engines leave threads running
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Drawable(Protocol):
 
 
 BLOCK = 16
-MOST_LOOKED_AT = 2000  # requests whose tokens are compared: a picture should not take longer than the run
+MOST_LOOKED_AT = 2000  # requests whose tokens are compared; limited so that the picture is fast
 
 
 def workload_html(workload: Drawable) -> str:
@@ -67,7 +67,7 @@ def shared(workload: Drawable) -> float:
             known = sum(1 for _ in takewhile(seen.__contains__, chain))
             seen.update(chain)
             hit += min(known * BLOCK, len(ask.prompt) - 1)
-        else:  # it goes on with what was said, answers included
+        else:  # it continues the conversation, answers included
             before = lengths[ask.after]
             hit += before // BLOCK * BLOCK
         total += before + len(ask.prompt)

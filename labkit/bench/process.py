@@ -31,11 +31,11 @@ NEEDS = {
 class Remote:
     """A server at an OpenAI-compatible address. All requests are sent at once."""
 
-    load_seconds = ready_seconds = 0.0  # it was there before
+    load_seconds = ready_seconds = 0.0  # it was already running
 
     def __init__(self, url: str) -> None:
         self.url = url
-        serve.first_model(url)  # is it there?
+        serve.first_model(url)  # check that it answers
 
     def run(self, asks: Sequence[Ask]) -> dict[str, Any]:
         begin = time.perf_counter()
@@ -126,7 +126,7 @@ class Backend:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(20)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # it, if it hangs, and whatever it started and left
+            os.killpg(self._process.pid, signal.SIGKILL)  # the process if it hangs, and any children it left
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()

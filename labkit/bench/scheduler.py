@@ -55,7 +55,7 @@ def _filled(rows: int, num_blocks: int, max_tokens: int | np.ndarray, seed: int 
     each = np.broadcast_to(max_tokens, rows)
     for i, prompt in enumerate(_prompts(rows, lengths, seed)):
         sched.submit(_request(f"q{i}", prompt, int(each[i])), 0)
-    _step(sched, 0)  # all prompts at once: nobody decodes ahead
+    _step(sched, 0)  # all prompts in one step, so that all rows start to decode together
     assert sched.num_running == rows and not sched.prefilling
     return sched, log
 

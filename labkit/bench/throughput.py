@@ -30,7 +30,7 @@ class Setting:
     backends: tuple[str, ...] = ("labkit",)
     pythons: dict[str, str] = field(default_factory=dict)  # interpreters by backend
     models: dict[str, str] = field(default_factory=dict)  # where a backend reads another folder
-    options: dict[str, Any] = field(default_factory=dict)  # labkit's own words: num_threads, max_num_seqs, ...
+    options: dict[str, Any] = field(default_factory=dict)  # labkit's option names: num_threads, max_num_seqs, ...
     passes: int = 3
     warmup: int = 1
     kind: str = "throughput"

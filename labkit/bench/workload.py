@@ -18,7 +18,7 @@ import numpy as np
 from labkit.core.options import whole
 
 P = ParamSpec("P")
-Range = tuple[int, int]  # both ends may be drawn
+Range = tuple[int, int]  # both ends included
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Ask:
     prompt: tuple[int, ...]
     num_output: int
     arrival: float = 0.0  # seconds after the beginning
-    priority: int = 0  # the smaller is the more urgent
-    after: int | None = None  # the ask, by its place in the workload, whose conversation this one goes on with
+    priority: int = 0  # a smaller number is more urgent
+    after: int | None = None  # index of the request whose conversation this one continues
 
 
 @dataclass(frozen=True)

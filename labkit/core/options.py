@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
-MOST_SECONDS = 9e9  # some 285 years: nanoseconds still fit 64 bits
+MOST_SECONDS = 9e9  # about 285 years, so that nanoseconds fit in 64 bits
 
 P = ParamSpec("P")
 T = TypeVar("T")

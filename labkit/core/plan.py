@@ -82,7 +82,7 @@ class Plan(NamedTuple):
     copies: Pairs = NO_PAIRS  # block -> block
     swap_in: Pairs = NO_PAIRS  # host block -> device block
     reset: bool = False  # a step failed: forget every row
-    budget: int = 0  # the most tokens that the step might have had; 0: not said
+    budget: int = 0  # the most tokens the step could have had; 0: unknown
 
     @property
     def num_tokens(self) -> int:

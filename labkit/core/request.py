@@ -16,7 +16,7 @@ NO_TOKENS = np.zeros(0, np.int32)
 
 
 class Status(StrEnum):
-    ARRIVING = "arriving"  # handed in with a later arrival time
+    ARRIVING = "arriving"  # submitted with a later arrival time
     WAITING = "waiting"
     RUNNING = "running"
     SWAPPED = "swapped"
@@ -88,7 +88,7 @@ class Request(Shown):
         self.prompt = prompt
         self.params = params
         self.arrival = arrival  # ns
-        self.priority = priority  # the smaller goes first
+        self.priority = priority  # a smaller number goes first
         self.salt = salt
         self.adapter = adapter
         self.spans = tuple(spans)
@@ -104,8 +104,8 @@ class Request(Shown):
         self.tables: BlockTables | None = None
         self.output = NO_TOKENS  # while it has no row
         self.num_computed = 0  # kept by a swap
-        self.num_cached = 0  # prompt tokens that the prefix cache spared at first admission
-        self.cached_tokens = 0  # what it would spare now; kept current for orders that ask
+        self.num_cached = 0  # prompt tokens that hit the prefix cache at first admission
+        self.cached_tokens = 0  # prompt tokens that would hit now; updated for orders that use it
         self.num_preemptions = 0
         self.hashes: list[bytes] | None = None
         self.host_blocks: list[int] = []

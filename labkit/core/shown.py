@@ -8,7 +8,7 @@ from typing import Any
 
 Drawer = Callable[[object], "str | None"]
 
-_drawers: list[Drawer] = []  # the one that draws; empty where nobody does
+_drawers: list[Drawer] = []  # at most one; empty if no drawer is registered
 
 
 def draw_with(drawer: Drawer) -> None:

@@ -24,7 +24,7 @@ class Background(Loop):
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock, worker: Worker | None) -> None:
         super().__init__(scheduler, runner, clock)
         self.worker = worker
-        self.is_closed = False  # nothing may begin any more
+        self.is_closed = False  # closed: nothing new may start
         self._num_failures = 0
         if worker is not None:
             self._finalizer = weakref.finalize(self, Worker.stop, worker, 5.0)

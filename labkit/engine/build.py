@@ -10,8 +10,8 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 
-SMALL = 64 * 2**20  # bytes of weights below which one core does as well as two, and far better beside other programs
-CPU_SHARE = 0.25  # of the memory that is free, for keys and values on a CPU
+SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
+CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
 
 
 class Parts(NamedTuple):

@@ -89,8 +89,8 @@ class Engine(Background, Shown):
         super().__init__(scheduler, runner, clock if clock is not None else WallClock(), worker)
         self.tokenizer = tokenizer
         self._num_made = 0
-        self.lock = threading.Lock()  # held while ids are given out
-        self.closed: LeakReport | None = None  # what was left after close()
+        self.lock = threading.Lock()  # held while ids are assigned
+        self.closed: LeakReport | None = None  # the report of close()
         blocks = scheduler.blocks
         layout = Layout(
             blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows
@@ -352,7 +352,7 @@ class Engine(Background, Shown):
         values = checked(self.scheduler, settings)
         self._call(lambda: apply(self.scheduler, settings, values, self.clock.now()))
 
-    # -- time travel ---------------------------------------------------------------------------------------------
+    # -- snapshots -----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
         """The engine's whole state, for `restore`. Commits what is in flight first."""

@@ -60,12 +60,12 @@ class Handle(Request):
         other._text, other._lock = None, threading.Lock()
         return other
 
-    # -- what there is so far ------------------------------------------------------------------------------------
+    # -- output so far -------------------------------------------------------------------------------------------
 
     @property
     def output_ids(self) -> list[int]:
         """Tokens so far; may be read from any thread while the engine runs."""
-        while True:  # a row that changed hands meanwhile may have held other tokens
+        while True:  # the row may have been given to another request meanwhile
             row = self.row
             ids: list[int] = self.output_array.tolist()
             if self.row == row:
@@ -76,7 +76,7 @@ class Handle(Request):
         """Text so far, in whole characters, without a tail that may become a stop string."""
         if self.engine.tokenizer is None or not self.params.detokenize:
             raise ValueError(f"request {self.id!r} has no text: the engine has no tokenizer, or detokenize=False")
-        ended = self.ended  # asked first: tokens that come later are then not missed
+        ended = self.ended  # read first, so that tokens that arrive later are not missed
         text = self.read_text()
         return text.final if ended else text.shown
 
@@ -117,7 +117,7 @@ class Handle(Request):
         import torch
 
         whole: dict[int, Any] = {}
-        for start, array in parts:  # tokens computed again after a preemption come again
+        for start, array in parts:  # tokens recomputed after a preemption arrive a second time
             whole |= {start + i: line for i, line in enumerate(array)}
         return torch.stack([whole[i] for i in sorted(whole)])
 

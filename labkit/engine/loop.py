@@ -43,7 +43,7 @@ class Loop:
         self.listeners: list[Listener] = []
         self.arriving: dict[str, Handle] = {}  # submitted, but not yet known to the scheduler
         self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
-        self._num_enqueued = 0  # ties in time go by it
+        self._num_enqueued = 0  # breaks ties in time
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.wakeup = Wakeup()
 
@@ -82,7 +82,7 @@ class Loop:
             self.wakeup.ring()
             if not quiet:
                 raise
-            return  # the request says so, and the log; nobody is here to be told
+            return  # the request and the log say so; there is no caller to raise to
         except Exception as error:
             if not quiet:
                 raise

@@ -115,7 +115,7 @@ def profile(engine: Stepped, steps: int) -> Profile:
     runner: Any = engine.runner
     graphs = getattr(runner, "graphs", None)
     with ExitStack() as stack:
-        if graphs is not None:  # a replay has no parts
+        if graphs is not None:  # a replayed graph has no parts
             runner.graphs = None
             stack.callback(setattr, runner, "graphs", graphs)
         for path, method, stage, op in STAGES:
@@ -158,7 +158,7 @@ def _patched(owner: Any, method: str, stage: str, op: str, watch: _Stopwatch) ->
     try:
         yield
     finally:
-        delattr(owner, method)  # the class's own shows again
+        delattr(owner, method)  # the class's own method is visible again
 
 
 def _read_text(engine: Stepped) -> None:

@@ -21,7 +21,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "max_prefill_chunk": lambda x: None if x is None else whole("max_prefill_chunk", x, least=1),
     "watermark": lambda x: real("watermark", x, least=0, most=1),
 }
-OF_SCHEDULER = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}  # the others go by the same name
+OF_SCHEDULER = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}  # the others have the same name
 OF_BLOCKS = ("eviction", "prefix_caching")
 
 
@@ -42,7 +42,7 @@ def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any]
             setattr(scheduler.blocks, name, value)
         elif name != "order":
             setattr(scheduler, OF_SCHEDULER.get(name, name), value)
-        scheduler.blocked = None  # the queue's first is tried again
+        scheduler.blocked = None  # the head of the queue is tried again
         given = settings[name]
         shown = given if isinstance(given, (str, int, float, bool, type(None))) else name_of(given)
         scheduler.log.add(("Control", name, str(shown)))

@@ -34,7 +34,7 @@ class Stateful(Protocol):
 E = TypeVar("E", bound=Stateful)
 KEPT = frozenset(
     {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "wakeup", "lock", "closed", "_finalizer"}
-)  # of the engine itself: who it is
+)  # attributes of the engine itself that a restore keeps
 
 
 class Snapshot(Shown):

@@ -39,7 +39,7 @@ class Wakeup:
             for loop in loops:
                 try:
                     loop.call_soon_threadsafe(self._wake, loop)
-                except RuntimeError:  # that loop was closed with someone still waiting in it
+                except RuntimeError:  # that event loop was closed while a task waited in it
                     with self.lock:
                         self.loops.pop(loop, None)
 
@@ -70,7 +70,7 @@ class Wakeup:
         future: asyncio.Future[None] = loop.create_future()
         with self.lock:
             self.loops.setdefault(loop, []).append((handle, seen, future))
-        if has_news(handle, seen):  # it came before we were on the list
+        if has_news(handle, seen):  # it happened before we were registered
             self._wake(loop)
         await future
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Turn = Callable[[], float | None]  # does something; seconds until it wants its next turn, None: when something is asked
+Turn = Callable[[], float | None]  # does some work; returns seconds until the next turn, None: after the next call
 
 _numbers = itertools.count(1)
 
@@ -81,7 +81,7 @@ class Worker:
                 given = function()
                 if future is not None:
                     future.set_result(given)
-            except BaseException as error:  # whatever it is, it is the caller's
+            except BaseException as error:  # any exception goes to the caller
                 if future is not None:
                     future.set_exception(error)
             del future, function

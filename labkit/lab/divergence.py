@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import pandas
 
 TOLERATED = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}  # a few roundings, relative
-MOST_BYTES = 2 << 30  # of hidden states that are kept to be compared
+MOST_BYTES = 2 << 30  # most bytes of hidden states kept for comparison
 BEFORE = 48  # characters of the text before the difference
 
 
@@ -36,16 +36,16 @@ class Divergence:
 
     a: str
     b: str
-    num_tokens: int  # that were compared
-    position: int | None  # of the first token that differs; None: none does
+    num_tokens: int  # number of tokens compared
+    position: int | None  # index of the first token that differs; None: none does
     tokens: tuple[str, str]
-    before: str  # the text that both have there
-    gaps: tuple[float | None, float | None]  # by how much each side's token was likelier to it, in logits; None: by far
+    before: str  # the text before it, the same in both
+    gaps: tuple[float | None, float | None]  # how much likelier each side's own token was, in logits; None: by far
     layers: tuple[LayerDifference, ...]
-    num_positions: int  # at which layers were compared
+    num_positions: int  # positions at which layers were compared
     tolerance: float
     op: OpDifference | None
-    only_replayed: bool  # the tokens differ where steps are replayed as graphs, and not when looked at
+    only_replayed: bool  # the tokens differ with replayed graphs, but not without
 
     @property
     def same(self) -> bool:
@@ -69,7 +69,7 @@ class Divergence:
     def frame(self) -> pandas.DataFrame:
         return table((astuple(one) for one in self.layers), list(LayerDifference.__dataclass_fields__))
 
-    # -- words ---------------------------------------------------------------------------------------------------
+    # -- text ----------------------------------------------------------------------------------------------------
 
     def headline(self) -> str:
         if self.identical:

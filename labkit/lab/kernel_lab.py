@@ -43,7 +43,7 @@ class KernelLab:
         self.op = op
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.machine = Machine(self.device)
-        self.latest: dict[str, Any] = {}  # "check", "bench", "compile", "roofline", "trial" -> what it gave
+        self.latest: dict[str, Any] = {}  # "check", "bench", "compile", "roofline", "trial" -> its latest result
         self._panel: Panel | None = None
         install()
 
@@ -84,7 +84,7 @@ class KernelLab:
         alone = isinstance(shapes, (str, Case)) or (isinstance(shapes, tuple) and isinstance(shapes[0], int))
         chosen = [shapes] if alone else shapes
         found = bench(self.op, names, chosen, self.device, dtypes_of(dtypes), self.machine)
-        self.latest.pop("roofline", None)  # it showed an earlier one
+        self.latest.pop("roofline", None)  # it shows an earlier bench
         return self._keep("bench", found)
 
     def compile(self, variant: str | None = None, archs: Sequence[int | str] = ARCHS) -> Compiled:

@@ -55,7 +55,7 @@ def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
     try:
         yield hidden
     finally:
-        del runner.launch, model.forward  # the classes' own show again
+        del runner.launch, model.forward  # the classes' own methods are visible again
         runner.graphs = graphs
 
 

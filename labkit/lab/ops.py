@@ -12,7 +12,7 @@ from labkit.core.params import SamplingParams
 from labkit.lab.layers import relative
 from labkit.lab.side import Side
 
-MOST_BYTES = 2 << 30  # of results that are kept to be compared
+MOST_BYTES = 2 << 30  # most bytes of results kept for comparison
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class OpDifference:
     difference: float
 
 
-Call = tuple[str, str, list[Tensor]]  # op, variant, what it gave
+Call = tuple[str, str, list[Tensor]]  # op, variant, result
 
 
 def recorded_ops(side: Side, model: Any, ids: list[int]) -> list[Call] | None:

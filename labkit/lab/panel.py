@@ -51,8 +51,8 @@ class Panel:
         except ImportError as error:
             raise ImportError("the panel needs ipywidgets, anywidget and plotly: pip install 'labkit[lab]'") from error
         self.lab = lab
-        self.error: BaseException | None = None  # of the latest run
-        self.num_runs = 0  # that have ended
+        self.error: BaseException | None = None  # the error of the latest run
+        self.num_runs = 0  # number of runs that have ended
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         wide = {"style": {"description_width": "58px"}, "layout": {"width": "285px"}}
@@ -112,7 +112,7 @@ class Panel:
                 raise ValueError(f"there is no op {op!r}: there are {', '.join(sorted(OPS))}")
             self.op.value = op
         if variants is not None:
-            self._offer_variants()  # one may have been made since
+            self._offer_variants()  # a variant may have been added since
         for part, wanted in ((self.shapes, shapes), (self.dtypes, dtypes), (self.variants, variants)):
             if wanted is not None:
                 wanted = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -175,7 +175,7 @@ class Panel:
         try:
             self._measure()
             self.status.value = ""
-        except Exception as error:  # whatever a stranger's variant or choice leads to: shown here, raised by wait()
+        except Exception as error:  # a user's variant may raise anything: shown here, raised by wait()
             self.error = error
             self.status.value = f'<span style="color:#d55e00">{escape(f"{type(error).__name__}: {error}")}</span>'
         finally:

@@ -41,7 +41,7 @@ class Point:
     flops_per_second: float
     bytes_per_second: float
     seconds: float
-    fraction: float | None  # of the limit; None where a bench that reads more than it cannot be right
+    fraction: float | None  # share of the limit; None if the bench was faster than the limit
     roof: str  # which limit: cache, memory or compute
 
 

@@ -100,7 +100,7 @@ class Side:
             beside = SamplingParams(temperature=0, max_tokens=params.max_tokens, ignore_eos=True)
             handles: list[Handle] = []
             stack.callback(lambda: [engine.abort(handle) for handle in handles])
-            for i in range(1, self.batch):  # others of other lengths, before it in the batch
+            for i in range(1, self.batch):  # other prompts of other lengths, before it in the batch
                 turned = [*ids[i % len(ids) :], *ids[: i % len(ids)]][: max(1, len(ids) - i)]
                 handles.append(engine.submit(prompt(turned), beside, salt=f"{salt}, beside {i}"))
             handle = engine.submit(prompt(ids), params, salt=salt, id=id)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from labkit.engine.engine import Engine
     from labkit.engine.handle import Handle
 
-NEAR = 20  # likeliest tokens that each draw keeps, to say how close the other one was
+NEAR = 20  # likeliest tokens kept per draw, to say how close the other one was
 BEFORE = 40  # characters of the text before a change
 
 _number = itertools.count()

@@ -61,14 +61,14 @@ class Capture:
 class Model(Protocol):
     """A causal language model over a paged cache."""
 
-    name: str  # the architecture, for people
+    name: str  # the architecture, for display
     vocab_size: int
     hidden_size: int
     max_model_len: int  # positions it was made for
     kv: tuple[KVSpec, ...]  # one a layer
     dtype: torch.dtype
     device: torch.device
-    capturable: bool  # its forward asks the device nothing, so a graph can hold it
+    capturable: bool  # its forward never reads from the device, so it can be captured in a graph
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""

@@ -22,7 +22,7 @@ class Ops:
     silu_mul: Callable[..., Any]
     gelu_mul: Callable[..., Any]
     store_kv: Callable[..., Any]
-    rope_kv: Callable[..., Any] | None  # both at once, where there is such a kernel and neither was swapped
+    rope_kv: Callable[..., Any] | None  # both in one kernel, if there is one and neither op was swapped
     paged_attention: Callable[..., Any]
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> None:

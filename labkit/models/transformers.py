@@ -25,7 +25,7 @@ from labkit.models.ops import Ops
 from labkit.models.rotary import rope_parameters
 
 NAME = "labkit_paged"
-WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not told to the interface
+WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not passed to the interface
 BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
@@ -99,7 +99,7 @@ class _Given(nn.Module):
     hidden: Tensor
 
     @property
-    def decoder(self) -> _Given:  # opt's head asks past its model
+    def decoder(self) -> _Given:  # opt's head reads model.decoder
         return self
 
     def forward(self, *args: Any, **options: Any) -> _Hidden:
@@ -109,7 +109,7 @@ class _Given(nn.Module):
 class TransformersModel:
     """See `labkit.models.base.Model`."""
 
-    capturable = False  # transformers' own code is not ours to vouch for
+    capturable = False  # transformers' own code may not be capturable
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,

@@ -22,7 +22,7 @@ from typing import Any
 from labkit.widgets import style
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-PYTHONS = ((3, 11), (3, 14))  # from, and below
+PYTHONS = ((3, 11), (3, 14))  # lower bound, and upper bound (excluded)
 EXTRAS = ("lab", "study", "server", "structured")
 MARKS = {OK: "ok  ", WARN: "warn", FAIL: "FAIL"}
 COLORS = {OK: style.HUES[2], WARN: style.HUES[1], FAIL: style.HUES[5]}
@@ -102,7 +102,7 @@ def examine(probes: dict[str, Probe] | None = None) -> Report:
     return Report(tuple(rows))
 
 
-# -- the looks -------------------------------------------------------------------------------------------------------
+# -- probes ----------------------------------------------------------------------------------------------------------
 
 
 def python() -> Iterator[Row]:

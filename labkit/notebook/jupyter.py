@@ -137,7 +137,7 @@ def lab(
     words: Sequence[str] = (),
 ) -> int:
     """Copy, report, and run JupyterLab until it exits; returns its exit code."""
-    start = command(Path(folder), browser=browser, port=port, words=words)  # what is missing is said before any copy
+    start = command(Path(folder), browser=browser, port=port, words=words)  # report what is missing before copying
     for copied in copy_notebooks(folder, reset=reset):
         if copied.what != "kept":
             trust(Path(folder) / copied.name)

@@ -154,7 +154,7 @@ def load(shell: Any) -> None:
         try:
             return call()
         except (UsageError, SyntaxError) as error:
-            raise ShellError(str(error)) from None  # one line, and no traceback of ours
+            raise ShellError(str(error)) from None  # one line instead of a traceback
 
     def line_magic(line: str) -> Any:
         return said(lambda: labkit_magic(line))

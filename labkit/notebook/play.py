@@ -50,7 +50,7 @@ class Played(Protocol):
 
 Draw = Callable[[random.Random], tuple[Sequence[int], int]]  # -> (prompt ids below 2**15, output tokens)
 
-TICK = 0.02  # seconds between two looks at the clock
+TICK = 0.02  # seconds between two iterations
 
 
 def _ids(rng: random.Random, num: int) -> list[int]:
@@ -139,7 +139,7 @@ class Player:
         self._target: float | None = None  # where a virtual clock should be by now
         self._looked = 0.0
         self._num_waiting = 0
-        self.at_end: Callable[[], Callable[[], object] | None] = lambda: None  # a weak reference to who draws the end
+        self.at_end: Callable[[], Callable[[], object] | None] = lambda: None  # weak reference: draws the end
         self._lock = threading.RLock()  # one command at a time
         self._go, self._gone, self._over = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -275,7 +275,7 @@ class Player:
                 return TICK
             try:
                 return self._look() if self.real_time else self._keep_pace()
-            except Exception as error:  # whoever waits is told; whoever does not sees the warning
+            except Exception as error:  # wait() raises it; without a waiter the warning shows it
                 if self.engine.is_closed:
                     return self._end()
                 self.error = error
@@ -329,7 +329,7 @@ class Player:
         self._target += self.speed * (begin - self._looked)
         self._looked, until = begin, begin + TICK
         while clock.now() / 1e9 < self._target:
-            if time.perf_counter() >= until:  # it cannot keep up: what was missed is not made up for
+            if time.perf_counter() >= until:  # it cannot keep up: do not try to catch up
                 self._target = clock.now() / 1e9
                 break
             self._submit_due(upto=self._target)

@@ -12,7 +12,7 @@ from labkit.core.plan import Extras, Plan, TokenLogprobs
 from labkit.models.base import Capture, Model
 from labkit.sampling.sampler import logprobs_of
 
-MOST_LOGITS = 2**26  # entries of a matrix of prompt logits computed at once
+MOST_LOGITS = 2**26  # most entries of prompt logits computed at once
 
 
 def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:

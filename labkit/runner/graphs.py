@@ -23,7 +23,7 @@ from labkit.sampling.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 1025, 32))
 LEAST_WIDTH = 16  # blocks in a table
-TURNS = 3  # a copy may still be on its way when the next step is prepared, and the one after it
+TURNS = 3  # a copy may still be in flight when the next two steps are prepared
 
 
 class Lines(NamedTuple):
@@ -70,7 +70,7 @@ class Buffers:
         """Write this step's rows, the longest first, and padding after them."""
         self._turn = (self._turn + 1) % TURNS
         if self._free is not None:
-            self._free[self._turn].synchronize()  # long past, unless three steps are on their way
+            self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
         num, wide = tables.shape
         order = np.argsort(-columns[POSITION], kind="stable")
         at, table, lengths = self._filled[self._turn]
@@ -151,9 +151,9 @@ class Graphs:
     def forget(self) -> None:
         """Drop all graphs, because another variant is in use now."""
         if self._stream is not None:
-            torch.cuda.synchronize(self.device)  # a graph that still runs must not be taken apart
+            torch.cuda.synchronize(self.device)  # a running graph must not be destroyed
         self._made.clear()
-        self._pool = None  # a pool ends with its last graph
+        self._pool = None  # a memory pool is freed with its last graph
         self.memory = 0
 
     def _step(self, buffers: Buffers, sample: Callable[..., Tensor]) -> None:
@@ -181,7 +181,7 @@ class Graphs:
             return lambda: self._step(buffers, sample)
         buffers.pad(self.num_rows)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):  # compiles kernels and makes the libraries choose theirs
+        with torch.cuda.stream(self._stream):  # warm-up: compiles kernels, and libraries choose theirs
             self._step(buffers, sample)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()

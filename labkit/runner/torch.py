@@ -136,7 +136,7 @@ class TorchRunner:
         self.store, self.host = self._stores(layout)
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
-        self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or a look inside
+        self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
         if self._wants_graphs:
             self.graphs = self._make_graphs()
 
@@ -181,7 +181,7 @@ class TorchRunner:
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
-    # -- time travel: the model is shared, everything else is state ----------------------------------------------
+    # -- snapshots: the model is shared, everything else is state ------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs")}
@@ -350,7 +350,7 @@ class TorchRunner:
         self.latest[self._put(plan.sample_row)] = drawn.tokens
         return drawn
 
-    # -- what some requests want beside tokens -------------------------------------------------------------------
+    # -- prompt logprobs and captured layers ---------------------------------------------------------------------
 
     def _wanted(self, plan: Plan) -> list[tuple[int, Any]]:
         """(entry, join) of rows that want prompt logprobs or captured layers."""

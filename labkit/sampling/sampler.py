@@ -27,7 +27,7 @@ class Drawn(NamedTuple):
 
     tokens: Tensor  # [samples] int64
     chosen: Tensor  # [samples]: the drawn token's logit; nan or -inf tells that the row could not be sampled
-    errors: dict[int, str]  # row -> what its own function did wrong
+    errors: dict[int, str]  # row -> the error of the caller's function
     logprobs: LogprobBatch | None = None
 
 
@@ -80,7 +80,7 @@ class Special:
         if params.allowed_token_ids is not None:
             self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
             self.forbidden[put(params.allowed_token_ids, device, np.int64)] = False
-        # A processor with a memory, as a grammar is one, begins anew for every row.
+        # A processor with state, such as a grammar, starts fresh for every row.
         self.processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
         self.needs_history = bool(params.logits_processors or params.bad_word_ids)
         self.changes = bool(
@@ -121,8 +121,8 @@ class Sampler:
         self.vocab_size, self.num_rows, self.eos_ids = vocab_size, num_rows, eos_ids
         self.seed, self.device = seed, device
         self.base = np.zeros(num_rows, np.uint64)
-        self.plain = np.zeros(num_rows, bool)  # rows that want nothing beyond the columns
-        self.greedy = np.zeros(num_rows, bool)  # and of them, those that only ever want the largest logit
+        self.plain = np.zeros(num_rows, bool)  # rows without special parameters
+        self.greedy = np.zeros(num_rows, bool)  # those of them that are greedy
         self.columns = [  # temperature, top_k, top_p, min_p; one line more than rows, for padding
             torch.zeros(num_rows + 1, dtype=dtype, device=device)
             for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
@@ -135,7 +135,7 @@ class Sampler:
         self.count = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self.penalties = torch.zeros((0, 3), device=device)  # presence, frequency, repetition
 
-    # -- rows come and go ----------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------
 
     def join(self, joins: Iterable[Join]) -> None:
         joins = list(joins)
@@ -208,7 +208,7 @@ class Sampler:
         given = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         self.penalties[place] = put(given, self.device, np.float32)
 
-    # -- a draw --------------------------------------------------------------------------------------------------
+    # -- sampling -----------------------------------------------------------------------------------------------
 
     def draw(self, logits: Tensor, rows: np.ndarray, known: np.ndarray, sample: Sample) -> Drawn:
         """One token for each of `rows` from its row of `logits` [samples, vocabulary] float32, which may be modified.

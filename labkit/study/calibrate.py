@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     import pandas
 
 CONSTANTS = ("constant", "per_token", "per_context", "per_block")
-LEAST_STEPS = 20  # for four constants
-OUTLIERS = 0.01  # of the steps: the machine did something else
+LEAST_STEPS = 20  # steps needed to fit four constants
+OUTLIERS = 0.01  # share of the steps left out: the machine was busy with something else
 DOTS = 600
 
 
@@ -128,7 +128,7 @@ def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
     vocab = min(getattr(engine.runner, "vocab_size", 1000), 1000)
     crowd = random_lengths(num, prompt, output, vocab_size=vocab, seed=seed)
     alone = Workload("alone", tuple(Ask(ask.prompt, ask.num_output) for ask in crowd.asks[:2]))
-    serve(alone, engine)  # whatever a first step does once more is over
+    serve(alone, engine)  # one-time work of first steps is done
     batches: list[Batch] = []
     leave = engine.log.subscribe(batches.extend)
     try:
@@ -250,7 +250,7 @@ def _fit(work: list[Work]) -> SimRunner:
     off = np.abs(columns @ found / seconds - 1)
     kept = off <= np.quantile(off, 1 - OUTLIERS)
     found = _nonnegative(columns[kept] / seconds[kept, None])
-    found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds: the whole should be right
+    found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds time: make the total right
     default = SimRunner()
     chosen = dict(zip(CONSTANTS, found.tolist(), strict=True))
     if not columns[:, 3].any():

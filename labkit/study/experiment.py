@@ -115,7 +115,7 @@ class Experiment:
                     view.watch(_name_of(names), history, self._workload(values, seed))
                 runs.append(self._serve(values, names, seed, history, speed))
         except KeyboardInterrupt:
-            pass  # the study says that it was stopped
+            pass  # the study records that it was interrupted
         finally:
             if view:
                 view.close()

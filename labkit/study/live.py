@@ -17,7 +17,7 @@ from labkit.core.options import choose
 from labkit.study.history import CURVES, History, rolling, thin
 from labkit.widgets import charts, style
 
-EVERY = 0.2  # seconds between two looks, and more when a look was slow
+EVERY = 0.2  # seconds between two updates, longer if an update is slow
 MOST_POINTS = 600
 
 
@@ -32,7 +32,7 @@ class LiveCurves:
         self.figure = _figure(names, curve)
         self._points = {name: (np.zeros(0, np.float32), np.zeros(0, np.float32)) for name in names}
         self._now: tuple[str, History, int, int] | None = None
-        self._drawn = -1  # steps of the watched history that are on the screen
+        self._drawn = -1  # steps of the current history already drawn
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 

@@ -17,7 +17,7 @@ from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.study.history import History
 
-LOOK_EVERY = 16  # steps between two looks at how full the blocks are: a look costs what some rows' tables cost
+LOOK_EVERY = 16  # steps between two samples of block usage, as a sample has a cost
 
 
 @dataclass(frozen=True)

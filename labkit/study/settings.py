@@ -23,7 +23,7 @@ OF_BLOCKS = tuple(name for name in inspect.signature(BlockManager).parameters)
 OF_SCHEDULER = tuple(name for name in inspect.signature(Scheduler).parameters if name not in ("blocks", "log"))
 OF_SIMULATOR = ("constant", "per_token", "per_context", "per_block")
 OF_MODEL = tuple(name for name in Options.__dataclass_fields__ if name not in ("log", "seed"))  # repeats have seeds
-NUM_BLOCKS = 512  # of a simulated pool when nobody says; a model's pool is what fits
+NUM_BLOCKS = 512  # default for a simulation; with a model, as many as fit
 
 Setting = dict[str, Any]
 

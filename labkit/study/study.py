@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 VERSION = 1  # of the file that `save` writes
-SHOWN = ("hit_rate", "output_tokens_per_s", "ttft_p90", "preemptions")  # in a picture, where they differ
+SHOWN = ("hit_rate", "output_tokens_per_s", "ttft_p90", "preemptions")  # shown in a picture if they differ
 MOST_BARS = 30
 UNITS = {"makespan": "s", "ttft": "s", "tpot": "s", "e2e": "s"}
 

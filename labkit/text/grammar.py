@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-# The vocabulary as llguidance wants it, by tokenizer: made once, as a large one takes a second.
+# The vocabulary in llguidance form, by tokenizer. Built once, as a large one takes a second.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
@@ -85,7 +85,7 @@ def _source(matcher: Any, kind: str, what: Any) -> str:
     if kind == "grammar":
         return matcher.grammar_from_lark(what)
     schema = {"type": "object"} if kind == "json_object" else what
-    # Where any whitespace may stand, a small model may write nothing else.
+    # If any amount of whitespace were allowed, a small model might write nothing else.
     compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     return matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema), defaults=compact)
 

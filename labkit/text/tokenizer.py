@@ -162,7 +162,7 @@ class _BackendStream:
     def feed(self, ids: list[int]) -> str:
         try:
             return "".join(piece for id in ids if (piece := self.stream.step(self.backend, id)))
-        except Exception:  # tokenizers raises a bare Exception on bytes that never make a character; go on behind them
+        except Exception:  # tokenizers raises a bare Exception on bytes that form no character; skip them
             self.stream = self.make()
             return ""
 
@@ -183,13 +183,13 @@ class DecodedStream:
             self.ids.append(id)
             text = self.decoder.decode(self.ids)
             complete = len(text.rstrip(HALF))
-            if complete == len(text) or len(self.ids) - self.settled >= LONGEST:  # or it is no character in the making
+            if complete == len(text) or len(self.ids) - self.settled >= LONGEST:  # or never a character
                 complete, self.settled = len(text), len(self.ids)
             elif complete > self.shown:
                 self.settled = len(self.ids) - 1
             self.shown = max(self.shown, complete)
         piece = self.decoder.decode(self.ids)[before : self.shown] if ids else ""
-        if len(self.ids) > 64 and self.settled == len(self.ids):  # nothing pending: start afresh
+        if len(self.ids) > 64 and self.settled == len(self.ids):  # nothing pending: start over
             self.ids, self.shown, self.settled = [], 0, 0
         return piece
 

@@ -9,7 +9,7 @@ from html import escape
 
 from labkit.widgets.style import HUES
 
-GREY, CLEAR = "#808080", "rgba(0,0,0,0)"  # legible on white and on black; no background of its own
+GREY, CLEAR = "#808080", "rgba(0,0,0,0)"  # readable on white and on black; no background
 AXIS = {"linecolor": GREY, "tickcolor": GREY, "gridcolor": "rgba(128,128,128,.2)", "zeroline": False}
 LAYOUT = {  # of a plotly figure, for a light page and a dark one
     "template": "simple_white", "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": GREY, "size": 13},

@@ -93,7 +93,7 @@ def _scrubber(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     slider.observe(lambda change: _guarded(dashboard, lambda: dashboard.show(int(change.new))), "value")
 
     def refresh() -> None:
-        play.max = slider.max = feed.num_steps  # a log may grow: somebody may be writing it
+        play.max = slider.max = feed.num_steps  # the log may still be written, and grow
         at = feed.num_steps if dashboard.shown is None else dashboard.shown
         if slider.value != at:
             slider.value = at
@@ -149,7 +149,7 @@ def _settings(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
             if not following:
                 _guarded(dashboard, lambda: act(change.new))
                 if dashboard.trouble:
-                    refresh()  # it is as it was
+                    refresh()  # nothing was changed
 
         widget.observe(changed, "value")
 

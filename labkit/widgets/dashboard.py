@@ -19,9 +19,9 @@ from labkit.widgets import figure, panels
 from labkit.widgets.controls import controls
 from labkit.widgets.feed import Feed
 
-EVERY = 0.2  # seconds between two looks
-FIT_EVERY = 4.0  # seconds between two looks at the width, when nothing else changes
-MOST_STEPS = 65_536  # of a log that are kept to be looked at
+EVERY = 0.2  # seconds between two updates
+FIT_EVERY = 4.0  # seconds between two checks of the width, when nothing else changes
+MOST_STEPS = 65_536  # steps of a log that are kept for viewing
 
 
 class Dashboard:
@@ -36,18 +36,18 @@ class Dashboard:
         self.feed = Feed(log) if player is not None else Feed(log, keep=MOST_STEPS)
         if player is not None:
             self.feed.block_size = player.engine.blocks.block_size
-        self.shown: int | None = None  # the step that is looked at; None: the latest
+        self.shown: int | None = None  # the step shown; None: the latest
         self.closed = False
         self.num_drawn = 0
-        self.trouble = ""  # what a control could not do, in words
+        self.trouble = ""  # message: what a control could not do
         self._machine = panels.Machine()
-        self._lock = threading.RLock()  # whoever writes to widgets
+        self._lock = threading.RLock()  # held while writing to widgets
         self._wake = threading.Event()
         self._figure = figure.build()
         self._widgets = controls(self)
-        self._still: Any = None  # the display that keeps the still picture
+        self._still: Any = None  # the display with the static copy
         self._drawn: tuple[Any, ...] | None = None
-        self._fitted = 0.0  # when it last looked how wide its place is
+        self._fitted = 0.0  # when the width was last checked
         self._thread: threading.Thread | None = None
         self._finalizer = weakref.finalize(self, self._wake.set)
         if player is not None:
@@ -211,7 +211,7 @@ class Dashboard:
             with self._lock:
                 figure.fit(self._figure)
         if self.player is not None and self.player.engine.is_closed:
-            self.close()  # nothing will come any more
+            self.close()  # no more events will come
         spent = time.perf_counter() - begin
         return max(EVERY, 6 * spent) if changed else EVERY
 
@@ -223,7 +223,7 @@ def _draw_on(dashboard: weakref.ref[Dashboard], wake: threading.Event) -> None:
         here = dashboard()
         if here is None or here.closed:
             return
-        with contextlib.suppress(RuntimeError):  # the kernel is going down
+        with contextlib.suppress(RuntimeError):  # the kernel is shutting down
             pause = here._tick()
         del here
 

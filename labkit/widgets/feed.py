@@ -18,8 +18,8 @@ from labkit.widgets.timeline import Segment, Timeline
 COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers
 COUNTED = ("Finished", "Preempted")
 KEEP = 4096  # steps
-STRETCHES = 48  # of a window, for rates and percentiles: a step alone says little of either
-IDLE = 0.02  # of a window's time between two steps: the engine had nothing to do
+STRETCHES = 48  # stretches of a window, for rates and percentiles: a single step is too short for them
+IDLE = 0.02  # a gap between steps longer than this share of the window is idle time
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Feed:
         self.timeline = Timeline(keep=20_000)
         self.inbox: deque[Batch] = deque()
         self._forget()
-        self._unsubscribe = log.subscribe(self.inbox.extend)  # an engine's step pays for this, and nothing else
+        self._unsubscribe = log.subscribe(self.inbox.extend)  # the only work in the engine's thread
         self._begin(log.batches())
 
     def __repr__(self) -> str:
@@ -78,7 +78,7 @@ class Feed:
         self._unsubscribe()
 
     def _forget(self) -> None:
-        self.num_steps = 0  # folded so far; the latest `keep` are here
+        self.num_steps = 0  # processed so far; the latest `keep` are here
         self.counts: Counter[str] = Counter()  # events by name
         self.block_size = 16
         # a step's number, its time, a Step event's columns, and COUNTED until then
@@ -99,7 +99,7 @@ class Feed:
         self._apply(batches)
         self._known = {id(batch) for batch in batches[-64:]}
 
-    # -- folding -------------------------------------------------------------------------------------------------
+    # -- processing ----------------------------------------------------------------------------------------------
 
     def catch_up(self) -> int:
         """Process new events; returns how many steps they were."""

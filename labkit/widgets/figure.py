@@ -161,7 +161,7 @@ def _lay_out(figure: Any) -> None:
         font={"family": "system-ui, sans-serif", "size": 12, "color": INK}, hovermode="x", uirevision="kept",
         hoverlabel={"font": {"size": 12}, "align": "left"}, transition={"duration": 0},
     )  # fmt: skip
-    for note in figure.layout.annotations:  # titles stand to the left, above their panel
+    for note in figure.layout.annotations:  # titles are on the left, above their panel
         note.update(xanchor="left", x=note.x - 0.2225, yshift=2, font={"size": 13, "color": INK})
 
 

@@ -11,7 +11,7 @@ from labkit.widgets import svg
 from labkit.widgets.style import COLORS, HUES, key, legend, limit_color, plural, short, table, view
 
 _COLUMN = {name: i for i, name in enumerate(NAMES["Step"][2:])}
-COURSES = (  # what the last steps did, as a line each
+COURSES = (  # curves of the last steps
     ("prefill tokens", "prefill_tokens", COLORS["green"]),
     ("decode tokens", "decode_tokens", COLORS["blue"]),
     ("waiting", "waiting", COLORS["red"]),

@@ -29,7 +29,7 @@ STATE_COLOR = {
     "never seen": COLORS["grey"],
     "no full block": "none",
 }
-CONTEXT = 12  # tokens shown on either side of where two prompts part
+CONTEXT = 12  # tokens shown on either side of the place where two prompts differ
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Cell:
     block: int | None = None  # where it is stored
     common: int = 0  # tokens that it shares with the closest stored one
     step: int | None = None  # evicted when
-    request: str | None = None  # evicted for whom
+    request: str | None = None  # the request it was evicted for
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LookupStory(Shown):
     reason: str
     detail: str
     cells: tuple[Cell, ...]
-    here: str = ""  # the tokens around the place where they part
+    here: str = ""  # the tokens around the place where they differ
     there: str = ""  # the closest stored neighbour's
 
     def frame(self) -> pandas.DataFrame:
@@ -176,7 +176,7 @@ def _then(batches: list[Batch], id: str) -> _Cache:
                 for i, request in enumerate(requests):
                     digest = digests[32 * i : 32 * i + 32]
                     stored.pop(digest, None)
-                    if request != id:  # else it made room for itself, after it had looked
+                    if request != id:  # else the request itself evicted it, after its lookup
                         ghosts[digest] = (batch.step, request)
             elif event[0] == "Cleared":
                 stored.clear()

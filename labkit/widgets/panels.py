@@ -116,7 +116,7 @@ def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
     window = feed.window(upto, steps=feed.keep, points=160)
     parts = [strip(figures(feed, upto))]
     at = window.time.tolist()
-    begin = at[0] if at and feed.first > 1 else 0.0  # what was forgotten leaves no gap
+    begin = at[0] if at and feed.first > 1 else 0.0  # trimmed steps leave no gap
     for panel, heading in PANELS.items():
         series = [
             (name, _color_name(color), window.columns[column].tolist())

@@ -109,7 +109,7 @@ def preemption(log: Any, request: Any = None) -> PreemptionStory:
     log = log_of(log)
     id = None if request is None else id_of(request)
     if id is not None:
-        log.why(id)  # says so when the log does not know it
+        log.why(id)  # raises if the log does not know it
     losses = _losses(log.batches(), id)
     names = {loss.request for loss in losses} | {loss.needed_by for loss in losses if loss.needed_by}
     return PreemptionStory(id, tuple(losses), tuple(segments(log, names)))
@@ -117,7 +117,7 @@ def preemption(log: Any, request: Any = None) -> PreemptionStory:
 
 def _losses(batches: Sequence[Batch], only: str | None) -> list[Loss]:
     found: list[dict[str, Any]] = []
-    current: dict[str, dict[str, Any]] = {}  # request -> its latest loss, until it is made good
+    current: dict[str, dict[str, Any]] = {}  # request -> its latest loss, until it has caught up
     for batch in batches:
         for kind, *columns in batch.events:
             if kind == "Preempted" and only in (None, columns[0]):

@@ -146,4 +146,4 @@ def _queue(blocks: Sequence[int], cache_of: PrefixCache | None, scores: dict[int
         shapes.append(svg.text(i * 29 + 13.5, 16, str(block), "s c b"))
     if len(blocks) > most:
         shapes.append(svg.text(most * 29 + 4, 16, f"+{len(blocks) - most:,}", "q"))
-    return svg.svg(most * 29 + 50, 24, *shapes) if blocks else '<p class="q">nobody</p>'
+    return svg.svg(most * 29 + 50, 24, *shapes) if blocks else '<p class="q">none</p>'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from html import escape
 
-# Okabe and Ito's colours, which people of any colour vision tell apart.
+# Okabe and Ito's colours, which remain distinct in any colour vision.
 COLORS = {
     "blue": "#0072b2",
     "orange": "#e69f00",

@@ -18,7 +18,7 @@ KINDS = (
     "queued",  # submitted, and without a row so far
     "prefill",  # computes its prompt
     "decode",  # computes a token a step
-    "held",  # has a row, and gets nothing: `why` names the limit
+    "held",  # has a row but computes nothing: `why` names the limit
     "preempted",  # lost its row; its tokens are to be computed again
     "swapped",  # lost its row; its blocks are in host memory
     "recompute",  # computes what a preemption took
@@ -104,8 +104,8 @@ class _Track:
     num_prompt: int | None = None
     before: str = "decode"  # what it did before it was held
     waited: dict[str, int] = field(default_factory=dict)  # limit -> ns, in this segment
-    base: dict[str, int] | None = None  # the queue's clock when this segment began to follow it; None: it does not
-    limit: str | None = None  # what holds it apart from the queue
+    base: dict[str, int] | None = None  # the queue clock when this segment began to follow it; None: it does not
+    limit: str | None = None  # what holds it on its own
     since: int = 0
 
 
@@ -154,7 +154,7 @@ class Timeline:
         self.now = 0
         self._closed: deque[tuple[int, Segment]] = deque(maxlen=self.keep)
         self._tracks: dict[str, _Track] = {}
-        self._queue: set[str] = set()  # who follows the queue's clock
+        self._queue: set[str] = set()  # the requests that follow the queue clock
         self._clock = _QueueClock()
         self._head: tuple[str, str] | None = None  # the latest head that was held, and by what
         self._num_seen = 0
@@ -233,11 +233,11 @@ class Timeline:
         self._closed.append((track.order, Segment(name, kind, batch.now, batch.now, why, batch.step)))
         del self._tracks[name]
 
-    # -- what holds whoever waits --------------------------------------------------------------------------------
+    # -- what holds waiting requests -----------------------------------------------------------------------------
 
     def _follow(self, name: str, track: _Track, now: int) -> None:
         """The request is in the queue, so what holds the head of the queue holds it."""
-        if not self._queue:  # what was said of an earlier head says nothing of this one, unless it is the same
+        if not self._queue:  # the limit of an earlier head does not apply to this one, unless it is the same request
             again = self._head is not None and self._head[0] == name
             self._clock.change(now, self._head[1] if again and self._head is not None else None)
         self._queue.add(name)
@@ -275,7 +275,7 @@ class Timeline:
             track.before = track.kind if track.kind != "held" else track.before
             self._turn(name, "held", batch, limit)
         elif head or limit == "order":
-            if track.limit is not None:  # whatever held it apart is over: it is the queue's again
+            if track.limit is not None:  # its own hold is over: the queue holds it again
                 self._settle(name, track, batch.now)
                 self._follow(name, track, batch.now)
         else:
@@ -301,7 +301,7 @@ class Timeline:
         if batch.row is not None and track.kind in (
             "prefill",
             "recompute",
-        ):  # written when a step ends: it drew a token
+        ):  # logged at the end of a step: it sampled a token
             self._turn(name, "decode", batch, "a token a step")
         elif track.kind == "held":
             self._turn(name, track.before, batch)

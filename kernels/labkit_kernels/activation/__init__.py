@@ -46,7 +46,7 @@ def _traffic(x: Tensor, *rest: object) -> int:
 
 
 def _flops(x: Tensor, *rest: object) -> int:
-    return x.numel() // 2 * 12  # the exponential taken for eight
+    return x.numel() // 2 * 12  # an exponential counts as eight flops
 
 
 def _gelu_tolerance(dtype: torch.dtype) -> Tolerance:

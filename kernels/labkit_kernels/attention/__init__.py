@@ -38,7 +38,7 @@ CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
 ]
 
 
-# The same, of the sizes that models have; for timing.
+# The same with the sizes of real models, for timing.
 TIMED: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
     ("decode 64 x 512, 8/4 heads of 32", [(1, 512)] * 64, 8, 4, 32, 32, 16, ()),
     ("decode 64 x 512, 14/2 heads of 64", [(1, 512)] * 64, 14, 2, 64, 64, 16, ()),

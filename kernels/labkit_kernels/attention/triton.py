@@ -28,8 +28,8 @@ from .programs import attend, combine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_HEADS = 64  # of a group, in one program
-WAVES = {"waves": 4}  # decode programs a processor that are wanted: as many as it holds, so that memory never waits
-DECODE_ROWS = 64  # query tokens x heads, up to which a sequence is one row block
+WAVES = {"waves": 4}  # decode programs per multiprocessor: as many as it holds, to keep memory busy
+DECODE_ROWS = 64  # a sequence with at most this many query tokens x heads is one block of rows
 
 
 def tiles(
@@ -131,7 +131,7 @@ def paged_attention(
     max_query_len: int = 0,
     max_seq_len: int = 0,
     invariant: bool = False,
-    splits: int | None = None,  # parts that keys are cut into when decoding; None: by the device's size
+    splits: int | None = None,  # number of splits of the keys in decode; None: chosen by the device's size
 ) -> Tensor:
     """Allocates the output, and room for the parts when keys are split; reads nothing back, so it can be captured.
 
@@ -192,7 +192,7 @@ def paged_attention(
     return out
 
 
-# Types of the arguments; what stands behind "*q" is the dtype.
+# Types of the arguments; "*q" stands for a pointer to the dtype.
 _TYPES = dict.fromkeys(("q", "k", "v", "out", "sinks", "alibi"), "*q") | dict.fromkeys(("parts", "stats"), "*fp32")
 _TYPES |= dict.fromkeys(("table", "query_start", "seq_len"), "*i32") | {"num_seqs": "i32", "num_heads": "i32"}
 _STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot")

@@ -49,7 +49,7 @@ def _rms_norm(
         at = (outer * r_outer + place * r_inner)[:, None] + column[None, :]
         value = (value.to(tl.float32) + tl.load(residual + at, mask=seen, other=0.0).to(tl.float32)).to(value.dtype)
         tl.store(residual + at, value, mask=seen)
-    wide = value.to(tl.float32)  # of the rounded sum: that is what the next layer reads
+    wide = value.to(tl.float32)  # of the rounded sum, because the next layer reads that
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
     factor = tl.load(weight + column[None, :], mask=(column < SIZE)[None, :], other=0.0).to(tl.float32)
     normed = wide * scale[:, None] * factor

@@ -15,7 +15,7 @@ def sample(
     top_k: Tensor,  # [rows] int32; 0: off
     top_p: Tensor,  # [rows] float32; 1: off
     min_p: Tensor,  # [rows] float32; 0: off
-    key: Tensor,  # [rows] int64: what this draw's randomness is made of
+    key: Tensor,  # [rows] int64: the seed of this draw's randomness
 ) -> Tensor:
     """One token a row, [rows] int64: Gumbel-max over the tokens that the filters keep. Ties go to the smallest id.
 

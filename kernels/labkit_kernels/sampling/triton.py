@@ -19,7 +19,7 @@ from labkit_kernels.config import Config
 from . import sample as op
 
 LOG2E = tl.constexpr(1.4426950408889634)
-THRESHOLDS = 4  # more of them, or fewer threads, and their sums do not fit in registers
+THRESHOLDS = 4  # with more of them, or fewer threads, the sums do not fit in registers
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def _border(
     vocab_size,
     temperature,
     largest,
-    low,  # int64: from here up lies what earlier filters left
+    low,  # int64: tokens from here up passed the earlier filters
     need,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,

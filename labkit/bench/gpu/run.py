@@ -24,7 +24,7 @@ VERSION = 2
 class Part:
     name: str
     what: str
-    seconds: int  # it may take
+    seconds: int  # time limit in seconds
     run: Callable[[Where], dict[str, Any]]
 
 

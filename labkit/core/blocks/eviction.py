@@ -153,7 +153,7 @@ class Scored(Shown):
         cache, live, parked, heap = self.cache, self._live, self._parked, self._heap
         strict = True
         while len(evicted) < n:
-            if not heap:  # what is left chains to blocks in use, through a duplicate: take it all the same
+            if not heap:  # the rest have children in use, through a duplicate: evict them anyway
                 strict = False
                 heap.extend(parked.values())
                 heapq.heapify(heap)

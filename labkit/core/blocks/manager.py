@@ -51,7 +51,7 @@ class BlockManager(RowBlocks, Shown):
             flag("prefix_caching", prefix_caching),
             windows,
         )
-        self.taken: Callable[[str], bool] = _nobody  # is this name a request's?
+        self.taken: Callable[[str], bool] = _nobody  # whether a request has this name
 
     def __repr__(self) -> str:
         return (

@@ -142,7 +142,7 @@ class PrefixCache(Shown):
         self.block_size = block_size
         self.block_of: dict[bytes, int] = {}
         self.spares: dict[bytes, list[int]] = {}  # further copies of a hash, oldest first
-        # np.full, not np.zeros: zeros are mapped when first touched, which costs the step that does it
+        # np.full, not np.zeros: zeros are mapped on first touch, which would slow down that step
         self.stored = np.full(places, False)  # arrays, not lists of bytes: a full garbage collection skips them
         self._hash_of = np.full(places, b"", DIGEST)
         self._parent_hash_of = np.full(places, b"", DIGEST)
@@ -152,14 +152,14 @@ class PrefixCache(Shown):
         self.children = np.full(places, 0, np.int64)  # stored blocks whose physical parent this is
         self.hits = np.full(places, 0, np.int64)
         self.stored_at = np.full(places, 0, np.int64)
-        self._stamp = np.full(places, 0, np.int64)  # tells a parent from a later user of the same block
+        self._stamp = np.full(places, 0, np.int64)  # tells a parent from a later use of the same block
         self._parent_stamp = np.full(places, 0, np.int64)
         self.num_stored = 0
         self.ghost_step: dict[bytes, int] = {}  # evicted hash -> the step it happened in, oldest first
         self.ghost_for: dict[bytes, str | None] = {}  # evicted hash -> the request it made room for
         self.roots: dict[bytes, tuple[str | None, str | None]] = {}
         self.emit: EventSink | None = None
-        self.changes: Changes | None = None  # recorded while somebody asks for them
+        self.changes: Changes | None = None  # recorded while an order needs them
 
     def start_recording(self) -> Changes | None:
         """What has changed since the last call; None: not known. Recorded from now on, as far as it stays small."""
@@ -300,7 +300,7 @@ class PrefixCache(Shown):
             gone.append(i)
         if len(step_of) > 4 * self.num_blocks:
             for oldest in list(islice(step_of, max(self.num_blocks, len(step_of) - 4 * self.num_blocks))):
-                del step_of[oldest], request_of[oldest]  # many at once: a dict's front is slow to find
+                del step_of[oldest], request_of[oldest]  # many at once: the first entry of a dict is slow to find
         if self.emit is not None and gone:
             if len(gone) < len(blocks):
                 joined = b"".join(joined[32 * i : 32 * i + 32] for i in gone)
@@ -310,7 +310,7 @@ class PrefixCache(Shown):
     def _note(self, seen: set[bytes], digests: list[bytes]) -> None:
         seen.update(digests)
         if len(seen) > 4 * self.num_blocks:
-            self.changes = None  # nobody has asked for a long time
+            self.changes = None  # not read for a long time
 
     def clear(self) -> None:
         self.changes = None

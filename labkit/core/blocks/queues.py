@@ -65,7 +65,7 @@ class S3FIFO(Shown):
         self._small: OrderedDict[int, None] = OrderedDict()
         self._main: OrderedDict[int, None] = OrderedDict()
         self._in_main: set[int] = set()
-        self._spent: dict[int, int] = {}  # block -> hits already paid for by going round again
+        self._spent: dict[int, int] = {}  # block -> hits already spent on another round
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -99,7 +99,7 @@ class S3FIFO(Shown):
     def evict(self, n: int) -> list[int]:
         evicted: list[int] = []
         gone: dict[int, int] = {}
-        passed = 0  # candidates seen in a row that were spared for their children
+        passed = 0  # candidates skipped in a row because of their children
         while len(evicted) < n:
             from_small = bool(self._small) and (len(self._small) > self.share * len(self) or not self._main)
             queue = self._small if from_small else self._main

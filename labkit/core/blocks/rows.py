@@ -65,7 +65,7 @@ class RowBlocks:
         self._eviction = eviction_policy(eviction)
         self._eviction.attach(self.prefix)
         self.prefix_caching = prefix_caching
-        self.attached = False  # a runner computes these blocks: nothing may be stored that it did not compute
+        self.attached = False  # a runner computes these blocks: store only what it computed
         self.pins: list[Pin] = []
         self.now = 0
         self.step = 0
@@ -400,7 +400,7 @@ class RowBlocks:
         self.pool.free += cached
         self.tables.next_full[self.tables.num_computed > 0] = NEVER
 
-    # -- laws ----------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """free + cached + used == total; every reference count is its tables plus its pins; no block is listed

@@ -71,4 +71,4 @@ class Pin:
     expires: int | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pin:
-        return self  # whoever holds it can still unpin after time was turned back
+        return self  # its holder can still unpin it after a restore

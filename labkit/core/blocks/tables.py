@@ -63,8 +63,8 @@ class BlockTables:
         self.num_rows = 0
         self.free_rows: list[int] = []
         self.row_of: dict[str, int] = {}
-        self.shared: set[int] = set()  # rows whose last block may be shared: they look before they write
-        self.hashes: list[list[bytes] | None] = []  # prompt hashes known from the lookup, spent as blocks fill
+        self.shared: set[int] = set()  # rows whose last block may be shared: check before writing
+        self.hashes: list[list[bytes] | None] = []  # prompt hashes known from the lookup, used up as blocks fill
         self.last_hash: list[bytes] = []  # hash of the last stored block, or the chain's root
         self.span_keys: dict[int, dict[int, bytes]] = {}  # row -> block index -> what else enters its hash
         self.num_blocks = np.zeros(0, np.int64)
@@ -73,7 +73,7 @@ class BlockTables:
         self.num_computed = np.zeros(0, np.int64)
         self.next_full = np.zeros(0, np.int64)
         self.blocks = np.zeros((num_groups, 0, 16), np.int32)  # [groups, rows, blocks]
-        self.front = np.zeros((num_groups, 0), np.int64)  # blocks released at each table's front: they name scratch
+        self.front = np.zeros((num_groups, 0), np.int64)  # blocks released at each table's front, now scratch
         self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
         self._flatten()
 
@@ -178,7 +178,7 @@ class BlockTables:
         """As many further blocks in each group."""
         have = int(self.num_blocks[row])
         end = have + len(blocks[0])
-        self.make_width(end * self.block_size + 1)  # a last token may be known that needs no place
+        self.make_width(end * self.block_size + 1)  # the last token may not need a slot yet
         self.blocks[:, row, have:end] = blocks
         self.num_blocks[row] = end
         self.room[row] = end * self.block_size

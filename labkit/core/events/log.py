@@ -97,7 +97,7 @@ class EventLog(Shown):
 
     def _trim(self) -> None:
         assert self.keep is not None
-        for _ in range(64):  # a long way back is caught up over several steps
+        for _ in range(64):  # a long backlog is trimmed over several steps
             if self._size <= self.keep or len(self._batches) == 1:
                 break
             batch = self._batches.popleft()
@@ -123,12 +123,12 @@ class EventLog(Shown):
             try:
                 subscriber(batches)
             except Exception as error:
-                if subscriber in self._subscribers:  # it may have left by itself
+                if subscriber in self._subscribers:  # it may have unsubscribed itself
                     self._subscribers.remove(subscriber)
                 warnings.warn(f"{subscriber!r} raised {error!r} and is no longer subscribed", stacklevel=2)
 
     def __iter__(self) -> Iterator[Event]:
-        for batch in self.batches():  # a copy: whoever reads may be in another thread than who writes
+        for batch in self.batches():  # a copy: reader and writer may be different threads
             yield from read(batch)
 
     def batches(self) -> list[Batch]:

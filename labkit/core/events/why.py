@@ -94,7 +94,7 @@ class _History:
     status: str
     since: int | None  # the first step it has been waiting for, while it does
     intervals: list[tuple[int, int]] = field(default_factory=list)  # steps waited, [first, until)
-    holds: list[tuple[int, str]] = field(default_factory=list)  # (step, the limit that holds it apart from the queue)
+    holds: list[tuple[int, str]] = field(default_factory=list)  # (step, the limit that holds this request on its own)
     preemptions: list[Preemption] = field(default_factory=list)
 
     @property
@@ -114,7 +114,7 @@ class Waits:
     def __init__(self) -> None:
         self.heads: list[tuple[int, str, str]] = []  # (step, head, limit)
         self.of: dict[str, _History] = {}
-        self.step = -1  # the last that was committed: only then is a step waited
+        self.step = -1  # the last committed step: a step counts as waited only then
 
     def copy(self) -> Waits:
         return copy.deepcopy(self)
@@ -155,7 +155,7 @@ class Waits:
         for step, other, limit in self.heads[start : bisect_right(self.heads, until - 1, key=_step_of)]:
             changes.append((max(step, first), 0, limit, None if other == name else other))
         for step, limit in history.holds:
-            begins = step + (limit == "order")  # whoever joins the queue in a step came too late for that step
+            begins = step + (limit == "order")  # a request that joins the queue in a step is too late for that step
             if first <= begins < until:
                 changes.append((begins, 1, limit, None))
         changes.sort(key=lambda change: change[:2])
@@ -178,7 +178,7 @@ class Waits:
             if rank == 0:
                 head = (limit, behind)
                 if behind is None:
-                    own = None  # it heads the queue: whatever held it apart is over
+                    own = None  # it is now the head of the queue: its own hold is over
             else:
                 own = None if limit == "order" else limit
         close(until)

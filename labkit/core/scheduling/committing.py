@@ -54,7 +54,7 @@ def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
             continue
         if request.first_token_at is None:
             request.first_token_at = now
-        if row not in s.draining:  # else it was preempted meanwhile, and is scheduled no more
+        if row not in s.draining:  # else it was preempted meanwhile and is not scheduled
             s.log.add(("Scheduled", request.id, 1))
 
 

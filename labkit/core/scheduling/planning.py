@@ -20,7 +20,7 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
     tables = s.tables
     while True:
         rows = s.decoding
-        if s.in_flight:  # rows whose last token is already on its way need no further step
+        if s.in_flight:  # rows whose last token is already in flight need no further step
             rows = rows[s.scheduled[rows] + 1 < s.limit[rows]]
         if len(rows) > s.max_num_batched_tokens:
             rows = _take_turns(s, rows)
@@ -31,7 +31,7 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
         num_before = len(s.decoding)
         rows, start = _give_blocks(s, builder, rows, start, short)
         if len(rows) or len(s.decoding) == num_before:
-            break  # else all whose turn it was have been preempted: the others' turn
+            break  # else all rows chosen for this step were preempted, so the others run
     s.scheduled[rows] = start + 1
     s.last_plan[rows] = s.step
     if s.held:
@@ -91,7 +91,7 @@ def _rows_to_copy(s: SchedulerState, rows: Ints) -> list[int]:
     inside[rows] = True
     writing = [row for row in sorted(shared) if inside[row]]
     copies = [row for row in writing if s.blocks.must_copy(row, int(s.scheduled[row]))]
-    shared.difference_update(set(writing).difference(copies))  # past what they share, or its last holder
+    shared.difference_update(set(writing).difference(copies))  # past the shared blocks, or the last holder
     return copies
 
 
@@ -198,7 +198,7 @@ def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
 def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> Plan:
     if s.blocks.released:
         left = [(group, gone, index, np.zeros(len(index), np.int64)) for group, gone, index in s.blocks.released]
-        builder.changes[:0] = left  # first: a row may belong to someone else by now
+        builder.changes[:0] = left  # first, because a row may have a new owner by now
         s.blocks.released.clear()
     if builder.chunks:
         _settle_chunks(s, builder)

@@ -89,7 +89,7 @@ class WaitingQueue:
         self._shaped_by: Order | None = None  # the order whose keys have this form
         self._shape: Any = None
         self._keys: dict[int, Key] = {}  # serial -> its key, kept while the request lives
-        self.pushed: list[Request] | None = None  # since somebody last looked
+        self.pushed: list[Request] | None = None  # since the last call
 
     def __repr__(self) -> str:
         return f"WaitingQueue({name_of(self.order)}: {len(self)} waiting)"

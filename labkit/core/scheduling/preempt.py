@@ -47,7 +47,7 @@ def cheaper(s: SchedulerState, num_computed: int) -> str:
         return "swap"
     try:
         return "swap" if s.swap_cost(num_computed) < s.recompute_cost(num_computed) else "recompute"
-    except Exception as error:  # a user's function, in the middle of a step
+    except Exception as error:  # a user's function may raise anything, and the step must go on
         warnings.warn(f"preemption cost failed for {num_computed} tokens: {error!r}; recomputing", stacklevel=2)
         return "recompute"
 

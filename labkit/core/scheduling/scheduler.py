@@ -106,7 +106,7 @@ class Scheduler(SchedulerState, Shown):
             f"{self.num_waiting} waiting, budget {self.max_num_batched_tokens})"
         )
 
-    # -- requests come and go ------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------
 
     def room_for(self, num_prompt: int) -> int:
         """The most output tokens for a prompt of this length."""
@@ -116,7 +116,7 @@ class Scheduler(SchedulerState, Shown):
     def why_never(self, request: Request) -> str | None:
         """Why this request can never be served here, or None if it can."""
         bm, num_prompt = self.blocks, request.num_prompt
-        most = request.params.max_tokens or 1  # None asks for whatever is left, but at least one
+        most = request.params.max_tokens or 1  # None means all the room there is, but at least one
         if self.max_model_len is not None and num_prompt + most > self.max_model_len:
             room = self.max_model_len - num_prompt
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
@@ -143,7 +143,7 @@ class Scheduler(SchedulerState, Shown):
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
-        keys = [self.queue.key(member, now) for member in family]  # a function that raises has changed nothing yet
+        keys = [self.queue.key(member, now) for member in family]  # if it raises, nothing has changed yet
         for member, key in zip(family, keys, strict=True):
             self.num_submitted += 1
             member.serial = self.num_submitted
@@ -190,7 +190,7 @@ class Scheduler(SchedulerState, Shown):
     def _stop(self, request: Request, keep: int, reason: str, now: int) -> None:
         if not 0 <= keep <= request.num_output:
             raise ValueError(f"request {request.id!r} has {request.num_output} output tokens, cannot keep {keep}")
-        if request.ended:  # this says better what ended it; an end that was flushed stays in the log as it is
+        if request.ended:  # this is the better reason; an end already flushed stays in the log as it is
             request.output = request.output[:keep]
             request.finish_reason = reason
             self.log.correct(("Finished", request.id, reason, keep))
@@ -313,7 +313,7 @@ class Scheduler(SchedulerState, Shown):
         try:
             if find_stops is not None:
                 outputs = self._stop_by_text(outputs, find_stops(), now)
-        finally:  # text is a tokenizer's, and may raise: the step was taken all the same
+        finally:  # it calls a tokenizer, which may raise; the step counts anyway
             self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
         return outputs
 

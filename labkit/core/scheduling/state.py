@@ -19,7 +19,7 @@ from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
 from labkit.core.scheduling.policy import Cost, Order, WaitingQueue
 
-MOST_REMEMBERED = 4096  # ended requests that can still be asked for by id
+MOST_REMEMBERED = 4096  # ended requests that can still be found by id
 
 
 class SchedulerState:
@@ -53,7 +53,7 @@ class SchedulerState:
         places = self.num_rows
         self.scheduled = np.zeros(places, np.int64)  # tokens launched
         self.limit = np.zeros(places, np.int64)  # tokens at which it ends by length
-        self.no_stop_before = np.zeros(places, np.int64)  # tokens below which stop ids and eos are passed over
+        self.no_stop_before = np.zeros(places, np.int64)  # below this many tokens stop ids and eos are ignored
         self.stops: list[Ints] = []  # one array over rows for each stop id that any request had so far
         self.serial = np.zeros(places, np.int64)
         self.rank = np.zeros((3, places), np.int64)  # priority, arrival, serial: the largest is preempted first
@@ -107,7 +107,7 @@ class SchedulerState:
             self.num_running or self.queue or self.pending or self.in_flight or self.draining or self.num_attached
         )
 
-    # -- a request ends, a row is given back -----------------------------------------------------------------------
+    # -- ending requests, freeing rows -----------------------------------------------------------------------------
 
     def is_attached(self, sample: Request) -> bool:
         return sample.row is None and sample not in self.queue and sample not in self.pending
@@ -237,7 +237,7 @@ class SchedulerState:
         assert request is not None
         return request.id
 
-    # -- laws ----------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Check that requests, rows, blocks and tokens add up; raises AssertionError on the first mismatch."""
