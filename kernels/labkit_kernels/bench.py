@@ -165,7 +165,7 @@ def _unsound(op: Op, name: str, device: str, dtype: torch.dtype) -> tuple[str, s
         return "refused", reason
     report = check(op, name, device, [dtype])
     if any(row.device == "interpreter" for row in report) and report.ok:
-        return "refused", "checked in Triton's interpreter, whose time says nothing: needs a GPU"
+        return "refused", "checked in Triton's interpreter, whose time means nothing: timing needs a GPU"
     if report.ok:
         return None
     bad = next((row for row in report if row.status in ("FAILED", "raised")), None)

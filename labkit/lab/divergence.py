@@ -89,7 +89,7 @@ class Divergence:
                      for one, g in zip("ab", self.gaps, strict=True))  # fmt: skip
             found += [f"after {self.before!r}", f"in logits {', '.join(names)}"]
         if self.only_replayed:
-            found.append("only where steps are replayed as graphs: looked at one by one, the tokens are the same")
+            found.append("only with replayed graphs: in eager steps the tokens are the same")
         found.append(self._about_layers())
         if self.op is not None:
             o = self.op

@@ -192,7 +192,7 @@ class Panel:
         found = lab.bench(shapes, dtypes, list(self.variants.value))
         self.results.value = found._repr_html_()
         timed = [row for row in found if row.status == "ok" and row.flops_per_second and row.bytes_per_second]
-        self.status.value = "measuring what this machine can do ..."
+        self.status.value = "measuring this machine's limits ..."
         drawn = lab.roofline() if timed else None
         with self.figure.batch_update():
             self.figure.data = ()

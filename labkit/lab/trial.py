@@ -64,7 +64,7 @@ class Trial:
 
     def said(self) -> str:
         if not self.num_calls:
-            return "never called: this engine computes without the op"
+            return "never called: this engine does not use the op"
         if self.same:
             return f"all {self.num_prompts} answers are the same, {self.num_tokens} tokens"
         return f"{len(self.changes)} of {self.num_prompts} answers changed"

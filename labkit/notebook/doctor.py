@@ -97,7 +97,7 @@ def examine(probes: dict[str, Probe] | None = None) -> Report:
             rows += probe()
         except Exception as error:
             rows.append(
-                Row(name, FAIL, f"{type(error).__name__}: {error}", "this look itself failed: please report it")
+                Row(name, FAIL, f"{type(error).__name__}: {error}", "this check itself failed: please report it")
             )
     return Report(tuple(rows))
 
@@ -164,7 +164,7 @@ def gpu() -> Iterator[Row]:
         free, total = torch.cuda.mem_get_info(i)
         found = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
         if (major, minor) < (8, 0):
-            yield Row("gpu", WARN, found, "Triton kernels are made for sm_80 and newer: run with device='cpu'")
+            yield Row("gpu", WARN, found, "Triton kernels need sm_80 or newer: run with device='cpu'")
         elif free < 2 * GIB:
             yield Row("gpu", WARN, found, "other programs hold its memory: nvidia-smi lists them")
         else:
@@ -245,7 +245,7 @@ def cpu() -> Iterator[Row]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = f"{cores} cores; {', '.join(shown) or 'none of avx2, avx512f, amx_bf16'}"
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags:
-        yield Row("cpu", WARN, found, "the CPU kernels are made for AVX2 and more: expect them to be slow")
+        yield Row("cpu", WARN, found, "the CPU kernels are written for AVX2 and later: expect them to be slow")
     else:
         yield Row("cpu", OK, found)
 
@@ -263,7 +263,7 @@ def cpu_flags() -> frozenset[str]:
 def memory() -> Iterator[Row]:
     free = free_memory()
     if free is None:
-        yield Row("memory", OK, "not said by this system")
+        yield Row("memory", OK, "not reported by this system")
     elif free < 2 * GIB:
         yield Row("memory", WARN, f"{free / GIB:.1f} GiB free", "give engines num_blocks=, or end other programs")
     else:
@@ -303,7 +303,7 @@ def why_not_writable(path: Path) -> str | None:
     there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     if not there.is_dir():
         return f"{there} is no folder"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"no right to write to {there}"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"no permission to write to {there}"
 
 
 def browser() -> Iterator[Row]:
@@ -351,7 +351,9 @@ def model() -> Iterator[Row]:
     if handle.num_output:
         yield Row("embedded model", OK, f"loaded and wrote {handle.num_output} tokens in {took:.1f} s")
     else:
-        yield Row("embedded model", FAIL, "loaded, and wrote nothing", "install labkit again: its files may be damaged")
+        yield Row(
+            "embedded model", FAIL, "loaded, but generated nothing", "install labkit again: its files may be damaged"
+        )
 
 
 PROBES: dict[str, Probe] = {

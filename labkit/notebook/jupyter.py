@@ -78,9 +78,9 @@ def _copy(source: Path, target: Path, copied: str | None, reset: bool) -> Copied
         aside = _aside(target)
         target.rename(aside)
         shutil.copyfile(source, target)
-        return Copied(name, "renewed", f"what was edited is now {aside.name}")
+        return Copied(name, "renewed", f"your edited copy is now {aside.name}")
     newer = copied is not None and copied != shipped
-    return Copied(name, "kept", "edited" + ("; a newer one came with labkit, --reset takes it" if newer else ""))
+    return Copied(name, "kept", "edited" + ("; labkit has a newer one, --reset replaces yours" if newer else ""))
 
 
 def _aside(target: Path) -> Path:

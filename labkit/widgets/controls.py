@@ -48,10 +48,10 @@ def _transport(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     """Play, pause, one step, stop; the state; and, on a virtual clock, the pace."""
     player = dashboard.player
     buttons = {
-        "play": w.Button(description="Play", icon="play", tooltip="go on until all is served"),
-        "pause": w.Button(description="Pause", icon="pause", tooltip="hold after the current step"),
+        "play": w.Button(description="Play", icon="play", tooltip="play until everything is served"),
+        "pause": w.Button(description="Pause", icon="pause", tooltip="pause after the current step"),
         "step": w.Button(description="Step", icon="step-forward", tooltip="pause, and take one step"),
-        "stop": w.Button(description="Stop", icon="stop", tooltip="the end; the picture stays"),
+        "stop": w.Button(description="Stop", icon="stop", tooltip="stop; the figure stays"),
     }
     for name, button in buttons.items():
         button.layout.width = "88px"

@@ -185,5 +185,5 @@ def test_what_differs_in_replayed_graphs_only_is_said_to(engine, monkeypatch):
 
     monkeypatch.setattr(module.Side, "run", garbled)
     found = lk.divergence(engine, engine, PROMPT, max_tokens=6)
-    assert found.position == 2 and found.only_replayed and "only where steps are replayed as graphs" in repr(found)
+    assert found.position == 2 and found.only_replayed and "only with replayed graphs" in repr(found)
     assert found.tokens[0] != found.tokens[1] and found.worst.largest == 0

@@ -129,7 +129,7 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("labkit bench gpu", description="every figure of one GPU in one command")
+    parser = argparse.ArgumentParser("labkit bench gpu", description="all measurements on one GPU in one command")
     add(parser)
     args = parser.parse_args(argv)
     if args.part:
@@ -142,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="written after every part")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
-    parser.add_argument("--quick", action="store_true", help="in miniature: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="a small run of every part, to see that it works")
     parser.add_argument("--only", metavar="A,B", default="", help=f"of {', '.join(p.name for p in PARTS)}")
-    parser.add_argument("--budget", metavar="SECONDS", type=float, default=420.0, help="no part begins after (420)")
+    parser.add_argument(
+        "--budget", metavar="SECONDS", type=float, default=420.0, help="no part starts after this time (420)"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
 
 
