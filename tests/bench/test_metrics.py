@@ -1,4 +1,4 @@
-"""Figures computed by hand from a scripted run."""
+"""Metrics, compared with values computed by hand from a scripted run."""
 
 import json
 
@@ -76,7 +76,7 @@ def test_the_ideal_schedule_pays_for_every_step_by_itself():
 
 
 def test_the_limits_of_workload_n_are_those_that_others_compute():
-    """An H200's datasheet; the two countings differ by a thousandth."""
+    """With an H200's datasheet; the two ways of counting differ by a thousandth."""
     sheet = limit.Machine("H200", *limit.DATASHEET["H200"])
     asks = workload.workload_n(vocab_size=151_936).asks
 

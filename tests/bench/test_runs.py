@@ -1,4 +1,4 @@
-"""The whole way from the command to the page, on the embedded model; and a client that meets every kind of server."""
+"""From the command to the page, on the embedded model; and the client against all kinds of server."""
 
 import json
 import threading
@@ -54,7 +54,7 @@ def test_serving_in_process_keeps_arrival_times(capsys):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Streams one token a chunk; prompts of 13 tokens are refused."""
+    """Streams one token per chunk; refuses prompts of 13 tokens."""
 
     protocol_version = "HTTP/1.0"
 

@@ -1,4 +1,4 @@
-"""The log: what it holds, how it is read, saved, trimmed, folded. Knows the engine only as a source of events."""
+"""The event log: what it holds, and how it is read, saved, trimmed and summarized."""
 
 import io
 import json

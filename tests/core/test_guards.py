@@ -1,4 +1,4 @@
-"""What hands that were not foreseen may do: nothing is lost, and the error says what to do instead."""
+"""Unexpected use: nothing is lost, and the error says what to do instead."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""The loop as its users see it: arrivals, clocks, time travel, live controls, bad input."""
+"""The engine as users see it: arrivals, clocks, snapshots, live settings, bad input."""
 
 import io
 import pickle

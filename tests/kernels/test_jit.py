@@ -1,4 +1,4 @@
-"""What a new Triton has moved is said by name, with the versions that work."""
+"""If a new Triton moved something, the error names it and the versions that work."""
 
 import importlib
 

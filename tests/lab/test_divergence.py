@@ -1,4 +1,4 @@
-"""Where two settings part is found: the token, the layer, the op; and what is the same is said to be the same."""
+"""`divergence` finds where two settings differ: the token, the layer, the op. If nothing differs, it says so."""
 
 import math
 

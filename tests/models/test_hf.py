@@ -1,4 +1,4 @@
-"""What a new transformers has moved is said by name, with the versions that work."""
+"""If a new transformers moved something, the error names it and the versions that work."""
 
 import importlib
 import re

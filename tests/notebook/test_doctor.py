@@ -1,4 +1,4 @@
-"""labkit doctor: each row is ok, or says what to do; one look that fails hides no other."""
+"""labkit doctor: each row is ok or says what to do, and a probe that fails does not hide the others."""
 
 import json
 import socket

@@ -1,4 +1,4 @@
-"""labkit lab: notebooks are found, copied, and what somebody edited is never overwritten."""
+"""labkit lab: notebooks are found and copied, and an edited copy is never overwritten."""
 
 import json
 import os

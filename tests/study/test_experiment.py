@@ -1,4 +1,4 @@
-"""Experiments: every setting served, nothing lost, the same again from the same seed."""
+"""Experiments: every setting is served, nothing is lost, and the same seed gives the same result."""
 
 import copy
 import itertools

@@ -1,4 +1,4 @@
-"""What an experiment found: its pictures, its file."""
+"""A study's pictures and its file."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The study's workloads: drawn from a seed, in range, and what they are named after."""
+"""The study's workloads: drawn from a seed, within their ranges, and as their names say."""
 
 import dataclasses
 import itertools

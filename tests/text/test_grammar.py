@@ -1,4 +1,4 @@
-"""Structured outputs: whatever a model would rather write, its text has the form that was asked for."""
+"""Structured outputs: the text has the requested form, whatever the model would prefer."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The dashboard without a browser: what it shows happened, what it changes changes, and nothing stays behind."""
+"""The dashboard without a browser: it shows what happened, its controls take effect, and nothing is left behind."""
 
 import gc
 import json
