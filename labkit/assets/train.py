@@ -287,7 +287,7 @@ tags: [python, llama, labkit]
 
 A Llama-architecture model for tests, lessons and demonstrations of LLM serving, trained on the standard library of
 Python {sys.version.split()[0]} (whose sources are under the PSF licence). It writes text that looks like Python and
-short answers in the manner of docstrings; it knows nothing and must not be relied on.
+short answers in the manner of docstrings; it has no reliable knowledge, so do not trust its answers.
 
 | | |
 |---|---|

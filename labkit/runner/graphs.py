@@ -1,7 +1,7 @@
 """Captured decode steps: one CUDA graph per batch size and block table width.
 
 A graph reads its inputs from a fixed buffer, so a step is one copy from pinned memory and one replay. The graph holds
-the forward, the sampling, and the next step's input. Batches are padded to the next captured size; padding writes to
+the forward, the sampling, and the next step's input. Batches are padded to the next size in SIZES; padding writes to
 the scratch block and a scratch row. Rows are sorted by length, longest first: attention ends when its last program
 ends, so a long sequence should not start last. Graphs are captured on first use, as each takes memory (`memory` says
 how much). On a CPU a "graph" is the function itself, called again on the same buffers, so that padding and buffers are

@@ -109,8 +109,9 @@ class Study:
     # -- pictures ------------------------------------------------------------------------------------------------
 
     def plot(self, x: str, y: str = "output_tokens_per_s", *, by: str | Sequence[str] | None = None) -> Figure:
-        """A plotly figure of a measurement over a setting, with one colour per value of `by` (default: all settings
-        that vary). x="time" draws the curves of `curves()`. With several seeds it shows the mean and the extremes."""
+        """A plotly figure of a measurement over a setting, with one colour per value of `by` (default: all other
+        settings that vary). x="time" draws the curves of `curves()`. With several seeds it shows the mean and the
+        extremes."""
         try:
             import plotly.graph_objects as go
         except ImportError as error:
