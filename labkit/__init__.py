@@ -1,4 +1,4 @@
-"""labkit: a research workbench for LLM serving. `import labkit as lk`; every name is loaded on first use."""
+"""labkit: a research workbench for LLM serving. Use it as `import labkit as lk`; names are imported on first use."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def __getattr__(name: str) -> object:
 
 
 def _draw(thing: object) -> str | None:
-    """Pictures come from labkit.widgets, which is loaded when the first one is wanted."""
+    """Views are in labkit.widgets, which is imported when the first one is needed."""
     picture: str | None = importlib.import_module(".widgets.views", __name__).draw(thing)
     return picture
 

@@ -1,4 +1,4 @@
-"""The `labkit` command: parses words, calls functions, prints. Knows nothing that a function elsewhere does not."""
+"""The `labkit` command: parses arguments, calls functions, prints. Has no logic of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="serve a mixed workload on the embedded model and explain what happened")
     demo.add_argument("--requests", type=int, default=150, help="how many requests (default 150)")
     demo.add_argument("--simulate", action="store_true", help="on the simulator, with a what-if at half time")
-    demo.add_argument("--html", metavar="FILE", default="labkit-demo.html", help="where the page with plots goes")
+    demo.add_argument("--html", metavar="FILE", default="labkit-demo.html", help="file for the page with plots")
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--log", metavar="FILE", help="save the event log as JSON lines")
 
@@ -28,16 +28,16 @@ def main(argv: list[str] | None = None) -> int:
     kernels.add_argument("words", nargs=argparse.REMAINDER)
 
     lab = commands.add_parser(
-        "lab", help="JupyterLab on a copy of the notebooks", epilog="what stands behind -- goes to JupyterLab"
+        "lab", help="JupyterLab on a copy of the notebooks", epilog="arguments after -- are passed to JupyterLab"
     )
     lab.add_argument(
         "folder", nargs="?", default="labkit-notebooks", help="where the copy is kept (./labkit-notebooks)"
     )
-    lab.add_argument("--reset", action="store_true", help="renew edited copies; they are put aside, not lost")
+    lab.add_argument("--reset", action="store_true", help="replace edited copies; the old ones are renamed, not lost")
     lab.add_argument("--no-browser", action="store_true", help="print the address only")
-    lab.add_argument("--port", type=int, help="where it listens (8888, or the next that is free)")
+    lab.add_argument("--port", type=int, help="port to listen on (8888, or the next free one)")
 
-    doctor = commands.add_parser("doctor", help="is this machine ready, and what to do if not")
+    doctor = commands.add_parser("doctor", help="check this machine, and say what to fix")
     doctor.add_argument("--json", action="store_true", help="for machines")
 
     given, words = _split(sys.argv[1:] if argv is None else argv)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         args.words = words
     try:
         return run[args.command](args)
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         sys.stdout = None
         return 0
     except (ValueError, RuntimeError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What time it is, in integer nanoseconds. Knows nothing of what happens in it."""
+"""Clocks, in integer nanoseconds: real time and virtual time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Clock(Protocol):
 
 
 class WallClock:
-    """Real time since the clock was made. A step's seconds have passed by themselves."""
+    """Real time since the clock was created. `advance` does nothing, as a step's time has already passed."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter_ns()
@@ -34,7 +34,7 @@ class WallClock:
 
 
 class VirtualClock:
-    """Time that passes only when told: a simulation's, or a reproducible test's."""
+    """Time that moves only when it is advanced: for simulations and reproducible tests."""
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = round(duration("start", start) * 1e9)

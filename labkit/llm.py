@@ -1,4 +1,4 @@
-"""The names that vLLM's users know, over `Engine`. Knows how they are spelled; adds nothing of its own."""
+"""vLLM's names (`LLM`, `RequestOutput`, ...) over `Engine`. Adds no features."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class LLM:
 
 
 def output_of(handle: Handle) -> RequestOutput:
-    """An ended request in vLLM's form."""
+    """A finished request as a RequestOutput, as in vLLM."""
     tokenizer = handle.engine.tokenizer
     prompt = None
     if handle.params.prompt_logprobs is not None:

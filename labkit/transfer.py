@@ -1,7 +1,7 @@
-"""From the host to a device without waiting for it. Knows pinned memory; refuses to know what is sent.
+"""Copies from host to device that do not block.
 
-A plain copy from pageable memory waits until everything launched before it has ended: one of those a step, and the
-device idles while the next step is prepared.
+A plain copy from pageable memory waits until everything launched before it has ended. One such copy a step would leave
+the device idle while the next step is prepared. These copies use pinned memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 
 def put(values: Any, device: torch.device, dtype: np.typing.DTypeLike = None) -> Tensor:
-    """An array, or a list, as a tensor on the device: ordered before what is launched next, waited for by nobody."""
+    """An array or list as a tensor on the device. The copy is ordered before later launches, and nothing waits for
+    it."""
     tensor = torch.from_numpy(np.require(values, dtype, ["C", "W"]))
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def fetch(tensor: Tensor) -> Tensor:
-    """The same on the host, there once an event recorded now has come."""
+    """The tensor on the host, valid once an event recorded now has completed."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,5 +1,5 @@
-"""How the notebooks are checked: every cell must run; in the strict ones what a cell shows must be what is committed,
-in the others only where a cell says NBVAL_CHECK_OUTPUT."""
+"""How the notebooks are checked: every cell must run. In the strict notebooks every output must equal the committed
+one; in the others only in cells with NBVAL_CHECK_OUTPUT."""
 
 from pathlib import Path
 

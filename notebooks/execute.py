@@ -1,6 +1,6 @@
-"""Runs notebooks from top to bottom and keeps what they show, without widgets: python notebooks/execute.py [NAME ...].
+"""Runs notebooks from top to bottom and saves their outputs, without widgets: python notebooks/execute.py [NAME ...].
 
-Knows files and kernels; what a notebook holds is its own affair. An error ends it, and the file stays as it was.
+An error stops it, and the file is left unchanged.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What tests share: an engine in one line, the fake model's answer by brute force, runners that record or fail.
-Knows the public objects only."""
+"""Shared test helpers: an engine in one line, the fake model's answer by brute force, runners that record or fail. Uses
+public objects only."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def params(max_tokens: int | None = 8, **options) -> lk.SamplingParams:
 
 
 def run(eng: lk.Engine, most: int = 100_000) -> None:
-    """To the end, all laws checked after every step."""
+    """Run to the end, with all consistency checks after every step."""
     for _ in range(most):
         if eng.step() is None:
             eng.check()
@@ -124,7 +124,7 @@ def expected(request: Request, seed: int, vocab: int) -> list[int]:
 
 
 def assert_right(eng: lk.Engine, *requests: Request) -> None:
-    """Every token is the one the fake model gives for that context: no copy, swap, table or input was wrong."""
+    """Every token is what the fake model gives for that context, so no copy, swap, table or input was wrong."""
     fake = getattr(eng.runner, "inner", eng.runner)
     for request in requests:
         for one in (request, *request.samples):

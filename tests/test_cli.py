@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it says to bad input."""
+"""The command line: its output, and its errors for bad input."""
 
 import json
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_bench_scheduler_writes_its_figures(capsys, tmp_path: Path):
 
 
 def test_cost_follows_what_changes_not_what_runs():
-    """Loose bounds that hold on a busy machine: the figures themselves come from `labkit bench scheduler`."""
+    """Loose bounds that hold on a busy machine; the actual figures come from `labkit bench scheduler`."""
     few, many = bench.decode_steps(16, 200), bench.decode_steps(1024, 100)
     assert many.p50 < 20 * few.p50, "64 times the rows"
     assert few.p50 < 400 and many.p50 < 3000

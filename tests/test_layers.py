@@ -1,4 +1,4 @@
-"""The direction of imports, read off the source; and what `import labkit` costs."""
+"""The direction of imports, read from the source, and the cost of `import labkit`."""
 
 import ast
 import subprocess
@@ -151,8 +151,8 @@ def test_every_public_name_resolves_and_files_open_with_what_they_know():
 
 
 def circles(package: str, root: Path) -> list[list[str]]:
-    """Groups of modules that import each other, directly or around a corner; imports inside functions and for type
-    checkers count too."""
+    """Groups of modules that import each other, directly or indirectly. Imports inside functions and for type checkers
+    count."""
     name_of = {}
     for path in sorted((root / package).rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts

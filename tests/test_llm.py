@@ -1,4 +1,4 @@
-"""The names that vLLM's users know, on the embedded model."""
+"""vLLM's names, on the embedded model."""
 
 import pytest
 

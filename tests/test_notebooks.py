@@ -1,4 +1,4 @@
-"""What is committed of the notebooks: run in order, small, no widget state, no errors; two exercises at the end."""
+"""The committed notebooks: run in order, small, without widget state or errors, with two exercises at the end."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""pyproject.toml is the only list of dependencies; everything else keeps in step with it."""
+"""pyproject.toml is the only list of dependencies, and everything else agrees with it."""
 
 import re
 import tomllib

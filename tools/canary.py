@@ -1,9 +1,9 @@
-"""Runs the suite on the newest versions, and says which package each failure comes from.
+"""Runs the test suite on the newest package versions, and says which package each failure comes from.
 
     make canary              the newest that pyproject.toml allows
-    make canary BEYOND=1     the newest that exist: what will break when an upper bound is raised
+    make canary BEYOND=1     the newest that exist: shows what breaks when an upper bound is raised
 
-Runs in a virtual environment of its own that holds PyTorch already. Versions are compared with constraints.txt.
+Runs in a virtual environment of its own that already has PyTorch. Versions are compared with constraints.txt.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Writes constraints.txt: the exact version of everything that labkit's extras install, for every Python it supports.
+"""Writes constraints.txt: the exact version of everything that labkit's extras install, for every supported Python.
 
     make lock
 
-PyTorch is the one package that comes in builds to choose from, and the CUDA build brings packages of its own. So torch
-and triton are pinned by hand in TORCH below, and everything else is resolved as if torch were its pure-Python needs.
+PyTorch has several builds, and the CUDA build needs packages of its own. So torch and triton are pinned by hand in
+TORCH below, and everything else is resolved as if torch had only its pure-Python dependencies.
 """
 
 from __future__ import annotations

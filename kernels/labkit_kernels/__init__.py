@@ -1,4 +1,4 @@
-"""Ops of LLM inference: references, variants, checks, benches. Knows tensors and scalars; never imports labkit."""
+"""Ops of LLM inference: references, variants, checks, benches. Tensors and scalars only; never imports labkit."""
 
 from .activation import gelu_mul, silu_mul
 from .attention import paged_attention

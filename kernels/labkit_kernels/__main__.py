@@ -1,4 +1,4 @@
-"""`python -m labkit_kernels list|check|bench|compile|tune [op...] [--json FILE]`. Knows subcommands only."""
+"""The command line: `python -m labkit_kernels list|check|bench|compile|tune [op...] [--json FILE]`."""
 
 from __future__ import annotations
 

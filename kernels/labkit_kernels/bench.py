@@ -1,11 +1,10 @@
-"""Times variants that pass their check, beside what this machine can do at best. Knows clocks, bytes and flops; refuses
-to time what is wrong.
+"""Times variants and compares them with the limit of this machine. A variant that fails its check is not timed.
 
     print(bench("rms_norm"))            # every variant on the timed cases, on this machine
 
-The limit of a call is the largest of the times that this machine needs, by roofs measured in the same run, to move the
-bytes that the call must move and to compute its flops; `roof` says which one it is: `cache` or `memory` (by whether the
-bytes fit into the cache), or `compute`. A small call is mostly launch, and far below its limit.
+A call's limit is the larger of two times: the bytes it must move over the bandwidth, and its flops over the peak. Both
+rates are measured in the same run. `roof` names what bounds the call: `cache` or `memory` (depending on whether the
+bytes fit into the cache), or `compute`. A small call is mostly launch overhead and stays far below its limit.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from .machine import Machine
 from .registry import OPS, Op, Variant, get
 from .rows import Rows, short, write
 
-NOISE = 0.05  # by which a call may seem to be faster than the limit
+NOISE = 0.05  # a call may seem this much faster than the limit
 
 
 @dataclass(frozen=True)
 class Row:
-    """One variant on one case; no times unless `status` is ok."""
+    """One variant on one case. It has times only if `status` is "ok"."""
 
     op: str
     variant: str
@@ -43,7 +42,7 @@ class Row:
     least: float | None = None
     bytes_per_second: float | None = None
     flops_per_second: float | None = None
-    limit: float | None = None  # seconds: what this machine needs at best
+    limit: float | None = None  # seconds: the least this machine needs
     roof: str = ""  # which limit that is: cache, memory or compute
     fraction: float | None = None  # limit / median
     speedup: float | None = None  # over the reference
@@ -160,7 +159,7 @@ def _unsound(op: Op, name: str, device: str, dtype: torch.dtype) -> tuple[str, s
         return "refused", reason
     report = check(op, name, device, [dtype])
     if any(row.device == "interpreter" for row in report) and report.ok:
-        return "refused", "checked in Triton's interpreter, whose time says nothing: needs a GPU"
+        return "refused", "checked in Triton's interpreter, whose time means nothing: timing needs a GPU"
     if report.ok:
         return None
     bad = next((row for row in report if row.status in ("FAILED", "raised")), None)

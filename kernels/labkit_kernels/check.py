@@ -1,8 +1,9 @@
-"""Runs a variant and the reference on the same inputs and says how far they are apart. Knows tensors, tolerances and
-Triton's interpreter; refuses to know what an op computes.
+"""Runs a variant and the reference on the same inputs and compares the results.
 
     report = check("rms_norm")          # every variant, on this machine or in the interpreter
     report.ok, report.rows              # data; printing it gives a table
+
+Each op brings its own cases and tolerance; this module does not know what an op computes.
 """
 
 from __future__ import annotations
@@ -29,20 +30,21 @@ from labkit_kernels.rows import Rows, short, write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEED = 20
-SHOWN = 8  # cases of a variant that a notebook shows at once
+SHOWN = 8  # cases per variant that a notebook shows without unfolding
 
 
 @dataclass(frozen=True)
 class Case:
     """Inputs to check or time an op on: `make(device, dtype, generator)` gives (args, kwargs).
 
-    It is called once for the reference and once for the variant, with generators in the same state, so that in-place
-    ops, views and aliases come out the same. `timed` cases are large and for `bench`; `facts` go to `accepts`.
+    `make` is called once for the reference and once for the variant, with generators in the same state, so that
+    in-place ops, views and aliases behave alike. `timed` cases are large and used by `bench` only; `facts` are passed
+    to `accepts`.
     """
 
     name: str
     make: Callable[[torch.device, torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
-    dtypes: tuple[torch.dtype, ...] | None = None  # None: whatever is asked
+    dtypes: tuple[torch.dtype, ...] | None = None  # None: any
     timed: bool = False
     facts: dict[str, Any] | None = None
 
@@ -58,7 +60,7 @@ def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.fl
 
 @dataclass(frozen=True)
 class Tolerance:
-    """|variant - reference| <= atol + rtol * |reference|, and `why` that is the right bound."""
+    """The allowed error: |variant - reference| <= atol + rtol * |reference|. `why` says why this bound is right."""
 
     rtol: float
     atol: float
@@ -85,7 +87,7 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Report(Rows):
-    """What `check` found: `rows`, and `ok` when something was checked and nothing failed or raised."""
+    """What `check` found. `ok` is True if at least one case was checked and none failed or raised."""
 
     rows: tuple[Row, ...] = ()
     heads = ("op", "variant", "case", "dtype", "device", "status", "max abs", "max rel", "of tolerance", "note")
@@ -98,7 +100,7 @@ class Report(Rows):
         return show.page(f"check of {self.ops()}", f"{self.said()}; the worst elements first", *self.parts())
 
     def parts(self) -> list[str]:
-        """A table of errors a variant, open where something is wrong."""
+        """One table of errors per variant, unfolded if a case failed."""
         found = []
         for op, variant in dict.fromkeys((row.op, row.variant) for row in self.rows):
             one = Report(tuple(row for row in self.rows if (row.op, row.variant) == (op, variant)))
@@ -154,7 +156,7 @@ def _variants(op: Op, name: str | None) -> list[Variant]:
         return [op.get(name)]
     op.load_all()
     found = [variant for variant in op.variants.values() if variant.name != "reference"]
-    return found or [op.variants["reference"]]  # against itself: are its cases sound?
+    return found or [op.variants["reference"]]  # the reference against itself checks the cases
 
 
 def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequence[torch.dtype] | None) -> list[Row]:
@@ -182,9 +184,10 @@ def _check_variant(op: Op, variant: Variant, device: str | None, dtypes: Sequenc
 
 
 def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dtype, label: str | None = None) -> Row:
-    """One row. What the variant raises is data; what the reference or the case raises is our own fault and rises.
+    """One row. An error in the variant becomes data; an error in the reference or the case is a bug of ours and is
+    raised.
 
-    `label` "interpreter" is a variant for a GPU on tensors of the CPU.
+    `label` "interpreter" means a GPU variant on CPU tensors.
     """
     label = label or device
     said = (op.name, variant.name, case.name, str(dtype).removeprefix("torch."))
@@ -195,20 +198,20 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
     again, options = case.inputs(device, dtype)
     untouched, _ = case.inputs(device, dtype)
     if (wrong := compare(untouched, again, Tolerance(0.0, 0.0, ""), storage=True)).text:
-        raise AssertionError(f"case {case.name!r} of {op.name} gives other inputs each time: {wrong.text}")
+        raise AssertionError(f"make() of case {case.name!r} of {op.name} gives other inputs each time: {wrong.text}")
     before, begin = interpreted(), time.perf_counter()
     try:
         found = variant.function(*again, **options)
         if device == "cuda":
             torch.cuda.synchronize()
-    except Exception as error:  # whatever a stranger's variant raises
+    except Exception as error:  # a user's variant may raise anything
         seconds = time.perf_counter() - begin
         return Row(*said, label, "raised", f"{type(error).__name__}: {error}", seconds=seconds)
     seconds = time.perf_counter() - begin
     if interpreted() > before:
         label = "interpreter"
     tolerance = op.tolerance(dtype)
-    if label == "interpreter" and dtype == torch.bfloat16:  # it cuts bfloat16 off where a GPU rounds: twice the error
+    if label == "interpreter" and dtype == torch.bfloat16:  # it truncates where a GPU rounds: twice the error
         tolerance = Tolerance(2 * tolerance.rtol, 2 * tolerance.atol, tolerance.why)
     difference = compare(expected, found, tolerance, measure=op.compare).worse(
         compare((args, kwargs), (again, options), tolerance, storage=True, where="argument")
@@ -220,7 +223,7 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two nests of tensors are apart; `text` is empty when that is tolerated."""
+    """How far two nested structures of tensors are apart; `text` is empty if the difference is within tolerance."""
 
     text: str = ""
     max_abs: float = 0.0
@@ -247,9 +250,10 @@ def compare(
     measure: Callable[[Tensor, Tensor, Tolerance], float] | None = None,
     where: str = "result",
 ) -> Difference:
-    """Walk two nests of tensors together. With `storage`, all of a tensor's storage, so that a stray write shows.
+    """Compare two nested structures of tensors. With `storage`, compare each tensor's whole storage, to find stray
+    writes.
 
-    `measure` replaces the difference as an op's own idea of how far two results are apart: 1 is the most tolerated.
+    `measure` replaces the difference where an op measures distance in another way: 1 is the largest tolerated value.
     """
     if isinstance(expected, Tensor):
         if not isinstance(found, Tensor):
@@ -292,7 +296,7 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
         return Difference()
     wide = torch.float64 if expected.dtype == torch.float64 or not expected.dtype.is_floating_point else torch.float32
     one, other = expected.detach().to(wide), found.detach().to(wide)
-    if torch.equal(one, other):  # most arguments are as they were
+    if torch.equal(one, other):  # most arguments are unchanged
         return Difference()
     same = (one == other) | (one.isnan() & other.isnan())  # infinities agree with themselves
     error = torch.where(same, 0.0, (one - other).abs()).nan_to_num(nan=float("inf"), posinf=float("inf"))
@@ -309,7 +313,7 @@ def _compare_tensors(expected: Tensor, found: Tensor, tolerance: Tolerance, wher
 
 
 def interpreting() -> bool:
-    """Is this process one whose Triton kernels run in the interpreter?"""
+    """Whether this process runs Triton kernels in the interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -322,7 +326,7 @@ def _interpret_elsewhere(ops: list[str], variant: str, dtypes: Sequence[torch.dt
     # TRITON_INTERPRET is read when a kernel is defined, so a process that has imported Triton is too late to set it.
     home = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-    # The interpreter is many small numpy and torch calls: threads only get in each other's way.
+    # The interpreter makes many small numpy and torch calls, which threads only slow down.
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [
         sys.executable,

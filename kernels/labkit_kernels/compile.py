@@ -1,10 +1,9 @@
-"""Compiles Triton kernels ahead of time, for GPUs that are not here. Knows architectures and what they can hold;
-refuses to know what a kernel computes.
+"""Compiles Triton kernels ahead of time, also for GPUs that this machine does not have.
 
     from labkit_kernels.compile import compile_ops
     print(compile_ops(["rms_norm"]))    # registers, spills and shared memory on sm_80, sm_90 and sm_100
 
-Importing this file brings no Triton; kernel files are imported on first use.
+Importing this module does not import Triton; kernel files are imported on first use.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MOST_REGISTERS = 255  # one thread may have
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture. `status` is ok, FAILED (spills, or too much shared memory) or raised."""
+    """One kernel on one architecture. `status` is "ok", "FAILED" (spills, or too much shared memory) or "raised"."""
 
     op: str
     kernel: str
@@ -53,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Report(Rows):
-    """What the compiler said, one row a kernel, configuration and architecture."""
+    """What the compiler reported: one row per kernel, configuration and architecture."""
 
     rows: tuple[Row, ...] = ()
     heads = ("op", "kernel", "arch", "status", "registers", "spills", "shared", "warps", "seconds", "config")
@@ -70,7 +69,7 @@ class Report(Rows):
         return show.page("compiled ahead of time", f"{self.said()}; no GPU was asked", *self.parts())
 
     def parts(self) -> list[str]:
-        """A line a kernel and architecture; bars are shares of what there is."""
+        """One line per kernel and architecture; bars show the share of what the architecture has."""
         lines, before = [], None
         for row in self.rows:
             most = MOST_SHARED.get(int(row.arch.removeprefix("sm_")), 1)
@@ -124,9 +123,9 @@ def compile_ops(ops: Sequence[str | Op] | None = None, archs: Sequence[int] = AR
 def compile_variant(
     op: Op | str, variant: str, archs: Sequence[int] = ARCHS, dtype: torch.dtype | None = None
 ) -> Report:
-    """Compile what a variant launches on its op's timed cases: for one made in a cell. Nothing is run.
+    """Compile what a variant launches on its op's timed cases, for variants written in a notebook cell. Runs nothing.
 
-    `dtype` None is bfloat16, or what the variant takes.
+    `dtype` None means bfloat16, or the dtype that the variant accepts.
     """
     op = get(op) if isinstance(op, str) else op
     one = op.get(variant)
@@ -154,14 +153,14 @@ def configs(op: Op) -> list[Config]:
 
 
 def compile_config(op: str, config: Config, arch: int) -> Row:
-    """One row. What the compiler raises is data."""
+    """One row. A compiler error becomes data."""
     name = config.kernel.__name__.lstrip("_")
     said = (op, name, repr(config), f"sm_{arch}")
     facts = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     begin = time.perf_counter()
     try:
         compiled = compiled_for(config, arch)
-    except Exception as error:  # whatever a compiler may raise on a kernel somebody is working on
+    except Exception as error:  # a compiler may raise anything on an unfinished kernel
         return Row(*said, "raised", f"{type(error).__name__}: {error}", seconds=time.perf_counter() - begin, **facts)
     registers, spills = resources(compiled.asm["ptx"], arch)
     shared = compiled.metadata.shared
@@ -211,12 +210,12 @@ def resources(ptx: str, arch: int) -> tuple[int, int]:
     registers = re.search(r"Used (\d+) registers", done.stderr)
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     if registers is None or not spilled:
-        raise RuntimeError(f"ptxas says nothing of registers: {done.stderr}")
+        raise RuntimeError(f"ptxas reported no registers: {done.stderr}")
     return int(registers[1]), sum(map(int, spilled))
 
 
 def _ptxas(arch: int) -> str:
-    """The assembler that comes with Triton: which of its two knows this architecture is for Triton to say."""
+    """The assembler that ships with Triton; Triton says which of its two supports this architecture."""
     from .jit import get_ptxas
 
     path: str = get_ptxas(arch).path

@@ -1,4 +1,5 @@
-"""What a Triton kernel is compiled for: an architecture, and one configuration of its arguments. Imports no Triton."""
+"""What a Triton kernel is compiled for: an architecture, and one configuration of its arguments. Does not import
+Triton."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes one progra
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel as it is launched by default: types of its arguments, values of its constants.
+    """A kernel's default launch: the types of its arguments and the values of its constants.
 
-    `constexprs` may hold num_warps and num_stages, as keyword arguments of a launch do. Pointers are taken to be
+    `constexprs` may hold num_warps and num_stages, like the keyword arguments of a launch. Pointers are assumed to be
     aligned to 16 bytes, and so are the integers named in `aligned`.
     """
 
@@ -33,5 +34,5 @@ class Config:
 
     def __repr__(self) -> str:
         pointers = [kind[1:] for kind in self.signature.values() if kind.startswith("*")]
-        dtypes = dict.fromkeys(kind for kind in pointers if not kind.startswith("i"))  # indices say nothing
+        dtypes = dict.fromkeys(kind for kind in pointers if not kind.startswith("i"))  # index tensors are left out
         return " ".join([*dtypes, *(f"{name}={value}" for name, value in self.constexprs.items())])

@@ -1,6 +1,6 @@
-"""What labkit_kernels uses of Triton's insides, looked up in one place: what a new version has moved is said by name.
+"""Triton internals that labkit_kernels uses, looked up in one place, so that an error names what a new version changed.
 
-Kernels themselves use Triton's documented language. This module imports Triton, so it is imported on first use.
+Kernels themselves use only Triton's documented language. This module imports Triton, so import it on first use.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def changed(what: str) -> ImportError:
 
 
 def member(module: str, name: str, *parts: str) -> Any:
-    """`name` of one of Triton's modules, which has these parts."""
+    """`name` in one of Triton's modules, checked to have these attributes."""
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise changed(f"{module}.{name}, which is gone") from error
+        raise changed(f"{module}.{name}: it no longer exists") from error
     missing = [part for part in parts if not hasattr(found, part)]
     if missing:
         raise changed(f"{module}.{name}: it has no {', '.join(missing)}")

@@ -1,10 +1,10 @@
-"""Where Triton kernels are launched: on CPU tensors they run in Triton's interpreter, and launches can be recorded.
-Knows how Triton launches; refuses to know what a kernel computes.
+"""Routes Triton launches: on CPU tensors they run in Triton's interpreter, and launches can be recorded without
+running.
 
-TRITON_INTERPRET decides for a whole process, when a kernel is defined. Here the tensors of each launch decide: what
-would otherwise end in an error (a CPU's memory is not a GPU's) is interpreted. So a kernel written in a notebook cell
-is checked, and runs inside an engine, on a machine without a GPU; it is compiled from the same object, and the cell
-stays as it is on a machine with one.
+TRITON_INTERPRET applies to a whole process and is read when a kernel is defined. Here the tensors of each launch
+decide: a launch on CPU tensors would be an error, so it is interpreted instead. A kernel written in a notebook cell can
+therefore be checked, and run inside an engine, on a machine without a GPU. The same object can be compiled for a GPU,
+and the cell needs no change on a machine that has one.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import torch
 
 from .config import Config
 
-LAUNCHES = 64  # recorded of one call at most: a launcher in an endless loop would wait for a result
+LAUNCHES = 64  # most launches recorded per call: stops a launcher that loops until it sees a result
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel and its arguments by name, and how many warps and stages it asked for."""
+    """One launch: the kernel, its arguments by name, and the requested warps and stages."""
 
     kernel: Any  # a triton.jit function
     arguments: dict[str, Any]
     options: dict[str, Any]
 
     def config(self) -> Config:
-        """What the compiler would be asked for: integers that are 1 are constants, as Triton has it."""
+        """What the compiler is asked for. Integers equal to 1 are constants, as in Triton."""
         from .jit import mangle_type
 
         signature: dict[str, str] = {}
@@ -67,8 +67,8 @@ def interpreted() -> int:
 
 
 def install() -> None:
-    """From now on, launches on CPU tensors are interpreted. Does nothing where there is a GPU, or no Triton is imported
-    (then nobody has defined a kernel), or TRITON_INTERPRET has decided already."""
+    """From here on, launches on CPU tensors are interpreted. Does nothing if there is a GPU, if Triton was not imported
+    (then no kernel was defined), or if TRITON_INTERPRET is set."""
     global _installed
     if _installed or "triton" not in sys.modules or torch.cuda.is_available():
         return
@@ -99,7 +99,7 @@ def _on_cpu(args: tuple[Any, ...], options: dict[str, Any]) -> bool:
 
 def _interpret(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str, Any]) -> None:
     global _interpreted
-    with language, _unchanged_language(), np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+    with language, _unchanged_language(), np.errstate(all="ignore"):  # a GPU does not report overflows either
         _interpreted += 1
         _inside.depth = getattr(_inside, "depth", 0) + 1
         try:
@@ -110,7 +110,8 @@ def _interpret(kernel: Any, args: tuple[Any, ...], grid: Any, options: dict[str,
 
 @contextmanager
 def _unchanged_language() -> Iterator[None]:
-    """The interpreter leaves some of triton.language patched behind it, and nothing could be compiled any more."""
+    """Restores triton.language afterwards: the interpreter leaves patches behind, and nothing could be compiled any
+    more."""
     import triton.language as tl
 
     places = (tl, tl.core, tl.math, tl.tensor, tl.dtype, *filter(None, [getattr(tl, "condition", None)]))
@@ -127,7 +128,7 @@ def _unchanged_language() -> Iterator[None]:
 
 
 def _inner(kernel: Any) -> Any:
-    """The same function for the interpreter, made once."""
+    """The same function for the interpreter, created once."""
     from .jit import InterpretedFunction
 
     if "_labkit_interpreted" not in vars(kernel):
@@ -136,7 +137,7 @@ def _inner(kernel: Any) -> Any:
 
 
 def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """An autotuned kernel with the first of its configurations: the interpreter has no times to choose by."""
+    """An autotuned kernel with its first configuration: the interpreter has no timings to choose by."""
     config = tuner.configs[0]
     chosen = options | config.all_kwargs()
     if config.pre_hook is not None:
@@ -145,8 +146,8 @@ def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 def mend_interpreter() -> None:
-    """Two faults of Triton's interpreter: it multiplies the bits of bfloat16, and before 3.9 it loops over arrays of
-    one element, which numpy 2.4 takes for no number any more."""
+    """Works around two bugs of Triton's interpreter: it multiplies the bit patterns of bfloat16 values, and before 3.9
+    it loops over arrays of one element, which numpy 2.4 no longer accepts as numbers."""
     import triton
     import triton.language as tl
 
@@ -176,8 +177,8 @@ def mend_interpreter() -> None:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within the block this thread's Triton kernels are not run: their launches are noted, and what they would write
-    stays as it is. Other threads launch as ever."""
+    """Within the block this thread's Triton kernels do not run: their launches are recorded, and outputs stay
+    unwritten. Launches of other threads run as usual."""
     from .jit import Autotuner, JITFunction
 
     found: list[Launch] = []
@@ -187,7 +188,9 @@ def recorded() -> Iterator[list[Launch]]:
         if threading.get_ident() != here:
             return run(self, *args, grid=grid, warmup=warmup, **options)
         if len(found) == LAUNCHES:
-            raise RuntimeError(f"{LAUNCHES} launches were recorded and none was run: the launcher waits for a result")
+            raise RuntimeError(
+                f"stopped after {LAUNCHES} recorded launches, which do not run: the launcher waits for a result"
+            )
         given = {name: value for name, value in options.items() if name in self.arg_names}
         bound = inspect.signature(self.fn).bind(*args, **given)
         bound.apply_defaults()
@@ -207,7 +210,8 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launched(function: Callable[..., Any], *args: Any, **options: Any) -> list[Launch]:
-    """What one call launches, on tensors of any device; nothing is computed. A function without Triton: nothing."""
+    """What one call launches, on tensors of any device, without computing anything. Empty for a function without
+    Triton."""
     if "triton" not in sys.modules:
         return []
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,5 +1,4 @@
-"""How the vectors of a tensor's last dimension lie in memory, for kernels that take pointers and strides. Knows views;
-nothing of devices."""
+"""How the vectors of a tensor's last dimension lie in memory, for kernels that take pointers and strides."""
 
 from __future__ import annotations
 
@@ -8,7 +7,8 @@ from torch import Tensor
 
 
 def rows(x: Tensor) -> tuple[int, int, int, int] | None:
-    """(outer, inner, outer stride, inner stride) of the vectors along the last dimension; None: not that regular."""
+    """(outer, inner, outer stride, inner stride) of the vectors along the last dimension; None if the layout is less
+    regular."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         return None
     if x.is_contiguous():
@@ -22,7 +22,7 @@ def rows(x: Tensor) -> tuple[int, int, int, int] | None:
 
 
 def dense_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """A tensor that is only read, copied if its vectors do not lie regularly, and how they lie."""
+    """A tensor that is only read, and its layout; copied first if its vectors do not lie regularly."""
     if (found := rows(x)) is not None:
         return x, found
     x = x.contiguous()
@@ -30,5 +30,5 @@ def dense_rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
 
 
 def dense_like(x: Tensor) -> Tensor:
-    """An uninitialized tensor of this shape, one vector after the other; a third of what torch.empty costs."""
+    """An uninitialized contiguous tensor of this shape; takes a third of the time of torch.empty."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,5 +1,4 @@
-"""What this machine does at best: bytes a second out of its cache and out of its memory, and flops a second. Knows
-clocks and probes; refuses to know ops."""
+"""Measures the peak rates of this machine: bytes/s from cache and from memory, and flop/s."""
 
 from __future__ import annotations
 
@@ -11,18 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SECONDS = 0.2  # spent on one measurement
-LEAST = 3  # samples of one measurement
+SECONDS = 0.2  # seconds per measurement
+LEAST = 3  # samples per measurement
 FLUSH = 256 << 20  # bytes that push everything else out of a GPU's cache
 MEMORY = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of a probe, so that no cache helps
-UNKNOWN_CACHE = 32 << 20  # bytes, where the system does not tell
+UNKNOWN_CACHE = 32 << 20  # bytes, if the system does not report it
 
 
 class Machine:
-    """The roofs of one device, each measured when it is first asked for.
+    """The roofs of one device, each measured on first use.
 
-    On a CPU a call finds in the cache what the call before left there, so bytes that fit into it are held against the
-    cache's bandwidth. On a GPU the cache is flushed before every timed call: all bytes come from memory.
+    On a CPU a call finds in the cache what the previous call left there, so data that fits is compared with the cache's
+    bandwidth. On a GPU the cache is flushed before every timed call, so all bytes come from memory.
     """
 
     def __init__(self, device: str) -> None:
@@ -42,7 +41,7 @@ class Machine:
         return self._times_on_cuda(run) if self._flush is not None else self._times_on_cpu(run)
 
     def limit(self, moved: int, computed: int, dtype: torch.dtype) -> tuple[float, str]:
-        """Seconds that moving and computing this much take at best, and the roof that says so."""
+        """The least seconds in which this machine could move and compute this much, and the roof that bounds it."""
         place = self.place(moved)
         moving = moved / self.bytes_per_second(place) if moved else 0.0
         computing = computed / self.flops_per_second(dtype) if computed else 0.0
@@ -51,23 +50,24 @@ class Machine:
         return (moving, place) if moving >= computing else (computing, "compute")
 
     def place(self, moved: int) -> str:
-        """Where this many bytes are between two calls. Up to twice its size, a cache may still hold some of them."""
+        """Where this many bytes are between two calls. A cache may still hold part of twice its size."""
         return "cache" if moved <= 2 * self.cache_bytes else "memory"
 
     def bytes_per_second(self, place: str) -> float:
-        """The most that reading or copying reaches in `cache` or `memory`."""
+        """The best rate that reading or copying reaches in `cache` or `memory`."""
         if place not in self._bytes_per_second:
             self._bytes_per_second[place] = self._measure_bytes(place)
         return self._bytes_per_second[place]
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
-        """What the product of two large random matrices reaches."""
+        """The rate that a product of two large random matrices reaches."""
         if dtype not in self._flops_per_second:
             self._flops_per_second[dtype] = self._measure_flops(dtype)
         return self._flops_per_second[dtype]
 
     def measure_again(self, roof: str, dtype: torch.dtype) -> None:
-        """Something was faster than this roof, which was perhaps measured while the machine was busy: it may rise."""
+        """Measure a roof again that a call exceeded: the machine may have been busy when it was measured. It can only
+        rise."""
         if roof == "compute":
             self._flops_per_second[dtype] = max(self.flops_per_second(dtype), self._measure_flops(dtype))
         else:
@@ -128,7 +128,7 @@ class Machine:
 
 
 def _cache_bytes() -> int:
-    """Of the largest cache of this CPU that a thread of it uses."""
+    """Size of the largest cache that a thread of this CPU uses."""
     found = []
     for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = size.read_text().strip()

@@ -1,7 +1,8 @@
-"""C++ for the CPU, built on first use and kept. Knows a compiler and a cache folder; refuses to know what is computed.
+"""Builds the C++ kernels for the CPU on first use and keeps the libraries in a cache folder.
 
-Sources see no torch headers, only pointers: they compile in seconds. The library is named by a hash of its source, the
-flags, the compiler and the processor, and moved into place in one step, so that processes may race to build it.
+The sources take pointers and include no torch headers, so they compile in seconds. A library's name is a hash of its
+source, the flags, the compiler and the processor. It is moved into place in one step, so several processes may build it
+at the same time.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import torch  # its OpenMP runtime must be in the process first: ours then shares it
+import torch  # must load its OpenMP runtime first, so that ours shares it
 
 COMPILERS = ("c++", "g++", "clang++")
-# No -ffast-math: minus infinity means something in a mask. What is dropped are errno and floating point traps.
+# No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 SECONDS = 120
 CODES = {torch.float32: 0, torch.bfloat16: 1}  # how a source is told a dtype
@@ -32,7 +33,7 @@ _warned: set[str] = set()
 
 
 class BuildError(RuntimeError):
-    """No compiler, or it did not like the source."""
+    """There is no compiler, or the build failed."""
 
 
 def cache_folder() -> Path:
@@ -52,7 +53,7 @@ def compiler() -> str:
 
 
 def openmp_runtime() -> str | None:
-    """The OpenMP runtime that torch brought. Two in one process would each keep a pool of threads."""
+    """The OpenMP runtime that torch loaded. Two runtimes in one process would each keep a thread pool."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
@@ -63,7 +64,7 @@ def openmp_runtime() -> str | None:
 
 @lru_cache(maxsize=8)
 def _identity(path: str) -> str:
-    """Compiler and processor, as they go into a library's name."""
+    """Compiler and processor, for a library's name."""
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
     said = ("model name", "flags", "Features", "CPU implementer", "CPU part")
     try:
@@ -75,10 +76,10 @@ def _identity(path: str) -> str:
 
 @lru_cache(maxsize=8)
 def _targets(path: str) -> tuple[tuple[str, ...], ...]:
-    """Flags that this compiler takes, best first; the last are for any processor of this kind."""
+    """Flags that this compiler accepts, best first; the last work on any processor of this architecture."""
     openmp = ("-fopenmp",) if openmp_runtime() and _takes(path, "-fopenmp", "int main() {}") else ()
     if openmp and not _takes(path, "-fopenmp", _PARALLEL, link=True):
-        openmp = ()  # clang with GNU's runtime: it would bring its own
+        openmp = ()  # clang with GNU's runtime: clang would link its own
     for native in ("-march=native", "-mcpu=native"):
         if _takes(path, native, "int main() {}"):
             return ((native, *openmp), openmp)
@@ -108,7 +109,7 @@ def _link(path: str, made: Path, library: Path) -> list[str]:
 
 
 def build(source: str | Path) -> Path:
-    """The shared library of a C++ file (and the headers beside and above it), made if it is not there yet."""
+    """The shared library of a C++ file (with the headers beside and above it), built if it does not exist yet."""
     source, path = Path(source), compiler()
     headers = sorted({*source.parent.glob("*.h"), *source.parent.parent.glob("*.h")})
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (source, *headers)))

@@ -1,5 +1,5 @@
-"""Tensors on a CPU in huge pages, where the system has them: what is streamed through misses the page tables less (some
-5% of a decode step). Knows mmap; nothing of what is stored."""
+"""Allocates CPU tensors in huge pages where the system has them. Streaming through them causes fewer TLB misses, which
+saves some 5% of a decode step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ HUGE = 2 << 20
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A zeroed tensor, whose memory is taken when it is first touched."""
+    """A zeroed tensor. Its memory is allocated when it is first touched."""
     size = math.prod(shape) * dtype.itemsize
-    huge = (size + HUGE // 2) // HUGE * HUGE  # a rest of less than half a page stays in small ones
+    huge = (size + HUGE // 2) // HUGE * HUGE  # a remainder of less than half a page stays in small pages
     if not huge or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(tuple(shape), dtype=dtype)
     memory = mmap.mmap(-1, max(size, huge) + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

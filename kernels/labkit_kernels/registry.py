@@ -1,5 +1,4 @@
-"""An op and its variants: who may compute what, and which one is picked. Knows names, devices and dtypes; refuses to
-know what an op is for."""
+"""An op and its variants: which implementations there are, and which one is picked for a device, dtype and shape."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ _generation = 0
 
 
 def generation() -> int:
-    """Grows whenever a pick may come out differently: whoever keeps picked functions compares it, once a step."""
+    """Grows whenever a pick may change. Code that keeps picked functions compares it once a step."""
     return _generation
 
 
@@ -36,14 +35,14 @@ def _changed() -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation of an op. `accepts(**facts)` says why it cannot serve a shape, or None."""
+    """One implementation of an op. `accepts(**facts)` returns why it cannot serve a shape, or None."""
 
     name: str
     function: Callable[..., Any]
     device: str | None = None  # "cuda", "cpu"; None: any
     dtypes: tuple[torch.dtype, ...] | None = None
     accepts: Callable[..., str | None] | None = None
-    picked: bool = True  # False: only by name, as variants made in a cell are
+    picked: bool = True  # False: used only by name, like variants from a notebook cell
 
     def why_not(self, device: str, dtype: torch.dtype, facts: dict[str, Any]) -> str | None:
         if self.device is not None and self.device != device:
@@ -54,12 +53,13 @@ class Variant:
 
 
 class Op:
-    """A named computation with a reference that is obviously right, and variants that must agree with it.
+    """A named computation with a plain reference and variants that must agree with it.
 
-    `cases()` yields `check.Case`s; `tolerance(dtype)` says how far a variant may be off, and why (`compare` where a
-    plain difference is not the measure); `traffic(*args)` and `flops(*args)` count what one call must move and compute.
-    `sized(*sizes)` makes a case of a size that the listed ones do not have, where a few numbers say it all.
-    `sources` names the modules of a device that register its variants; they are imported when that device first asks.
+    `cases()` yields `check.Case`s. `tolerance(dtype)` says how far a variant may be off, and why; `compare` replaces
+    the plain difference where that is not the right measure. `traffic(*args)` and `flops(*args)` count what one call
+    must move and compute. `sized(*sizes)` makes a case of another size than those listed, if a few numbers describe it.
+    `sources` names the modules that register a device's variants; they are imported when an op is first picked on that
+    device.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Op:
 
     @property
     def swapped(self) -> bool:
-        """Is one of its variants in `use`?"""
+        """Whether one of its variants is in `use`."""
         return bool(self._forced)
 
     def __repr__(self) -> str:
@@ -98,7 +98,7 @@ class Op:
 
     @property
     def about(self) -> str:
-        """What its module says of it, in a line."""
+        """The first line of its module's docstring."""
         return (sys.modules[self.home].__doc__ or "").strip().partition("\n")[0] if self.home in sys.modules else ""
 
     def _variants_html(self) -> str:
@@ -138,13 +138,14 @@ class Op:
         accepts: Callable[..., str | None] | None = None,
         picked: bool = False,
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Register the decorated function. One made in a cell is used by name; a built-in also says `picked=True`."""
+        """Register the decorated function as a variant. It is used by name; built-in variants pass `picked=True` as
+        well."""
         if not isinstance(name, str) or not name or name == "reference":
             raise ValueError(f"a variant's name is a non-empty string other than 'reference', got {name!r}")
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             self.variants[name] = Variant(name, function, device, dtypes, accepts, picked)
-            self.checked.pop(name, None)  # another function than the one that was checked
+            self.checked.pop(name, None)  # a new function, not the one that was checked
             _changed()
             return function
 
@@ -153,10 +154,12 @@ class Op:
     def case(self, *sizes: int) -> Any:
         """A case of these sizes: `rms_norm.case(512, 2048)`."""
         if self.sized is None:
-            raise ValueError(f"op {self.name} is not made by sizes: name one of its cases, or make a Case")
+            raise ValueError(f"op {self.name} is not made by sizes: name one of its cases, or pass a Case")
         named = list(inspect.signature(self.sized).parameters)
         if len(sizes) != len(named) or not all(type(size) is int and size > 0 for size in sizes):
-            raise ValueError(f"a case of {self.name} is made by {', '.join(named)}, got {sizes}")
+            raise ValueError(
+                f"a case of {self.name} is made by {', '.join(named)}, got {sizes}: give that many positive numbers"
+            )
         return self.sized(*sizes)
 
     def load(self, device: str) -> None:
@@ -170,7 +173,7 @@ class Op:
             os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # fused multiply-adds, whatever Triton's default is
         for module in modules:
             importlib.import_module(f"{self.home}.{module}")
-        self.sources.pop(device, None)  # not before: a module that fails must not leave its op silently in torch
+        self.sources.pop(device, None)  # only now: if a module fails to import, the op must not silently stay in torch
 
     def load_all(self) -> None:
         """Import every module that registers a variant and can be imported here."""
@@ -190,14 +193,14 @@ class Op:
         return self.variants[name]
 
     def has(self, name: str) -> bool:
-        """Is there such a variant on this machine?"""
+        """Whether this machine has such a variant."""
         if name not in self.variants:
             self.load_all()
         return name in self.variants
 
     def pick(self, device: str | torch.device, dtype: torch.dtype, **facts: Any) -> Callable[..., Any]:
-        """The function to call for this device, dtype and shape: the one in `use`, else the last registered built-in
-        that can, else the reference."""
+        """The function to call for this device, dtype and shape: the variant in `use`, else the last registered
+        built-in that accepts the call, else the reference."""
         return self.picked(device, dtype, **facts).function
 
     def picked(self, device: str | torch.device, dtype: torch.dtype, **facts: Any) -> Variant:
@@ -218,7 +221,7 @@ class Op:
 
     @contextmanager
     def use(self, name: str) -> Iterator[Variant]:
-        """Within the block, this variant is picked by everyone, running engines included."""
+        """Within the block, every pick gives this variant, also in running engines."""
         variant = self.get(name)
         install()
         self._forced.append(name)
@@ -230,7 +233,7 @@ class Op:
             _changed()
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Pick and call: for a notebook; hot paths pick once."""
+        """Pick and call in one. For notebooks; hot paths pick once and keep the function."""
         first = next(arg for arg in args if isinstance(arg, torch.Tensor))
         return self.pick(first.device, first.dtype)(*args, **options)
 
@@ -240,7 +243,8 @@ _watchers: list[Callable[[str, str, Callable[[], Any]], Any]] = []
 
 @contextmanager
 def watched(watcher: Callable[[str, str, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Within the block every call of a picked function goes through `watcher(op, variant, call)`, which makes it."""
+    """Within the block, every call of a picked function goes through `watcher(op, variant, call)`, which must run
+    `call()`."""
     _watchers.append(watcher)
     _changed()
     try:

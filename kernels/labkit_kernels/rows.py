@@ -1,5 +1,4 @@
-"""Rows of data that print as a table: what a check, a bench and a compile hand back. Knows columns;
-nothing of what they mean."""
+"""Rows of data that print as a table. Reports of check, bench and compile are made of them."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Rows:
-    """A tuple of equal dataclasses; `frame()` is the same in pandas."""
+    """A tuple of dataclass instances of one type; `frame()` gives them as a pandas DataFrame."""
 
     rows: tuple[Any, ...] = ()
     heads: ClassVar[tuple[str, ...]] = ()
@@ -69,7 +68,7 @@ class Rows:
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be."""
+    """A text table with columns as wide as needed."""
     widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [heads, *lines]
@@ -77,7 +76,7 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def short(text: str) -> str:
-    """A first line that fits beside other columns."""
+    """The first line, cut to fit beside other columns."""
     return text.splitlines()[0][:100] if text else ""
 
 
@@ -90,7 +89,7 @@ def write(report: Rows, file: str | None) -> None:
 
 
 def dump(rows: Sequence[dict[str, Any]], file: str) -> None:
-    """Rows as JSON, in a file or on the standard output."""
+    """Write rows as JSON to a file or to standard output."""
     text = json.dumps(rows, indent=1)
     if file == "-":
         print(text)

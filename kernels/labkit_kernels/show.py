@@ -1,8 +1,7 @@
-"""How ops and reports look in a notebook: one stylesheet, tables, marks and bars. Knows HTML; refuses to know what was
-measured.
+"""HTML views of ops and reports for notebooks: one stylesheet, tables, status marks and bars.
 
-Colours are those of Okabe and Ito. Everything hangs under one class, takes its text colour from where it stands (so a
-dark theme needs nothing), fetches nothing and runs nothing.
+Colours are those of Okabe and Ito. All rules are scoped to one class, text colour is inherited (so dark themes work),
+and nothing is fetched and no script runs.
 """
 
 from __future__ import annotations
@@ -42,13 +41,14 @@ background:rgba(128,128,128,.2);margin-right:.6em;vertical-align:middle}
 
 
 def page(title: str, note: str, *parts: str) -> str:
-    """A heading, what it is about, and what follows (HTML already)."""
+    """A heading, a subtitle, and a body that is already HTML."""
     head = f'<div class="head"><b>{escape(title)}</b><span class="muted">{escape(note)}</span></div>'
     return f'{STYLE}<div class="lkk">{head}{"".join(parts)}</div>'
 
 
 def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Cells are HTML already. A head that begins with > is one of numbers, with _ of long text."""
+    """A table whose cells are already HTML. A heading that begins with > marks a column of numbers, with _ of long
+    text."""
     kinds = [{">": ' class="n"', "_": ' class="wide"'}.get(head[:1], "") for head in heads]
     names = "".join(f"<th{kind}>{escape(head.lstrip('>_'))}</th>" for head, kind in zip(heads, kinds, strict=True))
     body = "".join(
@@ -59,7 +59,7 @@ def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def mark(text: str, color: str) -> str:
-    """A word in a frame of its colour."""
+    """A word in a frame of its status colour."""
     return f'<span class="mark" style="border-color:{color};background:{color}2e">{escape(text)}</span>'
 
 
@@ -68,7 +68,7 @@ def status(text: str) -> str:
 
 
 def bar(share: float | None, color: str, tick: float | None = None, kind: str = "") -> str:
-    """A share of the whole as a length (`kind` "long": of a longer one); `tick` is a line across it."""
+    """A share drawn as a bar (`kind` "long": a longer one); `tick` adds a line across it."""
     if share is None:
         return ""
     wide = 100 * min(1.0, max(0.0, share))
@@ -77,7 +77,7 @@ def bar(share: float | None, color: str, tick: float | None = None, kind: str = 
 
 
 def folded(summary: str, inside: str, unfolded: bool) -> str:
-    """A part that opens at a click; the summary is HTML already."""
+    """A part that unfolds on click; the summary is already HTML."""
     return f"<details{' open' if unfolded else ''}><summary>{summary}</summary>{inside}</details>"
 
 

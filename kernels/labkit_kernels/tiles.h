@@ -1,5 +1,5 @@
-// Tile registers of x86 (AMX): eight of 16 rows x 64 bytes, and their product of bfloat16 pairs. Linux grants them to a
-// process that asks.
+// Tile registers of x86 (AMX): eight of 16 rows x 64 bytes, and their product of bfloat16 pairs. Linux enables them
+// for a process on request.
 #pragma once
 
 #include <immintrin.h>

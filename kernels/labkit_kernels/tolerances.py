@@ -1,4 +1,4 @@
-"""How far an op that computes in float32 and rounds once may be off. Knows dtypes; nothing of ops."""
+"""Tolerances for ops that compute in float32 and round once."""
 
 from __future__ import annotations
 

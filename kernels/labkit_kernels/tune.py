@@ -1,10 +1,9 @@
-"""Choices that only a measurement can make (tiles, warps, stages), made once a device and kept on disk. Knows
-candidates and clocks; refuses to know what a kernel does with them.
+"""Tunes launch parameters (tiles, warps, stages) by measurement, once per device, and keeps the result on disk.
 
-    python -m labkit_kernels tune                 # minutes; everyone on this machine profits from then on
+    python -m labkit_kernels tune                 # takes minutes; later runs on this machine use the result
 
-A launcher asks `chosen("paged_attention", key, default, device)` and gets the default where nothing was measured. The
-file is named by device, capability and Triton's version, and lies in the cache folder (LABKIT_CACHE).
+A launcher calls `chosen("paged_attention", key, default, device)` and gets the default if nothing was measured. The
+file name holds device, capability and Triton version; the file is in the cache folder (LABKIT_CACHE).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ LEAST_GAIN = 0.97  # of the default's time: less is noise
 
 @dataclass(frozen=True)
 class Tune:
-    """One thing to choose: `make()` gives a call to time, which asks `chosen` for (op, key)."""
+    """One thing to tune: `make()` gives a call to time, which asks `chosen` for (op, key)."""
 
     op: str
     key: str
@@ -46,7 +45,7 @@ _trying: dict[tuple[str, str], Choice] = {}
 
 
 def chosen(op: str, key: str, default: Choice, device: torch.device) -> Choice:
-    """What was found best on this device, or the default."""
+    """The best choice measured on this device, or the default."""
     if (op, key) in _trying:
         return _trying[op, key]
     if device.type != "cuda":
@@ -84,7 +83,7 @@ def _kept(path: str) -> dict[str, Choice]:
 
 
 def search(one: Tune, seconds: Callable[[Callable[[], Any]], float]) -> tuple[Choice, float, float]:
-    """(the best choice, its time, the default's). What cannot run, or gives other numbers, is passed over."""
+    """(best choice, its time, the default's time). Choices that fail or give other results are skipped."""
     call = one.make()
     with trying(one.op, one.key, one.default):
         expected = call()
@@ -97,7 +96,7 @@ def search(one: Tune, seconds: Callable[[Callable[[], Any]], float]) -> tuple[Ch
                 if not torch.allclose(found.float(), expected.float(), rtol=2e-2, atol=2e-2):
                     continue
                 took = seconds(call)
-            except Exception:  # out of registers or shared memory: Triton raises many kinds
+            except Exception:  # out of registers or shared memory: Triton raises many types
                 continue
         if took < least:
             best, least = candidate, took
@@ -105,14 +104,14 @@ def search(one: Tune, seconds: Callable[[Callable[[], Any]], float]) -> tuple[Ch
 
 
 def keep(path: Path, found: dict[str, Choice]) -> None:
-    """Beside what was kept before."""
+    """Save to disk, beside earlier results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_kept(str(path)) | found, indent=1, sort_keys=True) + "\n")
     _kept.cache_clear()
 
 
 def tunes(names: Sequence[str] = ()) -> Iterator[Tune]:
-    """What the ops' Triton modules have to choose."""
+    """What the ops' Triton modules have to tune."""
     for home in dict.fromkeys(OPS[name].home for name in names or OPS):
         try:
             module = importlib.import_module(f"{home}.triton")

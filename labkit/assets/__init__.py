@@ -1,4 +1,4 @@
-"""Models that ship with labkit, so that text, perplexity and cache hits are real with nothing downloaded."""
+"""The models that ship with labkit, so that text, perplexity and cache hits are real without a download."""
 
 from __future__ import annotations
 

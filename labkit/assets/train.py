@@ -1,10 +1,9 @@
-"""Makes the embedded models from the running Python's own standard library. Knows torch, tokenizers and source files;
-refuses to know the engine that will serve them.
+"""Trains the embedded models on the source code of the running Python's standard library.
 
     python -m labkit.assets.train                         # both models, into this folder: an hour on two cores
-    python -m labkit.assets.train --quick --out /tmp/try  # seconds: does it all run, does the loss fall?
+    python -m labkit.assets.train --quick --out /tmp/try  # seconds: checks that everything runs and the loss falls
 
-Read `main` first: corpus, tokenizer, a model trained for so many steps, its card.
+Start with `main`: corpus, tokenizer, training for a number of steps, model card. Does not use the engine.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ CONTEXT, LONG = 1024, 2048  # most steps; the last sixth
 
 
 def sources(most_files: int | None = None) -> tuple[list[str], list[str]]:
-    """The standard library's files as text: to train on, and held out. A file's own path decides which."""
+    """The standard library's files as text, split into training and held-out files by a file's own path."""
     root = Path(sysconfig.get_path("stdlib"))
     train, held_out = [], []
     paths = sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix())
@@ -60,7 +59,7 @@ def sources(most_files: int | None = None) -> tuple[list[str], list[str]]:
 
 
 def chats(texts: list[str], rng: random.Random) -> list[list[dict[str, str]]]:
-    """Questions that the sources themselves answer: what a function does, what its code is."""
+    """Question and answer pairs taken from the sources: what a function does, what its code is."""
     found = []
     for text in texts:
         try:
@@ -92,7 +91,7 @@ def chats(texts: list[str], rng: random.Random) -> list[list[dict[str, str]]]:
 
 
 def make_tokenizer(texts: list[str]):
-    """Byte-level BPE: any text comes back as it went in."""
+    """Byte-level BPE, so that any text survives encoding and decoding."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -124,12 +123,12 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 def chat_text(messages: list[dict[str, str]]) -> str:
-    """What TEMPLATE writes."""
+    """The same text that TEMPLATE produces."""
     return "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages)
 
 
 def encode(tokenizer, texts: list[str]) -> np.ndarray:
-    """One stream, each text behind an <|endoftext|>."""
+    """One stream of tokens, each text followed by <|endoftext|>."""
     end = tokenizer.token_to_id("<|endoftext|>")
     stream: list[int] = []
     for encoding in tokenizer.encode_batch(texts):
@@ -141,7 +140,8 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
 
 
 class Muon:
-    """Momentum whose matrix updates are made orthogonal (Newton-Schulz); matrices of one shape go as one batch."""
+    """Momentum whose matrix updates are orthogonalized (Newton-Schulz). Matrices of one shape are updated as one
+    batch."""
 
     def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95) -> None:
         self.groups: dict[torch.Size, list[torch.Tensor]] = {}
@@ -209,7 +209,8 @@ def loss_of(model, batch: torch.Tensor) -> torch.Tensor:
 
 
 def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: bool, save) -> tuple:
-    """Trains for so many steps, the rate at 0 by then. Gives the model, steps, tokens, [(step, loss)]."""
+    """Train for this many steps, with a learning rate that ends at 0. Returns the model, steps, tokens, [(step,
+    loss)]."""
     seed = 0
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -217,7 +218,7 @@ def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     muon, adam = Muon(matrices), torch.optim.AdamW(others, lr=1.0, betas=(0.9, 0.95), weight_decay=0.0)
-    compiled = loss_of if quick else torch.compile(loss_of)  # 1.4 times as quick on two cores, after a minute
+    compiled = loss_of if quick else torch.compile(loss_of)  # 1.4 times as fast on two cores, after a minute
     history, begin, step, num_tokens, saved = [], time.monotonic(), 0, 0, time.monotonic()
     while (spent := step / steps) < 1:
         rate = min(1.0, (step + 1) / (5 if quick else 30)) * min(1.0, (1 - spent) / 0.5)
@@ -242,12 +243,12 @@ def train(name: str, stream: np.ndarray, steps: int, tokens_a_step: int, quick: 
     return model, step, num_tokens, history
 
 
-# -- how good it is ----------------------------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def bits_per_byte(model, tokenizer, texts: list[str], length: int = 1024, stride: int = 512) -> float:
-    """Teacher-forced over windows that overlap; each text's bytes all count."""
+    """Teacher-forced over overlapping windows; every byte of each text counts."""
     bits = 0.0
     for text in texts:
         ids = torch.from_numpy(encode(tokenizer, [text])[:-1].astype(np.int64))
@@ -264,7 +265,8 @@ def bits_per_byte(model, tokenizer, texts: list[str], length: int = 1024, stride
 
 
 def xz_bits_per_byte(texts: list[str]) -> float:
-    """xz -9e over everything in one stream: the harder comparison, as it learns from one file for the next."""
+    """xz -9e over all texts as one stream. This is the harder comparison, as xz then learns from one file for the
+    next."""
     data = "".join(texts).encode()
     return 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / max(1, len(data))
 
@@ -285,7 +287,7 @@ tags: [python, llama, labkit]
 
 A Llama-architecture model for tests, lessons and demonstrations of LLM serving, trained on the standard library of
 Python {sys.version.split()[0]} (whose sources are under the PSF licence). It writes text that looks like Python and
-short answers in the manner of docstrings; it knows nothing and must not be relied on.
+short answers in the manner of docstrings; it has no reliable knowledge, so do not trust its answers.
 
 | | |
 |---|---|

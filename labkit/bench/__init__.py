@@ -1,1 +1,1 @@
-"""Measurements that `labkit bench` runs, ours and peers'."""
+"""The benchmarks behind `labkit bench`: labkit's own, and of other engines for comparison."""

@@ -1,6 +1,4 @@
-"""How long a piece of Python takes, said honestly: warm, repeated, the median and what it might as well have been.
-Knows callables and clocks; refuses to know notebooks.
-"""
+"""Times a Python callable for a notebook: warm-up, repetitions, and the median with its interval."""
 
 from __future__ import annotations
 
@@ -18,19 +16,19 @@ from labkit.widgets import charts, style
 if TYPE_CHECKING:
     from labkit.engine.engine import Engine
 
-LEAST_SAMPLE = 1e-3  # seconds: what is quicker is called several times a sample
+LEAST_SAMPLE = 1e-3  # seconds: faster functions are called several times per sample
 MOST_CALLS = 100_000
-BUDGET = 5.0  # seconds that samples may take in all, once there are enough
+BUDGET = 5.0  # seconds for all samples, once there are enough
 ENOUGH = 5
 
 
 class IdleError(RuntimeError):
-    """This engine has no step to time."""
+    """The engine has no step to time."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, one number a sample; `low` and `high` hold the median in 95 of 100 resamplings."""
+    """Seconds per call, one number a sample. `low` and `high` bound the median in 95 of 100 resamplings."""
 
     what: str
     seconds: tuple[float, ...]
@@ -71,8 +69,8 @@ class Timing:
 def measure(
     function: Callable[[], Any], *, repeats: int = 20, warmup: int = 2, what: str = "", budget: float = BUDGET
 ) -> Timing:
-    """Call it `warmup` times, then time it `repeats` times, or fewer when they take more than `budget` seconds. A GPU's
-    work is waited for; the garbage collector is left as it is, as it is in use.
+    """Call it `warmup` times, then time it `repeats` times, or fewer if they take more than `budget` seconds. Waits for
+    a GPU's work. The garbage collector stays on, as in normal use.
 
     >>> measure(lambda: sum(range(100)), repeats=5, what="a sum").what
     'a sum'
@@ -92,7 +90,7 @@ def measure(
 
 
 def measure_engine(engine: Engine, *, repeats: int = 10_000, warmup: int = 2) -> Timing:
-    """Time an engine's steps, one by one, until it has nothing left to do or `repeats` were taken."""
+    """Time an engine's steps one by one, until nothing is left to do or `repeats` steps were timed."""
     whole("repeats", repeats, least=1)
     if engine.is_running:
         raise IdleError("the engine steps by itself in the background: pause() it first")

@@ -1,4 +1,4 @@
-"""`labkit bench ...`: words to functions. Knows the options' names; measures nothing itself."""
+"""The command line of `labkit bench`: parses options and calls the benchmarks."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     scheduler.add_argument("--python", metavar="PATH", help="an interpreter that has vLLM, to time its scheduler too")
     scheduler.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     scheduler.add_argument("--quick", action="store_true", help="a twentieth of the steps")
-    gpu = kinds.add_parser("gpu", help="everything there is to measure on one GPU, in under eight minutes")
+    gpu = kinds.add_parser("gpu", help="all measurements on one GPU, in under eight minutes")
     gpu.add_argument("--json", metavar="FILE", help="written after every part")
     gpu.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
-    gpu.add_argument("--quick", action="store_true", help="in miniature: does everything run?")
+    gpu.add_argument("--quick", action="store_true", help="a small run of every part, to see that it works")
     gpu.add_argument("--only", metavar="A,B", default="", help="some parts")
-    gpu.add_argument("--budget", metavar="SECONDS", type=float, default=420.0, help="no part begins after (420)")
+    gpu.add_argument(
+        "--budget", metavar="SECONDS", type=float, default=420.0, help="no part starts after this time (420)"
+    )
     kernels = kinds.add_parser("kernels", help="each op's variants against the machine's limit", add_help=False)
     kernels.add_argument("words", nargs=argparse.REMAINDER)
     report = kinds.add_parser("report", help="results as one HTML page with plots")
@@ -56,11 +58,13 @@ def _add_workload(parser: argparse.ArgumentParser, kind: str) -> None:
     work.add_argument("--num", type=int, default=1 if latency else 64, help="requests (default %(default)s)")
     work.add_argument("--prompt", default="64-64" if latency else "64-512", metavar="A-B", help="prompt tokens")
     work.add_argument("--output", default="64-64" if latency else "32-160", metavar="A-B", help="output tokens")
-    work.add_argument("--share", type=float, default=0.5, help="of each prompt that is the same, with shared")
+    work.add_argument(
+        "--share", type=float, default=0.5, help="share of each prompt that all requests have in common, for shared"
+    )
     work.add_argument("--seed", type=int, default=0)
     if kind == "serve":
         work.add_argument("--rate", type=float, help="requests a second; without it the workload's own times")
-        work.add_argument("--burstiness", type=float, default=1.0, help="1 is Poisson, less comes in bursts")
+        work.add_argument("--burstiness", type=float, default=1.0, help="1 is Poisson, lower values are burstier")
     else:
         work.add_argument("--passes", type=int, default=10 if latency else 3, help="counted passes of each engine")
         work.add_argument("--warmup", type=int, default=1, help="passes before them")
@@ -72,7 +76,7 @@ def _add_engine(parser: argparse.ArgumentParser, kind: str) -> None:
     engine.add_argument("--model", help="a folder or a name; the embedded model if not given")
     if kind == "serve":
         engine.add_argument("--url", help="an OpenAI-compatible server, such as http://127.0.0.1:8000")
-        engine.add_argument("--name", help="the model's name there, if not the first it lists")
+        engine.add_argument("--name", help="the model's name there; default: the first it lists")
     else:
         engine.add_argument(
             "--backend",
@@ -86,7 +90,7 @@ def _add_engine(parser: argparse.ArgumentParser, kind: str) -> None:
     engine.add_argument("--rows", type=int, default=256, help="requests in a batch at most")
     engine.add_argument("--budget", type=int, help="tokens a step at most")
     engine.add_argument("--block-size", type=int, default=32)
-    engine.add_argument("--prefix-cache", action="store_true", help="on; empty at the beginning of every pass")
+    engine.add_argument("--prefix-cache", action="store_true", help="on; the cache is cleared before every pass")
     engine.add_argument("--json", metavar="FILE", help="write the result; labkit bench report reads it")
 
 
@@ -200,9 +204,11 @@ def _workload(args: argparse.Namespace, model: str) -> Any:
     if Path(args.workload).exists():
         loaded = workload.load(args.workload)
         if loaded.is_closed:
-            raise ValueError(f"{args.workload} has turns that wait for answers: labkit.Experiment serves those")
+            raise ValueError(f"{args.workload} has turns that wait for answers: use labkit.Experiment to serve it")
         return loaded
-    raise ValueError(f"--workload {args.workload!r} is no file and none of {', '.join(KINDS[:3])}, sharegpt:, trace:")
+    raise ValueError(
+        f"--workload {args.workload!r} is neither a file nor one of {', '.join(KINDS[:3])}, sharegpt:, trace:"
+    )
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
@@ -221,13 +227,13 @@ def _span(option: str, text: str) -> tuple[int, int]:
     try:
         return int(low), int(high or low)
     except ValueError:
-        raise ValueError(f"{option} is like 64-512, got {text!r}") from None
+        raise ValueError(f"{option} must look like 64-512, got {text!r}") from None
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:
     for pair in given:
         if "=" not in pair:
-            raise ValueError(f"{option} is like vllm=/path/to/it, got {pair!r}")
+            raise ValueError(f"{option} must look like vllm=/path, got {pair!r}")
     return dict(pair.split("=", 1) for pair in given)
 
 

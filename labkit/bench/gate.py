@@ -1,5 +1,5 @@
-"""Is it the right model? No speed is reported for a run that fails. Knows both paths to a model's logits; refuses to
-know how fast they are."""
+"""The quality gate: compares labkit's next-token distributions with transformers'. If it fails, no speed is
+reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Gate:
     kl: float
     agreement: float
     num_tokens: int
-    config: Any  # of the model that was looked at
+    config: Any  # of the model
     dtype: torch.dtype
 
     @property
@@ -35,7 +35,7 @@ class Gate:
 def check(
     model: str, dtype: str = "bfloat16", device: str = "cpu", *, num_prompts: int = 3, length: int = 96, seed: int = 0
 ) -> Gate:
-    """Loads the model twice and compares; a second or two a gigabyte."""
+    """Loads the model twice and compares. Takes a second or two per gigabyte."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -53,7 +53,7 @@ def check(
             q = teacher_forced(ours, ids).log_softmax(-1)
             kl += (p.exp() * (p - q)).sum(-1).tolist()
             top = p.topk(2, dim=-1)
-            ahead = top.values[:, 0] - top.values[:, 1] > 0.02  # closer than rounding is a tie
+            ahead = top.values[:, 0] - top.values[:, 1] > 0.02  # a difference below rounding is a tie
             agreed += int((q.argmax(-1) == top.indices[:, 0])[ahead].sum())
             clear += int(ahead.sum())
     return Gate(float(np.mean(kl)), agreed / max(1, clear), num_prompts * length, ours.config, ours.dtype)

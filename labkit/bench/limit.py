@@ -1,7 +1,7 @@
-"""The physical floor: bytes over bandwidth or flops over peak, whichever is longer. Knows shapes and a machine's
-measured rates; refuses to know schedulers.
+"""The hardware limit of a run: bytes over bandwidth or flops over peak, whichever takes longer.
 
-The two rates are measured in the same run, by the fastest means there is here; on a GPU the datasheet's stand beside.
+Both rates are measured in the same run, by the fastest means available. On a GPU the datasheet's rates are reported
+beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e1
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine can do at best."""
+    """The peak rates of a machine."""
 
     name: str
     bandwidth: float  # bytes read a second
@@ -33,7 +33,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a model must move and compute: its layers' weights, its head, and keys and values a token."""
+    """What a model must move and compute: its layers' weights, its head, and keys and values per token."""
 
     layers: int  # weights of all layers that one token is multiplied with
     head: int
@@ -61,7 +61,7 @@ class Cost:
         )
 
     def step(self, machine: Machine, tokens: int, sampled: int, context: int) -> float:
-        """Seconds that a batch of so many tokens takes at best; `context` are the keys that its rows read."""
+        """The least seconds for a batch with this many tokens; `context` is the number of keys that its rows read."""
         return self._floor(machine, tokens, sampled, context, context)
 
     def _floor(self, machine: Machine, tokens: int, sampled: int, context: int, pairs: int) -> float:
@@ -71,15 +71,15 @@ class Cost:
         return max(moved / machine.bandwidth, computed / machine.peak)
 
     def batches(self, machine: Machine, batches: Iterable[Sequence[float]], block_size: int) -> float:
-        """The floor of steps as they were run: (prefill, decode, output tokens, used blocks, seconds) each."""
+        """The limit of steps as they ran: (prefill, decode, output tokens, used blocks, seconds) each."""
         return sum(
             self.step(machine, int(prefill + decode), int(out), int(blocks * block_size))
             for prefill, decode, out, blocks, _ in batches
         )
 
     def ideal(self, machine: Machine, asks: Sequence[Any]) -> float:
-        """The floor of the best schedule there could be: all prompts in the first step, then everyone decodes. A sum
-        over steps: the bytes of decoding do not hide behind the flops of the prompts."""
+        """The limit of the best possible schedule: all prompts in the first step, then all requests decode. It is a sum
+        over steps: bytes moved in decode do not overlap with flops of the prompts."""
         prompts = np.array([len(ask.prompt) for ask in asks], np.int64)
         outputs = np.array([ask.num_output for ask in asks], np.int64)
         pairs = int((prompts * (prompts + 1) // 2).sum())
@@ -92,7 +92,7 @@ class Cost:
 
 
 def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine:
-    """Half a minute at most: a second or two on a CPU."""
+    """Takes at most half a minute: a second or two on a CPU."""
     if device != "cpu":
         return _measure_gpu(device, dtype)
     name = f"{torch.get_num_threads()} threads"
@@ -112,7 +112,7 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine
 
 def _measure_gpu(device: str, dtype: torch.dtype) -> Machine:
     source = torch.randn(1 << 29, dtype=torch.float32, device=device)
-    a = torch.randn(8192, 8192, dtype=dtype, device=device)  # constants draw less power, and multiply faster
+    a = torch.randn(8192, 8192, dtype=dtype, device=device)  # constants draw less power and would multiply faster
 
     def synced(run: Any) -> Any:
         def call() -> None:
@@ -126,7 +126,7 @@ def _measure_gpu(device: str, dtype: torch.dtype) -> Machine:
 
 
 def datasheet(device: str) -> Machine | None:
-    """What the maker says, where that is known."""
+    """The manufacturer's figures, where known."""
     name = torch.cuda.get_device_name(device) if device != "cpu" else ""
     found = next((rates for part, rates in DATASHEET.items() if part in name), None)
     return None if found is None else Machine(name, *found, measured=False)

@@ -1,4 +1,4 @@
-"""From what was measured to what is said: percentiles, goodput, ratios with their intervals. Knows numbers only."""
+"""Turns measurements into reported figures: percentiles, goodput, ratios with their intervals. Numbers only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HIGHER = {"output_tokens_per_second", "total_tokens_per_second", "requests_per_s
 
 @dataclass(frozen=True)
 class Timed:
-    """One request as its client saw it: seconds after the beginning."""
+    """One request as its client saw it; times are seconds since the start of the run."""
 
     arrival: float
     first: float  # its first token came
@@ -37,12 +37,12 @@ class Timed:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds a token after the first; a request of one token has none."""
+        """Seconds per token after the first; None for a request of one token."""
         return (self.done - self.first) / (self.num_output - 1) if self.num_output > 1 else None
 
 
 def latencies(requests: Sequence[Timed], slo: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """Percentiles of TTFT, TPOT, ITL and E2E in seconds, and the requests a second that met the objective."""
+    """Percentiles of TTFT, TPOT, ITL and E2E in seconds, and goodput: the requests a second that met the objective."""
     found: dict[str, Any] = {}
     columns = {
         "ttft": [r.ttft for r in requests],
@@ -66,7 +66,7 @@ def parse_slo(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or name not in ("ttft", "tpot", "e2e"):
-            raise ValueError(f"--slo is like ttft=0.5,tpot=0.05 (of ttft, tpot, e2e, in seconds), got {part!r}")
+            raise ValueError(f"--slo must look like ttft=0.5,tpot=0.05 (of ttft, tpot, e2e, in seconds), got {part!r}")
         found[name] = float(value)
     return found
 
@@ -82,7 +82,7 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], seed: int = 0, draws: 
 
 
 def parse_benchmark_output(given: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """A result of `labkit bench`: a file's path, its text, or a whole terminal's output that ends with it."""
+    """A result of `labkit bench`, from a file's path, its text, or a terminal's output that ends with it."""
     if isinstance(given, Mapping):
         found = dict(given)
     else:
@@ -93,14 +93,14 @@ def parse_benchmark_output(given: str | Path | Mapping[str, Any]) -> dict[str, A
         try:
             found, _ = json.JSONDecoder().raw_decode(text[begin:])
         except ValueError as error:
-            raise ValueError(f"this is no result of labkit bench: {error}") from None
+            raise ValueError(f"this is not a result of labkit bench: {error}") from None
     if found.get("labkit_bench") != VERSION:
-        raise ValueError(f"this is no result of labkit bench, version {VERSION}: it has {sorted(found)[:6]}")
+        raise ValueError(f"this is not a result of labkit bench, version {VERSION}: it has {sorted(found)[:6]}")
     return found
 
 
 def calculate_performance_improvement(ours: Any, theirs: Any) -> dict[str, float]:
-    """How many times better ours is, metric by metric: tokens a second as they are, seconds the other way round.
+    """How many times better ours is, for each metric: ours / theirs for tokens a second, theirs / ours for seconds.
 
     Both are results of `labkit bench` (anything that `parse_benchmark_output` reads), or plain mappings of metrics.
     """

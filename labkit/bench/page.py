@@ -1,5 +1,5 @@
-"""Results of `labkit bench` as one HTML page: bars, what a run did step by step, and the table. Knows results; nothing
-is fetched, no script runs."""
+"""Results of `labkit bench` as one HTML page: bars, the steps of a run, and the table. No script, nothing is
+fetched."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""One engine in a process of its own, fed by lines of JSON: loads once, then serves pass after pass. Started by any
-interpreter that has the engine, so it imports nothing of labkit unless labkit is the engine.
+"""Runs one engine in its own process: loads it once, then serves passes that arrive as lines of JSON.
 
     python peer_process.py BACKEND MODEL '{"num_threads": 2}'
 
-It says {"ready": seconds} and then answers every {"asks": [[ids, number of outputs], ...]} with {"seconds": ...,
-"outputs": [numbers]}, and whatever else its engine tells: "first" and "done" are seconds by request.
+Any Python that has the engine can start it, so it imports labkit only if labkit is the engine. It prints {"ready":
+seconds}, then answers each {"asks": [[ids, number of outputs], ...]} with {"seconds": ..., "outputs": [numbers]} and
+whatever else the engine reports: "first" and "done" are seconds by request.
 """
 
 import json
@@ -62,7 +62,7 @@ def transformers(model, options, continuous=True):
 
     def together(asks):
         config = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0, max_new_tokens=asks[0][1])
-        batching = ContinuousBatchingConfig(max_memory_percent=0.1)  # its own choice is zeroed for half a minute
+        batching = ContinuousBatchingConfig(max_memory_percent=0.1)  # the default takes half a minute to zero
         settings = {"generation_config": config, "continuous_batching_config": batching}
         with causal.continuous_batching_context_manager(**settings) as manager:
             begin = time.perf_counter()
@@ -167,7 +167,7 @@ BACKENDS = {
 
 
 def peak_memory():
-    """Bytes that this process and those it started have held at most; None where the system does not say."""
+    """Peak memory of this process and its children in bytes; None if the system does not report it."""
     try:
         parents, peaks = {}, {}
         for name in filter(str.isdigit, os.listdir("/proc")):
@@ -186,7 +186,7 @@ def peak_memory():
 def main():
     backend, model, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an engine prints is not an answer
+    os.dup2(2, 1)  # what an engine prints must not mix with answers
 
     def say(answer):
         answers.write(json.dumps(answer) + "\n")
@@ -207,7 +207,7 @@ def main():
             answer = {"error": f"{type(error).__name__}: {error}"}
         answer["peak_memory"] = peak_memory()
         say(answer)
-    os._exit(0)  # some engines' threads do not end by themselves
+    os._exit(0)  # some engines leave threads running
 
 
 if __name__ == "__main__":

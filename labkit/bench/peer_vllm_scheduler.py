@@ -1,7 +1,7 @@
-"""Times vLLM's own scheduler, alone, in an interpreter that has vLLM. Runs as a script; imports nothing of labkit.
+"""Times vLLM's scheduler alone, in a Python that has vLLM installed. Runs as a script; does not import labkit.
 
-One JSON argument {"rows": [...], "prompt": 256, "block": 16}; one JSON line with the result. The engine's loop around
-the scheduler (`schedule`, `update_from_output`) is played with made-up tokens; no model is loaded.
+Takes one JSON argument {"rows": [...], "prompt": 256, "block": 16} and prints one line of JSON. It calls `schedule` and
+`update_from_output` as the engine would, with made-up tokens; no model is loaded.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a workload looks like: when it comes, how long it is, how much of it is shared. Times nothing."""
+"""Pictures of a workload: arrivals, lengths, and how much of the prompts is shared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labkit.widgets import charts, style
 
 
 class Drawn(Protocol):
-    """One request of a workload, as far as it is drawn."""
+    """What the pictures need of one request."""
 
     prompt: tuple[int, ...]
     num_output: int
@@ -22,7 +22,7 @@ class Drawn(Protocol):
 
 
 class Drawable(Protocol):
-    """A workload, as far as it is drawn."""
+    """What the pictures need of a workload."""
 
     @property
     def asks(self) -> Sequence[Drawn]: ...
@@ -32,7 +32,7 @@ class Drawable(Protocol):
 
 
 BLOCK = 16
-MOST_LOOKED_AT = 2000  # requests whose tokens are compared: a picture should not take longer than the run
+MOST_LOOKED_AT = 2000  # requests whose tokens are compared; limited so that the picture is fast
 
 
 def workload_html(workload: Drawable) -> str:
@@ -56,7 +56,7 @@ def workload_html(workload: Drawable) -> str:
 
 
 def shared(workload: Drawable) -> float:
-    """The share of prompt tokens that a cache without bounds would have, in whole blocks."""
+    """The share of prompt tokens that an unlimited prefix cache would hit, in whole blocks."""
     seen: set[int] = set()
     lengths: list[int] = []
     hit = total = 0
@@ -67,7 +67,7 @@ def shared(workload: Drawable) -> float:
             known = sum(1 for _ in takewhile(seen.__contains__, chain))
             seen.update(chain)
             hit += min(known * BLOCK, len(ask.prompt) - 1)
-        else:  # it goes on with what was said, answers included
+        else:  # it continues the conversation, answers included
             before = lengths[ask.after]
             hit += before // BLOCK * BLOCK
         total += before + len(ask.prompt)
@@ -76,7 +76,7 @@ def shared(workload: Drawable) -> float:
 
 
 def _chain(prompt: tuple[int, ...]) -> list[int]:
-    """A number for each full block that stands for it and all before it."""
+    """A number for each full block that identifies it and everything before it."""
     blocks = [prompt[start : start + BLOCK] for start in range(0, len(prompt) - BLOCK + 1, BLOCK)]
     return list(accumulate(blocks, lambda before, block: hash((before, block)), initial=0))[1:]
 

@@ -1,4 +1,4 @@
-"""A backend in its own process: started, asked pass by pass, ended. Knows lines of JSON; the engines are in
+"""Starts a backend in its own process, sends it one pass at a time as JSON, and stops it. The engines are in
 peer_process.py."""
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ NEEDS = {
 
 
 class Remote:
-    """A server at an OpenAI-compatible address, asked for everything at once."""
+    """A server at an OpenAI-compatible address. All requests are sent at once."""
 
-    load_seconds = ready_seconds = 0.0  # it was there before
+    load_seconds = ready_seconds = 0.0  # it was already running
 
     def __init__(self, url: str) -> None:
         self.url = url
-        serve.first_model(url)  # is it there?
+        serve.first_model(url)  # check that it answers
 
     def run(self, asks: Sequence[Ask]) -> dict[str, Any]:
         begin = time.perf_counter()
@@ -97,7 +97,7 @@ class Backend:
             raise ValueError(f"{self.python} has no {needed}: install it there, or name another interpreter (--python)")
 
     def run(self, asks: Sequence[Ask]) -> dict[str, Any]:
-        """Serve these, all at once; checked to be as many tokens as were asked for."""
+        """Serve these requests, all at once, and check that as many tokens came back as were asked for."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"asks": [[ask.prompt, ask.num_output] for ask in asks]}) + "\n")
         self._process.stdin.flush()
@@ -126,7 +126,7 @@ class Backend:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(20)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # it, if it hangs, and whatever it started and left
+            os.killpg(self._process.pid, signal.SIGKILL)  # the process if it hangs, and any children it left
         self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()

@@ -1,8 +1,8 @@
-"""What a step of the scheduler costs, apart from any model. Times `schedule` + `commit`; knows no tensors.
+"""Times one scheduler step, `schedule` + `commit`, without any model.
 
-Rows decode at staggered places, so that every step some enter a new block and complete an old one. The event log and a
-columnar listener are on, garbage collection as it comes. vLLM's scheduler does the same work when an interpreter that
-has it is named.
+Rows are at staggered positions, so in every step some rows enter a new block and complete an old one. The event log and
+a columnar listener are on, and garbage collection runs as usual. If you name a Python that has vLLM, its scheduler is
+timed on the same work.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TARGETS = {16: 40, 256: 100, 1024: 300, 4096: 1000}
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a step."""
+    """Microseconds per step."""
 
     rows: int
     mean: float
@@ -47,7 +47,7 @@ def _prompts(n: int, lengths: np.ndarray, seed: int) -> list[np.ndarray]:
 
 
 def _filled(rows: int, num_blocks: int, max_tokens: int | np.ndarray, seed: int = 0) -> tuple[Scheduler, EventLog]:
-    """A scheduler whose rows all decode, the place in the block staggered from row to row."""
+    """A scheduler with all rows in decode, at staggered positions in their blocks."""
     log = EventLog()
     blocks = BlockManager(num_blocks=num_blocks, block_size=BLOCK)
     sched = Scheduler(blocks, max_num_seqs=rows, max_num_batched_tokens=rows * (PROMPT + BLOCK), log=log, watermark=0.0)
@@ -55,7 +55,7 @@ def _filled(rows: int, num_blocks: int, max_tokens: int | np.ndarray, seed: int 
     each = np.broadcast_to(max_tokens, rows)
     for i, prompt in enumerate(_prompts(rows, lengths, seed)):
         sched.submit(_request(f"q{i}", prompt, int(each[i])), 0)
-    _step(sched, 0)  # all prompts at once: nobody decodes ahead
+    _step(sched, 0)  # all prompts in one step, so that all rows start to decode together
     assert sched.num_running == rows and not sched.prefilling
     return sched, log
 
@@ -69,7 +69,7 @@ def _tokens(plan: Plan) -> np.ndarray:
 
 
 def _step(sched: Scheduler, now: int) -> float:
-    """One step; the microseconds that schedule and commit took."""
+    """One step; returns the microseconds of schedule and commit."""
     begin = time.perf_counter_ns()
     plan = sched.schedule(now)
     middle = time.perf_counter_ns()
@@ -85,7 +85,7 @@ _seen: list[object] = [None, None]
 
 
 def _listener(outputs: object) -> None:
-    """What a columnar listener does at least: take the columns."""
+    """The least a columnar listener does: read the columns."""
     _seen[0] = outputs
 
 
@@ -94,7 +94,7 @@ def _log_listener(batches: object) -> None:
 
 
 def decode_steps(rows: int, steps: int, warmup: int = 32) -> Timing:
-    """Pure decode: nobody joins, nobody leaves."""
+    """Pure decode: no request joins or leaves."""
     length = PROMPT + BLOCK + warmup + steps
     sched, log = _filled(rows, rows * (length // BLOCK + 2), length)
     log.subscribe(_log_listener)
@@ -103,8 +103,8 @@ def decode_steps(rows: int, steps: int, warmup: int = 32) -> Timing:
 
 
 def replacement(rows: int, steps: int = 600) -> dict[str, float]:
-    """Microseconds for each request that finishes and is replaced, in a pool so tight that each new one evicts: the
-    time of the steps in which it happens, less that of a step in which it does not, a head."""
+    """Microseconds for each request that finishes and is replaced, in a pool so full that each new one evicts blocks:
+    the time of such a step minus that of a plain step, per request."""
     lives = 64 + np.random.default_rng(1).integers(0, 512, rows)
     sched, log = _filled(rows, int(rows * (PROMPT + 600) / BLOCK), lives)
     log.subscribe(_log_listener)
@@ -160,7 +160,7 @@ def waiting_memory(n: int = 2000, num_prompt: int = PROMPT) -> dict[str, float]:
 
 
 def machine_tail(repeats: int = 5000) -> dict[str, float]:
-    """Microseconds that a fixed handful of numpy calls takes: what p99 is when nothing of ours varies."""
+    """Microseconds of a fixed set of numpy calls: the p99 of work that does not vary."""
     array, rows = np.zeros(4096, np.int64), np.random.default_rng(5).permutation(4096)[:16]
     times = []
     for _ in range(repeats):
@@ -173,7 +173,7 @@ def machine_tail(repeats: int = 5000) -> dict[str, float]:
 
 
 def peer_steps(python: str, rows: tuple[int, ...]) -> dict[str, object]:
-    """The same steps in vLLM's scheduler, by the interpreter that has it."""
+    """The same steps in vLLM's scheduler, run by a Python that has vLLM."""
     script = Path(__file__).with_name("peer_vllm_scheduler.py")
     done = subprocess.run(
         [python, str(script), json.dumps({"rows": rows, "prompt": PROMPT, "block": BLOCK})],
@@ -204,7 +204,7 @@ def run(python: str | None = None, quick: bool = False) -> dict[str, object]:
 
 
 def table(found: dict) -> str:
-    """The result as text for people."""
+    """The result as a text table."""
     peer = {row["rows"]: row for row in found["vllm"]["decode"]} if found["vllm"] else {}
     lines = ["microseconds a step, schedule + commit, 256-token prompts, blocks of 16, prefix cache and log on", ""]
     head = f"{'rows':>6} {'mean':>8} {'p50':>8} {'p99':>8} {'target':>8}"

@@ -1,6 +1,5 @@
-"""Requests that come when they come, to an engine in this process or to any OpenAI-compatible address. Knows arrival
-times and streams; what a client sees is what counts.
-"""
+"""Serves requests at their arrival times, on an engine in this process or at an OpenAI-compatible address. Measures
+what a client sees."""
 
 from __future__ import annotations
 
@@ -28,13 +27,15 @@ def run(
     slo: dict[str, float] | None = None,
     timeout: float = 600.0,
 ) -> dict[str, Any]:
-    """Serve the workload at its arrival times; a result as `labkit bench report` reads it."""
+    """Serve the workload at its arrival times; returns a result that `labkit bench report` reads."""
     begin = time.perf_counter()
     timed, failed = (
         over_http(workload, url, name, timeout) if url is not None else _in_process(workload, model, options or {})
     )
     if not timed:
-        raise RuntimeError(f"none of {len(workload.asks)} requests came back: {failed[0] if failed else 'no answer'}")
+        raise RuntimeError(
+            f"none of {len(workload.asks)} requests was answered: {failed[0] if failed else 'no answer'}"
+        )
     span = max(t.done for t in timed) - min(t.arrival for t in timed)
     out = sum(t.num_output for t in timed)
     found = {
@@ -85,7 +86,7 @@ def _in_process(workload: Workload, model: str | None, options: dict[str, Any]) 
 def over_http(
     workload: Workload, url: str, name: str | None = None, timeout: float = 600.0
 ) -> tuple[list[Timed], list[str]]:
-    """What came back, and what went wrong. One thread a request that is on its way."""
+    """The answers and the errors. Uses one thread per request in flight."""
     address = _address(url)
     model = name or first_model(url, timeout)
     timed: list[Timed] = []
@@ -115,7 +116,7 @@ def over_http(
 
 
 def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
-    """When each piece of the answer came."""
+    """The arrival time of each piece of the answer."""
     body = {
         "model": model, "prompt": list(ask.prompt), "max_tokens": ask.num_output, "temperature": 0, "stream": True,
         "ignore_eos": True,
@@ -137,7 +138,7 @@ def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
                 if piece.get("choices"):
                     seen.append(time.perf_counter())
         if not seen:
-            raise ValueError("the stream held no token")
+            raise ValueError("the server sent no token")
         return seen
     finally:
         connection.close()
@@ -146,7 +147,7 @@ def _stream(address: Any, model: str, ask: Ask, timeout: float) -> list[float]:
 def _address(url: str) -> Any:
     address = urlsplit(url if "//" in url else f"http://{url}")
     if address.scheme not in ("http", "https") or not address.hostname:
-        raise ValueError(f"a server's address is like http://127.0.0.1:8000, got {url!r}")
+        raise ValueError(f"a server's address must look like http://127.0.0.1:8000, got {url!r}")
     return address
 
 
@@ -159,7 +160,9 @@ def first_model(url: str, timeout: float = 10.0) -> str:
         answer = connection.getresponse()
         return str(json.loads(answer.read())["data"][0]["id"])
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{address.geturl()} names no model ({error}): is a server there? --name says which") from None
+        raise ValueError(
+            f"{address.geturl()} lists no model ({error}): check that a server runs there, or pass --name"
+        ) from None
     finally:
         connection.close()
 

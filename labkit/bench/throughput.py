@@ -1,8 +1,8 @@
-"""Engines side by side on the same tokens: throughput of a workload, or latency of a batch. Knows the order of passes
-and what to report; the engines run in processes of their own.
+"""Compares engines on the same tokens: throughput of a workload, or latency of a batch. Each engine runs in its own
+process.
 
-Passes go A B B A, so that a machine that slows down slows all alike; a ratio comes with the interval that resampled
-passes fall into. Nothing is reported for a labkit that fails its quality gate.
+Passes are interleaved (A B B A), so that a machine that slows down affects all engines alike. A ratio comes with the
+interval that resampled passes fall into. If labkit fails its quality gate, nothing is reported.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from labkit.core.version import __version__
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run: the first backend is the one that the others are compared with."""
+    """What to run. The other backends are compared with the first."""
 
     model: str
     workload: Workload
     backends: tuple[str, ...] = ("labkit",)
     pythons: dict[str, str] = field(default_factory=dict)  # interpreters by backend
     models: dict[str, str] = field(default_factory=dict)  # where a backend reads another folder
-    options: dict[str, Any] = field(default_factory=dict)  # labkit's own words: num_threads, max_num_seqs, ...
+    options: dict[str, Any] = field(default_factory=dict)  # labkit's option names: num_threads, max_num_seqs, ...
     passes: int = 3
     warmup: int = 1
     kind: str = "throughput"
@@ -38,7 +38,7 @@ class Setting:
 
 
 def run(setting: Setting) -> dict[str, Any]:
-    """Everything that was measured, as `labkit bench report` and `parse_benchmark_output` read it."""
+    """All measurements, in the form that `labkit bench report` and `parse_benchmark_output` read."""
     result: dict[str, Any] = {
         "labkit_bench": metrics.VERSION,
         "kind": setting.kind,

@@ -1,6 +1,5 @@
-"""What is asked of an engine: prompts as token ids, how many tokens each wants, and when it comes. Knows numbers and
-files; refuses to know who serves them. One seed gives one workload, for every backend the same.
-"""
+"""Workloads: prompts as token ids, output lengths and arrival times. One seed gives the same workload to every
+backend."""
 
 from __future__ import annotations
 
@@ -19,27 +18,28 @@ import numpy as np
 from labkit.core.options import whole
 
 P = ParamSpec("P")
-Range = tuple[int, int]  # both ends may be drawn
+Range = tuple[int, int]  # both ends included
 
 
 @dataclass(frozen=True)
 class Ask:
     """One request of a workload.
 
-    One that comes `after` another continues it: `prompt` is what the conversation so far is followed by, and `arrival`
-    the seconds between that answer's end and this question.
+    A request with `after` continues an earlier one: `prompt` is what follows the conversation so far, and `arrival` is
+    the seconds between the end of that answer and this question.
     """
 
     prompt: tuple[int, ...]
     num_output: int
     arrival: float = 0.0  # seconds after the beginning
-    priority: int = 0  # the smaller is the more urgent
-    after: int | None = None  # the ask, by its place in the workload, whose conversation this one goes on with
+    priority: int = 0  # a smaller number is more urgent
+    after: int | None = None  # index of the request whose conversation this one continues
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests with a name. What a maker drew can be drawn again with another seed: `workload.reseeded(1)`."""
+    """A named list of requests. One that was drawn from a seed can be drawn again from another:
+    `workload.reseeded(1)`."""
 
     name: str
     asks: tuple[Ask, ...]
@@ -51,7 +51,7 @@ class Workload:
         for i, ask in enumerate(self.asks):
             if ask.after is not None and not 0 <= ask.after < i:
                 raise ValueError(
-                    f"request {i} of workload {self.name!r} comes after {ask.after}, which is not before it"
+                    f"request {i} of workload {self.name!r} comes after {ask.after}, which is not an earlier one"
                 )
 
     @property
@@ -67,7 +67,7 @@ class Workload:
     def reseeded(self, seed: int) -> Workload:
         """Another draw of the same kind."""
         if self.again is None:
-            raise ValueError(f"workload {self.name!r} was not drawn from a seed: there is no other draw of it")
+            raise ValueError(f"workload {self.name!r} was not drawn from a seed, so it cannot be drawn again")
         return self.again(seed)
 
     @property
@@ -236,7 +236,7 @@ def _rng(num: int, seed: int) -> np.random.Generator:
 def draw_whole(rng: np.random.Generator, span: Range, num: int) -> list[int]:
     low, high = span
     if not 1 <= low <= high:
-        raise ValueError(f"a range of lengths goes from at least 1 up, got {low}-{high}")
+        raise ValueError(f"a range of lengths must be LOW-HIGH with 1 <= LOW <= HIGH, got {low}-{high}")
     return rng.integers(low, high + 1, num).tolist()
 
 

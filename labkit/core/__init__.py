@@ -1,4 +1,4 @@
-"""The scheduler's world: no torch, no clock, no I/O, no tokenizer; numpy and the standard library.
+"""The scheduler and what it needs. numpy and the standard library only: no torch, clock, I/O or tokenizer.
 
-Start with `scheduler.py`.
+Start with `scheduling/scheduler.py`.
 """

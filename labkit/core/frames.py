@@ -1,5 +1,5 @@
-"""Tables for people: rows and column names as a pandas DataFrame. Knows which extra brings pandas; refuses to load it
-before a table is asked for."""
+"""Makes pandas DataFrames. pandas is imported when the first table is asked for, and the error names the extra to
+install."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names that people type. Knows the closest valid one; refuses to know what it means."""
+"""Checks names and values of options; an unknown name raises an error with the closest valid one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import ParamSpec, TypeVar
 
-MOST_SECONDS = 9e9  # some 285 years: nanoseconds still fit 64 bits
+MOST_SECONDS = 9e9  # about 285 years, so that nanoseconds fit in 64 bits
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -17,7 +17,7 @@ C = TypeVar("C", bound=type)
 
 
 def closest(name: str, valid: Iterable[str]) -> str:
-    """The tail of an error message: the closest valid name, then all of them."""
+    """The end of an error message: the closest valid name, then all valid names."""
     names = list(valid)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {match[0]!r}? " if match else ""
@@ -25,7 +25,7 @@ def closest(name: str, valid: Iterable[str]) -> str:
 
 
 def choose(kind: str, name: str, table: Mapping[str, T]) -> T:
-    """`table[name]`, or a ValueError that names the closest valid one."""
+    """`table[name]`, or a ValueError with the closest valid name."""
     if not isinstance(name, str) or name not in table:
         if not isinstance(name, str):
             raise ValueError(f"{kind} must be one of {', '.join(table)}, got {name!r}")
@@ -41,7 +41,7 @@ def check_names(owner: str, given: Iterable[str], valid: Iterable[str]) -> None:
 
 
 def named_options(cls: C) -> C:
-    """Class decorator: an unknown keyword of the constructor is answered with the closest valid one."""
+    """Class decorator: an unknown keyword of the constructor raises an error with the closest valid one."""
     init: Callable[..., None] = cls.__init__  # type: ignore[misc]
     valid = [name for name in inspect.signature(init).parameters if name != "self"]
 
@@ -55,7 +55,7 @@ def named_options(cls: C) -> C:
 
 
 def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
-    """Decorator for methods: an unknown keyword is answered with the closest valid one."""
+    """Decorator for methods: an unknown keyword raises an error with the closest valid one."""
     valid = [name for name in inspect.signature(function).parameters if name != "self"]
 
     @functools.wraps(function)
@@ -67,7 +67,7 @@ def named_arguments(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def whole(name: str, value: object, *, least: int, most: int | None = None) -> int:
-    """`value` as an int within bounds, or an error that names it. bool is not a number here."""
+    """`value` as an int within bounds, or an error that names it. bool is not accepted."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     number: int = value.__index__()
@@ -84,14 +84,14 @@ def duration(name: str, value: object) -> float:
 
 
 def flag(name: str, value: object) -> bool:
-    """`value` if it is True or False; "off" is neither."""
+    """`value` if it is True or False; strings such as "off" are not accepted."""
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return value
 
 
 def text(name: str, value: object, *, may_be_empty: bool = False) -> str:
-    """`value` as a string that can be written down: half of a surrogate pair cannot."""
+    """`value` as a string that can be encoded; half of a surrogate pair cannot."""
     if not isinstance(value, str) or not (value or may_be_empty):
         raise ValueError(f"{name} must be a {'' if may_be_empty else 'non-empty '}string, got {value!r}")
     try:

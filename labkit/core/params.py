@@ -1,4 +1,4 @@
-"""What a caller asks of one request's continuation. Validated once, here; refuses to know who obeys it."""
+"""Sampling parameters of a request, validated once here."""
 
 from __future__ import annotations
 
@@ -30,19 +30,18 @@ LogitsProcessor = Callable[[list[int], list[int], Any], Any]  # (prompt ids, out
 class SamplingParams:
     """How to continue a prompt, and when to stop.
 
-    `max_tokens=None` means the room that is left. Ties go abort, stop string, stop id, eos, length;
-    `min_tokens` holds back stop strings, stop ids and eos, never length or abort.
-    Fake and simulated runners draw tokens from a hash and read none of the sampler's fields.
+    `max_tokens=None` means up to the maximum length. If several reasons to stop coincide, the order is abort, stop
+    string, stop id, eos, length. `min_tokens` delays stop strings, stop ids and eos, but not length or abort. Fake and
+    simulated runners draw tokens from a hash and ignore the sampler's fields.
 
-    `temperature=0` takes the likeliest token. `logit_bias` adds to a token's logit, `allowed_token_ids` leaves only
-    these, `bad_words` (text) and `bad_word_ids` (token ids) are never completed; each of `logits_processors` is a
-    function `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample.
-    `logprobs=k` asks for the chosen token's and the k largest log-probabilities, `prompt_logprobs=k` for the prompt's.
-    A `seed` gives the same text whatever else is served. `capture={"hidden": [0], "attention": [3]}` keeps the output
-    or the attention of these layers.
-    `structured_outputs` holds the text to a form: {"json": schema}, {"json_object": True}, {"regex": "..."},
-    {"choice": ["yes", "no"]} or {"grammar": "start: ..."}. `extra_args` are the caller's own, for an order or a policy
-    to read: `lambda request, now: request.params.extra_args["tenant"]`.
+    `temperature=0` is greedy. `logit_bias` adds to tokens' logits, `allowed_token_ids` allows only these tokens,
+    `bad_words` (text) and `bad_word_ids` (token ids) are never completed. Each of `logits_processors` is a function
+    `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample. `logprobs=k`
+    returns the log-probabilities of the chosen token and the k likeliest, `prompt_logprobs=k` the same for the prompt.
+    A request with a `seed` gives the same text whatever else is served. `capture={"hidden": [0], "attention": [3]}`
+    returns hidden states or attention of the layers you name. `structured_outputs` constrains the text: {"json":
+    schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
+    `extra_args` is free for your own order or policy: `lambda request, now: request.params.extra_args["tenant"]`.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])
     SamplingParams(max_tokens=20, stop_token_ids=(2,))
@@ -167,7 +166,9 @@ class SamplingParams:
         if not check(what):
             raise ValueError(f"structured_outputs[{kind!r}] cannot be {what!r}: see SamplingParams")
         if self.ignore_eos or self.min_tokens:
-            raise ValueError("structured_outputs end where their form ends: not with ignore_eos or min_tokens")
+            raise ValueError(
+                "structured_outputs cannot be combined with ignore_eos or min_tokens: they end where their form ends"
+            )
 
     def _check_capture(self) -> None:
         if self.capture is None:

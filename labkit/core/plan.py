@@ -1,6 +1,6 @@
-"""What a runner is asked to compute and what it computed: plain columns, the only things that cross to a runner.
+"""Plans and results: plain columns, and all that passes between scheduler and runner.
 
-A plan is immutable and stands alone: it may go to another process, to disk, to a simulator.
+A plan is immutable and self-contained: it can be sent to another process, saved, or given to a simulator.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NO_PAIRS.flags.writeable = False
 
 
 class Join(NamedTuple):
-    """A request takes a row. `tokens` are all its known ids; what of them the cache holds is not computed again."""
+    """A request gets a row. `tokens` are all its token ids; those already in the cache are not computed again."""
 
     row: int
     request: str
@@ -41,7 +41,7 @@ class Join(NamedTuple):
 
 
 class TableChanges(NamedTuple):
-    """Block `block` stands at `index` of `row`'s table, in attention group `group`."""
+    """Sets entry `index` of `row`'s table in attention group `group` to `block`."""
 
     group: Ints
     row: Ints
@@ -59,11 +59,10 @@ class Plan(NamedTuple):
     """One step. Applied in this order: reset, leaves, joins, table changes, swap out, copy, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
-    rows, one token each and `drafts[i]` guesses of the tokens after it. Entry i's ids are
-    `tokens[indptr[i]:indptr[i + 1]]`, or, for the entries in `feed`, the row's latest sample, which only the runner
-    knows yet. Sample j is drawn from the logits of flat query position `sample_query[j]` for row `sample_row[j]`; one
-    position may serve several rows. Where there are drafts, a token is drawn after each of them too (`draws`), and
-    those that follow right guesses count (`verify`).
+    rows, one token each and `drafts[i]` draft tokens after it. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`. For
+    entries in `feed` the id is the row's latest sample, which only the runner has yet. Sample j is drawn from the
+    logits of flat query position `sample_query[j]` for row `sample_row[j]`; one position may serve several rows. With
+    drafts, a token is also drawn after each draft (`draws`); those that follow accepted drafts count (`verify`).
     """
 
     step: int
@@ -84,8 +83,8 @@ class Plan(NamedTuple):
     copies: Pairs = NO_PAIRS  # block -> block
     swap_in: Pairs = NO_PAIRS  # host block -> device block
     reset: bool = False  # a step failed: forget every row
-    budget: int = 0  # the most tokens that the step might have had; 0: not said
-    drafts: Ints = NO_INTS  # by decode row: how many guesses follow its token; empty: none (always so with `feed`)
+    budget: int = 0  # the most tokens the step could have had; 0: unknown
+    drafts: Ints = NO_INTS  # by decode row: how many draft tokens follow its own; empty: none (always so with `feed`)
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +140,7 @@ class Plan(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """How likely a token was: its log-probability, its rank (1: the likeliest), and the likeliest tokens' own."""
+    """A token's log-probability and rank (1 is the likeliest), and the likeliest tokens with theirs."""
 
     logprob: float
     rank: int
@@ -150,7 +149,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class Extras(NamedTuple):
-    """What a request asked for beside its token."""
+    """What a request asked for besides tokens."""
 
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: dict[int, TokenLogprobs] | None = None  # by position in the prompt
@@ -158,11 +157,11 @@ class Extras(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The tokens of each sample of the plan, the seconds it took, and an error text for rows that failed alone.
-    `extras` are by request id; the core hands them on unread.
+    """The tokens of each sample of the plan, the step's seconds, and an error text for each row that failed on its own.
+    `extras` are by request id; the core passes them on unread.
 
-    Sample j's tokens are `tokens[indptr[j]:indptr[j + 1]]`: one, and one more for each draft that was right; none for a
-    row that failed. Without `indptr` every sample has one token.
+    Sample j's tokens are `tokens[indptr[j]:indptr[j + 1]]`: one, and one more for each accepted draft; none for a row
+    that failed. Without `indptr` every sample has one token.
     """
 
     tokens: Tokens
@@ -182,15 +181,15 @@ class Result(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The whole step failed: its requests go back to the queue with the tokens they had."""
+    """The whole step failed. Its requests go back to the queue and keep their tokens."""
 
     error: BaseException
     seconds: float = 0.0
 
 
 class Outputs(NamedTuple):
-    """What a step gave: one token for each of `rows` (a row with accepted drafts is there once for each of its tokens,
-    in their order), and the requests that ended with it."""
+    """What a step produced: one token for each of `rows` (a row with accepted drafts appears once for each of its
+    tokens, in order), and the requests that finished."""
 
     step: int
     now: int

@@ -1,4 +1,4 @@
-"""One prompt and its continuation. Knows token ids, status and times; refuses to know tensors, text and threads."""
+"""A request: one prompt and its continuation, as token ids with status and times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_TOKENS = np.zeros(0, np.int32)
 
 
 class Status(StrEnum):
-    ARRIVING = "arriving"  # handed in with a later arrival time
+    ARRIVING = "arriving"  # submitted with a later arrival time
     WAITING = "waiting"
     RUNNING = "running"
     SWAPPED = "swapped"
@@ -30,11 +30,11 @@ ENDED = frozenset((Status.FINISHED, Status.ABORTED, Status.REJECTED, Status.REWO
 
 
 class Request(Shown):
-    """A handle that stays valid from submission on: `status`, `output_ids`, `finish_reason`.
+    """Valid from submission on: `status`, `output_ids`, `finish_reason`.
 
-    While it runs, its tokens live in its row of the block tables; before and after, here. A waiting request costs
-    4 bytes a prompt token and about 1 kB; once its prefix was looked up (the head of the queue, everyone under an order
-    that asks) 5 bytes a token more.
+    While it runs, its tokens are in its row of the block tables; before and after, they are here. A waiting request
+    costs 4 bytes a prompt token and about 1 kB. Once its prefix was looked up, it costs 5 bytes a token more; only the
+    head of the queue is looked up, or every request if the order asks for cached tokens.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class Request(Shown):
         self.prompt = prompt
         self.params = params
         self.arrival = arrival  # ns
-        self.priority = priority  # the smaller goes first
+        self.priority = priority  # a smaller number goes first
         self.salt = salt
         self.adapter = adapter
         self.spans = tuple(spans)
@@ -104,8 +104,8 @@ class Request(Shown):
         self.tables: BlockTables | None = None
         self.output = NO_TOKENS  # while it has no row
         self.num_computed = 0  # kept by a swap
-        self.num_cached = 0  # prompt tokens that the prefix cache spared at first admission
-        self.cached_tokens = 0  # what it would spare now; kept current for orders that ask
+        self.num_cached = 0  # prompt tokens that hit the prefix cache at first admission
+        self.cached_tokens = 0  # prompt tokens that would hit now; updated for orders that use it
         self.num_preemptions = 0
         self.hashes: list[bytes] | None = None
         self.host_blocks: list[int] = []

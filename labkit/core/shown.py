@@ -1,5 +1,5 @@
-"""How core objects come to have a picture: they ask a drawer that was registered from outside. Knows that a repr never
-raises; refuses to know HTML."""
+"""Gives core objects an HTML view in notebooks. The drawing function is registered from outside, so the core has no
+HTML code. A repr never raises."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 Drawer = Callable[[object], "str | None"]
 
-_drawers: list[Drawer] = []  # the one that draws; empty where nobody does
+_drawers: list[Drawer] = []  # at most one; empty if no drawer is registered
 
 
 def draw_with(drawer: Drawer) -> None:
-    """From now on `drawer(thing)` makes the HTML of whatever is shown; None where it has no picture of it."""
+    """Register `drawer(thing)`, which returns the HTML of an object, or None if it has no view of it."""
     _drawers[:] = [drawer]
 
 
 def html_of(thing: object) -> str | None:
-    """The picture, if there is one. Raises what the drawer raises."""
+    """The HTML view, if there is one. Raises what the drawer raises."""
     return _drawers[0](thing) if _drawers else None
 
 
 def mimebundle(thing: object) -> dict[str, str]:
-    """What a notebook shows: the repr, and the picture. A drawer that fails leaves the text, with the error named."""
+    """What a notebook shows: the repr and the HTML view. If the drawer fails, the repr and the error."""
     try:
         plain = repr(thing)
     except Exception as error:
@@ -35,7 +35,7 @@ def mimebundle(thing: object) -> dict[str, str]:
 
 
 class Shown:
-    """A base of objects that a notebook shows as a picture.
+    """Base class for objects with an HTML view in a notebook.
 
     >>> class Point(Shown):
     ...     def __repr__(self): return "Point(1, 2)"

@@ -1,4 +1,4 @@
-"""What callers hand in as token ids, checked once and made int32. Knows no vocabulary."""
+"""Checks token ids given by callers and converts them to int32."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_TOKEN_ID = 2**31 - 1
 
 
 def as_tokens(tokens: TokenIds, what: str = "prompt") -> Tokens:
-    """Token ids as int32, or a ValueError that names the first bad one."""
+    """Token ids as int32, or a ValueError with the first invalid one."""
     if isinstance(tokens, (str, bytes)):
         raise ValueError(f"{what} must be token ids, got text: encode it with the model's tokenizer first")
     try:

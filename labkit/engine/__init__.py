@@ -1,1 +1,1 @@
-"""The engine: the loop that steps a scheduler and a runner, and what surrounds it."""
+"""The engine: runs the loop over a scheduler and a runner, and everything around it."""

@@ -1,7 +1,4 @@
-"""An engine's own thread: stepping in the background, and calls that are carried over to it.
-
-Knows when to step and when to give up; refuses to know what a step does.
-"""
+"""The engine's background thread: steps while there is work, and runs calls that other threads make."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ class Background(Loop):
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock, worker: Worker | None) -> None:
         super().__init__(scheduler, runner, clock)
         self.worker = worker
-        self.is_closed = False  # nothing may begin any more
+        self.is_closed = False  # closed: nothing new may start
         self._num_failures = 0
         if worker is not None:
             self._finalizer = weakref.finalize(self, Worker.stop, worker, 5.0)
@@ -41,17 +38,17 @@ class Background(Loop):
 
     @property
     def is_running(self) -> bool:
-        """Does a background thread step this engine?"""
+        """Whether a background thread steps this engine."""
         return self.worker is not None and self.worker.turn is not None
 
     def start(self) -> Self:
-        """Step in the background from now on, whenever there is something to do."""
+        """From here on, step in the background whenever there is work."""
         self._num_failures = 0
         self.own_thread().set_turn(_turn_of(weakref.ref(self)))
         return self
 
     def own_thread(self) -> Worker:
-        """From now on everything happens in one thread, whoever asks for it."""
+        """From here on everything runs in one thread, whichever thread calls."""
         self._check_open()
         if self.worker is None:
             self.worker = Worker()
@@ -59,14 +56,14 @@ class Background(Loop):
         return self.worker
 
     def pause(self) -> Self:
-        """Stop stepping after the current step; `start()` goes on. Nothing is lost."""
+        """Stop stepping after the current step; `start()` continues. Nothing is lost."""
         if self.worker is not None and self.is_running:
             self.worker.set_turn(None)
             self.wakeup.ring()
         return self
 
     def _turn(self) -> float | None:
-        """One step in the background; seconds until the next is due, None: when somebody asks for something."""
+        """One step in the background. Returns the seconds until the next is due, None if the next call wakes it."""
         real_time = isinstance(self.clock, WallClock)
         try:
             outputs = self._step(patient=not real_time)
@@ -91,7 +88,7 @@ class Background(Loop):
         return list(self.scheduler.requests.values())
 
     def _give_up(self, requests: list[Request], error: Exception) -> None:
-        """Nobody watches a background engine: what cannot be served is ended, and says why."""
+        """Nobody steps a background engine by hand, so requests that cannot be served are ended, with the reason."""
         for request in requests:
             if not request.ended:
                 request.error = f"{type(error).__name__}: {error}"
@@ -116,7 +113,7 @@ class Background(Loop):
 
 
 def _turn_of(engine: weakref.ref[Background]) -> Callable[[], float | None]:
-    """A worker must not keep the engine alive that it works for."""
+    """A turn that does not keep the engine alive: a worker must not hold a reference to its engine."""
 
     def turn() -> float | None:
         here = engine()

@@ -1,8 +1,8 @@
-"""Beam search over an engine: the k likeliest continuations, step by step. Knows log-probabilities; refuses to know
-blocks: beams that share a beginning share its blocks through the prefix cache.
+"""Beam search over an engine: the k likeliest continuations. Beams with a common beginning share its blocks through the
+prefix cache.
 
-Each step asks one token of every beam as a request of its own, so that beams are batched with whatever else is served,
-and survive preemption like anything else. What that costs is the last partial block of each beam, computed again.
+Each step submits one request per beam for one token. So beams are batched with everything else that is served, and can
+be preempted like any request. The cost is that each beam's last partial block is computed again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 @named_options
 @dataclass(frozen=True)
 class BeamSearchParams:
-    """`beam_width` hypotheses of at most `max_tokens`; a hypothesis scores its log-probability over
-    length ** length_penalty."""
+    """`beam_width` hypotheses of at most `max_tokens`. A hypothesis's score is its log-probability divided by length **
+    length_penalty."""
 
     beam_width: int = 4
     max_tokens: int = 16
@@ -53,7 +53,7 @@ class Beam:
 
 @dataclass
 class Search:
-    """One prompt's beams, and those that have ended."""
+    """The beams of one prompt, running and finished."""
 
     prompt: list[int]
     beams: list[Beam] = field(default_factory=lambda: [Beam()])
@@ -61,7 +61,7 @@ class Search:
 
 
 def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams | None = None) -> list[list[Beam]]:
-    """For each of a list of prompts (text, token ids, or as `Engine.submit` takes them) its best continuations, best
+    """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
     first."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")

@@ -1,5 +1,4 @@
-"""An engine's parts from a model's name and the settings that serving people know. Knows how parts fit together;
-computes nothing."""
+"""Builds an engine's parts from a model's name and the usual serving options."""
 
 from __future__ import annotations
 
@@ -11,8 +10,8 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 
-SMALL = 64 * 2**20  # bytes of weights below which one core does as well as two, and far better beside other programs
-CPU_SHARE = 0.25  # of the memory that is free, for keys and values on a CPU
+SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
+CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
 
 
 class Parts(NamedTuple):
@@ -26,13 +25,13 @@ class Parts(NamedTuple):
 class Options:
     """How to load and serve a model.
 
-    `dtype` "auto" is the checkpoint's own; `device` None a GPU if there is one; `num_blocks` None as many as fit into
-    `gpu_memory_utilization` of a GPU's memory, or a quarter of what a CPU has free. `max_model_len` bounds prompt and
-    output together. `num_threads` None is one thread for a small model on a CPU, else torch's own choice. `graphs` None
-    replays captured decode steps on a GPU, and `max_in_flight` None keeps one step in flight there. `deterministic`
-    computes each request the same way whatever is served beside it, bit for bit, and takes longer. `hybrid_kv` gives
-    layers with a sliding window blocks of their own, which are freed as soon as the window has left them (their decode
-    steps are then not captured). The rest goes to the `BlockManager` and the `Scheduler`.
+    `dtype` "auto" is the checkpoint's own dtype. `device` None is a GPU if there is one. `num_blocks` None is as many
+    as fit into `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len`
+    limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
+    GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight. `deterministic`
+    computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `hybrid_kv` gives
+    layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
+    steps are then not captured. All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -131,7 +130,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
 
 
 def _choose_threads(model: Any, num_threads: int | None) -> None:
-    """How many cores the calling thread's work is shared out to."""
+    """The number of cores that share the calling thread's work."""
     import torch
 
     small = sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()) < SMALL
@@ -140,7 +139,7 @@ def _choose_threads(model: Any, num_threads: int | None) -> None:
 
 
 def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
-    """As many as fit, and no more than could ever be used."""
+    """As many blocks as fit, but no more than could ever be used."""
     share = options.gpu_memory_utilization if runner.device.type == "cuda" else CPU_SHARE
     fit = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
     most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
@@ -148,7 +147,7 @@ def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
 
 
 def _eos_ids(model: Any, folder: Path | None, tokenizer: Any) -> tuple[int, ...]:
-    """Where the model says that it has ended: its generation config, its config, its tokenizer."""
+    """The model's end tokens, from its generation config, its config, or its tokenizer."""
     import json
 
     found: list[Any] = [getattr(model.config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]

@@ -1,4 +1,4 @@
-"""What an engine is given, checked before it is used."""
+"""Checks of the parts and arguments that an engine is given."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labkit.engine.handle import Handle
 
 
 class Names(Protocol):
-    """An engine, as far as it knows which ids are in use."""
+    """What these checks need of an engine: which ids are in use."""
 
     scheduler: Scheduler
     arriving: dict[str, Handle]
@@ -35,7 +35,7 @@ def check_parts(scheduler: Any, runner: Any, clock: Any, tokenizer: Any) -> None
 
 
 def is_ids(prompts: Any) -> bool:
-    """Token ids of one prompt, rather than several prompts?"""
+    """Whether this is one prompt as token ids, rather than several prompts."""
     if isinstance(prompts, np.ndarray):
         return prompts.ndim == 1
     first = next(iter(prompts), None) if isinstance(prompts, Sequence) else None
@@ -43,7 +43,7 @@ def is_ids(prompts: Any) -> bool:
 
 
 class Taken:
-    """Is this id a request's? Asked by the block manager before a table is made under it."""
+    """Whether an id belongs to a request. The block manager asks before it makes a table under that name."""
 
     def __init__(self, engine: Callable[[], Names | None]) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""What an engine leaves behind. Knows weak references and threads; refuses to know what they were for."""
+"""Checks that closing an engine frees its memory and threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from labkit.core.shown import mimebundle
 
 
 class Held(NamedTuple):
-    """Memory that should be gone after closing: (what, bytes, weak reference)."""
+    """Memory that should be freed after closing: (what, bytes, weak reference)."""
 
     what: str
     num_bytes: int
@@ -18,7 +18,7 @@ class Held(NamedTuple):
 
 
 def held_memory(runner: Any) -> list[Held]:
-    """Weak references to a runner's keys, values and weights, by its own account."""
+    """Weak references to the keys, values and weights that a runner reports."""
     tensors = getattr(runner, "memory_parts", None)
     if tensors is None:
         return []
@@ -26,7 +26,7 @@ def held_memory(runner: Any) -> list[Held]:
 
 
 class LeakReport(NamedTuple):
-    """What is still there after `close()`: nothing, if all is well."""
+    """What still exists after `close()`; empty if everything was freed."""
 
     thread: str | None
     kv_bytes: int

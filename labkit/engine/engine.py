@@ -1,6 +1,6 @@
-"""The engine's public face: submit, generate, chat, step, control, snapshot, close.
+"""The public class `Engine`: submit, generate, chat, step, control, snapshot, close.
 
-`Loop` takes the steps, `Background` runs the loop in a thread of its own.
+`Loop` takes the steps; `Background` runs the loop in its own thread.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 class Engine(Background, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
-    `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other; the options are those of
-    `labkit.engine.build.Options`. Or it is given its parts:
+    `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see
+    `labkit.engine.build.Options`. You can also pass the parts:
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16))
@@ -55,8 +55,8 @@ class Engine(Background, Shown):
     >>> r
     Request('r1': finished, length, 3 + 4 tokens)
 
-    Without more it does nothing by itself: `step()`, `run()`, or waiting for a handle drives it. Inside `with engine:`,
-    or after `start()`, a background thread does, and everything here may be called from any thread.
+    An engine does nothing by itself: `step()`, `run()` or waiting for a handle drives it. Inside `with engine:`, or
+    after `start()`, a background thread drives it, and all methods may be called from any thread.
     """
 
     def __init__(
@@ -82,15 +82,15 @@ class Engine(Background, Shown):
         elif model is not None or options:
             given = "a model" if model is not None else ", ".join(options)
             raise TypeError(
-                f"Engine builds its parts from a model, or is given them: not {given} and scheduler, runner"
+                f"Engine takes a model and its options, or scheduler= and runner=, not both: leave out {given}"
             )
         check_parts(scheduler, runner, clock, tokenizer)
         assert scheduler is not None and runner is not None
         super().__init__(scheduler, runner, clock if clock is not None else WallClock(), worker)
         self.tokenizer = tokenizer
         self._num_made = 0
-        self.lock = threading.Lock()  # held while ids are given out
-        self.closed: LeakReport | None = None  # what was left after close()
+        self.lock = threading.Lock()  # held while ids are assigned
+        self.closed: LeakReport | None = None  # the report of close()
         scheduler.vocab_size = runner.vocab_size
         blocks = scheduler.blocks
         layout = Layout(
@@ -121,10 +121,11 @@ class Engine(Background, Shown):
         adapter: str | None = None,
         spans: Sequence[Span] = (),
     ) -> Handle:
-        """Hand in a prompt, now or to arrive at `arrival` seconds. Errors are raised here, and change nothing.
+        """Submit a prompt. `arrival` delays it to that time (seconds) on the engine's clock. Errors are raised here and
+        change nothing.
 
-        A prompt is text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}. While the engine runs in the
-        background the request is looked at between two steps: a queue that is full by then shows as `rejected`.
+        A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. While the engine runs in the
+        background, the request is handled between two steps: if the queue is full by then, its status is `rejected`.
         """
         self._check_open()
         handle = make_handle(
@@ -134,7 +135,7 @@ class Engine(Background, Shown):
         with self.lock:
             for name in family:
                 if self.is_taken(name):
-                    raise ValueError(f"id {name!r} was submitted before, or names a table: ids are used once")
+                    raise ValueError(f"id {name!r} was submitted before, or names a table: use a new id")
             self.arriving |= family  # type: ignore[arg-type]
         try:
             if handle.arrival > self.clock.now():
@@ -165,7 +166,7 @@ class Engine(Background, Shown):
                     return id
 
     def request(self, id: str) -> Handle:
-        """A request by its id: live, arriving, or one of the latest that ended."""
+        """A request by its id: live, arriving, or one of the latest that have ended."""
         s = self.scheduler
         if not isinstance(id, str):
             raise TypeError(f"a request's id is a string, got {id!r}")
@@ -175,7 +176,7 @@ class Engine(Background, Shown):
         return found  # type: ignore[return-value]
 
     def abort(self, request: str | Request) -> Handle:
-        """End a request in whatever state it is; one that has ended stays as it is."""
+        """End a request in any state. One that has already ended is unchanged."""
         if not isinstance(request, Request):
             request = self.request(request)
         handle: Handle = request  # type: ignore[assignment]
@@ -195,7 +196,7 @@ class Engine(Background, Shown):
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Any,
     ) -> Any:
-        """Submit one prompt or a list of them and wait: a handle, or a list of handles in the same order."""
+        """Submit one prompt or a list of them and wait. Returns a handle, or a list of handles in the same order."""
         single = isinstance(prompts, (str, Mapping)) or is_ids(prompts)
         batch: list[Any] = [prompts] if single else list(prompts)
         each: list[Any] = list(params) if isinstance(params, (list, tuple)) else [params] * len(batch)
@@ -216,7 +217,7 @@ class Engine(Background, Shown):
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, tools: Any = None, **options: Any
     ) -> Handle:
-        """One turn of a conversation in the model's own form."""
+        """One turn of a conversation, formatted with the model's chat template."""
         found: Handle = self.generate(self.chat_ids(messages, **({"tools": tools} if tools else {})), params, **options)
         return found
 
@@ -230,7 +231,7 @@ class Engine(Background, Shown):
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait_for(self, handles: Iterable[Handle], timeout: float | None = None) -> None:
-        """Until all have ended: stepping, or, with a background thread, watching."""
+        """Wait until all have ended, by stepping or, with a background thread, by waiting for it."""
         if timeout is not None:
             duration("timeout", timeout)
         clock = WallClock()
@@ -242,7 +243,7 @@ class Engine(Background, Shown):
                 self._wait_once(handle, None, left)
 
     def wait_past(self, handle: Handle, seen: int) -> int:
-        """Until it has more than `seen` tokens, or has ended; how many it has then."""
+        """Wait until the request has more than `seen` tokens or has ended; returns how many it has."""
         while not has_news(handle, seen):
             self._wait_once(handle, seen, None)
         return len(handle.output_ids)
@@ -253,7 +254,7 @@ class Engine(Background, Shown):
                 raise RuntimeError("the engine's own thread cannot wait for the engine")
             self.wakeup.wait(handle, seen, timeout)
         elif self.step() is None and not handle.ended and not self.is_running:
-            raise RuntimeError(f"{handle!r} is not this engine's, or was rewound: nothing is left to do")
+            raise RuntimeError(f"{handle!r} cannot finish here: it was rewound, or belongs to another engine")
 
     async def wait_past_async(self, handle: Handle, seen: int | None) -> int:
         while not has_news(handle, seen):
@@ -267,14 +268,14 @@ class Engine(Background, Shown):
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def step(self) -> Outputs | None:
-        """One step: launch the next plan and commit the oldest. None when there is nothing left to do."""
+        """One step: launch the next plan and commit the oldest. None if nothing is left to do."""
         self._check_open()
         if self.is_running and not self._is_here:
             raise RuntimeError("the engine steps by itself in the background: pause() it first")
         return self._call(self._step)
 
     def profile(self, steps: int = 20) -> Profile:
-        """Take steps, and see where each millisecond of them went."""
+        """Take steps and measure where each millisecond went."""
         from labkit.engine.profile import profile
 
         whole("steps", steps, least=1)
@@ -292,8 +293,9 @@ class Engine(Background, Shown):
         seed: int = 0,
         speed: float = 1.0,
     ) -> Dashboard:
-        """This engine live in a notebook: figures, a timeline and controls. With `rate`, requests of that kind come so
-        many a second; on a virtual clock it plays `speed` virtual seconds a second. Needs labkit[lab].
+        """A live dashboard of this engine in a notebook: figures, a timeline and controls. `rate` submits requests of
+        kind `mix` at that many a second. On a virtual clock it plays `speed` virtual seconds a second. Needs
+        labkit[lab].
 
         >>> eng.dashboard(rate=8, num=200)
         """
@@ -302,7 +304,7 @@ class Engine(Background, Shown):
 
         self._check_open()
         if rate is None and (mix is not None or num is not None):
-            raise ValueError("mix= and num= say which requests come: they need rate=, how many a second")
+            raise ValueError("mix= and num= describe the requests: they need rate= (requests a second)")
         load = None if rate is None else Load(rate, "mixed" if mix is None else mix, num, seed)
         return Dashboard(self.log, Player(self, load, speed))
 
@@ -326,7 +328,8 @@ class Engine(Background, Shown):
         self.close()
 
     def close(self) -> LeakReport:
-        """End every request, the thread, the cache and the model. The report says what is still there, if anything."""
+        """End all requests and the thread, and free the cache and the model. The report lists whatever is still
+        there."""
         if self.closed is not None:
             return self.closed
         self.is_closed = True
@@ -343,17 +346,17 @@ class Engine(Background, Shown):
     # -- live settings -------------------------------------------------------------------------------------------
 
     def control(self, **settings: Any) -> None:
-        """Change settings of the running engine; each leaves a Control event.
+        """Change settings of the running engine. Each change is logged as a Control event.
 
         budget, rows, order, eviction, preemption, prefix_caching, prefill_share, max_prefill_chunk, watermark.
         """
         values = checked(self.scheduler, settings)
         self._call(lambda: apply(self.scheduler, settings, values, self.clock.now()))
 
-    # -- time travel ---------------------------------------------------------------------------------------------
+    # -- snapshots -----------------------------------------------------------------------------------------------
 
     def snapshot(self) -> Snapshot:
-        """All state, to come back to. Drains what is in flight first."""
+        """The engine's whole state, for `restore`. Commits what is in flight first."""
         return self._call(self._snapshot)
 
     def _snapshot(self) -> Snapshot:
@@ -361,10 +364,10 @@ class Engine(Background, Shown):
         return take_snapshot(self)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of this engine. Every object and handle stays valid; the log is cut back, and its
-        subscribers are told `Rewound`. Requests submitted since are marked `rewound`."""
+        """Go back to a snapshot of this engine. Every object and handle stays valid. The log is cut back, and its
+        subscribers get a `Rewound` event. Requests submitted since are marked `rewound`."""
         if not isinstance(snapshot, Snapshot):
-            raise TypeError(f"restore takes what snapshot() gave, got {snapshot!r}")
+            raise TypeError(f"restore needs a Snapshot from snapshot(), got {snapshot!r}")
         self._call(lambda: self._restore(snapshot))
 
     def _restore(self, snapshot: Snapshot) -> None:
@@ -386,7 +389,7 @@ class Engine(Background, Shown):
         return self._call(fork)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
-        """A copy has no thread, no listeners, and nobody who waits for it."""
+        """A copy has no thread, no listeners and no waiters."""
         other = object.__new__(Engine)
         memo[id(self)] = other
         for name, value in vars(self).items():
@@ -398,7 +401,7 @@ class Engine(Background, Shown):
         return other
 
     def check(self) -> None:
-        """All conservation laws."""
+        """Run every part's consistency check."""
         self._call(self._check)
 
     def _check(self) -> None:

@@ -1,4 +1,4 @@
-"""A request as the caller holds it: its text and tokens as they come, awaited, iterated, aborted."""
+"""A submitted request as its caller sees it: read text and tokens as they arrive, wait, iterate, abort."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.text.tokenizer import Decoder
 
 
 class Owner(Protocol):
-    """What a handle asks of the engine it was submitted to."""
+    """What a handle needs of its engine."""
 
     @property
     def tokenizer(self) -> Decoder | None: ...
@@ -26,15 +26,15 @@ class Owner(Protocol):
 
 
 class RequestError(RuntimeError):
-    """This request alone failed; the engine goes on."""
+    """This request failed; the engine continues."""
 
 
 class Handle(Request):
     """What `Engine.submit` returns.
 
-    `for text in handle`, `async for text in handle` give text as it comes (token ids where the engine has no
-    tokenizer); `handle.wait()` and `await handle` come back when it has ended; `handle.text`, `.output_ids`,
-    `.logprobs` are what there is so far. Without a background thread, whoever waits also steps the engine.
+    `for text in handle` and `async for text in handle` yield text as it is produced (token ids if the engine has no
+    tokenizer). `handle.wait()` and `await handle` return when the request has ended. `handle.text`, `.output_ids` and
+    `.logprobs` hold what there is so far. Without a background thread, waiting also steps the engine.
     """
 
     __slots__ = ("_lock", "_text", "captures", "engine", "logprobs", "prompt_logprobs", "prompt_text")
@@ -60,12 +60,12 @@ class Handle(Request):
         other._text, other._lock = None, threading.Lock()
         return other
 
-    # -- what there is so far ------------------------------------------------------------------------------------
+    # -- output so far -------------------------------------------------------------------------------------------
 
     @property
     def output_ids(self) -> list[int]:
         """Tokens so far; may be read from any thread while the engine runs."""
-        while True:  # a row that changed hands meanwhile may have held other tokens
+        while True:  # the row may have been given to another request meanwhile
             row = self.row
             ids: list[int] = self.output_array.tolist()
             if self.row == row:
@@ -73,15 +73,15 @@ class Handle(Request):
 
     @property
     def text(self) -> str:
-        """Text so far, in whole characters, without what may turn out to be a stop string."""
+        """Text so far, in whole characters, without a tail that may become a stop string."""
         if self.engine.tokenizer is None or not self.params.detokenize:
             raise ValueError(f"request {self.id!r} has no text: the engine has no tokenizer, or detokenize=False")
-        ended = self.ended  # asked first: tokens that come later are then not missed
+        ended = self.ended  # read first, so that tokens that arrive later are not missed
         text = self.read_text()
         return text.final if ended else text.shown
 
     def read_text(self) -> Text:
-        """The text, brought up to the latest token."""
+        """The text, updated to the latest token."""
         with self._lock:
             ids = self.output_ids
             if self._text is None or self._text.num_tokens > len(ids):
@@ -92,13 +92,13 @@ class Handle(Request):
             return self._text
 
     def forget_text(self) -> None:
-        """The tokens are others than before: time was turned back."""
+        """The tokens changed because the engine was rewound."""
         self._text = None
         del self.logprobs[self.num_output :]
 
     @property
     def stop_reason(self) -> str | int | None:
-        """The stop string or token that ended it, if one did."""
+        """The stop string or token that ended the request, if any."""
         if self.finish_reason == "stop string":
             return self.read_text().stop_string
         return self.output_ids[-1] if self.finish_reason == "stop" else None
@@ -111,18 +111,18 @@ class Handle(Request):
         """The layer's output [tokens, hidden size], or its attention as a list of [heads, queries, keys] by chunk."""
         parts = self.captures.get((what, layer))
         if parts is None:
-            raise ValueError(f"request {self.id!r} captured nothing of {what!r}, layer {layer}: ask with capture=")
+            raise ValueError(f"request {self.id!r} captured nothing of {what!r}, layer {layer}: name it in capture=")
         if what == "attention":
             return [array for _, array in parts]
         import torch
 
         whole: dict[int, Any] = {}
-        for start, array in parts:  # tokens computed again after a preemption come again
+        for start, array in parts:  # tokens recomputed after a preemption arrive a second time
             whole |= {start + i: line for i, line in enumerate(array)}
         return torch.stack([whole[i] for i in sorted(whole)])
 
     def take(self, extras: Extras) -> None:
-        """What the runner gave beside a token."""
+        """Store what the runner returned besides a token."""
         if extras.logprobs is not None and len(self.logprobs) < self.num_output:
             self.logprobs.append(extras.logprobs)
         if extras.prompt_logprobs:
@@ -133,7 +133,8 @@ class Handle(Request):
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> Handle:
-        """Until it has ended; TimeoutError when that takes longer. Raises RequestError if it failed."""
+        """Wait until the request has ended; raises TimeoutError after `timeout` seconds, and RequestError if the
+        request failed."""
         self.engine.wait_for([self], timeout)
         return self._unless_failed()
 
@@ -149,7 +150,7 @@ class Handle(Request):
         return self
 
     def _pieces(self) -> tuple[Any, int]:
-        """Everything so far, as what iteration hands out, and its length."""
+        """Everything so far in the form that iteration yields, and its length."""
         if self.engine.tokenizer is None or not self.params.detokenize:
             ids = self.output_ids
             return ids, len(ids)

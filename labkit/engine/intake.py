@@ -1,4 +1,4 @@
-"""A prompt and its parameters, checked and made into a request. Knows what an engine can serve; changes nothing."""
+"""Request intake: checks a prompt and its parameters against the engine and makes a request. Changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from labkit.runner.base import Runner
 
 
 class Server(Owner, Protocol):
-    """What the intake asks of an engine."""
+    """What intake needs of an engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -41,7 +41,7 @@ def make_handle(
     adapter: str | None,
     spans: Sequence[Span],
 ) -> Handle:
-    """A handle for the prompt, its further samples in `.samples`; a ValueError names what cannot be."""
+    """A handle for the prompt, with its further samples in `.samples`; a ValueError names what is wrong."""
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {params!r}")
@@ -78,7 +78,7 @@ def make_handle(
 
 
 def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
-    """Token ids of whatever a prompt may be, and its text if that is what it was."""
+    """A prompt's token ids, and its text if it was given as text."""
     written = None
     if isinstance(prompt, Mapping):
         check_names("a prompt", prompt, ("prompt", "prompt_token_ids"))
@@ -114,7 +114,7 @@ def _check_embeddings(engine: Server, spans: Sequence[Span]) -> None:
 
 
 def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> SamplingParams:
-    """The parameters with what only this engine knows filled in."""
+    """The parameters, with values filled in that depend on the engine."""
     if params.stop and engine.tokenizer is None:
         raise ValueError("stop strings need text: give the Engine a tokenizer, or use stop_token_ids")
     if params.stop and not params.detokenize:
@@ -154,7 +154,7 @@ def _grammar(engine: Server, form: Mapping[str, Any]) -> Any:
 
 
 def _word_ids(engine: Server, params: SamplingParams) -> list[tuple[int, ...]]:
-    """Each word as it may be written: at the start of a text, and behind a space."""
+    """Each word's token ids as written at the start of a text, and after a space."""
     encode = getattr(engine.tokenizer, "encode", None)
     if encode is None:
         raise ValueError("bad_words need text: give the Engine a tokenizer, or use bad_word_ids")

@@ -1,6 +1,7 @@
-"""The loop: requests arrive, plans go to a runner, results come back, outputs go to listeners. Read `_step` first.
+"""The engine's loop: requests arrive, plans go to a runner, results come back, outputs go to listeners. Read `_step`
+first.
 
-Knows a scheduler, a runner and a clock; refuses to know threads, models and policies.
+It has no thread of its own, see `background.py`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Listener = Callable[[Outputs], None]
 
 
 class StalledError(RuntimeError):
-    """Requests wait, and nothing that runs will ever make room for them."""
+    """Requests wait, and no running request will ever free what they need."""
 
 
 class Loop:
-    """Steps a scheduler and a runner. Everything here runs in one thread at a time."""
+    """Steps a scheduler and a runner. Only one thread at a time may call it."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, clock: Clock) -> None:
         self.scheduler = scheduler
@@ -42,7 +43,7 @@ class Loop:
         self.listeners: list[Listener] = []
         self.arriving: dict[str, Handle] = {}  # submitted, but not yet known to the scheduler
         self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
-        self._num_enqueued = 0  # ties in time go by it
+        self._num_enqueued = 0  # breaks ties in time
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.wakeup = Wakeup()
 
@@ -61,14 +62,14 @@ class Loop:
         return id in self.arriving or id in s.requests or id in s.ended or id in s.tables.row_of
 
     def _enqueue(self, handle: Handle) -> None:
-        """To arrive later; one that can never fit is refused at once."""
+        """Queue a request for its arrival time. One that can never fit is rejected at once."""
         if self.scheduler.why_never(handle) is not None:
             self._enter(handle)
         self._num_enqueued += 1
         heapq.heappush(self._arrivals, (handle.arrival, self._num_enqueued, handle))
 
     def _enter(self, handle: Handle, quiet: bool = False) -> None:
-        """The scheduler's from now on."""
+        """From here on the scheduler owns the request."""
         for member in (handle, *handle.samples):
             self.arriving.pop(member.id, None)
         if handle.ended:
@@ -81,7 +82,7 @@ class Loop:
             self.wakeup.ring()
             if not quiet:
                 raise
-            return  # the request says so, and the log; nobody is here to be told
+            return  # the request and the log say so; there is no caller to raise to
         except Exception as error:
             if not quiet:
                 raise
@@ -112,7 +113,7 @@ class Loop:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def _step(self, patient: bool = True) -> Outputs | None:
-        """The whole program. Not `patient`: come back rather than wait for an arrival."""
+        """One engine step. If not `patient`, return instead of waiting for an arrival."""
         while True:
             self._let_arrive()
             plan = self._launch()
@@ -172,8 +173,8 @@ class Loop:
                 handle.take(extras)
 
     def _fail(self, plan: Plan, error: Exception) -> None:
-        """A step came to nothing: everything in flight is rolled back, and its requests wait to be computed again.
-        The error rises to the caller, who may step on."""
+        """The step failed: roll back everything in flight; its requests are queued to be computed again. The error is
+        raised to the caller, who may continue stepping."""
         flying = [launched for launched, _ in self.in_flight]
         self.in_flight.clear()
         for failed in flying if plan in flying else [*flying, plan]:
@@ -188,15 +189,16 @@ class Loop:
             warnings.warn(f"{listener!r} raised {error!r} and no longer listens", stacklevel=2)
 
     def listen(self, listener: Listener) -> Callable[[], None]:
-        """Call `listener(outputs)` once a step; returns a function that ends it. One that raises is dropped."""
+        """Call `listener(outputs)` once a step; returns a function that removes it. A listener that raises is
+        removed."""
         if not callable(listener):
             raise TypeError(f"a listener is a function of a step's outputs, got {listener!r}")
         self.listeners.append(listener)
         return lambda: self.listeners.remove(listener) if listener in self.listeners else None
 
     def _find_stops(self) -> list[tuple[Request, int]]:
-        """Requests whose text now holds one of their stop strings. The tokens that make it stay with the request, its
-        text ends before it."""
+        """Requests whose text now contains one of their stop strings. They keep the stop string's tokens; their text
+        ends before it."""
         found: list[tuple[Request, int]] = []
         for id, handle in list(self._watched.items()):
             text = handle.read_text() if handle.num_output and handle.status is not Status.ABORTED else None
@@ -211,22 +213,24 @@ class Loop:
         head = s.queue.peek() if s.queue else None
         held = {name: len(blocks.table(name)) for name in blocks.tables.row_of if name not in s.requests}
         stuck = next((s.row_request[row] for row in s.held), None)
-        who = f"request {head.id!r} needs {blocks.blocks_for(head.num_tokens)} blocks" if head else "nobody can go on"
+        who = (
+            f"request {head.id!r} needs {blocks.blocks_for(head.num_tokens)} blocks" if head else "no request can go on"
+        )
         if head is None and stuck is not None:
             who = f"request {stuck.id!r} needs {blocks.blocks_for(stuck.num_tokens)} blocks in all and runs out of them"
         others = f"; tables made outside the engine hold {held}: free them" if held else ""
         raise StalledError(
-            f"{s.num_waiting} wait and none can be computed: {who}, {blocks.available} are available{others}"
+            f"{s.num_waiting} requests wait and none can run: {who}, {blocks.available} are available{others}"
         )
 
     def drain(self) -> None:
-        """Commit what is in flight, launch nothing."""
+        """Commit what is in flight without launching more."""
         while self.in_flight:
             self._commit()
 
 
 def _check_result(plan: Plan, result: Any) -> None:
-    """A runner's answer, before anything is made of it."""
+    """Check a runner's result before it is used."""
     if not isinstance(result, Result):
         raise ValueError(f"a runner gives a Result, got {type(result).__name__}")
     tokens = np.asarray(result.tokens)

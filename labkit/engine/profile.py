@@ -1,7 +1,6 @@
-"""Where each millisecond of a step went: schedule, prepare, every op of the forward, sample, commit, text. Knows the
-names of an engine's stages; changes nothing but the time they take.
+"""Profiles engine steps: schedule, prepare, every op of the forward, sample, commit, text.
 
-On a GPU every op is waited for, so the parts are true and their sum is more than an undisturbed step takes.
+On a GPU each op is waited for. So each part's time is correct, but their sum is more than an undisturbed step takes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from labkit.text.tokenizer import Decoder
 
 
 class Stepped(Protocol):
-    """What is asked of an engine that is profiled."""
+    """What the profiler needs of an engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -51,7 +50,7 @@ class Profile(Shown):
         self.num_steps, self.num_tokens, self.seconds = num_steps, num_tokens, seconds
 
     def frame(self) -> Any:
-        """A row a part: stage, op, variant, calls and milliseconds a step, share."""
+        """One row per part: stage, op, variant, calls and milliseconds per step, share."""
         return table(
             (
                 (part.stage, part.op, part.variant, part.calls / self.num_steps, part.seconds / self.num_steps * 1e3,
@@ -74,7 +73,7 @@ class Profile(Shown):
 
 
 class _Stopwatch:
-    """Time by name; what runs inside something else is taken off that."""
+    """Time by name; time spent in a nested part is subtracted from the outer one."""
 
     def __init__(self, sync: Callable[[], None]) -> None:
         self.sync = sync
@@ -108,7 +107,7 @@ STAGES = (  # (path to the object, method, stage, op)
 
 
 def profile(engine: Stepped, steps: int) -> Profile:
-    """Take `steps` steps, all of them timed part by part."""
+    """Take `steps` steps and time each part."""
     from labkit_kernels import watched
 
     watch = _Stopwatch(_sync_of(engine.runner))
@@ -116,7 +115,7 @@ def profile(engine: Stepped, steps: int) -> Profile:
     runner: Any = engine.runner
     graphs = getattr(runner, "graphs", None)
     with ExitStack() as stack:
-        if graphs is not None:  # a replay has no parts
+        if graphs is not None:  # a replayed graph has no parts
             runner.graphs = None
             stack.callback(setattr, runner, "graphs", graphs)
         for path, method, stage, op in STAGES:
@@ -159,11 +158,11 @@ def _patched(owner: Any, method: str, stage: str, op: str, watch: _Stopwatch) ->
     try:
         yield
     finally:
-        delattr(owner, method)  # the class's own shows again
+        delattr(owner, method)  # the class's own method is visible again
 
 
 def _read_text(engine: Stepped) -> None:
-    """What a client that reads along costs."""
+    """The cost of a client that reads text as it arrives."""
     if engine.tokenizer is None:
         return
     for request in list(engine.scheduler.requests.values()):

@@ -1,4 +1,4 @@
-"""Settings that may change while an engine runs. Each change leaves a Control event."""
+"""Settings that can change while an engine runs. Each change is logged as a Control event."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "max_prefill_chunk": lambda x: None if x is None else whole("max_prefill_chunk", x, least=1),
     "watermark": lambda x: real("watermark", x, least=0, most=1),
 }
-OF_SCHEDULER = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}  # the others go by the same name
+OF_SCHEDULER = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}  # the others have the same name
 OF_BLOCKS = ("eviction", "prefix_caching")
 
 
 def checked(scheduler: Scheduler, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings' values, or an error before any is set."""
+    """The settings' values, or an error before any of them is set."""
     check_names("Engine.control", settings, CHECKS)
     if "rows" in settings:
         whole("rows", settings["rows"], least=1, most=scheduler.width)
@@ -34,7 +34,7 @@ def checked(scheduler: Scheduler, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any], now: int) -> None:
-    """Set `values`; the events show what was given."""
+    """Set `values`; the Control events record them as given."""
     if "order" in values:
         _set_order(scheduler, values["order"], now)
     for name, value in values.items():
@@ -42,7 +42,7 @@ def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any]
             setattr(scheduler.blocks, name, value)
         elif name != "order":
             setattr(scheduler, OF_SCHEDULER.get(name, name), value)
-        scheduler.blocked = None  # the queue's first is tried again
+        scheduler.blocked = None  # the head of the queue is tried again
         given = settings[name]
         shown = given if isinstance(given, (str, int, float, bool, type(None))) else name_of(given)
         scheduler.log.add(("Control", name, str(shown)))

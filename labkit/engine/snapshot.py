@@ -1,7 +1,7 @@
-"""Time travel: an engine's state, kept apart, put back, or copied. Knows which objects carry state; decides nothing.
+"""Snapshots: saves an engine's state, restores it, or copies it into another engine.
 
-Parts and requests keep their identity through a restore, so that whoever holds `bm`, `sched` or a request still holds
-the live one: their contents are replaced, not they.
+Restoring replaces the contents of parts and requests, not the objects. References to `bm`, `sched` or a request stay
+valid.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from labkit.runner.base import Runner
 
 
 class Stateful(Protocol):
-    """What a snapshot needs to see of an engine."""
+    """What a snapshot needs of an engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -34,11 +34,11 @@ class Stateful(Protocol):
 E = TypeVar("E", bound=Stateful)
 KEPT = frozenset(
     {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "wakeup", "lock", "closed", "_finalizer"}
-)  # of the engine itself: who it is
+)  # attributes of the engine itself that a restore keeps
 
 
 class Snapshot(Shown):
-    """An engine's state at one moment; `engine.restore(snapshot)` as often as wanted."""
+    """An engine's state at one moment. `engine.restore(snapshot)` works any number of times."""
 
     def __init__(self, engine: Stateful, state: list[tuple[object, dict[str, Any]]], mark: int) -> None:
         self.engine = engine
@@ -82,7 +82,7 @@ def _put_back(thing: object, state: dict[str, Any]) -> None:
 
 
 def _copy_state(things: list[object], states: list[dict[str, Any]], log: object) -> list[dict[str, Any]]:
-    """Deep copies in which every part and request stands for itself."""
+    """Deep copies in which parts and requests are kept as references."""
     memo: dict[int, Any] = {id(thing): thing for thing in things}
     memo[id(log)] = log
     return [copy.deepcopy(state, memo) for state in states]
@@ -98,7 +98,7 @@ def take_snapshot(engine: Stateful) -> Snapshot:
 
 def restore_engine(engine: Stateful, snapshot: Snapshot) -> None:
     if snapshot.engine is not engine:
-        raise ValueError("this snapshot was taken of another engine")
+        raise ValueError("this snapshot belongs to another engine")
     known = {id(thing) for thing, _ in snapshot.state}
     engine.log.flush(engine.scheduler.step, engine.clock.now())
     engine.log.rewind(snapshot.mark)

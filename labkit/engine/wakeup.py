@@ -1,4 +1,4 @@
-"""Wakes whoever waits for a request: threads on a condition, event loops by one call a step."""
+"""Wakes threads and event loops that wait for a request: threads by a condition, event loops by one call per step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Awaited(Protocol):
-    """What is asked of a request that somebody waits for."""
+    """What this needs of a request that is waited for."""
 
     @property
     def ended(self) -> bool: ...
@@ -18,7 +18,7 @@ class Awaited(Protocol):
 
 
 class Wakeup:
-    """Tells everyone who waits that a step has passed: one call an event loop and step, however many wait there."""
+    """Tells all waiters that a step has passed. An event loop gets one call per step, however many tasks wait in it."""
 
     def __init__(self) -> None:
         self.passed = threading.Condition()
@@ -39,7 +39,7 @@ class Wakeup:
             for loop in loops:
                 try:
                     loop.call_soon_threadsafe(self._wake, loop)
-                except RuntimeError:  # that loop was closed with someone still waiting in it
+                except RuntimeError:  # that event loop was closed while a task waited in it
                     with self.lock:
                         self.loops.pop(loop, None)
 
@@ -57,7 +57,7 @@ class Wakeup:
                 future.set_result(None)
 
     def wait(self, handle: Awaited, seen: int | None, timeout: float | None) -> bool:
-        """Until `handle` has more than `seen` tokens, or has ended; False when the time is up."""
+        """Wait until `handle` has more than `seen` tokens or has ended; False on timeout."""
         with self.passed:
             self.num_waiting += 1
             try:
@@ -70,7 +70,7 @@ class Wakeup:
         future: asyncio.Future[None] = loop.create_future()
         with self.lock:
             self.loops.setdefault(loop, []).append((handle, seen, future))
-        if has_news(handle, seen):  # it came before we were on the list
+        if has_news(handle, seen):  # it happened before we were registered
             self._wake(loop)
         await future
 

@@ -1,7 +1,7 @@
-"""One thread that does an engine's work, and an inbox of what others ask of it. Knows callables; nothing of engines.
+"""A worker thread with an inbox of callables.
 
-All torch and OpenMP work of an engine happens here, loading included: a second thread that touches OpenMP costs a
-fifth of the speed on a CPU.
+All torch and OpenMP work of an engine runs in one such thread, loading included: a second thread that uses OpenMP costs
+a fifth of the speed on a CPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Turn = Callable[[], float | None]  # does something; seconds until it wants its next turn, None: when something is asked
+Turn = Callable[[], float | None]  # does some work; returns seconds until the next turn, None: after the next call
 
 _numbers = itertools.count(1)
 
 
 class Worker:
-    """Runs what is asked of it, in order; between two requests, while it has a `turn`, takes it again and again."""
+    """Runs submitted calls in order. Between them it calls `turn` repeatedly, as long as one is set."""
 
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[tuple[Future[Any] | None, Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -34,11 +34,11 @@ class Worker:
 
     @property
     def is_here(self) -> bool:
-        """Is the caller this worker's own thread?"""
+        """Whether the caller is this worker's own thread."""
         return threading.current_thread() is self.thread
 
     def call(self, function: Callable[[], T]) -> T:
-        """Run it there, and wait for what it gives. Ctrl-C ends the waiting, not the work."""
+        """Run a function in the worker thread and wait for its result. Ctrl-C ends the waiting, not the work."""
         if self.is_here:
             return function()
         if not self.thread.is_alive():
@@ -48,7 +48,7 @@ class Worker:
         return future.result()
 
     def post(self, function: Callable[[], Any]) -> None:
-        """Run it there, some time soon."""
+        """Run a function in the worker thread later, without waiting."""
         self.inbox.put((None, function))
 
     def set_turn(self, turn: Turn | None) -> None:
@@ -58,7 +58,7 @@ class Worker:
         self.call(change)
 
     def stop(self, timeout: float = 60.0) -> bool:
-        """Finish what was asked so far, and end. True when the thread is gone."""
+        """Finish all submitted calls and end the thread. True if the thread has ended."""
         if self.thread.is_alive() and not self.is_here:
             self.inbox.put(None)
             self.thread.join(timeout)
@@ -81,7 +81,7 @@ class Worker:
                 given = function()
                 if future is not None:
                     future.set_result(given)
-            except BaseException as error:  # whatever it is, it is the caller's
+            except BaseException as error:  # any exception goes to the caller
                 if future is not None:
                     future.set_exception(error)
             del future, function

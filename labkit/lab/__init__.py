@@ -1,5 +1,4 @@
-"""The workbench of a notebook: what is tried out on kernels and engines there. Knows engines and ops from outside;
-nothing of the engine knows it.
+"""Notebook tools: try out kernels, and compare engines. The engine does not depend on them.
 
-(Its functions are names of the package, such as `labkit.divergence`: a module of that name there would hide them.)
+(These functions are names of the package, such as `labkit.divergence`. A module of that name there would hide them.)
 """

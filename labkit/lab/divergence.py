@@ -1,5 +1,5 @@
-"""Where two ways of computing the same answer part: the first token, how close it was, the first layer, the op. Knows
-engines' public faces and the registry; refuses to guess what it has not seen."""
+"""Compares two ways of computing the same answer: the first token that differs and by how much, the first layer, the
+op."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ if TYPE_CHECKING:
     import pandas
 
 TOLERATED = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 4e-3}  # a few roundings, relative
-MOST_BYTES = 2 << 30  # of hidden states that are kept to be compared
+MOST_BYTES = 2 << 30  # most bytes of hidden states kept for comparison
 BEFORE = 48  # characters of the text before the difference
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """What `divergence` found; prints in plain words. `frame()` has a row a layer."""
+    """What `divergence` found. Prints a summary; `frame()` has one row per layer."""
 
     a: str
     b: str
-    num_tokens: int  # that were compared
-    position: int | None  # of the first token that differs; None: none does
+    num_tokens: int  # number of tokens compared
+    position: int | None  # index of the first token that differs; None: none does
     tokens: tuple[str, str]
-    before: str  # the text that both have there
-    gaps: tuple[float | None, float | None]  # by how much each side's token was likelier to it, in logits; None: by far
+    before: str  # the text before it, the same in both
+    gaps: tuple[float | None, float | None]  # how much likelier each side's own token was, in logits; None: by far
     layers: tuple[LayerDifference, ...]
-    num_positions: int  # at which layers were compared
+    num_positions: int  # positions at which layers were compared
     tolerance: float
     op: OpDifference | None
-    only_replayed: bool  # the tokens differ where steps are replayed as graphs, and not when looked at
+    only_replayed: bool  # the tokens differ with replayed graphs, but not without
 
     @property
     def same(self) -> bool:
-        """Are all tokens the same?"""
+        """Whether all tokens are equal."""
         return self.position is None
 
     @property
     def identical(self) -> bool:
-        """Is every hidden state the same, to the bit?"""
+        """Whether every hidden state is equal, bit for bit."""
         return self.same and not any(one.largest for one in self.layers)
 
     @property
     def layer(self) -> int | None:
-        """The first layer that is off by more than is tolerated; None: none is."""
+        """The first layer that differs by more than the tolerance, or None."""
         return next((one.layer for one in self.layers if one.largest > self.tolerance), None)
 
     @property
@@ -69,7 +69,7 @@ class Divergence:
     def frame(self) -> pandas.DataFrame:
         return table((astuple(one) for one in self.layers), list(LayerDifference.__dataclass_fields__))
 
-    # -- words ---------------------------------------------------------------------------------------------------
+    # -- text ----------------------------------------------------------------------------------------------------
 
     def headline(self) -> str:
         if self.identical:
@@ -82,14 +82,14 @@ class Divergence:
         return f"token {self.position} of the answer: {self.tokens[0]!r} in a, {self.tokens[1]!r} in b"
 
     def sentences(self) -> list[str]:
-        """What there is to say beside the headline."""
+        """Further findings, besides the headline."""
         found = []
         if not self.same:
             names = (f"{one} prefers its own by {'more than its 20 likeliest' if g is None else f'{g:.3g}'}"
                      for one, g in zip("ab", self.gaps, strict=True))  # fmt: skip
             found += [f"after {self.before!r}", f"in logits {', '.join(names)}"]
         if self.only_replayed:
-            found.append("only where steps are replayed as graphs: looked at one by one, the tokens are the same")
+            found.append("only with replayed graphs: in eager steps the tokens are the same")
         found.append(self._about_layers())
         if self.op is not None:
             o = self.op
@@ -138,7 +138,7 @@ class Divergence:
         )  # fmt: skip
 
     def svg(self) -> str:
-        """A bar a layer: how far it is off, on a logarithmic scale."""
+        """One bar per layer: its difference on a logarithmic scale."""
         values = [min(one.largest, 1e9) for one in self.layers if one.largest]
         low, high = around([*values, self.tolerance])
         low = max(low, high * 1e-9)
@@ -164,16 +164,17 @@ class Divergence:
 def divergence(
     a: Any, b: Any, prompt: Any, *, model: Any = None, max_tokens: int = 32, tolerance: float | None = None
 ) -> Divergence:
-    """Answer one prompt greedily in two ways, and find where they part.
+    """Answer one prompt greedily in two ways, and find where they differ.
 
-    `a` and `b` are settings: `use={"rms_norm": "mine"}` (variants of ops), `batch=8` (others beside it), `cached=True`
-    (the prompt's blocks come out of the prefix cache), `chunk=16` (tokens of the prompt a step), and every option of
-    `Engine`: `dtype=`, `block_size=`, `deterministic=`, `path=`, ... Or an engine, or (engine, settings of the run).
-    `model` is what engines are built of. `tolerance` is relative; None: a few roundings of the coarser dtype.
+    `a` and `b` are settings: `use={"rms_norm": "mine"}` (variants of ops), `batch=8` (other prompts in the batch),
+    `cached=True` (the prompt's blocks come from the prefix cache), `chunk=16` (prompt tokens per step), and every
+    option of `Engine`: `dtype=`, `block_size=`, `deterministic=`, `path=`, ... Each can also be an engine, or (engine,
+    settings of the run). `model` is the model for engines that are built. `tolerance` is relative; None means a few
+    roundings of the coarser dtype.
 
-    Tokens are compared first. Then both are run again, step by step rather than as replayed graphs, and every layer's
-    output is compared wherever both computed it from the same tokens; where they use other variants of an op, every
-    op's result on the prompt as well.
+    Tokens are compared first. Then both sides run again, step by step without replayed graphs, and every layer's output
+    is compared wherever both computed it from the same tokens. If the sides use different variants of an op, every op's
+    result on the prompt is compared as well.
 
     >>> import labkit as lk
     >>> lk.divergence({"batch": 1}, {"batch": 4}, "def f(x):", max_tokens=8).same         # doctest: +SKIP
@@ -186,7 +187,7 @@ def divergence(
     with settled(*asked, model, prompt, max_tokens) as sides:
         one, other = (_look(side, model, prompt, max_tokens) for side in sides)
         if one.ids != other.ids:
-            raise ValueError("the prompt is other tokens in b than in a: the two engines serve different models")
+            raise ValueError("a and b encode the prompt as different tokens: compare engines with the same model")
         place = first_difference(one.plain, other.plain)
         seen = first_difference(one.handle.output_ids, other.handle.output_ids)
         at = place if seen is None else seen
@@ -220,7 +221,7 @@ def divergence(
 
 @dataclass(frozen=True)
 class _Look:
-    """What one side gave: tokens as they come, and again with every layer kept."""
+    """What one side produced: its tokens, and a second run with every layer's output."""
 
     ids: list[int]  # of the prompt
     plain: list[int]

@@ -1,5 +1,4 @@
-"""One op on the bench: check, time, compile and try its variants, from a cell or by clicks. Knows the kernels package;
-an engine only as something to try a variant in."""
+"""The kernel lab: check, time, compile and try an op's variants from a notebook."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ class KernelLab:
         self.op = op
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.machine = Machine(self.device)
-        self.latest: dict[str, Any] = {}  # "check", "bench", "compile", "roofline", "trial" -> what it gave
+        self.latest: dict[str, Any] = {}  # "check", "bench", "compile", "roofline", "trial" -> its latest result
         self._panel: Panel | None = None
         install()
 
@@ -62,12 +61,12 @@ class KernelLab:
 
     @property
     def variants(self) -> list[str]:
-        """Those that this machine can run."""
+        """The variants that this machine can run."""
         self.op.load(self.device)
         return [one.name for one in self.op.variants.values() if one.device in (None, self.device)]
 
     def check(self, variant: str | None = None, *, dtypes: Sequence[Any] | None = None) -> Report:
-        """A variant (None: each) against the reference on every case, in Triton's interpreter where it needs a GPU."""
+        """Compare a variant (None: all) with the reference on every case, in Triton's interpreter if it needs a GPU."""
         return self._keep("check", check(self.op, variant, dtypes=dtypes_of(dtypes)))
 
     def bench(
@@ -76,22 +75,22 @@ class KernelLab:
         dtypes: Sequence[Any] | None = None,
         variants: Sequence[str] | None = None,
     ) -> Times:
-        """Time variants (None: all that run here) that pass their check, beside this machine's limit.
+        """Time variants (None: all that run here) that pass their check, and compare them with this machine's limit.
 
-        `shapes` are names of cases (`lab.shapes` are those that None takes), sizes such as (512, 2048), or
-        `labkit_kernels.Case`s of your own; one of them, or a list.
+        `shapes` are names of cases (None: `lab.shapes`), sizes such as (512, 2048), or your own `labkit_kernels.Case`s;
+        one, or a list.
         """
         names = [variants] if isinstance(variants, str) else variants
         alone = isinstance(shapes, (str, Case)) or (isinstance(shapes, tuple) and isinstance(shapes[0], int))
         chosen = [shapes] if alone else shapes
         found = bench(self.op, names, chosen, self.device, dtypes_of(dtypes), self.machine)
-        self.latest.pop("roofline", None)  # it showed an earlier one
+        self.latest.pop("roofline", None)  # it shows an earlier bench
         return self._keep("bench", found)
 
     def compile(self, variant: str | None = None, archs: Sequence[int | str] = ARCHS) -> Compiled:
-        """Registers, shared memory and spills, for GPUs that need not be here.
+        """Registers, shared memory and spills, also for GPUs that this machine does not have.
 
-        None: the launches that the built-in variant lists. A variant by name: what it launches on the timed cases.
+        None: the launches that the built-in variant lists. A variant's name: what it launches on the timed cases.
         """
         targets = [arch_of(arch) for arch in archs]
         if variant is not None and variant != "triton":
@@ -103,7 +102,7 @@ class KernelLab:
         return self._keep("compile", Compiled(tuple(rows)))
 
     def limits(self, dtypes: Sequence[Any] | None = None) -> Limits:
-        """What this machine moves and computes in a second, measured once."""
+        """This machine's bandwidth and flop/s, measured once."""
         machine, wanted = self.machine, dtypes_of(dtypes) or [torch.bfloat16]
         places = ["memory", "cache"] if machine.cache_bytes else ["memory"]
         copying = {place: machine.bytes_per_second(place) for place in places}
@@ -115,7 +114,8 @@ class KernelLab:
         dtypes: Sequence[Any] | None = None,
         variants: Sequence[str] | None = None,
     ) -> Roofline:
-        """The latest bench under the machine's limits; with arguments, or without a bench, it is run first."""
+        """The latest bench under the machine's limits. With arguments, or if there was no bench, the bench runs
+        first."""
         report = self.latest.get("bench")
         if report is None or shapes is not None or dtypes is not None or variants is not None:
             report = self.bench(shapes, dtypes, variants)
@@ -127,13 +127,13 @@ class KernelLab:
         return self._keep("trial", try_variant(engine, self.op, variant, prompts, max_tokens=max_tokens))
 
     def of(self, name: str) -> KernelLab:
-        """The lab of another op on the same machine, shown by the same panel."""
+        """The lab of another op on the same machine, in the same panel."""
         other = KernelLab(get(name))
         other.machine, other._panel = self.machine, self._panel
         return other
 
     def panel(self) -> Panel:
-        """The same by clicks: choose shapes, dtypes and variants, and run. One a lab."""
+        """The same as widgets: choose shapes, dtypes and variants, and run. One panel per lab."""
         from labkit.lab.panel import Panel
 
         if self._panel is None:
@@ -146,7 +146,7 @@ class KernelLab:
 
 
 def kernel_lab(op: Op | str) -> KernelLab:
-    """An op on the bench. Kernels written in Triton are checked, and run, on a machine without a GPU too."""
+    """The lab for one op. Triton kernels can be checked and run without a GPU, too."""
     if isinstance(op, str) and op not in OPS:
         near = difflib.get_close_matches(op, OPS, 1)
         raise ValueError(
@@ -158,7 +158,7 @@ def kernel_lab(op: Op | str) -> KernelLab:
 
 
 def dtypes_of(given: Any) -> list[torch.dtype] | None:
-    """Of names or torch's own; one of them need not be a list."""
+    """dtypes from names or torch dtypes: one, or a list."""
     if given is None:
         return None
     found = []
@@ -170,7 +170,7 @@ def dtypes_of(given: Any) -> list[torch.dtype] | None:
 
 
 def arch_of(given: int | str) -> int:
-    """90 of 90, "90" and "sm_90"."""
+    """90, from 90, "90" or "sm_90"."""
     digits = str(given).removeprefix("sm_")
     if not digits.isdecimal() or int(digits) not in ARCHS:
         known = ", ".join(f"sm_{arch}" for arch in ARCHS)

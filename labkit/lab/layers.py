@@ -1,8 +1,7 @@
-"""What every layer of a model gave for one request, and how far two of them are apart. Knows plans, batches and hidden
-states; refuses to know why they differ.
+"""Records every layer's output for one request, and compares two such records.
 
-A request that asks for `capture` computes its whole prompt. Here the forward is watched from outside instead, so that a
-prompt out of the prefix cache can be looked at as it is served.
+A request with `capture` computes its whole prompt. This module watches the forward from outside instead, so it also
+works for a prompt that comes from the prefix cache.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ Hidden = dict[int, dict[int, Tensor]]  # layer -> position -> its output [hidden
 
 @contextmanager
 def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
-    """Within the block, every layer's output at every position that is computed for this request. Steps are not
-    replayed as graphs meanwhile: those show nothing of what is inside."""
+    """Within the block, record every layer's output at every position that is computed for this request. Steps do not
+    replay graphs meanwhile, because a replay shows nothing of what is inside."""
     runner: Any = engine.runner
     model, graphs = runner.model, runner.graphs
     layers = range(-1, len(model.kv))
@@ -56,13 +55,13 @@ def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
     try:
         yield hidden
     finally:
-        del runner.launch, model.forward  # the classes' own show again
+        del runner.launch, model.forward  # the classes' own methods are visible again
         runner.graphs = graphs
 
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One layer's output in a and in b: ||a - b|| / ||a|| at every position that both computed from the same tokens."""
+    """One layer's output in a and in b: ||a - b|| / ||a|| at each position that both computed from the same tokens."""
 
     layer: int  # -1: the embeddings
     largest: float
@@ -76,7 +75,7 @@ class LayerDifference:
 
 
 def compare_layers(a: Hidden, b: Hidden, alike: int, tolerance: float) -> tuple[tuple[LayerDifference, ...], int]:
-    """Each layer's difference where both computed it from the same tokens, and at how many positions that is."""
+    """Each layer's difference where both computed it from the same tokens, and the number of such positions."""
     found, positions = [], sorted(i for i in a[-1].keys() & b[-1].keys() if i < alike)
     if not positions:
         raise ValueError("no position was computed by both sides: there is nothing to compare")
@@ -90,7 +89,7 @@ def compare_layers(a: Hidden, b: Hidden, alike: int, tolerance: float) -> tuple[
 
 
 def relative(a: Tensor, b: Tensor) -> Tensor:
-    """||a - b|| / ||a|| of each line [lines]; infinite where one side is not a number."""
+    """||a - b|| / ||a|| of each line [lines]; infinite if one side is not a number."""
     a, b = (side.reshape(-1, side.shape[-1]).float() for side in (a, b))
     apart = (a - b).norm(dim=1) / a.norm(dim=1).clamp_min(1e-30)
     same = (a == b).all(dim=1)

@@ -1,6 +1,4 @@
-"""What every op gave while some tokens were computed, and the first that gave something else. Knows the registry's
-watchers; refuses to know models.
-"""
+"""Records every op's result while some tokens are computed, and finds the first that differs."""
 
 from __future__ import annotations
 
@@ -14,12 +12,12 @@ from labkit.core.params import SamplingParams
 from labkit.lab.layers import relative
 from labkit.lab.side import Side
 
-MOST_BYTES = 2 << 30  # of results that are kept to be compared
+MOST_BYTES = 2 << 30  # most bytes of results kept for comparison
 
 
 @dataclass(frozen=True)
 class OpDifference:
-    """The first call of an op whose result differs while the results of all calls before it agree."""
+    """The first call of an op whose result differs, while the results of all earlier calls agree."""
 
     op: str
     variant_a: str
@@ -29,11 +27,11 @@ class OpDifference:
     difference: float
 
 
-Call = tuple[str, str, list[Tensor]]  # op, variant, what it gave
+Call = tuple[str, str, list[Tensor]]  # op, variant, result
 
 
 def recorded_ops(side: Side, model: Any, ids: list[int]) -> list[Call] | None:
-    """Every op's result while these tokens are computed; None: too large to keep."""
+    """Every op's result while these tokens are computed; None if it is too large to keep."""
     calls: list[Call] = []
     kept = 0
 
@@ -53,8 +51,8 @@ def recorded_ops(side: Side, model: Any, ids: list[int]) -> list[Call] | None:
 
 
 def first_op(sides: list[list[Call] | None], num_layers: int, tolerance: float) -> OpDifference | None:
-    """The first call whose result is off by more than is tolerated, or else by anything; None: none is, or the two
-    sides call other ops."""
+    """The first call whose result differs by more than the tolerance, else the first that differs at all. None if there
+    is none, or if the two sides call different ops."""
     a, b = sides
     if a is None or b is None or [op for op, *_ in a] != [op for op, *_ in b]:
         return None

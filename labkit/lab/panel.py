@@ -1,8 +1,7 @@
-"""A kernel lab to click on: choose an op, shapes, dtypes and variants, run, look. Knows widgets and a lab's methods;
-everything it does can be done without it, and without a click.
+"""The kernel lab as widgets: choose op, shapes, dtypes and variants, and run. Everything works by method calls as well.
 
-A run works in a thread of its own, so that the notebook stays free. Results replace those before them. There is one
-FigureWidget a panel, made once and filled again: each instance sends 5 MB to the browser.
+A run has its own thread, so the notebook stays responsive. Results replace the previous ones. Each panel creates one
+FigureWidget and reuses it, because every instance sends 5 MB to the browser.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from labkit.core.options import duration
 
 
 class Lab(Protocol):
-    """What the panel asks of a kernel lab."""
+    """What the panel needs of a kernel lab."""
 
     op: Op
     shapes: list[str]
     variants: list[str]
 
     def of(self, name: str) -> Lab:
-        """The lab of another op on the same machine, shown by the same panel."""
+        """The lab of another op on the same machine, in the same panel."""
         ...
 
     def _repr_html_(self) -> str: ...
@@ -52,8 +51,8 @@ class Panel:
         except ImportError as error:
             raise ImportError("the panel needs ipywidgets, anywidget and plotly: pip install 'labkit[lab]'") from error
         self.lab = lab
-        self.error: BaseException | None = None  # of the latest run
-        self.num_runs = 0  # that have ended
+        self.error: BaseException | None = None  # the error of the latest run
+        self.num_runs = 0  # number of runs that have ended
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         wide = {"style": {"description_width": "58px"}, "layout": {"width": "285px"}}
@@ -94,7 +93,7 @@ class Panel:
         return f"Panel({self.lab.op.name}: {chosen}; {'running' if self.is_running else 'idle'})"
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        """The widgets, and for a notebook that is opened without a kernel the results as they stand."""
+        """The widgets, and the current results as HTML for a notebook that is opened without a kernel."""
         bundle: dict[str, Any] = dict(self.box._repr_mimebundle_(**options) or {})
         return bundle | {"text/plain": repr(self), "text/html": self.lab._repr_html_()}
 
@@ -107,13 +106,13 @@ class Panel:
         dtypes: Sequence[str] | None = None,
         variants: Sequence[str] | None = None,
     ) -> Panel:
-        """What the lists would be clicked to; None leaves one as it is."""
+        """Set the lists as if by clicking; None leaves a list unchanged."""
         if op is not None:
             if op not in OPS:
                 raise ValueError(f"there is no op {op!r}: there are {', '.join(sorted(OPS))}")
             self.op.value = op
         if variants is not None:
-            self._offer_variants()  # one may have been made since
+            self._offer_variants()  # a variant may have been added since
         for part, wanted in ((self.shapes, shapes), (self.dtypes, dtypes), (self.variants, variants)):
             if wanted is not None:
                 wanted = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -124,7 +123,7 @@ class Panel:
         return self
 
     def _change_op(self, name: str) -> None:
-        """Another lab: what was found of the op before stays with that."""
+        """Switch to another op's lab; results of the previous op stay with its own lab."""
         if name != self.lab.op.name:
             self.lab = self.lab.of(name)
             self._offer()
@@ -147,7 +146,7 @@ class Panel:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self) -> Panel:
-        """Run what is chosen, in the background; nothing if a run has not ended yet."""
+        """Run the selection in the background; does nothing if a run is in progress."""
         with self._lock:
             if not self.is_running:
                 self.error = None
@@ -157,7 +156,7 @@ class Panel:
         return self
 
     def wait(self, timeout: float | None = None) -> Panel:
-        """Until the run has ended; what it raised rises here."""
+        """Wait until the run has ended; raises what the run raised."""
         if timeout is not None:
             duration("timeout", timeout)
         if self._thread is not None:
@@ -169,14 +168,14 @@ class Panel:
         return self
 
     def run(self) -> Panel:
-        """Run what is chosen, and wait."""
+        """Run the selection and wait."""
         return self.start().wait()
 
     def _run(self) -> None:
         try:
             self._measure()
             self.status.value = ""
-        except Exception as error:  # whatever a stranger's variant or choice leads to: shown here, raised by wait()
+        except Exception as error:  # a user's variant may raise anything: shown here, raised by wait()
             self.error = error
             self.status.value = f'<span style="color:#d55e00">{escape(f"{type(error).__name__}: {error}")}</span>'
         finally:
@@ -184,7 +183,7 @@ class Panel:
             self.button.disabled = False
 
     def _measure(self) -> None:
-        """Check and time variant after variant, then draw."""
+        """Check and time the variants one by one, then draw."""
         lab, dtypes, shapes = self.lab, list(self.dtypes.value), list(self.shapes.value)
         for part in (self.shapes, self.dtypes, self.variants):
             if not part.value:
@@ -193,7 +192,7 @@ class Panel:
         found = lab.bench(shapes, dtypes, list(self.variants.value))
         self.results.value = found._repr_html_()
         timed = [row for row in found if row.status == "ok" and row.flops_per_second and row.bytes_per_second]
-        self.status.value = "measuring what this machine can do ..."
+        self.status.value = "measuring this machine's limits ..."
         drawn = lab.roofline() if timed else None
         with self.figure.batch_update():
             self.figure.data = ()

@@ -1,5 +1,4 @@
-"""How near each variant comes to what the machine can do: flops a second over flops a byte. Knows measured rows and
-limits; measures nothing."""
+"""The roofline of measured variants: flop/s over flop/byte, under the limits of this machine."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ SHAPES = {"float32": "square", "bfloat16": "circle", "float16": "diamond"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine reached when it was asked for nothing else."""
+    """The peak rates measured on this machine."""
 
     device: str
     bytes_per_second: dict[str, float]  # memory, cache -> reading or copying
@@ -33,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Point:
-    """One variant on one case. `intensity` is flops a byte that must move."""
+    """One variant on one case. `intensity` is flops per byte that must move."""
 
     variant: str
     case: str
@@ -42,14 +41,14 @@ class Point:
     flops_per_second: float
     bytes_per_second: float
     seconds: float
-    fraction: float | None  # of the limit; None where a bench that reads more than it cannot be right
+    fraction: float | None  # share of the limit; None if the bench was faster than the limit
     roof: str  # which limit: cache, memory or compute
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Points under the roofs that the machine's limits make. Below the slope memory decides, below the flat part the
-    arithmetic does."""
+    """Points below this machine's limits. Under the slope a call is bound by memory, under the flat part by
+    arithmetic."""
 
     op: str
     limits: Limits
@@ -71,7 +70,7 @@ class Roofline:
         return show.page(f"roofline of {self.op} on {self.limits.device}", note, self.svg(), self._key())
 
     def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """The figure where plotly can be drawn, the picture elsewhere."""
+        """The plotly figure if plotly is available, else an SVG picture."""
         bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._repr_html_()}
         try:
             figure = self.figure()
@@ -87,14 +86,14 @@ class Roofline:
         return {name: HUES[i % len(HUES)] for i, name in enumerate(names)}
 
     def ranges(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Of both axes, so that the points and the corners of the roofs are seen."""
+        """The ranges of both axes, wide enough for the points and the corners of the roofs."""
         peak, slope = max(self.limits.flops_per_second.values()), min(self.limits.bytes_per_second.values())
         xs = [point.intensity for point in self.points]
         x = around([min(xs) / 2, max(*xs, peak / slope) * 2])
         return x, around([min(point.flops_per_second for point in self.points), peak])
 
     def roofs(self) -> list[tuple[str, bool, list[tuple[float, float]]]]:
-        """(name, is it flat, its ends) inside the ranges."""
+        """(name, whether it is flat, its end points) within the ranges."""
         (left, right), (low, _) = self.ranges()
         peak = max(self.limits.flops_per_second.values())
         found = []
@@ -129,7 +128,7 @@ class Roofline:
         return plot.svg(f"{self!r}: flops a second over flops a byte")
 
     def _key(self) -> str:
-        """Which colour is which variant, which shape which dtype."""
+        """The legend: colours for variants, shapes for dtypes."""
 
         def sample(color: str, shape: str) -> str:
             return f'<svg width="14" height="14" style="vertical-align:-2px">{shape_at(7, 7, color, shape)}</svg>'
@@ -141,7 +140,7 @@ class Roofline:
         return f'<div class="head" style="gap:.2em 1.4em;margin-left:62px">{spans}</div>'
 
     def figure(self) -> go.Figure:
-        """The same as a plotly figure, to zoom into."""
+        """The same as a plotly figure that you can zoom."""
         try:
             import plotly.graph_objects as go
         except ImportError as error:
@@ -149,7 +148,7 @@ class Roofline:
         return go.Figure(self.traces(), self.layout())
 
     def traces(self) -> list[dict[str, Any]]:
-        """One a roof, one a variant."""
+        """One trace per roof, one per variant."""
         found: list[dict[str, Any]] = []
         for label, flat, ends in self.roofs():
             line = {"color": "#888888", "width": 1.5, "dash": "solid" if flat else "dash"}
@@ -200,7 +199,7 @@ def _share(point: Point) -> str:
 
 
 def roofline(op: str, report: Report, limits: Limits) -> Roofline:
-    """Points from what a bench measured."""
+    """The points of a bench report."""
     points = [
         Point(
             row.variant,

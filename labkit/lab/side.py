@@ -1,8 +1,7 @@
-"""One side of a comparison: an engine, and how one prompt is run in it. Knows the settings that a run can have; refuses
-to know what is compared.
+"""One side of a comparison: an engine, and how to run a prompt in it.
 
-A setting is of the run (`use`, `batch`, `cached`, `chunk`: any engine can do these, and is put back afterwards) or of
-the engine (every option of `labkit.Engine`): then an engine is built for it.
+A setting is either of the run (`use`, `batch`, `cached`, `chunk`), which any engine supports and which is undone
+afterwards, or of the engine (every option of `labkit.Engine`), for which an engine is built.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _number = count()
 class Side:
     """How one side is computed.
 
-    `use` maps ops to variants; `batch` is how many prompts are computed together; `cached` says that the prompt's full
-    blocks come out of the prefix cache; `chunk` bounds the prompt tokens of a step.
+    `use` maps ops to variants. `batch` is how many prompts are computed together. `cached` takes the prompt's full
+    blocks from the prefix cache. `chunk` limits the prompt tokens of a step.
     """
 
     engine: Engine | None = None
@@ -78,7 +77,7 @@ class Side:
 
     @contextmanager
     def opened(self, model: Any) -> Iterator[Engine]:
-        """The engine to run in, alone: the one there is, or one that is built and closed."""
+        """The engine to run in, used by nobody else: the given one, or one that is built and closed afterwards."""
         if self.engine is not None:
             with alone(self.engine):
                 yield self.engine
@@ -90,7 +89,7 @@ class Side:
             engine.close()
 
     def run(self, engine: Engine, ids: list[int], params: SamplingParams, id: str | None = None) -> Handle:
-        """One prompt's answer under these settings; the engine is left as it was, whatever happens."""
+        """One prompt's answer under these settings. The engine's own settings are restored afterwards."""
         salt = f"side {next(_number)}"
         with ExitStack() as stack:
             for op, variant in self.use.items():
@@ -101,7 +100,7 @@ class Side:
             beside = SamplingParams(temperature=0, max_tokens=params.max_tokens, ignore_eos=True)
             handles: list[Handle] = []
             stack.callback(lambda: [engine.abort(handle) for handle in handles])
-            for i in range(1, self.batch):  # others of other lengths, before it in the batch
+            for i in range(1, self.batch):  # other prompts of other lengths, before it in the batch
                 turned = [*ids[i % len(ids) :], *ids[: i % len(ids)]][: max(1, len(ids) - i)]
                 handles.append(engine.submit(prompt(turned), beside, salt=f"{salt}, beside {i}"))
             handle = engine.submit(prompt(ids), params, salt=salt, id=id)
@@ -110,19 +109,19 @@ class Side:
             if self.cached and not handle.num_cached:
                 size = engine.blocks.block_size
                 raise ValueError(
-                    f"cached: none of the {len(ids)} prompt tokens came out of the prefix cache: it takes blocks of "
-                    f"{size} that are full before the last token, and prefix_caching"
+                    f"cached: none of the {len(ids)} prompt tokens came from the prefix cache: that needs blocks of "
+                    f"{size} that are full before the last token, and prefix_caching=True"
                 )
         return handle
 
 
 @contextmanager
 def settled(a: Side, b: Side, model: Any, prompt: Any, max_tokens: int) -> Iterator[tuple[Side, Side]]:
-    """Both sides with an engine where they can share one: a given one, or one that is built for both."""
+    """Both sides with an engine, if they can share one: an engine that was given, or one built for both."""
     given = a.engine or b.engine
     for side in (a, b):
         if side.options and given is not None and model is None:
-            raise ValueError(f"{side!r}: an engine is built for this: say of which model=")
+            raise ValueError(f"{side!r} needs an engine of its own: pass model=")
         if side.engine is not None and not hasattr(side.engine.runner, "model"):
             raise ValueError(f"{side.engine.runner!r} has no layers: divergence compares engines with a model")
     if given is not None:

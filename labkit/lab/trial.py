@@ -1,5 +1,4 @@
-"""A variant inside a running engine: the same greedy prompts without it and with it. Knows an engine's public face and
-the registry; refuses to know what an op computes."""
+"""Tries a variant in a running engine: the same greedy prompts without and with it."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from labkit.engine.engine import Engine
     from labkit.engine.handle import Handle
 
-NEAR = 20  # likeliest tokens that each draw keeps, to say how close the other one was
+NEAR = 20  # likeliest tokens kept per draw, to say how close the other one was
 BEFORE = 40  # characters of the text before a change
 
 _number = itertools.count()
@@ -30,7 +29,7 @@ _number = itertools.count()
 
 @dataclass(frozen=True)
 class Change:
-    """Where one answer becomes another one. A gap is by how much a side's own token was likelier, in logits; None: the
+    """Where one answer changes into another. A gap is how much likelier a side's own token was, in logits; None if the
     other side's token was not among its twenty likeliest."""
 
     prompt: int  # which of the prompts
@@ -45,7 +44,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Trial:
-    """What `try_variant` saw. `num_calls` is how often the engine called the variant: 0 says that it was never used."""
+    """What `try_variant` found. `num_calls` is how often the engine called the variant; 0 means never."""
 
     op: str
     variant: str
@@ -60,12 +59,12 @@ class Trial:
         return not self.changes
 
     def frame(self) -> pandas.DataFrame:
-        """A row a changed answer."""
+        """One row per changed answer."""
         return table((astuple(one) for one in self.changes), list(Change.__dataclass_fields__))
 
     def said(self) -> str:
         if not self.num_calls:
-            return "never called: this engine computes without the op"
+            return "never called: this engine does not use the op"
         if self.same:
             return f"all {self.num_prompts} answers are the same, {self.num_tokens} tokens"
         return f"{len(self.changes)} of {self.num_prompts} answers changed"
@@ -105,12 +104,12 @@ class Trial:
 
 
 def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max_tokens: int = 32) -> Trial:
-    """Answer the same prompts greedily without a variant and with it, and say which tokens changed.
+    """Answer the same prompts greedily without a variant and with it, and report which tokens changed.
 
-    The variant is checked first; one that fails is tried all the same, and the result says so. The engine must be idle:
-    whoever is served meanwhile would be computed by the variant too, and so would another engine of this process. A
-    background thread is paused. Whatever happens, the engine is left without the variant, and nothing that it computed
-    is ever found in the prefix cache.
+    The variant is checked first; one that fails is tried anyway, and the result says so. The engine must be idle,
+    because other requests would be computed by the variant too, and so would another engine in this process. A
+    background thread is paused. Afterwards the engine does not use the variant, even after an error, and nothing that
+    the variant computed stays in the prefix cache.
 
     >>> import labkit as lk
     >>> from labkit_kernels import rms_norm
@@ -129,7 +128,7 @@ def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max
         raise ValueError("there is no prompt: give one, or a list of them")
     model = getattr(engine.runner, "model", None)
     if model is None:
-        raise ValueError(f"{engine.runner!r} calls no ops: a variant is tried in an engine with a model")
+        raise ValueError(f"{engine.runner!r} has no model and calls no ops: use an engine with a model")
     report = check(op, variant, device=model.device, dtypes=[model.dtype])
     params = SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=NEAR)
     calls = {"variant": 0}
@@ -154,13 +153,13 @@ def try_variant(engine: Engine, op: Op | str, variant: str, prompts: Any, *, max
 
 @contextmanager
 def alone(engine: Engine) -> Iterator[None]:
-    """Within the block nobody steps the engine but the caller; it must have nothing to do."""
+    """Within the block only the caller steps the engine, which must be idle."""
     running = engine.is_running
     engine.pause()
     try:
         if engine.scheduler.has_work or engine.arriving:
             raise ValueError(
-                f"{engine!r} has requests to serve, and they would be computed by the variant too: wait for them, "
+                f"{engine!r} has requests to serve, which the variant would compute too: wait for them, "
                 "abort them, or use engine.fork()"
             )
         yield
@@ -188,12 +187,12 @@ def _change(engine: Engine, prompt: int, one: Handle, other: Handle) -> Change |
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """Where two answers part; None: nowhere. The end of one counts as a token."""
+    """The index at which two answers differ, or None. The end of an answer counts as a token."""
     return next((i for i, (x, y) in enumerate(itertools.zip_longest(a, b)) if x != y), None)
 
 
 def gap(handle: Handle, place: int, rival: Sequence[int]) -> float | None:
-    """By how much its own token was likelier there than the rival, in logits."""
+    """How much likelier the own token was there than the rival, in logits."""
     if not rival or place >= len(handle.logprobs):
         return None
     entry = handle.logprobs[place]
@@ -205,14 +204,14 @@ def token_at(engine: Engine, ids: Sequence[int], place: int) -> str:
 
 
 def text_of(engine: Engine, ids: Sequence[int]) -> str:
-    """As text, or as numbers where there is no tokenizer."""
+    """As text, or as numbers if there is no tokenizer."""
     if engine.tokenizer is None:
         return " ".join(map(str, ids))
     return engine.tokenizer.decode(list(ids))
 
 
 def _visible(text: str) -> str:
-    """Ends of lines and outer spaces as characters that can be seen."""
+    """The text with line ends and outer spaces as visible characters."""
     shown = text.replace("\n", "↵")
     head, tail = len(shown) - len(shown.lstrip(" ")), len(shown) - len(shown.rstrip(" "))
     return "·" * len(shown) if head == len(shown) else "·" * head + shown.strip(" ") + "·" * tail

@@ -1,4 +1,4 @@
-"""What computes hidden states: a native decoder for the common families, transformers for every other one."""
+"""Models: a native decoder for the common families, and transformers for all others."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def load_model(
     trust_remote_code: bool = False,
     deterministic: bool = False,
 ) -> Model:
-    """A model from a folder, a hub's name, or a transformers config (which needs load_format="dummy").
+    """Load a model from a folder, a hub name, or a transformers config (which needs load_format="dummy").
 
-    `path` is "native" (our decoder), "transformers" (any causal model that goes through its attention interface) or
-    "auto": native where it can. `max_model_len` bounds the positions that tables are made for. `deterministic` keeps
-    what is computed for one request from depending, to the bit, on what is computed beside it.
+    `path` is "native" (our decoder), "transformers" (any causal model that uses its attention interface) or "auto":
+    native if possible. `max_model_len` limits the positions that tables are made for. With `deterministic`, a request's
+    result does not depend, bit for bit, on what else is computed with it.
     """
     import torch
 
@@ -75,7 +75,7 @@ def _build(
         return Decoder(config, weights, dtype, device, length, deterministic)
     if deterministic:
         raise ValueError(
-            f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or none was asked for"
+            f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or path= rules it out"
         )
     from labkit.models.transformers import TransformersModel
 

@@ -1,5 +1,7 @@
-"""Attention for families that transformers does not send through its attention interface: their own projections and
-positions, then the interface all the same. Knows three families' attention modules by their parts."""
+"""Attention adapters for families whose attention does not go through transformers' attention interface.
+
+An adapter computes the family's own projections and positions, then calls the interface.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def _through_interface(module: Any, q: Tensor, k: Tensor, v: Tensor, **options: 
 
 
 def alibi_slopes(num_heads: int, device: torch.device) -> Tensor:
-    """Slopes that halve geometrically; heads beyond a power of two take every second of the next series."""
+    """Slopes that halve geometrically. Heads beyond a power of two take every second slope of the next series."""
     whole = 2 ** math.floor(math.log2(num_heads))
 
     def series(n: int) -> Tensor:
@@ -74,7 +76,7 @@ def _rotates(module: nn.Module) -> None:
 
 
 class Adapter(NamedTuple):
-    """The forward of an attention class, and the parts of it that this forward uses."""
+    """A replacement forward for an attention class, and the attributes of the class that it uses."""
 
     attention: str
     forward: Callable[..., Any]
@@ -101,7 +103,8 @@ ADAPTERS = {
 
 
 def adapt(model: nn.Module) -> bool:
-    """Give a family's attention modules a forward that asks the interface; whether this is such a family."""
+    """Replace the forward of a family's attention modules by one that calls the interface; returns whether it is such a
+    family."""
     adapter = ADAPTERS.get(model.config.model_type)  # type: ignore[union-attr, arg-type]
     if adapter is None:
         return False

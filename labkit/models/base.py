@@ -1,5 +1,5 @@
-"""The boundary between a runner and a model: a batch goes in, hidden states come out. Knows tensors; refuses to know
-requests, blocks by count and text."""
+"""The interface between runner and model: a batch goes in, hidden states come out. No requests, block counts or
+text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [blocks, key head
 
 
 class KVSpec(NamedTuple):
-    """What one layer keeps of each token."""
+    """What one layer stores per token."""
 
     num_heads: int
     key_size: int
@@ -24,7 +24,8 @@ class KVSpec(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's tokens, flattened: decode rows and prefill chunks alike are sequences whose last queries they are."""
+    """One step's tokens, flattened. Decode rows and prefill chunks are both sequences; the tokens are their last
+    queries."""
 
     token_ids: Tensor  # [tokens] int64
     positions: Tensor  # [tokens] int64
@@ -46,9 +47,9 @@ class Batch:
 
 @dataclass
 class Capture:
-    """Layers whose output or attention a caller wants, and what they gave in the latest forward.
+    """The layers whose output or attention a caller wants, and what the latest forward gave.
 
-    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings); `attention[i]` is a list over sequences
+    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings). `attention[i]` is a list over sequences
     of [query heads, queries, keys].
     """
 
@@ -61,7 +62,7 @@ class Capture:
 class Model(Protocol):
     """A causal language model over a paged cache."""
 
-    name: str  # the architecture, for people
+    name: str  # the architecture, for display
     vocab_size: int
     hidden_size: int
     embedding_size: int | None  # of an input embedding; None: inputs are token ids only
@@ -69,14 +70,14 @@ class Model(Protocol):
     kv: tuple[KVSpec, ...]  # one a layer
     dtype: torch.dtype
     device: torch.device
-    capturable: bool  # its forward asks the device nothing, so a graph can hold it
+    capturable: bool  # its forward never reads from the device, so it can be captured in a graph
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""
         ...
 
     def tensors(self) -> Iterable[Tensor]:
-        """Every weight once."""
+        """Every weight, once each."""
         ...
 
     def refresh_ops(self) -> None:
@@ -88,5 +89,6 @@ class Model(Protocol):
         ...
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Where each row's logits are largest, and the largest sum, without logits; None: there is no shorter way."""
+        """Each row's argmax and largest logit without writing all logits; None if there is no faster way than the
+        logits."""
         ...

@@ -1,4 +1,4 @@
-"""What labkit uses of transformers' insides, looked up in one place: what a new version has moved is said by name.
+"""transformers internals that labkit uses, looked up in one place, so that an error names what a new version changed.
 
 Everything else in labkit uses transformers' documented interface.
 """
@@ -29,7 +29,7 @@ def member(module: str, name: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise changed(f"{module}.{name}, which is gone") from error
+        raise changed(f"{module}.{name}: it no longer exists") from error
 
 
 def parts(module: nn.Module, *names: str) -> None:
@@ -50,4 +50,4 @@ for _owner, _name in (
     (member("transformers", "PreTrainedModel"), "get_output_embeddings"),
 ):
     if not hasattr(_owner, _name):
-        raise changed(f"{_owner.__name__}.{_name}, which is gone")
+        raise changed(f"{_owner.__name__}.{_name}: it no longer exists")

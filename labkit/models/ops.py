@@ -1,4 +1,4 @@
-"""The ops a model calls, picked for its device and dtype. Knows the registry; refuses to know any op."""
+"""The ops a model calls, picked for its device and dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ NAMES = ("rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "
 
 
 class Ops:
-    """Bare functions by name: `ops.rms_norm(x, weight, eps)`. `pick` again when the registry's generation changed."""
+    """Plain functions by name: `ops.rms_norm(x, weight, eps)`. `pick` again when the registry's generation has
+    changed."""
 
     rms_norm: Callable[..., Any]
     layer_norm: Callable[..., Any]
@@ -21,7 +22,7 @@ class Ops:
     silu_mul: Callable[..., Any]
     gelu_mul: Callable[..., Any]
     store_kv: Callable[..., Any]
-    rope_kv: Callable[..., Any] | None  # both at once, where there is such a kernel and neither was swapped
+    rope_kv: Callable[..., Any] | None  # both in one kernel, if there is one and neither op was swapped
     paged_attention: Callable[..., Any]
 
     def __init__(self, device: torch.device, dtype: torch.dtype, deterministic: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Cosines and sines for every position a model may see. Knows a config's rope parameters; nothing of attention.
+"""Cosine and sine tables for every position a model may use.
 
-Kinds whose frequencies depend on the length (dynamic, longrope) get one table, chosen by the longest request the engine
-will serve: what one request computes never depends on another's length. While that is within the length the model was
-first trained for, it is what transformers computes.
+Rope types whose frequencies depend on the length (dynamic, longrope) get one table, for the longest request that the
+engine will serve, so no request depends on another's length. Up to the model's original training length this is what
+transformers computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
-    """The parameters of one kind of layer, in the form of transformers 5, whatever the config's own."""
+    """The rope parameters of one kind of layer, in transformers 5 form, whatever form the config has."""
     given = getattr(config, "rope_parameters", None) or {}
     if layer_type is not None and layer_type in given:
         given = given[layer_type]

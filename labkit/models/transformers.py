@@ -1,7 +1,7 @@
-"""Any other causal model, run by transformers' own code with labkit's paged attention in place of its own.
+"""Runs any other causal model by transformers' own code, with labkit's paged attention in place of its attention.
 
-Knows transformers' attention interface; refuses to know any architecture. What does not go through the interface, or
-goes through it and would come out wrong, is refused by name.
+It relies on transformers' attention interface, not on any architecture. A model that does not use the interface, or
+would give wrong results through it, is refused with an error that names the reason.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from labkit.models.ops import Ops
 from labkit.models.rotary import rope_parameters
 
 NAME = "labkit_paged"
-WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not told to the interface
+WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not passed to the interface
 BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
 class _Step(threading.local):
-    """What the attention of the forward that runs in this thread needs beyond its arguments."""
+    """What attention needs beyond its arguments, for the forward that this thread runs."""
 
     batch: Batch | None = None
     caches: list[KVCache] | None = None
@@ -57,7 +57,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer; keys and values come with positions in them, and not repeated."""
+    """Called by transformers in each layer; keys and values are already rotated and not repeated."""
     step = _step
     if step.seen is not None:
         step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3], sliding_window))
@@ -88,7 +88,7 @@ hf.AttentionInterface.register(NAME, _attention)  # and no mask of that name, so
 
 
 class _Hidden(hf.BaseModelOutputWithPast):  # type: ignore[name-defined, misc]
-    """Hidden states, and None for whatever else a head may pass on."""
+    """Hidden states; None for all other outputs that a head may pass on."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -96,12 +96,12 @@ class _Hidden(hf.BaseModelOutputWithPast):  # type: ignore[name-defined, misc]
 
 
 class _Given(nn.Module):
-    """Stands where the layers were: the head is then transformers' own, scales and caps included."""
+    """Replaces the layers by given hidden states, so that the head is transformers' own, with its scales and caps."""
 
     hidden: Tensor
 
     @property
-    def decoder(self) -> _Given:  # opt's head asks past its model
+    def decoder(self) -> _Given:  # opt's head reads model.decoder
         return self
 
     def forward(self, *args: Any, **options: Any) -> _Hidden:
@@ -111,7 +111,7 @@ class _Given(nn.Module):
 class TransformersModel:
     """See `labkit.models.base.Model`."""
 
-    capturable = False  # transformers' own code is not ours to vouch for
+    capturable = False  # transformers' own code may not be capturable
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
@@ -119,7 +119,7 @@ class TransformersModel:
     ) -> None:  # fmt: skip
         kind = config.model_type
         if kind in WRONG:
-            raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} does not reach an attention from outside")
+            raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} is not passed through the attention interface")
         _refuse_lengths(config, max_model_len)
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.causal = self._load(config, source, folder, trust_remote_code)
@@ -163,7 +163,7 @@ class TransformersModel:
         return model
 
     def _probe(self) -> tuple[KVSpec, ...]:
-        """One forward with nothing behind it tells what each layer keeps, and that each layer asks."""
+        """One forward without a cache, to learn what each layer stores and that every layer uses the interface."""
         _step.seen = seen = []
         try:
             with torch.inference_mode():
@@ -230,7 +230,7 @@ class TransformersModel:
 
 
 def _refuse_lengths(config: Any, max_model_len: int) -> None:
-    """Frequencies that follow the longest request of a batch would let requests change each other."""
+    """Refuses rope types whose frequencies follow the longest request of a batch: requests would change each other."""
     given = getattr(config, "rope_parameters", None) or {}
     kinds = given if given and all(isinstance(value, dict) for value in given.values()) else [None]
     for layer_type in kinds:
@@ -247,8 +247,8 @@ def _refuse_lengths(config: Any, max_model_len: int) -> None:
 
 
 def swap_linears(model: nn.Module) -> list[Linear]:
-    """Let transformers' linear layers multiply by ours where these are quicker; a weight that is theirs alone becomes a
-    zero of its shape, which takes no memory."""
+    """Replace transformers' linear layers by ours where ours are faster. A weight that only they used becomes a zero of
+    its shape that takes no memory."""
     used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     swapped = []
     for module in model.modules():

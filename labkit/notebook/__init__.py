@@ -1,1 +1,1 @@
-"""What people start from a cell or a shell."""
+"""What you start from a cell or a shell: demo, doctor, JupyterLab, magics, player."""

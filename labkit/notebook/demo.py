@@ -1,5 +1,5 @@
-"""What `labkit demo` runs: a mixed workload on the embedded model (or on the simulator), told in a page. Knows how to
-tell; decides nothing."""
+"""`labkit demo`: serves a mixed workload on the embedded model (or the simulator) and writes a page with the
+results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUM_BLOCKS, BLOCK_SIZE, LONGEST = 192, 16, 1024
 
 
 def workload(num_requests: int, seed: int) -> Iterator[tuple[list[int], int, float, int]]:
-    """(prompt, tokens to produce, arrival in seconds, priority): chats behind three system prompts, arriving at
+    """(prompt, output tokens, arrival in seconds, priority): chats with one of three system prompts, arriving at
     random, a few of them urgent."""
     rng = random.Random(seed)
     systems = [[rng.randrange(32_000) for _ in range(length)] for length in (96, 160, 48)]
@@ -51,7 +51,7 @@ def engine() -> Engine:
 
 
 def simulate(num_requests: int = 80, seed: int = 0, log_file: str | None = None) -> str:
-    """Serve the workload on the simulator, and say what happened."""
+    """Serve the workload on the simulator and report."""
     _check_number(num_requests)
     eng = engine()
     requests = [
@@ -96,7 +96,7 @@ CODE = (
 
 
 def conversations(eng: Engine, num_requests: int, seed: int) -> Iterator[tuple[list[int], SamplingParams, float]]:
-    """(prompt, parameters, arrival): chats behind two system prompts, and code to be continued, some of it twice."""
+    """(prompt, parameters, arrival): chats with one of two system prompts, and code to continue, some of it twice."""
     rng = random.Random(seed)
     arrival = 0.0
     for i in range(num_requests):
@@ -116,7 +116,7 @@ def conversations(eng: Engine, num_requests: int, seed: int) -> Iterator[tuple[l
 def run(
     num_requests: int = 150, seed: int = 0, log_file: str | None = None, html_file: str | None = None, **options: Any
 ) -> str:
-    """Serve real text on the embedded model, and say what happened."""
+    """Serve real text on the embedded model and report."""
     _check_number(num_requests)
     with Engine(**{"num_blocks": 400, "max_num_seqs": 32, "max_num_batched_tokens": 512} | options) as eng:
         eng.pause()
@@ -177,7 +177,7 @@ def _check_number(num_requests: int) -> None:
 
 
 def _latencies(requests: list[Request]) -> tuple[list[float], list[float]]:
-    """Seconds to the first token, and seconds a token after it."""
+    """Time to first token, and time per output token after it, in seconds."""
     first = [(r.first_token_at - r.arrival) / 1e9 for r in requests if r.first_token_at is not None]
     each = [
         (r.finished_at - r.first_token_at) / 1e9 / (r.num_output - 1)
@@ -228,7 +228,7 @@ def _slowest(eng: Engine, requests: list[Request]) -> str:
 
 
 def _what_if(eng: Engine, other: Engine) -> str:
-    """The second half again, from a copy of the engine, under another policy."""
+    """Run the second half again under another policy, on a copy of the engine."""
     other.control(order="sjf", eviction="lfu")
     other.run()
     return f"the second half again with order sjf and eviction lfu (b):\n{diff(eng.log, other.log)!r}"

@@ -1,6 +1,7 @@
-"""Is this machine ready: versions, devices, compiler, folders, the embedded model. Knows how to look; changes nothing.
+"""`labkit doctor`: checks versions, devices, compiler, folders and the embedded model. Changes nothing.
 
-A probe is a function that gives rows. One that fails in a way nobody foresaw is itself a row, and never hides the rest.
+A probe is a function that returns rows. If a probe fails unexpectedly, the error becomes a row and the others still
+run.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 from labkit.widgets import style
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-PYTHONS = ((3, 11), (3, 14))  # from, and below
+PYTHONS = ((3, 11), (3, 14))  # lower bound, and upper bound (excluded)
 EXTRAS = ("lab", "study", "server", "structured")
 MARKS = {OK: "ok  ", WARN: "warn", FAIL: "FAIL"}
 COLORS = {OK: style.HUES[2], WARN: style.HUES[1], FAIL: style.HUES[5]}
@@ -30,7 +31,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Row:
-    """What one look found; a row that is not ok says what to do."""
+    """One finding. A row that is not ok says what to do."""
 
     name: str
     state: str
@@ -40,7 +41,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows. `ok` is False when one failed; warnings leave it True.
+    """All rows. `ok` is False if one failed; warnings leave it True.
 
     >>> Report((Row("compiler", "ok", "g++ 13"),))
     ok    compiler  g++ 13
@@ -89,19 +90,19 @@ Probe = Callable[[], Iterable[Row]]
 
 
 def examine(probes: dict[str, Probe] | None = None) -> Report:
-    """Look at everything; takes some seconds, as the CPU kernels are built and a model is loaded."""
+    """Check everything. Takes some seconds, because it builds the CPU kernels and loads a model."""
     rows: list[Row] = []
     for name, probe in (PROBES if probes is None else probes).items():
         try:
             rows += probe()
         except Exception as error:
             rows.append(
-                Row(name, FAIL, f"{type(error).__name__}: {error}", "this look itself failed: please report it")
+                Row(name, FAIL, f"{type(error).__name__}: {error}", "this check itself failed: please report it")
             )
     return Report(tuple(rows))
 
 
-# -- the looks -------------------------------------------------------------------------------------------------------
+# -- probes ----------------------------------------------------------------------------------------------------------
 
 
 def python() -> Iterator[Row]:
@@ -113,7 +114,7 @@ def python() -> Iterator[Row]:
 
 
 def packages() -> Iterator[Row]:
-    """What is installed against what pyproject.toml asks for."""
+    """Installed versions against the requirements in pyproject.toml."""
     from packaging.requirements import Requirement
 
     try:
@@ -163,7 +164,7 @@ def gpu() -> Iterator[Row]:
         free, total = torch.cuda.mem_get_info(i)
         found = f"{torch.cuda.get_device_name(i)}, sm_{major}{minor}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
         if (major, minor) < (8, 0):
-            yield Row("gpu", WARN, found, "Triton kernels are made for sm_80 and newer: run with device='cpu'")
+            yield Row("gpu", WARN, found, "Triton kernels need sm_80 or newer: run with device='cpu'")
         elif free < 2 * GIB:
             yield Row("gpu", WARN, found, "other programs hold its memory: nvidia-smi lists them")
         else:
@@ -176,7 +177,7 @@ def gpu() -> Iterator[Row]:
 
 
 def nvidia_devices() -> list[str]:
-    """What the driver lists, whatever torch was built for; nothing without nvidia-ml-py or a driver."""
+    """GPUs that the driver lists, whatever torch was built for; empty without nvidia-ml-py or a driver."""
     try:
         import pynvml
     except ImportError:
@@ -209,7 +210,7 @@ def jupyter() -> Iterator[Row]:
 
 
 def labextensions() -> list[Path]:
-    """Where a Jupyter server of this environment looks for what runs in the page."""
+    """Where a Jupyter server of this environment looks for lab extensions."""
     try:
         from jupyter_core.paths import jupyter_path
     except ImportError:
@@ -244,7 +245,7 @@ def cpu() -> Iterator[Row]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = f"{cores} cores; {', '.join(shown) or 'none of avx2, avx512f, amx_bf16'}"
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags:
-        yield Row("cpu", WARN, found, "the CPU kernels are made for AVX2 and more: expect them to be slow")
+        yield Row("cpu", WARN, found, "the CPU kernels are written for AVX2 and later: expect them to be slow")
     else:
         yield Row("cpu", OK, found)
 
@@ -262,7 +263,7 @@ def cpu_flags() -> frozenset[str]:
 def memory() -> Iterator[Row]:
     free = free_memory()
     if free is None:
-        yield Row("memory", OK, "not said by this system")
+        yield Row("memory", OK, "not reported by this system")
     elif free < 2 * GIB:
         yield Row("memory", WARN, f"{free / GIB:.1f} GiB free", "give engines num_blocks=, or end other programs")
     else:
@@ -284,7 +285,7 @@ def folders() -> Iterator[Row]:
 
 
 def caches() -> dict[str, tuple[Path, str]]:
-    """Folders that things are kept in: (where, what moves it)."""
+    """The cache folders: (path, what setting moves it)."""
     from labkit_kernels.native import cache_folder
 
     home = Path.home()
@@ -298,11 +299,11 @@ def caches() -> dict[str, tuple[Path, str]]:
 
 
 def why_not_writable(path: Path) -> str | None:
-    """None if files can be made there, now or once the folder is made."""
+    """None if files can be created there, else the reason. The folder need not exist yet."""
     there = next((folder for folder in (path, *path.parents) if folder.exists()), path)
     if not there.is_dir():
         return f"{there} is no folder"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"no right to write to {there}"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"no permission to write to {there}"
 
 
 def browser() -> Iterator[Row]:
@@ -350,7 +351,9 @@ def model() -> Iterator[Row]:
     if handle.num_output:
         yield Row("embedded model", OK, f"loaded and wrote {handle.num_output} tokens in {took:.1f} s")
     else:
-        yield Row("embedded model", FAIL, "loaded, and wrote nothing", "install labkit again: its files may be damaged")
+        yield Row(
+            "embedded model", FAIL, "loaded, but generated nothing", "install labkit again: its files may be damaged"
+        )
 
 
 PROBES: dict[str, Probe] = {

@@ -1,6 +1,4 @@
-"""JupyterLab on a copy of the notebooks, in a folder of the user's own. Knows files and what was edited; refuses to
-overwrite anyone's work.
-"""
+"""`labkit lab`: copies the notebooks to a folder and opens JupyterLab there. Never overwrites an edited copy."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ class Copied:
 
 
 def notebooks_home() -> Path:
-    """Where the notebooks are that came with this labkit: beside the package in a checkout, in it when installed.
+    """The folder of labkit's own notebooks: beside the package in a checkout, inside it when installed.
 
     >>> sorted(path.name for path in notebooks_home().glob("02*.ipynb"))
     ['02_block_tables.ipynb']
@@ -47,7 +45,7 @@ def notebooks_home() -> Path:
 
 
 def copy_notebooks(folder: str | Path = FOLDER, *, reset: bool = False, home: Path | None = None) -> list[Copied]:
-    """Bring the notebooks to `folder`. A copy that was edited stays; with `reset` it is put aside and renewed."""
+    """Copy the notebooks to `folder`. An edited copy is kept; with `reset` it is renamed and a fresh one is made."""
     home, folder = home or notebooks_home(), Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose another folder")
@@ -80,13 +78,13 @@ def _copy(source: Path, target: Path, copied: str | None, reset: bool) -> Copied
         aside = _aside(target)
         target.rename(aside)
         shutil.copyfile(source, target)
-        return Copied(name, "renewed", f"what was edited is now {aside.name}")
+        return Copied(name, "renewed", f"your edited copy is now {aside.name}")
     newer = copied is not None and copied != shipped
-    return Copied(name, "kept", "edited" + ("; a newer one came with labkit, --reset takes it" if newer else ""))
+    return Copied(name, "kept", "edited" + ("; labkit has a newer one, --reset replaces yours" if newer else ""))
 
 
 def _aside(target: Path) -> Path:
-    """A name nobody has yet."""
+    """A file name that is not taken."""
     number = 1
     while (aside := target.with_name(f"{target.stem}-edited-{number}.ipynb")).exists():
         number += 1
@@ -106,7 +104,7 @@ def _read_record(folder: Path) -> dict[str, str]:
 
 
 def command(folder: Path, *, browser: bool = True, port: int | None = None, words: Sequence[str] = ()) -> list[str]:
-    """How JupyterLab is started."""
+    """The command that starts JupyterLab."""
     if importlib.util.find_spec("jupyterlab") is None:
         raise RuntimeError("JupyterLab is not installed: pip install 'labkit[lab]'")
     if port is not None and not 0 <= port <= 65535:
@@ -118,7 +116,7 @@ def command(folder: Path, *, browser: bool = True, port: int | None = None, word
 
 
 def trust(notebook: Path) -> None:
-    """Sign a notebook that came with labkit: the page hides pictures of one that nobody has signed, until it is run."""
+    """Sign a notebook that ships with labkit: JupyterLab hides pictures in an unsigned notebook until it is run."""
     import sqlite3
 
     import nbformat
@@ -127,7 +125,7 @@ def trust(notebook: Path) -> None:
     try:
         NotebookNotary().sign(nbformat.read(notebook, as_version=4))
     except (OSError, sqlite3.Error) as error:
-        print(f"{notebook.name} could not be signed, so its pictures show once it is run: {error}")
+        print(f"{notebook.name} could not be signed, so its pictures appear only after you run it: {error}")
 
 
 def lab(
@@ -138,8 +136,8 @@ def lab(
     port: int | None = None,
     words: Sequence[str] = (),
 ) -> int:
-    """Copy, say what was done, and run JupyterLab until it ends; its exit code."""
-    start = command(Path(folder), browser=browser, port=port, words=words)  # what is missing is said before any copy
+    """Copy, report, and run JupyterLab until it exits; returns its exit code."""
+    start = command(Path(folder), browser=browser, port=port, words=words)  # report what is missing before copying
     for copied in copy_notebooks(folder, reset=reset):
         if copied.what != "kept":
             trust(Path(folder) / copied.name)

@@ -1,6 +1,4 @@
-"""`%load_ext labkit`: two magics, each a thin face on Python functions that can be called directly. Knows IPython's way
-to hand over a line and a cell; measures and reports nothing itself.
-"""
+"""`%load_ext labkit`: the magics `%labkit` and `%%bench`, over functions that can be called directly."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from labkit.widgets import style
 
 
 class UsageError(ValueError):
-    """A magic was given words that it does not know."""
+    """A magic was called with arguments it does not know."""
 
 
 class _Words(argparse.ArgumentParser):
@@ -29,7 +27,7 @@ class _Words(argparse.ArgumentParser):
 
 
 class EngineRow:
-    """One live engine, in a line."""
+    """One open engine, in a line."""
 
     def __init__(self, engine: Engine) -> None:
         scheduler, blocks = engine.scheduler, engine.blocks
@@ -51,7 +49,7 @@ class EngineRow:
 
 @dataclass(frozen=True)
 class Status:
-    """The engines that are open in this process, and what they stand on."""
+    """The engines open in this process, and the versions and devices they use."""
 
     engines: tuple[EngineRow, ...]
     versions: dict[str, str]
@@ -94,10 +92,10 @@ def _machine() -> str:
 
 
 def bench(cell: str, space: dict[str, Any], *, repeats: int | None = None, warmup: int = 2, what: str = "") -> Timing:
-    """What `%%bench` does with a cell, in the names of `space`.
+    """What `%%bench` does with a cell, using the names in `space`.
 
-    A cell that ends with a function or an engine is run once, and the function's calls or the engine's steps are timed;
-    any other cell is timed as a whole.
+    If a cell ends with a function or an engine, it runs once, and the function's calls or the engine's steps are timed.
+    Any other cell is timed as a whole.
     """
     tree = ast.parse(cell, "<bench>")
     if not tree.body:
@@ -156,7 +154,7 @@ def load(shell: Any) -> None:
         try:
             return call()
         except (UsageError, SyntaxError) as error:
-            raise ShellError(str(error)) from None  # one line, and no traceback of ours
+            raise ShellError(str(error)) from None  # one line instead of a traceback
 
     def line_magic(line: str) -> Any:
         return said(lambda: labkit_magic(line))

@@ -1,8 +1,7 @@
-"""Plays an engine: requests that keep coming, a pace, pause and single steps. Knows engines and clocks; refuses to know
-who watches.
+"""Plays an engine: submits requests over time, and can pause, single-step and set the pace.
 
-An engine on a wall clock steps by itself in its own thread, at full speed; here only arrivals are handed in. On a
-virtual clock the player steps it, so many virtual seconds a second.
+An engine on a wall clock steps at full speed in its own thread, and the player only submits requests. On a virtual
+clock the player steps the engine, at a chosen number of virtual seconds per second.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from labkit.runner.base import Runner
 
 
 class Played(Protocol):
-    """What a player asks of the engine that it plays."""
+    """What a player needs of its engine."""
 
     scheduler: Scheduler
     runner: Runner
@@ -51,7 +50,7 @@ class Played(Protocol):
 
 Draw = Callable[[random.Random], tuple[Sequence[int], int]]  # -> (prompt ids below 2**15, output tokens)
 
-TICK = 0.02  # seconds between two looks at the clock
+TICK = 0.02  # seconds between two iterations
 
 
 def _ids(rng: random.Random, num: int) -> list[int]:
@@ -71,7 +70,7 @@ def _mixed(rng: random.Random) -> tuple[list[int], int]:
 
 
 def _shared(rng: random.Random) -> tuple[list[int], int]:
-    """One of three long beginnings, and an end of its own."""
+    """One of three long prefixes, and an ending of its own."""
     return _ids(random.Random(rng.randrange(3)), 160) + _ids(rng, rng.randint(4, 24)), rng.randint(16, 48)
 
 
@@ -80,7 +79,7 @@ MIXES: dict[str, Draw] = {"short": _short, "mixed": _mixed, "long": _long, "shar
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that come at `rate` a second (Poisson), `num` of them or without an end. `mix` names a kind of prompt,
+    """Requests that arrive at `rate` a second (Poisson): `num` of them, or without end. `mix` names a kind of prompt,
     or is a function f(rng) -> (token ids, number of output tokens).
 
     >>> Load(rate=4, mix="shared prefix", num=100)
@@ -108,7 +107,7 @@ class Load:
         return self.mix if isinstance(self.mix, str) else getattr(self.mix, "__name__", "own")
 
     def draw(self, rng: random.Random, vocab_size: int, most: int) -> tuple[list[int], int]:
-        """A prompt of tokens that the model has, and how many it asks for; together at most `most`."""
+        """A prompt of valid token ids and its number of output tokens; together at most `most`."""
         function = MIXES[self.mix] if isinstance(self.mix, str) else self.mix
         prompt, num_output = function(rng)
         ids = [int(token) % vocab_size for token in prompt][: max(1, most // 2)]
@@ -116,7 +115,7 @@ class Load:
 
 
 class Player:
-    """`play`, `pause`, `step`, `stop`; `wait` for the end or `await` it. Stops by itself when all is served.
+    """`play`, `pause`, `step`, `stop`; `wait` for the end or `await` it. Stops by itself once everything is served.
 
     >>> with Player(engine, Load(rate=8, num=40)) as player:
     ...     player.play().wait()
@@ -140,7 +139,7 @@ class Player:
         self._target: float | None = None  # where a virtual clock should be by now
         self._looked = 0.0
         self._num_waiting = 0
-        self.at_end: Callable[[], Callable[[], object] | None] = lambda: None  # a weak reference to who draws the end
+        self.at_end: Callable[[], Callable[[], object] | None] = lambda: None  # weak reference: draws the end
         self._lock = threading.RLock()  # one command at a time
         self._go, self._gone, self._over = threading.Event(), threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
@@ -155,7 +154,7 @@ class Player:
     # -- commands ------------------------------------------------------------------------------------------------
 
     def play(self) -> Player:
-        """Go on until all is served, or somebody says otherwise."""
+        """Play until everything is served, or until paused or stopped."""
         with self._lock:
             self.engine.own_thread()
             if self._thread is None or not self._thread.is_alive():
@@ -173,14 +172,14 @@ class Player:
         return self
 
     def pause(self) -> Player:
-        """Hold after the current step."""
+        """Pause after the current step."""
         with self._lock:
             if self.state == "playing":
                 self._hold("paused")
         return self
 
     def step(self, num: int = 1) -> Player:
-        """Pause, and take that many steps."""
+        """Pause, and take this many steps."""
         whole("num", num, least=1)
         with self._lock:
             self.engine.own_thread()
@@ -192,7 +191,8 @@ class Player:
         return self
 
     def stop(self) -> Player:
-        """End the player's thread; `play` goes on. The engine is in the background if it was there before."""
+        """End the player's thread; `play` starts a new one. The engine runs in the background again if it did
+        before."""
         with self._lock:
             if self.state == "stopped":
                 return self
@@ -214,7 +214,7 @@ class Player:
         self.state = state
 
     def change_load(self, **fields: Any) -> None:
-        """Other requests from now on: rate=, mix=, num=."""
+        """Change the requests from here on: rate=, mix=, num=."""
         with self._lock:
             old = self.load or Load(rate=0.0)
             self.load = Load(**{"rate": old.rate, "mix": old.mix, "num": old.num, "seed": old.seed, **fields})
@@ -223,12 +223,13 @@ class Player:
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> Player:
-        """Until all is served, or it was stopped. Ctrl-C pauses it and goes on to the caller."""
+        """Wait until everything is served or the player is stopped. Ctrl-C pauses the player and is raised to the
+        caller."""
         deadline = None if timeout is None else time.monotonic() + duration("timeout", timeout)
         if timeout is None and self.load is not None and self.load.num is None and self.load.rate:
-            raise ValueError(f"{self.load!r} has no end: give it num=, or wait(timeout=)")
+            raise ValueError(f"{self.load!r} has no end: give it num=, or use wait(timeout=)")
         if self.state == "paused":
-            raise RuntimeError("it is paused: nothing would end the waiting; play() goes on")
+            raise RuntimeError("the player is paused, so waiting would never end: call play() first")
         self._num_waiting += 1
         try:
             while not self._over.wait(0.1):
@@ -266,7 +267,7 @@ class Player:
     # -- the thread ----------------------------------------------------------------------------------------------
 
     def _turn(self) -> float:
-        """One look at the clock; seconds until the next."""
+        """One iteration of the thread; returns the seconds until the next."""
         with self._lock:
             if self.engine.is_closed:
                 return self._end()
@@ -274,7 +275,7 @@ class Player:
                 return TICK
             try:
                 return self._look() if self.real_time else self._keep_pace()
-            except Exception as error:  # whoever waits is told; whoever does not sees the warning
+            except Exception as error:  # wait() raises it; without a waiter the warning shows it
                 if self.engine.is_closed:
                     return self._end()
                 self.error = error
@@ -283,7 +284,7 @@ class Player:
                 return TICK
 
     def _end(self) -> float:
-        """The engine was closed: nothing can be played any more."""
+        """The engine was closed, so nothing can be played any more."""
         self.state = "stopped"
         self._gone.set()
         self._tell()
@@ -294,14 +295,15 @@ class Player:
         self._tell()
 
     def _tell(self) -> None:
-        """It is over: whoever shows it draws the end, and then whoever waits goes on."""
+        """The end: the dashboard draws it first, then waiting callers continue."""
         if (show := self.at_end()) is not None:
             show()
         self._over.set()
 
     @property
     def _is_over(self) -> bool:
-        """Without a load of its own a player waits for what others submit, unless somebody waits for the end."""
+        """Without a load of its own a player goes on for requests that others submit, unless somebody waits for the
+        end."""
         return self._is_served and (self.load is not None or self._num_waiting > 0)
 
     @property
@@ -327,7 +329,7 @@ class Player:
         self._target += self.speed * (begin - self._looked)
         self._looked, until = begin, begin + TICK
         while clock.now() / 1e9 < self._target:
-            if time.perf_counter() >= until:  # it cannot keep up: what was missed is not made up for
+            if time.perf_counter() >= until:  # it cannot keep up: do not try to catch up
                 self._target = clock.now() / 1e9
                 break
             self._submit_due(upto=self._target)
@@ -339,7 +341,7 @@ class Player:
         return max(0.0, until - time.perf_counter())
 
     def _submit_due(self, upto: float | None = None, idle: bool = False) -> None:
-        """Hand in whoever has come; an idle engine that is stepped by hand gets the next one at once."""
+        """Submit the requests that are due. An idle engine that is stepped by hand gets the next one at once."""
         load = self.load
         if load is None or load.rate == 0:
             self._next = self.engine.clock.now() / 1e9 if self._next is None else self._next
@@ -365,7 +367,7 @@ class Player:
 
 
 def _run(player: weakref.ref[Player], go: threading.Event, gone: threading.Event) -> None:
-    """The thread's own loop; it must not keep a player alive that nobody holds."""
+    """The thread's loop; it must not keep an unused player alive."""
     while not gone.is_set():
         go.wait(1.0)
         here = player()

@@ -1,1 +1,1 @@
-"""What computes a plan, or says how long it would take: `base.py` is the boundary."""
+"""Runners: compute a plan, or say how long it would take. The interface is in `base.py`."""

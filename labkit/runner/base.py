@@ -1,4 +1,4 @@
-"""The boundary between deciding and computing: a runner is given plans and gives results. Knows no scheduler."""
+"""The interface of a runner: it is given plans and returns results. Does not depend on the scheduler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from labkit.core.plan import Plan, Result
 
 
 class Layout(NamedTuple):
-    """What a runner must have places for. Block 0 is scratch, beyond `num_blocks`."""
+    """What a runner must allocate. Block 0 is scratch and is not counted in `num_blocks`."""
 
     num_blocks: int
     block_size: int
@@ -24,7 +24,7 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """`open` once, then `launch` plans in order. A launch may return before the work is done."""
+    """Call `open` once, then `launch` plans in order. A launch may return before the work is done."""
 
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -34,7 +34,7 @@ class Runner(Protocol):
 
 
 class Done(NamedTuple):
-    """A plan that was computed at launch."""
+    """A plan that was computed during launch."""
 
     value: Result
 

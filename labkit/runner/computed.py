@@ -1,4 +1,4 @@
-"""A launched step, and what it gives once the device is done."""
+"""A launched step, and its result once the device has finished."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from labkit.transfer import fetch
 
 
 def on_its_way(drawn: Drawn | None) -> Tensor | None:
-    """Tokens and their logits [2, samples], on the host when the device has come that far."""
+    """Tokens and their logits [2, samples], being copied to the host."""
     return None if drawn is None else fetch(torch.stack((drawn.tokens.double(), drawn.chosen.double())))
 
 
 class Computed:
-    """A launched step. On a GPU its tokens travel to the host while the next step is prepared."""
+    """A launched step. On a GPU its tokens are copied to the host while the next step is prepared."""
 
     def __init__(
         self, plan: Plan, host: Tensor | None, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None],

@@ -1,4 +1,4 @@
-"""What a few requests want of a step beside their tokens: prompt logprobs, hidden states, attention."""
+"""What some requests want besides tokens: prompt logprobs, hidden states, attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labkit.core.plan import Extras, Plan, TokenLogprobs
 from labkit.models.base import Capture, Model
 from labkit.sampling.sampler import logprobs_of
 
-MOST_LOGITS = 2**26  # entries of a matrix of prompt logits computed at once
+MOST_LOGITS = 2**26  # most entries of prompt logits computed at once
 
 
 def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
@@ -27,7 +27,7 @@ def extras_of(
     wanted: list[tuple[int, Any]],
     capture: Capture | None,
 ) -> dict[str, Extras]:
-    """What these entries asked for beside tokens, by request."""
+    """What these entries asked for besides tokens, by request."""
     found = {}
     for entry, join in wanted:
         begin, end = int(query_start[entry]), int(query_start[entry + 1])
@@ -41,7 +41,7 @@ def extras_of(
 
 
 def prompt_logprobs(model: Model, hidden: Tensor, start: int, join: Any) -> dict[int, TokenLogprobs]:
-    """Of the prompt's tokens that follow positions start .. start + len(hidden)."""
+    """Logprobs of the prompt tokens that follow positions start .. start + len(hidden)."""
     end = min(start + len(hidden), join.num_prompt - 1)
     targets = torch.from_numpy(join.tokens[start + 1 : end + 1].astype(np.int64)).to(model.device)
     wanted, found = join.params.prompt_logprobs, {}

@@ -1,5 +1,5 @@
-"""A runner without a model: it stores token ids where a model stores keys and values, and reads them back through the
-block tables. A wrong copy, swap, table or input then shows as a wrong token."""
+"""A runner without a model. It stores token ids where a model stores keys and values, and reads them back through the
+block tables, so a wrong copy, swap, table or input shows as a wrong token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.runner.rows import Rows
 
 
 def next_token(seed: int, sample_seed: int, context: np.ndarray, vocab_size: int) -> int:
-    """The fake model: a pure function of its seed, the sample's seed and every token before."""
+    """The fake model: a pure function of its seed, the sample's seed and all previous tokens."""
     key = f"{seed}:{sample_seed}".encode()
     digest = blake2b(np.ascontiguousarray(context, np.int32).tobytes(), digest_size=8, key=key[:64]).digest()
     return int.from_bytes(digest, "little") % vocab_size
@@ -91,14 +91,14 @@ class FakeRunner:
             length = int(plan.start[entry] + plan.count[entry] - (ends[entry] - 1 - query[i]))
             context = self._context(int(plan.rows[entry]), length)
             join = self.rows.joins[row]
-            assert join is not None, f"row {row} samples and never joined"
+            assert join is not None, f"row {row} samples but never joined"
             tokens[i] = next_token(self.seed, (join.params.seed or 0) + join.sample, context, self.vocab_size)
         self.rows.latest[rows] = tokens
         return tokens
 
     def _context(self, row: int, length: int) -> np.ndarray:
-        """What the row's layers see: all tokens where a group keeps them, else those in the widest window. Every group
-        must have what its window holds."""
+        """The tokens that the row's layers see: all if a group keeps them, else those in the widest window. Every group
+        must hold the tokens in its window."""
         assert self.layout is not None
         windows, size = self.layout.windows, self.layout.block_size
         seen = [

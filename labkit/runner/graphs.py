@@ -1,12 +1,11 @@
-"""Decode steps that were captured once and are replayed: one graph for a batch size and a width of block tables. Knows
-static buffers; refuses to know requests.
+"""Captured decode steps: one CUDA graph per batch size and block table width.
 
-A graph reads its inputs from a buffer that never moves, so a step fills it by one copy from pinned memory and starts
-one replay: forward, sampling, and what the next step reads are all inside. Batches are padded to the next size; a
-padded line writes to the scratch block and to a scratch row. Lines go in order of their length, the longest first:
-attention ends when its last program does, and a long sequence that began last would be waited for by an idle device.
-Graphs are captured when they are first needed, as each takes memory (`memory` says how much). On a CPU a "graph" is the
-function itself, called again on the same buffers: so the padding and the buffers are tested where there is no GPU.
+A graph reads its inputs from a fixed buffer, so a step is one copy from pinned memory and one replay. The graph holds
+the forward, the sampling, and the next step's input. Batches are padded to the next size in SIZES; padding writes to
+the scratch block and a scratch row. Rows are sorted by length, longest first: attention ends when its last program
+ends, so a long sequence should not start last. Graphs are captured on first use, as each takes memory (`memory` says
+how much). On a CPU a "graph" is the function itself, called again on the same buffers, so that padding and buffers are
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from labkit.sampling.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 1025, 32))
 LEAST_WIDTH = 16  # blocks in a table
-TURNS = 3  # a copy may still be on its way when the next step is prepared, and the one after it
+TURNS = 3  # a copy may still be in flight when the next two steps are prepared
 
 
 class Lines(NamedTuple):
-    """What a step brings, a line a row of the batch."""
+    """A decode step's inputs, one line per row of the batch."""
 
     columns: Any  # [7, size] int64: the seven below
     tables: Any  # [size, width] int32
@@ -39,7 +38,7 @@ GIVEN, POSITION, SLOT, ROW, KEY, FED, PLACE = range(7)  # columns
 
 
 def lines_of(flat: Any, size: int, width: int) -> Lines:
-    """Views of one int32 array or tensor, each beginning at a multiple of 16 bytes and dense: kernels read them."""
+    """Views of one int32 array or tensor, each contiguous and aligned to 16 bytes, because kernels read them."""
     ends = np.cumsum([_whole(14 * size), _whole(size * width), size])
     columns = flat[: 14 * size].view(np.int64 if isinstance(flat, np.ndarray) else torch.int64).reshape(7, size)
     tables = flat[ends[0] : ends[0] + size * width].reshape(size, width)
@@ -51,7 +50,7 @@ def _whole(count: int) -> int:
 
 
 class Buffers:
-    """The inputs of one (size, width), pinned memory that they are filled from, in turns, and the outputs."""
+    """For one (size, width): the input buffers, the pinned memory they are filled from in turns, and the outputs."""
 
     def __init__(self, size: int, width: int, device: torch.device) -> None:
         self.size, self.width, self.device = size, width, device
@@ -68,10 +67,10 @@ class Buffers:
         self._free = [torch.cuda.Event() for _ in range(TURNS)] if pinned else None
 
     def fill(self, columns: np.ndarray, tables: np.ndarray, scratch_row: int) -> None:
-        """This step's lines, the longest first, and padding behind them."""
+        """Write this step's rows, the longest first, and padding after them."""
         self._turn = (self._turn + 1) % TURNS
         if self._free is not None:
-            self._free[self._turn].synchronize()  # long past, unless three steps are on their way
+            self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
         num, wide = tables.shape
         order = np.argsort(-columns[POSITION], kind="stable")
         at, table, lengths = self._filled[self._turn]
@@ -88,11 +87,11 @@ class Buffers:
         self.flat.copy_(self._staged[self._turn], non_blocking=True)
 
     def pad(self, scratch_row: int) -> None:
-        """Padding alone: what is captured and warmed up must write to nobody's blocks."""
+        """Write padding only: captures and warm-ups must not write to any request's blocks."""
         self.fill(np.zeros((7, 0), np.int64), np.zeros((0, self.width), np.int64), scratch_row)
 
     def read(self) -> Tensor:
-        """Where this step's outputs will be once its event has come, in the order in which its lines were given."""
+        """This step's outputs, valid once its event has completed, in the order in which its rows were given."""
         out = self._out[self._turn]
         out.copy_(self.out, non_blocking=True)
         if self._free is not None:
@@ -122,7 +121,7 @@ class Graphs:
         return len(self._made)
 
     def capture(self, rows: int, blocks: int, sample: Callable[..., Tensor]) -> None:
-        """Capture every size up to so many rows and blocks a row, so that no step has to."""
+        """Capture every batch size up to this many rows and blocks per row, so that no later step has to."""
         width = LEAST_WIDTH
         while True:
             for size in self.sizes[: bisect.bisect_left(self.sizes, rows) + 1]:
@@ -138,7 +137,8 @@ class Graphs:
         return self._made[size, width]
 
     def run(self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor]) -> Tensor:
-        """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream is there."""
+        """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream has got
+        there."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(tables))]
         width = LEAST_WIDTH
         while width < tables.shape[1]:
@@ -149,15 +149,15 @@ class Graphs:
         return buffers.read()
 
     def forget(self) -> None:
-        """Another variant is in use: what was captured is out of date."""
+        """Drop all graphs, because another variant is in use now."""
         if self._stream is not None:
-            torch.cuda.synchronize(self.device)  # a graph that still runs must not be taken apart
+            torch.cuda.synchronize(self.device)  # a running graph must not be destroyed
         self._made.clear()
-        self._pool = None  # a pool ends with its last graph
+        self._pool = None  # a memory pool is freed with its last graph
         self.memory = 0
 
     def _step(self, buffers: Buffers, sample: Callable[..., Tensor]) -> None:
-        """What a graph holds."""
+        """The work that a graph captures."""
         columns, tables, lengths = buffers.lines
         rows = columns[ROW]
         batch = Batch(
@@ -181,7 +181,7 @@ class Graphs:
             return lambda: self._step(buffers, sample)
         buffers.pad(self.num_rows)
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):  # compiles kernels and makes the libraries choose theirs
+        with torch.cuda.stream(self._stream):  # warm-up: compiles kernels, and libraries choose theirs
             self._step(buffers, sample)
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()

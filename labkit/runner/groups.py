@@ -1,6 +1,5 @@
-"""Which layers share blocks. Layers that attend to the same part of the context form groups of equal size, so that one
-pool of blocks serves them all: a block holds one group's keys and values.
-"""
+"""Which layers share blocks. Layers that attend to the same part of the context form groups of equal size, so one pool
+of blocks serves all groups: a block holds one group's keys and values."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ class Groups(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Layers in the largest group: a block has room for so many."""
+        """Number of layers in the largest group; a block has room for that many."""
         return max(self.place_of) + 1
 
 
@@ -27,7 +26,8 @@ def one_group(kv: Sequence[KVSpec]) -> Groups:
 
 
 def by_window(kv: Sequence[KVSpec]) -> Groups:
-    """Layers with the same window together, full attention first; larger kinds are cut to the size of the smallest."""
+    """Groups of layers with the same window, full attention first; larger kinds are split to the size of the
+    smallest."""
     shapes = {(spec.num_heads, spec.key_size, spec.value_size) for spec in kv}
     if len(shapes) > 1:
         raise ValueError(f"hybrid_kv needs layers whose keys and values have one shape, this model has {len(shapes)}")

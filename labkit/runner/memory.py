@@ -1,4 +1,4 @@
-"""A runner's keys and values: how they are allocated, copied for a snapshot, and how much memory there is."""
+"""A runner's KV cache memory: allocation, copies for snapshots, and available memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from labkit.runner.groups import Groups
 
 
 class SavedBlocks(NamedTuple):
-    """The blocks that had been written at some moment, and their contents."""
+    """The blocks written so far, and their contents."""
 
     index: np.ndarray
     kept: list[Tensor]
@@ -25,7 +25,7 @@ class SavedBlocks(NamedTuple):
 
 
 class BlockStore:
-    """Keys and values of all layers, and which blocks were ever written: a copy holds only those."""
+    """Keys and values of all layers, and which blocks were ever written; a copy holds only those."""
 
     def __init__(self, caches: list[KVCache]) -> None:
         self.caches = caches
@@ -46,7 +46,8 @@ class BlockStore:
 def make_caches(
     model: Model, groups: Groups, num_blocks: int, block_size: int, device: torch.device, pinned: bool = False
 ) -> list[KVCache]:
-    """One for each place in a group. Zeroed (nan in a place never written would poison a product with 0)."""
+    """One cache for each position in a group. Zeroed, because a nan in an unused slot would survive a product with
+    0."""
 
     def zeros(*shape: int) -> Tensor:
         if device.type != "cpu" or pinned:
@@ -63,7 +64,7 @@ def make_caches(
 
 
 def available_memory() -> int:
-    """Bytes that a new process may take without swapping, as the system says."""
+    """Bytes that a new process can use without swapping, as the system reports."""
     try:
         with open("/proc/meminfo") as file:
             lines = dict(line.split(":") for line in file)

@@ -1,4 +1,4 @@
-"""A runner's own block tables, kept up with what plans say. Knows columns; refuses to know where they come from."""
+"""The runner's own block tables, updated from each plan."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A runner that only says how long a step would take. Knows counts of tokens; computes none of them.
+"""A runner that computes nothing and says how long each step would take, from its token counts.
 
-Its tokens are noise from a hash of seed, request and position: their number matters, not their values.
+Its tokens are a hash of seed, request and position: only their number matters.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LUCK = np.uint64(1 << 40)  # beyond every length
 class SimRunner:
     """Step seconds = `constant` + `per_token` * tokens + `per_context` * tokens read back + `per_block` * blocks moved.
 
-    The defaults resemble a 0.5B model in bf16 on two CPU cores. `swap_cost` and `recompute_cost` say the same of a
-    preemption, for a scheduler with preemption="auto". A draft is right with the probability `acceptance`.
+    The defaults resemble a 0.5B model in bf16 on two CPU cores. `swap_cost` and `recompute_cost` give the cost of a
+    preemption, for a scheduler with preemption="auto". A draft is accepted with probability `acceptance`.
     """
 
     def __init__(

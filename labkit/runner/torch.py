@@ -1,7 +1,6 @@
-"""A runner that computes: a model over a paged cache, and a sampler. Knows tensors and plans; refuses to know who is
-scheduled and why.
+"""A runner that computes: a model over a paged KV cache, and a sampler. It does not depend on the scheduler.
 
-A step is one forward over all of a plan's tokens, decode rows and prefill chunks alike. Read `launch` first.
+A step is one forward over all of a plan's tokens, decode rows and prefill chunks together. Read `launch` first.
 """
 
 from __future__ import annotations
@@ -50,8 +49,9 @@ class TorchRunner:
         graphs: bool | None = None,
         hybrid_kv: bool = False,
     ) -> None:
-        """`graphs`: replay captured decode steps; None is yes on a GPU, for models that can be captured. `hybrid_kv`:
-        layers with a sliding window keep only the window's blocks; steps with several groups are not captured."""
+        """`graphs`: replay captured decode steps; None means yes on a GPU, for models that can be captured.
+        `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
+        captured."""
         self.model = model
         if graphs is not None:
             flag("graphs", graphs)
@@ -82,18 +82,18 @@ class TorchRunner:
     # -- memory --------------------------------------------------------------------------------------------------
 
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes that one block takes: keys and values of all layers in a group."""
+        """Bytes per block: keys and values of all layers in a group."""
         specs = [self.model.kv[self.groups.place_of.index(place)] for place in range(self.groups.size)]
         each = sum(spec.num_heads * (spec.key_size + spec.value_size) for spec in specs)
         return each * block_size * self.model.dtype.itemsize
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """What each group of layers attends to, as a `BlockManager` takes it."""
+        """The window of each group of layers, as `BlockManager` takes it."""
         return self.groups.windows
 
     def fitting_blocks(self, block_size: int, utilization: float, most_tokens: int, most_rows: int) -> int:
-        """How many blocks fit into `utilization` of the memory beside the weights and a step of `most_tokens`."""
+        """How many blocks fit into `utilization` of the memory, besides the weights and a step of `most_tokens`."""
         real("gpu_memory_utilization", utilization, least=0.0, most=1.0, open_left=True)
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
@@ -109,7 +109,7 @@ class TorchRunner:
         return blocks
 
     def _peak(self, most_tokens: int, most_rows: int) -> int:
-        """Bytes that the largest step takes beside what is allocated now, by trying it on a scratch cache."""
+        """Peak bytes of the largest step beyond what is allocated now, measured on a scratch cache."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         caches = make_caches(self.model, one_group(self.model.kv), 2, 16, self.device)
@@ -137,7 +137,7 @@ class TorchRunner:
         self.store, self.host = self._stores(layout)
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
-        self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or a look inside
+        self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
         self._embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         if self._wants_graphs:
             self.graphs = self._make_graphs()
@@ -149,8 +149,8 @@ class TorchRunner:
 
     @torch.inference_mode()
     def capture_all(self, most_tokens: int) -> None:
-        """Capture the decode steps of every number of rows, with contexts up to `most_tokens`; does nothing where steps
-        are not captured."""
+        """Capture decode steps for every number of rows, with contexts up to `most_tokens`. Does nothing if steps are
+        not captured."""
         if self.graphs is not None and self.layout is not None:
             self._pick()
             self.graphs.capture(self.layout.num_rows, -(-most_tokens // self.layout.block_size), self._sample)
@@ -165,7 +165,7 @@ class TorchRunner:
 
     @property
     def caches(self) -> list[KVCache]:
-        """By layer; layers of different groups share memory, never blocks."""
+        """Caches by layer. Layers of different groups share memory, but never blocks."""
         return [self.store.caches[place] for place in self.groups.place_of] if self.store.caches else []
 
     @property
@@ -173,17 +173,17 @@ class TorchRunner:
         return len(self.model.kv)
 
     def memory_parts(self) -> list[tuple[str, Tensor]]:
-        """Every tensor that must be gone after closing."""
+        """Every tensor that must be freed by closing."""
         kv = [("kv", tensor) for tensor in (*self.store.flat, *self.host.flat)]
         return [*kv, *(("weights", tensor) for tensor in self.model.tensors())]
 
     def close(self) -> None:
-        """Let go of the cache and the model; the runner is of no further use."""
+        """Release the cache and the model; the runner cannot be used afterwards."""
         self.store, self.host, self.layout, self.graphs = BlockStore([]), BlockStore([]), None, None
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
-    # -- time travel: the model is shared, everything else is state ----------------------------------------------
+    # -- snapshots: the model is shared, everything else is state ------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs")}
@@ -225,7 +225,7 @@ class TorchRunner:
         return pending if self.device.type == "cuda" else Done(pending.result())
 
     def _pick(self) -> None:
-        """Ask the registry again after a variant was put in use, or taken out."""
+        """Pick ops again, after a variant was put in use or removed."""
         if self._generation != generation():
             self._generation = generation()
             self._sample = sample_op.pick(self.device, torch.float32, vocab=self.vocab_size)
@@ -234,7 +234,7 @@ class TorchRunner:
                 self.graphs.forget()
 
     def _can_replay(self, plan: Plan) -> bool:
-        """Decode rows only, each with one draw that wants nothing special."""
+        """Whether the step has only decode rows, each with one sample and no special parameters."""
         rows = plan.rows
         return bool(
             len(rows)
@@ -373,10 +373,10 @@ class TorchRunner:
         self.latest[self._put(rows)] = drawn.tokens
         return drawn
 
-    # -- what some requests want beside tokens -------------------------------------------------------------------
+    # -- prompt logprobs and captured layers ---------------------------------------------------------------------
 
     def _wanted(self, plan: Plan) -> list[tuple[int, Any]]:
-        """(entry, join) of rows that want prompt logprobs or a look inside."""
+        """(entry, join) of rows that want prompt logprobs or captured layers."""
         found = []
         for entry in self._asking[plan.rows].nonzero()[0].tolist():
             join = self.rows.joins[plan.rows[entry]]

@@ -1,1 +1,1 @@
-"""From logits to tokens."""
+"""The sampler."""

@@ -1,8 +1,8 @@
-"""From logits to tokens, as each request asked. Knows rows and their parameters; refuses to know models and blocks.
+"""From logits to tokens, with each request's sampling parameters.
 
-Rows that ask for nothing special cost a few vector operations in all; penalties work on the rows that have them as one
-matrix; masks, bias and a caller's own functions row by row. Randomness is a hash of (request's seed, sample, position),
-so a request's text depends on its seed alone: not on what else is in the batch, not on preemptions.
+Rows without special parameters share a few vector operations. Penalties are computed as one matrix over the rows that
+have them. Masks, bias and callers' functions are applied row by row. Randomness is a hash of (request's seed, sample,
+position), so a request's text depends on its seed only: not on the batch, and not on preemptions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Sample = Callable[..., Tensor]  # the op: (logits, temperature, top_k, top_p, mi
 
 
 class Drawn(NamedTuple):
-    """One step's draws, still on the device."""
+    """One step's sampled tokens, still on the device."""
 
     tokens: Tensor  # [samples] int64
     chosen: Tensor  # [samples]: the drawn token's logit; nan or -inf tells that the row could not be sampled
-    errors: dict[int, str]  # row -> what its own function did wrong
+    errors: dict[int, str]  # row -> the error of the caller's function
     logprobs: LogprobBatch | None = None
 
 
@@ -40,7 +40,7 @@ class LogprobBatch(NamedTuple):
     top_ids: Tensor
 
     def fetched(self) -> LogprobBatch:
-        """On its way to the host: `by_row` may be asked once an event recorded now has come."""
+        """Start the copy to the host; `by_row` is valid once an event recorded now has completed."""
         return LogprobBatch(self.rows, self.wanted, *map(fetch, self[2:]))
 
     def by_row(self) -> dict[int, TokenLogprobs]:
@@ -54,7 +54,7 @@ class LogprobBatch(NamedTuple):
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, wanted: list[int], rows: list[int]) -> LogprobBatch:
-    """Log-probabilities of `tokens` and of the most likely ones, before any parameter changed them."""
+    """Log-probabilities of `tokens` and of the likeliest tokens, before any sampling parameter is applied."""
     scores = logits.log_softmax(-1)
     chosen = scores.gather(1, tokens[:, None])
     rank = (scores > chosen).sum(-1) + 1
@@ -63,7 +63,7 @@ def logprobs_of(logits: Tensor, tokens: Tensor, wanted: list[int], rows: list[in
 
 
 class Special:
-    """What one row asks beyond the columns: masks, bias, words, functions, logprobs; and the tokens it has so far."""
+    """One row's special parameters: masks, bias, words, functions, logprobs; and its tokens so far."""
 
     def __init__(self, join: Join, stop_ids: Iterable[int], vocab_size: int, device: torch.device) -> None:
         params = join.params
@@ -80,7 +80,7 @@ class Special:
         if params.allowed_token_ids is not None:
             self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
             self.forbidden[put(params.allowed_token_ids, device, np.int64)] = False
-        # A processor with a memory, as a grammar is one, begins anew for every row.
+        # A processor with state, such as a grammar, starts fresh for every row.
         self.processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
         self.needs_history = bool(params.logits_processors or params.bad_word_ids)
         self.changes = bool(
@@ -88,7 +88,7 @@ class Special:
         )
 
     def apply(self, logits: Tensor, known: int) -> Tensor:
-        """This row's logits [vocabulary] with all its own wishes in them."""
+        """This row's logits [vocabulary], with all its parameters applied."""
         params = self.params
         if self.forbidden is not None:
             logits = logits.masked_fill(self.forbidden, -torch.inf)
@@ -113,7 +113,7 @@ class Special:
 
 
 class Sampler:
-    """Parameters by row, and the draw."""
+    """Holds the parameters by row and draws the tokens."""
 
     def __init__(
         self, vocab_size: int, num_rows: int, eos_ids: tuple[int, ...], seed: int, device: torch.device
@@ -121,8 +121,8 @@ class Sampler:
         self.vocab_size, self.num_rows, self.eos_ids = vocab_size, num_rows, eos_ids
         self.seed, self.device = seed, device
         self.base = np.zeros(num_rows, np.uint64)
-        self.plain = np.zeros(num_rows, bool)  # rows that want nothing beyond the columns
-        self.greedy = np.zeros(num_rows, bool)  # and of them, those that only ever want the largest logit
+        self.plain = np.zeros(num_rows, bool)  # rows without special parameters
+        self.greedy = np.zeros(num_rows, bool)  # those of them that are greedy
         self.columns = [  # temperature, top_k, top_p, min_p; one line more than rows, for padding
             torch.zeros(num_rows + 1, dtype=dtype, device=device)
             for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
@@ -135,7 +135,7 @@ class Sampler:
         self.count = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
         self.penalties = torch.zeros((0, 3), device=device)  # presence, frequency, repetition
 
-    # -- rows come and go ----------------------------------------------------------------------------------------
+    # -- rows ----------------------------------------------------------------------------------------------------
 
     def join(self, joins: Iterable[Join]) -> None:
         joins = list(joins)
@@ -176,7 +176,7 @@ class Sampler:
             self.leave(row)
 
     def _base(self, join: Join) -> int:
-        """Where this sample's randomness starts: its seed, or, unseeded, the runner's seed and the request's name."""
+        """The start of this sample's randomness: its seed or, without one, the runner's seed and the request's id."""
         seed = join.params.seed
         own = f"s{seed}" if seed is not None else f"u{self.seed}:{join.request.partition('/')[0]}"
         digest = hashlib.blake2b(f"{own}:{join.sample}".encode(), digest_size=8).digest()
@@ -208,10 +208,10 @@ class Sampler:
         given = [params.presence_penalty, params.frequency_penalty, params.repetition_penalty]
         self.penalties[place] = put(given, self.device, np.float32)
 
-    # -- a draw --------------------------------------------------------------------------------------------------
+    # -- sampling -----------------------------------------------------------------------------------------------
 
     def draw(self, logits: Tensor, rows: np.ndarray, known: np.ndarray, sample: Sample) -> Drawn:
-        """A token for each of `rows` from its line of `logits` [samples, vocabulary] float32, which may be changed.
+        """One token for each of `rows` from its row of `logits` [samples, vocabulary] float32, which may be modified.
         `known` are the tokens that each row has before the draw."""
         wanted = [(i, row) for i, row in enumerate(rows.tolist()) if row in self.special] if self.special else []
         asking = [(i, row) for i, row in wanted if self.special[row].params.logprobs is not None]
@@ -244,7 +244,7 @@ class Sampler:
         return Drawn(tokens, chosen, errors, batch)
 
     def keys(self, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
-        """What each row's next draw hashes: its seed, and how many tokens it has."""
+        """What each row's next draw hashes: its seed and its number of tokens."""
         return _keys(self.base[rows], known)
 
     def _where_penalized(self, rows: np.ndarray) -> tuple[Tensor, Tensor] | None:

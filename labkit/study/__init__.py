@@ -1,1 +1,1 @@
-"""Workloads served under a grid of settings, into one table. Knows engines from outside; nothing here serves anyone."""
+"""Experiments: serve workloads under a grid of settings and collect one table."""

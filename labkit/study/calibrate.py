@@ -1,6 +1,5 @@
-"""A simulator's constants from the log of a real engine: what each step computed, and how long it took. Knows events;
-computes no model. The log of another machine does as well as an engine of one's own.
-"""
+"""Fits the simulator's constants to the event log of a real engine: what each step computed, and how long it took. The
+log may come from another machine."""
 
 from __future__ import annotations
 
@@ -26,14 +25,14 @@ if TYPE_CHECKING:
     import pandas
 
 CONSTANTS = ("constant", "per_token", "per_context", "per_block")
-LEAST_STEPS = 20  # for four constants
-OUTLIERS = 0.01  # of the steps: the machine did something else
+LEAST_STEPS = 20  # steps needed to fit four constants
+OUTLIERS = 0.01  # share of the steps left out: the machine was busy with something else
 DOTS = 600
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one step computed, and how long it took: from the end of the step before, when there was no break."""
+    """What one step computed, and how long it took: from the end of the previous step, if there was no gap."""
 
     step: int
     tokens: int
@@ -44,8 +43,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What `calibrate` found: `runner` is a simulator of what was measured. `num_unclear` steps were left out, because
-    the log does not say what they computed."""
+    """What `calibrate` found. `runner` is a simulator with the fitted constants. `num_unclear` steps were left out,
+    because the log does not say what they computed."""
 
     runner: SimRunner
     work: tuple[Work, ...]
@@ -66,7 +65,7 @@ class Calibration:
 
     @property
     def bias(self) -> float:
-        """The predicted time of all steps together over the measured one, less one."""
+        """The predicted total time over the measured one, minus one."""
         return float(self.predicted.sum() / self.measured.sum() - 1)
 
     def __repr__(self) -> str:
@@ -74,7 +73,7 @@ class Calibration:
         return f"Calibration({self.runner!r}; {len(self.work)} steps, {how_well})"
 
     def frame(self) -> pandas.DataFrame:
-        """A row a step: what it computed, measured and predicted seconds."""
+        """One row per step: what it computed, measured and predicted seconds."""
         pd = tables.pandas()
         return pd.DataFrame([vars(work) for work in self.work]).assign(predicted=self.predicted)
 
@@ -98,7 +97,7 @@ class Calibration:
 def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Calibration:
     """Fit SimRunner's constants to the steps of a log, or of an engine, which serves `num` requests for it.
 
-    The fit is by least squares over relative errors, no constant below zero, scaled so that the sum is right.
+    A least squares fit over relative errors, with no constant below zero, scaled so that the total time is right.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=512))
@@ -113,14 +112,14 @@ def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Cal
     else:
         raise TypeError(f"calibrate takes an Engine or an EventLog, got {source!r}")
     if len(work) < LEAST_STEPS:
-        raise ValueError(f"four constants need {LEAST_STEPS} steps at least, and there are {len(work)}")
+        raise ValueError(f"calibrate needs {LEAST_STEPS} steps at least, and there are {len(work)}")
     return Calibration(_fit(work), tuple(work), num_unclear)
 
 
 def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
-    """One request alone, then all at once: small steps and large ones, short contexts and long."""
+    """One request alone, then all at once, for small and large steps, short and long contexts."""
     if engine.is_running or engine.scheduler.has_work:
-        raise RuntimeError("the engine is at work: pause() it and let it finish first")
+        raise RuntimeError("the engine is at work: let it finish, then pause() it")
     scheduler, blocks = engine.scheduler, engine.blocks
     longest = min(scheduler.max_model_len or 1024, 1024, blocks.num_blocks * blocks.block_size // 4)
     if longest < 32:
@@ -129,7 +128,7 @@ def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
     vocab = min(getattr(engine.runner, "vocab_size", 1000), 1000)
     crowd = random_lengths(num, prompt, output, vocab_size=vocab, seed=seed)
     alone = Workload("alone", tuple(Ask(ask.prompt, ask.num_output) for ask in crowd.asks[:2]))
-    serve(alone, engine)  # whatever a first step does once more is over
+    serve(alone, engine)  # one-time work of first steps is done
     batches: list[Batch] = []
     leave = engine.log.subscribe(batches.extend)
     try:
@@ -142,7 +141,7 @@ def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
 
 
 def work_of(events: Iterable[Event]) -> tuple[list[Work], int]:
-    """Each step's work, and how many steps were left out as the log does not say what they computed."""
+    """Each step's work, and how many steps were left out because the log does not say what they computed."""
     fold = _Fold()
     work: list[Work] = []
     num_unclear = 0
@@ -179,7 +178,7 @@ class _Row:
 
 
 class _Fold:
-    """The running requests as the log tells them: how far computed, how many tokens a step."""
+    """The running requests as the log shows them: tokens computed so far, and tokens per step."""
 
     def __init__(self) -> None:
         self.rows: dict[str, _Row] = {}
@@ -258,7 +257,7 @@ def _fit(work: list[Work]) -> SimRunner:
     off = np.abs(columns @ found / seconds - 1)
     kept = off <= np.quantile(off, 1 - OUTLIERS)
     found = _nonnegative(columns[kept] / seconds[kept, None])
-    found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds: the whole should be right
+    found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds time: make the total right
     default = SimRunner()
     chosen = dict(zip(CONSTANTS, found.tolist(), strict=True))
     if not columns[:, 3].any():

@@ -1,6 +1,4 @@
-"""Every setting of a grid, one after the other, on the same workload. Knows settings and seeds; the serving, the table
-and the pictures are others' work.
-"""
+"""Serves the same workload under every setting of a grid, one after the other."""
 
 from __future__ import annotations
 
@@ -31,12 +29,12 @@ KEPT_POINTS = 200  # of each curve in a study: enough for a picture, little in a
 
 
 class Experiment:
-    """A workload and a grid: a dict of names to lists of values, every combination of which is served.
+    """A workload and a grid: a dict of names to lists of values. Every combination is served.
 
     Names are options of `BlockManager`, `Scheduler` and `SimRunner` (`budget` and `rows` for short), "runner" and
-    "workload"; with a model, those of `Engine`. Without `model` it is a simulation on a virtual clock: `runner` is
-    `SimRunner()` unless another is given. `model` is a folder or a name, or "embedded", and takes real time. What is
-    the same for all settings is given by name. `repeats` draws the workload again from that many seeds.
+    "workload"; with a model, those of `Engine`. Without `model` it is a simulation on a virtual clock, with
+    `SimRunner()` unless you pass another `runner`. `model` is a folder, a name or "embedded", and runs in real time.
+    Pass options that are the same for all settings by name. `repeats` draws the workload again from that many seeds.
 
     >>> import labkit as lk
     >>> exp = lk.Experiment(lk.workloads.chats(8), {"eviction": ["lru", "lfu"], "num_blocks": [64, 128]}, rows=8)
@@ -82,11 +80,11 @@ class Experiment:
         return f"Experiment({grid}{seeds} of {self._workload_name()} on {self._runner_name()})"
 
     def __len__(self) -> int:
-        """How many runs it takes."""
+        """The number of runs."""
         return len(settings_of(self.grid)) * self.repeats
 
     def metric(self, function: F) -> F:
-        """Decorator: measure this as well. It is given each run's whole event log, and gives a number."""
+        """Decorator that adds a metric: a function of a run's event log that returns a number."""
         name = getattr(function, "__name__", "")
         if not callable(function) or not name.isidentifier():
             raise TypeError(f"a metric is a named function of an event log, got {function!r}")
@@ -96,16 +94,17 @@ class Experiment:
         return function
 
     def run(self, *, live: bool | str = False, speed: float | None = None, progress: bool = True) -> Study:
-        """Serve every setting. Interrupted, it gives what was measured so far.
+        """Serve every setting. If interrupted, returns what was measured so far.
 
-        `live` draws the rolling hit rate of every setting while it is served, or another of "output_tokens_per_s",
-        "used_blocks", "waiting", "running". `speed` is how many simulated seconds pass in a second, to watch them; as
-        many as can without it."""
+        `live` draws each setting's rolling hit rate while it is served, or another of "output_tokens_per_s",
+        "used_blocks", "waiting", "running". `speed` limits a simulation to that many simulated seconds per second, so
+        that you can watch it.
+        """
         flag("progress", progress)
         if speed is not None:
             real("speed", speed, least=0.0, open_left=True)
             if self.model is not None or "model" in self.grid:
-                raise ValueError("speed is of a virtual clock: a model takes the time it takes")
+                raise ValueError("speed= needs a simulation: a model runs in real time")
         planned = [(seed, *setting) for setting in settings_of(self.grid) for seed in range(self.repeats)]
         view = self._open_live(live, planned)
         runs: list[Run] = []
@@ -116,7 +115,7 @@ class Experiment:
                     view.watch(_name_of(names), history, self._workload(values, seed))
                 runs.append(self._serve(values, names, seed, history, speed))
         except KeyboardInterrupt:
-            pass  # the study says that it was stopped
+            pass  # the study records that it was interrupted
         finally:
             if view:
                 view.close()
@@ -132,7 +131,7 @@ class Experiment:
         )
 
     def _serve(self, values: Setting, names: dict[str, Any], seed: int, history: History, speed: float | None) -> Run:
-        """One setting, once. Whatever goes wrong in it is its result: the others are served all the same."""
+        """Serve one setting, once. An error becomes its result, and the other settings are still served."""
         log = EventLog(keep=None) if self.metrics else None
         engine: Engine | None = None
         try:

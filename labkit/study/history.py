@@ -1,7 +1,7 @@
-"""What a run did, step by step, in bounded memory. Knows the log's Step rows; refuses to know who draws them.
+"""A run's figures step by step, in bounded memory, from the log's Step rows.
 
-The engine's thread adds one row a step to arrays that are there already. They hold running sums, so that when they
-are full every second row can go, and a rate over any stretch of time stays exact.
+The engine's thread adds one row a step to preallocated arrays. They hold running sums, so that every second row can be
+dropped when they are full, and a rate over any stretch of time stays exact.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class History:
                 self._size, self._stride = ROWS // 2, self._stride * 2
 
     def columns(self) -> Columns:
-        """A copy of what there is; from any thread."""
+        """A copy of the rows; callable from any thread."""
         with self.lock:
             rows = self._rows[: self._size].copy()
         return dict(zip(COLUMNS, rows.T, strict=True))

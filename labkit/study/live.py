@@ -1,7 +1,7 @@
-"""One curve a setting that grows while it is served. Knows histories and one figure; never touches an engine.
+"""Live curves of a running experiment, one per setting. Reads histories; never touches an engine.
 
-A daemon thread looks at the history being written, five times a second at most, and sends what is new as one message.
-A figure's own data are gone when a notebook is opened again, so that closing leaves a still picture beside it.
+A daemon thread reads the history at most five times a second and sends what is new as one message. A figure's data are
+lost when a notebook is opened again, so closing leaves a static copy beside it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from labkit.core.options import choose
 from labkit.study.history import CURVES, History, rolling, thin
 from labkit.widgets import charts, style
 
-EVERY = 0.2  # seconds between two looks, and more when a look was slow
+EVERY = 0.2  # seconds between two updates, longer if an update is slow
 MOST_POINTS = 600
 
 
 class LiveCurves:
-    """Made once for an experiment and used again for its next run: widgets are never freed by their page."""
+    """Created once per experiment and reused for its next run, because a page never frees widgets."""
 
     def __init__(self, names: list[str], curve: str) -> None:
         choose("curve", curve, CURVES)
@@ -32,12 +32,12 @@ class LiveCurves:
         self.figure = _figure(names, curve)
         self._points = {name: (np.zeros(0, np.float32), np.zeros(0, np.float32)) for name in names}
         self._now: tuple[str, History, int, int] | None = None
-        self._drawn = -1  # steps of the watched history that are on the screen
+        self._drawn = -1  # steps of the current history already drawn
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def open(self) -> LiveCurves:
-        """Show the figure as this cell's output, and begin to follow."""
+        """Show the figure as this cell's output and start following."""
         from IPython.display import display
 
         nothing = np.zeros(0, np.float32)
@@ -52,7 +52,7 @@ class LiveCurves:
         return self
 
     def watch(self, name: str, history: History, workload: Workload) -> None:
-        """From now on this setting is being served; the one before is drawn to its end."""
+        """Follow this setting from here on, and draw the previous one to its end."""
         num_output = sum(ask.num_output for ask in workload.asks)
         num_prompt = sum(workload.lengths()) - num_output
         with self.lock:
@@ -60,7 +60,7 @@ class LiveCurves:
             self._now, self._drawn = (name, history, num_prompt, num_output), -1
 
     def close(self) -> None:
-        """Draw the end, stop following, and leave the still picture."""
+        """Draw the end, stop following, and leave a static picture."""
         from IPython.display import HTML, display
 
         self._stop.set()
@@ -72,7 +72,7 @@ class LiveCurves:
         display(HTML(self.picture()))
 
     def picture(self) -> str:
-        """The curves as they are, without anything that moves."""
+        """The current curves as a static picture."""
         lines = [
             charts.Curve(name, _color(i), xs.tolist(), ys.tolist())
             for i, (name, (xs, ys)) in enumerate(self._points.items())

@@ -1,6 +1,4 @@
-"""What a model would say next, and what sampling parameters leave of it. Knows one row of logits, taken from a running
-engine; draws nothing.
-"""
+"""A model's next-token distribution, and what sampling parameters leave of it. Nothing is sampled."""
 
 from __future__ import annotations
 
@@ -25,9 +23,9 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p")
 
 @dataclass(frozen=True)
 class NextTokens:
-    """The probability of every token that may come next; one column a view, the model's own first.
+    """The probability of every possible next token; one column per view, the model's own first.
 
-    `under(temperature=0.5)` adds the view of a sampler with these parameters.
+    `under(temperature=0.5)` adds a view with these sampling parameters.
     """
 
     logits: NDArray[np.float32]  # [vocabulary]
@@ -35,7 +33,7 @@ class NextTokens:
     views: tuple[tuple[str, NDArray[np.float64]], ...]
 
     def under(self, **filters: float) -> NextTokens:
-        """What temperature, top_k, top_p and min_p leave, computed as the sampler does."""
+        """Add a view with temperature, top_k, top_p and min_p applied as the sampler does."""
         check_names("NextTokens.under", filters, FILTERS)
         params = SamplingParams(**filters)  # type: ignore[arg-type]
         name = ", ".join(f"{name}={value:g}" for name, value in filters.items()) or "as it is"
@@ -43,11 +41,11 @@ class NextTokens:
 
     @property
     def kept(self) -> int:
-        """Tokens that the latest view can still draw."""
+        """Number of tokens that the latest view can still draw."""
         return int((self.views[-1][1] > 0).sum())
 
     def probability(self, token: int) -> float:
-        """Of a token id, in the latest view."""
+        """The probability of a token id in the latest view."""
         return float(self.views[-1][1][token])
 
     def frame(self) -> pandas.DataFrame:

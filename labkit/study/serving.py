@@ -1,6 +1,4 @@
-"""A workload served by an engine, request by request, and what is said of it afterwards. Knows arrivals, turns and
-times; refuses to know which settings are being compared.
-"""
+"""Serves a workload on an engine, request by request, and computes its figures."""
 
 from __future__ import annotations
 
@@ -19,19 +17,19 @@ from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.study.history import History
 
-LOOK_EVERY = 16  # steps between two looks at how full the blocks are: a look costs what some rows' tables cost
+LOOK_EVERY = 16  # steps between two samples of block usage, as a sample has a cost
 
 
 @dataclass(frozen=True)
 class Served:
-    """What one run gave: numbers by name, and columns with one entry a request."""
+    """The result of one run: numbers by name, and columns with one entry per request."""
 
     metrics: dict[str, float]
     requests: dict[str, list[Any]]
 
 
 class _Conversations:
-    """Hands in what may come now, and what goes on when an answer has ended."""
+    """Submits the requests that are due, and the next turn of a conversation once its answer has ended."""
 
     def __init__(self, workload: Workload, engine: Engine) -> None:
         self.asks, self.engine = workload.asks, engine
@@ -71,7 +69,7 @@ class _Conversations:
 
 
 def serve(workload: Workload, engine: Engine, history: History | None = None, speed: float | None = None) -> Served:
-    """Serve all of it, on whatever clock the engine has; a virtual one passes at most `speed` seconds a second.
+    """Serve the whole workload on the engine's clock; a virtual clock advances at most `speed` seconds a second.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=256))

@@ -1,4 +1,4 @@
-"""A grid of settings, and the engine that one of them makes. Knows which part takes which option; serves nothing."""
+"""The grid of settings, and how an engine is built from one of them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OF_BLOCKS = tuple(name for name in inspect.signature(BlockManager).parameters)
 OF_SCHEDULER = tuple(name for name in inspect.signature(Scheduler).parameters if name not in ("blocks", "log"))
 OF_SIMULATOR = ("constant", "per_token", "per_context", "per_block")
 OF_MODEL = tuple(name for name in Options.__dataclass_fields__ if name not in ("log", "seed"))  # repeats have seeds
-NUM_BLOCKS = 512  # of a simulated pool when nobody says; a model's pool is what fits
+NUM_BLOCKS = 512  # default for a simulation; with a model, as many as fit
 
 Setting = dict[str, Any]
 
 
 def valid_names(runner: Any, has_model: bool) -> tuple[str, ...]:
-    """What may stand in the grid."""
+    """The names allowed in the grid."""
     short = tuple(SHORT)
     if has_model:
         return ("workload", "model", *short, *OF_MODEL)
@@ -46,15 +46,15 @@ def check_grid(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any], vali
         if not values:
             raise ValueError(f"grid[{name!r}] is empty: give it at least one value")
         if name in fixed:
-            raise TypeError(f"{name!r} is in the grid and given besides: leave one of them out")
+            raise TypeError(f"{name!r} is in the grid and also passed by name: leave one of them out")
     check_names("Experiment", [*grid, *fixed], valid)
     for short, name in SHORT.items():
         if short in {*grid, *fixed} and name in {*grid, *fixed}:
-            raise TypeError(f"{short!r} is another word for {name!r}: give one of them")
+            raise TypeError(f"{short!r} is short for {name!r}: give one of them")
 
 
 def settings_of(grid: Mapping[str, Sequence[Any]]) -> list[tuple[Setting, Setting]]:
-    """Every combination, the last name fastest: (values, what they are called)."""
+    """Every combination, the last name varying fastest: (values, their labels)."""
     named = {name: list(zip(values, labels(values), strict=True)) for name, values in grid.items()}
     found = []
     for combination in itertools.product(*named.values()):
@@ -64,7 +64,7 @@ def settings_of(grid: Mapping[str, Sequence[Any]]) -> list[tuple[Setting, Settin
 
 
 def labels(values: Sequence[Any]) -> list[Any]:
-    """What each value is called in a table or a file: itself when it is plain, else its name; no two alike."""
+    """Each value's label in a table or a file: the value itself if it is plain, else its name. Labels are unique."""
     found: list[Any] = []
     for value in values:
         label = label_of(value)
@@ -107,11 +107,11 @@ def make_engine(setting: Mapping[str, Any], runner: Any, model: str | None, log:
 
 def check_runner(runner: Any) -> None:
     if runner is not None and not isinstance(runner, (SimRunner, FakeRunner)) and not hasattr(runner, "launch"):
-        raise TypeError(f"runner must be a SimRunner(), a FakeRunner() or alike, got {runner!r}")
+        raise TypeError(f"runner must be a SimRunner(), a FakeRunner() or a similar object, got {runner!r}")
 
 
 def _changed(runner: Any, options: Mapping[str, float]) -> SimRunner:
     if not isinstance(runner, SimRunner):
-        raise TypeError(f"{', '.join(options)} are a SimRunner's, and this is {runner!r}")
+        raise TypeError(f"{', '.join(options)} are options of a SimRunner, but runner is {runner!r}")
     old = {name: getattr(runner, name) for name in (*OF_SIMULATOR, "seed", "vocab_size")}
     return SimRunner(**{**old, **options})

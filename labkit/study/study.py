@@ -1,4 +1,4 @@
-"""What an experiment found: one table, its pictures, a file. Knows numbers by setting; refuses to know engines."""
+"""The result of an experiment: a table, figures and a file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 VERSION = 1  # of the file that `save` writes
-SHOWN = ("hit_rate", "output_tokens_per_s", "ttft_p90", "preemptions")  # in a picture, where they differ
+SHOWN = ("hit_rate", "output_tokens_per_s", "ttft_p90", "preemptions")  # shown in a picture if they differ
 MOST_BARS = 30
 UNITS = {"makespan": "s", "ttft": "s", "tpot": "s", "e2e": "s"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One setting, served once. `setting` holds what its values are called."""
+    """One setting, served once. `setting` holds the labels of its values."""
 
     setting: dict[str, Any]
     seed: int
@@ -42,9 +42,10 @@ class Run:
 
 
 class Study:
-    """The runs of an experiment, in the order they were made.
+    """The runs of an experiment, in the order in which they were served.
 
-    `frame()` has a row a run, `requests()` a row a request, `curves()` a row a moment; `plot(x, y, by=)` is a figure.
+    `frame()` has one row per run, `requests()` one per request, `curves()` one per moment; `plot(x, y, by=)` is a
+    figure.
 
     >>> import labkit as lk
     >>> lk.Experiment(lk.workloads.poisson(20), {"rows": [2, 8]}).run()
@@ -66,7 +67,7 @@ class Study:
 
     @property
     def metrics(self) -> list[str]:
-        """The names of what was measured."""
+        """The names of the measured columns."""
         return list(dict.fromkeys(name for run in self.runs for name in run.metrics))
 
     def __repr__(self) -> str:
@@ -81,17 +82,17 @@ class Study:
     # -- tables --------------------------------------------------------------------------------------------------
 
     def frame(self) -> pandas.DataFrame:
-        """A row a run: the setting, its seed, what was measured (times in seconds), and the error if it failed."""
+        """One row per run: the setting, its seed, the measurements (times in seconds), and the error if it failed."""
         pd = tables.pandas()
         rows = [{**run.setting, "seed": run.seed, **run.metrics, "error": run.error} for run in self.runs]
         return pd.DataFrame(rows, columns=[*self.names, "seed", *self.metrics, "error"])
 
     def requests(self) -> pandas.DataFrame:
-        """A row a request and run."""
+        """One row per request and run."""
         return self._long("requests")
 
     def curves(self) -> pandas.DataFrame:
-        """A row a moment and run: `now` in seconds, and what was going on in the last tenth of the tokens."""
+        """One row per moment and run: `now` in seconds, and figures over the last tenth of the tokens."""
         return self._long("curves")
 
     def _long(self, which: str) -> pandas.DataFrame:
@@ -108,8 +109,9 @@ class Study:
     # -- pictures ------------------------------------------------------------------------------------------------
 
     def plot(self, x: str, y: str = "output_tokens_per_s", *, by: str | Sequence[str] | None = None) -> Figure:
-        """A plotly figure of a measure over a setting, a colour for each value of `by` (everything else that varies,
-        if not given). x="time" draws the curves of `curves()`. Where seeds differ, the mean and its extremes."""
+        """A plotly figure of a measurement over a setting, with one colour per value of `by` (default: all other
+        settings that vary). x="time" draws the curves of `curves()`. With several seeds it shows the mean and the
+        extremes."""
         try:
             import plotly.graph_objects as go
         except ImportError as error:
@@ -142,9 +144,9 @@ class Study:
                     )
             return figure
         if x not in self.names:
-            raise ValueError(f"x is a setting of the grid, or 'time', and not {x!r}; {closest(x, self.names)}")
+            raise ValueError(f"x must be a setting of the grid or 'time', got {x!r}; {closest(x, self.names)}")
         if y not in self.metrics:
-            raise ValueError(f"y is something measured, and not {y!r}; {closest(y, self.metrics)}")
+            raise ValueError(f"y must be a measured column, got {y!r}; {closest(y, self.metrics)}")
         if hidden := [name for name in self.names if name not in (x, *by) and len(set(self._values(name))) > 1]:
             raise ValueError(f"{', '.join(hidden)} varies as well: add it to by=")
         groups: dict[str, dict[Any, list[float]]] = {}
@@ -191,7 +193,7 @@ class Study:
         return style.page(*parts)
 
     def _worth_showing(self) -> list[str]:
-        """Measures somebody added, and of the usual ones those that differ; the first if none does."""
+        """Metrics that the user added, and of the usual ones those that differ; the first if none does."""
         own = [name for name in self.metrics if name not in USUAL]
         usual = [name for name in SHOWN if len({run.metrics[name] for run in self.runs if name in run.metrics}) > 1]
         return own + usual or [name for name in SHOWN[1:2] if name in self.metrics]
@@ -211,7 +213,7 @@ class Study:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def save(self, path: str | PathLike[str]) -> None:
-        """As JSON. Functions and objects in the grid are kept by name."""
+        """Save as JSON. Functions and objects in the grid are saved by name."""
         found = {
             "labkit_study": VERSION, "names": self.names, "workload": self.workload, "runner": self.runner,
             "num_planned": self.num_planned, "runs": [asdict(run) for run in self.runs],
@@ -220,18 +222,18 @@ class Study:
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Study:
-        """What `save` wrote."""
+        """Load what `save` wrote."""
         try:
             found = json.loads(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(found, dict) or found.get("labkit_study") != VERSION:
-            raise ValueError(f"{path} is no study, version {VERSION}, that Study.save wrote")
+            raise ValueError(f"{path} is not a study saved by Study.save, version {VERSION}")
         try:
             runs = [_run(run) for run in found["runs"]]
             named = {name: found[name] for name in ("names", "workload", "runner", "num_planned")}
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is a study with something missing: {error}") from None
+            raise ValueError(f"{path} is a study with missing data: {error}") from None
         return cls(runs, **named)
 
 
@@ -276,7 +278,7 @@ def _trace(go: Any, name: str, points: dict[Any, list[float]], color: str, numbe
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can say it: no number that is none."""
+    """The value as JSON can hold it; nan and infinity become None."""
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""pandas, or the name of what brings it. Knows one import; makes no table."""
+"""Imports pandas, or raises an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def pandas() -> Any:
-    """The module, imported where a table is asked for."""
+    """The pandas module, imported when a table is needed."""
     try:
         import pandas
     except ImportError as error:

@@ -1,6 +1,5 @@
-"""Workloads that tell settings apart: shared prefixes, conversations, crowds that come at once, two classes. Knows
-numbers drawn from a seed; refuses to know who serves them. Prompts are random token ids below `vocab_size`.
-"""
+"""Workloads for comparing settings: shared prefixes, conversations, bursts, two classes of requests. Everything is
+drawn from a seed; prompts are random token ids below `vocab_size`."""
 
 from __future__ import annotations
 
@@ -44,8 +43,8 @@ def shared_prefixes(
     vocab_size: int = VOCAB,
     seed: int = 0,
 ) -> Workload:
-    """Requests behind one of several system prompts of `prefix` tokens; the k-th most popular is asked for in
-    proportion to `k ** -skew`. All at once, or `rate` a second.
+    """Requests that begin with one of several system prompts of `prefix` tokens. The k-th most popular is used in
+    proportion to `k ** -skew`. They arrive all at once, or at `rate` a second.
 
     >>> shared_prefixes(100, prefixes=4)
     Workload(4 shared prefixes: 100 requests, 29,693 prompt + 4,006 output tokens)
@@ -75,8 +74,9 @@ def chats(
     vocab_size: int = VOCAB,
     seed: int = 0,
 ) -> Workload:
-    """Conversations of several turns behind one system prompt, `rate` of them begun a second. A turn holds everything
-    said before it, the answers as they were given, and comes `think` seconds (on average) after the last answer.
+    """Conversations of several turns with one system prompt; `rate` of them start per second. A turn's prompt is
+    everything said before it, including the answers as generated. It arrives `think` seconds (on average) after the
+    last answer.
 
     >>> chats(10, turns=(3, 3))
     Workload(10 chats of 3 turns, 1/s: 30 requests, 2,316 prompt + 1,671 output tokens)
@@ -109,7 +109,7 @@ def poisson(
     vocab_size: int = VOCAB,
     seed: int = 0,
 ) -> Workload:
-    """Unrelated requests that come at random times, `rate` a second.
+    """Unrelated requests that arrive at random times, `rate` a second.
 
     >>> poisson(50, rate=2)
     Workload(Poisson, 2/s: 50 requests, 6,739 prompt + 3,936 output tokens)
@@ -129,7 +129,8 @@ def bursty(
     vocab_size: int = VOCAB,
     seed: int = 0,
 ) -> Workload:
-    """The same in crowds: gaps from a gamma distribution of shape `burstiness`, 1 is Poisson, less comes in bursts.
+    """The same in bursts: gaps from a gamma distribution of shape `burstiness`. 1 is Poisson, lower values are
+    burstier.
 
     >>> bursty(50, rate=2)
     Workload(bursts of shape 0.1, 2/s: 50 requests, 6,739 prompt + 3,936 output tokens)
@@ -149,7 +150,7 @@ def two_classes(
     vocab_size: int = VOCAB,
     seed: int = 0,
 ) -> Workload:
-    """Short urgent requests (priority 0, a share `urgent`) among long ones that can wait (priority 1); `short` and
+    """Short urgent requests (priority 0, a share `urgent`) among long ones that can wait (priority 1). `short` and
     `long` are (prompt, output) ranges.
 
     >>> two_classes(50, rate=2)
@@ -167,13 +168,13 @@ def two_classes(
 
 
 def mixed(*workloads: Workload) -> Workload:
-    """All of them at once, in order of arrival.
+    """All of these workloads merged, in order of arrival.
 
     >>> mixed(poisson(10), chats(2))
     Workload(Poisson, 4/s + 2 chats of 2-6 turns, 1/s: 20 requests, 1,697 prompt + 1,526 output tokens)
     """
     if not workloads:
-        raise ValueError("mixed takes one workload at least")
+        raise ValueError("mixed needs at least one workload")
     entries = [(w, i, ask) for w, workload in enumerate(workloads) for i, ask in enumerate(workload.asks)]
     opening = sorted((entry for entry in entries if entry[2].after is None), key=lambda entry: entry[2].arrival)
     order = opening + [entry for entry in entries if entry[2].after is not None]

@@ -1,1 +1,1 @@
-"""From text to token ids and back: tokenizers, streams, grammars."""
+"""Text to token ids and back: tokenizers, streams, grammars."""

@@ -1,6 +1,5 @@
-"""Text held to a form: JSON, a regular expression, a choice, a grammar. Knows llguidance, which works out the tokens
-that may come next; refuses to know requests and the sampler, which sees a logits processor like any other.
-"""
+"""Structured outputs: JSON, a regular expression, a choice or a grammar. llguidance computes the allowed tokens; for
+the sampler this is a logits processor like any other."""
 
 from __future__ import annotations
 
@@ -11,12 +10,12 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-# The vocabulary as llguidance wants it, by tokenizer: made once, as a large one takes a second.
+# The vocabulary in llguidance form, by tokenizer. Built once, as a large one takes a second.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 class Grammar:
-    """A logits processor that leaves only what a form allows; every sample begins at its beginning.
+    """A logits processor that allows only tokens that fit a form. Every sample starts at the beginning of the form.
 
     `form` is one of {"json": schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} and
     {"grammar": "start: ..."} (Lark).
@@ -29,7 +28,9 @@ class Grammar:
             raise ValueError("structured_outputs need llguidance: pip install 'labkit[structured]'") from error
         ((self.kind, what),) = form.items()
         if not end_ids:
-            raise ValueError("structured_outputs end with an end token: this model names none, or ignore_eos is set")
+            raise ValueError(
+                "structured_outputs need an end-of-sequence token: this model has none, or ignore_eos is set"
+            )
         try:
             source = _source(LLMatcher, self.kind, what)
         except (TypeError, ValueError) as error:
@@ -46,12 +47,12 @@ class Grammar:
         return self  # nothing in it changes
 
     def begin(self) -> Progress:
-        """One sample's way through the form."""
+        """The state of one sample in the form."""
         return Progress(self.matcher.deep_copy(), self.end_ids)
 
 
 class Progress:
-    """How far one sample has come."""
+    """How far one sample has come in the form."""
 
     def __init__(self, matcher: Any, end_ids: list[int], num_consumed: int = 0) -> None:
         self.matcher, self.end_ids, self.num_consumed = matcher, end_ids, num_consumed
@@ -65,7 +66,7 @@ class Progress:
 
         new, self.num_consumed = output[self.num_consumed :], len(output)
         if new and not self.matcher.consume_tokens(new):
-            raise ValueError(f"the grammar does not allow what was written: {_first_line(self.matcher.get_error())}")
+            raise ValueError(f"the text does not fit the grammar: {_first_line(self.matcher.get_error())}")
         allowed = np.zeros(len(logits), bool)
         if self.matcher.is_stopped():
             allowed[self.end_ids] = True
@@ -84,7 +85,7 @@ def _source(matcher: Any, kind: str, what: Any) -> str:
     if kind == "grammar":
         return matcher.grammar_from_lark(what)
     schema = {"type": "object"} if kind == "json_object" else what
-    # Where any whitespace may stand, a small model may write nothing else.
+    # If any amount of whitespace were allowed, a small model might write nothing else.
     compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
     return matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema), defaults=compact)
 

@@ -1,4 +1,4 @@
-"""A request's text as its tokens come, and where a stop string ends it. Knows tokens and characters, no engine."""
+"""A request's text as its tokens arrive, and where a stop string ends it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from labkit.text.tokenizer import Decoder, stream_of
 
 
 class Text:
-    """What may be shown so far.
+    """The text that may be shown so far.
 
-    Stop strings are found across token borders, whatever tokens they are made of; while one may be in the making, the
-    characters that could begin it are held back.
+    Stop strings are found across token boundaries. Characters that may be the beginning of a stop string are held back
+    until that is decided.
 
     >>> text = Text(ByteTokenizer(), [], SamplingParams(stop="END"))
     >>> text.feed(list(b"so far. EN")), text.shown
@@ -31,7 +31,7 @@ class Text:
         self.longest = max((len(stop) for stop in params.stop), default=0)
 
     def feed(self, ids: list[int]) -> bool:
-        """Further tokens, up to the one that completes a stop string; was one found?"""
+        """Add tokens, up to the one that completes a stop string; returns whether one was found."""
         if not self.params.stop:
             self.all += self.stream.feed(ids)
             self.num_tokens += len(ids)
@@ -47,7 +47,8 @@ class Text:
         return self.end is not None
 
     def _look(self, before: int) -> None:
-        """A stop string that ends in the characters from `before` on; the one that begins first counts."""
+        """A stop string that ends at or after the character `before`; if there are several, the one that begins
+        first."""
         found = [
             (at, stop) for stop in self.params.stop if (at := self.all.find(stop, max(0, before - len(stop) + 1))) >= 0
         ]
@@ -57,7 +58,7 @@ class Text:
 
     @property
     def shown(self) -> str:
-        """The text without what may still turn out to be a stop string."""
+        """The text without a tail that may become a stop string."""
         if self.end is not None:
             return self.all[: self.end]
         for size in range(min(self.longest - 1, len(self.all)), 0, -1):
@@ -68,5 +69,5 @@ class Text:
 
     @property
     def final(self) -> str:
-        """The text when nothing more comes."""
+        """The complete text, once no more tokens come."""
         return self.all[: self.end]

@@ -1,6 +1,6 @@
-"""Text to token ids and back, from a model's own files. Knows the tokenizers library; refuses to know models.
+"""Text to token ids and back, from a model's own files.
 
-Where a folder has a `tokenizer.json` it is read directly: importing all of transformers for it would double the start.
+If a folder has a `tokenizer.json`, it is read directly: importing transformers for it would double the start-up time.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ Message = Mapping[str, Any]
 
 
 class Decoder(Protocol):
-    """All that an engine needs to show text."""
+    """What an engine needs to show text."""
 
     def decode(self, ids: list[int]) -> str: ...
 
 
 class TextStream(Protocol):
-    """Tokens in, complete characters out."""
+    """Takes tokens, returns complete characters."""
 
     def feed(self, ids: list[int]) -> str: ...
 
 
 class ByteTokenizer:
-    """Token ids that are bytes: enough to read a fake runner's output as text, and to try stop strings. Ids beyond
-    255 read as a character that is none."""
+    """Token ids are bytes: enough to read a fake runner's output as text, and to try stop strings. Ids above 255 become
+    the replacement character."""
 
     vocab_size = 256
 
@@ -84,11 +84,11 @@ class Tokenizer:
             slow = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(
-                f"{folder} holds no tokenizer that can be read: {error} (skip_tokenizer_init=True does without)"
+                f"{folder} holds no tokenizer that can be read: {error} (skip_tokenizer_init=True goes without one)"
             ) from error
         backend = getattr(slow, "backend_tokenizer", None)
         if backend is None:
-            raise ValueError(f"{folder} has a tokenizer of a kind without a tokenizer.json: save a fast one beside it")
+            raise ValueError(f"{folder} has only a slow tokenizer: save a fast one (tokenizer.json) there")
         return cls(backend, config, template or slow.chat_template)
 
     @property
@@ -123,7 +123,7 @@ class Tokenizer:
     # -- chat ----------------------------------------------------------------------------------------------------
 
     def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> list[int]:
-        """Token ids of a conversation in the model's own form, up to where the assistant speaks next."""
+        """Token ids of a conversation formatted with the chat template, up to where the assistant speaks next."""
         text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, **more)
         return self.encode(text, add_special_tokens=False)
 
@@ -149,7 +149,7 @@ class Tokenizer:
 
 
 class _BackendStream:
-    """tokenizers' own stream decoder."""
+    """The stream decoder of the tokenizers library."""
 
     def __init__(self, backend: Any, context: list[int], skip_special_tokens: bool) -> None:
         from tokenizers.decoders import DecodeStream
@@ -162,13 +162,14 @@ class _BackendStream:
     def feed(self, ids: list[int]) -> str:
         try:
             return "".join(piece for id in ids if (piece := self.stream.step(self.backend, id)))
-        except Exception:  # tokenizers raises a bare Exception on bytes that never make a character; go on behind them
+        except Exception:  # tokenizers raises a bare Exception on bytes that form no character; skip them
             self.stream = self.make()
             return ""
 
 
 class DecodedStream:
-    """The same for anything that can only decode whole lists: text counts once it ends in no half character."""
+    """A stream decoder for tokenizers that can only decode whole lists: text counts once it ends in a complete
+    character."""
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -182,13 +183,13 @@ class DecodedStream:
             self.ids.append(id)
             text = self.decoder.decode(self.ids)
             complete = len(text.rstrip(HALF))
-            if complete == len(text) or len(self.ids) - self.settled >= LONGEST:  # or it is no character in the making
+            if complete == len(text) or len(self.ids) - self.settled >= LONGEST:  # or never a character
                 complete, self.settled = len(text), len(self.ids)
             elif complete > self.shown:
                 self.settled = len(self.ids) - 1
             self.shown = max(self.shown, complete)
         piece = self.decoder.decode(self.ids)[before : self.shown] if ids else ""
-        if len(self.ids) > 64 and self.settled == len(self.ids):  # nothing pending: start afresh
+        if len(self.ids) > 64 and self.settled == len(self.ids):  # nothing pending: start over
             self.ids, self.shown, self.settled = [], 0, 0
         return piece
 

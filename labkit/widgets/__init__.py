@@ -1,2 +1,2 @@
-"""Pictures of what people hold: HTML with inline SVG, folded from events or read off core objects. No script, nothing
-fetched, no torch; it never changes what it draws."""
+"""HTML views with inline SVG, made from events or core objects. No script, no torch, nothing is fetched. A view never
+changes what it shows."""

@@ -1,6 +1,6 @@
-"""Blocks as coloured cells: a pool, a table, how full they are. Knows how blocks are counted; refuses to know who asks.
+"""KV cache blocks as coloured cells: the pool, a table, and usage.
 
-A pool of more than 512 blocks is folded: a cell then stands for several, and says so.
+In a pool of more than 512 blocks one cell stands for several blocks, and says so.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ USED, SHARED, CACHED = (BLOCK_COLOR[name] for name in ("used", "shared", "cached
 
 
 def manager(bm: BlockManager, decode: Decode | None = None) -> str:
-    """The whole pool, the tables over it, and the tree of cached prefixes, as text where there is a decoder."""
+    """The whole pool, its tables, and the tree of cached prefixes (as text if a decoder is given)."""
     return view(
         f"BlockManager {bm.num_blocks}\u00d7{bm.block_size}",
         pool(bm),
@@ -84,7 +84,7 @@ def _cells(bm: BlockManager, filled: Any) -> str:
 
 def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, filled: float, holders: Any = (),
          numbered: bool = True) -> str:  # fmt: skip
-    """One block: its colour says who has it, the height of the colour how full it is, a figure how often it is held."""
+    """One block. Its colour says who holds it, the filled height how full it is, a number the reference count."""
     color = SHARED if count > 1 else USED if count else CACHED if stored else "none"
     state = f"held {count}\u00d7" if count > 1 else "used" if count else "cached" if stored else "free"
     names = [str(name)[:40] for name in holders]
@@ -114,7 +114,7 @@ def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, 
 
 
 def _holders(bm: BlockManager) -> dict[int, list[str]]:
-    """block -> the first tables that hold it."""
+    """block -> the first few tables that hold it."""
     found: dict[int, list[str]] = {}
     for name, row in list(bm.tables.row_of.items())[:MOST_CELLS]:
         for block in bm.tables.row_blocks(row)[: 4 * MOST_CELLS]:
@@ -128,7 +128,7 @@ def _holders(bm: BlockManager) -> dict[int, list[str]]:
 
 
 def _folded(bm: BlockManager, filled: Any) -> str:
-    """Cells of several blocks each, in the order of their numbers, with the share of each kind stacked in them."""
+    """Cells of several blocks each, in block order; a cell shows the share of each kind as stacked colours."""
     each = -(-bm.num_blocks // MOST_CELLS)
     num_cells = -(-bm.num_blocks // each)
     at = np.arange(bm.num_blocks) // each
@@ -162,7 +162,7 @@ def _folded(bm: BlockManager, filled: Any) -> str:
 
 
 def tables(bm: BlockManager) -> str:
-    """The tables, one a line."""
+    """The tables, one per line."""
     names = list(bm.tables.row_of)
     if not names:
         return ""
@@ -179,14 +179,14 @@ def tables(bm: BlockManager) -> str:
 
 
 def _numbers(bm: BlockManager, row: int, most: int = 16) -> str:
-    """The first blocks of a table in words, with how often they are held."""
+    """The first blocks of a table as text, with their reference counts."""
     blocks, count = bm.tables.row_blocks(row), bm.pool.count
     said = [f"{block}\u00d7{count[block]}" if count[block] > 1 else str(block) for block in blocks[:most] if block]
     return " ".join([*said, *([f"\u2026 +{len(blocks) - most}"] if len(blocks) > most else [])])
 
 
 def _strip(bm: BlockManager, row: int, most: int = 24) -> str:
-    """The first blocks of a table, small."""
+    """The first blocks of a table as small cells."""
     blocks, count = bm.tables.row_blocks(row), bm.pool.count
     held, size = int(bm.tables.num_tokens[row]), bm.block_size
     shapes = []
@@ -250,7 +250,7 @@ def table(view_of: BlockTable) -> str:
 
 def _place(x: float, y: float, block: int, count: int, full: float, shared: list[str], about: str, copied: bool,
            written: bool) -> str:  # fmt: skip
-    """A block of a table, 48 wide: as full as it is, with its number and how often it is held."""
+    """A block of a table, 48 wide: how full it is, its number and its reference count."""
     color = SHARED if count > 1 else COLORS["green"] if copied else USED
     whom = f", shared with {', '.join(map(repr, shared[:6]))}" if shared else ""
     title = f"block {block}, held {count}\u00d7{whom}{about}"[:300]
@@ -283,7 +283,7 @@ def _sharers(bm: TableOwner, row: int) -> dict[int, list[str]]:
 
 
 def stats(found: BlockStats) -> str:
-    """Blocks, and the places inside the used ones."""
+    """Block usage, and token slots inside the used blocks."""
     blocks = svg.bar(
         [("used", found.used_blocks, USED), ("cached", found.cached_blocks, CACHED)], 560, 20, total=found.num_blocks
     )

@@ -1,5 +1,4 @@
-"""Small charts as inline SVG: bars, curves, dots, columns; and how plotly's figures look beside them. Knows numbers,
-names and colours; refuses to know of what."""
+"""Small charts as inline SVG: bars, curves, dots, columns. Also sets the style of plotly figures to match."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from html import escape
 
 from labkit.widgets.style import HUES
 
-GREY, CLEAR = "#808080", "rgba(0,0,0,0)"  # legible on white and on black; no background of its own
+GREY, CLEAR = "#808080", "rgba(0,0,0,0)"  # readable on white and on black; no background
 AXIS = {"linecolor": GREY, "tickcolor": GREY, "gridcolor": "rgba(128,128,128,.2)", "zeroline": False}
 LAYOUT = {  # of a plotly figure, for a light page and a dark one
     "template": "simple_white", "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "font": {"color": GREY, "size": 13},
@@ -36,7 +35,7 @@ class Curve:
 
 
 def bars(rows: Sequence[Bar], width: int = 430, most: float = 0.0) -> str:
-    """Bars from the left, the value behind each; a whisker where there is an interval. `most` is a full length."""
+    """Horizontal bars with their values; a whisker shows an interval. `most` is the value of a full-length bar."""
     longest = max((len(row.label) for row in rows), default=0)
     left = min(width * 0.45, 16 + 7 * longest)
     room = width - left - 60
@@ -69,7 +68,7 @@ def bars(rows: Sequence[Bar], width: int = 430, most: float = 0.0) -> str:
 def curves(
     lines: Sequence[Curve], x_name: str = "", y_name: str = "", width: int = 860, height: int = 240, most: float = 0.0
 ) -> str:
-    """Lines over one pair of axes that begin at zero; `most` keeps the upper end of y where it is."""
+    """Lines over one pair of axes that start at zero; `most` fixes the upper end of y."""
     left, bottom, top = 56, 34, 20
     end = round_up(max((x for line in lines for x in line.xs if math.isfinite(x)), default=1.0))
     high = most or round_up(max((y for line in lines for y in line.ys if math.isfinite(y)), default=1.0))
@@ -102,7 +101,7 @@ def curves(
 
 
 def dots(pairs: Sequence[tuple[float, float]], x_name: str, y_name: str, width: int = 430, height: int = 300) -> str:
-    """Points whose two numbers should be equal, and the line on which they would be."""
+    """Points whose two numbers should be equal, and the diagonal."""
     left, bottom, top = 48, 36, 20
     most = round_up(max((max(pair) for pair in pairs), default=1.0))
 
@@ -133,7 +132,7 @@ def dots(pairs: Sequence[tuple[float, float]], x_name: str, y_name: str, width: 
 def columns(
     counts: Sequence[float], first: float, last: float, name: str, color: str, width: int = 270, height: int = 110
 ) -> str:
-    """How many of what: columns side by side from `first` to `last`. An SVG group, `width` wide."""
+    """A histogram: columns from `first` to `last`. An SVG group, `width` wide."""
     most = max(counts, default=0.0) or 1.0
     wide, floor = width / max(len(counts), 1), height - 20
     shapes = [
@@ -151,7 +150,7 @@ def columns(
 
 
 def beside(groups: Sequence[str], width: int = 270, gap: int = 25, height: int = 110) -> str:
-    """SVG groups in a line."""
+    """SVG groups side by side."""
     each = "".join(f'<g transform="translate({i * (width + gap)},0)">{group}</g>' for i, group in enumerate(groups))
     return f'<svg viewBox="0 0 {len(groups) * (width + gap) - gap} {height}" role="img">{each}</svg>'
 
@@ -179,7 +178,7 @@ def round_up(value: float) -> float:
 
 
 def _pieces(curve: Curve) -> list[list[tuple[float, float]]]:
-    """The runs of a curve between places where it has no value."""
+    """The parts of a curve between points without a value."""
     found: list[list[tuple[float, float]]] = [[]]
     for x, y in zip(curve.xs, curve.ys, strict=True):
         if math.isfinite(y):

@@ -1,5 +1,4 @@
-"""Two runs side by side: figures, where they part, and two timelines over one axis. Knows logs and what a diff found;
-refuses to know why the runs differ."""
+"""Two runs side by side: figures, where they first differ, and two timelines over one axis."""
 
 from __future__ import annotations
 
@@ -50,7 +49,7 @@ def _figure(name: str, value: float | None) -> str:
 
 
 def _change(name: str, a: float | None, b: float | None) -> str:
-    """How much more or less, marked by what that means."""
+    """The relative change, coloured by whether it is better or worse."""
     if a is None or b is None or a == b:
         return "\u2013" if a is None or b is None else '<span class="q">same</span>'
     relative = f"{b / a - 1:+.1%}" if a else f"{b - a:+g}"
@@ -61,7 +60,7 @@ def _change(name: str, a: float | None, b: float | None) -> str:
 
 
 def _timelines(found: Diff) -> str:
-    """The same requests, the same axis, so that an eye can go from one to the other."""
+    """The same requests over the same axis, so that the two runs can be compared by eye."""
     if found.logs is None:
         return ""
     both = [segments(log) for log in found.logs]
@@ -79,7 +78,7 @@ def _timelines(found: Diff) -> str:
 
 
 def _slower(found: Diff) -> str:
-    """Who got slower and who faster, the largest changes first."""
+    """Which requests got slower or faster, the largest changes first."""
     changes = [(name, b - a) for name, a, b, _, _ in found.requests if a is not None and b is not None and a != b]
     changes.sort(key=lambda item: -abs(item[1]))
     if not changes:

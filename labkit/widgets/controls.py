@@ -1,5 +1,5 @@
-"""Buttons, sliders and menus of a dashboard. Knows ipywidgets; every change goes to the player or through
-`engine.control`, and acts on the running engine at once."""
+"""Buttons, sliders and menus of a dashboard, as ipywidgets. Changes go to the player or to `engine.control`, and take
+effect at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACES = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 6.0, 10.0, 30.0, 100.0, 300.0, 100
 
 
 def controls(dashboard: Any) -> dict[str, Any]:
-    """The widgets by name; "box" holds them all, "refresh" is a function that brings them up to date."""
+    """The widgets by name; "box" contains them all, "refresh" is a function that updates them."""
     import ipywidgets as w
 
     found: dict[str, Any] = {name: w.HTML() for name in ("strip", "machine", "trouble", "only")}
@@ -48,10 +48,10 @@ def _transport(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     """Play, pause, one step, stop; the state; and, on a virtual clock, the pace."""
     player = dashboard.player
     buttons = {
-        "play": w.Button(description="Play", icon="play", tooltip="go on until all is served"),
-        "pause": w.Button(description="Pause", icon="pause", tooltip="hold after the current step"),
+        "play": w.Button(description="Play", icon="play", tooltip="play until everything is served"),
+        "pause": w.Button(description="Pause", icon="pause", tooltip="pause after the current step"),
         "step": w.Button(description="Step", icon="step-forward", tooltip="pause, and take one step"),
-        "stop": w.Button(description="Stop", icon="stop", tooltip="the end; the picture stays"),
+        "stop": w.Button(description="Stop", icon="stop", tooltip="stop; the figure stays"),
     }
     for name, button in buttons.items():
         button.layout.width = "88px"
@@ -83,7 +83,7 @@ def _transport(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
 
 
 def _scrubber(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
-    """Any step of a saved log, forwards and back."""
+    """A slider over the steps of a saved log."""
     feed = dashboard.feed
     first, last = min(feed.first, feed.num_steps), feed.num_steps
     slider = w.IntSlider(value=last, min=first, max=last, description="step", continuous_update=True, style=WIDE,
@@ -93,7 +93,7 @@ def _scrubber(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
     slider.observe(lambda change: _guarded(dashboard, lambda: dashboard.show(int(change.new))), "value")
 
     def refresh() -> None:
-        play.max = slider.max = feed.num_steps  # a log may grow: somebody may be writing it
+        play.max = slider.max = feed.num_steps  # the log may still be written, and grow
         at = feed.num_steps if dashboard.shown is None else dashboard.shown
         if slider.value != at:
             slider.value = at
@@ -102,7 +102,8 @@ def _scrubber(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
 
 
 def _settings(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
-    """What comes, and how it is served; and a function that shows what is set, whoever set it."""
+    """Widgets for the load and the engine's settings, and a function that shows the current settings, whoever changed
+    them."""
     player = dashboard.player
     engine, scheduler, blocks = player.engine, player.engine.scheduler, player.engine.blocks
     wide = w.Layout(width="98%")
@@ -148,7 +149,7 @@ def _settings(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
             if not following:
                 _guarded(dashboard, lambda: act(change.new))
                 if dashboard.trouble:
-                    refresh()  # it is as it was
+                    refresh()  # nothing was changed
 
         widget.observe(changed, "value")
 
@@ -161,7 +162,7 @@ def _settings(dashboard: Any, w: Any) -> tuple[Any, Callable[[], None]]:
 
 
 def _plain(value: Any, names: tuple[str, ...]) -> Any:
-    """A policy of ours by its name; anyone else's as it is."""
+    """A built-in policy by its name; any other policy as it is."""
     name = _name_of(value)
     return name if name in names else value
 
@@ -171,7 +172,7 @@ def _name_of(value: Any) -> str:
 
 
 def _show(widget: Any, value: Any) -> None:
-    """Show what is set, and make room for it."""
+    """Show the current value, and widen the widget's range for it if needed."""
     if hasattr(widget, "options"):
         if value not in [option for _, option in widget.options]:
             widget.options = [*widget.options, (_name_of(value), value)]
@@ -182,7 +183,7 @@ def _show(widget: Any, value: Any) -> None:
 
 
 def _guarded(dashboard: Any, act: Callable[[], Any]) -> None:
-    """Do what a click asked for; what went wrong is said below the buttons."""
+    """Run what a click asked for; an error is shown below the buttons."""
     try:
         act()
     except Exception as error:

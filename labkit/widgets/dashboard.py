@@ -1,8 +1,7 @@
-"""A run while it goes on: figures, panels and controls over one feed of events. Knows widgets and a player; what it
-changes goes through the engine's own methods, and what it shows through events.
+"""A live dashboard of a run: figures, panels and controls, fed by events.
 
-The engine's thread appends batches to a deque. One daemon thread draws, five times a second at most, and longer apart
-when drawing is slow.
+The engine's thread appends batches to a deque. One daemon thread draws at most five times a second, and less often if
+drawing is slow.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from labkit.widgets import figure, panels
 from labkit.widgets.controls import controls
 from labkit.widgets.feed import Feed
 
-EVERY = 0.2  # seconds between two looks
-FIT_EVERY = 4.0  # seconds between two looks at the width, when nothing else changes
-MOST_STEPS = 65_536  # of a log that are kept to be looked at
+EVERY = 0.2  # seconds between two updates
+FIT_EVERY = 4.0  # seconds between two checks of the width, when nothing else changes
+MOST_STEPS = 65_536  # steps of a log that are kept for viewing
 
 
 class Dashboard:
-    """What `engine.dashboard()` gives; or, of a log that was saved, `labkit.dashboard(log)`.
+    """What `engine.dashboard()` returns; for a saved log, use `labkit.dashboard(log)`.
 
-    Shown as a cell's result it is live. `play`, `pause`, `step`, `stop`, `wait` and `await` work without a click; a log
-    has `show(step)` instead.
+    It is live when shown as a cell's result. `play`, `pause`, `step`, `stop`, `wait` and `await` work without clicking.
+    A saved log has `show(step)` instead.
     """
 
     def __init__(self, log: EventLog, player: Any = None) -> None:
@@ -37,18 +36,18 @@ class Dashboard:
         self.feed = Feed(log) if player is not None else Feed(log, keep=MOST_STEPS)
         if player is not None:
             self.feed.block_size = player.engine.blocks.block_size
-        self.shown: int | None = None  # the step that is looked at; None: the latest
+        self.shown: int | None = None  # the step shown; None: the latest
         self.closed = False
         self.num_drawn = 0
-        self.trouble = ""  # what a control could not do, in words
+        self.trouble = ""  # message: what a control could not do
         self._machine = panels.Machine()
-        self._lock = threading.RLock()  # whoever writes to widgets
+        self._lock = threading.RLock()  # held while writing to widgets
         self._wake = threading.Event()
         self._figure = figure.build()
         self._widgets = controls(self)
-        self._still: Any = None  # the display that keeps the still picture
+        self._still: Any = None  # the display with the static copy
         self._drawn: tuple[Any, ...] | None = None
-        self._fitted = 0.0  # when it last looked how wide its place is
+        self._fitted = 0.0  # when the width was last checked
         self._thread: threading.Thread | None = None
         self._finalizer = weakref.finalize(self, self._wake.set)
         if player is not None:
@@ -82,7 +81,8 @@ class Dashboard:
     # -- driving -------------------------------------------------------------------------------------------------
 
     def play(self) -> Any:
-        """Go on. Gives the player: wait for it, or, so that buttons work meanwhile, `await live.play()`."""
+        """Continue. Returns the player: wait for it, or use `await live.play()` to keep the buttons working
+        meanwhile."""
         player = self._driven()
         player.play()
         self._follow()
@@ -99,14 +99,15 @@ class Dashboard:
         self.draw()
 
     def wait(self, timeout: float | None = None) -> None:
-        """Until all is served. A cell that waits keeps the kernel from hearing clicks; one that awaits does not."""
+        """Wait until everything is served. While a cell waits, the kernel does not process clicks; with `await` it
+        does."""
         self._driven().wait(timeout)
 
     def __await__(self) -> Any:
         return self._driven().__await__()
 
     def stop(self) -> None:
-        """End playing. The figure stays, and a still copy of it is saved with the notebook."""
+        """Stop playing. The figure stays, and a static copy of it is saved with the notebook."""
         if self.player is not None:
             self.player.stop()
         self._draw_end()
@@ -116,7 +117,7 @@ class Dashboard:
         self._keep_still()
 
     def close(self) -> None:
-        """Stop, and end every thread of it. The engine goes on as it was."""
+        """Stop, and end the dashboard's threads. The engine continues as before."""
         if self.closed:
             return
         self.stop()
@@ -134,13 +135,13 @@ class Dashboard:
 
     def _driven(self) -> Any:
         if self.player is None:
-            raise RuntimeError("a saved log does not play: show(step) goes to any of its steps")
+            raise RuntimeError("a saved log cannot be played: show(step) shows any of its steps")
         return self.player
 
     # -- looking -------------------------------------------------------------------------------------------------
 
     def show(self, step: int | None = None) -> None:
-        """Go to a step, forwards or back; without one, to the latest."""
+        """Go to a step, in either direction; without an argument, to the latest."""
         first, last = self.feed.first, self.feed.num_steps
         if step is not None and not (isinstance(step, int) and first <= step <= last):
             raise ValueError(f"step must be between {first} and {last}, which are kept; got {step!r}")
@@ -152,7 +153,7 @@ class Dashboard:
         return self.log.frame("Step")
 
     def snapshot(self) -> str:
-        """The picture as HTML, without anything that needs a kernel or a script."""
+        """The dashboard as HTML that needs neither a kernel nor a script."""
         with self._lock:
             self.feed.catch_up()
             return panels.snapshot(self.feed, self._title(), self.shown)
@@ -162,7 +163,7 @@ class Dashboard:
         return f"Dashboard at step {at:,}"
 
     def say(self, trouble: object = "") -> None:
-        """A line below the controls: what could not be done, and why."""
+        """A message below the controls: what could not be done, and why."""
         self.trouble = str(trouble)
         self._widgets["trouble"].value = (
             f'<span style="color:#d55e00">{escape(self.trouble)}</span>' if self.trouble else ""
@@ -171,7 +172,7 @@ class Dashboard:
     # -- drawing -------------------------------------------------------------------------------------------------
 
     def draw(self, force: bool = True) -> bool:
-        """Bring everything up to date; False when nothing has changed."""
+        """Update everything; False if nothing has changed."""
         with self._lock:
             self.feed.catch_up()
             state = (self.feed.num_steps, self.shown, self.feed.timeline.now, self.feed.counts.total(),
@@ -193,8 +194,8 @@ class Dashboard:
             self._widgets[name].value = html
 
     def _keep_still(self, html: str | None = None) -> None:
-        """Save a still copy with the notebook. A page that shows the live figure hides it (see controls); one without
-        a kernel shows the copy alone. While the engine plays there is none."""
+        """Save a static copy with the notebook. A page with the live figure hides it (see controls); a page without a
+        kernel shows only the copy. There is no copy while the engine plays."""
         if self._still is not None:
             from IPython.display import HTML
 
@@ -202,7 +203,7 @@ class Dashboard:
             self._still.update(HTML(shown))
 
     def _tick(self) -> float:
-        """One look; seconds until the next."""
+        """One iteration of the drawing thread; returns the seconds until the next."""
         begin = time.perf_counter()
         changed = self.draw(force=False)
         if not changed and begin - self._fitted > FIT_EVERY:
@@ -210,19 +211,19 @@ class Dashboard:
             with self._lock:
                 figure.fit(self._figure)
         if self.player is not None and self.player.engine.is_closed:
-            self.close()  # nothing will come any more
+            self.close()  # no more events will come
         spent = time.perf_counter() - begin
         return max(EVERY, 6 * spent) if changed else EVERY
 
 
 def _draw_on(dashboard: weakref.ref[Dashboard], wake: threading.Event) -> None:
-    """The drawing thread; it must not keep a dashboard alive that nobody holds."""
+    """The drawing thread; it must not keep an unused dashboard alive."""
     pause = EVERY
     while not wake.wait(pause):
         here = dashboard()
         if here is None or here.closed:
             return
-        with contextlib.suppress(RuntimeError):  # the kernel is going down
+        with contextlib.suppress(RuntimeError):  # the kernel is shutting down
             pause = here._tick()
         del here
 

@@ -1,8 +1,7 @@
-"""Why things went as they did: a wait, a lookup, a preemption, a whole run. Folds of a log, or questions to a block
-manager, told in words, as a picture and as a table. Knows logs and blocks; refuses to know who decides.
+"""Explains a wait, a lookup, a preemption or a whole run: as text, as a picture and as a table.
 
 `lk.explain.waiting(engine, "r5")`, `lk.explain.lookup(engine, handle)`, `lk.explain.preemption(engine, "r5")`,
-`lk.explain.run(engine)`.
+`lk.explain.run(engine)`. They read the event log or the block manager.
 """
 
 from __future__ import annotations

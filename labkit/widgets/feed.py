@@ -1,7 +1,6 @@
-"""A run as columns that a live picture reads: one line a step, one place a row of the batch. Knows events; refuses to
-know engines and pictures.
+"""A run as columns for live figures: one entry a step and one row a request of the batch, built from events.
 
-The engine's thread only appends batches to a deque. Whoever draws calls `catch_up`, which folds them in its own thread.
+The engine's thread only appends batches to a deque. The drawing thread calls `catch_up`, which processes them.
 """
 
 from __future__ import annotations
@@ -19,16 +18,18 @@ from labkit.widgets.timeline import Segment, Timeline
 COLUMNS = tuple(NAMES["Step"][2:])  # a Step event's own numbers
 COUNTED = ("Finished", "Preempted")
 KEEP = 4096  # steps
-STRETCHES = 48  # of a window, for rates and percentiles: a step alone says little of either
-IDLE = 0.02  # of a window's time between two steps: the engine had nothing to do
+STRETCHES = 48  # stretches of a window, for rates and percentiles: a single step is too short for them
+IDLE = 0.02  # a gap between steps longer than this share of the window is idle time
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps, made at most `points` long: a point is the mean of its steps, or their last where that says more.
+    """Some steps, reduced to about `points` points: a point is the mean of its steps, or their last value where that is
+    better.
 
-    Where the engine was idle there is one point more, at the idle time's end: no tokens, and the blocks and requests of
-    before."""
+    Where the engine was idle there is one more point, at the end of the idle time: no tokens, and the blocks and
+    requests of before.
+    """
 
     time: np.ndarray  # s, of each point's last step
     step: np.ndarray
@@ -41,8 +42,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Pace:
-    """How quick it was, over a few dozen stretches of the window, none of them across an idle time; nan where there is
-    nothing to tell."""
+    """Speed over a few dozen stretches of the window, none of them across an idle time; nan where there is no value."""
 
     time: np.ndarray  # s, of each stretch's end
     seconds: np.ndarray  # that it took, without idle time before it
@@ -67,18 +67,18 @@ class Feed:
         self.timeline = Timeline(keep=20_000)
         self.inbox: deque[Batch] = deque()
         self._forget()
-        self._unsubscribe = log.subscribe(self.inbox.extend)  # an engine's step pays for this, and nothing else
+        self._unsubscribe = log.subscribe(self.inbox.extend)  # the only work in the engine's thread
         self._begin(log.batches())
 
     def __repr__(self) -> str:
         return f"Feed({self.num_steps} steps, {len(self.inbox)} batches waiting)"
 
     def close(self) -> None:
-        """Stop listening; what was folded stays."""
+        """Stop listening; what was processed stays."""
         self._unsubscribe()
 
     def _forget(self) -> None:
-        self.num_steps = 0  # folded so far; the latest `keep` are here
+        self.num_steps = 0  # processed so far; the latest `keep` are here
         self.counts: Counter[str] = Counter()  # events by name
         self.block_size = 16
         # a step's number, its time, a Step event's columns, and COUNTED until then
@@ -95,14 +95,14 @@ class Feed:
         self._known: set[int] = set()
 
     def _begin(self, batches: list[Batch]) -> None:
-        """What the log holds already; some of it may be posted to us yet."""
+        """Process what the log already holds; some of it may also still be posted to this feed."""
         self._apply(batches)
         self._known = {id(batch) for batch in batches[-64:]}
 
-    # -- folding -------------------------------------------------------------------------------------------------
+    # -- processing ----------------------------------------------------------------------------------------------
 
     def catch_up(self) -> int:
-        """Fold what has come; how many steps that were."""
+        """Process new events; returns how many steps they were."""
         before = self.num_steps
         batches = []
         while self.inbox:
@@ -157,7 +157,7 @@ class Feed:
         self._rate[row] = 0
 
     def _fork(self, batch: Batch, request: str, parent: str, row: int) -> None:
-        """As long as its parent is after this step, and decoding from the next one on."""
+        """A fork has as many tokens as its parent after this step, and decodes from the next one on."""
         self._place(request, row)
         self._rate[row] = 0
         self._forks.append((row, self._row_of.get(parent, row)))
@@ -202,7 +202,8 @@ class Feed:
     # -- reading -------------------------------------------------------------------------------------------------
 
     def latest(self, upto: int | None = None) -> dict[str, int]:
-        """A Step event's columns and COUNTED, of the last step or of the one after which `upto` steps were folded."""
+        """A Step event's columns and COUNTED, of the last step or of the step after which `upto` steps had been
+        processed."""
         at = self.num_steps if upto is None else upto
         names = (*COLUMNS, *COUNTED)
         if not self._first < at <= self.num_steps:
@@ -216,7 +217,7 @@ class Feed:
 
     @property
     def first(self) -> int:
-        """The first step that can be looked at."""
+        """The first step that is kept."""
         return min(self._first + 1, self.num_steps)
 
     def now(self, upto: int | None = None) -> int:
@@ -268,7 +269,7 @@ class Feed:
         return Window((time / 1e9).astype(np.float32), step, columns, self._pace(lines, before, idle))
 
     def _pace(self, lines: np.ndarray, before: int, idle: np.ndarray) -> Pace:
-        """Of these steps, the first of which began at `before` (ns); `idle` (ns) before each."""
+        """The pace of these steps. The first began at `before` (ns); `idle` (ns) is the idle time before each."""
         gaps = np.flatnonzero(idle)
         cuts, last = _cut(len(lines), STRETCHES, gaps)
         now, stretch = lines[:, 1], np.searchsorted(cuts, np.arange(len(lines)), side="right") - 1
@@ -289,14 +290,14 @@ class Feed:
 
     @staticmethod
     def _fold(name: str, values: np.ndarray, cuts: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """Tokens add up to a mean a step; blocks and rows are what they were in the end."""
+        """Combine steps into points: token counts become a mean per step, blocks and rows keep their last value."""
         if not name.endswith("tokens"):
             return values[last].astype(np.float32)
         return (np.add.reduceat(values, cuts) / (last - cuts + 1)).astype(np.float32)
 
 
 def _cut(num: int, most: int, gaps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Even pieces, about so many at most, and none across a gap: where each begins, and its last index."""
+    """About this many equal pieces, none across a gap: the start and the last index of each."""
     cuts = np.union1d(np.arange(0, num, max(1, -(-num // most))), gaps)
     return cuts, np.append(cuts[1:], num) - 1
 

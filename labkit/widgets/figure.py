@@ -1,8 +1,7 @@
-"""The dashboard's one figure: six panels, every trace made once, whole windows sent again at each update. Knows columns
-and segments; refuses to know where they come from.
+"""The dashboard's figure: six panels. Every trace is created once; each update sends whole windows.
 
-A figure widget sends its whole program to the page (5 MB), so there is one, with panels. Arrays are float32 or uint8:
-they travel as bytes. Colours of axes and text are half grey: they are read on a light and on a dark page.
+A figure widget sends its whole program to the page (5 MB), so there is one figure with several panels. Arrays are
+float32 or uint8 and travel as bytes. Axes and text are half grey, readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -120,7 +119,7 @@ def _bars(go: Any, kind: str) -> Any:
 
 
 def _title(words: str, keys: Sequence[tuple[str, str]]) -> str:
-    """A panel's title is its legend too."""
+    """A panel's title, which is also its legend."""
     shown = "  ".join(
         f"<span style='color:{COLORS.get(color) or _bar_color(color)}'>\u25a0</span> {name}" for name, color in keys
     )
@@ -132,7 +131,7 @@ def _bar_color(kind: str) -> str:
 
 
 def _steps(colors: Sequence[str]) -> list[tuple[float, str]]:
-    """A colour scale without blending."""
+    """A colour scale with discrete colours."""
     n = len(colors)
     return [(edge / n, color) for i, color in enumerate(colors) for edge in (i, i + 1)]
 
@@ -162,12 +161,12 @@ def _lay_out(figure: Any) -> None:
         font={"family": "system-ui, sans-serif", "size": 12, "color": INK}, hovermode="x", uirevision="kept",
         hoverlabel={"font": {"size": 12}, "align": "left"}, transition={"duration": 0},
     )  # fmt: skip
-    for note in figure.layout.annotations:  # titles stand to the left, above their panel
+    for note in figure.layout.annotations:  # titles are on the left, above their panel
         note.update(xanchor="left", x=note.x - 0.2225, yshift=2, font={"size": 13, "color": INK})
 
 
 def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
-    """All panels as they are after that step, in one message."""
+    """Update all panels to this step, in one message."""
     window = feed.window(upto)
     names, bars = lanes(feed.segments(upto), float(window.time[0]) if len(window) else 0.0)
     with figure.batch_update():
@@ -197,15 +196,15 @@ def update(figure: Any, feed: Feed, upto: int | None = None) -> None:
 
 
 def refresh_traits(figure: Any) -> None:
-    """What a page is given that opens the figure now: its traits are otherwise as they were when it was made. Set
-    without a message, as pages that show it know."""
+    """Set the figure's traits to the current data for pages that open it from here on. No message is sent, because open
+    pages have the data already."""
     figure._trait_values["_widget_data"] = copy.deepcopy(figure._data)
     figure._trait_values["_widget_layout"] = copy.deepcopy(figure._layout)
 
 
 def fit(figure: Any) -> None:
-    """Make it as wide as its place is now: a page that opened it before it had one, or was resized, finds out when
-    anything of the layout changes."""
+    """Fit the figure to its current width. A page that opened it before it had a width, or was resized, notices this
+    when anything of the layout changes."""
     figure.layout.meta = (figure.layout.meta or 0) + 1
 
 
@@ -218,7 +217,7 @@ def _speed(traces: dict[str, Any], pace: Pace) -> None:
 
 
 def _broken(trace: Any, x: np.ndarray, y: np.ndarray, breaks: np.ndarray) -> None:
-    """A line through the points that there are, which ends where an idle time begins."""
+    """A line through the points, interrupted where an idle time begins."""
     there = ~np.isnan(y)
     x, y = x[there], y[there]
     at = np.searchsorted(x, breaks)
@@ -226,13 +225,13 @@ def _broken(trace: Any, x: np.ndarray, y: np.ndarray, breaks: np.ndarray) -> Non
 
 
 def taken_rows(feed: Feed, upto: int | None = None) -> list[int]:
-    """The rows of the batch that hold tokens, as many as there is room for."""
+    """The rows of the batch that hold tokens, up to the number that fits."""
     found: list[int] = np.flatnonzero(feed.table(upto)[0])[:MOST_ROWS].tolist()
     return found
 
 
 def cells(feed: Feed, upto: int | None = None) -> np.ndarray:
-    """uint8 [taken rows, blocks]: what each logical block of each row holds; long tables are cut."""
+    """uint8 [rows, blocks]: what each logical block of each row holds; long tables are cut."""
     tokens, cached = (counts[taken_rows(feed, upto)] for counts in feed.table(upto))
     size = feed.block_size
     blocks = -(-tokens // size)
@@ -250,7 +249,7 @@ Bars = list[tuple[int, Segment]]  # (lane, what is drawn on it)
 
 
 def lanes(segments: Sequence[Segment], since: float) -> tuple[list[str], dict[str, Bars]]:
-    """Requests that run and the latest others that were there after `since` (s), a lane each; their deeds by kind."""
+    """Running requests and the latest others that existed after `since` (s), one lane each; their segments by kind."""
     recent = [segment for segment in segments if segment.end / 1e9 >= since]
     order = list(dict.fromkeys(segment.request for segment in recent))
     running = {segment.request for segment in recent if segment.is_open and segment.kind not in WAITS}

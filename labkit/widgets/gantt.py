@@ -1,5 +1,4 @@
-"""Segments as a picture: a line a request over one time axis; the hover says why. Knows segments and colours; refuses
-to know events."""
+"""A timeline picture: one line per request over one time axis; hovering says why."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ def by_request(segments: Sequence[Segment]) -> dict[str, list[Segment]]:
 
 
 def choose(segments: Sequence[Segment], most: int = MOST_LINES) -> tuple[list[str], str]:
-    """The requests that get a line, and a sentence on the others: of many, those with the most trouble and every
-    so many-th of the rest."""
+    """The requests that get a line, and a sentence on those left out. Of many requests, it takes those that were
+    preempted or held most often, and a regular sample of the rest."""
     requests = by_request(segments)
     names = list(requests)
     if len(names) <= most:
@@ -50,8 +49,8 @@ def gantt(
     end: int | None = None,
     mark: tuple[int, str] | None = None,
 ) -> str:
-    """A line a request, and a moment that is marked. Where there are more segments than can be drawn, the shortest are
-    left out, and it says so."""
+    """One line per request, and a marked moment. If there are too many segments to draw, the shortest are left out, and
+    the picture says so."""
     requests = by_request(segments)
     shown = [segment for name in names for segment in requests.get(name, ())]
     if not shown:
@@ -84,7 +83,7 @@ def gantt(
 
 
 def _moment(x: float, bottom: float, label: str) -> str:
-    """A dashed line from top to bottom."""
+    """A dashed vertical line."""
     look = 'stroke="currentColor" stroke-dasharray="4 3"'
     return f"<g><title>{escape(label)}</title>{svg.line(x, 0, x, bottom + 4, look)}</g>"
 
@@ -100,7 +99,7 @@ def _end(x: float, y: float, segment: Segment) -> str:
 
 
 def said(segment: Segment) -> str:
-    """What the hover says."""
+    """The hover text."""
     at = f"{segment.begin / 1e9:.6g} s"
     if segment.kind in ENDS:
         return f"{segment.request}: {segment.kind} at {at}, {segment.why}"[:300]
@@ -110,7 +109,7 @@ def said(segment: Segment) -> str:
 
 
 def keys(segments: Sequence[Segment]) -> str:
-    """A legend of the kinds that occur, with the time all requests spent in each."""
+    """A legend of the kinds that occur, with the total time of all requests in each."""
     spent = dict.fromkeys(SHOWN, 0.0)
     for segment in segments:
         if segment.kind in spent:

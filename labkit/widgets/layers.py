@@ -1,5 +1,4 @@
-"""What is inside a step of a model: its layers' weights, and where the time went. Knows sizes and seconds as they are
-handed over; refuses to know tensors' libraries."""
+"""Views of a model step: its layers' weights, and where the time went."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ def linear(layer: Any) -> str:
 
 
 def profile(found: Any) -> str:
-    """A bar of all parts, and a line each."""
+    """A bar of all parts, and a table with one row each."""
     parts, shapes, x = found.parts, [], 0.0
     for i, part in enumerate(parts):
         wide = svg.WIDTH * part.seconds / found.seconds

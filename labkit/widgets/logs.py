@@ -1,4 +1,4 @@
-"""A log at a glance, and why one request waited. Knows events; refuses to know who wrote them."""
+"""Views of an event log, and of why one request waited."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from labkit.widgets import svg
 from labkit.widgets.style import COLORS, HUES, key, legend, limit_color, plural, short, table, view
 
 _COLUMN = {name: i for i, name in enumerate(NAMES["Step"][2:])}
-COURSES = (  # what the last steps did, as a line each
+COURSES = (  # curves of the last steps
     ("prefill tokens", "prefill_tokens", COLORS["green"]),
     ("decode tokens", "decode_tokens", COLORS["blue"]),
     ("waiting", "waiting", COLORS["red"]),
@@ -22,7 +22,7 @@ MOST_POINTS = 240
 
 
 def log(found: EventLog) -> str:
-    """How often each event happened, and the course of the last steps."""
+    """Counts of each event, and curves of the last steps."""
     batches = found.batches()
     counts = counted(batches)
     trimmed = f", {found.num_trimmed:,} trimmed" if found.num_trimmed else ""
@@ -56,7 +56,7 @@ def _bars(counts: Counter[str]) -> str:
 
 
 def courses(batches: list[Batch]) -> str:
-    """The last steps: a line a quantity, with its largest and latest value."""
+    """Curves of the last steps, one per quantity, with its largest and latest value."""
     rows = [batch.row for batch in batches[-4 * MOST_POINTS :] if batch.row is not None][-MOST_POINTS:]
     if not rows:
         return ""
@@ -68,7 +68,7 @@ def courses(batches: list[Batch]) -> str:
 
 
 def why(found: Why) -> str:
-    """The steps it waited, each hold in the colour of its limit, and every preemption."""
+    """The steps in which it waited, each hold in the colour of its limit, and every preemption."""
     about = f"{found.status}, waited {plural(found.num_waited, 'step')}, preempted {len(found.preemptions)}\u00d7"
     if not found.waits and not found.preemptions:
         return view(f"Why {found.request!r}"[:90], "<p>It never waited.</p>", about=about)
@@ -94,7 +94,7 @@ def why(found: Why) -> str:
 
 
 def marker(x: float, top: float, bottom: float, color: str) -> str:
-    """A moment: a line with a head."""
+    """A marked moment: a line with a head."""
     x = max(x, 4.0)
     return (
         f'<line x1="{x:.5g}" y1="{top:.5g}" x2="{x:.5g}" y2="{bottom:.5g}" stroke="{color}" stroke-width="1.5"/>'

@@ -1,5 +1,4 @@
-"""Why a prefix lookup hit as far as it did, block by block, with the neighbour it parted from. Knows chains of hashes
-as a block manager or a log has them; changes nothing in either."""
+"""Why a prefix lookup hit as far as it did: block by block, with the stored prefix that it parted from."""
 
 from __future__ import annotations
 
@@ -30,12 +29,12 @@ STATE_COLOR = {
     "never seen": COLORS["grey"],
     "no full block": "none",
 }
-CONTEXT = 12  # tokens shown on either side of where two prompts part
+CONTEXT = 12  # tokens shown on either side of the place where two prompts differ
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One block's worth of the tokens that were looked up."""
+    """One block of the tokens that were looked up."""
 
     index: int
     first: int  # its first token
@@ -44,7 +43,7 @@ class Cell:
     block: int | None = None  # where it is stored
     common: int = 0  # tokens that it shares with the closest stored one
     step: int | None = None  # evicted when
-    request: str | None = None  # evicted for whom
+    request: str | None = None  # the request it was evicted for
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,11 @@ class LookupStory(Shown):
     reason: str
     detail: str
     cells: tuple[Cell, ...]
-    here: str = ""  # the tokens around the place where they part
+    here: str = ""  # the tokens around the place where they differ
     there: str = ""  # the closest stored neighbour's
 
     def frame(self) -> pandas.DataFrame:
-        """One line a block of the tokens."""
+        """One row per block of the tokens."""
         return frames.table(
             [(c.index, c.first, c.num_tokens, c.state, c.block, c.common, c.step, c.request) for c in self.cells],
             columns=["index", "first", "tokens", "state", "block", "common", "step", "request"],
@@ -76,7 +75,7 @@ class LookupStory(Shown):
 
 @dataclass(frozen=True)
 class _Cache:
-    """A prefix cache as it is, or was: three questions."""
+    """A prefix cache as it is now or was earlier."""
 
     find: Callable[[bytes], int | None]
     ghost: Callable[[bytes], tuple[int, str | None] | None]
@@ -93,8 +92,8 @@ def lookup(
 ) -> LookupStory:
     """Why a lookup of `what` hits as far as it does, in an engine or a block manager.
 
-    `what` is token ids, text where the engine has a tokenizer, or a request. For a request that was admitted the log
-    is asked what the cache held at that moment; else, and for tokens, it is what the cache holds now.
+    `what` is token ids, text if the engine has a tokenizer, or a request. For a request that was admitted, the log
+    tells what the cache held at that moment. Otherwise the cache is taken as it is now.
 
     >>> lk.explain.lookup(bm, [*range(20), *[99] * 20])
     40 tokens, now: 16 of 40 tokens hit
@@ -117,7 +116,7 @@ def lookup(
     else:
         if isinstance(what, str):
             if not hasattr(tokenizer, "encode"):
-                raise TypeError("text needs a tokenizer, and there is none here: give token ids")
+                raise TypeError("text needs a tokenizer, and the engine has none: pass token ids")
             what = tokenizer.encode(what)
         tokens = as_tokens(what, "tokens")
         asked = f"{plural(len(tokens), 'token')}, now"
@@ -159,7 +158,7 @@ def _until_admitted(batches: list[Batch], id: str) -> list[Batch] | None:
 
 
 def _then(batches: list[Batch], id: str) -> _Cache:
-    """The cache when `id` was admitted, from what the log says was stored and removed before."""
+    """The cache at the moment `id` was admitted, from the events before it."""
     stored: dict[bytes, tuple[int, bytes, bytes]] = {}  # hash -> block, parent, tokens
     ghosts: dict[bytes, tuple[int, str | None]] = {}
     for batch in batches:
@@ -177,7 +176,7 @@ def _then(batches: list[Batch], id: str) -> _Cache:
                 for i, request in enumerate(requests):
                     digest = digests[32 * i : 32 * i + 32]
                     stored.pop(digest, None)
-                    if request != id:  # else it made room for itself, after it had looked
+                    if request != id:  # else the request itself evicted it, after its lookup
                         ghosts[digest] = (batch.step, request)
             elif event[0] == "Cleared":
                 stored.clear()
@@ -238,7 +237,7 @@ def _story(
 
 
 def _closest(siblings: list[Any], wanted: Any) -> tuple[Any, int]:
-    """The stored block that goes on like `wanted` the longest, and how long."""
+    """The stored block that agrees with `wanted` for the most tokens, and how many."""
     best, most = None, -1
     for ids in siblings:
         differs = np.flatnonzero(ids != wanted)
@@ -249,7 +248,7 @@ def _closest(siblings: list[Any], wanted: Any) -> tuple[Any, int]:
 
 
 def _around(ids: Any, at: int, decode: Callable[[list[int]], str] | None) -> str:
-    """The tokens on either side of `at`, with a mark between."""
+    """The tokens on either side of `at`, with a mark between them."""
     before, after = ids[max(at - CONTEXT, 0) : at].tolist(), ids[at : at + CONTEXT].tolist()
     if decode is None:
         return f"{' '.join(map(str, before))} | {' '.join(map(str, after))}"
@@ -275,7 +274,7 @@ def _because(cells: list[Cell], missed: int | None, size: int, num_tokens: int) 
 
 
 def story_view(story: LookupStory) -> str:
-    """The tokens in blocks, coloured by what was found; where two prompts part, both of them."""
+    """The tokens in blocks, coloured by what was found; where two prompts differ, both are shown."""
     counts: dict[str, int] = {}
     for cell in story.cells:
         counts[cell.state] = counts.get(cell.state, 0) + 1

@@ -1,5 +1,4 @@
-"""The dashboard's words and numbers: the strip of figures, the machine, and the still copy that is saved with a
-notebook. Knows a feed and HTML; refuses to know widgets."""
+"""The dashboard's text and numbers: key figures, the machine, and the static copy that is saved with a notebook."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ PANELS = {1: "KV blocks", 2: "tokens a step", 3: "requests"}
 
 
 def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
-    """What a glance should say."""
+    """The key figures."""
     last, window = feed.latest(upto), feed.window(upto, steps=400, points=400)
     blocks = last["used_blocks"] + last["cached_blocks"] + last["free_blocks"]
     steps = feed.num_steps if upto is None else upto
@@ -60,7 +59,7 @@ def strip(found: dict[str, str]) -> str:
 
 
 class Machine:
-    """How busy the machine is, since the last look."""
+    """CPU use of this process since the last call, its memory, and the GPUs."""
 
     def __init__(self) -> None:
         self._at, self._used = time.perf_counter(), self._cpu()
@@ -111,13 +110,13 @@ def _gpu(handle: Any) -> str:
 
 
 def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
-    """The dashboard as it stands, as HTML and inline SVG: what remains when a notebook is opened again or exported."""
+    """The current dashboard as HTML and inline SVG, for a notebook that is opened again or exported."""
     from html import escape
 
     window = feed.window(upto, steps=feed.keep, points=160)
     parts = [strip(figures(feed, upto))]
     at = window.time.tolist()
-    begin = at[0] if at and feed.first > 1 else 0.0  # what was forgotten leaves no gap
+    begin = at[0] if at and feed.first > 1 else 0.0  # trimmed steps leave no gap
     for panel, heading in PANELS.items():
         series = [
             (name, _color_name(color), window.columns[column].tolist())

@@ -1,4 +1,4 @@
-"""Plots as inline SVG: axes, lines, marks. Knows places on a page; refuses to know what the numbers mean."""
+"""Plots as inline SVG: axes, lines, marks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STYLE = (
 
 
 class Plot:
-    """A rectangle with two axes; what is added lies in data's own numbers. `svg()` is the whole."""
+    """A rectangle with two axes. Add lines and marks in data coordinates; `svg()` returns the picture."""
 
     def __init__(
         self, width: int, height: int, x: tuple[float, float], y: tuple[float, float], *, log_x: bool = False,
@@ -62,12 +62,12 @@ class Plot:
         self.parts.append(f'<polyline points="{places}" fill="none" stroke="{color}" stroke-width="1.6"{dashed}/>')
 
     def mark(self, x: float, y: float, color: str, shape: str = "circle", title: str = "") -> None:
-        """Its title shows where a pointer rests on it."""
+        """A mark; its title appears on hover."""
         cx, cy = self.at_x(x), self.at_y(y)
         self.parts.append(shape_at(cx, cy, color, shape, title))
 
     def box(self, x: float, wide: float, y: float, color: str, title: str) -> None:
-        """From the bottom up to y; `wide` in pixels."""
+        """A bar from the bottom up to y; `wide` is in pixels."""
         left, top = self.at_x(x) - wide / 2, self.at_y(y)
         self.parts.append(
             f'<rect x="{left:.1f}" y="{top}" width="{wide:.1f}" height="{max(self.bottom - top, 1.5):.1f}" rx="1.5" '
@@ -75,7 +75,7 @@ class Plot:
         )
 
     def text(self, x: float, y: float, text: str, anchor: str = "start", kind: str = "", turn: float = 0.0) -> None:
-        """In pixels."""
+        """Text at a position in pixels."""
         turned = f' transform="rotate({turn:.1f} {x} {y})"' if turn else ""
         named = f' class="{kind}"' if kind else ""
         self.parts.append(f'<text x="{x}" y="{y}" text-anchor="{anchor}"{named}{turned}>{escape(text)}</text>')
@@ -112,7 +112,7 @@ def decades(low: float, high: float) -> list[float]:
 
 
 def around(values: Sequence[float]) -> tuple[float, float]:
-    """Powers of ten that hold all of these."""
+    """Powers of ten that enclose all of these numbers."""
     low, high = min(values), max(values)
     first, last = math.floor(math.log10(low) - 0.05), math.ceil(math.log10(high) + 0.05)
     return 10.0**first, 10.0 ** max(last, first + 1)
@@ -127,6 +127,6 @@ def short_number(value: float) -> str:
 
 
 def power(value: float) -> str:
-    """10 to a power, in small digits."""
+    """A power of ten with superscript digits."""
     digits = str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     return f"10{digits}"

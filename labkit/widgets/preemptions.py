@@ -1,5 +1,4 @@
-"""What preemptions cost: tokens computed again, blocks moved, seconds lost, and for whom. Knows a log's events and
-segments; refuses to know why blocks ran out."""
+"""What preemptions cost: tokens recomputed, blocks moved, seconds lost, and which request needed the room."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loss:
-    """One preemption and what it cost. Times are ns; `resumed` and `again` are None while it has not come back."""
+    """One preemption and its cost. Times are ns; `resumed` and `again` are None until the request is back."""
 
     request: str
     step: int
@@ -35,7 +34,7 @@ class Loss:
 
     @property
     def whom(self) -> str:
-        """For whom, in words."""
+        """Which request needed the room, in words."""
         if self.needed_by is None:
             return "a step that failed"
         return "itself" if self.needed_by == self.request else repr(self.needed_by)
@@ -46,7 +45,7 @@ class Loss:
 
     @property
     def seconds_lost(self) -> float | None:
-        """From losing the row to being where it was."""
+        """From losing the row to being where it was before."""
         return None if self.again is None else (self.again - self.at) / 1e9
 
     def __repr__(self) -> str:
@@ -76,7 +75,7 @@ class PreemptionStory(Shown):
         return sum(loss.num_recomputed or 0 for loss in self.losses)
 
     def frame(self) -> pandas.DataFrame:
-        """One line a preemption: whose, when, how, for whom, what it cost."""
+        """One row per preemption: which request, when, how, for which request, and its cost."""
         return frames.table(
             [
                 (loss.request, loss.step, loss.at / 1e9, loss.how, loss.needed_by, loss.num_tokens, loss.num_moved,
@@ -100,8 +99,8 @@ class PreemptionStory(Shown):
 
 
 def preemption(log: Any, request: Any = None) -> PreemptionStory:
-    """What its preemptions cost a request, or all of them everyone: tokens computed again or blocks moved, the seconds
-    until it was where it had been, and for whom.
+    """What preemptions cost one request, or all requests: tokens recomputed or blocks moved, the seconds until the
+    request was where it had been, and which request needed the room.
 
     >>> lk.explain.preemption(engine, "r5")
     r5: preempted 1x, 16 ms lost, 126 tokens computed again
@@ -110,7 +109,7 @@ def preemption(log: Any, request: Any = None) -> PreemptionStory:
     log = log_of(log)
     id = None if request is None else id_of(request)
     if id is not None:
-        log.why(id)  # says so when the log does not know it
+        log.why(id)  # raises if the log does not know it
     losses = _losses(log.batches(), id)
     names = {loss.request for loss in losses} | {loss.needed_by for loss in losses if loss.needed_by}
     return PreemptionStory(id, tuple(losses), tuple(segments(log, names)))
@@ -118,7 +117,7 @@ def preemption(log: Any, request: Any = None) -> PreemptionStory:
 
 def _losses(batches: Sequence[Batch], only: str | None) -> list[Loss]:
     found: list[dict[str, Any]] = []
-    current: dict[str, dict[str, Any]] = {}  # request -> its latest loss, until it is made good
+    current: dict[str, dict[str, Any]] = {}  # request -> its latest loss, until it has caught up
     for batch in batches:
         for kind, *columns in batch.events:
             if kind == "Preempted" and only in (None, columns[0]):
@@ -147,7 +146,7 @@ def _losses(batches: Sequence[Batch], only: str | None) -> list[Loss]:
 
 
 def preemption_view(story: PreemptionStory) -> str:
-    """The lines of those who lost and of those they lost to, and what it came to."""
+    """Timelines of the requests that were preempted and of those that needed the room, and the total cost."""
     who = "everyone" if story.request is None else repr(story.request)
     if not story.losses:
         return view(f"Preemptions of {who}"[:90], "<p>None.</p>")

@@ -1,5 +1,4 @@
-"""Prefixes as a tree, lookups as rows of blocks, eviction as queues. Knows chains of blocks; refuses to know what their
-tokens mean, unless it is handed a function that decodes them."""
+"""Prefixes as a tree, lookups as rows of blocks, eviction as queues. Tokens appear as text if a decoder is given."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ def cache(prefixes: PrefixCache) -> str:
 
 
 def tree(prefixes: PrefixCache, decode: Decode | None = None) -> str:
-    """Chains of blocks from their roots, runs without a branch as one line; the most used first."""
+    """Chains of blocks from their roots, stretches without a branch as one line; the most used first."""
     children = _children(prefixes)
     if not children:
         return '<p class="q">nothing is stored</p>'
@@ -56,7 +55,7 @@ def tree(prefixes: PrefixCache, decode: Decode | None = None) -> str:
 
 
 def _children(prefixes: PrefixCache) -> dict[int, list[int]]:
-    """stored block -> the stored blocks that go on from it; 0 -> those that begin, or whose parent is gone."""
+    """stored block -> the stored blocks that continue it; 0 -> those that begin a chain or have lost their parent."""
     blocks = prefixes.stored.nonzero()[0]
     parents = prefixes.parent_of[blocks]
     gone = prefixes._parent_stamp[blocks] != prefixes._stamp[parents]
@@ -104,7 +103,7 @@ def _line(prefixes: PrefixCache, run: list[int], depth: int, number: int, decode
 
 
 def lookup(found: Lookup) -> str:
-    """What is hit, and what is to be computed."""
+    """The part that is hit, and the part to compute."""
     missed = found.num_tokens - found.num_hit
     bar = svg.bar([("hit", found.num_hit, COLORS["green"]), ("to compute", missed, COLORS["grey"])], 560, 20)
     blocks = " ".join(map(str, found.blocks[:40])) + (" \u2026" if len(found.blocks) > 40 else "")
@@ -126,7 +125,7 @@ def explanation(found: Explanation) -> str:
 
 
 def policy(found: Any) -> str:
-    """The candidates in their queues, whoever goes next at the left."""
+    """The candidates in their queues, the next to be evicted on the left."""
     cache_of: PrefixCache | None = getattr(found, "cache", None)
     scores = found.scores() if hasattr(found, "scores") else {}
     parts = []
@@ -147,4 +146,4 @@ def _queue(blocks: Sequence[int], cache_of: PrefixCache | None, scores: dict[int
         shapes.append(svg.text(i * 29 + 13.5, 16, str(block), "s c b"))
     if len(blocks) > most:
         shapes.append(svg.text(most * 29 + 4, 16, f"+{len(blocks) - most:,}", "q"))
-    return svg.svg(most * 29 + 50, 24, *shapes) if blocks else '<p class="q">nobody</p>'
+    return svg.svg(most * 29 + 50, 24, *shapes) if blocks else '<p class="q">none</p>'

@@ -1,5 +1,4 @@
-"""One self-contained HTML page from an event log: plots as inline SVG, no script, nothing fetched. Knows events and
-numbers; refuses to know engines."""
+"""One self-contained HTML page from an event log: plots as inline SVG, no script, nothing is fetched."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ pre{white-space:pre-wrap;background:#8881;padding:.8em}
 
 
 def page(title: str, kpis: dict[str, str], log: EventLog, notes: Sequence[tuple[str, str]] = ()) -> str:
-    """The page: figures on top, what the blocks, tokens and rows did in time, and texts below."""
+    """The page: key figures at the top, then blocks, tokens and rows over time, then texts."""
     steps = [event for event in log.events(Step) if isinstance(event, Step)]
     at = [step.now / 1e9 for step in steps]
     blocks: list[Series] = [

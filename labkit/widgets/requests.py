@@ -1,5 +1,4 @@
-"""One request: where its tokens are, and when it came how far. Knows a request's counts and times, and a handle's text;
-refuses to know who serves it."""
+"""A view of one request: its tokens, its progress over time, and its text."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ def request(found: Request) -> str:
 
 
 def handle(found: Any) -> str:
-    """A request with its text, where the engine has a tokenizer."""
+    """A request, with its text if the engine has a tokenizer."""
     return _view(found, _texts(found))
 
 
@@ -50,7 +49,7 @@ def _view(found: Request, more: str) -> str:
 
 
 def token_parts(found: Request) -> list[svg.Part]:
-    """Prompt and output: what the cache spared, what was computed, what still is to be."""
+    """Prompt and output tokens: from the cache, computed, and still to compute."""
     num_prompt, num_output = found.num_prompt, found.num_output
     if found.ended and found.finish_reason in ("length", "eos", "stop", "stop string"):
         computed = num_prompt
@@ -70,7 +69,7 @@ def token_parts(found: Request) -> list[svg.Part]:
 
 
 def token_bar(found: Request, width: float, height: float, most: float | None = None) -> str:
-    """As long as the request may become, or in proportion to `most`."""
+    """A bar as long as the request may become, or in proportion to `most`."""
     total = found.num_prompt + max(found.params.max_tokens or 0, found.num_output)
     if found.ended:
         total = max(found.num_tokens, 1)
@@ -79,7 +78,7 @@ def token_bar(found: Request, width: float, height: float, most: float | None = 
 
 
 def times(found: Request) -> str:
-    """What happened when, in seconds of the engine's clock."""
+    """The request's events, in seconds on the engine's clock."""
     steps = [("arrived", found.arrival), ("admitted", found.admitted_at), ("first token", found.first_token_at),
              ("ended", found.finished_at)]  # fmt: skip
     known = [(name, at) for name, at in steps if at is not None]

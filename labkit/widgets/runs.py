@@ -1,4 +1,4 @@
-"""A whole run, a line a request, and what its requests spent their time on. Knows segments; refuses to know events."""
+"""A whole run, one line per request, and what its requests spent their time on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunStory(Shown):
         return list(by_request(self.segments))
 
     def spent(self) -> dict[str, float]:
-        """kind -> seconds that all requests together spent so."""
+        """kind -> seconds that all requests together spent in it."""
         found: dict[str, float] = {}
         for segment in self.segments:
             if segment.seconds:
@@ -35,7 +35,7 @@ class RunStory(Shown):
         return found
 
     def held_by(self) -> dict[str, float]:
-        """limit -> seconds for which it held requests, summed over them."""
+        """limit -> seconds for which it held requests, summed over requests."""
         found: dict[str, float] = {}
         for segment in self.segments:
             for limit, ns in segment.limits:
@@ -43,7 +43,7 @@ class RunStory(Shown):
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
     def frame(self) -> pandas.DataFrame:
-        """One line a segment."""
+        """One row per segment."""
         return frames.table(
             [
                 (s.request, s.kind, s.begin / 1e9, s.end / 1e9, s.seconds, s.step, s.why, s.is_open)
@@ -63,7 +63,7 @@ class RunStory(Shown):
 
 
 def run(log: Any) -> RunStory:
-    """A whole run as a line a request: queued, prefill, decode, held, preempted, swapped; the hover says why.
+    """A whole run, one line per request: queued, prefill, decode, held, preempted, swapped; hovering says why.
 
     >>> lk.explain.run(engine)
     7 requests in 185 ms

@@ -1,5 +1,4 @@
-"""The scheduler's rows and queue, the engine's parts, what it left behind. Knows their counts and settings; changes and
-decides nothing."""
+"""Views of the scheduler's rows and queue, the engine's parts, and the leak report."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ MOST_LINES = 24
 
 
 def scheduler(s: Scheduler) -> str:
-    """Rows in use, the queue in order and what holds its head, the settings."""
+    """Rows in use, the queue in order with what holds its head, and the settings."""
     about = f"{name_of(s.queue.order)}, step {s.step}, {plural(s.num_preempted, 'preemption')}"
     return view("Scheduler", _counts(s), _rows(s), _queue(s), _settings(s), about=about)
 
@@ -79,7 +78,7 @@ def _longest(request: Request) -> int:
 
 
 def _queue(s: Scheduler) -> str:
-    """The first of the queue, in the order in which they will be asked."""
+    """The head of the queue, in the order of admission."""
     first = s.queue.first(MOST_LINES)
     if not first:
         return ""
@@ -129,7 +128,7 @@ def _settings(s: Scheduler) -> str:
 
 
 def engine(eng: Any) -> str:
-    """The engine's parts, each to be opened."""
+    """The engine's parts, each as a section to unfold."""
     s = eng.scheduler
     state = "closed" if eng.closed is not None else "running in the background" if eng.is_running else "stepped by hand"
     parts = [
@@ -155,7 +154,7 @@ def snapshot(found: Any) -> str:
 
 
 def leaks(found: Any) -> str:
-    """Nothing is left, or what is."""
+    """That everything was freed, or a list of what was not."""
     if found.ok:
         return view(
             "LeakReport",

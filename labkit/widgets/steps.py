@@ -1,5 +1,4 @@
-"""One step: what a plan asks for, and what came of it. Knows plans and outputs as columns; refuses to know who made
-them."""
+"""Views of one step: its plan and its outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ MOST_ROWS = 40
 
 
 def plan(found: Plan) -> str:
-    """The budget as one bar, then the rows: what they have, and what they compute."""
+    """The budget as one bar, then the rows: what they have, and what they compute in this step."""
     prefill, decode = found.num_prefill_tokens, found.num_decode + found.num_drafts
     total = found.budget or None
     parts = [("decode", decode, TOKEN_COLOR["decode"]), ("prefill", prefill, TOKEN_COLOR["prefill"])]
@@ -32,7 +31,7 @@ def plan(found: Plan) -> str:
 
 
 def _rows(found: Plan) -> str:
-    """A bar a row: tokens that are there, tokens of this step, and what of the prompt is left."""
+    """One bar per row: tokens present, tokens of this step, and the rest of the prompt."""
     names = {join.row: join.request for join in found.joins}
     known = {join.row: len(join.tokens) for join in found.joins}
     prefills = list(range(found.num_decode, len(found.rows)))
@@ -68,7 +67,7 @@ def _rows(found: Plan) -> str:
 
 
 def _also(found: Plan) -> str:
-    """Joins, leaves and moves of blocks, where there are any."""
+    """Joins, leaves and block moves, if there are any."""
     parts = [f"row {join.row} is taken by {short(repr(join.request), 40)}" for join in found.joins[:6]]
     parts += [f"and {len(found.joins) - 6} more join"] * (len(found.joins) > 6)
     if found.leaves:
@@ -83,7 +82,7 @@ def _also(found: Plan) -> str:
 
 
 def outputs(found: Outputs) -> str:
-    """A token a row, and who ended with it."""
+    """One token per row, and the requests that finished."""
     pairs = list(zip(found.rows[:48].tolist(), found.tokens[:48].tolist(), strict=True))
     cells = "".join(
         f'<g transform="translate({i % 12 * 70} {i // 12 * 34})">'

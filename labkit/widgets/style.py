@@ -1,12 +1,11 @@
-"""How pictures look: one stylesheet under one class, one palette, one meaning a colour. Knows HTML; refuses to know
-what is shown."""
+"""The look of all views: one stylesheet under one class, one palette, one meaning per colour."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
 
-# Okabe and Ito's colours, which people of any colour vision tell apart.
+# Okabe and Ito's colours, which remain distinct in any colour vision.
 COLORS = {
     "blue": "#0072b2",
     "orange": "#e69f00",
@@ -84,14 +83,14 @@ border:0;font:12px/1.45 var(--jp-code-font-family,ui-monospace,monospace);color:
 
 
 def view(title: str, *parts: str, about: str = "") -> str:
-    """One picture: a heading, what it is about, and its parts. Alone it carries the stylesheet."""
+    """One view: a heading, a subtitle and its parts, with the stylesheet if it stands alone."""
     more = f' <span class="q">{escape(about)}</span>' if about else ""
     head = f'<p><span class="h">{escape(title)}</span>{more}</p>'
     return f'<div class="lk"><style>{STYLE}</style>{head}{"".join(parts)}</div>'
 
 
 def page(*parts: str) -> str:
-    """Parts that stand alone in a cell's output, with the stylesheet."""
+    """Parts that are a cell's whole output, with the stylesheet."""
     return f'<div class="lk"><style>{STYLE}</style>{"".join(parts)}</div>'
 
 
@@ -105,24 +104,24 @@ def note(text: str, bad: bool = False) -> str:
 
 
 def side_by_side(*parts: str, least: int = 390) -> str:
-    """HTML in as many columns as there is room for, each at least so many pixels wide."""
+    """HTML in as many columns as fit, each at least this many pixels wide."""
     columns = f"display:grid;gap:6px 28px;grid-template-columns:repeat(auto-fill,minmax(min(100%,{least}px),1fr))"
     return f'<div style="{columns}">{"".join(f"<div>{part}</div>" for part in parts)}</div>'
 
 
 def inner(html: str) -> str:
-    """A view inside another, which has the stylesheet already."""
+    """A view inside another view, without the stylesheet."""
     return html.replace(f"<style>{STYLE}</style>", "", 1)
 
 
 def short(value: object, most: int = 60) -> str:
-    """A user's text, cut and escaped."""
+    """A user's text, shortened and escaped."""
     text = str(value)
     return escape(text if len(text) <= most else text[: most - 1] + "\u2026")
 
 
 def key(label: str, color: str, number: object = None) -> str:
-    """One entry of a legend, with how many there are."""
+    """One entry of a legend, with its count."""
     look = "border:1px solid currentColor;opacity:.5" if color == "none" else f"background:{color}"
     count = "" if number is None else f" <b>{escape(str(number))}</b>"
     return f'<span class="key"><i style="{look}"></i>{escape(label)}{count}</span>'
@@ -138,12 +137,13 @@ def pill(text: str, color: str) -> str:
 
 
 def limit_color(limit: str) -> str:
-    """The set of limits is open: those without a colour of their own share one."""
+    """A limit's colour. Limits without a colour of their own share one."""
     return _LIMIT_COLOR.get(limit, COLORS["yellow"])
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "l") -> str:
-    """Rows of cells that are HTML already. `align` has a letter a column, l or r; the columns beyond it stand right."""
+    """A table whose cells are already HTML. `align` has one letter per column, l or r; further columns are
+    right-aligned."""
 
     def line(tag: str, cells: Iterable[str]) -> str:
         return "".join(
@@ -156,12 +156,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "l") 
 
 
 def text_table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """The same of plain text."""
+    """A table of plain text cells."""
     return table(map(escape, head), [list(map(escape, row)) for row in rows])
 
 
 def section(summary: str, *parts: str, is_open: bool = False) -> str:
-    """A section that opens by a click, without a script."""
+    """A section that unfolds on click, without a script."""
     return f"<details{' open' if is_open else ''}><summary>{summary}</summary>{''.join(parts)}</details>"
 
 

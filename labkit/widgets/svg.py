@@ -1,5 +1,4 @@
-"""Shapes: cells, bars, areas, lines, a time axis, as inline SVG. Knows numbers and colours; refuses to know what they
-stand for. Labels come in as plain text and are escaped here."""
+"""Shapes as inline SVG: cells, bars, areas, lines, a time axis. Labels are plain text and are escaped here."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ Part = tuple[str, float, str]  # label, amount, colour
 
 
 def svg(width: float, height: float, *parts: str, alt: str = "") -> str:
-    """A picture of this size, that shrinks where there is less room."""
+    """A picture of this size that shrinks to the available width."""
     name = f' aria-label="{escape(alt)}"' if alt else ""
     return (
         f'<svg viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img"{name}>'
@@ -33,7 +32,7 @@ def rect(x: float, y: float, width: float, height: float, color: str, title: str
 
 
 def text(x: float, y: float, label: str, look: str = "") -> str:
-    """`look`: s small, q quiet, w white, b black, c centred, e ends here."""
+    """Text. `look`: s small, q quiet, w white, b black, c centred, e right-aligned."""
     which = f' class="{look}"' if look else ""
     return f'<text x="{x:.5g}" y="{y:.5g}"{which}>{escape(label)}</text>'
 
@@ -43,13 +42,13 @@ def line(x1: float, y1: float, x2: float, y2: float, more: str = 'stroke="curren
 
 
 def ink(color: str) -> str:
-    """The look of text that is read on this colour."""
+    """The `look` of text that is readable on this colour."""
     return "w" if color in DARK else "b" if color != "none" else ""
 
 
 def bar(parts: Sequence[Part], width: float = WIDTH, height: float = 18, total: float | None = None, x: float = 0.0,
         y: float = 0.0) -> str:  # fmt: skip
-    """Amounts side by side, labelled where there is room; what is left of `total` is an outline."""
+    """Amounts side by side, labelled if there is room; what is left of `total` is an outline."""
     whole = max(total if total is not None else 0, sum(amount for _, amount, _ in parts)) or 1.0
     shapes = []
     if total is not None:
@@ -66,7 +65,7 @@ def bar(parts: Sequence[Part], width: float = WIDTH, height: float = 18, total: 
 
 
 def spark(values: Sequence[float], color: str, width: float = 200, height: float = 28, top: float | None = None) -> str:
-    """An area, no axis: the shape of a course."""
+    """A small area chart without axes."""
     if not values:
         return svg(width, height)
     high, n = max(top if top is not None else max(values), 1e-12), len(values)
@@ -80,7 +79,7 @@ def spark(values: Sequence[float], color: str, width: float = 200, height: float
 
 
 def time_axis(end: float, left: float, width: float, bottom: float, top: float = 0.0, begin: float = 0.0) -> str:
-    """Round times between `begin` and `end` (seconds) below a picture, with thin lines through it."""
+    """Round times between `begin` and `end` (seconds) below a picture, with thin vertical lines."""
     span = max(end - begin, 1e-12)
     step = round_up(span / 6)
     shapes, tick = [], -(-begin // step) * step
@@ -105,7 +104,7 @@ def round_up(value: float) -> float:
 def stacked(
     series: Sequence[Series], at: Sequence[float], height: float = 200, most: int = 1200, begin: float = 0.0
 ) -> str:
-    """Areas on top of each other over time (seconds, from `begin` on), as SVG; of long runs, every so many-th point."""
+    """Stacked areas over time (seconds, from `begin` on), as SVG; long runs are thinned out."""
     if not at:
         return "<p>no step was taken</p>"
     if len(at) > most:

@@ -1,7 +1,6 @@
-"""Who did what when: an event log folded into segments, one after the other for each request. Knows events; refuses to
-know pictures, engines and schedulers.
+"""Turns an event log into segments: for each request, what state it was in from when to when.
 
-`segments(log)` folds a whole log. `Timeline` is the same fold, fed batch by batch while a run goes on.
+`segments(log)` processes a whole log. `Timeline` does the same batch by batch while a run goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ KINDS = (
     "queued",  # submitted, and without a row so far
     "prefill",  # computes its prompt
     "decode",  # computes a token a step
-    "held",  # has a row, and gets nothing: `why` names the limit
+    "held",  # has a row but computes nothing: `why` names the limit
     "preempted",  # lost its row; its tokens are to be computed again
     "swapped",  # lost its row; its blocks are in host memory
     "recompute",  # computes what a preemption took
@@ -32,7 +31,7 @@ WAITS = frozenset(("queued", "preempted", "swapped"))
 
 
 class Segment(NamedTuple):
-    """`request` was in one state from `begin` to `end` (ns). An end such as "finished" is a segment of no length."""
+    """`request` was in one state from `begin` to `end` (ns). An end such as "finished" is a segment of zero length."""
 
     request: str
     kind: str
@@ -49,7 +48,7 @@ class Segment(NamedTuple):
 
     @property
     def why(self) -> str:
-        """The note, and what held it for how long."""
+        """The note, and what held the request for how long."""
         if not self.limits:
             return self.note
         held = "held by " + ", ".join(f"{limit} {ns / 1e9:.4g} s" for limit, ns in self.limits)
@@ -62,7 +61,7 @@ class Segment(NamedTuple):
 
 
 def log_of(given: Any) -> EventLog:
-    """A log, an engine's, or a saved one's file."""
+    """An event log, from a log, an engine, or a saved log's file."""
     if isinstance(given, (str, PathLike)):
         return EventLog.load(given)
     log = given if isinstance(given, EventLog) else getattr(given, "log", None)
@@ -80,8 +79,8 @@ def id_of(request: Any) -> str:
 
 
 def segments(log: Any, names: Iterable[str] | None = None) -> list[Segment]:
-    """All segments of a log, or of an engine's, by request in the order of submission, then by time; of the requests
-    named, if any are.
+    """All segments of a log or an engine's log, by request in order of submission, then by time; only of the named
+    requests, if any are named.
 
     >>> segments(engine.log)[0]
     Segment('r1' prefill 0.000000 to 0.001000 s: 81 prompt tokens, 0 from the cache)
@@ -95,7 +94,7 @@ def segments(log: Any, names: Iterable[str] | None = None) -> list[Segment]:
 
 @dataclass(slots=True)
 class _Track:
-    """Where one live request stands."""
+    """The current state of one live request."""
 
     order: int
     kind: str
@@ -105,13 +104,13 @@ class _Track:
     num_prompt: int | None = None
     before: str = "decode"  # what it did before it was held
     waited: dict[str, int] = field(default_factory=dict)  # limit -> ns, in this segment
-    base: dict[str, int] | None = None  # the queue's clock when this segment began to follow it; None: it does not
-    limit: str | None = None  # what holds it apart from the queue
+    base: dict[str, int] | None = None  # the queue clock when this segment began to follow it; None: it does not
+    limit: str | None = None  # what holds it on its own
     since: int = 0
 
 
 class _QueueClock:
-    """For how long each limit has held the head of the queue, and with it everyone behind."""
+    """How long each limit has held the head of the queue, and with it everyone behind."""
 
     def __init__(self) -> None:
         self.total: dict[str, int] = {}
@@ -130,10 +129,10 @@ class _QueueClock:
 
 
 class Timeline:
-    """The fold's state. `apply(batch)` takes O(1) an event, whatever went before.
+    """The running state. `apply(batch)` costs O(1) an event.
 
-    With a `log` it begins with what the log holds, and folds it again when the log was rewound; without one a rewind
-    makes it forget everything. At most `keep` closed segments are remembered, the latest.
+    With a `log` it starts with what the log holds, and processes the log again after a rewind. Without one, a rewind
+    makes it forget everything. At most the latest `keep` closed segments are kept.
 
     >>> timeline = Timeline(engine.log)
     >>> stop = engine.log.subscribe(lambda batches: [timeline.apply(batch) for batch in batches])
@@ -155,7 +154,7 @@ class Timeline:
         self.now = 0
         self._closed: deque[tuple[int, Segment]] = deque(maxlen=self.keep)
         self._tracks: dict[str, _Track] = {}
-        self._queue: set[str] = set()  # who follows the queue's clock
+        self._queue: set[str] = set()  # the requests that follow the queue clock
         self._clock = _QueueClock()
         self._head: tuple[str, str] | None = None  # the latest head that was held, and by what
         self._num_seen = 0
@@ -168,7 +167,7 @@ class Timeline:
         self._ahead = {id(batch): batch for batch in batches[-64:]}  # may be posted to us yet
 
     def apply(self, batch: Batch) -> None:
-        """One batch further."""
+        """Process one batch."""
         if self._ahead:
             if id(batch) in self._ahead:
                 return
@@ -185,7 +184,7 @@ class Timeline:
                 handler(self, batch, *event[1:])
 
     def segments(self) -> list[Segment]:
-        """Closed and open ones, by request in the order of submission, then by time."""
+        """Closed and open segments, by request in order of submission, then by time."""
         found = [*self._closed, *((track.order, self._open(name, track)) for name, track in self._tracks.items())]
         found.sort(key=lambda item: item[0])  # stable: a request's own are in order already
         return [segment for _, segment in found]
@@ -193,7 +192,7 @@ class Timeline:
     # -- segments open and close ---------------------------------------------------------------------------------
 
     def _track(self, name: str, batch: Batch, kind: str = "queued") -> _Track:
-        """The live request of this name; one whose beginning was trimmed is first seen now."""
+        """The live request of this name. If its beginning was trimmed from the log, it starts here."""
         track = self._tracks.get(name)
         if track is None:
             track = self._tracks[name] = _Track(self._num_seen, kind, batch.now, batch.step)
@@ -203,7 +202,7 @@ class Timeline:
         return track
 
     def _turn(self, name: str, kind: str, batch: Batch, why: str = "") -> _Track:
-        """From now on the request is in state `kind`."""
+        """From here on the request is in state `kind`."""
         track = self._track(name, batch)
         self._close(name, track, batch.now)
         track.kind, track.begin, track.step, track.why = kind, batch.now, batch.step, why
@@ -234,11 +233,11 @@ class Timeline:
         self._closed.append((track.order, Segment(name, kind, batch.now, batch.now, why, batch.step)))
         del self._tracks[name]
 
-    # -- what holds whoever waits --------------------------------------------------------------------------------
+    # -- what holds waiting requests -----------------------------------------------------------------------------
 
     def _follow(self, name: str, track: _Track, now: int) -> None:
-        """The request stands in the queue: what holds the head holds it."""
-        if not self._queue:  # what was said of an earlier head says nothing of this one, unless it is the same
+        """The request is in the queue, so what holds the head of the queue holds it."""
+        if not self._queue:  # the limit of an earlier head does not apply to this one, unless it is the same request
             again = self._head is not None and self._head[0] == name
             self._clock.change(now, self._head[1] if again and self._head is not None else None)
         self._queue.add(name)
@@ -253,7 +252,7 @@ class Timeline:
         return {}
 
     def _settle(self, name: str, track: _Track, now: int) -> None:
-        """Whatever held it so far ends now."""
+        """Whatever has held it ends now."""
         _add(track.waited, self._running_wait(track, now))
         track.limit = track.base = None
         self._queue.discard(name)
@@ -276,7 +275,7 @@ class Timeline:
             track.before = track.kind if track.kind != "held" else track.before
             self._turn(name, "held", batch, limit)
         elif head or limit == "order":
-            if track.limit is not None:  # whatever held it apart is over: it is the queue's again
+            if track.limit is not None:  # its own hold is over: the queue holds it again
                 self._settle(name, track, batch.now)
                 self._follow(name, track, batch.now)
         else:
@@ -302,7 +301,7 @@ class Timeline:
         if batch.row is not None and track.kind in (
             "prefill",
             "recompute",
-        ):  # written when a step ends: it drew a token
+        ):  # logged at the end of a step: it sampled a token
             self._turn(name, "decode", batch, "a token a step")
         elif track.kind == "held":
             self._turn(name, track.before, batch)

@@ -1,5 +1,4 @@
-"""Which picture belongs to which object. Knows names of classes and of functions that draw them; imports neither before
-one is to be drawn."""
+"""Which view belongs to which class. Classes and views are named here and imported only when needed."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ _VIEWS: dict[str, str] = {  # an object's class -> module of this package, funct
 
 
 def draw(thing: object) -> str | None:
-    """The HTML of an object that has a picture, or whose base has one; else None."""
+    """The HTML of an object whose class, or a base of it, has a view; else None."""
     found = function_for(type(thing))
     return None if found is None else found(thing)
 

@@ -1,5 +1,4 @@
-"""Why one request waited: what held it when, behind whom, in words, as a picture and as a table. Knows a log's holds
-and segments; refuses to know who decides."""
+"""Why one request waited: what held it and when, and behind which request; as text, as a picture and as a table."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ _DURATION = NAMES["Step"].index("duration") - 2  # a row begins after step and n
 
 @dataclass(frozen=True)
 class Hold:
-    """Steps `first..last`, from `begin` to `end` (ns), in which `limit` kept a request, or the one it was `behind`."""
+    """Steps `first..last`, from `begin` to `end` (ns), in which `limit` held a request, or the one it was `behind`."""
 
     first: int
     last: int
@@ -68,7 +67,7 @@ class WaitingStory(Shown):
         return sum(hold.end - hold.begin for hold in self.holds) / 1e9
 
     def frame(self) -> pandas.DataFrame:
-        """One line a hold: steps, seconds, limit, behind whom."""
+        """One row per hold: steps, seconds, limit, behind which request."""
         return frames.table(
             [
                 (hold.first, hold.last, hold.num_steps, hold.begin / 1e9, hold.end / 1e9, hold.limit, hold.behind)
@@ -95,7 +94,7 @@ class WaitingStory(Shown):
 
 
 def waiting(log: Any, request: Any) -> WaitingStory:
-    """Why this request waited: every hold with its limit, who it was behind, and its preemptions.
+    """Why this request waited: every hold with its limit, which request it was behind, and its preemptions.
 
     >>> lk.explain.waiting(engine, "r5")
     r5 waited 63 steps, 63 ms; it is finished
@@ -118,7 +117,7 @@ def waiting(log: Any, request: Any) -> WaitingStory:
 
 
 class _Steps:
-    """When each step began and ended, by the log; what it has lost is as early as what it still has."""
+    """When each step began and ended, by the log. Steps that were trimmed count as early as the first that is left."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         rows = [(batch.step, batch.now, batch.now - batch.row[_DURATION]) for batch in batches if batch.row is not None]
@@ -137,7 +136,7 @@ class _Steps:
 
 
 def waiting_view(story: WaitingStory) -> str:
-    """Its own line, what held it below, and the lines of those it was behind, over one axis."""
+    """Timelines of the request, what held it, and the requests it was behind, over one axis."""
     about = f"{plural(story.why.num_waited, 'step')}, {seconds(story.seconds)}; {story.why.status}"
     if not story.holds and not story.why.preemptions:
         return view(f"Why {story.request!r} waited"[:90], "<p>It never waited.</p>", about=about)
@@ -167,7 +166,7 @@ def waiting_view(story: WaitingStory) -> str:
 
 
 def _lane(story: WaitingStory, begin: int, end: int) -> str:
-    """The holds in the colour of their limit, and whom it was behind where there is room."""
+    """The holds in the colours of their limits, with the request it was behind if there is room."""
     span, wide = max(end - begin, 1), svg.WIDTH - LEFT - RIGHT
     shapes = [svg.text(LEFT - 6, 24, "held by", "e")]
     for hold in story.holds[:1500]:

@@ -1,4 +1,4 @@
-"""The embedded models: small, ordinary files, better than xz, and made by a script that runs."""
+"""The embedded models: small, in ordinary files, better than xz, and reproducible by a script."""
 
 import re
 import subprocess

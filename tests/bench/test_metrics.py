@@ -1,4 +1,4 @@
-"""Figures computed by hand from a scripted run."""
+"""Metrics, compared with values computed by hand from a scripted run."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_results_are_read_from_a_file_a_text_and_a_terminal(tmp_path):
     assert metrics.parse_benchmark_output(str(path)) == made
     assert metrics.parse_benchmark_output("some {lines}\n" + json.dumps(made) + "\nmore") == made
     for bad in ("{}", "{nothing", json.dumps(made | {"labkit_bench": 99})):
-        with pytest.raises(ValueError, match="no result of labkit bench"):
+        with pytest.raises(ValueError, match="not a result of labkit bench"):
             metrics.parse_benchmark_output(bad)
 
 
@@ -52,7 +52,7 @@ def test_improvement_is_times_better_whichever_way_the_metric_goes():
 
 def test_slo_is_parsed():
     assert metrics.parse_slo("ttft=0.5,tpot=0.05") == {"ttft": 0.5, "tpot": 0.05}
-    with pytest.raises(ValueError, match="--slo is like"):
+    with pytest.raises(ValueError, match="--slo must look like"):
         metrics.parse_slo("speed=3")
 
 
@@ -76,7 +76,7 @@ def test_the_ideal_schedule_pays_for_every_step_by_itself():
 
 
 def test_the_limits_of_workload_n_are_those_that_others_compute():
-    """An H200's datasheet; the two countings differ by a thousandth."""
+    """With an H200's datasheet; the two ways of counting differ by a thousandth."""
     sheet = limit.Machine("H200", *limit.DATASHEET["H200"])
     asks = workload.workload_n(vocab_size=151_936).asks
 

@@ -1,4 +1,4 @@
-"""The whole way from the command to the page, on the embedded model; and a client that meets every kind of server."""
+"""From the command to the page, on the embedded model; and the client against all kinds of server."""
 
 import json
 import threading
@@ -54,7 +54,7 @@ def test_serving_in_process_keeps_arrival_times(capsys):
 
 
 class Server(BaseHTTPRequestHandler):
-    """Streams one token a chunk; prompts of 13 tokens are refused."""
+    """Streams one token per chunk; refuses prompts of 13 tokens."""
 
     protocol_version = "HTTP/1.0"
 
@@ -120,12 +120,12 @@ def test_a_model_that_fails_its_gate_gets_no_speed(monkeypatch):
     ("words", "message"),
     [
         (("throughput", "--backend", "vlm"), "unknown backend 'vlm'; there are labkit"),
-        (("throughput", "--workload", "nowhere.json"), "is no file and none of random"),
-        (("throughput", "--prompt", "many"), "--prompt is like 64-512"),
+        (("throughput", "--workload", "nowhere.json"), "neither a file nor one of random"),
+        (("throughput", "--prompt", "many"), "--prompt must look like 64-512"),
         (("throughput", "--passes", "0"), "--passes must be at least 1"),
-        (("throughput", "--backend", "vllm", "--python", "/bin/sh"), "vllm is like|is like vllm="),
+        (("throughput", "--backend", "vllm", "--python", "/bin/sh"), "must look like vllm="),
         (("throughput", "--backend", "vllm", "--python", "vllm=/no/python"), "cannot be run"),
-        (("serve", "--url", "http://127.0.0.1:1"), "names no model"),
+        (("serve", "--url", "http://127.0.0.1:1"), "lists no model"),
         (("report", "/no/such.json"), "no such file|No such file"),
     ],
 )

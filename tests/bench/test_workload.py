@@ -1,4 +1,4 @@
-"""Workloads are what they say, and one seed gives one workload."""
+"""Workloads have the shape they claim, and one seed gives one workload."""
 
 import itertools
 import json

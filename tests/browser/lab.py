@@ -1,5 +1,4 @@
-"""JupyterLab on a copy of the notebooks, and a browser that may speak to this machine only. Knows processes, pages and
-selectors; refuses to know what a notebook shows."""
+"""JupyterLab on a copy of the notebooks, and a browser that may only contact this machine."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ FIGURE = ".jp-NotebookPanel:not(.lm-mod-hidden) .js-plotly-plot"
 
 @contextmanager
 def jupyter(folder: Path, dark: bool = False) -> Iterator[str]:
-    """The address of a server of its own, with its token."""
+    """The address of a Jupyter server started for the test, with its token."""
     token = secrets.token_hex(16)
     homes = {
         name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")

@@ -1,5 +1,5 @@
-"""The dashboard in a real browser: it grows, pauses, steps, stops, and is still there when the notebook is opened
-again."""
+"""The dashboard in a real browser: it grows, pauses, steps and stops, and is still shown when the notebook is
+reopened."""
 
 import pytest
 

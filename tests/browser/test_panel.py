@@ -1,4 +1,4 @@
-"""The kernel lab's panel in a real browser: a click runs beside the notebook, and results replace themselves."""
+"""The kernel lab's panel in a real browser: a click runs in the background, and results replace earlier ones."""
 
 import nbformat
 import pytest

@@ -1,7 +1,7 @@
-"""Hypothesis drives the block manager beside a naive reference: dicts of lists, and a memory of tokens by place.
+"""Hypothesis runs the block manager against a naive reference: dicts of lists, and a memory of tokens by slot.
 
-The reference learns physical block numbers from the manager and nothing else; what is stored, who holds what, which
-lookup hits and what each place contains it works out from the tokens alone.
+The reference learns only physical block numbers from the manager. It computes from the tokens alone what is stored, who
+holds which block, which lookup hits, and what each slot contains.
 """
 
 from collections import Counter

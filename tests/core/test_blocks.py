@@ -1,4 +1,4 @@
-"""The pool, copy-on-write and stand-alone tables. Knows no scheduler."""
+"""The pool, copy-on-write, and tables without a scheduler."""
 
 import pytest
 

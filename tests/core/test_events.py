@@ -1,4 +1,4 @@
-"""The log: what it holds, how it is read, saved, trimmed, folded. Knows the engine only as a source of events."""
+"""The event log: what it holds, and how it is read, saved, trimmed and summarized."""
 
 import io
 import json
@@ -78,12 +78,12 @@ def test_a_saved_log_loads_to_the_same_events_and_saves_to_the_same_bytes(tmp_pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "this is no labkit event log"),
-        ("{}\n", "this is no labkit event log"),
-        ('{"labkit_log": 1, "trimmed": 0}\nnonsense\n', "line 2 is no event"),
+        ("", "this is not a labkit event log"),
+        ("{}\n", "this is not a labkit event log"),
+        ('{"labkit_log": 1, "trimmed": 0}\nnonsense\n', "line 2 is not an event"),
         (
             '{"labkit_log": 1, "trimmed": 0}\n{"event":"Held","step":1,"now":2}\n',
-            "line 2 is no event: Held without 'request'",
+            "line 2 is not an event: Held without 'request'",
         ),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_line_that_holds_something_else_is_named_when_it_is_loaded(kind, wrong
     lines = saved(life().log).splitlines()
     at = next(i for i, line in enumerate(lines) if f'"event":"{kind}"' in line)
     lines[at] = json.dumps({**json.loads(lines[at]), **wrong})
-    with pytest.raises(ValueError, match=f"line {at + 1} is no event: .*{next(iter(wrong))}"):
+    with pytest.raises(ValueError, match=f"line {at + 1} is not an event: .*{next(iter(wrong))}"):
         lk.EventLog.load(io.StringIO("\n".join(lines)))
 
 

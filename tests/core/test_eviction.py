@@ -1,4 +1,4 @@
-"""Eviction policies: whom each takes first, that none strands a chain, that they can be swapped while in use."""
+"""Eviction policies: the order of eviction, that no chain is stranded, and that policies can be swapped in use."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What hands that were not foreseen may do: nothing is lost, and the error says what to do instead."""
+"""Unexpected use: nothing is lost, and the error says what to do instead."""
 
 import io
 import json
@@ -299,13 +299,13 @@ def test_a_runner_and_a_manager_serve_one_engine_each():
     ["[]", "5", '{"event":"Stored"}', '{"event":"Step","step":"x","now":0}', '{"event":"Nothing","step":0,"now":0}'],
 )
 def test_lines_that_are_no_events_are_named(line):
-    with pytest.raises(ValueError, match="line 2 is no event"):
+    with pytest.raises(ValueError, match="line 2 is not an event"):
         lk.EventLog.load(io.StringIO('{"labkit_log": 1, "trimmed": 0}\n' + line + "\n"))
 
 
 @pytest.mark.parametrize("header", ["", "{}", '{"labkit_log": 10, "trimmed": 0}', '{"labkit_log": 1', "[1]"])
 def test_files_that_are_no_logs_are_named(header):
-    with pytest.raises(ValueError, match="this is no labkit event log"):
+    with pytest.raises(ValueError, match="this is not a labkit event log"):
         lk.EventLog.load(io.StringIO(header + "\n"))
 
 

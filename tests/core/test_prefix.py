@@ -1,4 +1,4 @@
-"""Hashing, lookups and their reasons. Knows no scheduler."""
+"""Hashing, lookups and their explanations, without a scheduler."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""What a step promises: budget, order, rows, fairness, preemption, stopping, lag. Through the engine, on fakes."""
+"""The scheduler's promises: budget, order, rows, fairness, preemption, stopping, steps in flight. Uses the engine with
+fakes."""
 
 import random
 
@@ -194,7 +195,7 @@ def test_who_waits_for_a_prefix_goes_on_when_the_one_computing_it_is_aborted():
 
 
 def crowded(host: int = 0, **options) -> tuple[lk.Engine, list]:
-    """More growth than the pool can hold: somebody must be preempted."""
+    """More growth than the pool can hold, so a request must be preempted."""
     eng = engine(blocks=12, size=4, host=host, max_num_seqs=4, **options)
     requests = [eng.submit(prompt(9, i), params(14), id=f"q{i}", priority=options.get("p", 0)) for i in range(3)]
     return eng, requests

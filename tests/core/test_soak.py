@@ -1,4 +1,5 @@
-"""20,000 random steps: mixed priorities, aborts, forks, swaps, failures, live controls, tiny pools, lag 0, 1 and 2."""
+"""20,000 random steps: priorities, aborts, forks, swaps, failures, live settings, tiny pools, 0 to 2 steps in
+flight."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""The loop as its users see it: arrivals, clocks, time travel, live controls, bad input."""
+"""The engine as users see it: arrivals, clocks, snapshots, live settings, bad input."""
 
 import io
 import pickle
@@ -151,7 +151,7 @@ def test_handles_and_parts_stay_valid_through_a_restore():
 def test_a_snapshot_belongs_to_its_engine():
     eng, _ = busy()
     other, _ = busy()
-    with pytest.raises(ValueError, match="taken of another engine"):
+    with pytest.raises(ValueError, match="belongs to another engine"):
         other.restore(eng.snapshot())
 
 

@@ -1,4 +1,4 @@
-"""Handles, the background thread and teardown: nothing waits in vain, nothing is left behind."""
+"""Handles, the background thread and closing: nothing hangs, and nothing is left behind."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""A profile accounts for all the time, names what ran, and leaves the engine as it was."""
+"""A profile accounts for all the time, names the ops that ran, and leaves the engine unchanged."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Gated activations: the reference written out once more, the CPU variant against it."""
+"""Gated activations: the reference against a second implementation, the CPU variant against the reference."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Paged attention: the reference against torch's own attention and against sums written out; variants against it."""
+"""Paged attention: the reference against torch's attention and explicit sums; variants against the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is wrong is never timed, and what is timed stands beside the machine's limit."""
+"""A wrong variant is never timed, and every time comes with the machine's limit."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""A wrong variant is caught, a raising one is data, and what a report prints."""
+"""Checks: a wrong variant is caught, an exception becomes data, and reports print."""
 
 import json
 import subprocess

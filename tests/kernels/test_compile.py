@@ -1,4 +1,4 @@
-"""Default configurations compile for GPUs that are not here: no spills, and they fit."""
+"""Default configurations compile for GPUs that this machine does not have, without spills and within shared memory."""
 
 import importlib.util
 import subprocess

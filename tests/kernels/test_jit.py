@@ -1,4 +1,4 @@
-"""What a new Triton has moved is said by name, with the versions that work."""
+"""If a new Triton moved something, the error names it and the versions that work."""
 
 import importlib
 
@@ -12,7 +12,7 @@ from labkit_kernels import jit  # noqa: E402
 def test_a_part_that_is_gone_is_said_with_the_versions_that_work(monkeypatch):
     monkeypatch.delattr("triton.runtime.interpreter.TensorHandle")
     first, last = jit.TESTED
-    expected = f"triton {triton.__version__} changed triton.runtime.interpreter.TensorHandle, which is gone; "
+    expected = f"triton {triton.__version__} changed triton.runtime.interpreter.TensorHandle: it no longer exists; "
     with pytest.raises(ImportError) as caught:
         importlib.reload(jit)
     assert str(caught.value).startswith(f"{expected}labkit was tested with {first} to {last}: pip install 'triton>=")

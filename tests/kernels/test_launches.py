@@ -1,4 +1,4 @@
-"""A kernel written beside a test, as in a cell: interpreted on CPU tensors, compiled from the same object, recorded."""
+"""A kernel defined in a test, as in a cell: interpreted on CPU tensors, compiled from the same object, recorded."""
 
 import importlib.util
 import threading

@@ -1,4 +1,4 @@
-"""Packed weights come back as they were, and what is computed with them is what the reference computes."""
+"""Packed weights unpack unchanged, and products with them equal the reference."""
 
 import pytest
 import torch

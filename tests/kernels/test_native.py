@@ -1,4 +1,4 @@
-"""C++ built on first use: once, by whoever comes first, and never at the price of a wrong answer."""
+"""C++ is built on first use: once, by whichever process comes first, and never with a wrong result."""
 
 import ctypes
 import shutil

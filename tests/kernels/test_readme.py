@@ -1,4 +1,4 @@
-"""What the kernels' README shows works as it is shown."""
+"""The examples in the kernels' README work as shown."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Who is picked, who is refused, and what a running engine hears of it."""
+"""Which variant is picked, which is refused, and how a running engine learns of a change."""
 
 import subprocess
 import sys

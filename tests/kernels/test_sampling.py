@@ -1,4 +1,4 @@
-"""Drawing tokens: what is drawn follows the filtered softmax, and every variant draws the reference's tokens."""
+"""Sampling: draws follow the filtered softmax, and every variant draws the reference's tokens."""
 
 from __future__ import annotations
 

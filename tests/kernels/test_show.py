@@ -1,4 +1,4 @@
-"""What a notebook shows: escaped, foldable, with what matters on it."""
+"""Notebook views: escaped, foldable, and with the important figures."""
 
 import torch
 from labkit_kernels import bench, check, rms_norm

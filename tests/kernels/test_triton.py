@@ -1,4 +1,4 @@
-"""Every Triton variant, in Triton's interpreter where there is no GPU: one process for all of them."""
+"""Every Triton variant; without a GPU in Triton's interpreter, in one process for all of them."""
 
 import importlib.util
 

@@ -1,4 +1,4 @@
-"""What is chosen is the fastest that is right, is kept by device, and is asked for by the launcher."""
+"""Tuning chooses the fastest correct candidate, keeps it by device, and the launcher uses it."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""An op small enough to see through, for tests of what surrounds ops: doubling a tensor and counting in place."""
+"""A tiny op for tests of the code around ops: doubles a tensor and adds to a total in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants made in tests are gone behind them, and measurements are short."""
+"""Variants made in a test are removed afterwards, and measurements are short."""
 
 import importlib
 from collections.abc import Callable, Iterator

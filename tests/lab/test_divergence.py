@@ -1,4 +1,4 @@
-"""Where two settings part is found: the token, the layer, the op; and what is the same is said to be the same."""
+"""`divergence` finds where two settings differ: the token, the layer, the op. If nothing differs, it says so."""
 
 import math
 
@@ -128,7 +128,7 @@ def test_settings_that_cannot_be_are_named(engine):
         lk.divergence({}, "bfloat16", PROMPT)
     with pytest.raises(ValueError, match="cannot be changed in an engine that exists"):
         lk.divergence(engine, (engine, {"dtype": "float32"}), PROMPT)
-    with pytest.raises(ValueError, match="say of which model="):
+    with pytest.raises(ValueError, match="pass model="):
         lk.divergence(engine, {"dtype": "float32"}, PROMPT)
     with pytest.raises(ValueError, match="has no variant 'nobody'"):
         lk.divergence({}, {"use": {"rms_norm": "nobody"}}, PROMPT)
@@ -185,5 +185,5 @@ def test_what_differs_in_replayed_graphs_only_is_said_to(engine, monkeypatch):
 
     monkeypatch.setattr(module.Side, "run", garbled)
     found = lk.divergence(engine, engine, PROMPT, max_tokens=6)
-    assert found.position == 2 and found.only_replayed and "only where steps are replayed as graphs" in repr(found)
+    assert found.position == 2 and found.only_replayed and "only with replayed graphs" in repr(found)
     assert found.tokens[0] != found.tokens[1] and found.worst.largest == 0

@@ -1,4 +1,4 @@
-"""An op on the bench: by method as by hand, a roofline that is what was measured, and pictures that show it."""
+"""The kernel lab: methods give the same as direct calls, the roofline shows what was measured, and views render."""
 
 import importlib.util
 import re

@@ -1,4 +1,4 @@
-"""The panel by its methods and by a click: same results, one figure, nothing blocked, nothing hidden."""
+"""The panel by its methods and by clicks: the same results, one figure, nothing blocked."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""What a variant changes in an engine is said; what it leaves behind is nothing."""
+"""`try_variant` reports what a variant changes in an engine, and leaves nothing behind."""
 
 import pytest
 from labkit_kernels import rms_norm

@@ -1,5 +1,4 @@
-"""Small configs of every architecture, with every number that a mistake could hide behind set to something unusual.
-Knows transformers' config classes."""
+"""Small configs of every architecture. Every number behind which a mistake could hide has an unusual value."""
 
 from __future__ import annotations
 

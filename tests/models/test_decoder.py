@@ -1,4 +1,4 @@
-"""The native decoder gives what transformers gives, whatever way the tokens are cut into steps and blocks."""
+"""The native decoder equals transformers, however the tokens are cut into steps and blocks."""
 
 import random
 

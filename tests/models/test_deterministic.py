@@ -1,5 +1,5 @@
-"""With `deterministic=True` a request's numbers are its own: no bit depends on what else is in the batch, on how
-its prompt is cut, or on where its blocks lie."""
+"""With `deterministic=True` no bit of a request's result depends on the rest of the batch, on how its prompt is
+chunked, or on where its blocks are."""
 
 import random
 
@@ -31,7 +31,7 @@ def test_no_bit_depends_on_the_batch(kind, dtype):
 
 
 def test_without_it_some_bit_does():
-    """Else the test above could not fail."""
+    """Shows that the test above can fail."""
     rng = random.Random(0)
     torch.set_num_threads(1)
     differs = False

@@ -1,4 +1,4 @@
-"""What a new transformers has moved is said by name, with the versions that work."""
+"""If a new transformers moved something, the error names it and the versions that work."""
 
 import importlib
 import re
@@ -17,7 +17,9 @@ from tests.models.configs import config
 def test_a_name_that_is_gone_is_said_with_the_versions_that_work(monkeypatch):
     monkeypatch.delattr(transformers.modeling_rope_utils, "ROPE_INIT_FUNCTIONS")
     version, (first, last) = re.escape(transformers.__version__), hf.TESTED
-    expected = f"transformers {version} changed transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS, which is gone"
+    expected = (
+        f"transformers {version} changed transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS: it no longer exists"
+    )
     with pytest.raises(ImportError, match=f"{expected}; labkit was tested with {first} to {last}: pip install"):
         importlib.reload(hf)
     monkeypatch.undo()

@@ -1,4 +1,4 @@
-"""Models that transformers runs, with our attention in place of theirs: same logits, or a refusal by name."""
+"""Models run by transformers with our attention: the same logits, or a refusal that names the reason."""
 
 import random
 

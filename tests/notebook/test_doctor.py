@@ -1,4 +1,4 @@
-"""labkit doctor: each row is ok, or says what to do; one look that fails hides no other."""
+"""labkit doctor: each row is ok or says what to do, and a probe that fails does not hide the others."""
 
 import json
 import socket
@@ -100,7 +100,7 @@ def test_a_gpu_that_torch_does_not_see_is_a_warning(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "free", "state", "said"),
-    [((9, 0), 100, OK, "sm_90"), ((7, 5), 10, WARN, "sm_80 and newer"), ((8, 0), 1, WARN, "nvidia-smi")],
+    [((9, 0), 100, OK, "sm_90"), ((7, 5), 10, WARN, "sm_80 or newer"), ((8, 0), 1, WARN, "nvidia-smi")],
 )
 def test_a_gpu_s_age_and_memory_are_looked_at(monkeypatch, capability, free, state, said):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -171,7 +171,7 @@ def test_a_cache_that_cannot_be_written_names_what_moves_it(monkeypatch, tmp_pat
     kernels, *others = only(doctor.folders)
     assert kernels.state == WARN and "is no folder" in kernels.found and "LABKIT_CACHE" in kernels.fix
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    assert all(row.state == WARN and "no right to write" in row.found for row in only(doctor.folders)[1:])
+    assert all(row.state == WARN and "no permission to write" in row.found for row in only(doctor.folders)[1:])
     assert len(others) == 2
 
 

@@ -1,4 +1,4 @@
-"""labkit lab: notebooks are found, copied, and what somebody edited is never overwritten."""
+"""labkit lab: notebooks are found and copied, and an edited copy is never overwritten."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_an_edited_copy_is_kept_and_an_untouched_one_is_updated(home, copy):
     copied = lab.copy_notebooks(copy, home=home)
     assert what(copied) == {"01": "kept", "02": "updated"}
     assert (copy / "01_one.ipynb").read_text() == "mine" and (copy / "02_two.ipynb").read_text() == "newer"
-    assert "--reset takes it" in repr(copied[0])
+    assert "--reset replaces yours" in repr(copied[0])
     assert what(lab.copy_notebooks(copy, home=home)) == {"01": "kept", "02": "same"}, "and so the next time"
 
 

@@ -1,4 +1,4 @@
-"""%load_ext labkit: thin over functions, and errors in one line."""
+"""%load_ext labkit: the magics call the functions, and errors take one line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Playing an engine: all that was to come is served, whoever pauses, steps or stops in between."""
+"""The player: every request is served, whatever is paused, stepped or stopped in between."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""A program for test_interpreted.py: engines whose every op is the Triton variant, in Triton's interpreter. Prints the
+"""A program for test_interpreted.py: engines with Triton variants for every op, in Triton's interpreter. Prints the
 tokens of each as JSON."""
 
 import json

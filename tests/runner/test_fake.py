@@ -1,4 +1,4 @@
-"""The fake runner and the simulator: that a wrong plan shows, and that time follows the formula."""
+"""The fake runner shows wrong plans, and the simulator's times follow its formula."""
 
 import numpy as np
 import pytest

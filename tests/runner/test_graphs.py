@@ -1,4 +1,4 @@
-"""Replayed decode steps give what eager ones give: same buffers, padded batches, any mix of requests."""
+"""Replayed decode steps equal eager ones: same buffers, padded batches, any mix of requests."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""An engine that has nothing to do does nothing."""
+"""An idle engine does no work."""
 
 import resource
 import time

@@ -1,4 +1,4 @@
-"""The whole path of a GPU without one: every op a Triton variant, steps captured and one in flight."""
+"""The whole GPU path without a GPU: every op a Triton variant, steps captured, and one in flight."""
 
 import importlib.util
 import json

@@ -1,5 +1,5 @@
-"""The engine on a real model: greedy tokens are those of transformers' generate, however the work is cut, shared,
-preempted or moved; and what else a runner promises."""
+"""The engine on a real model: greedy tokens equal transformers' generate, however the work is chunked, shared,
+preempted or swapped; and the runner's other promises."""
 
 import random
 

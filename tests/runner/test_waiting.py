@@ -1,7 +1,7 @@
-"""Between a launch and its result nothing waits for the device: no value is read back, everything goes up pinned.
+"""Between a launch and its result nothing waits for the device: no value is read back, and all uploads are pinned.
 
-A CPU has nothing to wait for, so this watches for the calls that would: whatever makes a Python number or a numpy array
-of a tensor, sizes that depend on values, and copies from the host other than through `labkit.transfer`.
+A CPU never waits, so this test looks for the calls that would wait on a GPU: making a Python number or a numpy array of
+a tensor, sizes that depend on values, and copies from the host that do not go through `labkit.transfer`.
 """
 
 import random
@@ -123,6 +123,6 @@ def test_no_launch_waits(model, asked, graphs):
 
 
 def test_what_must_wait_is_seen_to(model):
-    """Else the test above could not fail: a caller's own function reads every token."""
+    """Shows that the test above can fail: a caller's own function reads every token."""
     found, _ = watched(model, False, logits_processors=[lambda prompt, output, logits: logits])
     assert found["tolist"] > 5

@@ -1,4 +1,4 @@
-"""The sampler draws from the distribution that each parameter asks for: alone and together, by chi-square."""
+"""The sampler draws from the right distribution for each parameter, alone and combined, by chi-square tests."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Calibration: a simulator's own log gives its constants back, whatever happened in it; a model's gives its times."""
+"""Calibration: from a simulator's log it recovers the constants; from a model's log it predicts the times."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The live figure: made once, one writer, small messages, a still picture at the end."""
+"""The live figure: made once, one writer, small messages, a static picture at the end."""
 
 import threading
 

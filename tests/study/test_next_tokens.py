@@ -1,4 +1,4 @@
-"""What a model would say next: the probabilities the sampler draws from."""
+"""Next-token probabilities are those that the sampler draws from."""
 
 import numpy as np
 import pytest

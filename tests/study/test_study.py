@@ -1,4 +1,4 @@
-"""What an experiment found: its pictures, its file."""
+"""A study's pictures and its file."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_a_saved_study_comes_back_as_it_was(study, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("no", "is not JSON"), ("{}", "is no study"), ('{"labkit_study": 1}', "missing"), ("[1]", "is no study")],
+    [("no", "is not JSON"), ("{}", "is not a study"), ('{"labkit_study": 1}', "missing"), ("[1]", "is not a study")],
 )
 def test_a_file_that_is_none_is_refused_by_name(tmp_path, text, said):
     (tmp_path / "study.json").write_text(text)

@@ -1,4 +1,4 @@
-"""The study's workloads: drawn from a seed, in range, and what they are named after."""
+"""The study's workloads: drawn from a seed, within their ranges, and as their names say."""
 
 import dataclasses
 import itertools
@@ -91,7 +91,7 @@ def test_labkit_bench_refuses_turns_that_wait_for_answers(tmp_path, capsys):
 
     lk.workloads.chats(3).save(tmp_path / "w.json")
     assert main(["bench", "serve", "--workload", str(tmp_path / "w.json")]) == 2
-    assert "labkit.Experiment serves those" in capsys.readouterr().err
+    assert "use labkit.Experiment" in capsys.readouterr().err
 
 
 def test_mixed_workloads_come_in_order_and_keep_their_turns():
@@ -102,7 +102,7 @@ def test_mixed_workloads_come_in_order_and_keep_their_turns():
     assert opening == sorted(opening) and len(opening) == 26
     assert sorted(made.lengths()) == sorted(talks.lengths() + crowd.lengths())
     assert made.reseeded(3) == lk.workloads.mixed(talks.reseeded(3), crowd.reseeded(3))
-    with pytest.raises(ValueError, match="one workload at least"):
+    with pytest.raises(ValueError, match="at least one workload"):
         lk.workloads.mixed()
 
 

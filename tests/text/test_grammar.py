@@ -1,4 +1,4 @@
-"""Structured outputs: whatever a model would rather write, its text has the form that was asked for."""
+"""Structured outputs: the text has the requested form, whatever the model would prefer."""
 
 import json
 import re
@@ -77,7 +77,7 @@ def test_the_form_survives_preemption_and_time_travel():
         ({"structured_outputs": {"jsn": {}}}, "unknown structured_outputs 'jsn'; did you mean 'json'"),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "names one form"),
         ({"structured_outputs": {"choice": []}}, r"cannot be \[\]"),
-        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "not with ignore_eos"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "cannot be combined with ignore_eos"),
         ({"extra_args": 3}, "extra_args maps names to values"),
     ],
 )

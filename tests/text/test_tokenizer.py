@@ -1,4 +1,4 @@
-"""Text in, text out: whole characters, chat in the model's own form, errors that name the file."""
+"""Tokenizers: whole characters, chat templates, and errors that name the file."""
 
 import json
 import shutil

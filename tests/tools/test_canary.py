@@ -1,4 +1,4 @@
-"""The canary names the package that a failure comes from."""
+"""The canary names the package that caused a failure."""
 
 import importlib
 import sys

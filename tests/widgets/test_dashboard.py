@@ -1,4 +1,4 @@
-"""The dashboard without a browser: what it shows happened, what it changes changes, and nothing stays behind."""
+"""The dashboard without a browser: it shows what happened, its controls take effect, and nothing is left behind."""
 
 import gc
 import json
@@ -126,7 +126,7 @@ def test_a_saved_log_goes_to_any_step_forwards_and_back(live, tmp_path):
     assert len(traces(back)["used"].x) == len(want["used"])
     with pytest.raises(ValueError, match=f"between 1 and {last}, which are kept; got 0"):
         back.show(0)
-    with pytest.raises(RuntimeError, match=r"does not play: show\(step\)"):
+    with pytest.raises(RuntimeError, match=r"cannot be played: show\(step\)"):
         back.play()
     back.close()
 

@@ -1,4 +1,4 @@
-"""Explanations say what an observer of the run saw: waits, lookups, preemptions, whole runs, two runs side by side."""
+"""Explanations agree with an observer of the run: waits, lookups, preemptions, whole runs, two runs side by side."""
 
 import random
 

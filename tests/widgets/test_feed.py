@@ -1,4 +1,4 @@
-"""The columns behind a live picture: exact for any run, whenever they are looked at."""
+"""The columns behind live figures are exact for any run, at any time."""
 
 import random
 

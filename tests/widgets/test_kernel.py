@@ -1,4 +1,4 @@
-"""The dashboard in a real kernel, without a browser: cells answer while it plays, and an interrupt holds it cleanly."""
+"""The dashboard in a real kernel without a browser: cells respond while it plays, and an interrupt pauses it."""
 
 import queue
 import time

@@ -1,4 +1,4 @@
-"""The fold says what an observer of the running engine sees, step by step."""
+"""The timeline agrees with an observer of the running engine, step by step."""
 
 import random
 from collections import Counter
@@ -15,7 +15,7 @@ MS = 1_000_000
 
 
 class Watching(lk.FakeRunner):
-    """A fake runner that looks at every request while a step is on its way."""
+    """A fake runner that looks at every request while a step is in flight."""
 
     def __init__(self) -> None:
         super().__init__(seed=1, vocab_size=50)

@@ -1,4 +1,4 @@
-"""Every view: empty, small, huge, hostile. Bounded, quick, escaped; and a repr never raises."""
+"""Every view, for empty, small, huge and hostile objects: bounded size, fast, escaped. A repr never raises."""
 
 import random
 import re

@@ -1,4 +1,4 @@
-"""Gated activations: two values read and one written for each place."""
+"""Gated activations: two values are read and one is written for each element."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _traffic(x: Tensor, *rest: object) -> int:
 
 
 def _flops(x: Tensor, *rest: object) -> int:
-    return x.numel() // 2 * 12  # the exponential taken for eight
+    return x.numel() // 2 * 12  # an exponential counts as eight flops
 
 
 def _gelu_tolerance(dtype: torch.dtype) -> Tolerance:

@@ -1,4 +1,4 @@
-"""Gated activations in C++. Knows how vectors lie in a tensor; the arithmetic is in cpu.cpp."""
+"""Gated activations in C++. This module passes pointers and strides; the arithmetic is in cpu.cpp."""
 
 from __future__ import annotations
 

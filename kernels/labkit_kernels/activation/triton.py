@@ -1,8 +1,9 @@
-"""Gated activations on a GPU. Knows vectors and strides; nothing of layers.
+"""Gated activations on a GPU, as one Triton kernel.
 
-Two numbers are read and one is written for some twenty flops: memory decides, 3 * size * itemsize bytes a vector. In
-torch the activation is written out and read again before the product, which costs two thirds more; here both halves of
-a vector meet in registers. The exponential runs in the special function units beside the loads.
+The op reads two numbers and writes one for some twenty flops, so it is bound by memory: 3 * size * itemsize bytes a
+vector. Plain torch writes the activation to memory and reads it back before the product, which moves two thirds more
+bytes. Here both halves of a vector are multiplied in registers. The exponential runs in the special function units
+while loads are in flight.
 """
 
 from __future__ import annotations

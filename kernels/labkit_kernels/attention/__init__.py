@@ -1,4 +1,4 @@
-"""Attention over keys and values in blocks: decode reads the whole cache of each sequence, prefill computes."""
+"""Attention over a paged KV cache. Decode is bound by reading the cache, prefill by compute."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
 ]
 
 
-# The same, of the sizes that models have; for timing.
+# The same with the sizes of real models, for timing.
 TIMED: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
     ("decode 64 x 512, 8/4 heads of 32", [(1, 512)] * 64, 8, 4, 32, 32, 16, ()),
     ("decode 64 x 512, 14/2 heads of 64", [(1, 512)] * 64, 14, 2, 64, 64, 16, ()),
@@ -61,7 +61,8 @@ def make_batch(
     block: int,
     wanted: tuple[str, ...] = (),
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Sequences of (queries, keys) whose blocks lie anywhere; what was never written is far out of range."""
+    """Sequences of (queries, keys) with blocks in random places; cache entries that no sequence wrote hold huge
+    values."""
     needed = [-(-keys // block) for _, keys in lengths]
     total = sum(needed) + 3
     shuffled = (torch.randperm(total - 1, device=device, generator=generator) + 1).tolist()

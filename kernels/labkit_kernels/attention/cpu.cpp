@@ -1,15 +1,14 @@
-// Attention over paged keys and values on a CPU, one code for decode and prefill. Knows rows, tiles and pointers;
-// knows nothing of torch.
+// Paged attention on a CPU; the same code does decode and prefill. It takes pointers and strides, no torch headers.
 //
-// Why it looks like this. A decode step reads every key and value once and computes little on them, so the loop over
-// keys must run at memory speed; a prefill computes a lot on keys that stay in cache, so it must run at FMA speed. Both
-// are served by packing (queries of a tile) x (heads that share a key head) into the rows of a small matrix product:
-// keys are read once for the whole group. Keys come in tiles of 64, found by one pointer a row, so any block size will
-// do, and a tile is transposed on its way into L1 (64 shuffles for 16x16), which still outruns memory. The softmax is
-// online: a row keeps its largest score and its sum, and rescales what it has when the largest grows.
+// A decode step reads every key and value once and computes little, so its loop over keys must run at memory speed. A
+// prefill computes a lot on keys that stay in cache, so it must run at FMA speed. For both, (queries of a tile) x
+// (heads that share a key head) are the rows of a small matrix product, so keys are read once for the whole group.
+// Keys come in tiles of 64, found by one pointer per row, so any block size works. A tile is transposed on its way
+// into L1 (64 shuffles for 16x16), which is still faster than memory. The softmax is online: a row keeps its largest
+// score and its sum, and rescales its result when the largest score grows.
 //
-// A work item is (sequence, key head, tile of queries, range of keys). Long ranges are cut when there are too few items
-// for the threads; whoever finishes the last part of a cut item adds the parts up.
+// A work item is (sequence, key head, tile of queries, range of keys). Long ranges are split if there are too few items
+// for the threads; the thread that finishes the last part of a split item combines the parts.
 
 #include <algorithm>
 #include <atomic>
@@ -33,7 +32,7 @@ using labkit::W;
 constexpr int KEYS = 64;           // keys in a tile
 constexpr int ROWS = 6;            // rows of a register tile
 constexpr int ROWS_AN_ITEM = 96;   // rows that share one transposed tile of keys
-constexpr int LEAST_PART = 256;    // keys below which a range is not cut
+constexpr int LEAST_PART = 256;    // keys below which a range is not split
 constexpr int64_t LEAST_WORK = 1 << 21;  // multiply-adds (some 50 us) below which another thread is not worth waking
 constexpr float LOG2E = 1.4426950408889634f;
 
@@ -68,7 +67,7 @@ struct Item {
     int seq, head;           // head: of the keys
     int query, num_queries;  // within the sequence
     int begin, end;          // keys
-    int part, num_parts, slot;  // slot: where this item's parts leave their sums
+    int part, num_parts, slot;  // slot: where this item's parts store their sums
     int64_t cost;
 };
 
@@ -77,7 +76,7 @@ struct Rows {
     const void* at[KEYS];
 };
 
-// Everything a thread works in; a few hundred KB, kept from call to call.
+// A thread's working memory, a few hundred KB; kept between calls.
 struct Scratch {
     std::vector<float> store;
     float *q, *scores, *out, *keys, *values, *most, *sum, *rescale;
@@ -107,8 +106,8 @@ struct Mask {
     int first, stop;              // the columns that this row sees
 };
 
-// A row of scores to weights, in place. Updates the row's largest score (to base 2) and its W sums, added up at the
-// end; returns what the row's earlier values are to be multiplied by.
+// Turns a row of scores into weights, in place. Updates the row's largest score (to base 2) and its W partial sums,
+// which are added at the end. Returns the factor for the row's earlier result.
 inline float softmax_row(float* row, int columns, const Mask& mask, float& most, float* sum) {
     float scale = mask.scale * LOG2E;
     if (mask.softcap != 0.f || mask.slope != 0.f) {
@@ -137,7 +136,7 @@ inline float softmax_row(float* row, int columns, const Mask& mask, float& most,
     return rescale;
 }
 
-// A part's result before the division: what `combine` needs to add parts up.
+// A part's result before the division, as `combine` needs it.
 struct Parts {
     std::vector<float> most, sum, out;
     int64_t rows, value_size;
@@ -155,7 +154,7 @@ void write_row(const Call& call, const Item& item, int64_t r, const float* value
     for (; d < call.value_size; d++) labkit::from_float(to + d, values[d] * by);
 }
 
-// One row's end: into the output, or, of a cut item, to where `combine` finds it.
+// Stores one finished row: in the output or, for a split item, where `combine` reads it.
 template <class T>
 void finish(const Call& call, const Item& item, int64_t r, float most, float sum, const float* values, Parts& parts) {
     if (item.num_parts == 1) {
@@ -179,7 +178,7 @@ inline const T* query_row(const Call& call, const Item& item, int64_t r) {
            (item.head * group + r % group) * call.q_head;
 }
 
-// Goes over an item's keys tile by tile, and knows where the tile after this one lies.
+// Iterates over an item's keys tile by tile, with the address of the next tile for prefetching.
 template <class T>
 struct Walk {
     const Call& call;
@@ -235,7 +234,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     Walk<T> walk(call, item);
     while (walk.next()) {
         const int begin = walk.begin, count = walk.count, columns = padded(count);
-        // Rows above see none of these keys yet, rows below (with a window) none of them any more.
+        // Rows above see none of these keys yet; with a window, rows below see none of them any more.
         const int64_t top = std::clamp<int64_t>(begin - position, 0, item.num_queries) * group;
         int64_t bottom = rows;
         if (call.window)
@@ -267,7 +266,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
 #include "paired.h"
 #endif
 
-// Adds up the parts of a cut item.
+// Combines the parts of a split item.
 template <class T>
 void combine(const Call& call, const Item& item, Parts& parts) {
     const int64_t group = call.num_heads / call.num_kv_heads, wide = padded(call.value_size);
@@ -301,8 +300,8 @@ std::vector<Item> find_work(const Call& call, int64_t& total) {
             const int count = std::min(tile, queries - query), position = length - queries + query;
             const int end = std::max(0, position + count);
             int begin = call.window ? std::clamp<int>(position - call.window + 1, 0, end) : 0;
-            if (call.invariant) begin = begin / KEYS * KEYS;  // tiles begin where they begin for every query
-            // A tile of keys is moved once (as dear as some 16 rows) and multiplied with every row.
+            if (call.invariant) begin = begin / KEYS * KEYS;  // tiles begin at the same keys for every query
+            // A tile of keys is moved once (which costs as much as 16 rows) and multiplied with every row.
             const int64_t cost = (end - begin) * (count * group + 16) + 64;
             for (int head = 0; head < call.num_kv_heads; head++)
                 items.push_back({seq, head, query, count, begin, end, 0, 1, 0, cost});
@@ -312,7 +311,7 @@ std::vector<Item> find_work(const Call& call, int64_t& total) {
     return items;
 }
 
-// Cuts what would keep one thread busy after the others are done.
+// Splits items that would keep one thread busy after the others are done.
 std::vector<Item> cut(const std::vector<Item>& items, int64_t most, int& num_slots) {
     std::vector<Item> found;
     for (const Item& item : items) {

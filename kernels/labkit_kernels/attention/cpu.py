@@ -1,4 +1,5 @@
-"""The C++ kernel as a variant for float32 and bfloat16. Knows pointers and strides; nothing of what is computed."""
+"""Paged attention in C++ as a variant for float32 and bfloat16. This module passes pointers and strides; the arithmetic
+is in cpu.cpp."""
 
 from __future__ import annotations
 
@@ -69,7 +70,7 @@ def attend(
     if q.stride(2) != 1:
         q = q.contiguous()
     if k_cache.stride(3) != 1 or v_cache.stride(3) != 1:
-        raise ValueError("paged_attention on a CPU takes caches whose last dimension is dense")
+        raise ValueError("paged_attention on a CPU needs caches whose last dimension is contiguous")
     block_table, query_start, seq_len = (_int32(x) for x in (block_table, query_start, seq_len))
     sinks, alibi = (None if x is None else x.float().contiguous() for x in (sinks, alibi))
     out = q.new_empty(num_tokens, num_heads, value_size)

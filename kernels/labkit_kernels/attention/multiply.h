@@ -25,7 +25,7 @@ template <int VECTORS, class B>
 inline void panel(const float* a, int64_t lda, const B& b, float* c, int64_t ldc, int64_t rows, int64_t depth,
                   const float* rescale) {
     int64_t blocks = (rows + ROWS - 1) / ROWS;
-    for (int64_t i = 0; i < blocks; i++) {  // even shares: 7 rows are 4 + 3, not 6 + 1
+    for (int64_t i = 0; i < blocks; i++) {  // even split: 7 rows are 4 + 3, not 6 + 1
         int64_t begin = rows * i / blocks, count = rows * (i + 1) / blocks - begin;
         const float* from = a + begin * lda;
         float* to = c + begin * ldc;

@@ -1,10 +1,11 @@
-// The same attention for bfloat16 on a unit that multiplies pairs: AMX tiles, or vectors (AVX-512 BF16). Included by
-// cpu.cpp, whose items, rows and parts it works on.
+// The same attention for bfloat16, on units that multiply pairs: AMX tiles, or vectors (AVX-512 BF16). Included by
+// cpu.cpp; it uses the items, rows and parts defined there.
 //
-// Scores are computed transposed, keys x rows: the keys are then the left operand, as they lie, and only the queries
-// are packed, once an item. Sixteen rows stand in the sixteen lanes of a register, so the softmax has no horizontal
-// sums. Weights are turned round (64 shuffles for 16 rows x 32 keys) and meet the values, pairs of whose rows were
-// interleaved within 128-bit lanes: columns of the result come out in that order and are put right once, at the end.
+// Scores are computed transposed, keys x rows. So the keys are the left operand and need no packing; only the queries
+// are packed, once per item. Sixteen rows are in the sixteen lanes of a register, so the softmax has no horizontal
+// sums. Weights are transposed back (64 shuffles for 16 rows x 32 keys) and multiplied with the values, whose rows
+// were interleaved in pairs within 128-bit lanes. The columns of the result come out in that order, and are reordered
+// once at the end.
 #pragma once
 
 #include "../tiles.h"
@@ -16,7 +17,7 @@ using amx::TILE;
 using amx::load_row;
 using amx::whole;
 
-constexpr float SLACK = 8.f;  // weights may reach 2^8 before a row is rescaled: float32 has room
+constexpr float SLACK = 8.f;  // weights may reach 2^8 before a row is rescaled, which float32 can hold
 
 struct Scratch {
     std::vector<float> store;
@@ -87,7 +88,7 @@ inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to, con
     }
 }
 
-// Columns of the result, from the order that `pack_values` left them in.
+// Reorders the columns of the result from the order of `pack_values`.
 inline void unpack_columns(const float* from, int64_t wide, float* to) {
     const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -98,15 +99,15 @@ inline void unpack_columns(const float* from, int64_t wide, float* to) {
     }
 }
 
-// Where each 16 keys of a tile lie, one key after the other `stride` bytes apart.
+// The address of each 16 keys of a tile; keys are `stride` bytes apart.
 struct KeyTiles {
     const bf16* at[KEYS / TILE];
     int64_t stride;
 };
 
-// The lines of the next tile's keys, to be asked for one by one while this tile's are multiplied.
+// The cache lines of the next tile's keys, prefetched one by one while this tile's keys are multiplied.
 struct Lines {
-    const void* const* row;  // none: nothing to ask for
+    const void* const* row;  // null: nothing to prefetch
     int64_t bytes;           // of a row
     int64_t byte = 0;
     int left = KEYS;
@@ -182,7 +183,7 @@ struct TileUnit {
 };
 #endif
 
-// A pair of a key, or of weights, is spread over a vector and meets sixteen pairs of the other operand.
+// A pair of a key, or of weights, is broadcast over a vector and multiplied with sixteen pairs of the other operand.
 struct VectorUnit {
     struct Scope {};
     static constexpr bool FETCHES_AT_ONCE = false;
@@ -226,7 +227,7 @@ struct VectorUnit {
                 case 1: some_values<1>(left, v, wide, tiles, to); break;
                 case 2: some_values<2>(left, v, wide, tiles, to); break;
                 case 3: case 4: some_values<4>(left, v, wide, tiles, to); break;
-                default: some_values<8>(left, v, wide, tiles, to);  // rows beyond have room, and are never read
+                default: some_values<8>(left, v, wide, tiles, to);  // further rows have memory, but are never read
             }
         }
     }
@@ -285,7 +286,7 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
                     int64_t wide, bf16* weights) {
     const __m512 lowest = _mm512_set1_ps(-INFINITY);
     const __m512 scale = _mm512_set1_ps(lanes.scale * (lanes.plain ? LOG2E : 1.f));
-    const __m512 factor = lanes.plain ? scale : _mm512_set1_ps(1.f);  // what is left to do to a score in the power
+    const __m512 factor = lanes.plain ? scale : _mm512_set1_ps(1.f);  // scale still to be applied in the exponent
     __m512 largest = lowest;
     if (lanes.plain && !lanes.masked) {
         __m512 other = lowest;
@@ -315,7 +316,7 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
     largest = _mm512_mul_ps(largest, factor);
     __m512 most = _mm512_load_ps(most_at), sum = _mm512_load_ps(sum_at);
     const __mmask16 beyond = _mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(SLACK)), _CMP_GT_OQ);
-    if (beyond) {  // only those rows: what becomes of a row is its own affair
+    if (beyond) {  // only those rows, so that no row depends on another
         const __m512 grown = _mm512_mask_max_ps(most, beyond, most, largest);
         alignas(64) float by[TILE];
         __m512 rescale = exp2_coarse(_mm512_sub_ps(most, grown));
@@ -330,7 +331,7 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
                     _mm512_store_ps(out + r * wide + d,
                                     _mm512_mul_ps(_mm512_load_ps(out + r * wide + d), _mm512_set1_ps(by[r])));
     }
-    // A row that has seen nothing yet: its weights are 2^-inf, whatever is subtracted.
+    // A row without any key so far: its weights are 2^-inf, whatever is subtracted.
     const __m512 shift = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, lowest, _CMP_EQ_OQ), _mm512_setzero_ps());
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -372,7 +373,8 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         s.sum[r] = sink ? 1.f : 0.f;
     }
 
-    // Sixteen keys of a block are a tile as they are; what lies behind the last one was written or zeroed, and is masked.
+    // Sixteen keys of a block are a tile without packing. Memory after the last key was written or zeroed, and is
+    // masked.
     const bool as_they_lie = call.block_size % TILE == 0 && item.begin % TILE == 0 && deep == call.head_size;
     Walk<bf16> walk(call, item);
     while (walk.next()) {

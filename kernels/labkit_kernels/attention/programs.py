@@ -1,4 +1,4 @@
-"""The Triton programs of paged attention: one that attends, and one that adds up the parts of split sequences."""
+"""The Triton kernels of paged attention: one computes it, one combines the partial results of split sequences."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def visit(
             values = tl.load(v_at, mask=(value_dim < VALUE_SIZE)[None, :], other=0.0)
         else:
             values = tl.load(v_at)
-        # Of the next tile: were it looked up where it is needed, copies could begin one tile ahead and no sooner.
+        # Look up the next tile's blocks early: looked up where needed, its copies could start only one tile ahead.
         block = blocks_of(table, begin + BLOCK_N, end_key, BLOCK_SIZE, BLOCK_N)
         scores = tl.dot(query, keys, input_precision=PRECISION) * scale
         if SOFTCAP:
@@ -87,7 +87,7 @@ def visit(
                 seen &= at[None, :] > position[:, None] - WINDOW
             scores = tl.where(seen, scores, float("-inf"))
         grown = tl.maximum(most, tl.max(scores, 1))
-        # A row that has seen nothing yet must not subtract infinity from infinity.
+        # A row without any key so far must not compute infinity minus infinity.
         shift = tl.where(grown == float("-inf"), 0.0, grown) if MASKED else grown
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(most - shift)
@@ -142,8 +142,8 @@ def attend(
     PRECISION: tl.constexpr,
 ):
     """One block of queries x heads against the keys of its sequence, or against this program's share of them."""
-    # Heads of one block of queries are neighbours: blocks begin in order, whatever their heads, so that a caller who
-    # gives long sequences first has no long one begin last.
+    # Heads of one block of queries are adjacent, so blocks start in order: if the caller puts long sequences first,
+    # no long one starts last.
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     num_chunks = num_heads // GROUP * CHUNKS
     chunk = tl.program_id(0) % num_chunks
@@ -152,8 +152,8 @@ def attend(
         seq = tl.program_id(0) // num_chunks
         first_query = 0
     else:
-        # The i-th sequence's blocks begin at query_start[i] // BLOCK_Q + i: room enough, and found without a map. The
-        # last blocks see most keys, so they go first.
+        # The i-th sequence's blocks begin at query_start[i] // BLOCK_Q + i: always enough room, and no map is needed.
+        # The last blocks see the most keys, so they go first.
         target = (tl.num_programs(0) - 1 - tl.program_id(0)) // num_chunks
         low = 0
         high = num_seqs
@@ -214,7 +214,7 @@ def attend(
     table += seq.to(tl.int64) * table_row
 
     if DECODE:
-        # Memory is the limit, a mask costs nothing.
+        # Decode is bound by memory, so a mask costs nothing.
         whole = begin
         masked = begin
     else:

@@ -1,4 +1,4 @@
-"""Attention over keys and values that lie in blocks, in plain torch: one sequence at a time, whole score matrices."""
+"""Paged attention in plain torch: one sequence at a time, with the whole score matrix."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-// Rows of keys and values found through a block table, turned into float32. Part of cpu.cpp.
+// Finds rows of keys and values through a block table and converts them to float32. Part of cpu.cpp.
 
-// Where keys `begin`.. of this sequence lie. Past `count` the last row is repeated: its score is masked, and memory
-// that nobody wrote is never read.
+// The addresses of keys `begin`.. of this sequence. Past `count` the last row is repeated: its score is masked, and
+// unwritten memory is never read.
 template <class T>
 inline void find_rows(const void* cache, int64_t block_stride, int64_t head_stride, int64_t slot_stride,
                       const int32_t* table, int64_t block_size, int head, int begin, int count, Rows& rows) {
@@ -17,8 +17,8 @@ inline void find_rows(const void* cache, int64_t block_stride, int64_t head_stri
     for (int i = count; i < KEYS; i++) rows.at[i] = rows.at[count - 1];
 }
 
-// Asks for a line of a row that is needed a tile from now. One here and there: a burst of them fills the line buffers,
-// and then the processor waits.
+// Prefetches a cache line of a row that is needed one tile later. Prefetches are spread out: a burst of them would fill
+// the line buffers and stall the processor.
 inline void prefetch(const void* row, int64_t byte) {
     __builtin_prefetch(static_cast<const char*>(row) + byte, 0, 2);
 }
@@ -47,7 +47,7 @@ inline void transpose_keys(const Rows& rows, int count, int64_t size, float* to,
     }
 }
 
-// Pointers to the values as float rows of whole vectors: into the cache where they lie so already, else to a copy.
+// Pointers to the values as float rows of whole vectors: into the cache if it has that form, else to a copy.
 template <class T>
 inline void float_rows(const Rows& rows, int count, int64_t size, float* to, const float** at) {
     int64_t wide = padded(size);

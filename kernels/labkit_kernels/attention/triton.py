@@ -1,14 +1,14 @@
-"""Paged attention on a GPU. Knows pointers, tiles and splits; knows nothing of requests or of what a block table means
-to whoever wrote it.
+"""Paged attention on a GPU: chooses tiles and splits and launches the kernels in programs.py.
 
-A decode step reads `2 * keys * key heads * head size` numbers and computes two flops a number and query head: it runs
-at the speed of memory, if enough programs ask for it. So the query heads that share a key head are the rows of one
-program (each key is read once for all of them), and when sequences are too few to fill the device their keys are split
-between programs, whose parts a second kernel adds up. A prefill is bound by the tensor cores: rows are queries x group,
-tiles that every row sees whole run without a mask, and only those on the diagonal or on a window's edge pay for one.
+A decode step reads `2 * keys * key heads * head size` numbers and computes two flops per number and query head. It is
+bound by memory bandwidth if enough programs run at once. So the query heads that share a key head are the rows of one
+program: each key is read once for all of them. When there are too few sequences to fill the device, their keys are
+split between programs, and a second kernel combines the partial results. A prefill is bound by the tensor cores. Rows
+are queries x group; tiles that every row sees in full run without a mask, and only tiles on the diagonal or at a
+window's edge are masked.
 
-Both are one kernel. Keys are found by position: a tile of keys need not be a block of the cache, and any block size
-will do; where a tile lies in one block its number is read once.
+One kernel does both. It finds keys by position, so a tile of keys need not be a block of the cache and any block size
+works. If a tile lies within one block, the block number is read once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .programs import attend, combine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_HEADS = 64  # of a group, in one program
-WAVES = {"waves": 4}  # decode programs a processor that are wanted: as many as it holds, so that memory never waits
-DECODE_ROWS = 64  # query tokens x heads, up to which a sequence is one row block
+WAVES = {"waves": 4}  # decode programs per multiprocessor: as many as it holds, to keep memory busy
+DECODE_ROWS = 64  # a sequence with at most this many query tokens x heads is one block of rows
 
 
 def tiles(
@@ -131,7 +131,7 @@ def paged_attention(
     max_query_len: int = 0,
     max_seq_len: int = 0,
     invariant: bool = False,
-    splits: int | None = None,  # parts that keys are cut into when decoding; None: by the device's size
+    splits: int | None = None,  # number of splits of the keys in decode; None: chosen by the device's size
 ) -> Tensor:
     """Allocates the output, and room for the parts when keys are split; reads nothing back, so it can be captured.
 
@@ -192,7 +192,7 @@ def paged_attention(
     return out
 
 
-# Types of the arguments; what stands behind "*q" is the dtype.
+# Types of the arguments; "*q" stands for a pointer to the dtype.
 _TYPES = dict.fromkeys(("q", "k", "v", "out", "sinks", "alibi"), "*q") | dict.fromkeys(("parts", "stats"), "*fp32")
 _TYPES |= dict.fromkeys(("table", "query_start", "seq_len"), "*i32") | {"num_seqs": "i32", "num_heads": "i32"}
 _STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot")

@@ -1,4 +1,4 @@
-"""Keys and values into blocks, and blocks to elsewhere: memory moved, nothing computed."""
+"""Stores keys and values into KV cache blocks, and copies or swaps blocks. Moves memory, computes nothing."""
 
 from __future__ import annotations
 

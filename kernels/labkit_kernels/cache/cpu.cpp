@@ -1,5 +1,5 @@
-// Keys and values into blocks, and blocks to other blocks, on a CPU: memory moved in runs of one head or one block.
-// torch does the same by an index a place, which costs more than the move when a step stores a handful of tokens.
+// Stores keys and values in blocks and copies blocks, on a CPU, in runs of one head or one block. torch does the same
+// with one index per slot, which costs more than the copy itself when a step stores a handful of tokens.
 
 #include <cstdint>
 #include <cstring>

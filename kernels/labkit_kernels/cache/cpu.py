@@ -1,4 +1,4 @@
-"""Moving keys, values and blocks in C++, in runs of bytes. Knows strides; any dtype will do."""
+"""Storing keys and values and copying blocks in C++. Copies runs of bytes, so any dtype works."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Keys and values in blocks, in plain torch. A cache is [blocks, key heads, block size, head size]: one head of one
-block lies in one piece. A slot is block * block size + place; block 0 is scratch."""
+"""Storing keys and values in blocks, in plain torch.
+
+A cache is [blocks, key heads, block size, head size], so one head of one block is contiguous. A slot is block * block
+size + offset. Block 0 is scratch.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Keys and values into blocks, and blocks to other blocks, on a GPU. Knows slots and strides; nothing of requests.
+"""Storing keys and values, and copying blocks, on a GPU.
 
-Memory is moved and nothing is computed: `store_kv` reads and writes each token's key and value once, `copy_blocks` each
-block of every layer. What there is to save are launches. Keys and values go in one, read straight from the fused
-projection and cast to the cache's dtype on the way; a copy goes through all layers' caches in one, by a table of their
-addresses that is made once and kept on the device.
+These ops only move memory: `store_kv` reads and writes each token's key and value once, `copy_blocks` each block of
+every layer. What can be saved is launches. Keys and values are stored in one launch, read straight from the fused
+projection and cast to the cache's dtype. `copy_blocks` copies every layer's cache in one launch, using a table of their
+addresses that is built once and kept on the device.
 
-`swap_blocks` has no kernel: it is bound by the bus between host and device (tens of GB/s against thousands), where
-torch's index and one large copy for each cache already are.
+`swap_blocks` has no kernel. It is bound by the bus between host and device (tens of GB/s, device memory has thousands),
+and torch's indexing with one large copy per cache already reaches that.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def store_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
 
 
 def _castable(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as they are where the kernel can cast, else torch's cast and the cache's bytes. Torch makes NaN of what is
-    too large for float8_e4m3fn, a GPU's own cast the largest number."""
+    """Both unchanged if the kernel can cast, else cast by torch, with the cache viewed as bytes. Torch turns values too
+    large for float8_e4m3fn into NaN, a GPU's own cast gives the largest number."""
     if cache.element_size() > 1 or _casts_to_float8(x.device):
         return x, cache
     return x.to(cache.dtype).view(torch.uint8), cache.view(torch.uint8)
@@ -109,7 +109,8 @@ def _castable(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=16)
 def _casts_to_float8(device: torch.device) -> bool:
-    """Not before sm_89; and Triton's interpreter loses the carry when a mantissa is rounded up to the next power."""
+    """Needs sm_89 or later. Triton's interpreter loses the carry when a mantissa is rounded up to the next power of
+    two."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
@@ -156,7 +157,7 @@ def _joined(numbers: Sequence[int]) -> int:
 
 
 def _word(bits: int) -> tuple[tl.dtype, int]:
-    """The widest integer that divides every size, stride and address: a block's dtype does not matter."""
+    """The widest integer that divides every size, stride and address, so that blocks of any dtype can be copied."""
     for word, item in ((tl.int64, 8), (tl.int32, 4), (tl.int16, 2)):
         if bits % item == 0:
             return word, item

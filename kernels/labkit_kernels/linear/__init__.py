@@ -1,5 +1,4 @@
-"""Linear layers whose weights were packed once for the machine, with what stands around them in a transformer: the norm
-before, bias, residual; and a whole gated MLP."""
+"""Linear layers and gated MLPs on weights packed once for this machine, fused with norm, bias and residual."""
 
 from __future__ import annotations
 

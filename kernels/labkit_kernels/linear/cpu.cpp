@@ -1,15 +1,15 @@
-// Linear layers on packed weights, for bfloat16: one call a layer, or a whole gated MLP in one. Knows pointers and sizes;
-// what multiplies (AMX tiles, or vectors of pairs) is in units.h.
+// Linear layers on packed weights, for bfloat16: one call per layer, or one for a whole gated MLP. The multiplying code
+// (AMX tiles, or vectors of pairs) is in units.h.
 //
-// Weights lie as tiles of 16 columns x 32 deep, in the order they are read: a thread owns a range of columns and streams
-// through its weights once. Rows of x are turned into tiles too, by all threads together, and normed on the way where
-// there is a norm. What is left is one loop over a register block of 32 rows x 32 columns (2 x 2 tiles of sums, two
+// Weights are stored as tiles of 16 columns x 32 deep, in the order in which they are read. A thread owns a range of
+// columns and streams through its weights once. All threads together convert the rows of x into tiles, and apply the
+// norm, if there is one. The rest is one loop over a register block of 32 rows x 32 columns (2 x 2 tiles of sums, two
 // tiles of each operand).
 //
-// With few rows the loop waits for memory: the weights of the next columns are on their way while these are
-// multiplied. With many rows it waits for the unit. Where that is the tile unit, what happens to finished sums (bias,
-// activation, residual, rounding) is done row by row between the products of the next block, as the vector units are
-// idle then. Rows are taken at most 512 at a time and deep sums in parts, so that a thread's left operand stays in L2.
+// With few rows the loop is bound by memory, so the next columns' weights are prefetched during the multiplication.
+// With many rows it is bound by arithmetic. On the tile unit, finished sums (bias, activation, residual, rounding) are
+// then processed row by row between the products of the next block, as the vector units are idle. At most 512 rows are
+// taken at a time, and deep sums in parts, so that a thread's left operand stays in L2.
 
 #include <algorithm>
 #include <cmath>
@@ -62,12 +62,12 @@ using amx::TILE;
 constexpr int BLOCK = 2 * TILE;            // rows and columns of a register block
 constexpr int64_t SIZE = TILE * DEPTH;     // elements of a tile
 constexpr int64_t MOST_ROWS = 512;         // at once
-constexpr int64_t NEAR = 3 << 19;          // bytes of left operand that leave L2 room for the rest
+constexpr int64_t NEAR = 3 << 19;          // bytes of left operand that still leave room in L2
 constexpr int LINE = 64;
 
 inline int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
 
-// Memory that stays with the thread that calls, from call to call.
+// Working memory of the calling thread, kept between calls.
 struct Buffer {
     char* at = nullptr;
     size_t size = 0;
@@ -143,7 +143,7 @@ void pack(const bf16* x, int64_t stride, int64_t count, int64_t depth, const Nor
 #include "panels.h"
 #include "units.h"
 
-// Panels [begin, end) of at most 48 rows, `Tall` tiles of them: a weight is read once, and comes from memory.
+// Panels [begin, end) of at most 48 rows, `Tall` tiles of them: each weight is read once, from memory.
 template <class Unit, int Tall, class Write>
 void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write) {
     const int64_t deep = columns.deep;
@@ -171,8 +171,8 @@ void stream(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, 
     waiting.rest();
 }
 
-// Panels [begin, end) of many rows: `a` are tiles [rows / 16][deep]. Deep sums are cut, so that what all rows need for a
-// cut stays in L2: it is read for every panel.
+// Panels [begin, end) of many rows: `a` are tiles [rows / 16][deep]. Deep sums are split, so that the left operand of
+// one part stays in L2: it is read for every panel.
 template <class Unit, class Write>
 void multiply(const bf16* a, int64_t rows, const Columns& columns, int64_t begin, int64_t end, const Write& write,
               Buffer& buffer) {
@@ -227,7 +227,7 @@ void product(const bf16* a, int64_t rows, const Columns& columns, int64_t panels
     }
 }
 
-// Bytes that a thread's first panel needs: on their way while rows are packed.
+// Prefetches a thread's first panel while rows are packed.
 void begin_fetch(const Columns& columns, int64_t panels) {
     const int64_t begin = panels * omp_get_thread_num() / omp_get_num_threads();
     if (begin >= panels) return;
@@ -247,7 +247,7 @@ void pack_all(const bf16* x, int64_t stride, int64_t rows, int64_t depth, const 
         pack(x + r * stride, stride, rows - r, depth, norm, to + r * deep * DEPTH);
 }
 
-// f(first row, rows) for at most MOST_ROWS rows at a time, even shares.
+// f(first row, rows) for at most MOST_ROWS rows at a time, split evenly.
 template <class F>
 void in_parts(int64_t rows, const F& f) {
     const int64_t count = parts(rows, MOST_ROWS), each = parts(parts(rows, count), BLOCK) * BLOCK;

@@ -1,4 +1,4 @@
-"""Packed linear layers in C++, where pairs of bfloat16 are multiplied. Knows pointers; nothing of what is computed."""
+"""Packed linear layers in C++, for CPUs that multiply pairs of bfloat16 (AMX, AVX-512 BF16)."""
 
 from __future__ import annotations
 

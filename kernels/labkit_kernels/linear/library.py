@@ -1,4 +1,4 @@
-"""cpu.cpp as ctypes sees it: its structures, its functions, and whether this machine can run them."""
+"""ctypes bindings of cpu.cpp: its structures, its functions, and whether this machine can run them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ library = native.load(
 
 
 def available() -> bool:
-    """Does this machine multiply pairs of bfloat16, and has the library code for it?"""
+    """Whether this machine multiplies pairs of bfloat16 and the library has code for it."""
     answer = c_int32(0)
     if library is not None:
         library.linear_available(answer)

@@ -1,4 +1,4 @@
-"""A weight in the order in which the CPU's matrix units read it."""
+"""A weight stored in the order in which the CPU's matrix units read it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WIDE, DEEP = 16, 32  # columns and depths of a tile
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight [columns, depth] as tiles [columns / 16, depth / 32, 16 pairs of depths, 16 columns, 2], zeros around:
-    the order in which AMX and AVX-512 BF16 read it."""
+    """A weight [columns, depth] stored as tiles [columns / 16, depth / 32, 16 pairs of depths, 16 columns, 2], padded
+    with zeros. AMX and AVX-512 BF16 read this order."""
 
     tiles: Tensor
     columns: int

@@ -1,6 +1,6 @@
-// Panels of weights: where they lie, and how they are fetched ahead of their use. Part of cpu.cpp.
+// Panels of weights: their addresses, and prefetching. Part of cpu.cpp.
 
-// Which two tiles of columns stand beside each other, as tiles of weights.
+// The two columns of tiles that make up a panel.
 struct Columns {
     const bf16* weight;
     int64_t deep;             // tiles a column of tiles
@@ -10,7 +10,7 @@ struct Columns {
     const bf16* high(int64_t panel) const { return low(panel) + second * deep * SIZE; }
 };
 
-// Sums that wait to be written, row by row.
+// Finished sums still to be written, row by row.
 template <class Write>
 struct Waiting {
     const Write& write;
@@ -38,7 +38,7 @@ struct Waiting {
     }
 };
 
-// The next panel's weights on their way into L2, a few lines a step.
+// Prefetches the next panel's weights into L2, a few cache lines per step.
 struct NextPanel {
     const char *low, *high;
     int64_t left;
@@ -53,7 +53,7 @@ struct NextPanel {
     void line() {}
 };
 
-// Or a line of each column of tiles with every pair of depths that is multiplied.
+// Or one cache line of each column of tiles with every pair of depths that is multiplied.
 struct NextLines {
     const char *low, *high;
 
@@ -66,7 +66,7 @@ struct NextLines {
     }
 };
 
-// Or the weights a little ahead of those that are read, straight into L1.
+// Or the weights just ahead of those being read, directly into L1.
 struct Ahead {
     void some(const bf16* low, const bf16* high) {
         for (int64_t i = SIZE; i < 2 * SIZE; i += LINE / sizeof(bf16)) {

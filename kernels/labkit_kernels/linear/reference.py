@@ -1,4 +1,4 @@
-"""Linear layers on packed weights, in plain torch: unpack, norm, multiply, add. Obviously right, and slow."""
+"""Linear layers on packed weights, in plain torch: unpack, norm, multiply, add. Slow and easy to verify."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from labkit_kernels.norm.reference import rms_norm
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, by whatever library torch brought."""
+    """x @ weight.T + bias, by torch's own library."""
     return F.linear(x, weight, bias)
 
 
 def matmul_add(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """residual += x @ weight.T, in place; the residual."""
+    """residual += x @ weight.T, in place; returns the residual."""
     return residual.add_(F.linear(x, weight))
 
 
@@ -50,7 +50,7 @@ def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 def linear_argmax(
     x: Tensor, weight: Packed, bias: Tensor | None = None, *, norm: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """Where each row of `linear` is largest, and how large: what a greedy draw needs of a head."""
+    """Each row's largest value of `linear` and its position: all that greedy sampling needs of the LM head."""
     largest, column = linear(x, weight, bias, norm=norm, eps=eps, out_dtype=torch.float32).max(-1)
     return column, largest
 

@@ -1,4 +1,4 @@
-// What becomes of the sums of a product: bias and residual, a gate, or the largest one. Part of cpu.cpp.
+// What is done with the sums of a product: bias and residual, a gate, or the maximum. Part of cpu.cpp.
 
 // Sums of 32 columns beside each other, plus bias and residual, to `out`.
 template <class Out>
@@ -33,7 +33,7 @@ struct Plain {
     }
 };
 
-// A gate's 16 columns and the 16 they open, into tiles that the next product reads.
+// 16 columns of the gate and the 16 of `up` that they multiply, into tiles for the next product.
 template <class Act>
 struct Gated {
     bf16* tiles;
@@ -45,7 +45,7 @@ struct Gated {
     }
 };
 
-// Nothing is written: each row remembers its largest sum and where it stood. Lane i holds columns i, i + 16, ...
+// Nothing is written: each row keeps its largest sum and its column. Lane i holds columns i, i + 16, ...
 struct Best {
     vf* most;    // [rows]
     vi* where;   // [rows]

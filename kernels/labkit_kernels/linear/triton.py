@@ -1,7 +1,7 @@
-"""A matrix product on a GPU whose rows do not depend on each other. Knows tiles; nothing of batches.
+"""A batch-invariant matrix product on a GPU: no row's result depends on the other rows.
 
-A library picks its kernel by the shape, so a row's sums go in another order when the batch grows. Here the tile and the
-order of sums are the same for every shape: what a row gets depends on the row and the weight alone.
+A library chooses its kernel by shape, so the order of a row's sums changes when the batch grows. Here the tile and the
+order of the sums are the same for every shape, so a row's result depends only on that row and the weight.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 #pragma once
 
 #if LABKIT_TILES
-// Waits for the tile unit most of the time, so finished sums of the block before are written in between.
+// Bound by the tile unit most of the time, so finished sums of the previous block are written in between.
 struct TileUnit {
     using Scope = amx::Tiles;
     static constexpr int CHUNK = 0;  // few rows take all depths of a panel at once
@@ -92,7 +92,7 @@ struct TileUnit {
 #endif
 
 // Sums of up to twelve rows x 32 columns stay in registers: two vectors of weights are read for twelve rows, and one
-// pair of depths of each row is spread over a vector.
+// pair of depths of each row is broadcast over a vector.
 struct VectorUnit {
     struct Scope {};
     static constexpr int CHUNK = 8;  // tiles of depth whose weights (16 KB) stay in L1 for all rows of a block

@@ -1,4 +1,4 @@
-"""RMS norm (with the residual sum before it) and layer norm: reads and writes each vector once."""
+"""RMS norm (optionally with the residual add before it) and layer norm: each vector is read once and written once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMED = [(1, 4096), (256, 4096), (4096, 4096)]
 
 
 def _rms_traffic(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> int:
-    """In and out, and with a residual that one in and out too."""
+    """Input and output, and the residual's input and output if there is one."""
     return x.numel() * x.element_size() * (2 if residual is None else 4) + weight.numel() * weight.element_size()
 
 

@@ -1,5 +1,6 @@
-// RMS norm on a CPU. Plain torch makes eight passes over a vector, each a call; here a vector is read once from memory,
-// and the second pass (times scale and weight) finds it in L1. A decode step has few vectors: there the price is the call.
+// RMS norm on a CPU. Plain torch makes eight passes over a vector, each its own call. Here a vector is read once from
+// memory, and the second pass (times scale and weight) finds it in L1. In decode there are few vectors, and the call
+// itself dominates.
 
 #include <cmath>
 #include <cstdint>
@@ -19,7 +20,7 @@ float add_and_square(T* sum, const T* x, int64_t size) {
     int64_t i = 0;
     for (; i + W <= size; i += W) {
         store(sum + i, load(sum + i) + load(x + i));
-        vf rounded = load(sum + i);  // what the next layer reads, and so what the norm is of
+        vf rounded = load(sum + i);  // the norm is of the rounded sum, because the next layer reads that
         total += rounded * rounded;
     }
     for (; i < size; i++) {

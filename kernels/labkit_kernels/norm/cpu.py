@@ -1,4 +1,4 @@
-"""RMS norm in C++. Knows how vectors lie in a tensor; the arithmetic is in cpu.cpp."""
+"""RMS norm in C++. This module passes pointers and strides; the arithmetic is in cpu.cpp."""
 
 from __future__ import annotations
 

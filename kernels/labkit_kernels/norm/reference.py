@@ -1,4 +1,4 @@
-"""Norms in plain torch: computed in float32, rounded once at the end."""
+"""Norms in plain torch, computed in float32 and rounded once at the end."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """Scale each vector of the last dimension to root mean square 1, times `weight`.
 
-    With `residual`, x is first added to it, in place: the sum is what the next residual connection reads.
-    Models that scale by 1 + w hand in that sum, in float32.
+    With `residual`, x is first added to it in place; the next residual connection reads that sum. Models that scale by
+    1 + w pass 1 + w as `weight`, in float32.
     """
     if residual is not None:
         residual.add_(x)

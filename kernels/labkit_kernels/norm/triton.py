@@ -1,10 +1,10 @@
-"""Norms on a GPU. Knows vectors and strides; nothing of layers.
+"""Norms on a GPU, as Triton kernels.
 
-A norm reads each number once, writes it once and computes three flops on it: on any GPU it runs at the speed of memory,
-2 * size * itemsize bytes a vector. Written as torch calls it moves four to eight times as much, since every
-intermediate goes to memory and back. So a vector stays in registers between the sum of its squares and the scaling;
-with a residual the sum goes out on the way (2 reads, 2 writes: the least there is). Vectors shorter than a tile, such
-as the heads of a q/k norm, share a program, so that a warp's loads stay wide.
+A norm reads each number once, writes it once and computes three flops on it, so on any GPU it is bound by memory: 2 *
+size * itemsize bytes a vector. As separate torch calls it moves four to eight times as much, because every intermediate
+result goes to memory and back. Here a vector stays in registers between the sum of squares and the scaling. With a
+residual the sum is written on the way (2 reads, 2 writes, the minimum). Vectors shorter than a tile, such as the heads
+of a q/k norm, share a program, so that a warp's loads stay wide.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _rms_norm(
         at = (outer * r_outer + place * r_inner)[:, None] + column[None, :]
         value = (value.to(tl.float32) + tl.load(residual + at, mask=seen, other=0.0).to(tl.float32)).to(value.dtype)
         tl.store(residual + at, value, mask=seen)
-    wide = value.to(tl.float32)  # of the rounded sum: that is what the next layer reads
+    wide = value.to(tl.float32)  # of the rounded sum, because the next layer reads that
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / SIZE + eps)
     factor = tl.load(weight + column[None, :], mask=(column < SIZE)[None, :], other=0.0).to(tl.float32)
     normed = wide * scale[:, None] * factor
@@ -89,7 +89,7 @@ def _layer_norm(
 
 
 def tile(size: int) -> dict[str, int]:
-    """A vector in one program, 8 to 16 numbers a thread while 512 threads are enough."""
+    """One vector per program, 8 to 16 numbers a thread while 512 threads suffice."""
     block = triton.next_power_of_2(size)
     rows_each = max(1, TILE // block)
     return {"BLOCK": block, "ROWS": rows_each, "num_warps": min(16, max(2, block * rows_each // 512))}
@@ -117,7 +117,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
 
 
 def _views(residual: Tensor, x: Tensor) -> tuple[int, int, list[int], list[int]] | None:
-    """(outer, inner, strides of the residual, strides of x), where both can be walked alike without a copy."""
+    """(outer, inner, strides of the residual, strides of x), if both can be walked in the same way without a copy."""
     one, other = rows(residual), rows(x)
     if one is None or other is None:
         return None

@@ -1,5 +1,4 @@
-"""Rotary positions, with the heads' norms before them where a model has those, and with the store of keys and values
-behind them."""
+"""Rotary position embeddings, optionally with q/k norms before them and the KV cache store after them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 // Rotary positions on a CPU. Plain torch gathers cosines, splits heads, multiplies and concatenates: a dozen passes over
-// queries and keys. Here each head is read once, normed if asked, turned, and written once.
+// queries and keys. Here each head is read once, normalized if there is a norm, rotated, and written once.
 
 #include <cmath>
 #include <cstdint>
@@ -35,7 +35,7 @@ void narrow(T* out, const float* in, int64_t size) {
     for (; i < size; i++) from_float(out + i, in[i]);
 }
 
-// In place; the result is rounded to T, as a norm of its own would leave it.
+// In place; the result is rounded to T, as after a separate norm.
 template <class T, class Weight>
 void rms_norm(float* x, const Weight* weight, int64_t size, float eps) {
     vf total = splat(0.f);
@@ -94,7 +94,7 @@ void rope(const Heads& q, const Heads& k, const float* table, int64_t table_row,
     int64_t work = tokens * size * (q.heads + k.heads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && tokens > 1 && work >= LEAST_WORK)
     {
-        float near[512];  // heads of 512 at most take no allocation
+        float near[512];  // heads of up to 512 need no allocation
         std::vector<float> far(size > 512 ? size : 0);
         float* wide = size > 512 ? far.data() : near;
 #pragma omp for schedule(static)

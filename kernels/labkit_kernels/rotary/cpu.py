@@ -1,4 +1,4 @@
-"""Rotary positions in C++. Knows how heads lie in a tensor; the arithmetic is in cpu.cpp."""
+"""Rotary position embeddings in C++. This module passes pointers and strides; the arithmetic is in cpu.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary positions in plain torch."""
+"""Rotary position embeddings in plain torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def rope(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Turn pairs of each head's first `rotary size` places by an angle that grows with the position; new tensors.
+    """Rotate pairs of each head's first `rotary size` elements by an angle that grows with the position; new tensors.
 
     A pair is (i, i + half), or (2i, 2i + 1) when `interleaved`. `q_norm`/`k_norm` are weights of an RMS norm over the
-    head, taken before.
+    head, applied first.
     """
     cos, sin = table[positions].chunk(2, dim=-1)  # [tokens, rotary size / 2]
 
@@ -59,7 +59,7 @@ def rope_kv(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """`rope`, and then `store_kv` of the turned keys and of the values: the turned queries, a new tensor."""
+    """`rope`, then `store_kv` of the rotated keys and the values. Returns the rotated queries, a new tensor."""
     q, k = rope(q, k, table, positions, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps)
     store_kv(k, v, k_cache, v_cache, slots)
     return q

@@ -1,11 +1,11 @@
-"""Rotary positions on a GPU, with the heads' norms before them and the store of keys and values behind. Knows heads,
-slots and strides; nothing of how a table is made.
+"""Rotary position embeddings on a GPU, optionally with q/k norms before them and the KV cache store after them.
 
-Queries and keys are read once and written once, 2 * heads * head size * itemsize bytes a token, and the table's row (at
-most 512 bytes) is read by every program of a token, from L2. As torch calls the same costs a gather, two splits, four
-products, two sums and a concatenation for each of q and k. Both go in one launch here, because at decode the launch is
-what costs: a token's first tiles are query heads, the others key heads, straight from the fused projection. `rope_kv`
-also writes keys and values to their slots: the turned keys never lie anywhere else, and a layer has one launch less.
+Queries and keys are read once and written once, 2 * heads * head size * itemsize bytes a token. The row of the cos/sin
+table (at most 512 bytes) is read from L2 by every program of a token. In torch the same costs a gather, two splits,
+four products, two sums and a concatenation, for q and for k. Here q and k share one launch, because at decode the
+launch dominates: a token's first tiles are query heads, the others key heads, read straight from the fused projection.
+`rope_kv` also writes keys and values to their cache slots. The rotated keys are stored nowhere else, and a layer saves
+one launch.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _rope_kv(
 
 
 def tile(size: int, rotary_size: int, heads: int) -> dict[str, int]:
-    """Heads together in one program: about 2048 numbers, for four warps."""
+    """Heads per program: about 2048 numbers, for four warps."""
     half = rotary_size // 2
     most = max(1, NUMBERS // triton.next_power_of_2(size))
     return {

@@ -1,4 +1,4 @@
-"""One token from each row of logits. The same key gives the same token, whatever else is drawn beside it."""
+"""Samples one token from each row of logits. The same key gives the same token, whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
 def make_rows(
     device: torch.device, dtype: torch.dtype, generator: torch.Generator, rows: int, vocab: int, names: tuple[str, ...]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Rows that ask for these settings in turn. Logits are rounded to the dtype: coarse ones tie."""
+    """Rows that use these settings in turn. Logits are rounded to the dtype, so coarse dtypes have ties."""
     logits = (3 * torch.randn(rows, vocab, device=device, generator=generator)).to(dtype).float()
     asked = [SETTINGS[names[i % len(names)]] for i in range(rows)]
     kinds = (torch.float32, torch.int32, torch.float32, torch.float32)

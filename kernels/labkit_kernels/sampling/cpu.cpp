@@ -1,9 +1,9 @@
-// One token from each row of logits. Knows rows of numbers; knows nothing of torch.
+// Samples one token from each row of logits. Takes pointers and strides, no torch headers.
 //
-// A row is read once into float32 and never sorted. Where a filter's border lies is found by halving: how many (or how
-// much probability) lie above a threshold is a pass at vector speed, the first few thresholds are passes over the row,
-// the others over the few candidates between the last two, and the last few thousand are sorted. Only what the filters
-// leave is hashed. A greedy row is one pass.
+// A row is read once into float32 and never sorted as a whole. A filter's threshold is found by bisection: counting
+// how many logits (or how much probability) lie above a value is one pass at vector speed. The first few passes go
+// over the row, later ones over the candidates between the last two values, and the last few thousand candidates are
+// sorted. Only tokens that pass the filters are hashed. A greedy row is one pass.
 
 #include <algorithm>
 #include <atomic>

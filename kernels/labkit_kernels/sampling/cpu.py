@@ -1,4 +1,4 @@
-"""The C++ sampler as a variant. Knows pointers; refuses to know what is drawn."""
+"""The C++ sampler as a variant. This module passes pointers; the arithmetic is in cpu.cpp."""
 
 from __future__ import annotations
 

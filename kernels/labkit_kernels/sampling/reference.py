@@ -1,5 +1,5 @@
-"""Drawing tokens from logits in plain torch. Randomness is a hash of a key and the token's id, so a draw depends on its
-own key alone: not on the batch, the device or what was drawn before."""
+"""Sampling from logits in plain torch. Randomness is a hash of a key and the token id, so a draw depends on its own key
+alone: not on the batch, the device or earlier draws."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def sample(
     top_k: Tensor,  # [rows] int32; 0: off
     top_p: Tensor,  # [rows] float32; 1: off
     min_p: Tensor,  # [rows] float32; 0: off
-    key: Tensor,  # [rows] int64: what this draw's randomness is made of
+    key: Tensor,  # [rows] int64: the seed of this draw's randomness
 ) -> Tensor:
-    """One token a row, [rows] int64: Gumbel-max over what the filters leave. Ties go to the smallest id.
+    """One token a row, [rows] int64: Gumbel-max over the tokens that the filters keep. Ties go to the smallest id.
 
-    In order: temperature; min_p against the largest probability; the k largest logits (ties at the border all stay);
-    the fewest of those whose probabilities reach top_p.
+    Filters, in order: temperature; min_p relative to the largest probability; top_k (ties at the threshold all stay);
+    top_p, the fewest of the rest whose probabilities reach it.
     """
     greedy = temperature == 0
     scaled = logits.float() / torch.where(greedy, 1.0, temperature)[:, None]
@@ -30,7 +30,7 @@ def sample(
 
 
 def filtered(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Logits with everything that the filters drop at minus infinity."""
+    """Logits with every dropped token at minus infinity."""
     least = scaled.max(-1, keepdim=True).values + min_p.clamp(min=1e-45).log()[:, None]
     kept = scaled.masked_fill((scaled < least) & (min_p > 0)[:, None], float("-inf"))
     ordered = kept.sort(-1, descending=True).values

@@ -1,10 +1,10 @@
-"""Drawing tokens on a GPU. Knows one row a program; knows nothing of the other rows.
+"""Sampling on a GPU, one program per row.
 
-A row of 152k float32 logits is 600 KB: it stays in the L2 cache while one program goes over it again and again, which
-is cheaper than sorting it. A filter's border is searched between two integers that order like floats: each pass counts
-how many (or how much probability) lie above four thresholds at once, so 32 bits take at most fourteen passes, and the
-border is exact, ties included. Then one pass hashes what is left. A greedy row is one pass, and a batch of them needs
-nothing else.
+A row of 152k float32 logits is 600 KB. It stays in the L2 cache while one program reads it several times, which is
+cheaper than sorting it. A filter's threshold is searched for between two integers that order like floats: each
+pass counts how many logits (or how much probability) lie above four candidate thresholds. So 32 bits take at most
+fourteen passes, and the threshold is exact, ties included. One more pass hashes the remaining tokens and picks one. A
+greedy row takes one pass, and an all-greedy batch needs nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from labkit_kernels.config import Config
 from . import sample as op
 
 LOG2E = tl.constexpr(1.4426950408889634)
-THRESHOLDS = 4  # more of them, or fewer threads, and their sums do not fit in registers
+THRESHOLDS = 4  # with more of them, or fewer threads, the sums do not fit in registers
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _scaled(logits, at, vocab_size, temperature):
 
 @triton.jit
 def _ordered(x):
-    """Integers that compare as the floats do."""
+    """Integers that compare like the floats."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -61,13 +61,13 @@ def _border(
     vocab_size,
     temperature,
     largest,
-    low,  # int64: from here up lies what earlier filters left
+    low,  # int64: tokens from here up passed the earlier filters
     need,
     WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
     THRESHOLDS: tl.constexpr,
 ):
-    """The largest integer at and above which `need` lies; `low` when all of it is less."""
+    """The largest integer with at least `need` at or above it; `low` if there is less in all."""
     high = _ordered(largest).to(tl.int64) + 1
     index = tl.arange(0, THRESHOLDS)
     while high - low > 1:
@@ -157,7 +157,7 @@ def tile(vocab_size: int) -> dict[str, int]:
 
 @op.variant("triton", device="cuda", picked=True)
 def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, key: Tensor) -> Tensor:
-    """One launch, nothing read back: it can be captured, whatever the rows ask for."""
+    """One launch and no read-back, so it can be captured in a graph whatever the rows ask for."""
     num_rows, vocab_size = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:

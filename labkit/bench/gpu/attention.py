@@ -1,4 +1,4 @@
-"""Attention alone, in a captured graph and eagerly, beside torch's own on the same shapes."""
+"""Times attention alone, in a captured graph and eagerly, and torch's own attention on the same shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from labkit.bench.gpu.where import HEADS, Where
 def paged(
     where: Where, heads: tuple[int, int, int], batch: int, context: int, queries: int, block: int
 ) -> Callable[[], Any]:
-    """One call of labkit's paged attention over `batch` sequences of `context` tokens, their last `queries` asked."""
+    """One call of labkit's paged attention over `batch` sequences of `context` tokens, with `queries` queries each."""
     num_heads, keys, size = heads
     blocks = batch * -(-context // block)
     like: dict[str, Any] = {"dtype": where.dtype, "device": where.device}
@@ -32,7 +32,7 @@ def paged(
 
 
 def decode(where: Where) -> dict[str, Any]:
-    """Decode attention as a share of the bandwidth, which it waits for: keys and values read once."""
+    """Decode attention as a share of the memory bandwidth that bounds it; keys and values are read once."""
     machine = limit.measure(where.device, where.dtype)
     out: dict[str, Any] = {"bandwidth": machine.bandwidth}
     shapes = {"256x1024": (256, 1024), "16x8192": (16, 8192)} if not where.quick else {"2x64": (2, 64)}
@@ -51,7 +51,8 @@ def decode(where: Where) -> dict[str, Any]:
 
 
 def prefill(where: Where) -> dict[str, Any]:
-    """Prefill attention of 8k tokens as a share of the GEMM peak; torch's flash and cuDNN backends beside it."""
+    """Prefill attention of 8k tokens as a share of the GEMM peak, with torch's flash and cuDNN backends for
+    comparison."""
     machine = limit.measure(where.device, where.dtype)
     length = 8192 if not where.quick else 64
     out: dict[str, Any] = {"peak": machine.peak}

@@ -1,4 +1,4 @@
-"""What must hold before anything is timed: every kernel against its reference, and the model against transformers."""
+"""Correctness checks before any timing: every kernel against its reference, and the model against transformers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def gate(where: Where) -> dict[str, Any]:
 
 
 def limits(where: Where) -> dict[str, Any]:
-    """Bandwidth by reading random data, and the GEMM peak on random data, which draws more power than constants."""
+    """Bandwidth measured by reading random data, and the GEMM peak on random data, which draws more power than
+    constants."""
     from labkit.bench import limit
 
     found = limit.measure(where.device, where.dtype)

@@ -1,4 +1,4 @@
-"""The parts in order, each in a process of its own, and the command line."""
+"""Runs the parts in order, each in its own process; the command line of `labkit bench gpu`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VERSION = 2
 class Part:
     name: str
     what: str
-    seconds: int  # it may take
+    seconds: int  # time limit in seconds
     run: Callable[[Where], dict[str, Any]]
 
 
@@ -67,8 +67,8 @@ PARTS = (
 
 
 def run(where: Where, names: Sequence[str], file: str | None, budget: float = 420.0) -> dict[str, Any]:
-    """The parts, one after the other; the result so far is in `file` all the time. A part that would begin after
-    `budget` seconds is left out, and said to be."""
+    """Runs the parts one after the other, and writes the result so far to `file` after each. A part that would begin
+    after `budget` seconds is skipped, and marked as skipped."""
     result: dict[str, Any] = {"labkit_bench_gpu": VERSION, **machine(where), "parts": {}}
     start = time.perf_counter()
     for part in PARTS:
@@ -84,7 +84,7 @@ def run(where: Where, names: Sequence[str], file: str | None, budget: float = 42
             Path(file).write_text(json.dumps(result, indent=1) + "\n")
         print(f"{part.name:18} {found['took']:6.1f} s  {_line(found)}", flush=True)
         if part.name in ("check", "gate") and found.get("ok") is False:
-            print("what is not right is not timed")
+            print("nothing is timed, because this check failed")
             break
     return result
 
@@ -129,7 +129,7 @@ def _line(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("labkit bench gpu", description="every figure of one GPU in one command")
+    parser = argparse.ArgumentParser("labkit bench gpu", description="all measurements on one GPU in one command")
     add(parser)
     args = parser.parse_args(argv)
     if args.part:
@@ -142,9 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="written after every part")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
-    parser.add_argument("--quick", action="store_true", help="in miniature: does everything run?")
+    parser.add_argument("--quick", action="store_true", help="a small run of every part, to see that it works")
     parser.add_argument("--only", metavar="A,B", default="", help=f"of {', '.join(p.name for p in PARTS)}")
-    parser.add_argument("--budget", metavar="SECONDS", type=float, default=420.0, help="no part begins after (420)")
+    parser.add_argument(
+        "--budget", metavar="SECONDS", type=float, default=420.0, help="no part starts after this time (420)"
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)
 
 
@@ -152,10 +154,10 @@ def command(args: argparse.Namespace) -> int:
     names = [name for name in args.only.split(",") if name]
     for name in names:
         if name not in {part.name for part in PARTS}:
-            raise ValueError(f"--only {name!r} is none of {', '.join(part.name for part in PARTS)}")
+            raise ValueError(f"--only {name!r} is not one of {', '.join(part.name for part in PARTS)}")
     if args.device == "cpu" and not args.quick:
         raise ValueError("on a CPU only --quick makes sense: labkit bench throughput measures CPUs")
     if args.device != "cpu" and not torch.cuda.is_available():
-        raise RuntimeError("no GPU is visible to torch; --quick --device cpu shows that everything runs")
+        raise RuntimeError("no GPU is visible to torch; --quick --device cpu tries every part without one")
     result = run(Where(args.device, args.quick), names, args.json, args.budget)
     return int(any("error" in found or found.get("ok") is False for found in result["parts"].values()))

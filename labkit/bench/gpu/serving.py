@@ -1,4 +1,5 @@
-"""Whole engines: workload N, everything at once, and Poisson arrivals. A capture inside a timed stretch repeats it."""
+"""Times whole engines: workload N, all requests at once, and Poisson arrivals. A pass with a graph capture is
+repeated."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def work_of(where: Where, shape: str, num: int, lengths: tuple[int, int] | None)
 
 
 def one_pass(where: Where, eng: Engine, work: workload.Workload, temperature: float) -> tuple[float, list[Any], int]:
-    """Seconds to serve all of it at once, the steps it took, and how many graphs were captured meanwhile."""
+    """Seconds to serve everything at once, the number of steps, and how many graphs were captured during the pass."""
     before, captured = len(eng.log.events(Step)), num_captured(eng)
     params = [SamplingParams(temperature=temperature, max_tokens=a.num_output, ignore_eos=True) for a in work.asks]
     where.sync()
@@ -56,7 +57,7 @@ def one_pass(where: Where, eng: Engine, work: workload.Workload, temperature: fl
 
 
 def settled_pass(where: Where, eng: Engine, work: workload.Workload, temperature: float) -> tuple[float, list[Any]]:
-    """The first pass in which nothing was captured, after one that warms up."""
+    """The first pass without a graph capture, after a warm-up pass."""
     one_pass(where, eng, work, temperature)
     for _ in range(MOST_PASSES):
         seconds, steps, captured = one_pass(where, eng, work, temperature)
@@ -69,7 +70,7 @@ def serve(
     where: Where, shape: str, num: int, lengths: tuple[int, int] | None = None,
     temperatures: tuple[float, ...] = (0.0,), rows: int | None = None, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Workload N of `num` requests, or `lengths` = (prompt, output) tokens, all handed in at once."""
+    """Workload N of `num` requests, or requests of `lengths` = (prompt, output) tokens, all submitted at once."""
     work = work_of(where, shape, num, lengths)
     begin = time.perf_counter()
     eng = engine(where, shape, work, len(work.asks) if rows is None or where.quick else rows, **options)
@@ -104,7 +105,8 @@ def serve(
 
 
 def poisson(where: Where, shape: str, rate: float, num: int, lengths: tuple[int, int]) -> dict[str, Any]:
-    """Requests that arrive at random, `rate` a second: most steps then hold prefills. Every graph is captured first."""
+    """Requests that arrive at random, `rate` a second, so most steps contain prefills. Every graph is captured
+    first."""
     work = work_of(where, shape, num, lengths)
     eng = engine(where, shape, work, min(256, len(work.asks)))
     one_pass(where, eng, work, 0.0)

@@ -1,4 +1,4 @@
-"""Single steps of an engine: wall time, the host's own work, how long the GPU sat idle, and what it did, by kernel."""
+"""Times single engine steps: wall time, the host's work, GPU idle time, and GPU time by kernel."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labkit.engine.engine import Engine
 
 
 def filled(where: Where, shape: str, rows: int, context: int, steps: int, **options: Any) -> Engine:
-    """An engine whose `rows` requests all decode, from about `context` tokens on, for `steps` more steps at least."""
+    """An engine with `rows` decoding requests, from about `context` tokens on, for at least `steps` more steps."""
     if where.quick:
         rows, context, steps = 4, 12, 12
     longest = context + steps + 16
@@ -39,7 +39,7 @@ def filled(where: Where, shape: str, rows: int, context: int, steps: int, **opti
 
 @contextmanager
 def _waits() -> Iterator[dict[str, float]]:
-    """Counts the thread's CPU time in waits for the device, which spin."""
+    """Counts the thread's CPU time spent in waits for the device, which are busy waits."""
     spent = {"cpu": 0.0}
     if not torch.cuda.is_available():
         yield spent
@@ -59,12 +59,12 @@ def _waits() -> Iterator[dict[str, float]]:
 
 
 def in_engine(eng: Engine, function: Callable[[], Any]) -> Any:
-    """In the engine's own thread, where steps are taken when it serves."""
+    """Run this in the engine's own thread, where steps run when it serves."""
     return function() if eng.worker is None else eng.worker.call(function)
 
 
 def measured(where: Where, eng: Engine, steps: int) -> dict[str, Any]:
-    """Of `steps` steps: the median wall time, the host's CPU time without waits, and what the device did."""
+    """For `steps` steps: the median wall time, the host's CPU time without waits, and what the device did."""
     from labkit.bench.gpu.serving import num_captured
 
     if where.quick:
@@ -84,7 +84,7 @@ def measured(where: Where, eng: Engine, steps: int) -> dict[str, Any]:
 
     each, cpu = in_engine(eng, timed)
     if num_captured(eng) != captured:
-        raise RuntimeError("a graph was captured inside the timed stretch: these times are not steps")
+        raise RuntimeError("a graph was captured during the timed steps, so their times are wrong: run it again")
 
     def recorded() -> dict[str, Any]:
         def run() -> None:
@@ -101,13 +101,13 @@ def measured(where: Where, eng: Engine, steps: int) -> dict[str, Any]:
 
 
 def decode(where: Where) -> dict[str, Any]:
-    """256 rows of Qwen2.5-0.5B's shape, context about 500, every step a captured one."""
+    """256 rows of Qwen2.5-0.5B's shape with a context of about 500; every step is a captured graph."""
     eng = filled(where, "qwen2.5-0.5b", 256, 480, 60)
     return {"rows": 256, **measured(where, eng, 30)}
 
 
 def eager(where: Where) -> dict[str, Any]:
-    """64 rows, captured and not: what a step costs that no graph holds."""
+    """64 rows, captured and eager: what a step costs without graphs."""
     out: dict[str, Any] = {}
     for name, graphs in (("captured", True), ("eager", False)):
         eng = filled(where, "qwen2.5-0.5b", 64, 100, 60, graphs=graphs and where.on_gpu)
@@ -119,7 +119,7 @@ def eager(where: Where) -> dict[str, Any]:
 
 
 def mixed(where: Where) -> dict[str, Any]:
-    """Steps in which 128 rows of Qwen3-0.6B's shape decode while prompts of 512 tokens come in, two a step."""
+    """128 rows of Qwen3-0.6B's shape decode while prompts of 512 tokens arrive, two per step."""
     rows = 128 if not where.quick else 4
     eng = filled(where, "qwen3-0.6b", rows, 256, 60)
     num, length, steps = (40, 512, 20) if not where.quick else (3, 8, 3)
@@ -149,7 +149,7 @@ def mixed(where: Where) -> dict[str, Any]:
 
 
 def head(where: Where) -> dict[str, Any]:
-    """The end of a greedy step of 256 rows: the product with the vocabulary, the cast to float32, the draw."""
+    """The end of a greedy step of 256 rows: the LM head's product, the cast to float32, the sampling."""
     from labkit_kernels import get
 
     config = make_config(where.shape("qwen2.5-0.5b"))
@@ -174,7 +174,7 @@ def head(where: Where) -> dict[str, Any]:
 
 
 def launches(where: Where) -> dict[str, Any]:
-    """Microseconds of the host for one eager call of each small op, while the device keeps up."""
+    """Host microseconds for one eager call of each small op, while the device keeps up."""
     from labkit_kernels import get
 
     rows, size = (64, 896) if not where.quick else (4, 64)

@@ -1,8 +1,8 @@
-"""How a call is timed on a GPU: inside a captured graph, eagerly, and kernel by kernel.
+"""Times a call on a GPU: in a captured graph, eagerly, and kernel by kernel.
 
-Inside a graph there is no host work between kernels, so the time is the device's. Eagerly the time is what a caller
-waits for who has nothing else queued: Python and launches included. Inputs are rotated where all of them would fit in
-the L2 cache, so that memory is read and not the cache.
+In a graph there is no host work between kernels, so the time is the device's. Eager time includes Python and launch
+overhead, as a caller with nothing else queued sees it. Inputs are rotated where all of them would fit in the L2 cache,
+so that reads come from memory.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ REPLAYS = 9
 
 
 def cache_bytes(where: Where) -> int:
-    """Of the L2 cache; 0 on a CPU."""
+    """Size of the L2 cache; 0 on a CPU."""
     if not where.on_gpu:
         return 0
     return int(getattr(torch.cuda.get_device_properties(where.device), "L2_cache_size", 50 << 20))
 
 
 def copies_needed(where: Where, moved: int) -> int:
-    """How many sets of inputs it takes that a round over them is three times the L2 cache."""
+    """How many sets of inputs make up three times the L2 cache."""
     return min(64, max(1, -(-3 * cache_bytes(where) // max(moved, 1))))
 
 
 def graph_seconds(where: Where, calls: Sequence[Callable[[], Any]], times: int = 0) -> float:
-    """Seconds of one call inside a captured graph that makes each of `calls` in turn: the median over replays."""
+    """Seconds per call inside a captured graph that runs each of `calls` in turn; the median over replays."""
     if not where.on_gpu:
         return eager_seconds(where, calls[0])
     for call in calls:
@@ -62,7 +62,7 @@ def graph_seconds(where: Where, calls: Sequence[Callable[[], Any]], times: int =
 
 
 def eager_seconds(where: Where, call: Callable[[], Any], times: int = 30) -> float:
-    """Seconds of one call on an idle device, until its last kernel has ended: the median of single calls."""
+    """Seconds of one call on an idle device until its last kernel has ended; the median of single calls."""
     for _ in range(3):
         call()
     where.sync()
@@ -76,7 +76,7 @@ def eager_seconds(where: Where, call: Callable[[], Any], times: int = 30) -> flo
 
 
 def launch_seconds(where: Where, call: Callable[[], Any], times: int = 200) -> float:
-    """Seconds of the host that one call takes, while the device works on earlier ones."""
+    """Host seconds per call, while the device works on earlier calls."""
     for _ in range(10):
         call()
     where.sync()
@@ -89,8 +89,8 @@ def launch_seconds(where: Where, call: Callable[[], Any], times: int = 200) -> f
 
 
 def profiled(where: Where, run: Callable[[], Any], steps: int) -> dict[str, Any]:
-    """What the device did in the `steps` steps that `run` takes: busy, idle between the first kernel and the last, and
-    time and calls a step by kernel. The recording itself slows the host down: wall times are taken elsewhere."""
+    """What the device did in the `steps` steps of `run`: busy time, idle time between the first and the last kernel,
+    and time and calls per step by kernel. Profiling slows the host down, so wall times are measured elsewhere."""
     if not where.on_gpu:
         run()
         return {"busy_ms": 0.0, "idle_ms": 0.0, "kernels_a_step": 0.0, "kernels": []}
@@ -130,7 +130,8 @@ def profiled(where: Where, run: Callable[[], Any], steps: int) -> dict[str, Any]
 
 
 def share(part: float, whole: float) -> float:
-    """`part` of a limit. More than all of it means that the limit was measured wrongly: then there is no figure."""
+    """`part` as a share of a limit. If it is more than the whole, the limit was measured wrongly, and there is no
+    figure."""
     if part > 1.02 * whole:
-        raise ValueError(f"{part:.4g} is {part / whole:.0%} of the limit {whole:.4g}: the limit was measured wrongly")
+        raise ValueError(f"{part:.4g} is {part / whole:.0%} of the limit {whole:.4g}: the limit was measured too low")
     return part / whole

@@ -1,4 +1,4 @@
-"""The device that is measured, and the models whose shapes are served on it."""
+"""The device to measure, and the models whose shapes are served on it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEADS = {"qwen3": (16, 8, 128), "llama-8b": (32, 8, 128), "qwen2.5": (14, 2, 64)
 
 @dataclass(frozen=True)
 class Where:
-    """The device, and whether this run only shows that everything works."""
+    """The device, and whether this is only a quick run that shows everything works."""
 
     device: str
     quick: bool

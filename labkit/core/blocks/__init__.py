@@ -1,1 +1,1 @@
-"""Blocks of the KV cache: the pool, the tables, the prefix cache, eviction, and the manager over them."""
+"""KV cache blocks: the pool, block tables, prefix cache, eviction, and the block manager."""

@@ -1,8 +1,8 @@
-"""Which cached block goes first when an empty one is needed. Knows use and order; refuses to know requests.
+"""Eviction policies: which cached block is evicted when an empty one is needed.
 
-A policy is told what became evictable (`freed`), what was hit (`touched`) and what is no longer cached (`forget`), and
-answers `evict(n)`. Its candidates are cached blocks that nobody holds. All of them spare a block that a cached block
-still chains to, as evicting a prefix before its continuation would strand the continuation.
+A policy is told when a block becomes evictable (`freed`), is hit (`touched`) or is no longer cached (`forget`), and
+answers `evict(n)`. Its candidates are cached blocks with no holder. Every policy keeps a block while a cached block
+chains to it, because a continuation cannot be found without its prefix.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from labkit.core.shown import Shown
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What a scoring function may look at. Times are counts: stores for `stored_at`, releases for `freed_at`."""
+    """What a scoring function may read. Times are counters: of stores for `stored_at`, of releases for `freed_at`."""
 
     block: int
     depth: int
@@ -49,7 +49,8 @@ EvictionChoice: TypeAlias = "str | EvictionPolicy | Callable[[BlockInfo], float]
 
 
 class LRU(Shown):
-    """Least recently released first; O(1). A table releases its tail before its head, and so they go."""
+    """Least recently released first; O(1). A table releases its last block first, so chains are evicted from the
+    end."""
 
     name = "lru"
 
@@ -90,10 +91,10 @@ class LRU(Shown):
 
 
 class Scored(Shown):
-    """Lowest key first among blocks without a cached child; a heap with lazy deletion, O(log n).
+    """Lowest score first, among blocks without a cached child; a heap with lazy deletion, O(log n).
 
-    The key is asked once, when the block becomes evictable; ties go by release order. A block popped while a child is
-    cached is parked until the child goes.
+    The score is computed once, when the block becomes evictable; ties go by release order. A block that is popped while
+    a child is cached is set aside until the child is gone.
     """
 
     name = "scored"
@@ -152,7 +153,7 @@ class Scored(Shown):
         cache, live, parked, heap = self.cache, self._live, self._parked, self._heap
         strict = True
         while len(evicted) < n:
-            if not heap:  # what is left chains to blocks in use, through a duplicate: take it all the same
+            if not heap:  # the rest have children in use, through a duplicate: evict them anyway
                 strict = False
                 heap.extend(parked.values())
                 heapq.heapify(heap)
@@ -190,7 +191,7 @@ class Scored(Shown):
 
 
 class FIFO(Scored):
-    """First stored, first out, however often it was hit since."""
+    """First stored, first evicted, regardless of hits."""
 
     name = "fifo"
 
@@ -199,7 +200,7 @@ class FIFO(Scored):
 
 
 class LFU(Scored):
-    """Fewest hits first, then the longest unused."""
+    """Fewest hits first; ties go to the longest unused."""
 
     name = "lfu"
 
@@ -209,7 +210,7 @@ class LFU(Scored):
 
 @named_options
 class TTL(LRU):
-    """LRU, and a block unused for `seconds` is dropped even when there is room."""
+    """LRU, but a block unused for `seconds` is dropped even if there is room."""
 
     name = "ttl"
 
@@ -253,8 +254,8 @@ class TTL(LRU):
 class CostAware(Scored):
     """Greedy-dual: `cost(block)` times its uses, plus an age that rises with every eviction.
 
-    The default cost is what recomputing the block takes: its own tokens, and attention over everything before it,
-    which outweighs them beyond `depth_half` blocks.
+    The default cost is that of recomputing the block: its own tokens, and attention over everything before it, which is
+    the larger part beyond `depth_half` blocks.
     """
 
     name = "cost"
@@ -275,9 +276,9 @@ class CostAware(Scored):
 
 
 class Function(Scored):
-    """A plain function `f(block) -> score`: the lowest score goes first.
+    """A plain function `f(block) -> score`: the lowest score is evicted first.
 
-    It is tried once when given. A later exception is a warning, and that block goes first.
+    It is tried once when given. If it raises later, that is a warning, and that block is evicted first.
     """
 
     def __init__(self, function: Callable[[BlockInfo], float]) -> None:

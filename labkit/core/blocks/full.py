@@ -1,4 +1,4 @@
-"""Hashes blocks as they fill, and stores them in the prefix cache. Knows tables and hashes; refuses to count."""
+"""Hashes blocks as they fill up and stores them in the prefix cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from labkit.core.blocks.tables import BlockTables, Ints, Tokens
 
 
 class FullBlocks:
-    """A block is stored once all of its tokens are computed; where layers differ in what they keep, once a group."""
+    """A block is stored once all its tokens are computed; where groups of layers keep different blocks, once per
+    group."""
 
     def __init__(self, tables: BlockTables, prefix: PrefixCache, windows: Sequence[int | None]) -> None:
         self.tables, self.prefix, self.block_size = tables, prefix, tables.block_size

@@ -1,4 +1,5 @@
-"""Tables by name (`allocate`, `append`, `fork`, `free`), on top of the rows that the scheduler uses."""
+"""The block manager: tables by name (`allocate`, `append`, `fork`, `free`). The scheduler uses its rows, see
+`rows.py`."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ NO_HIT = Hit(0, [[]])
 
 @named_options
 class BlockManager(RowBlocks, Shown):
-    """Fixed-size blocks, handed out to tables, shared by reference count, copied when written, found again by prefix.
+    """Fixed-size blocks, allocated to tables, shared by reference count, copied on write, and cached by prefix.
 
-    `windows` has an entry for each group of layers that keeps blocks of its own: how many of the last tokens these
-    layers attend to, None for all of them. Blocks that a window has left are released.
+    `windows` has one entry for each group of layers with blocks of its own: how many of the last tokens these layers
+    attend to, None for all. Blocks that have left the window are released.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> bm.allocate("a", list(range(40)))
@@ -50,7 +51,7 @@ class BlockManager(RowBlocks, Shown):
             flag("prefix_caching", prefix_caching),
             windows,
         )
-        self.taken: Callable[[str], bool] = _nobody  # is this name a request's?
+        self.taken: Callable[[str], bool] = _nobody  # whether a request has this name
 
     def __repr__(self) -> str:
         return (

@@ -1,7 +1,7 @@
-"""Which full blocks hold which tokens. Knows hashes, chains and why a lookup ended; refuses to know who uses a block.
+"""The prefix cache: which full blocks hold which tokens, and why a lookup ended where it did.
 
-A block's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. Duplicates may coexist and
-are never merged, so tables stay append-only; a hash is known until its last copy goes.
+A block's hash covers its tokens and its parent's hash, so equal hashes mean equal prefixes. Duplicates may exist and
+are never merged, so tables stay append-only. A hash stays known until its last copy is gone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ DIGEST = np.dtype("V32")
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that belong together, such as an image's: `key` (its content hash) enters the hash of every block it
-    touches, and a prefix hit never ends inside it.
+    """Tokens that belong together, such as an image's. `key` (the content hash) is part of the hash of every block the
+    span touches, and a prefix hit never ends inside it.
 
-    `embeddings` [length, size], an array or a tensor, are the model's inputs at these positions, in the place of what
-    it would look up for the token ids (transformers' `inputs_embeds`); without a `key` their own hash is taken.
+    `embeddings` [length, size], an array or a tensor, are the model's inputs at these positions, instead of the
+    embeddings of the token ids (as transformers' `inputs_embeds`). Without a `key` the embeddings are hashed.
     """
 
     start: int
@@ -69,7 +69,7 @@ def _embeddings(given: Any, length: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Lookup(Shown):
-    """A pure peek: the blocks that a prompt would be given."""
+    """The blocks that a prompt would get. A lookup changes nothing."""
 
     num_tokens: int
     num_hit: int
@@ -82,7 +82,7 @@ class Lookup(Shown):
 
 @dataclass(frozen=True)
 class Explanation(Shown):
-    """Why a lookup hit as far as it did. `reason` is a short code, `detail` a sentence."""
+    """Why a lookup ended where it did. `reason` is a short code, `detail` a sentence."""
 
     num_tokens: int
     num_hit: int
@@ -147,7 +147,7 @@ def hash_blocks(
 
 
 class Changes:
-    """Hashes that became stored and hashes that went, since somebody last asked."""
+    """Hashes that were stored and hashes that were removed since the last call."""
 
     def __init__(self) -> None:
         self.stored: set[bytes] = set()
@@ -155,8 +155,8 @@ class Changes:
 
 
 class PrefixCache(Shown):
-    """Hash -> block, and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
-    pool's column of counts, for whoever draws the cache; nothing here is decided by it."""
+    """Hash -> block; and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
+    pool's reference counts, used only to draw the cache."""
 
     def __init__(self, num_blocks: int, block_size: int, holders: NDArray[np.int32] | None = None) -> None:
         places = num_blocks + 1
@@ -165,7 +165,7 @@ class PrefixCache(Shown):
         self.block_size = block_size
         self.block_of: dict[bytes, int] = {}
         self.spares: dict[bytes, list[int]] = {}  # further copies of a hash, oldest first
-        # np.full, not np.zeros: zeros are mapped when first touched, which costs the step that does it
+        # np.full, not np.zeros: zeros are mapped on first touch, which would slow down that step
         self.stored = np.full(places, False)  # arrays, not lists of bytes: a full garbage collection skips them
         self._hash_of = np.full(places, b"", DIGEST)
         self._parent_hash_of = np.full(places, b"", DIGEST)
@@ -175,14 +175,14 @@ class PrefixCache(Shown):
         self.children = np.full(places, 0, np.int64)  # stored blocks whose physical parent this is
         self.hits = np.full(places, 0, np.int64)
         self.stored_at = np.full(places, 0, np.int64)
-        self._stamp = np.full(places, 0, np.int64)  # tells a parent from a later user of the same block
+        self._stamp = np.full(places, 0, np.int64)  # tells a parent from a later use of the same block
         self._parent_stamp = np.full(places, 0, np.int64)
         self.num_stored = 0
         self.ghost_step: dict[bytes, int] = {}  # evicted hash -> the step it happened in, oldest first
         self.ghost_for: dict[bytes, str | None] = {}  # evicted hash -> the request it made room for
         self.roots: dict[bytes, tuple[str | None, str | None]] = {}
         self.emit: EventSink | None = None
-        self.changes: Changes | None = None  # recorded while somebody asks for them
+        self.changes: Changes | None = None  # recorded while an order needs them
 
     def start_recording(self) -> Changes | None:
         """What has changed since the last call; None: not known. Recorded from now on, as far as it stays small."""
@@ -282,7 +282,7 @@ class PrefixCache(Shown):
 
     def hash_of(self, block: int) -> bytes:
         """What a stored block is found by."""
-        assert self.stored[block], f"block {block} holds nothing"
+        assert self.stored[block], f"block {block} is not stored"
         digest: bytes = self._hash_of[block].tobytes()
         return digest
 
@@ -294,7 +294,7 @@ class PrefixCache(Shown):
     def remove(self, blocks: list[int], step: int, requests: Sequence[str | None]) -> None:
         """Forget what these blocks held: evicted at `step`, each for one of `requests`."""
         at = np.array(blocks, np.int64)
-        assert self.stored[at].all(), f"one of the blocks {blocks} holds nothing"
+        assert self.stored[at].all(), f"one of the blocks {blocks} is not stored"
         joined = self._hash_of[at].tobytes()
         parents = self.parent_of[at]
         same = self._parent_stamp[at] == self._stamp[parents]
@@ -323,7 +323,7 @@ class PrefixCache(Shown):
             gone.append(i)
         if len(step_of) > 4 * self.num_blocks:
             for oldest in list(islice(step_of, max(self.num_blocks, len(step_of) - 4 * self.num_blocks))):
-                del step_of[oldest], request_of[oldest]  # many at once: a dict's front is slow to find
+                del step_of[oldest], request_of[oldest]  # many at once: the first entry of a dict is slow to find
         if self.emit is not None and gone:
             if len(gone) < len(blocks):
                 joined = b"".join(joined[32 * i : 32 * i + 32] for i in gone)
@@ -333,7 +333,7 @@ class PrefixCache(Shown):
     def _note(self, seen: set[bytes], digests: list[bytes]) -> None:
         seen.update(digests)
         if len(seen) > 4 * self.num_blocks:
-            self.changes = None  # nobody has asked for a long time
+            self.changes = None  # not read for a long time
 
     def clear(self) -> None:
         self.changes = None
@@ -349,7 +349,7 @@ class PrefixCache(Shown):
 
     def explain(self, tokens: Tokens, usable: int, salt: str | None, adapter: str | None,
                 spans: Sequence[Span]) -> Explanation:  # fmt: skip
-        """Why a lookup of `tokens`, which may use `usable` blocks, ends where it does."""
+        """Why a lookup of `tokens`, limited to `usable` blocks, ends where it does."""
         size = self.block_size
         root = root_hash(salt, adapter)
         keys = span_keys(spans, size)
@@ -387,7 +387,7 @@ class PrefixCache(Shown):
         return because(*self._other_root(tokens, salt, adapter))
 
     def _children_of(self, parent_digest: bytes) -> list[int]:
-        """Scans every block: an explanation is asked for by people, a store happens every step."""
+        """Scans every block: explanations are rare, and stores happen every step."""
         digests = self._parent_hash_of.view(np.uint8).reshape(-1, 32)
         same = (digests == np.frombuffer(parent_digest, np.uint8)).all(axis=1)
         blocks: list[int] = (same & self.stored).nonzero()[0].tolist()
@@ -398,7 +398,7 @@ class PrefixCache(Shown):
         return int(differs[0]) if len(differs) else self.block_size
 
     def _other_root(self, tokens: Tokens, salt: str | None, adapter: str | None) -> tuple[str, str]:
-        """Nothing under this root: would the same tokens have hit under another salt or adapter?"""
+        """Nothing is stored under this root: would the same tokens have hit under another salt or adapter?"""
         same = self.stored & (self.depth_of == 0) & (self.tokens_of == tokens[: self.block_size]).all(axis=1)
         for block in same.nonzero()[0].tolist():
             other = self.roots.get(self._parent_hash_of[block].tobytes())
@@ -411,7 +411,8 @@ class PrefixCache(Shown):
         return "never seen", "no stored block starts with these tokens"
 
     def check(self) -> None:
-        """The map and the blocks say the same: every stored block is found by its hash, or is a spare of it."""
+        """The map and the blocks agree: every stored block is found by its hash, or is a duplicate of the one that
+        is."""
         copies: dict[bytes, set[int]] = {}
         children = np.zeros(len(self.stored), np.int64)
         for block in self.stored.nonzero()[0].tolist():
@@ -420,7 +421,7 @@ class PrefixCache(Shown):
         known = {digest: {block, *self.spares.get(digest, ())} for digest, block in self.block_of.items()}
         assert copies == known, "the hash map and the blocks disagree"
         assert self.spares.keys() <= self.block_of.keys(), "a spare without a first copy"
-        assert (children[1:] == self.children[1:]).all(), "children are miscounted"
-        assert self.ghost_step.keys() == self.ghost_for.keys(), "half a ghost"
-        assert len(self.ghost_step) <= 4 * self.num_blocks, "ghosts are unbounded"
+        assert (children[1:] == self.children[1:]).all(), "the counts of cached children are wrong"
+        assert self.ghost_step.keys() == self.ghost_for.keys(), "ghost_step and ghost_for have different keys"
+        assert len(self.ghost_step) <= 4 * self.num_blocks, "more ghosts than 4 * num_blocks"
         assert not (self.ghost_step.keys() & self.block_of.keys()), "a stored hash is also a ghost"

@@ -1,4 +1,4 @@
-"""Eviction policies of two queues: SLRU and S3-FIFO. They implement `EvictionPolicy` on their own."""
+"""Eviction policies with several queues: SLRU and S3-FIFO."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from labkit.core.shown import Shown
 
 @named_options
 class SLRU(Shown):
-    """Two LRU segments: a block enters on probation and is protected once hit. At most a share `protected` of the pool
-    is; beyond it the oldest protected block steps back to probation."""
+    """Two LRU segments: a block starts on probation and is protected once hit. At most a share `protected` of the pool
+    is protected; beyond that the oldest protected block goes back on probation."""
 
     name = "slru"
 
@@ -49,14 +49,14 @@ class SLRU(Shown):
         return [*self._probation, *self._protected]
 
     def queues(self) -> dict[str, list[int]]:
-        """What waits where, the next to go first."""
+        """The blocks in each queue, the next to be evicted first."""
         return {"on probation": list(self._probation), "protected": list(self._protected)}
 
 
 @named_options
 class S3FIFO(Shown):
-    """Small, main and ghost queues: a block that was never hit leaves from the small queue without disturbing the main
-    one; one that comes back after that enters the main queue at once."""
+    """Small, main and ghost queues. A block that is never hit leaves from the small queue without disturbing the main
+    one. If it comes back after that, it enters the main queue at once."""
 
     name = "s3-fifo"
 
@@ -65,7 +65,7 @@ class S3FIFO(Shown):
         self._small: OrderedDict[int, None] = OrderedDict()
         self._main: OrderedDict[int, None] = OrderedDict()
         self._in_main: set[int] = set()
-        self._spent: dict[int, int] = {}  # block -> hits already paid for by going round again
+        self._spent: dict[int, int] = {}  # block -> hits already spent on another round
         self._ghosts: OrderedDict[bytes, None] = OrderedDict()
 
     def __repr__(self) -> str:
@@ -99,7 +99,7 @@ class S3FIFO(Shown):
     def evict(self, n: int) -> list[int]:
         evicted: list[int] = []
         gone: dict[int, int] = {}
-        passed = 0  # candidates seen in a row that were spared for their children
+        passed = 0  # candidates skipped in a row because of their children
         while len(evicted) < n:
             from_small = bool(self._small) and (len(self._small) > self.share * len(self) or not self._main)
             queue = self._small if from_small else self._main
@@ -129,5 +129,5 @@ class S3FIFO(Shown):
         return [*self._small, *self._main]
 
     def queues(self) -> dict[str, list[int]]:
-        """What waits where, the next to go first."""
+        """The blocks in each queue, the next to be evicted first."""
         return {"small": list(self._small), "main": list(self._main)}

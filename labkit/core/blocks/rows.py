@@ -1,9 +1,9 @@
-"""Blocks by row, as the scheduler uses them: reference counts, prefix cache, eviction. Knows no requests.
+"""Block tables by row, as the scheduler uses them: reference counts, prefix cache, eviction. Independent of requests.
 
 Layers that keep different parts of the context are in different *groups*: `windows[g]` is how many of the last tokens
-group g's layers attend to, None for all of them. A row has one table a group, of equal length, over one pool: a block
-holds the keys and values of one group's layers. Entries of a windowed group that have left its window are released,
-and name block 0, the scratch block.
+group g's layers attend to, None for all. A row has one table per group, all of equal length, over one pool; a block
+holds the keys and values of one group's layers. Blocks that have left a group's window are released, and their entries
+are set to block 0, the scratch block.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from labkit.core.options import whole
 
 
 class OutOfBlocksError(RuntimeError):
-    """More blocks were asked for than are free or evictable. Nothing was changed."""
+    """More blocks were requested than are free or evictable. Nothing was changed."""
 
 
 class Hit(NamedTuple):
-    """The cached blocks a prompt may start with, one list a group; 0 stands for a block that its window has left."""
+    """The cached blocks a prompt can start with, one list per group; 0 stands for a block outside the group's
+    window."""
 
     num_blocks: int  # in each list
     blocks: list[list[int]]
@@ -55,7 +56,7 @@ class RowBlocks:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
         if not self.windows:
-            raise ValueError("windows is one entry a group of layers, None for full attention: got none")
+            raise ValueError("windows must have one entry per group of layers (None: full attention), got an empty one")
         self.num_groups = len(self.windows)
         self.pool = BlockPool(num_blocks)
         self.host = BlockPool(num_host_blocks)
@@ -64,7 +65,7 @@ class RowBlocks:
         self._eviction = eviction_policy(eviction)
         self._eviction.attach(self.prefix)
         self.prefix_caching = prefix_caching
-        self.attached = False  # a runner computes these blocks: nothing may be stored that it did not compute
+        self.attached = False  # a runner computes these blocks: store only what it computed
         self.pins: list[Pin] = []
         self.now = 0
         self.step = 0
@@ -95,7 +96,7 @@ class RowBlocks:
 
     @property
     def available(self) -> int:
-        """Blocks that can be had without taking them from anyone."""
+        """Blocks that can be allocated without taking them from a holder."""
         return len(self.pool.free) + len(self._eviction)
 
     @property
@@ -118,7 +119,7 @@ class RowBlocks:
         return -(-num_tokens // self.block_size)
 
     def usable_blocks(self, num_hashes_or_tokens: int, spans: Sequence[Span], num_tokens: int) -> int:
-        """How many whole blocks a hit may use: one token is left to compute, and no span is split."""
+        """How many whole blocks a hit may use: at least one token is left to compute, and no span is split."""
         usable = min(num_hashes_or_tokens, max(num_tokens - 1, 0)) // self.block_size
         for span in sorted(spans, key=lambda span: -span.start):
             if span.start < usable * self.block_size < span.end:
@@ -128,8 +129,8 @@ class RowBlocks:
     def hit(
         self, hashes: list[bytes], num_tokens: int, spans: Sequence[Span] = (), windows: Sequence[int | None] = ()
     ) -> Hit:
-        """The cached blocks a prompt may start with: the longest prefix of which every group has what it attends to.
-        Changes nothing."""
+        """The cached blocks a prompt can start with: the longest prefix for which every group has the blocks in its
+        window. Changes nothing."""
         windows = windows or self.windows
         usable = max(num_tokens - 1, 0) // self.block_size
         if windows == (None,):
@@ -150,12 +151,12 @@ class RowBlocks:
         return Hit(0, [[] for _ in windows])
 
     def num_revived(self, blocks: list[int]) -> int:
-        """How many of these blocks nobody holds: taking them makes that many fewer available."""
+        """How many of these blocks have no holder. Taking them reduces `available` by that number."""
         return int((self.pool.count[[block for block in blocks if block]] == 0).sum()) if blocks else 0
 
     def most_blocks(self, num_tokens: int, chunk: int, num_hit: int = 0) -> int:
-        """The most blocks that a row takes to compute `num_tokens` tokens in chunks of at most `chunk`, the first
-        `num_hit` blocks of each group apart. A windowed group gives back what its window has left."""
+        """The most blocks a row needs to compute `num_tokens` tokens in chunks of at most `chunk`, besides the first
+        `num_hit` blocks of each group. A windowed group releases blocks that have left its window."""
         whole_row = self.blocks_for(num_tokens) - num_hit
         if not self._windowed:
             return whole_row * self.num_groups
@@ -216,7 +217,7 @@ class RowBlocks:
                 tables.front[group, row] = hit.blocks[group].count(0)
 
     def hold(self, blocks: list[int]) -> None:
-        """Count blocks up; those that were only cached are no longer up for eviction."""
+        """Increase reference counts. Blocks that were only cached are no longer candidates for eviction."""
         at = np.array(blocks, np.int64)
         at = at[at > 0]
         if not len(at):
@@ -227,8 +228,8 @@ class RowBlocks:
         self.pool.count[at] += 1
 
     def release(self, blocks: list[int]) -> None:
-        """Count blocks down, the last of a chain first. Whoever is free then: cached ones wait in line to be evicted,
-        the others are the next to be reused."""
+        """Decrease reference counts, the end of a chain first. Of the blocks without a holder, cached ones become
+        candidates for eviction, and the others are the next to be reused."""
         if not blocks:
             return
         at = np.array(blocks[::-1], np.int64)
@@ -239,7 +240,8 @@ class RowBlocks:
             self._eviction.freed(gone[stored].tolist())
 
     def take(self, n: int, names: str | Sequence[str | None] | None = None) -> list[int]:
-        """`n` empty blocks, counted once each, evicting what must go. `names` says for whom, once or for each."""
+        """`n` empty blocks with a reference count of one, evicting as needed. `names` says for which request, once or
+        for each."""
         pool = self.pool
         short = n - len(pool.free)
         if short > 0:
@@ -274,7 +276,7 @@ class RowBlocks:
         return blocks
 
     def put_back(self, row: int, present: NDArray[np.bool_], name: str | None = None) -> Ints:
-        """Further blocks for a row where `present` [groups, blocks] says so, scratch elsewhere."""
+        """More blocks for a row where `present` [groups, blocks] is true, scratch elsewhere."""
         blocks = np.zeros(present.shape, np.int64)
         blocks[present] = self.take(int(present.sum()), name)
         self.tables.append(row, blocks.astype(np.int32))
@@ -284,7 +286,8 @@ class RowBlocks:
         return blocks
 
     def must_copy(self, row: int, start: int) -> bool:
-        """Would writing at token `start` touch a block that others hold too, or that was stored by one who did?"""
+        """Whether a write at token `start` would touch a block that has other holders, or that another holder
+        stored."""
         if row not in self.tables.shared:
             return False
         index = start // self.block_size
@@ -294,8 +297,8 @@ class RowBlocks:
         return bool(self.pool.count[block] > 1 or self.prefix.stored[block])
 
     def copy_on_write(self, row: int, start: int) -> tuple[int, list[tuple[int, int]]]:
-        """Give the row its own copy of the blocks that token `start` is written to: their index in its tables, and
-        (source, copy) of each group."""
+        """Give the row its own copy of the blocks that token `start` is written to. Returns their index in its tables,
+        and (source, copy) for each group."""
         index = start // self.block_size
         column = self.tables.blocks[:, row, index]
         sources = column.tolist()
@@ -340,7 +343,7 @@ class RowBlocks:
         self.tables.close(name, reserved=reserved)
 
     def commit(self, rows: Ints, end: Ints) -> None:
-        """These rows are computed up to `end`: full blocks become hit-able."""
+        """These rows are computed up to `end`: store their full blocks in the prefix cache."""
         tables = self.tables
         tables.num_computed[rows] = end
         full = (end >= tables.next_full[rows]).nonzero()[0]
@@ -352,7 +355,7 @@ class RowBlocks:
                 self.leave_window(group, int(rows[i]), int(first[i]))
 
     def leave_window(self, group: int, row: int, first: int) -> None:
-        """Release the blocks of a row's table before index `first`, and name scratch in their place."""
+        """Release the blocks of a row's table before index `first`, and put scratch in their place."""
         tables = self.tables
         index = np.arange(tables.front[group, row], first)
         gone = tables.blocks[group, row, index]
@@ -362,14 +365,14 @@ class RowBlocks:
         self.released.append((group, np.full(len(index), row), index))
 
     def release_pins(self) -> bool:
-        """Let go of the oldest pin; whether there was one."""
+        """Release the oldest pin; returns whether there was one."""
         if not self.pins:
             return False
         self.release(list(self.pins.pop(0).blocks))
         return True
 
     def tick(self, now: int) -> None:
-        """Time has come to `now` (ns): expired pins and blocks go."""
+        """Advance the time to `now` (ns): drop expired pins and blocks."""
         self.now = now
         expired = getattr(self._eviction, "expired", None)
         if expired is not None and (old := expired(now)):
@@ -383,24 +386,25 @@ class RowBlocks:
                 self.release(list(pin.blocks))  # last: they were in use until now
 
     def attach(self) -> None:
-        """A runner computes these blocks from now on. What was stored before is in no runner's memory, and tables made
-        by name are never stored."""
+        """A runner computes these blocks from here on. It has no keys and values of blocks stored before, so these are
+        forgotten, and tables created by name are never stored."""
         self.clear_prefixes()
         self.tables.next_full[list(self._own_rows)] = NEVER
         self.attached = True
 
     def clear_prefixes(self) -> None:
-        """Forget every hash; blocks in use stay in use, and chains that have begun are never stored again."""
+        """Forget every hash. Blocks in use stay in use, and chains that have begun are never stored."""
         cached = self._eviction.candidates()
         self._eviction.forget(cached)
         self.prefix.clear()
         self.pool.free += cached
         self.tables.next_full[self.tables.num_computed > 0] = NEVER
 
-    # -- laws ----------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """free + cached + used == total; every count is its tables plus its pins; no block is in two places."""
+        """free + cached + used == total; every reference count is its tables plus its pins; no block is listed
+        twice."""
         tables, pool = self.tables, self.pool
         counted = np.zeros(self.num_blocks + 1, np.int64)
         for row in tables.row_of.values():
@@ -412,7 +416,9 @@ class RowBlocks:
             for group, window in self._windowed:
                 front = tables.front[group, row]
                 assert not tables.blocks[group, row, :front].any(), f"row {row} holds blocks before its window"
-                assert front * self.block_size <= max(tables.num_computed[row] - window + 1, 0), f"row {row}: front"
+                assert front * self.block_size <= max(tables.num_computed[row] - window + 1, 0), (
+                    f"row {row} has released blocks inside its window"
+                )
             assert tables.num_computed[row] <= tables.num_tokens[row], f"row {row}: more computed than known"
             assert tables.num_computed[row] <= tables.room[row], f"row {row}: more computed than there is room for"
         for pin in self.pins:
@@ -421,12 +427,14 @@ class RowBlocks:
         candidates = self._eviction.candidates()
         assert len(candidates) == len(self._eviction), "the eviction policy miscounts its candidates"
         places = np.concatenate((np.flatnonzero(counted), np.array(pool.free + candidates, np.int64)))
-        assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, "a block is lost or twice"
-        assert self.prefix.stored[candidates].all(), "a candidate for eviction holds nothing"
+        assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, (
+            "a block is missing or counted twice"
+        )
+        assert self.prefix.stored[candidates].all(), "a candidate for eviction is not stored"
         assert not self.prefix.stored[pool.free].any(), "a free block still has a hash"
         self.prefix.check()
         host = self.host
-        assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is lost"
+        assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is missing"
 
 
 def _tell_time(policy: EvictionPolicy, now: int) -> None:

@@ -1,4 +1,4 @@
-"""How full the blocks are, in tokens and in blocks, and what contiguous reservation would have cost. Reads only."""
+"""Pool usage in tokens and in blocks, and what contiguous reservation would have cost. Reads only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.core.shown import Shown
 
 @dataclass(frozen=True)
 class BlockStats(Shown):
-    """Tokens and blocks apart: a block in use may be nearly empty, and one block may serve many tables."""
+    """Counts tokens and blocks separately: a used block may be nearly empty, and one block may serve many tables."""
 
     num_blocks: int
     block_size: int
@@ -38,27 +38,27 @@ class BlockStats(Shown):
 
     @property
     def token_usage(self) -> float:
-        """The share of token places in use."""
+        """The share of all token slots in use."""
         return self.used_tokens / (self.num_blocks * self.block_size)
 
     @property
     def waste(self) -> float:
-        """The share of places in used blocks that hold no token."""
+        """The share of token slots in used blocks that hold no token."""
         places = self.used_blocks * self.block_size
         return 1.0 - self.used_tokens / places if places else 0.0
 
     @property
     def saved_by_sharing(self) -> float:
-        """The share of tokens that tables hold together instead of each for itself."""
+        """The share of tokens that tables would store again if they did not share blocks."""
         return 1.0 - self.used_tokens / self.table_tokens if self.table_tokens else 0.0
 
     @property
     def hit_rate(self) -> float | None:
-        """Hit tokens over queried tokens; None while nothing was queried, which is not the same as no hit."""
+        """Hit tokens over queried tokens; None if nothing was queried yet (0 means that nothing was hit)."""
         return self.num_hit_tokens / self.num_queried_tokens if self.num_queried_tokens else None
 
     def contiguous_waste(self, reserved_tokens: int) -> float:
-        """The share that would be wasted had every table reserved `reserved_tokens` places in one piece."""
+        """The share that would be wasted if every table reserved `reserved_tokens` contiguous token slots."""
         places = self.num_tables * reserved_tokens
         return 1.0 - self.table_tokens / places if places else 0.0
 
@@ -71,8 +71,8 @@ class BlockStats(Shown):
 
 
 def filled_places(tables: BlockTables, pool: BlockPool, pins: Iterable[Pin]) -> tuple[Ints, int]:
-    """How many places of each block hold a token of someone who holds it [num_blocks + 1], and the tokens of all
-    tables, shared ones counted once a table."""
+    """How many token slots of each block hold a token of a current holder [num_blocks + 1], and the tokens of all
+    tables, counting shared ones once per table."""
     size = tables.block_size
     filled = np.zeros(pool.num_blocks + 1, np.int64)
     rows = np.array(list(tables.row_of.values()), np.int64)

@@ -1,4 +1,4 @@
-"""What people hold of the block manager: a table's view, a pin. Decides nothing."""
+"""The objects that the block manager returns: a view of a table, and a pin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from labkit.core.shown import Shown
 
 
 class TableOwner(Protocol):
-    """What a view of a table asks of the block manager."""
+    """What a table view calls on the block manager."""
 
     block_size: int
     pool: BlockPool
@@ -21,7 +21,7 @@ class TableOwner(Protocol):
 
 
 class BlockTable(Shown):
-    """A name's view of its row: prints its blocks, and which of them it shares."""
+    """A view of a named table: prints its blocks, and which of them are shared."""
 
     def __init__(self, manager: TableOwner, name: str) -> None:
         self._manager = manager
@@ -64,11 +64,11 @@ class BlockTable(Shown):
 
 @dataclass(frozen=True)
 class Pin:
-    """A soft hold on cached blocks: released at `expires` (ns), or before a request would starve."""
+    """Keeps cached blocks from eviction until `expires` (ns), or until a request would otherwise starve."""
 
     blocks: tuple[int, ...]
     num_tokens: int
     expires: int | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pin:
-        return self  # whoever holds it can still unpin after time was turned back
+        return self  # its holder can still unpin it after a restore

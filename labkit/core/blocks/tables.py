@@ -1,7 +1,5 @@
-"""Blocks by number and the tables that name them. Knows counts and places; refuses to know what is in a block.
-
-Physical block 0 is scratch: padding points to it and nothing counts it.
-"""
+"""The block pool with its reference counts, and the block tables. Block 0 is scratch: padding points to it, and it is
+never counted."""
 
 from __future__ import annotations
 
@@ -17,9 +15,9 @@ NEVER = np.iinfo(np.int64).max
 
 
 class BlockPool:
-    """Reference counts of `num_blocks` blocks, and the free ones that hold nothing.
+    """Reference counts of `num_blocks` blocks, and the free blocks that hold nothing.
 
-    A free block that still holds cached tokens belongs to the eviction policy until someone evicts it.
+    An unused block that still holds cached tokens belongs to the eviction policy until it is evicted.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -32,7 +30,7 @@ class BlockPool:
         return f"BlockPool({self.num_blocks} blocks: {len(self.free)} hold nothing, {held} are held)"
 
     def take(self, n: int) -> list[int]:
-        """The last `n` freed blocks, not yet counted."""
+        """The last `n` freed blocks; their reference counts are still 0."""
         if n > len(self.free):
             raise IndexError(f"{n} free blocks wanted, {len(self.free)} left")
         if n == 0:
@@ -43,7 +41,7 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Ints) -> Ints:
-        """Count each block down once; those that nobody holds any longer, in the order given."""
+        """Decrease each block's reference count; returns those without a holder, in the given order."""
         left = self.count[blocks] - 1
         self.count[blocks] = left
         gone: Ints = blocks[left == 0]
@@ -51,12 +49,12 @@ class BlockPool:
 
 
 class BlockTables:
-    """One row a table: its blocks, its token ids, how many of them are known and computed.
+    """One row per table: its blocks, its token ids, and how many tokens are known and computed.
 
-    Everything is an array indexed by row, so that a step over all rows is a few vector operations. Width grows by
-    doubling; nobody pays rows x longest-possible up front. `blocks` has a leading group axis: layers that keep
-    different blocks are in different groups. `room` is the number of token places the row's blocks offer, `next_full`
-    the computed length at which the next block is complete and can be stored.
+    Everything is an array indexed by row, so that a step over all rows is a few vector operations. The width grows by
+    doubling, so memory is not rows x the longest possible request. `blocks` has a leading group axis, one per group of
+    layers that keeps blocks of its own. `room` is how many tokens fit in the row's blocks, `next_full` the computed
+    length at which the next block is complete and can be stored.
     """
 
     def __init__(self, block_size: int, num_groups: int = 1) -> None:
@@ -65,8 +63,8 @@ class BlockTables:
         self.num_rows = 0
         self.free_rows: list[int] = []
         self.row_of: dict[str, int] = {}
-        self.shared: set[int] = set()  # rows whose last block may be shared: they look before they write
-        self.hashes: list[list[bytes] | None] = []  # prompt hashes known from the lookup, spent as blocks fill
+        self.shared: set[int] = set()  # rows whose last block may be shared: check before writing
+        self.hashes: list[list[bytes] | None] = []  # prompt hashes known from the lookup, used up as blocks fill
         self.last_hash: list[bytes] = []  # hash of the last stored block, or the chain's root
         self.span_keys: dict[int, dict[int, bytes]] = {}  # row -> block index -> what else enters its hash
         self.num_blocks = np.zeros(0, np.int64)
@@ -75,7 +73,7 @@ class BlockTables:
         self.num_computed = np.zeros(0, np.int64)
         self.next_full = np.zeros(0, np.int64)
         self.blocks = np.zeros((num_groups, 0, 16), np.int32)  # [groups, rows, blocks]
-        self.front = np.zeros((num_groups, 0), np.int64)  # blocks released at each table's front: they name scratch
+        self.front = np.zeros((num_groups, 0), np.int64)  # blocks released at each table's front, now scratch
         self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
         self._flatten()
 
@@ -98,7 +96,7 @@ class BlockTables:
         self.token_base = rows * self.tokens.shape[1]
 
     def reserve(self, n: int) -> list[int]:
-        """`n` rows that nobody else will be given, lowest first."""
+        """`n` rows for the caller alone, lowest first."""
         self._add_rows(n - len(self.free_rows))
         rows = sorted(self.free_rows)[:n]
         self.free_rows = [row for row in self.free_rows if row not in set(rows)]
@@ -180,7 +178,7 @@ class BlockTables:
         """As many further blocks in each group."""
         have = int(self.num_blocks[row])
         end = have + len(blocks[0])
-        self.make_width(end * self.block_size + 1)  # a last token may be known that needs no place
+        self.make_width(end * self.block_size + 1)  # the last token may not need a slot yet
         self.blocks[:, row, have:end] = blocks
         self.num_blocks[row] = end
         self.room[row] = end * self.block_size

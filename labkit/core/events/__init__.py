@@ -1,1 +1,1 @@
-"""The event log: event types, the log, and what is folded from it."""
+"""The event log: event types, the log, and what is computed from it."""

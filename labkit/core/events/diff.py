@@ -1,4 +1,4 @@
-"""Two runs side by side: where their logs part, and what that cost each request. Reads logs; knows nothing of runs."""
+"""Compares the event logs of two runs: where they first differ, and what that cost each request."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Diff(Shown):
-    """`first` is the index of the first event that differs, with both sides (None where one log has ended). `kpis` has
-    the whole runs' figures: name -> (in a, in b), None where a log cannot tell."""
+    """`first` is the index of the first event that differs, with both sides (None if one log has ended there). `kpis`
+    holds figures of the whole runs: name -> (in a, in b), None if a log does not have it."""
 
     first: int | None
     a: Event | None
@@ -34,7 +34,7 @@ class Diff(Shown):
         return self.first is None
 
     def frame(self) -> pandas.DataFrame:
-        """One line a request: seconds from submission to its end and preemptions, in a and in b."""
+        """One row per request: seconds from submission to end and preemptions, in a and in b."""
         columns = ["request", "seconds_a", "seconds_b", "preempted_a", "preempted_b"]
         frame = table(self.requests, columns)
         frame["change"] = frame.seconds_b - frame.seconds_a
@@ -87,8 +87,8 @@ def _log_of(name: str, given: Any) -> EventLog:
 
 
 def kpis(log: EventLog) -> dict[str, float | None]:
-    """A run's figures, in seconds, from its log alone: how long it took in all, percentiles of the time to the first
-    token (TTFT) and to the end (E2E), preemptions, the share of prompt tokens that the cache spared, steps."""
+    """A run's figures in seconds, from its log alone: total time, percentiles of time to first token (TTFT) and to the
+    end (E2E), preemptions, the share of prompt tokens that hit the prefix cache, steps."""
     since: dict[str, int] = {}
     prompts: dict[str, int] = {}
     first: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Everything that changed, in order. Knows how to keep, save and fold events; refuses to know who reacts to them."""
+"""The event log: keeps, saves and loads events, and passes them to subscribers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Subscriber = Callable[[list[Batch]], None]
 
 @named_options
 class EventLog(Shown):
-    """An append-only log, bounded to the latest `keep` events; `keep=None` keeps all.
+    """An append-only log of the latest `keep` events; `keep=None` keeps all.
 
-    What is trimmed has gone into the folds, so that `why` still answers for requests that have not ended.
+    Running summaries include trimmed events, so `why` still works for requests that have not ended.
     """
 
     def __init__(self, keep: int | None = 200_000) -> None:
@@ -44,7 +44,7 @@ class EventLog(Shown):
         self.add = self._pending.append  # hot: one call an event
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and saved engines carry the events, not who listens."""
+        """Copies and saved engines carry the events, but not the subscribers."""
         fresh = {"_subscribers": [], "_unposted": [], "_batches": self._batches.copy()}
         state = {**vars(self), **fresh}
         del state["add"]
@@ -73,13 +73,13 @@ class EventLog(Shown):
         return f"EventLog({self._size} events, {steps} steps{trimmed})"
 
     def correct(self, event: tuple[Any, ...]) -> None:
-        """Put an event in place of the one of its kind and request that was added since the last flush, if one was."""
+        """Replace the event of this kind and request that was added since the last flush, if there is one."""
         for i, other in enumerate(self._pending):
             if other[:2] == event[:2]:
                 self._pending[i] = event
 
     def flush(self, step: int, now: int, row: tuple[int, ...] | None = None) -> None:
-        """Close the moment: what was added since the last flush happened at `now`."""
+        """End the current moment: everything added since the last flush happened at `now`."""
         pending = self._pending
         if pending:
             batch = Batch(step, now, tuple(pending), row)
@@ -97,7 +97,7 @@ class EventLog(Shown):
 
     def _trim(self) -> None:
         assert self.keep is not None
-        for _ in range(64):  # a long way back is caught up over several steps
+        for _ in range(64):  # a long backlog is trimmed over several steps
             if self._size <= self.keep or len(self._batches) == 1:
                 break
             batch = self._batches.popleft()
@@ -107,14 +107,15 @@ class EventLog(Shown):
             self._trimmed.apply(batch, forget_ended=True)
 
     def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
-        """Call `subscriber(batches)` once a step; returns a function that ends it. One that raises is unsubscribed."""
+        """Call `subscriber(batches)` once a step; returns a function that unsubscribes. A subscriber that raises is
+        unsubscribed."""
         if not callable(subscriber):
             raise TypeError(f"a subscriber is a function of a step's batches, got {subscriber!r}")
         self._subscribers.append(subscriber)
         return lambda: self._subscribers.remove(subscriber) if subscriber in self._subscribers else None
 
     def post(self) -> None:
-        """Hand what was flushed since the last post to the subscribers."""
+        """Pass what was flushed since the last post to the subscribers."""
         if not self._unposted:
             return
         batches, self._unposted = self._unposted, []
@@ -122,27 +123,27 @@ class EventLog(Shown):
             try:
                 subscriber(batches)
             except Exception as error:
-                if subscriber in self._subscribers:  # it may have left by itself
+                if subscriber in self._subscribers:  # it may have unsubscribed itself
                     self._subscribers.remove(subscriber)
                 warnings.warn(f"{subscriber!r} raised {error!r} and is no longer subscribed", stacklevel=2)
 
     def __iter__(self) -> Iterator[Event]:
-        for batch in self.batches():  # a copy: whoever reads may be in another thread than who writes
+        for batch in self.batches():  # a copy: reader and writer may be different threads
             yield from read(batch)
 
     def batches(self) -> list[Batch]:
-        """What is kept, as it was written: for folds, to which an object an event is too much. From any thread."""
+        """The kept batches as they were written; faster than event objects. Callable from any thread."""
         return list(self._batches)
 
     def events(self, *kinds: str | type[Event]) -> list[Event]:
-        """The events of these kinds, in order; all of them when none is named."""
+        """The events of these kinds in order; without arguments, all events."""
         names = {kind if isinstance(kind, str) else kind.__name__ for kind in kinds}
         for name in names - EVENTS.keys():
             raise ValueError(f"unknown event {name!r}; {closest(name, EVENTS)}")
         return [event for event in self if not names or type(event).__name__ in names]
 
     def frame(self, kind: str | type[Event] | None = None) -> pandas.DataFrame:
-        """A DataFrame, one line an event; of one kind, with that kind's columns only. Needs labkit[lab]."""
+        """A DataFrame with one row per event; for a single kind, with that kind's columns only. Needs labkit[lab]."""
         chosen = self.events(*([] if kind is None else [kind]))
         records = [{"event": type(event).__name__, **event.__dict__} for event in chosen]
         kinds = EVENTS if kind is None else [kind if isinstance(kind, str) else kind.__name__]
@@ -152,7 +153,7 @@ class EventLog(Shown):
         return frame
 
     def why(self, request: str | Request) -> Why:
-        """Why a request waited: for each step, the limit that bound; and what it was preempted for."""
+        """Why a request waited: the limit that held it in each step, and for which request it was preempted."""
         waits = self._trimmed.copy()
         for batch in self.batches():
             waits.apply(batch)
@@ -162,7 +163,7 @@ class EventLog(Shown):
         return waits.why(id)
 
     def mark(self) -> int:
-        """The place where the log ends now, for `rewind`."""
+        """The current end of the log, for `rewind`."""
         return self._size + self.num_trimmed
 
     def rewind(self, mark: int) -> None:
@@ -190,7 +191,7 @@ class EventLog(Shown):
 
     @classmethod
     def load(cls, file: str | PathLike[str] | IO[str]) -> EventLog:
-        """A saved log, ready for every view and fold."""
+        """A saved log; works with every view and summary."""
         if isinstance(file, (str, PathLike)):
             with open(file, encoding="utf-8") as opened:
                 try:
@@ -204,7 +205,7 @@ class EventLog(Shown):
             try:
                 step, now, event = parse(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"line {number} is no event: {error}") from error
+                raise ValueError(f"line {number} is not an event: {error}") from error
             if moment is not None and moment != (step, now):
                 log.flush(*moment)
             moment = (step, now)
@@ -226,4 +227,4 @@ def _read_header(line: str) -> int:
             return whole("trimmed", header["trimmed"], least=0)
     except (KeyError, TypeError, ValueError):
         pass
-    raise ValueError("this is no labkit event log: its first line should say so")
+    raise ValueError("this is not a labkit event log: its first line is no log header")

@@ -1,7 +1,7 @@
-"""What can happen, and how it is written down. Knows events one by one; refuses to know logs and who reacts.
+"""The event types, and how events are written down.
 
-The hot path writes plain tuples, whose first item names the event; blocks stored or removed together are one tuple of
-columns. The classes below are how a log is *read*. Times are integer nanoseconds.
+The hot path writes plain tuples whose first item names the event; blocks stored or removed together are one tuple of
+columns. The classes below are for *reading* a log. Times are integer nanoseconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Admitted(Event):
 
 @dataclass(frozen=True)
 class Scheduled(Event):
-    """From this step on the request computes `num_tokens` a step; written when that changes."""
+    """From this step on the request computes `num_tokens` a step. Written only when that changes."""
 
     request: str
     num_tokens: int
@@ -55,7 +55,8 @@ class Drafted(Event):
 
 @dataclass(frozen=True)
 class Held(Event):
-    """From this step on `limit` keeps the request; at the `head` of the queue it keeps everyone behind it as well."""
+    """From this step on `limit` keeps the request waiting. If it is the `head` of the queue, everyone behind it waits
+    too."""
 
     request: str
     limit: str
@@ -187,7 +188,7 @@ NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}
 
 
 class Batch(NamedTuple):
-    """What happened at one moment. `row` is the Step event's columns, in the batch that closes a step."""
+    """The events of one moment. `row` holds the Step event's columns if the batch ends a step."""
 
     step: int
     now: int
@@ -245,10 +246,10 @@ _COUNTS = frozenset(("step", "now", "num_prompt", "row", "num_output", *NAMES["S
 def parse(record: Any) -> tuple[int, int, tuple[Any, ...]]:
     """A saved line as (step, now, the event as the hot path writes it), or a ValueError that names what is wrong."""
     if not isinstance(record, dict):
-        raise ValueError(f"it holds {record!r}, no JSON object")
+        raise ValueError(f"it holds {record!r}, which is not a JSON object")
     kind = record.get("event")
     if not isinstance(kind, str) or kind not in EVENTS:
-        raise ValueError(f"there is no event {kind!r}")
+        raise ValueError(f"unknown event {kind!r}")
     for column in fields(EVENTS[kind]):
         name = column.name
         if name not in record:

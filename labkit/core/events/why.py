@@ -1,7 +1,7 @@
-"""Why a request waited: a fold over the event log. Knows events by name; refuses to know the scheduler.
+"""Why a request waited, computed from the event log.
 
-The log writes a hold once, when it begins or changes: one for the head of the queue, which is everyone's behind it too,
-and one for each request that is held apart. The fold spreads them over the steps between.
+The log writes a hold once, when it begins or changes: one for the head of the queue, which also holds everyone behind
+it, and one for each request that is held on its own. `Waits` spreads the holds over the steps between.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Wait:
-    """Steps `first..last` brought no token; `limit` bound, for the request or for `behind`, the head of the queue."""
+    """In steps `first..last` the request got no token. `limit` was reached, for it or for `behind`, the head of the
+    queue."""
 
     first: int
     last: int
@@ -68,14 +69,14 @@ class Why(Shown):
         return sum(wait.num_steps for wait in self.waits)
 
     def limits(self) -> dict[str, int]:
-        """limit -> steps it bound."""
+        """limit -> number of steps in which it held the request."""
         steps: dict[str, int] = {}
         for wait in self.waits:
             steps[wait.limit] = steps.get(wait.limit, 0) + wait.num_steps
         return steps
 
     def frame(self) -> pandas.DataFrame:
-        """One line a step waited. Needs labkit[lab]."""
+        """One row per waited step. Needs labkit[lab]."""
         lines = [(step, w.limit, w.behind) for w in self.waits for step in range(w.first, w.last + 1)]
         return table(lines, ["step", "limit", "behind"])
 
@@ -93,7 +94,7 @@ class _History:
     status: str
     since: int | None  # the first step it has been waiting for, while it does
     intervals: list[tuple[int, int]] = field(default_factory=list)  # steps waited, [first, until)
-    holds: list[tuple[int, str]] = field(default_factory=list)  # (step, the limit that holds it apart from the queue)
+    holds: list[tuple[int, str]] = field(default_factory=list)  # (step, the limit that holds this request on its own)
     preemptions: list[Preemption] = field(default_factory=list)
 
     @property
@@ -107,13 +108,13 @@ def _step_of(hold: tuple[int, *tuple[str, ...]]) -> int:
 
 
 class Waits:
-    """The fold's state: the holds of the queue's head, and each request's history. An event costs O(1); the steps are
-    spread over the holds only when someone asks."""
+    """The running state: holds of the head of the queue, and each request's history. An event costs O(1); holds are
+    spread over steps only on request."""
 
     def __init__(self) -> None:
         self.heads: list[tuple[int, str, str]] = []  # (step, head, limit)
         self.of: dict[str, _History] = {}
-        self.step = -1  # the last that was committed: only then is a step waited
+        self.step = -1  # the last committed step: a step counts as waited only then
 
     def copy(self) -> Waits:
         return copy.deepcopy(self)
@@ -154,7 +155,7 @@ class Waits:
         for step, other, limit in self.heads[start : bisect_right(self.heads, until - 1, key=_step_of)]:
             changes.append((max(step, first), 0, limit, None if other == name else other))
         for step, limit in history.holds:
-            begins = step + (limit == "order")  # whoever joins the queue in a step came too late for that step
+            begins = step + (limit == "order")  # a request that joins the queue in a step is too late for that step
             if first <= begins < until:
                 changes.append((begins, 1, limit, None))
         changes.sort(key=lambda change: change[:2])
@@ -177,7 +178,7 @@ class Waits:
             if rank == 0:
                 head = (limit, behind)
                 if behind is None:
-                    own = None  # it heads the queue: whatever held it apart is over
+                    own = None  # it is now the head of the queue: its own hold is over
             else:
                 own = None if limit == "order" else limit
         close(until)

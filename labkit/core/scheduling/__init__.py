@@ -1,1 +1,1 @@
-"""Who computes how many tokens in each step."""
+"""The scheduler: which request computes how many tokens in each step."""

@@ -1,4 +1,4 @@
-"""Who of the waiting gets a row now, and what limit holds the first who does not. Knows the queue, hits and room."""
+"""Admission: which waiting requests get a row now, and which limit holds the first that does not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from labkit.core.scheduling.state import SchedulerState
 
 
 def admit(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
-    """Give rows to the queue's first, in order, until a limit binds; the budget that is left."""
+    """Give rows to the head of the queue, in order, until a limit is reached; returns the budget that is left."""
     promised = _promised(s)
     while s.queue:
         request = s.queue.peek()
@@ -30,7 +30,7 @@ def admit(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
 
 
 def note_head(s: SchedulerState, request: Request, limit: str) -> None:
-    """The head's limit is everyone's behind it; written when either changes."""
+    """Log which limit holds the head of the queue, and so everyone behind it; written when either changes."""
     if s.last_head != (request.id, limit):
         s.last_head = (request.id, limit)
         s.log.add(("Held", request.id, limit, True))
@@ -93,8 +93,8 @@ def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
 
 
 def _still_blocked(s: SchedulerState, request: Request) -> bool:
-    """Nothing has changed for the better since this request last found too few blocks: no more are available, and the
-    first block it missed has not been stored. Spares a blocked head its lookup in every step."""
+    """Whether nothing has improved since this request last found too few blocks: no more are available, and the first
+    block it missed was not stored. Saves the head of the queue a lookup in every step."""
     if s.blocked is None:
         return False
     serial, available, missing = s.blocked
@@ -102,7 +102,7 @@ def _still_blocked(s: SchedulerState, request: Request) -> bool:
 
 
 def reads_cache(request: Request) -> bool:
-    """Prompt logprobs and a look inside need every prompt position computed."""
+    """Prompt logprobs and `capture` need every prompt position computed."""
     params = request.params
     return (params.prompt_logprobs is None and not params.capture) or len(request.output) > 0
 
@@ -166,7 +166,7 @@ def _place(s: SchedulerState, builder: PlanBuilder, request: Request, hashes: li
 
 
 def _swap_in(s: SchedulerState, builder: PlanBuilder, request: Request, row: int, num_hit: int) -> None:
-    """Blocks for what was moved to host memory; those the prefix cache still holds need no move."""
+    """Blocks for what was swapped to host memory. Blocks that the prefix cache still holds are not copied."""
     blocks = s.blocks
     end = max(request.num_computed, num_hit * blocks.block_size)
     host = np.array(request.host_blocks, np.int64).reshape(blocks.num_groups, -1)[:, num_hit:]

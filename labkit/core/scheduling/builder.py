@@ -1,4 +1,4 @@
-"""A plan in the making: what `schedule` has decided so far. Knows columns; decides nothing."""
+"""Collects the decisions of one `schedule` call and makes the plan's columns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkit.core.scheduling.state import SchedulerState
 
 @dataclass(slots=True)
 class Chunk:
-    """A prefill's part in a step: `count` of the `gap` tokens from `start` on."""
+    """One prefill in a step: `count` of the `gap` remaining tokens, from `start` on."""
 
     row: int
     start: int
@@ -24,7 +24,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class PlanBuilder:
-    """What one call of `schedule` has decided so far, in lists; `plan` makes the columns of it."""
+    """What one call of `schedule` has decided so far, as lists; `plan` turns them into columns."""
 
     now: int
     changes: list[tuple[int, Ints, Ints, Ints]] = field(default_factory=list)  # group, rows, indices, blocks
@@ -38,7 +38,7 @@ class PlanBuilder:
     preempted: bool = False
 
     def join(self, request: Request, row: int) -> None:
-        """The runner is told that `request` has this row from now on."""
+        """Tells the runner that `request` has this row from here on."""
         self.joins.append(
             Join(
                 row, request.id, request.tokens, request.num_prompt, request.params, request.sample, request.adapter,
@@ -47,7 +47,7 @@ class PlanBuilder:
         )  # fmt: skip
 
     def change(self, row: int, first: int, blocks: Tokens) -> None:
-        """`blocks` [groups, blocks] stand in the row's tables from index `first` on."""
+        """Puts `blocks` [groups, blocks] into the row's tables from index `first` on."""
         index = np.arange(first, first + blocks.shape[1])
         rows = np.full(len(index), row)
         for group, column in enumerate(blocks.astype(np.int64)):
@@ -64,7 +64,7 @@ class PlanBuilder:
         return TableChanges(groups, rows, index, blocks)
 
     def plan(self, s: SchedulerState, decodes: Ints, start: Ints) -> Plan:
-        """The plan, its columns decode rows first."""
+        """The plan, with decode rows first in its columns."""
         num_decode = len(decodes)
         tokens, ends, feed = self._decode_tokens(s, decodes, start)
         rows, count = decodes, s.ones[:num_decode]

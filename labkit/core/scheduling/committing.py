@@ -1,5 +1,4 @@
-"""What a result changes: tokens, stored blocks, ends, forks; or nothing, when a step failed. Knows plans and results;
-refuses to know who will be scheduled next."""
+"""Applies a result: appends tokens, stores full blocks, finishes and forks requests. A failed step is rolled back."""
 
 from __future__ import annotations
 
@@ -89,7 +88,7 @@ def _accept(
 
 
 def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
-    """What prefills have stored is no longer pending; who drew a first token decodes from here on."""
+    """What prefills have stored is no longer pending; rows that sampled their first token decode from here on."""
     tables, size = s.tables, s.blocks.block_size
     for row in plan.rows[plan.num_decode :].tolist():
         num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
@@ -101,7 +100,7 @@ def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
             continue
         if request.first_token_at is None:
             request.first_token_at = now
-        if row not in s.draining:  # else it was preempted meanwhile, and is scheduled no more
+        if row not in s.draining:  # else it was preempted meanwhile and is not scheduled
             s.log.add(("Scheduled", request.id, 1))
 
 
@@ -134,7 +133,8 @@ def _finish(s: SchedulerState, rows: list[int], tokens: list[int], errors: dict[
 
 
 def _fork(s: SchedulerState, forks: list[tuple[int, int, Request]], errors: dict[int, str], step: int) -> list[int]:
-    """The prompt is computed: its samples get tables over the same blocks. Rows that were promised in vain."""
+    """The prompt is computed: its samples get tables over the same blocks. Reserved rows without a sample are
+    returned."""
     in_vain, joining = [], []
     for row, child_row, child in forks:
         parent = s.row_request[row]
@@ -163,8 +163,8 @@ def break_promise(s: SchedulerState, child_row: int, child: Request) -> None:
 
 
 def roll_back(s: SchedulerState, plan: Plan, failure: Failure) -> None:
-    """Every running request goes back to the queue with the tokens it has, to be computed again: what the failed
-    step wrote, copied or moved is unknown, and the plans launched on top of it are void."""
+    """Return every running request to the queue with its tokens, to be computed again. What the failed step wrote,
+    copied or moved is unknown, and later plans in flight are void."""
     s.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
     s.void_until = s.step - 1
     s.reset_runner = True

@@ -1,7 +1,7 @@
-"""How much of each waiting request's prompt is cached, kept up with what the prefix cache stores and forgets.
+"""How much of each waiting request's prompt is cached, updated as the prefix cache stores and evicts blocks.
 
-A request is measured again only when that can have changed its match: the first block it missed was stored, or one of
-the blocks it matched was evicted. Requests with the same matched prefix are looked at together.
+A request is looked up again only if its match can have changed: the first block it missed was stored, or one of the
+blocks it matched was evicted. Requests with the same matched prefix are handled together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Measure = Callable[[Request], tuple[list[bytes], int]]  # -> (hashes of its bloc
 
 
 class PrefixMatches:
-    """For orders that go by cached tokens."""
+    """For queue orders that sort by cached tokens."""
 
     def __init__(self, prefix: PrefixCache) -> None:
         self.prefix = prefix
@@ -30,13 +30,13 @@ class PrefixMatches:
         return f"PrefixMatches({len(self._at)} requests, {len(self._chains)} prefixes)"
 
     def stop(self, queue: WaitingQueue) -> None:
-        """Nobody asks any more: forget everything, record nothing."""
+        """The order no longer asks for matches: forget everything, record nothing."""
         self.active, self.prefix.changes, queue.pushed = False, None, None
         for one in (self._at, self._matched, self._missed, self._chains):
             one.clear()
 
     def refresh(self, queue: WaitingQueue, measure: Measure) -> list[Request]:
-        """Measure those whose match may have changed; these requests."""
+        """Look up those whose match may have changed; returns these requests."""
         stale = self._stale(queue)
         for request in stale:
             self._forget(request.serial)

@@ -1,5 +1,4 @@
-"""Prefixes that a running row is computing right now, and the requests that wait for them instead of computing them
-again. Knows hashes and rows; refuses to know budgets and blocks."""
+"""Prefixes that a running row is computing now, and the requests that wait for them instead of computing them again."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from labkit.core.request import Request
 
 
 class PendingPrefixes:
-    """hash -> the row that will store it, and the requests parked until it does or gives up."""
+    """hash -> the row that will store it, and the requests parked until it is stored or the row gives up."""
 
     def __init__(self) -> None:
         self.row_of: dict[bytes, int] = {}
@@ -21,7 +20,7 @@ class PendingPrefixes:
         return f"PendingPrefixes({len(self.row_of)} blocks being computed, {len(self)} requests parked)"
 
     def __len__(self) -> int:
-        """Requests parked."""
+        """The number of parked requests."""
         return len(self.hash_for)
 
     def __contains__(self, request: Request) -> bool:
@@ -33,7 +32,7 @@ class PendingPrefixes:
             self.hashes_of[row] = mine
 
     def last_shared(self, hashes: Sequence[bytes], first: int) -> bytes | None:
-        """The last of `hashes[first:]` that the row computing `hashes[first]` will store, if one does."""
+        """The last of `hashes[first:]` that the row computing `hashes[first]` will store, if there is such a row."""
         row = self.row_of.get(hashes[first]) if first < len(hashes) else None
         if row is None:
             return None
@@ -58,7 +57,7 @@ class PendingPrefixes:
             del self.parked[digest]
 
     def settle(self, row: int, num_left: int) -> list[Request]:
-        """The row has all but its last `num_left` blocks stored; the requests that this sets free."""
+        """The row has stored all but its last `num_left` blocks; returns the requests that no longer need to wait."""
         mine = self.hashes_of.get(row)
         if mine is None:
             return []
@@ -79,6 +78,6 @@ class PendingPrefixes:
         return free
 
     def check(self) -> None:
-        assert sum(map(len, self.parked.values())) == len(self.hash_for), "a parked request is lost"
-        assert self.parked.keys() <= self.row_of.keys(), "a request waits for a prefix that nobody computes"
+        assert sum(map(len, self.parked.values())) == len(self.hash_for), "the counts of parked requests disagree"
+        assert self.parked.keys() <= self.row_of.keys(), "a request waits for a prefix that no row computes"
         assert sum(map(len, self.hashes_of.values())) == len(self.row_of), "a pending hash has no row"

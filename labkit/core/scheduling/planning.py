@@ -1,7 +1,7 @@
-"""How a step's budget and blocks are given out to the rows that run. Knows counts and places; refuses to know results.
+"""How a step's token budget and blocks are divided among running rows.
 
-Decode rows are one vector: blocks for those at a border, copies for those about to write into a shared block, victims
-when there are too few. Prefills follow one by one, the most senior first.
+Decode rows are handled as one vector: rows at a block boundary get a block, rows about to write into a shared block get
+a copy, and if blocks run out victims are preempted. Prefills follow one by one, the most senior first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
     tables = s.tables
     while True:
         rows = s.decoding
-        if s.in_flight:  # rows whose last token is already on its way need no further step
+        if s.in_flight:  # rows whose last token is already in flight need no further step
             rows = rows[s.scheduled[rows] + 1 < s.limit[rows]]
         if len(rows) > s.max_num_batched_tokens:
             rows = _take_turns(s, rows)
@@ -33,7 +33,7 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
         num_before = len(s.decoding)
         rows, start = _give_blocks(s, builder, rows, start, short)
         if len(rows) or len(s.decoding) == num_before:
-            break  # else all whose turn it was have been preempted: the others' turn
+            break  # else all rows chosen for this step were preempted, so the others run
     s.scheduled[rows] = start + 1
     s.last_plan[rows] = s.step
     if s.held:
@@ -43,7 +43,7 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
 
 
 def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
-    """More decode rows than budget: those that waited longest go, the others are held."""
+    """More decode rows than budget: the rows that waited longest run, the others are held."""
     longest = np.argsort(s.last_plan[rows], kind="stable")
     for row in rows[longest[s.max_num_batched_tokens :]].tolist():
         s.hold(row, "budget")
@@ -51,7 +51,8 @@ def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
 
 
 def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
-    """Blocks for rows at a border, copies for rows about to write into a shared block; preempt until they fit."""
+    """Blocks for rows at a block boundary, copies for rows about to write into a shared block; preempts until they
+    fit."""
     blocks, groups = s.blocks, s.blocks.num_groups
     while True:
         copies = _rows_to_copy(s, rows)
@@ -92,12 +93,12 @@ def _rows_to_copy(s: SchedulerState, rows: Ints) -> list[int]:
     inside[rows] = True
     writing = [row for row in sorted(shared) if inside[row]]
     copies = [row for row in writing if s.blocks.must_copy(row, int(s.scheduled[row]))]
-    shared.difference_update(set(writing).difference(copies))  # past what they share, or its last holder
+    shared.difference_update(set(writing).difference(copies))  # past the shared blocks, or the last holder
     return copies
 
 
 def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int) -> None:
-    """Copy on write. The last holder keeps the original, so ask again for each."""
+    """Copy on write. The last holder keeps the original, so this is checked for each row in turn."""
     if s.blocks.must_copy(row, start):
         index, pairs = s.blocks.copy_on_write(row, start)
         builder.copies += pairs
@@ -105,13 +106,14 @@ def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int
 
 
 def _num_coming_back(s: SchedulerState) -> int:
-    """Blocks that draining rows alone hold: theirs until the plans that name them are committed."""
+    """Blocks that only draining rows hold; they are freed when the plans that name them are committed."""
     count, tables = s.blocks.pool.count, s.tables
     return sum(int((count[tables.held(row)] == 1).sum()) for row in s.draining)
 
 
 def _hold_those_without(s: SchedulerState, rows: Ints, short: Ints, copies: list[int]) -> Ints:
-    """Too few blocks until draining rows give theirs back: the most senior of the needy get what there is."""
+    """Too few blocks until draining rows release theirs: the most senior rows get what there is, the others are
+    held."""
     needy = sorted({*rows[short].tolist(), *copies}, key=s.seniority)
     held = needy[s.blocks.available // s.blocks.num_groups :]
     for row in held:
@@ -152,7 +154,8 @@ def chunk_size(s: SchedulerState, gap: int, left: int, contended: bool) -> int:
 
 
 def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, count: int) -> int:
-    """Blocks for a prefill's chunk, taken from less senior prefills when there are none; the tokens that fit."""
+    """Blocks for a prefill's chunk, taken from less senior prefills if none are free; returns the number of tokens that
+    fit."""
     blocks, size = s.blocks, s.blocks.block_size
     groups = blocks.num_groups
     if blocks.must_copy(row, start) and blocks.available < groups:
@@ -183,8 +186,8 @@ def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> 
 
 
 def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int) -> None:
-    """Guesses that are verified beside each decode row's token. They get the budget that nobody else wanted, and blocks
-    only while every running row could still be given one."""
+    """Draft tokens, verified in the same step as each decode row's own token. They use budget that is left over, and
+    take blocks only while every running row could still get one."""
     assert s.draft is not None
     blocks, tables, total = s.blocks, s.tables, 0
     guesses = [NO_GUESS] * len(rows)
@@ -206,7 +209,7 @@ def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int) 
 
 
 def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
-    """Budget that nobody else wanted goes to the prefills that were cut to their share, in order."""
+    """Unused budget goes to the prefills that were cut to their share, in order."""
     for chunk in builder.cut:
         blocks = s.blocks.available // s.blocks.num_groups
         room = int(s.tables.room[chunk.row]) + blocks * s.blocks.block_size - chunk.start
@@ -221,7 +224,7 @@ def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
 def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> Plan:
     if s.blocks.released:
         left = [(group, gone, index, np.zeros(len(index), np.int64)) for group, gone, index in s.blocks.released]
-        builder.changes[:0] = left  # first: a row may belong to someone else by now
+        builder.changes[:0] = left  # first, because a row may have a new owner by now
         s.blocks.released.clear()
     if builder.chunks:
         _settle_chunks(s, builder)
@@ -241,7 +244,7 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
 
 
 def _settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
-    """Rows whose chunk reaches their last known token draw a sample, and decode from the next step on."""
+    """Rows whose chunk reaches their last known token sample a token now and decode from the next step on."""
     done = []
     for chunk in builder.chunks:
         row, count = chunk.row, chunk.count
@@ -260,7 +263,8 @@ def _settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
 
 
 def _promise_forks(s: SchedulerState, builder: PlanBuilder, row: int) -> None:
-    """The last prompt chunk serves all samples: promise a row to each there is one for; the rest queue up."""
+    """The last prompt chunk serves all samples: reserve a row for each while there are any; the other samples are
+    queued."""
     parent = s.row_request[row]
     assert parent is not None
     if not parent.samples or parent.num_output:

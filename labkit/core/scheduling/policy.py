@@ -1,7 +1,7 @@
-"""Who goes first, and how a victim is preempted. Knows keys and costs; refuses to know blocks and rows.
+"""Queue orders, and how a victim is preempted.
 
-An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is asked once, at
-submission, or, when it has an attribute `dynamic = True`, whenever there is a place to give away.
+An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is called once, at
+submission. If it has an attribute `dynamic = True`, it is called again in each step that has a free row.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def fcfs(request: Request, now: int) -> Key:
 
 
 def priority(request: Request, now: int) -> Key:
-    """The smallest priority number first, then first come."""
+    """The smallest priority number first, then first come, first served."""
     return (request.priority, request.arrival)
 
 
 def sjf(request: Request, now: int) -> Key:
-    """Shortest job first: prompt and the most it may produce."""
+    """Shortest job first, by prompt tokens plus the most it may produce."""
     return request.num_tokens + request.num_left
 
 
 def lpm(request: Request, now: int) -> Key:
-    """Longest prefix match: whoever the cache spares most of its prompt, then first come."""
+    """Longest prefix match: the request with the most cached prompt tokens, then first come, first served."""
     return (-request.cached_tokens, request.arrival)
 
 
@@ -80,7 +80,7 @@ def default_recompute_cost(num_tokens: int) -> float:
 
 
 class WaitingQueue:
-    """Requests by key; a heap whose removed entries are skipped."""
+    """Requests by key: a heap with lazy deletion."""
 
     def __init__(self, order: Order) -> None:
         self.order = order
@@ -90,7 +90,7 @@ class WaitingQueue:
         self._shaped_by: Order | None = None  # the order whose keys have this form
         self._shape: Any = None
         self._keys: dict[int, Key] = {}  # serial -> its key, kept while the request lives
-        self.pushed: list[Request] | None = None  # since somebody last looked
+        self.pushed: list[Request] | None = None  # since the last call
 
     def __repr__(self) -> str:
         return f"WaitingQueue({name_of(self.order)}: {len(self)} waiting)"
@@ -126,12 +126,12 @@ class WaitingQueue:
         if shape != self._shape:
             raise ValueError(
                 f"order {name_of(self.order)!r} gave {key!r} for {request.id!r}, which cannot be compared with its "
-                f"earlier keys: all need one form"
+                f"earlier keys: all keys need the same form"
             )
         return key
 
     def set_key(self, request: Request, key: Key) -> None:
-        """The key a request keeps while it lives, whenever it comes back."""
+        """Compute the key that a request keeps for its lifetime, also when it returns to the queue."""
         self._keys[request.serial] = key
 
     def forget(self, request: Request) -> None:
@@ -164,7 +164,7 @@ class WaitingQueue:
         self._entries.pop(request.serial)[3] = None
 
     def rekey(self, requests: Iterable[Request], now: int) -> None:
-        """Ask these waiting requests' keys again."""
+        """Compute these waiting requests' keys again."""
         for request in requests:
             key = self.key(request, now)
             if key != self._keys[request.serial]:
@@ -176,7 +176,7 @@ class WaitingQueue:
             heapq.heapify(self._heap)
 
     def reorder(self, now: int, others: Iterable[Request] = ()) -> None:
-        """Ask every waiting request's key again, and the keys `others` will come back with."""
+        """Compute every waiting request's key again, and the keys with which `others` will return."""
         entries = [[self.key(request, now), request.serial, 0, request] for request in self]
         keys = {request.serial: self.key(request, now) for request in others}
         try:

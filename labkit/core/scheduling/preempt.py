@@ -1,4 +1,4 @@
-"""Whom to preempt, how, and where its blocks go. Knows rows and the two pools; refuses to know why blocks ran out."""
+"""Preemption: which request, whether to recompute or swap, and what happens to its blocks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def victim(s: SchedulerState) -> int:
 
 
 def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None) -> None:
-    """Send a running request back to the queue with the tokens it has. A row that a plan in flight names drains first:
-    its token on the way is kept."""
+    """Return a running request to the queue with its tokens. If a plan in flight names its row, the row drains first
+    and the token of that plan is kept."""
     request = s.row_request[row]
     assert request is not None
     how = how or cheaper(s, int(s.tables.num_computed[row]))
@@ -39,7 +39,7 @@ def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None)
 
 
 def cheaper(s: SchedulerState, num_computed: int) -> str:
-    """recompute or swap: as configured, or the one that costs less; never swap without room in host memory."""
+    """recompute or swap: as configured, or whichever costs less. Never swaps if host memory is full."""
     most = s.blocks.most_blocks(num_computed, 1)
     if s.preemption == "recompute" or not 0 < most <= len(s.blocks.host.free):
         return "recompute"
@@ -47,13 +47,13 @@ def cheaper(s: SchedulerState, num_computed: int) -> str:
         return "swap"
     try:
         return "swap" if s.swap_cost(num_computed) < s.recompute_cost(num_computed) else "recompute"
-    except Exception as error:  # a user's function, in the middle of a step
+    except Exception as error:  # a user's function may raise anything, and the step must go on
         warnings.warn(f"preemption cost failed for {num_computed} tokens: {error!r}; recomputing", stacklevel=2)
         return "recompute"
 
 
 def vacate(s: SchedulerState, row: int, how: str) -> None:
-    """Take a preempted request off its row, its blocks to host memory or given up, and queue it."""
+    """Take a preempted request off its row, swap out or release its blocks, and queue it."""
     request = s.row_request[row]
     assert request is not None
     num_computed = int(s.tables.num_computed[row])
@@ -75,7 +75,7 @@ def vacate(s: SchedulerState, row: int, how: str) -> None:
 
 
 def drop_host_blocks(s: SchedulerState, request: Request) -> None:
-    """A swapped request no longer needs its blocks: it ended, or will compute them again."""
+    """Release a swapped request's host blocks: it ended, or will be recomputed."""
     gone = {block for block in request.host_blocks if block}
     s.swap_out = [(block, host) for block, host in s.swap_out if host not in gone]
     s.blocks.host.free += s.blocks.host.release(np.array(sorted(gone), np.int64)).tolist()

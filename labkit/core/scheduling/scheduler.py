@@ -1,9 +1,9 @@
-"""Decides who computes how many tokens, in which blocks. Knows nothing of tensors, text or clocks.
+"""Decides which request computes how many tokens, in which blocks. No tensors, text or clocks.
 
-There is no prefill phase and no decode phase: each step closes the gap between the tokens a row knows and the tokens it
-has computed, under one token budget. Decode rows go first, as one vector; then running prefills; then the queue.
-`schedule` gives a plan, `commit` takes its result. Rows and blocks that an uncommitted plan names are not reused:
-a row that must go while a plan in flight names it *drains*, and is given back when that plan is committed.
+There is no prefill phase and no decode phase. Each step closes the gap between the tokens a row knows and the tokens it
+has computed, under one token budget: decode rows first, as one vector; then running prefills; then the queue.
+`schedule` returns a plan, `commit` takes its result. Rows and blocks of an uncommitted plan are not reused: a row that
+must leave while a plan in flight names it *drains*, and is freed when that plan is committed.
 """
 
 from __future__ import annotations
@@ -34,23 +34,24 @@ from labkit.core.shown import Shown
 
 
 class RejectedError(RuntimeError):
-    """A request that can never fit, or a full queue. Counted, logged, and nothing else has changed."""
+    """The request can never fit, or the queue is full. The rejection is counted and logged; nothing else changed."""
 
 
 @named_options
 class Scheduler(SchedulerState, Shown):
-    """One token budget, rows, and a queue, over a `BlockManager`.
+    """One token budget, rows and a queue, over a `BlockManager`.
 
-    `max_num_batched_tokens` bounds the tokens of a step, `max_num_seqs` the rows. A prefill takes at most
-    `max_prefill_chunk` tokens a step, and while others contend at most `prefill_share` of what is left; what nobody
-    else wants goes back to it; without `chunked_prefill` a prompt waits for a step that has room for all of it,
-    unless no step ever has. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) -> key`; `preemption`
-    is "recompute", "swap" or "auto", which takes the cheaper by `swap_cost` and `recompute_cost` (tokens -> seconds).
-    `watermark` of the blocks stay free when a request is admitted beside running ones. A request whose prefix another
-    row is computing waits for it when `prefix_hold`. `max_in_flight` plans may be launched before the first is
-    committed. `draft` is a function `f(token_ids) -> guesses of the next ids` (speculative decoding): a step verifies
-    them beside the row's own token, with the budget and the blocks that nobody else needs, and keeps those that are
-    what would have been drawn. Requests with penalties, masks, logits processors or logprobs are served without.
+    `max_num_batched_tokens` limits the tokens of a step, `max_num_seqs` the rows. A prefill takes at most
+    `max_prefill_chunk` tokens a step, and while others compete at most `prefill_share` of the remaining budget; tokens
+    that nobody else needs go back to it. Without `chunked_prefill` a prompt waits for a step that has room for all of
+    it, unless it is longer than the whole budget. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) ->
+    key`. `preemption` is "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost` and `recompute_cost`
+    (tokens -> seconds). `watermark` is the share of blocks kept free when a request is admitted beside running ones.
+    With `prefix_hold`, a request waits if another row is computing its prefix. `max_in_flight` plans may be launched
+    before the first is committed. `draft` is a function `f(token_ids) -> draft token ids` for speculative
+    decoding: a step verifies the drafts beside the row's own token, with budget and blocks that are left over, and
+    accepts those that equal what would have been drawn. Requests with penalties, masks, logits processors or logprobs
+    are served without drafts.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -79,7 +80,7 @@ class Scheduler(SchedulerState, Shown):
         log: EventLog | None = None,
     ) -> None:
         if not isinstance(blocks, BlockManager):
-            raise ValueError(f"a Scheduler stands on a BlockManager, got {type(blocks).__name__}")
+            raise ValueError(f"a Scheduler needs a BlockManager, got {type(blocks).__name__}")
         if blocks.attached or blocks.emit is not None:
             raise ValueError(f"{blocks!r} already serves a scheduler: make another BlockManager")
         self.max_num_seqs = whole("max_num_seqs", max_num_seqs, least=1, most=2**20)
@@ -115,17 +116,17 @@ class Scheduler(SchedulerState, Shown):
             f"{self.num_waiting} waiting, budget {self.max_num_batched_tokens})"
         )
 
-    # -- requests come and go ------------------------------------------------------------------------------------
+    # -- requests ------------------------------------------------------------------------------------------------
 
     def room_for(self, num_prompt: int) -> int:
-        """The most tokens that a prompt of this length may be continued by."""
+        """The most output tokens for a prompt of this length."""
         room = self.blocks.most_tokens(self.max_num_batched_tokens)
         return (room if self.max_model_len is None else min(room, self.max_model_len)) - num_prompt
 
     def why_never(self, request: Request) -> str | None:
-        """Why this request can never be served here, or None."""
+        """Why this request can never be served here, or None if it can."""
         bm, num_prompt = self.blocks, request.num_prompt
-        most = request.params.max_tokens or 1  # None asks for whatever is left, but at least one
+        most = request.params.max_tokens or 1  # None means all the room there is, but at least one
         if self.max_model_len is not None and num_prompt + most > self.max_model_len:
             room = self.max_model_len - num_prompt
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
@@ -141,18 +142,18 @@ class Scheduler(SchedulerState, Shown):
     def check_new(self, ids: Iterable[str]) -> None:
         for id in ids:
             if id in self.requests or id in self.ended or id in self.tables.row_of:
-                raise ValueError(f"id {id!r} was submitted before, or names a table: ids are used once")
+                raise ValueError(f"id {id!r} was submitted before, or names a table: use a new id")
 
     def submit(self, request: Request, now: int) -> None:
-        """Put a request, and the samples forked from it later, at its place in the queue."""
+        """Put a request, and the samples to be forked from it later, into the queue."""
         family = [request, *request.samples]
         self.check_new(member.id for member in family)
         if request.params.max_tokens is None:
-            raise ValueError(f"request {request.id!r} has no max_tokens: the most it may have is room_for(num_prompt)")
+            raise ValueError(f"request {request.id!r} has no max_tokens: set it, to at most room_for(num_prompt)")
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
-        keys = [self.queue.key(member, now) for member in family]  # a function that raises has changed nothing yet
+        keys = [self.queue.key(member, now) for member in family]  # if it raises, nothing has changed yet
         for member, key in zip(family, keys, strict=True):
             self.num_submitted += 1
             member.serial = self.num_submitted
@@ -176,7 +177,7 @@ class Scheduler(SchedulerState, Shown):
             raise RejectedError(f"request {request.id!r} is rejected: {reason}")
 
     def abort(self, id: str, now: int) -> Request:
-        """End a request in any state; with the samples that have not been forked from it yet."""
+        """End a request in any state, with its samples that have not been forked yet."""
         request = self.live(id)
         for sample in request.samples:
             if sample.status is Status.WAITING and sample.id in self.requests and self.is_attached(sample):
@@ -187,7 +188,8 @@ class Scheduler(SchedulerState, Shown):
         return request
 
     def stop(self, id: str, keep: int, reason: str, now: int) -> Request:
-        """End a request with its first `keep` output tokens; may come any number of steps late, also after the end."""
+        """End a request and keep its first `keep` output tokens. May be called steps later, also after the request has
+        ended."""
         request = self.requests.get(id) or self.ended.get(id)
         if request is None:
             raise ValueError(f"there is no request {id!r}")
@@ -198,7 +200,7 @@ class Scheduler(SchedulerState, Shown):
     def _stop(self, request: Request, keep: int, reason: str, now: int) -> None:
         if not 0 <= keep <= request.num_output:
             raise ValueError(f"request {request.id!r} has {request.num_output} output tokens, cannot keep {keep}")
-        if request.ended:  # this says better what ended it; an end that was flushed stays in the log as it is
+        if request.ended:  # this is the better reason; an end already flushed stays in the log as it is
             request.output = request.output[:keep]
             request.finish_reason = reason
             self.log.correct(("Finished", request.id, reason, keep))
@@ -212,7 +214,7 @@ class Scheduler(SchedulerState, Shown):
         return self.requests[id]
 
     def _withdraw(self, request: Request, status: Status, reason: str, now: int, keep: int | None = None) -> None:
-        """Take a request out of wherever it is, with its first `keep` output tokens."""
+        """Remove a request from wherever it is, and keep its first `keep` output tokens."""
         request.finished_at = now
         row = request.row
         if row is not None:
@@ -233,7 +235,7 @@ class Scheduler(SchedulerState, Shown):
     # -- a step: schedule ----------------------------------------------------------------------------------------
 
     def schedule(self, now: int) -> Plan | None:
-        """The next step's plan, or None when there is nothing to compute now."""
+        """The next step's plan, or None if there is nothing to compute now."""
         if len(self.in_flight) > self.max_in_flight:
             raise RuntimeError(f"{len(self.in_flight)} plans are in flight: commit one first")
         blocks = self.blocks
@@ -265,7 +267,8 @@ class Scheduler(SchedulerState, Shown):
         return plan
 
     def _refresh_order(self, now: int) -> None:
-        """A dynamic order's keys, asked before anything is decided: a function that raises leaves no trace."""
+        """Compute a dynamic order's keys before any decision, so that a function that raises leaves the state
+        unchanged."""
         if self.blocks.num_groups == 1 and self.blocks.prefix_caching:
             stale = self.matches.refresh(self.queue, self._measure)
         else:  # measured anew each time, so that what was kept up before is out of date
@@ -294,10 +297,12 @@ class Scheduler(SchedulerState, Shown):
         now: int | None = None,
         find_stops: Callable[[], list[tuple[Request, int]]] | None = None,
     ) -> Outputs:
-        """Append the step's tokens, store full blocks, end who is done, give back what drained.
+        """Append the step's tokens, store full blocks, finish requests, free rows that drained.
 
-        `find_stops` is asked once the tokens are there: the requests whose text came to a stop string, and how many
-        output tokens each keeps. It reads text, which nobody here can; it outranks stop ids, eos and length."""
+        `find_stops` is called once the tokens are appended. It returns the requests whose text contains a stop string,
+        and how many output tokens each keeps. It is a callback because the core has no text. It takes precedence over
+        stop ids, eos and length.
+        """
         if not self.in_flight or self.in_flight[0] is not plan:
             raise ValueError(f"{plan!r} is not the oldest plan in flight: plans are committed once, in launch order")
         if now is None:
@@ -322,7 +327,7 @@ class Scheduler(SchedulerState, Shown):
         try:
             if find_stops is not None:
                 outputs = self._stop_by_text(outputs, find_stops(), now)
-        finally:  # text is a tokenizer's, and may raise: the step was taken all the same
+        finally:  # it calls a tokenizer, which may raise; the step counts anyway
             self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
         return outputs
 

@@ -1,6 +1,6 @@
-"""What the scheduler keeps: columns by row, the queues, and the counts; and the moves that keep them consistent.
+"""The scheduler's state: columns by row, queues and counts, and the operations that keep them consistent.
 
-The modules that admit, plan, preempt and commit work on this state. It decides nothing itself.
+The modules for admission, planning, preemption and commit work on this state. It makes no decisions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
 from labkit.core.scheduling.policy import Cost, Draft, Order, WaitingQueue, name_of
 
-MOST_REMEMBERED = 4096  # ended requests that can still be asked for by id
+MOST_REMEMBERED = 4096  # ended requests that can still be found by id
 
 
 class SchedulerState:
@@ -56,7 +56,7 @@ class SchedulerState:
         places = self.num_rows
         self.scheduled = np.zeros(places, np.int64)  # tokens launched
         self.limit = np.zeros(places, np.int64)  # tokens at which it ends by length
-        self.no_stop_before = np.zeros(places, np.int64)  # tokens below which stop ids and eos are passed over
+        self.no_stop_before = np.zeros(places, np.int64)  # below this many tokens stop ids and eos are ignored
         self.stops: list[Ints] = []  # one array over rows for each stop id that any request had so far
         self.serial = np.zeros(places, np.int64)
         self.rank = np.zeros((3, places), np.int64)  # priority, arrival, serial: the largest is preempted first
@@ -110,7 +110,7 @@ class SchedulerState:
             self.num_running or self.queue or self.pending or self.in_flight or self.draining or self.num_attached
         )
 
-    # -- a request ends, a row is given back -----------------------------------------------------------------------
+    # -- ending requests, freeing rows -----------------------------------------------------------------------------
 
     def is_attached(self, sample: Request) -> bool:
         return sample.row is None and sample not in self.queue and sample not in self.pending
@@ -155,7 +155,7 @@ class SchedulerState:
         self.remember(request)
 
     def remember(self, request: Request) -> None:
-        """A request that ended before it was submitted can still be asked for by its id."""
+        """Keep an ended request, so that it can be found by its id; only the latest are kept."""
         self.ended[request.id] = request
         if len(self.ended) > MOST_REMEMBERED:
             self.ended.popitem(last=False)
@@ -168,7 +168,7 @@ class SchedulerState:
                 self.detach(sample)
 
     def detach(self, sample: Request) -> None:
-        """A sample that will not be forked from its parent waits in the queue like everyone."""
+        """Queue a sample that will not be forked from its parent."""
         self.num_attached -= 1
         self.queue.push(sample)
         self.log.add(("Held", sample.id, "order", False))
@@ -177,7 +177,7 @@ class SchedulerState:
         return bool(self.in_flight) and int(self.last_plan[row]) >= self.in_flight[0].step
 
     def close_row(self, row: int) -> None:
-        """Give a row and its blocks back."""
+        """Free a row and release its blocks."""
         request = self.row_request[row]
         assert request is not None
         self.blocks.close(request.id, reserved=True)
@@ -199,7 +199,7 @@ class SchedulerState:
             self.decoding = self.decoding[~gone[self.decoding]]
 
     def forget_pending(self, row: int) -> None:
-        """The row will not store what it was computing: who waited for that goes back to the queue."""
+        """The row will not store what it was computing: requests parked for that return to the queue."""
         for request in self.pending.settle(row, 0):
             self.queue.push(request)
 
@@ -213,7 +213,7 @@ class SchedulerState:
         return tuple(self.rank[:, row].tolist())
 
     def occupy(self, request: Request, row: int) -> None:
-        """The row's columns are this request's from now on."""
+        """Set the row's columns for this request."""
         params = request.params
         assert params.max_tokens is not None
         request.row, request.status = row, Status.RUNNING
@@ -244,7 +244,7 @@ class SchedulerState:
         return guess[: bad.argmax() if bad.any() else None].astype(np.int32)
 
     def hold(self, row: int, limit: str) -> None:
-        """A running row gets nothing this step; written when the reason changes."""
+        """A running row computes nothing in this step; logged when the reason changes."""
         if self.held.get(row) != limit:
             self.held[row] = limit
             self.log.add(("Held", self.id_of(row), limit, False))
@@ -258,10 +258,10 @@ class SchedulerState:
         assert request is not None
         return request.id
 
-    # -- laws ----------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Conservation of requests, rows, blocks and tokens; raises AssertionError at the first that is broken."""
+        """Check that requests, rows, blocks and tokens add up; raises AssertionError on the first mismatch."""
         self.blocks.check()
         self.pending.check()
         going_on = self.num_running + self.num_waiting + self.num_swapped
@@ -269,15 +269,17 @@ class SchedulerState:
         assert self.num_submitted == going_on + ended, f"{self.num_submitted} submitted, {going_on} live, {ended} ended"
         assert len(self.requests) == going_on, f"{len(self.requests)} live requests, {going_on} counted"
         running = [*self.decoding.tolist(), *self.prefilling]
-        assert len(set(running)) == len(running), "a row is in two places"
+        assert len(set(running)) == len(running), "a row is listed twice"
         assert len(running) <= self.width, "more rows than there are"
         promised = [child_row for forks in self.forks.values() for _, child_row, _ in forks]
         rows = [*running, *self.draining, *promised, *self.free_rows]
-        assert sorted(rows) == sorted(set(rows)) and len(rows) == self.width, "a row is lost or twice"
+        assert sorted(rows) == sorted(set(rows)) and len(rows) == self.width, "a row is missing or counted twice"
         tables = self.tables
         for row in running:
             request = self.row_request[row]
-            assert request is not None and request.row == row and request.status is Status.RUNNING, f"row {row} astray"
+            assert request is not None and request.row == row and request.status is Status.RUNNING, (
+                f"row {row} and its request disagree"
+            )
             computed, scheduled, known = tables.num_computed[row], self.scheduled[row], tables.num_tokens[row]
             in_flight = sum(int((plan.sample_row[plan.draws()[0]] == row).sum()) for plan in self.in_flight)
             assert computed <= known, f"row {row}: {computed} computed of {known} known"
@@ -285,13 +287,13 @@ class SchedulerState:
             assert scheduled <= tables.room[row], f"row {row}: {scheduled} scheduled, room for {tables.room[row]}"
         host = sum(len(request.host_blocks) - request.host_blocks.count(0) for request in self.requests.values())
         host += sum(len(blocks) for _, blocks in self.host_releases)
-        assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is lost"
+        assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is missing"
 
     def check_idle(self) -> None:
-        """After the last request: every count is zero but people's own tables and pins."""
+        """With no requests left, every count must be zero, except for tables and pins created outside the engine."""
         self.check()
-        assert not self.requests and not self.draining and not self.forks, "a request is left"
-        assert not self.pending.row_of and not self.held and not self.chunk_of, "a trace of a request is left"
-        assert len(self.blocks.host.free) == self.blocks.host.num_blocks, "a host block is left"
+        assert not self.requests and not self.draining and not self.forks, "a request that ended is left"
+        assert not self.pending.row_of and not self.held and not self.chunk_of, "state of a request that ended is left"
+        assert len(self.blocks.host.free) == self.blocks.host.num_blocks, "a host block was not freed"
         if not self.blocks.tables.row_of and not self.blocks.pins:
-            assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks are left in use"
+            assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks were not freed"
