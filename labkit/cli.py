@@ -9,7 +9,7 @@ from labkit.bench import commands as bench_commands
 from labkit.core.version import __version__
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="labkit", description="A research workbench for LLM serving.")
     parser.add_argument("--version", action="version", version=f"labkit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -40,8 +40,21 @@ def main(argv: list[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="check this machine, and say what to fix")
     doctor.add_argument("--json", action="store_true", help="for machines")
 
-    given, words = _split(sys.argv[1:] if argv is None else argv)
-    args = parser.parse_args(given)
+    return parser
+
+
+def parse(given: list[str]) -> argparse.Namespace:
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(given)
+    if unknown:
+        hint = ". JupyterLab's arguments go after --" if args.command == "lab" else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    given, words = split(sys.argv[1:] if argv is None else argv)
+    args = parse(given)
     run = {"demo": _demo, "bench": bench_commands.run, "kernels": _kernels, "lab": _lab, "doctor": _doctor}
     if words:
         args.words = words
@@ -65,8 +78,8 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Our words, and those behind -- that are JupyterLab's."""
+def split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Arguments of labkit, and those after `--`, which are for JupyterLab."""
     if argv[:1] != ["lab"] or "--" not in argv:
         return argv, []
     at = argv.index("--")

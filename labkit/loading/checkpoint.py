@@ -1,6 +1,6 @@
-"""Tensors by name, from safetensors files or from a seed. Knows files; refuses to know what a tensor is for.
+"""Tensors by name, from safetensors files or generated from a seed.
 
-One shard is open at a time, so that memory never holds more than the weights made so far and the pages of one file.
+One shard is open at a time, so memory holds no more than the weights made so far and the pages of one file.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ class Dummy:
         return f"Dummy({len(self.shapes)} tensors, seed {self.seed})"
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
-        """All of it is drawn, and a part is cut out: every rank sees parts of the same tensor."""
+        """The whole tensor is drawn and then cut, so that all ranks get parts of the same tensor."""
         return self._draw(name, dtype, device)[part]
 
     def _draw(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -239,7 +239,7 @@ def is_whole(part: tuple[slice, ...], shape: tuple[int, ...]) -> bool:
 
 
 def check_taken(source: Source, taken: Iterable[str], where: str) -> None:
-    """Tensors that a model did not ask for tell that it is not the model they were saved from."""
+    """Refuse tensors that the model did not ask for: it is then not the model they were saved from."""
     ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "lm_head.weight")
     known = set(taken)
     left = [name for name in source.shapes if name not in known and not name.endswith(ignored)]

@@ -1,8 +1,9 @@
-"""One decoder for the families that are variations of Llama, driven by the Hugging Face config and by which tensors
-there are. Knows layers and ops; refuses to know checkpoint files, requests and who calls.
+"""One decoder for the families that are variations of Llama, driven by the Hugging Face config and by the tensors that
+the checkpoint has.
 
-Read `Decoder.forward`, then `Layer`: what differs between families are norms (which, and where), windows, scales,
-rotary positions, and what stands in for the MLP. Biases, q/k norms, fused or split projections are seen by name.
+Read `Decoder.forward`, then `Layer`. Families differ in their norms (which, and where), windows, scales, rotary
+positions, and in the MLP or the experts. Biases, q/k norms, and fused or split projections are recognised by tensor
+names.
 """
 
 from __future__ import annotations
