@@ -96,7 +96,7 @@ class Divergence:
             place = "outside the layers" if o.layer is None else f"in layer {o.layer}"
             variants = f"{o.variant_a} in a, {o.variant_b} in b" if o.variant_a != o.variant_b else o.variant_a
             found.append(
-                f"the first op that gives something else is {o.op} {place} ({variants}; its call {o.call}), off by "
+                f"the first op with a different result is {o.op} {place} ({variants}; its call {o.call}), off by "
                 f"{o.difference:.2g}"
             )
         return found

@@ -230,7 +230,7 @@ def table(view_of: BlockTable) -> str:
         if i in copies:
             about += f", copied from block {copies[i]} when it was written"
         if i == writes:
-            about += ", shared: whoever writes to it next gets a copy of its own"
+            about += ", shared: the next table that writes to it gets its own copy"
         shapes.append(_place(left, top + 13, block, int(count[block]), full, shared, about, i in copies, i == writes))
         below = f"from {copies[i]}" if i in copies else f"{int(full * size)} of {size}" if full < 1 else ""
         if below:
