@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import linecache
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import labkit as lk
 from labkit import cli
+from labkit.core.events.types import EVENTS, NAMES
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -26,7 +28,8 @@ def blocks(page: str, language: str) -> list[str]:
 def variants_removed():
     yield
     for op in labkit_kernels.OPS.values():
-        op.variants.pop("mine", None)
+        for name in ("mine", "triton_mine"):
+            op.variants.pop(name, None)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
@@ -36,10 +39,11 @@ def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say(
     monkeypatch.chdir(tmp_path)
     space: dict = {}
     try:
-        for block in blocks(page, "python"):
-            printed = io.StringIO()
+        for i, block in enumerate(blocks(page, "python")):
+            name, printed = f"<{page} {i}>", io.StringIO()
+            linecache.cache[name] = (len(block), None, block.splitlines(keepends=True), name)  # as in a notebook's cell
             with contextlib.redirect_stdout(printed):
-                exec(compile(block, page, "exec"), space)
+                exec(compile(block, name, "exec"), space)
             for claim in re.findall(r"#> (.*)", block):
                 assert claim.strip() in printed.getvalue(), f"{page} promises {claim!r}, got:\n{printed.getvalue()}"
     finally:
@@ -86,11 +90,20 @@ def test_an_argument_for_jupyterlab_says_where_it_goes(capsys):
 @pytest.mark.parametrize("page", [*PAGES, *OTHERS])
 def test_files_that_a_page_links_or_names_exist(page: str):
     text = (ROOT / page).read_text()
-    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", prose):
         assert (ROOT / page).parent.joinpath(link).exists(), link
     folders = "labkit|kernels|tests|tools|notebooks|docs|deploy"
     for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text):
         assert (ROOT / name).exists(), name
+
+
+def test_the_page_of_words_lists_every_event_with_its_fields():
+    lines = re.findall(r"^\| (`.*?`) \|.*\|(.*)\|$", (ROOT / "docs/words.md").read_text(), re.MULTILINE)
+    listed = {name: fields for names, fields in lines for name in re.findall(r"`(\w+)`", names)}
+    assert listed.keys() == EVENTS.keys()
+    for name, fields in listed.items():
+        assert [f.strip() for f in fields.split(",") if f.strip()] == NAMES[name][2:], name
 
 
 def test_the_readme_links_every_page():

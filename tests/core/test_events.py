@@ -286,7 +286,7 @@ def test_why_reads_aloud():
     run(eng)
     assert repr(eng.log.why("third")) == (
         "Why('third': finished, waited 5 steps, preempted 0x)\n"
-        "  steps 0-2: in order behind 'second', held by rows\n"
+        "  steps 0-2: queued behind 'second', which was held by rows\n"
         "  steps 3-4: held by rows"
     )
     assert eng.log.why("second").limits() == {"rows": 3}

@@ -39,7 +39,7 @@ class Wait:
         steps = f"step {self.first}" if self.first == self.last else f"steps {self.first}-{self.last}"
         if self.behind is None:
             return f"{steps}: held by {self.limit}"
-        return f"{steps}: in order behind {self.behind!r}, held by {self.limit}"
+        return f"{steps}: queued behind {self.behind!r}, which was held by {self.limit}"
 
 
 @dataclass(frozen=True)
