@@ -11,6 +11,8 @@ LOCK   := constraints.txt
 INDEX_cpu  := --index-url https://download.pytorch.org/whl/cpu
 INDEX_cuda :=
 INDEX_any  :=
+# Two processes share the tests, a file at a time and in the order that tests/conftest.py gives.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test check lab notebooks bench lock canary clean
 
@@ -18,7 +20,7 @@ demo: $(VENV)/.base
 	$(BIN)/labkit demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -52,6 +54,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	    || { echo "labkit needs Python 3.11 to 3.13; '$(PYTHON)' is $$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet 'pip>=25'  # an older one takes three times as long to find what it installs
 
 # PyTorch first, from its own index; then labkit, for which it is there already.
 $(VENV)/.torch: $(LOCK) | $(BIN)/python

@@ -1,10 +1,66 @@
-"""Small models on two cores: a second thread costs more than it brings. And what may not be skipped where it counts."""
+"""Small models on two cores: a second thread costs more than it brings. What needs the machine for itself while tests
+run side by side, and what may not be skipped where it counts."""
+
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
+
+# Files with few and long tests. They begin first, so that no process is left with one at the end.
+LONG = (
+    "tests/kernels/test_triton.py",
+    "tests/kernels/test_attention.py",
+    "tests/core/test_soak.py",
+    "tests/runner/test_interpreted.py",
+    "notebooks/04_prefix_caching.ipynb",
+)
 
 
 def pytest_addoption(parser):
     parser.addoption("--must-run", action="append", default=[], metavar="TEXT", help="tests that may not be skipped")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "alone: measures time or drives a browser; nothing else runs beside it")
+
+
+def pytest_collection_modifyitems(config, items):
+    """In several processes, long files come first, and files of which every test runs alone last."""
+    if not hasattr(config, "workerinput"):
+        return
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+
+    def place(path: Path) -> int:
+        name = path.relative_to(config.rootpath).as_posix()
+        if name in LONG:
+            return LONG.index(name) - len(LONG)
+        return all(item.get_closest_marker("alone") for item in files[path])
+
+    items[:] = [item for path in sorted(files, key=place) for item in files[path]]
+
+
+@contextmanager
+def held(path: Path, shared: bool):
+    import fcntl
+
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests share the machine, but for those marked `alone`. Whoever waits for it holds the door, so that no other test
+    begins meanwhile."""
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    folder = item.config._tmp_path_factory.getbasetemp().parent  # of all processes
+    with ExitStack() as stack:
+        with held(folder / "door", shared=False):
+            stack.enter_context(held(folder / "machine", shared=item.get_closest_marker("alone") is None))
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -127,6 +127,7 @@ def test_the_kernels_package_never_imports_labkit():
         assert "labkit" not in {name.split(".")[0] for name, _ in imports(path)}, path
 
 
+@pytest.mark.alone
 def test_importing_labkit_is_quick_and_brings_no_torch():
     script = (
         "import sys, time; begin = time.perf_counter(); import labkit; took = time.perf_counter() - begin\n"

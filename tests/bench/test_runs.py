@@ -14,6 +14,7 @@ def bench(*words: str) -> int:
     return main(["bench", *words])
 
 
+@pytest.mark.alone
 def test_throughput_beside_transformers_ends_in_a_table_and_a_page(tmp_path, capsys):
     out, html = tmp_path / "r.json", tmp_path / "r.html"
     words = ("--num", "3", "--prompt", "5-20", "--output", "4-9", "--passes", "1", "--warmup", "0", "--threads", "1")

@@ -5,10 +5,13 @@ import pytest
 
 from tests.browser import lab
 
-pytestmark = pytest.mark.skipif(
-    lab.CHROMIUM is None or not lab.has_playwright(),
-    reason="needs Debian's chromium (apt-get install chromium) and playwright",
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        lab.CHROMIUM is None or not lab.has_playwright(),
+        reason="needs Debian's chromium (apt-get install chromium) and playwright",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

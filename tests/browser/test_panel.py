@@ -6,10 +6,13 @@ import pytest
 from tests.browser import lab
 from tests.browser.test_notebooks import fine
 
-pytestmark = pytest.mark.skipif(
-    lab.CHROMIUM is None or not lab.has_playwright(),
-    reason="needs Debian's chromium (apt-get install chromium) and playwright",
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        lab.CHROMIUM is None or not lab.has_playwright(),
+        reason="needs Debian's chromium (apt-get install chromium) and playwright",
+    ),
+]
 
 CELL = """
 import labkit as lk

@@ -56,6 +56,7 @@ def test_matches_and_order_are_those_of_a_fresh_lookup_in_every_step(monkeypatch
     assert compared > 500
 
 
+@pytest.mark.alone
 def test_longest_prefix_first_costs_at_most_twice_first_come():
     def seconds(order: str) -> float:
         rng = random.Random(1)

@@ -13,6 +13,7 @@ from labkit_kernels.machine import Machine
 from .toys import double, toy
 
 module = importlib.import_module("labkit_kernels.bench")  # the package's attribute of that name is the function
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture(autouse=True)

@@ -82,6 +82,7 @@ def test_pause_holds_and_step_takes_one():
     player.stop()
 
 
+@pytest.mark.alone
 def test_the_pace_is_kept():
     eng = simulated(constant=0.05, per_token=0.0)
     with lk.Player(eng, lk.Load(rate=20), speed=10.0) as player:

@@ -73,6 +73,7 @@ def test_a_saved_log_does_as_well():
     assert repr(lk.calibrate(lk.EventLog.load(file))) == repr(lk.calibrate(eng.log))
 
 
+@pytest.mark.alone
 def test_an_engine_is_measured_and_its_simulator_takes_as_long():
     with lk.Engine(num_blocks=400, max_num_seqs=16, max_num_batched_tokens=256) as eng:
         eng.pause()

@@ -6,6 +6,7 @@ import time
 import pytest
 
 manager = pytest.importorskip("jupyter_client.manager", reason="needs jupyter_client: pip install 'labkit[lab]'")
+pytestmark = pytest.mark.alone
 
 SETUP = """
 import labkit as lk, threading

@@ -187,6 +187,7 @@ def huge() -> lk.Engine:
     return eng
 
 
+@pytest.mark.alone
 def test_huge_objects_have_small_and_quick_pictures():
     eng = huge()
     things = [eng, eng.scheduler, eng.blocks, eng.blocks.prefix, eng.blocks.stats(), eng.blocks.eviction, eng.log]
