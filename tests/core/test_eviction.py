@@ -8,6 +8,7 @@ import labkit as lk
 from labkit.core.blocks.eviction import EVICTION_POLICIES
 
 POLICIES = [*EVICTION_POLICIES, lambda block: block.depth, lambda block: -block.freed_at]
+NAMES = [*EVICTION_POLICIES, "by depth", "by age"]
 
 
 def cached(bm: lk.BlockManager, *prompts: list[int]) -> None:
@@ -96,7 +97,7 @@ def test_a_function_gives_the_score_and_the_lowest_goes_first():
     assert survivors(bm, A, B, C, D) == [True, True, False, True]
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_no_policy_evicts_a_prefix_before_its_continuation(policy):
     bm = lk.BlockManager(12, 2, eviction=policy)
     chain = list(range(16))
@@ -108,7 +109,7 @@ def test_no_policy_evicts_a_prefix_before_its_continuation(policy):
         bm.check()
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("policy", POLICIES, ids=NAMES)
 def test_every_policy_survives_random_use_with_all_laws_kept(policy):
     seed = random.randrange(2**32)
     print(f"seed {seed}")
