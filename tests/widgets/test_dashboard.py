@@ -172,7 +172,7 @@ def test_a_dashboard_that_nobody_holds_lets_go_of_engine_and_threads():
     held = weakref.ref(live)
     live.player.pause()
     del live
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 2
     while (own_threads() or held() is not None) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.1)
