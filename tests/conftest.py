@@ -1,6 +1,7 @@
 """Small models on two cores: a second thread costs more than it brings. What needs the machine for itself while tests
 run side by side, and what may not be skipped where it counts."""
 
+import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of what tests start
     config.addinivalue_line("markers", "alone: measures time or drives a browser; nothing else runs beside it")
 
 
