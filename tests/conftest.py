@@ -29,6 +29,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     """In several processes, long files come first, and files of which every test runs alone last."""
+    for item in items:
+        if " at 0x" in item.nodeid:  # in another process it is another
+            raise pytest.UsageError(f"an address is part of the name of {item.nodeid}: give its parameters ids")
     if not hasattr(config, "workerinput"):
         return
     files: dict[Path, list[pytest.Item]] = {}

@@ -95,7 +95,11 @@ def assert_greedy_identity(ours, expected: list[tuple[list[int], list[int]]], se
     return eng
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def said(settings):
+    return ", ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in settings.items())
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=said)
 @pytest.mark.parametrize("number", [1, 16])
 def test_greedy_tokens_are_those_of_transformers_in_every_setting(models, settings, number):
     ours, theirs = models("llama")
