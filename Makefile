@@ -45,7 +45,7 @@ lock: | $(BIN)/python
 canary:
 	$(PYTHON) -m venv .canary
 	.canary/bin/python -m pip install --quiet torch==$(shell sed -n 's/^torch==//p' $(LOCK)) $(INDEX_$(TORCH))
-	.canary/bin/python tools/canary.py $(if $(BEYOND),--beyond) $(CANARY_ARGS)
+	.canary/bin/python tools/canary.py $(if $(BEYOND),--beyond) $(SIDE_BY_SIDE) $(CANARY_ARGS)
 
 clean:
 	rm -rf $(VENV) .canary .mypy_cache .pytest_cache .ruff_cache .hypothesis

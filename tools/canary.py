@@ -97,13 +97,13 @@ def main() -> int:
     parser = argparse.ArgumentParser("tools/canary.py")
     parser.add_argument("--beyond", action="store_true", help="without the upper bounds of pyproject.toml")
     parser.add_argument("--report", type=Path, help="a JUnit file of a run that was made already")
-    parser.add_argument("pytest", nargs="*", help="what to run (all of it)")
-    args = parser.parse_args()
+    parser.epilog = "Other arguments go to pytest."
+    args, for_pytest = parser.parse_known_args()
     if args.report is None:
         install(args.beyond)
         args.report = Path(tempfile.mkdtemp()) / "junit.xml"
         subprocess.run(
-            [sys.executable, "-m", "pytest", "--tb=short", f"--junitxml={args.report}", *args.pytest],
+            [sys.executable, "-m", "pytest", "--tb=short", f"--junitxml={args.report}", *for_pytest],
             cwd=ROOT,
             check=False,
         )
