@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ def make_handle(
     for name, value in (("salt", salt), ("adapter", adapter)):
         if value is not None:
             text(name, value, may_be_empty=True)
+    spans = _spans(spans)
     for span in spans:
         if not isinstance(span, Span):
             raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
@@ -100,6 +101,12 @@ def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
     return tokens, written
 
 
+def _spans(given: Iterable[Span]) -> tuple[Span, ...]:
+    if isinstance(given, Span) or not isinstance(given, Iterable):
+        raise ValueError(f"spans must be a list of Span(start, length, key), got {given!r}")
+    return tuple(given)
+
+
 def _check_embeddings(engine: Server, spans: Sequence[Span]) -> None:
     size = getattr(engine.runner, "embedding_size", None)
     end = 0
@@ -108,6 +115,8 @@ def _check_embeddings(engine: Server, spans: Sequence[Span]) -> None:
             raise ValueError(f"{span!r} has embeddings, and {engine.runner!r} computes from token ids alone")
         if span.embeddings.shape[1] != size:
             raise ValueError(f"{span!r} has embeddings of size {span.embeddings.shape[1]}, the model's have {size}")
+        if np.abs(span.embeddings).max() > (most := getattr(engine.runner, "largest_input", np.inf)):
+            raise ValueError(f"{span!r} has embeddings beyond {most:g}, the largest number of the model's dtype")
         if span.start < end:
             raise ValueError(f"{span!r} overlaps another span with embeddings: a position has one input")
         end = span.end

@@ -126,16 +126,16 @@ class Dense:
         shape, dtype, device = spec.shape(shard), tensors.dtype, tensors.device
         on_cpu = device.type == "cpu"  # pages of its own: they go back to the system once the weight is packed
         weight = pages.zeros(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
-        stored_bias = tensors.has(f"{next(iter(spec.outputs))}.bias")
-        has_bias = stored_bias and spec.has_bias(shard)
-        bias = torch.empty(shape[0], dtype=dtype, device=device) if has_bias else None
+        biased = {name for name in spec.outputs if tensors.has(f"{name}.bias")}
+        has_bias = biased and spec.has_bias(shard)
+        bias = torch.zeros(shape[0], dtype=dtype, device=device) if has_bias else None
         at = 0
         for piece in spec.pieces(shard):
             rows = slice(at, at + piece.num_outputs)
             weight[rows] = tensors.get(f"{piece.name}.weight", *piece.stored, part=(piece.outputs, piece.inputs))
-            if bias is not None:
+            if bias is not None and piece.name in biased:
                 bias[rows] = tensors.get(f"{piece.name}.bias", piece.stored[0], part=(piece.outputs,))
-            elif stored_bias:
+            elif piece.name in biased:
                 tensors.skip(f"{piece.name}.bias")
             at = rows.stop
         return linear(weight, bias, deterministic=self.deterministic)

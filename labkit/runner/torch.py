@@ -64,6 +64,7 @@ class TorchRunner:
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
+        self.largest_input = torch.finfo(model.dtype).max
         self.device = model.device
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])

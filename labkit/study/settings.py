@@ -21,7 +21,7 @@ from labkit.runner.sim import SimRunner
 SHORT = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}
 OF_BLOCKS = tuple(name for name in inspect.signature(BlockManager).parameters)
 OF_SCHEDULER = tuple(name for name in inspect.signature(Scheduler).parameters if name not in ("blocks", "log"))
-OF_SIMULATOR = ("constant", "per_token", "per_context", "per_block")
+OF_SIMULATOR = ("constant", "per_token", "per_context", "per_block", "acceptance")
 OF_MODEL = tuple(name for name in Options.__dataclass_fields__ if name not in ("log", "seed"))  # repeats have seeds
 NUM_BLOCKS = 512  # default for a simulation; with a model, as many as fit
 
@@ -114,4 +114,5 @@ def _changed(runner: Any, options: Mapping[str, float]) -> SimRunner:
     if not isinstance(runner, SimRunner):
         raise TypeError(f"{', '.join(options)} are options of a SimRunner, but runner is {runner!r}")
     old = {name: getattr(runner, name) for name in (*OF_SIMULATOR, "seed", "vocab_size")}
+    old["eos_token_id"] = next(iter(runner.eos_token_ids), None)
     return SimRunner(**{**old, **options})

@@ -1,6 +1,8 @@
 """Speculative decoding: guesses that are verified beside a row's own token change how many steps it takes, never which
 tokens come of it."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -134,6 +136,93 @@ def test_a_draft_that_fails_is_warned_of_and_does_no_harm():
     eng.submit([1, 2], params(3))
     with pytest.warns(UserWarning, match="a draft is a sequence of token ids"):
         run(eng)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_an_exception_from_a_draft_changes_nothing(size):
+    """Also one that is not caught: a warning that is an error, an interrupt."""
+    calls = 0
+
+    def bad(tokens):
+        nonlocal calls
+        calls += 1
+        if calls % 5 == 2:
+            raise KeyboardInterrupt if calls % 2 else KeyError
+        return lookup(tokens)
+
+    eng = engine(size=size, blocks=90, runner=lk.FakeRunner(seed=1, vocab_size=3), draft=bad)
+    requests = [eng.submit([i, i, 1], params(20)) for i in range(3)]
+    raised = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(1000):
+            if not eng.scheduler.has_work:
+                break
+            try:
+                eng.step()
+            except (KeyboardInterrupt, UserWarning):
+                raised += 1
+            eng.check()
+    assert raised > 5
+    assert_right(eng, *requests)
+    eng.scheduler.check_idle()
+
+
+@pytest.mark.parametrize("nothing", [None, [], np.zeros((1, 0), int), [[]], ()], ids=str)
+def test_no_guess_has_many_forms(nothing):
+    eng = engine(draft=lambda tokens: nothing)
+    request = eng.submit([1, 2, 3], params(6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(eng)
+    assert_right(eng, request)
+    assert not eng.log.events("Drafted")
+
+
+def test_tokens_behind_a_stop_string_are_nobody_s():
+    """Neither the listeners nor the counts have drafts that were accepted behind it."""
+    eng = lk.Engine(num_blocks=64, dtype="float32")
+    whole = eng.generate("x = 1\ny = 2\nz = 3\n", lk.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    eng.close()
+    ids = whole.output_ids
+
+    def knows(tokens):
+        return ids[len(tokens) - whole.num_prompt :][:8]
+
+    eng = lk.Engine(num_blocks=64, dtype="float32", draft=knows)
+    seen = []
+    eng.listen(lambda outputs: seen.extend(outputs.tokens.tolist()))
+    asked = lk.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, stop=["= "])
+    request = eng.generate("x = 1\ny = 2\nz = 3\n", asked)
+    assert request.finish_reason == "stop string" and 0 < request.num_output < 9
+    assert seen == request.output_ids
+    assert sum(step.output_tokens for step in eng.log.events("Step")) == request.num_output
+    eng.close()
+
+
+def test_rejected_drafts_keep_no_block_from_others():
+    def preempted(draft):
+        eng = engine(blocks=12, size=4, draft=draft, preemption="recompute", max_num_batched_tokens=64)
+        requests = [
+            eng.submit([i] * prompt, params(num)) for i, (prompt, num) in enumerate([(9, 10), (3, 26), (3, 22)])
+        ]
+        run(eng)
+        assert_right(eng, *requests)
+        return eng.scheduler.num_preempted
+
+    wrong = preempted(lambda tokens: [(token + 1) % 50 for token in oracle(tokens, 12)])
+    assert wrong == preempted(None) == 0
+
+
+def test_a_draft_is_not_asked_when_prefills_use_the_budget():
+    asked = []
+    eng = engine(draft=lambda tokens: asked.append(eng.scheduler.step) or [1], max_num_batched_tokens=8, blocks=200)
+    eng.submit([1, 2], params(30))
+    eng.step()
+    eng.submit([3] * 60, params(2))
+    run(eng)
+    plans = [step.step for step in eng.log.events("Step") if step.prefill_tokens == 7]
+    assert len(plans) > 4 and not set(asked) & set(plans[1:-1]) and asked
 
 
 def test_ids_outside_the_vocabulary_are_not_sent():

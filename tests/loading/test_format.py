@@ -85,6 +85,12 @@ def test_a_rank_that_adds_no_bias_still_knows_the_tensor():
     assert weights.taken == {"o.weight", "o.bias"}
 
 
+def test_a_bias_of_one_part_only_is_that_part_s():
+    source = stored(q__weight=(24, 10), k__weight=(12, 10), k__bias=(12,))
+    layer = Weights(source, torch.float32, CPU, Dense()).linear({"q": (HEADS,), "k": (KEYS,)}, HIDDEN, "column")
+    assert torch.equal(layer.bias, torch.cat((torch.zeros(24), source.tensors["k.bias"])))
+
+
 def test_a_layer_that_is_not_split_is_whole_on_every_rank():
     source = stored(gate__weight=(5, 10))
     assert {part.linear({"gate": (Units(5),)}, HIDDEN).shape for part in shards(source, 3)} == {(10, 5)}

@@ -1,6 +1,8 @@
 """Inputs that are embeddings at spans of positions: as with transformers' `inputs_embeds`, however the prompt is cut,
 cached, preempted or shared."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -96,6 +98,8 @@ def test_however_the_work_is_cut(models, settings):
 def test_the_prefix_cache_knows_one_image_from_another(models):
     ours, theirs = models("llama")
     eng = engine(ours, size=4)
+    spans = iter(spans_of(theirs))  # any iterable will do
+    assert engine(ours).submit(PROMPT, params(2), spans=spans).spans == tuple(spans_of(theirs))
     cached = []
     for which in (spans_of(theirs), spans_of(theirs), spans_of(theirs, seed=1), []):
         request = eng.submit(PROMPT, params(2), spans=which)
@@ -137,6 +141,15 @@ def test_what_cannot_be_is_named(models):
         eng.submit(PROMPT, params(2), spans=[lk.Span(0, 3, embeddings=good), lk.Span(2, 3, embeddings=good)])
     with pytest.raises(ValueError, match="does not lie within the prompt's 30 tokens"):
         eng.submit(PROMPT, params(2), spans=[lk.Span(29, 3, embeddings=good)])
+    with pytest.raises(ValueError, match="real numbers, got complex"):
+        lk.Span(0, 3, embeddings=good + 1j)
+    with pytest.raises(ValueError, match="beyond 65504, the largest number of the model's dtype"):
+        half = engine(copy.copy(ours))
+        half.runner.largest_input = torch.finfo(torch.float16).max
+        half.submit(PROMPT, params(2), spans=[lk.Span(0, 3, embeddings=good + 1e6)])
+    for spans in (None, 3, lk.Span(0, 3, b"x")):
+        with pytest.raises(ValueError, match="spans must be a list of Span"):
+            eng.submit(PROMPT, params(2), spans=spans)
     with pytest.raises(ValueError, match="a span's key"):
         lk.Span(0, 3)
     fake = lk.Engine(scheduler=lk.Scheduler(lk.BlockManager(9, 4)), runner=lk.FakeRunner(), clock=lk.VirtualClock())

@@ -254,3 +254,28 @@ def test_a_history_keeps_rates_exact_when_it_is_full():
     _, rate = rolling(short.columns(), "output_tokens_per_s", 8 * 5000, 3 * 5000)
     assert np.nanmedian(rate) == pytest.approx(3.0, rel=1e-2)
     assert copy.copy(columns["cached"])[-1] == columns["cached"].max()
+
+
+def test_a_simulator_s_other_options_are_kept_when_one_is_varied():
+    """The share of drafts that are accepted, and the token that ends a text."""
+    workload = lk.workloads.poisson(5, rate=2)
+
+    def shares(grid, **options):
+        exp = lk.Experiment(workload, grid, draft=lambda ids: [1], **options)
+        shares = []
+
+        @exp.metric
+        def share(log):
+            events = log.events("Drafted")
+            shares.append(sum(event.num_accepted for event in events) / len(events))
+            return shares[-1]
+
+        exp.run()
+        return shares
+
+    runner = lk.SimRunner(acceptance=1.0, eos_token_id=3)
+    assert shares({"per_token": [1e-4, 2e-4]}, runner=runner) == [1.0, 1.0]
+    assert shares({"acceptance": [0.0, 1.0]}) == [0.0, 1.0]
+    from labkit.study.settings import _changed
+
+    assert _changed(runner, {"constant": 0.1}).eos_token_ids == (3,)

@@ -236,7 +236,7 @@ def test_a_table_shows_places_sharing_and_copies():
     bm.allocate("a", range(40))
     b = bm.fork("a", "b")
     before = html_of(b)
-    assert "shared with &#x27;a&#x27;" in before and "gets a copy of its own" in before and "copied from" not in before
+    assert "shared with &#x27;a&#x27;" in before and "gets its own copy" in before and "copied from" not in before
     bm.append("b", [7])
     after = html_of(b)
     assert "copied from block 3" in after and "9 of 16" not in after and "from 3" in after

@@ -58,6 +58,9 @@ def _embeddings(given: Any, length: int) -> NDArray[np.float32]:
     """A float32 array of its own, whatever library or device it comes from."""
     if hasattr(given, "detach"):
         given = given.detach().float().cpu().numpy()
+    given = np.asarray(given)
+    if given.dtype.kind not in "fiu":
+        raise ValueError(f"a span's embeddings are real numbers, got {given.dtype}")
     found = np.array(given, np.float32)
     if found.ndim != 2 or len(found) != length:
         raise ValueError(f"a span's embeddings are one line for each of its {length} tokens, got shape {found.shape}")

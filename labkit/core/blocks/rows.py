@@ -275,6 +275,15 @@ class RowBlocks:
         self.tables.append(row, blocks)
         return blocks
 
+    def shrink(self, row: int, num_tokens: int) -> None:
+        """Release the blocks that a row's first `num_tokens` tokens do not need."""
+        tables, keep = self.tables, self.blocks_for(num_tokens)
+        gone = tables.blocks[:, row, keep : tables.num_blocks[row]]
+        if gone.size:
+            self.release(gone.reshape(-1).tolist())
+            gone[:] = 0
+            tables.num_blocks[row], tables.room[row] = keep, keep * self.block_size
+
     def put_back(self, row: int, present: NDArray[np.bool_], name: str | None = None) -> Ints:
         """More blocks for a row where `present` [groups, blocks] is true, scratch elsewhere."""
         blocks = np.zeros(present.shape, np.int64)

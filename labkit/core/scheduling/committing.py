@@ -79,8 +79,10 @@ def _accept(
         end[:num_decode] -= plan.drafts - num_right[:num_decode]
         s.scheduled[plan.rows[:num_decode]] = end[:num_decode]
         for i in plan.drafts.nonzero()[0].tolist():
-            request = s.row_request[plan.rows[i]]
-            if request is not None and request.row == plan.rows[i]:
+            row = int(plan.rows[i])
+            s.blocks.shrink(row, int(tables.num_tokens[row]) + 1)  # rejected drafts keep no block from others
+            request = s.row_request[row]
+            if request is not None and request.row == row:
                 s.log.add(("Drafted", request.id, int(plan.drafts[i]), int(num_right[i])))
     ends = np.zeros(len(samples), np.int32)
     ends[sample[~before]] = tokens[~before]

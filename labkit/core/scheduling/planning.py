@@ -185,27 +185,39 @@ def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> 
         builder.change(row, first, np.array(new))
 
 
-def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int) -> None:
-    """Draft tokens, verified in the same step as each decode row's own token. They use budget that is left over, and
-    take blocks only while every running row could still get one."""
-    assert s.draft is not None
-    blocks, tables, total = s.blocks, s.tables, 0
-    guesses = [NO_GUESS] * len(rows)
+def guess(s: SchedulerState) -> dict[int, Tokens]:
+    """Draft tokens of decode rows, by row. The draft function is the user's and may raise: it is asked before the step
+    changes anything. It is not asked when prefills will use the budget."""
+    left = s.max_num_batched_tokens - len(s.decoding)
+    for row in s.prefilling:
+        gap = int(s.tables.num_tokens[row] - s.scheduled[row])
+        left -= min(gap, s.max_prefill_chunk or gap)
+    found = {}
+    for row in s.decoding.tolist():
+        most = min(left, int(s.limit[row] - s.tables.num_tokens[row]) - 1)
+        if most > 0 and s.can_draft(row) and len(drafts := s.guess(row)[:most]):
+            found[row] = drafts
+            left -= len(drafts)
+    return found
+
+
+def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int, guesses: dict[int, Tokens]) -> None:
+    """Drafts are verified in the same step as each decode row's own token. They use budget that is left over, and take
+    blocks only while every running row could still get one."""
+    blocks, tables = s.blocks, s.tables
+    chosen = [NO_GUESS] * len(rows)
     for i, row in enumerate(rows.tolist()):
         known = int(tables.num_tokens[row])
-        most = min(left - total, int(s.limit[row]) - known - 1)
-        if most <= 0 or not s.can_draft(row):
-            continue
         spare = max(0, blocks.available - s.num_running * blocks.num_groups) // blocks.num_groups
-        most = min(most, int(tables.room[row]) + spare * blocks.block_size - known)
-        guess = s.guess(row)[: max(most, 0)]
-        if len(guess):
-            guesses[i] = guess
-            total += len(guess)
-            grow(s, builder, row, known + len(guess))
-            s.scheduled[row] += len(guess)
-    if total:
-        builder.drafts = guesses
+        most = min(left, int(tables.room[row]) + spare * blocks.block_size - known)
+        drafts = guesses.get(row, NO_GUESS)[: max(most, 0)]
+        if len(drafts):
+            chosen[i] = drafts
+            left -= len(drafts)
+            grow(s, builder, row, known + len(drafts))
+            s.scheduled[row] += len(drafts)
+    if any(map(len, chosen)):
+        builder.drafts = chosen
 
 
 def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from labkit.core.request import Request, Status
@@ -48,7 +46,7 @@ def cheaper(s: SchedulerState, num_computed: int) -> str:
     try:
         return "swap" if s.swap_cost(num_computed) < s.recompute_cost(num_computed) else "recompute"
     except Exception as error:  # a user's function may raise anything, and the step must go on
-        warnings.warn(f"preemption cost failed for {num_computed} tokens: {error!r}; recomputing", stacklevel=2)
+        s.warnings.append(f"preemption cost failed for {num_computed} tokens: {error!r}; recomputing")
         return "recompute"
 
 

@@ -8,6 +8,7 @@ must leave while a plan in flight names it *drains*, and is freed when that plan
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -238,6 +239,8 @@ class Scheduler(SchedulerState, Shown):
         """The next step's plan, or None if there is nothing to compute now."""
         if len(self.in_flight) > self.max_in_flight:
             raise RuntimeError(f"{len(self.in_flight)} plans are in flight: commit one first")
+        while self.warnings:  # before anything changes: a warning may be an error
+            warnings.warn(self.warnings.pop(), stacklevel=2)
         blocks = self.blocks
         blocks.step = self.step
         blocks.tick(now)
@@ -246,6 +249,7 @@ class Scheduler(SchedulerState, Shown):
                 self._refresh_order(now)
         elif self.matches.active:
             self.matches.stop(self.queue)
+        guesses = planning.guess(self) if self.draft is not None else {}
         builder = PlanBuilder(now)
         rows, start = planning.plan_decodes(self, builder)
         left = self.max_num_batched_tokens - len(rows)
@@ -255,8 +259,8 @@ class Scheduler(SchedulerState, Shown):
             left = admission.admit(self, builder, left)
         if builder.cut and left > 0:
             left = planning.give_back(self, builder, left)
-        if self.draft is not None and left > 0:
-            planning.plan_drafts(self, builder, rows, left)
+        if guesses and left > 0:
+            planning.plan_drafts(self, builder, rows, left, guesses)
         if not len(rows) and not builder.chunks and not builder.copies and not self.swap_out:
             self.log.flush(self.step, now)
             return None
@@ -333,8 +337,14 @@ class Scheduler(SchedulerState, Shown):
 
     def _stop_by_text(self, outputs: Outputs, found: list[tuple[Request, int]], now: int) -> Outputs:
         running = tuple(request for request, _ in found if not request.ended)
+        kept = np.ones(len(outputs.tokens), bool)
         for request, keep in found:
+            mine = (outputs.serials == request.serial).nonzero()[0]
+            kept[mine[max(0, keep - (request.num_output - len(mine))) :]] = False  # accepted drafts behind the stop
             self._stop(request, keep, "stop string", now)
+        if not kept.all():
+            rows, serials, tokens = outputs.rows[kept], outputs.serials[kept], outputs.tokens[kept]
+            outputs = outputs._replace(rows=rows, serials=serials, tokens=tokens)
         return outputs._replace(ended=outputs.ended + running)
 
     def _log_step(self, plan: Plan, num_outputs: int, duration: int, now: int) -> None:

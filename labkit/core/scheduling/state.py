@@ -88,6 +88,7 @@ class SchedulerState:
         self.pending = PendingPrefixes()
         self.matches = PrefixMatches(blocks.prefix)
         self.forked: list[Request] = []  # since the last plan: a runner has yet to see their tables
+        self.warnings: list[str] = []  # of functions that failed in the middle of a step, for the next one to give
         self.leaves: list[int] = []  # rows given up since the last plan
         self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
         blocks.emit = blocks.prefix.emit = self._emit
@@ -234,10 +235,13 @@ class SchedulerState:
         """What the draft function makes of a row's tokens; nothing, with a warning, if it fails."""
         assert self.draft is not None
         try:
-            guess = np.asarray(self.draft(self.tables.row_tokens(row).copy()))
-            if guess.size and (guess.ndim != 1 or guess.dtype.kind not in "iu"):
+            given = self.draft(self.tables.row_tokens(row).copy())
+            guess = np.zeros(0, np.int32) if given is None else np.asarray(given)
+            if not guess.size:
+                return np.zeros(0, np.int32)
+            if guess.ndim != 1 or guess.dtype.kind not in "iu":
                 raise ValueError(f"a draft is a sequence of token ids, got {guess!r}")
-        except Exception as error:  # a user's function, in the middle of a step
+        except Exception as error:  # anything: it is the user's function
             warnings.warn(f"draft {name_of(self.draft)} failed for {self.id_of(row)!r}: {error!r}", stacklevel=2)
             return np.zeros(0, np.int32)
         bad = (guess < 0) | (guess >= (self.vocab_size or 2**31))
