@@ -170,6 +170,10 @@ class Result(NamedTuple):
     extras: dict[str, Extras] | None = None
     indptr: Ints | None = None
 
+    @property
+    def num_samples(self) -> int:
+        return len(self.tokens) if self.indptr is None else len(self.indptr) - 1
+
     def counts(self) -> Ints:
         """How many tokens each sample has."""
         return np.ones(len(self.tokens), np.int64) if self.indptr is None else np.diff(self.indptr)

@@ -64,6 +64,7 @@ class RowBlocks:
         self.prefix = PrefixCache(num_blocks, block_size, holders=self.pool.count)
         self._eviction = eviction_policy(eviction)
         self._eviction.attach(self.prefix)
+        self._ages = hasattr(self._eviction, "expired")
         self.prefix_caching = prefix_caching
         self.attached = False  # a runner computes these blocks: store only what it computed
         self.pins: list[Pin] = []
@@ -113,7 +114,7 @@ class RowBlocks:
         _tell_time(policy, self.now)
         policy.freed(cached)
         old.forget(cached)
-        self._eviction = policy
+        self._eviction, self._ages = policy, hasattr(policy, "expired")
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -383,8 +384,7 @@ class RowBlocks:
     def tick(self, now: int) -> None:
         """Advance the time to `now` (ns): drop expired pins and blocks."""
         self.now = now
-        expired = getattr(self._eviction, "expired", None)
-        if expired is not None and (old := expired(now)):
+        if self._ages and (old := self._eviction.expired(now)):  # type: ignore[attr-defined]
             self._eviction.forget(old)
             self.prefix.remove(old, self.step, [None] * len(old))
             self.pool.free += old

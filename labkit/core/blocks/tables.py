@@ -91,6 +91,7 @@ class BlockTables:
     def _flatten(self) -> None:
         rows = np.arange(self.num_rows, dtype=np.int64)
         self.flat_blocks = self.blocks.reshape(-1)
+        self.group_size = self.blocks.shape[1] * self.blocks.shape[2]
         self.block_base = rows * self.blocks.shape[2]
         self.flat_tokens = self.tokens.reshape(-1)
         self.token_base = rows * self.tokens.shape[1]
@@ -186,9 +187,12 @@ class BlockTables:
     def append_one(self, rows: Ints, blocks: Ints) -> Ints:
         """One more block for each of `rows` in each group, `blocks` [groups, rows]; its index in each row's tables."""
         index = self.num_blocks[rows]
-        self.make_width((int(index.max()) + 1) * self.block_size + 1)
-        for group, column in enumerate(blocks):
-            self.flat_blocks[self.block_base[rows] + (index + group * self.blocks[0].size)] = column
+        most = max(index.tolist()) if len(index) < 64 else int(index.max())  # a list of a few is quicker
+        self.make_width((most + 1) * self.block_size + 1)
+        at, narrow = self.block_base[rows] + index, blocks.astype(np.int32)  # of the table's dtype: twice as fast
+        self.flat_blocks[at] = narrow[0]
+        for group in range(1, len(blocks)):
+            self.flat_blocks[at + group * self.group_size] = narrow[group]
         self.num_blocks[rows] = index + 1
         self.room[rows] += self.block_size
         return index

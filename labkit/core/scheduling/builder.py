@@ -56,10 +56,13 @@ class PlanBuilder:
     def table_changes(self) -> TableChanges:
         if not self.changes:
             return NO_CHANGES
-        groups = np.repeat([change[0] for change in self.changes], [len(change[1]) for change in self.changes])
         if len(self.changes) == 1:
-            _, rows, index, blocks = self.changes[0]
+            group, rows, index, blocks = self.changes[0]
+            groups = np.zeros(len(rows), np.int64)
+            if group:
+                groups += group
         else:
+            groups = np.repeat([change[0] for change in self.changes], [len(change[1]) for change in self.changes])
             rows, index, blocks = (np.concatenate([change[i] for change in self.changes]) for i in (1, 2, 3))
         return TableChanges(groups, rows, index, blocks)
 

@@ -80,8 +80,8 @@ def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Int
             names = [s.id_of(row) for row in crossing.tolist()] * groups
         taken = np.array(blocks.take(len(short) * groups, names), np.int64).reshape(groups, -1)
         index = s.tables.append_one(crossing, taken)
-        for group, column in enumerate(taken):
-            builder.changes.append((group, crossing, index, column))
+        for group in range(groups):
+            builder.changes.append((group, crossing, index, taken[group]))
     return rows, start
 
 

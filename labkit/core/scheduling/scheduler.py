@@ -244,10 +244,9 @@ class Scheduler(SchedulerState, Shown):
         blocks = self.blocks
         blocks.step = self.step
         blocks.tick(now)
-        if self.queue.dynamic:
-            if self.queue and self.free_rows and blocks.available:
-                self._refresh_order(now)
-        elif self.matches.active:
+        if self.queue and self.free_rows and blocks.available and self.queue.dynamic:
+            self._refresh_order(now)
+        elif self.matches.active and not self.queue.dynamic:
             self.matches.stop(self.queue)
         guesses = planning.guess(self) if self.draft is not None else {}
         builder = PlanBuilder(now)
@@ -311,7 +310,7 @@ class Scheduler(SchedulerState, Shown):
             raise ValueError(f"{plan!r} is not the oldest plan in flight: plans are committed once, in launch order")
         if now is None:
             now = plan.now + round(duration("a result's seconds", result.seconds) * 1e9)
-        if isinstance(result, Result) and (given := len(result.counts())) != len(plan.sample_row):
+        if isinstance(result, Result) and (given := result.num_samples) != len(plan.sample_row):
             raise ValueError(f"{plan!r} asks for {len(plan.sample_row)} samples, the result has {given}")
         self.in_flight.popleft()
         self.blocks.step = plan.step
