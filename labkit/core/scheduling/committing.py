@@ -51,7 +51,10 @@ def _is_over(s: SchedulerState, rows: Ints, tokens: Tokens, known: Ints) -> NDAr
     """Does this token, which makes `known` of the row, end its request?"""
     over: NDArray[np.bool_] = known >= s.limit[rows]
     for column in s.stops:
-        over |= (tokens == column[rows]) & (known >= s.no_stop_before[rows])
+        stops = tokens == column[rows]
+        if s.has_min_tokens:
+            stops &= known >= s.no_stop_before[rows]
+        over |= stops
     return over
 
 

@@ -57,6 +57,7 @@ class SchedulerState:
         self.scheduled = np.zeros(places, np.int64)  # tokens launched
         self.limit = np.zeros(places, np.int64)  # tokens at which it ends by length
         self.no_stop_before = np.zeros(places, np.int64)  # below this many tokens stop ids and eos are ignored
+        self.has_min_tokens = False  # of any request so far
         self.stops: list[Ints] = []  # one array over rows for each stop id that any request had so far
         self.serial = np.zeros(places, np.int64)
         self.rank = np.zeros((3, places), np.int64)  # priority, arrival, serial: the largest is preempted first
@@ -224,6 +225,7 @@ class SchedulerState:
         self.rank[:, row] = (request.priority, request.arrival, request.serial)
         self.limit[row] = request.num_prompt + params.max_tokens
         self.no_stop_before[row] = request.num_prompt + params.min_tokens
+        self.has_min_tokens |= params.min_tokens > 0
         self.set_stops(row, request.stop_ids)
 
     def can_draft(self, row: int) -> bool:
