@@ -111,10 +111,11 @@ class RowBlocks:
             return
         cached = old.candidates()
         policy.attach(self.prefix)
-        _tell_time(policy, self.now)
+        if ages := hasattr(policy, "expired"):
+            policy.expired(self.now)  # it is told the time before it is given blocks
         policy.freed(cached)
         old.forget(cached)
-        self._eviction, self._ages = policy, hasattr(policy, "expired")
+        self._eviction, self._ages = policy, ages
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -444,9 +445,3 @@ class RowBlocks:
         self.prefix.check()
         host = self.host
         assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is missing"
-
-
-def _tell_time(policy: EvictionPolicy, now: int) -> None:
-    """Policies that reckon with time are told before they are given blocks."""
-    if (expired := getattr(policy, "expired", None)) is not None:
-        expired(now)
