@@ -24,8 +24,9 @@ class Source(Protocol):
 
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
-        """A tensor, or only this part of it: a slice for each of its first dimensions, without a step."""
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+        """A tensor, or only this part of it: a slice for each of its first dimensions, without a step. A dtype of None
+        leaves it as it is stored."""
         ...
 
 
@@ -186,7 +187,7 @@ class Checkpoint:
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): fetch it again") from error
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
         if name not in self.file_of:
             raise ValueError(f"{self.folder} lacks tensor {name!r}; {closest(name, list(self.shapes)[:8])}")
         path = self.file_of[name]
@@ -194,7 +195,7 @@ class Checkpoint:
             self._file, self._path = self._open(path), path
         whole = is_whole(part, self.shapes[name])
         tensor: Tensor = self._file.get_tensor(name) if whole else self._file.get_slice(name)[part]
-        return tensor.to(device=device, dtype=dtype)
+        return tensor.to(device=device, dtype=dtype or tensor.dtype)
 
     def close(self) -> None:
         self._file = self._path = None
@@ -214,9 +215,9 @@ class Dummy:
     def __repr__(self) -> str:
         return f"Dummy({len(self.shapes)} tensors, seed {self.seed})"
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
         """The whole tensor is drawn and then cut, so that all ranks get parts of the same tensor."""
-        return self._draw(name, dtype, device)[part]
+        return self._draw(name, dtype or torch.float32, device)[part]
 
     def _draw(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         shape = self.shapes[name]

@@ -122,6 +122,12 @@ class Dense:
 
     deterministic: bool = False
 
+    def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
+        if not tensors.has(f"{name}.weight"):
+            return None
+        out, inner = tensors.size(f"{name}.weight")
+        return out, inner
+
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         shape, dtype, device = spec.shape(shard), tensors.dtype, tensors.device
         on_cpu = device.type == "cpu"  # pages of its own: they go back to the system once the weight is packed

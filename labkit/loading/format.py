@@ -141,6 +141,14 @@ class Tensors(Protocol):
         """The tensor, or this part of it, in `dtype` on `device`; an error if it has another shape."""
         ...
 
+    def raw(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
+        """As `get`, in the dtype that it is stored in."""
+        ...
+
+    def size(self, name: str) -> tuple[int, ...]:
+        """The stored shape; an error if there is no such tensor."""
+        ...
+
     def skip(self, name: str) -> None:
         """This tensor belongs to the model, and this rank does not need it."""
         ...
@@ -193,6 +201,10 @@ class Linear(Shown):
 
 class Format(Protocol):
     """A way in which checkpoints store linear layers."""
+
+    def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
+        """(outputs, inputs) of a stored layer; None if there is none of this name."""
+        ...
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         """This rank's shard of the layer; reads no more of the checkpoint than that."""

@@ -25,17 +25,34 @@ class Weights:
     def has(self, name: str) -> bool:
         return name in self.source.shapes
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def has_layer(self, name: str) -> bool:
+        return self.format.shape(self, name) is not None
+
+    def outputs(self, name: str) -> int:
+        """How many outputs a stored linear layer has."""
+        shape = self.format.shape(self, name)
+        if shape is None:
+            raise ValueError(f"{self.source!r} lacks tensor {f'{name}.weight'!r}")
+        return shape[0]
+
+    def size(self, name: str) -> tuple[int, ...]:
         if not self.has(name):
             raise ValueError(f"{self.source!r} lacks tensor {name!r}")
         return self.source.shapes[name]
 
     def get(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, of this shape if one is given, or a part of it: `part=(slice(0, 8),)` are its first 8 rows."""
-        if self.shape(name) != shape and shape:
+        return self._read(name, shape, part, self.dtype)
+
+    def raw(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
+        """As `get`, in the dtype that it is stored in."""
+        return self._read(name, shape, part, None)
+
+    def _read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
+        if self.size(name) != shape and shape:
             raise ValueError(f"tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}")
         self.taken.add(name)
-        return self.source.read(name, self.dtype, self.device, part)
+        return self.source.read(name, dtype, self.device, part)
 
     def skip(self, name: str) -> None:
         """Another rank reads this tensor."""

@@ -18,8 +18,9 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import Dense, TiledLinear, gated_mlp, linear, picked
+from labkit.loading.dense import TiledLinear, gated_mlp, linear, picked
 from labkit.loading.format import Linear, Units
+from labkit.loading.formats import format_of
 from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
@@ -120,7 +121,7 @@ class Attention:
         q, kv = Units(shape.num_heads, shape.head_size), Units(shape.num_kv_heads, shape.head_size, shared=True)
         hidden, fused = Units(shape.hidden_size), f"{name}.qkv_proj"
         separate = {f"{name}.{part}_proj": (units,) for part, units in zip("qkv", (q, kv, kv), strict=True)}
-        stored = {fused: (q, kv, kv)} if weights.has(f"{fused}.weight") else separate
+        stored = {fused: (q, kv, kv)} if weights.has_layer(fused) else separate
         self.qkv = weights.linear(stored, hidden, "column")
         self.out = weights.linear({f"{name}.o_proj": (hidden,)}, q, "row")
         self.sizes = [weights.shard.size(name, units) for units in (q, kv, kv)]
@@ -171,18 +172,18 @@ class MLP:
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.ops, self.activation = ops, shape.activation
         hidden = Units(shape.hidden_size)
-        self.gated = not weights.has(f"{name}.c_fc.weight")
+        self.gated = not weights.has_layer(f"{name}.c_fc")
         if not self.gated:
-            inner = Units(weights.shape(f"{name}.c_fc.weight")[0])
+            inner = Units(weights.outputs(f"{name}.c_fc"))
             self.up = weights.linear({f"{name}.c_fc": (inner,)}, hidden, "column")
             self.down = weights.linear({f"{name}.c_proj": (hidden,)}, inner, "row")
             self.whole = None
             return
-        if weights.has(f"{name}.gate_up_proj.weight"):
-            inner = Units(weights.shape(f"{name}.gate_up_proj.weight")[0] // 2)
+        if weights.has_layer(f"{name}.gate_up_proj"):
+            inner = Units(weights.outputs(f"{name}.gate_up_proj") // 2)
             stored = {f"{name}.gate_up_proj": (inner, inner)}
         else:
-            inner = Units(weights.shape(f"{name}.gate_proj.weight")[0])
+            inner = Units(weights.outputs(f"{name}.gate_proj"))
             stored = {f"{name}.gate_proj": (inner,), f"{name}.up_proj": (inner,)}
         self.up = weights.linear(stored, hidden, "column")
         self.down = weights.linear({f"{name}.down_proj": (hidden,)}, inner, "row")
@@ -226,7 +227,7 @@ class Experts:
 
     def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
         self.shape, self.ops = shape, ops
-        hidden, num = Units(shape.hidden_size), weights.shape(f"{name}.gate.weight")[0]
+        hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
         self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
         self.multiply = picked("linear_invariant", weights.dtype, weights.device) if ops.deterministic else F.linear
         self.up, self.down = self._read(weights, name, num, shape.hidden_size)
@@ -243,9 +244,9 @@ class Experts:
         if weights.has(f"{name}.experts.0.gate_proj.weight"):
             first, second, last = "gate_proj", "up_proj", "down_proj"
         if weights.has(stacked):
-            full = weights.shape(stacked)[1] // 2
+            full = weights.size(stacked)[1] // 2
         else:
-            full = weights.shape(f"{name}.experts.0.{first}.weight")[0]
+            full = weights.size(f"{name}.experts.0.{first}.weight")[0]
         mine = weights.shard.part(f"{name}.experts", Units(full))
         inner, every = mine.stop - mine.start, slice(None)
         if weights.has(stacked):
@@ -351,7 +352,7 @@ class Decoder:
             KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
         )
         self.ops = Ops(device, dtype, deterministic)
-        weights = Weights(source, dtype, device, Dense(deterministic))
+        weights = Weights(source, dtype, device, format_of(config, deterministic))
         self.embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
@@ -360,7 +361,7 @@ class Decoder:
         ]
         self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
         self.norm = Norm(weights, "model.norm", shape, self.ops)
-        self.tied = config.tie_word_embeddings or not weights.has("lm_head.weight")
+        self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
         if self.tied:
             self.head: Linear = linear(self.embedding, deterministic=deterministic)
         else:

@@ -27,7 +27,7 @@ class Tensors:
     def read(self, name, dtype, device, part=()):
         found = self.tensors[name][part]
         self.reads[name] = self.reads.get(name, 0) + found.numel()
-        return found.to(device=device, dtype=dtype)
+        return found.to(device=device, dtype=dtype or found.dtype)
 
 
 def shards(source, ranks: int) -> list[Weights]:

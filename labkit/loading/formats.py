@@ -1,0 +1,36 @@
+"""Which format a checkpoint's linear layers are in: what its config declares, never what its path says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from labkit.loading.awq import AWQ
+from labkit.loading.compressed import CompressedTensors
+from labkit.loading.dense import Dense
+from labkit.loading.format import Format
+from labkit.loading.fp8 import FP8
+from labkit.loading.gptq import GPTQ
+
+BY_METHOD = {"awq": AWQ.of, "compressed-tensors": CompressedTensors.of, "fp8": FP8.of, "gptq": GPTQ.of}
+
+
+def declared(config: Any) -> dict[str, Any] | None:
+    """A model config's quantization config as a dict."""
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    found = given if isinstance(given, Mapping) else given.to_dict()
+    return {name: getattr(value, "value", value) for name, value in found.items()}
+
+
+def format_of(config: Any, deterministic: bool = False) -> Format:
+    quantization = declared(config)
+    if quantization is None:
+        return Dense(deterministic)
+    if deterministic:
+        raise ValueError("deterministic=True is not supported for quantized checkpoints")
+    method = str(quantization.get("quant_method")).lower()
+    if method not in BY_METHOD:
+        raise ValueError(f"quant_method {method!r} is not supported; supported are {', '.join(sorted(BY_METHOD))}")
+    return BY_METHOD[method](quantization, deterministic)

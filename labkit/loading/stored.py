@@ -1,0 +1,79 @@
+"""What the formats of quantized checkpoints have in common: a layer is quantized if its tensors are there, and dense
+otherwise; stored layers side by side stay apart where they are not alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from labkit.loading.dense import Dense
+from labkit.loading.format import Linear, LinearSpec, Piece, Shard, Tensors
+
+
+class JoinedLinear(Linear):
+    """Several layers of one input, their outputs side by side."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = list(layers)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layers[0].shape[0], sum(layer.shape[1] for layer in self.layers)
+
+    def __repr__(self) -> str:
+        return f"JoinedLinear({', '.join(map(repr, self.layers))})"
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.cat([layer.multiply(x) for layer in self.layers], -1)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A base of formats: `is_quantized`, `stored_shape` and `read` are a format's own."""
+
+    deterministic: bool = False
+
+    def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
+        if self.is_quantized(tensors, name):
+            return self.stored_shape(tensors, name)
+        return Dense(self.deterministic).shape(tensors, name)
+
+    def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
+        if not any(self.is_quantized(tensors, name) for name in spec.outputs):
+            return Dense(self.deterministic).linear(tensors, spec, shard)
+        layers: list[Linear] = []
+        for name, parts in spec.outputs.items():
+            one = LinearSpec({name: parts}, spec.inputs, spec.split)
+            if self.is_quantized(tensors, name):
+                layers += [self._read(tensors, piece, spec, shard) for piece in one.pieces(shard)]
+            else:
+                layers.append(Dense(self.deterministic).linear(tensors, one, shard))
+        return layers[0] if len(layers) == 1 else JoinedLinear(layers)
+
+    def _read(self, tensors: Tensors, piece: Piece, spec: LinearSpec, shard: Shard) -> Linear:
+        stored = self.stored_shape(tensors, piece.name)
+        if stored != piece.stored:
+            raise ValueError(f"layer {piece.name!r} is stored as {stored}, the config makes it {piece.stored}")
+        bias = None
+        if tensors.has(f"{piece.name}.bias"):
+            if spec.has_bias(shard):
+                bias = tensors.get(f"{piece.name}.bias", piece.stored[0], part=(piece.outputs,))
+            else:
+                tensors.skip(f"{piece.name}.bias")
+        return self.read(tensors, piece, bias)
+
+    def is_quantized(self, tensors: Tensors, name: str) -> bool:
+        return tensors.has(f"{name}.qweight")
+
+    def stored_shape(self, tensors: Tensors, name: str) -> tuple[int, int]:
+        """(outputs, inputs) of a quantized layer."""
+        raise NotImplementedError
+
+    def read(self, tensors: Tensors, piece: Piece, bias: Tensor | None) -> Linear:
+        raise NotImplementedError
