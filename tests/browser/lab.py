@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,8 +174,20 @@ class Page:
             FIGURE,
         )
 
-    def seen_growing(self, times: int) -> None:
-        self.wait_for(lambda: self.page.evaluate("() => window.reached.length") > times)
+    def seen_growing(self, times: int, again: Callable[[], None] | None = None) -> None:
+        """The live figure reached further, so many times. On a busy machine a short run may be over before the page
+        has loaded plotly: then `again` runs it once more, with plotly there."""
+
+        def grown() -> bool:
+            return self.page.evaluate("() => window.reached.length") > times
+
+        if again is not None:
+            try:
+                self.wait_for(grown)
+            except AssertionError:
+                self.watch()
+                again()
+        self.wait_for(grown)
 
     def run_until(self, text: str) -> None:
         """All cells above the first one that holds this text."""

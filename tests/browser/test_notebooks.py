@@ -41,7 +41,7 @@ def test_the_quickstart_runs_and_its_picture_grows_and_stays(page):
     page.open("01_quickstart.ipynb")
     page.watch()
     page.run_all()
-    page.seen_growing(times=3)
+    page.seen_growing(times=3, again=page.run_all)
     page.wait_until_ran(120)
     copy = page.page.locator("summary", has_text="Dashboard at step")
     page.wait_for(lambda: copy.count())  # saved with the notebook,
