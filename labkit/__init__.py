@@ -45,6 +45,7 @@ _HOME = {
     "try_variant": "lab.trial",
     "divergence": "lab.divergence",
     "TorchRunner": "runner.torch",
+    "load_linear": "loading.single",
     "load_model": "models",
     "FakeRunner": "runner.fake",
     "SimRunner": "runner.sim",
@@ -93,6 +94,7 @@ if TYPE_CHECKING:
     from .lab.kernel_lab import kernel_lab
     from .lab.trial import try_variant
     from .llm import LLM
+    from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player
     from .runner.base import Layout

@@ -37,6 +37,7 @@ MAY_IMPORT = {
         "engine",
         "lab",
         "llm",
+        "loading",
         "models",
         "notebook",
         "runner",

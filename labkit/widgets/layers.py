@@ -21,7 +21,7 @@ def linear(layer: Any) -> str:
     tensors = layer.tensors()
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     name = type(layer).__name__
-    dtype = str(layer.weight.dtype).removeprefix("torch.") if hasattr(layer, "weight") else ""
+    stored = str(layer.weight.dtype).removeprefix("torch.") if hasattr(layer, "weight") else repr(layer)
     doc = (type(layer).__doc__ or "").strip().splitlines()
     scale = 120 / max(inner, out)
     wide, high = max(inner * scale, 6), max(out * scale, 6)
@@ -30,7 +30,7 @@ def linear(layer: Any) -> str:
         svg.text(0, 11, f"{inner:,} in", "q"), svg.text(wide + 6, 16 + high / 2 + 4, f"{out:,} out", "q"),
     )  # fmt: skip
     lines = [
-        ["type", short(dtype)],
+        ["type", short(stored, 120)],
         ["layout", short(LAYOUTS.get(name, doc[0] if doc else name), 120)],
         ["bytes", f"{num_bytes(total)}, {8 * total / max(inner * out, 1):.3g} bits a weight"],
         ["bias", "yes" if getattr(layer, "bias", None) is not None else "no"],

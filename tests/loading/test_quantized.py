@@ -141,6 +141,29 @@ def test_an_engine_serves_a_quantized_folder(tmp_path):
         assert request.num_output == 5
 
 
+def test_one_layer_can_be_looked_at(tmp_path):
+    theirs = reference_model(config("llama"))
+    theirs.save_pretrained(tmp_path)
+    quantization, quantizer = METHODS["awq"]
+    rewrite(tmp_path, theirs, quantizer(None), quantization)
+    layer = lk.load_linear(tmp_path, "model.layers.0.mlp.up_proj")
+    assert torch.equal(layer.dense(), theirs.model.layers[0].mlp.up_proj.weight)
+    assert repr(layer) == "GroupedLinear(48 -> 72, 4 bits in groups of 8, 7.00 bits a weight)"
+    html = layer._repr_html_()
+    assert "4 bits in groups of 8" in html and "7 bits a weight" in html
+    with pytest.raises(ValueError, match=r"has no linear layer 'model.layers.0.mlp.up'; did you mean .*up_proj"):
+        lk.load_linear(tmp_path, "model.layers.0.mlp.up")
+
+
+def test_the_transformers_path_refuses_quantized_checkpoints(tmp_path):
+    theirs = reference_model(config("llama"))
+    theirs.save_pretrained(tmp_path)
+    quantization, quantizer = METHODS["awq"]
+    rewrite(tmp_path, theirs, quantizer(None), quantization)
+    with pytest.raises(ValueError, match=r"quantized checkpoints \(awq\) need a native decoder"):
+        load_model(tmp_path, dtype="float32", path="transformers")
+
+
 class Config:
     def __init__(self, **fields):
         self.quantization_config = fields or None
