@@ -50,6 +50,7 @@ PRE = {
     **dict.fromkeys(("gpt-4o", "llama4"), Pre((GPT4O,))),
 }
 UNKNOWN, CONTROL, USER, BYTE = 2, 3, 4, 6  # kinds of tokens
+LONGEST = 256  # characters of a token that SentencePiece joins: the work grows with their square
 SPACE = "▁"
 
 
@@ -59,8 +60,13 @@ def tokenizer_of(fields: Mapping[str, Any], where: str) -> Tokenizer:
     model = fields.get("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise file.error("model", f"{str(model)[:64]!r} is not read; labkit reads gpt2 and llama")
-    backend, add_bos = _byte_level(file) if model == "gpt2" else _sentencepiece(file)
-    _add_specials(backend, file, add_bos)
+    try:
+        backend, add_bos = _byte_level(file) if model == "gpt2" else _sentencepiece(file)
+        _add_specials(backend, file, add_bos)
+    except ValueError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception
+        raise file.error("tokens", f"they make no tokenizer: {error}") from error
     config = {f"{name}_token": token for name in ("bos", "eos", "unk", "pad") if (token := file.special(name))}
     template = fields.get("tokenizer.chat_template")
     return Tokenizer(backend, config, template if isinstance(template, str) else None)
@@ -140,6 +146,8 @@ def _sentencepiece(file: _Fields) -> tuple[Any, bool]:
     from tokenizers import decoders, models, normalizers
 
     plain = {token: id for token, id in file.vocab.items() if file.types[id] not in (UNKNOWN, CONTROL, BYTE)}
+    if long := [token for token in plain if len(token) > LONGEST]:
+        raise file.error("tokens", f"{len(long)} tokens have more than {LONGEST} characters")
     merges = _merges(plain, file.numbers("scores"))
     has_bytes = all(f"<0x{byte:02X}>" in file.vocab for byte in range(256))
     backend = Backend(
