@@ -54,15 +54,11 @@ MODELS = {
 }  # fmt: skip
 
 
-def config_of(name: str):
+def model_of(name: str, **more):
     from transformers import CONFIG_MAPPING
 
     _, kind, options = MODELS[name]
-    return CONFIG_MAPPING[kind](**{**COMMON, **SHAPE, **options})
-
-
-def model_of(name: str, seed: int = 0):
-    return reference_model(config_of(name), seed)
+    return reference_model(CONFIG_MAPPING[kind](**{**COMMON, **SHAPE, **options, **more}))
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -121,13 +117,22 @@ def write(path: Path, name: str, model, quantize: str = "F32", fields=(), rename
         type = gguf.GGMLQuantizationType[quantize if numbers.ndim > 1 and "gate_inp" not in key else "F32"]
         data = numbers.astype(np.float32)
         if type != gguf.GGMLQuantizationType.F32:
-            data = gguf.quants.quantize(data, type)
+            data = blocks_of(data, type)
         writer.add_tensor(rename(key) if rename else key, data, raw_dtype=type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def blocks_of(numbers: np.ndarray, type: gguf.GGMLQuantizationType) -> np.ndarray:
+    """Random blocks of the types that gguf-py does not write; their bytes make small scales."""
+    try:
+        return gguf.quants.quantize(numbers, type)
+    except NotImplementedError:
+        shape = gguf.quants.quant_shape_to_byte_shape(numbers.shape, type)
+        return np.random.default_rng(numbers.size).integers(0, 0x28, shape, dtype=np.uint8)
 
 
 def rope_tensors(config) -> dict[str, np.ndarray]:

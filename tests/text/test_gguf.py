@@ -12,7 +12,8 @@ from labkit.text.gguf import PRE, tokenizer_of
 
 TEXTS = [
     "def f(x):\n    return x", "naïve café — 漢字 🙂🏽 \t", "", " leading", "  two  spaces  ", "a\u0301\u200d",
-    "I'LL they'd", "in 2024, 1234567 and ٣٤", "fooBar HTTPServer ÀÉ", "\n\n \n\tx\r\n", "<|user|>hi<|end|>", "///path//\n--",
+    "I'LL they'd", "in 2024, 1234567 and ٣٤", "fooBar HTTPServer ÀÉ",
+    "\n\n \n\tx\r\n", "<|user|>hi<|end|>", "///path//\n--",
 ]  # fmt: skip
 SPACE = "▁"
 
