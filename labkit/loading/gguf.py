@@ -65,8 +65,7 @@ def _read_rows(part: Part, rows: tuple[int, int], columns: tuple[int, int], dtyp
     step = max(CHUNK // max(out.shape[1], 1), 1)
     for at in range(0, len(wanted), step):
         blocks = data[wanted[at : at + step], first * type.num_bytes : last * type.num_bytes]
-        numbers = dequantize(type, blocks)[:, within] - np.float32(part.offset)
-        out[at : at + step] = torch.from_numpy(numbers)
+        out[at : at + step] = torch.from_numpy(dequantize(type, blocks)[:, within]) - part.offset
     return out
 
 

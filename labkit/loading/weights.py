@@ -33,7 +33,9 @@ class Weights:
     def get(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, of this shape if one is given, or a part of it: `part=(slice(0, 8),)` are its first 8 rows."""
         if self.shape(name) != shape and shape:
-            raise ValueError(f"tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}")
+            raise ValueError(
+                f"{self.source!r}: tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}"
+            )
         self.taken.add(name)
         return self.source.read(name, self.dtype, self.device, part)
 
