@@ -176,9 +176,12 @@ def _report(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> str:
     from labkit.assets import path
-    from labkit.loading.checkpoint import resolve
+    from labkit.loading.checkpoint import is_gguf, resolve
 
-    return str(path("tiny")) if args.model is None else str(resolve(args.model))
+    model = path("tiny") if args.model is None else resolve(args.model)
+    if is_gguf(model):
+        raise ValueError(f"{str(model)!r}: benchmarks take a folder with a config.json, which other engines read too")
+    return str(model)
 
 
 def _workload(args: argparse.Namespace, model: str) -> Any:

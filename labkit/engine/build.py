@@ -96,7 +96,6 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     from labkit.loading.checkpoint import resolve
     from labkit.models import load_model
     from labkit.runner.torch import TorchRunner
-    from labkit.text.tokenizer import Tokenizer
 
     source = path("tiny") if model is None else model
     folder = resolve(source) if isinstance(source, (str, Path)) else None
@@ -109,7 +108,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     if device.type == "cpu":
         _choose_threads(loaded, options.num_threads)
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
-        tokenizer = Tokenizer.load(folder, trust_remote_code=options.trust_remote_code)
+        tokenizer = _load_tokenizer(folder, options.trust_remote_code)
     runner = TorchRunner(
         loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
         hybrid_kv=options.hybrid_kv,
@@ -127,6 +126,19 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         scheduling["max_in_flight"] = int(device.type == "cuda" and options.draft is None)
     scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
     return Parts(scheduler, runner, tokenizer)
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    from labkit.loading.checkpoint import is_gguf
+
+    if is_gguf(folder):
+        from labkit.loading.gguf import metadata
+        from labkit.text.gguf import tokenizer_of
+
+        return tokenizer_of(metadata(folder), str(folder))
+    from labkit.text.tokenizer import Tokenizer
+
+    return Tokenizer.load(folder, trust_remote_code=trust_remote_code)
 
 
 def _choose_threads(model: Any, num_threads: int | None) -> None:
@@ -151,7 +163,7 @@ def _eos_ids(model: Any, folder: Path | None, tokenizer: Any) -> tuple[int, ...]
     import json
 
     found: list[Any] = [getattr(model.config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    generation = folder / "generation_config.json" if folder is not None else None
+    generation = folder / "generation_config.json" if folder is not None and folder.is_dir() else None
     if generation is not None and generation.exists():
         try:
             found.append(json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id"))

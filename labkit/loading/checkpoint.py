@@ -31,24 +31,41 @@ class Source(Protocol):
 
 
 def resolve(source: str | Path) -> Path:
-    """The folder of a model: a local one, or one that a hub's client brings.
+    """The folder of a model: a local one, or one that a hub's client brings. Of a model in GGUF, its file.
 
     `hf:org/name` (or plain `org/name`) goes through huggingface_hub, which reads HF_ENDPOINT, HF_HOME and
     HF_HUB_OFFLINE; `ms:org/name` through modelscope.
     """
     if not isinstance(source, (str, Path)) or not str(source):
-        raise ValueError(f"a model is a folder, 'hf:org/name' or 'ms:org/name', got {source!r}")
+        raise ValueError(f"a model is a folder, a .gguf file, 'hf:org/name' or 'ms:org/name', got {source!r}")
     folder = Path(source).expanduser()
     if folder.is_dir():
-        return folder
+        return gguf_of(folder) or folder
     name = str(source)
-    if folder.exists():
+    if folder.exists() and not is_gguf(folder):
         raise ValueError(f"{name!r} is a file: give the folder that holds config.json and *.safetensors")
+    if folder.exists():
+        return folder
     named = name.startswith(("hf:", "ms:"))
     hub, _, rest = name.partition(":") if named else ("hf", ":", name)
     if rest.count("/") > 1 or rest.startswith((".", "/", "~")) or not (named or "/" in rest):
         raise ValueError(f"there is no folder {name!r}; a hub's model is 'hf:name', 'hf:org/name' or 'ms:org/name'")
     return _from_modelscope(rest) if hub == "ms" else _from_hub(rest)
+
+
+def is_gguf(path: Path) -> bool:
+    return path.suffix == ".gguf"
+
+
+def gguf_of(folder: Path) -> Path | None:
+    """The GGUF file of a folder that holds one model in GGUF (of a split one, the first file) and no config.json."""
+    files = sorted(folder.glob("*.gguf"))
+    if not files or (folder / "config.json").exists():
+        return None
+    models = [path for path in files if "-of-" not in path.stem or "-00001-of-" in path.stem] or files[:1]
+    if len(models) > 1:
+        raise ValueError(f"{folder} holds {len(models)} GGUF models: name one of them, such as {str(models[0])!r}")
+    return models[0]
 
 
 def _from_hub(name: str) -> Path:

@@ -50,7 +50,9 @@ class Weights:
 
     def _read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...], dtype: torch.dtype | None) -> Tensor:
         if self.size(name) != shape and shape:
-            raise ValueError(f"tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}")
+            raise ValueError(
+                f"{self.source!r}: tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}"
+            )
         self.taken.add(name)
         return self.source.read(name, dtype, self.device, part)
 

@@ -26,7 +26,8 @@ def load_model(
     trust_remote_code: bool = False,
     deterministic: bool = False,
 ) -> Model:
-    """Load a model from a folder, a hub name, or a transformers config (which needs load_format="dummy").
+    """Load a model from a folder, a .gguf file, a hub name, or a transformers config (which needs
+    load_format="dummy").
 
     `path` is "native" (our decoder), "transformers" (any causal model that uses its attention interface) or "auto":
     native if possible. `max_model_len` limits the positions that tables are made for. With `deterministic`, a request's
@@ -34,15 +35,13 @@ def load_model(
     """
     import torch
 
-    from labkit.loading.checkpoint import Checkpoint, Dummy, load_config, resolve
+    from labkit.loading.checkpoint import Dummy, resolve
 
     choose("load_format", load_format, LOAD_FORMATS)
     choose("path", path, PATHS)
-    folder = None
+    weights: Any = None
     if isinstance(source, (str, Path)):
-        folder = resolve(source)
-        native = path != "transformers" and load_format == "auto"
-        config = load_config(folder, trust_remote_code=trust_remote_code, plain_if_enough=native)
+        config, weights = _open(resolve(source), load_format, path, trust_remote_code)
     else:
         config = source
         if not hasattr(config, "model_type"):
@@ -53,13 +52,28 @@ def load_model(
     dtype = _dtype(dtype, config)
     longest = getattr(config, "max_position_embeddings", None) or 2048
     length = longest if max_model_len is None else whole("max_model_len", max_model_len, least=2)
-    weights: Any = (
-        Dummy(config, seed, trust_remote_code=trust_remote_code) if load_format == "dummy" else Checkpoint(folder)  # type: ignore[arg-type]
-    )
+    if weights is None:
+        weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
     try:
         return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic)
     finally:
         weights.close()
+
+
+def _open(folder: Path, load_format: str, path: str, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model's config and its weights; no weights if they are to be random."""
+    from labkit.loading.checkpoint import Checkpoint, is_gguf, load_config
+
+    if is_gguf(folder):
+        from labkit.loading.gguf import GGUFFile
+
+        if path == "transformers":
+            raise ValueError(f"{folder} is read by the native decoder only, and path= rules it out")
+        file = GGUFFile(folder)
+        return file.config, file if load_format == "auto" else None
+    native = path != "transformers" and load_format == "auto"
+    config = load_config(folder, trust_remote_code=trust_remote_code, plain_if_enough=native)
+    return config, Checkpoint(folder) if load_format == "auto" else None
 
 
 def _build(
