@@ -93,8 +93,8 @@ def metadata(path: Path) -> dict[str, Any]:
 
 def _check_split(files: list[GGUFHeader]) -> None:
     for i, file in enumerate(files):
-        number, count = file.fields.get("split.no", 0), file.fields.get("split.count", 0) or 1
-        if (number, count) != (i, len(files)):
+        number, count = file.fields.get("split.no", 0), file.fields.get("split.count", 1)
+        if not (isinstance(number, int) and isinstance(count, int)) or (number, max(count, 1)) != (i, len(files)):
             raise ValueError(
                 f"{file.path}: its metadata says part {number} of {count} (counted from 0), its name says {i} of "
                 f"{len(files)}"
@@ -108,6 +108,6 @@ def _all_tensors(files: list[GGUFHeader]) -> dict[str, StoredTensor]:
             raise ValueError(f"{file.path}: tensor {min(twice)!r}: another part of the model has it too")
         found |= file.tensors
     count = files[0].fields.get("split.tensors.count", len(found))
-    if count != len(found):
+    if not isinstance(count, int) or count != len(found):
         raise ValueError(f"{files[0].path}: the parts hold {len(found)} tensors together, not {count}")
     return found

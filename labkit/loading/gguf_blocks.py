@@ -96,7 +96,7 @@ def scales_and_mins(packed: Bytes) -> tuple[Numbers, Numbers]:
     return scales.astype(np.float32), mins.astype(np.float32)
 
 
-def scaled(scale: Numbers, q: Bytes, least: Numbers | None = None) -> Numbers:
+def scaled(scale: Numbers, q: np.ndarray, least: Numbers | None = None) -> Numbers:
     """scale * q - least, with a scale (and a least) for each equal part of a block."""
     parts = q.reshape(*scale.shape, -1).astype(np.float32)
     out = scale[:, :, None] * parts

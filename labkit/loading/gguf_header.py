@@ -166,9 +166,8 @@ class GGUFHeader:
             raise self._error(what, f"there is no value type {kind}")
         dtype = np.dtype(SCALARS[kind])
         start = self._take(count * dtype.itemsize, what)
-        if kind == 7:
-            return self.view(start, count) != 0
-        return self.view(start, count * dtype.itemsize).copy().view(dtype)
+        data = self.view(start, count * dtype.itemsize)
+        return data.astype(bool) if kind == 7 else data.copy().view(dtype)
 
     def _alignment(self) -> int:
         found = self.fields.get("general.alignment", 32)

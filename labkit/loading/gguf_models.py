@@ -110,6 +110,12 @@ class Keys:
             raise self.error(name, f"it must be a number that is not negative, and is {str(found)[:32]}")
         return float(found)
 
+    def text(self, name: str, default: str) -> str:
+        found = self.get(name, default)
+        if not isinstance(found, str):
+            raise self.error(name, f"it must be a text, and is {str(found)[:32]}")
+        return found[:64]
+
     def check_rest(self) -> None:
         prefix = f"{self.arch}."
         for key, value in self.fields.items():
@@ -118,7 +124,7 @@ class Keys:
                 continue
             if name not in ONLY:
                 raise self.error(name, "labkit does not know what it changes in the model")
-            if not any(value is one if isinstance(one, bool) else value == one for one in ONLY[name]):
+            if not isinstance(value, (bool, int, float)) or value not in ONLY[name]:
                 raise self.error(name, f"the native decoder knows {ONLY[name]}, and it is {str(value)[:32]}")
 
 
@@ -128,9 +134,10 @@ def family_of(fields: Mapping[str, Any], where: str) -> tuple[str, Family]:
         raise ValueError(
             f"{where}: the architecture {str(arch)[:64]!r} is not mapped; labkit reads {', '.join(sorted(FAMILIES))}"
         )
-    if arch == "llama" and fields.get("llama.expert_count"):
+    keys = Keys(fields, arch, where)
+    if arch == "llama" and keys.whole("expert_count", 0, least=0):
         return arch, MIXTRAL_FAMILY
-    if arch == "llama" and fields.get("llama.attention.sliding_window"):
+    if arch == "llama" and keys.whole("attention.sliding_window", 0, least=0):
         return arch, MISTRAL_FAMILY
     return arch, FAMILIES[arch]
 
@@ -167,6 +174,9 @@ def _sizes(keys: Keys, tensors: Tensors) -> dict[str, Any]:
     if "token_embd.weight" not in tensors or len(tensors["token_embd.weight"].shape) != 2:
         raise ValueError(f"{keys.where}: it has no matrix 'token_embd.weight'")
     vocab_size = tensors["token_embd.weight"].shape[0]
+    tokens = keys.fields.get("tokenizer.ggml.tokens", [])
+    if isinstance(tokens, list) and len(tokens) > vocab_size:
+        raise ValueError(f"{keys.where}: it has {len(tokens)} tokens, and embeddings of {vocab_size}")
     layers = keys.whole("block_count", most=len(tensors))
     hidden, heads = keys.whole("embedding_length"), keys.whole("attention.head_count", most=2**16)
     head_size = keys.whole("attention.key_length", hidden // heads, most=2**16)
@@ -227,7 +237,7 @@ def _own(keys: Keys, family: Family, sizes: dict[str, Any]) -> dict[str, Any]:
         return found
     if kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return _experts(keys, kind)
-    if keys.get("expert_count", 0) or keys.get("expert_used_count", 0):
+    if keys.whole("expert_count", 0, least=0) or keys.whole("expert_used_count", 0, least=0):
         raise keys.error("expert_count", f"the native decoder of {kind} has no experts")
     return {}
 
@@ -258,7 +268,7 @@ def _rope(keys: Keys, tensors: Tensors, head_size: int, context: int, family: Fa
         if family.interleaved or size % 2 or int(head_size * (size / head_size)) != size:
             raise keys.error("rope.dimension_count", f"{size} of {head_size} cannot be expressed for {keys.arch}")
         found["partial_rotary_factor"] = size / head_size
-    kind = keys.get("rope.scaling.type", "none")
+    kind = keys.text("rope.scaling.type", "none")
     linear = keys.real("rope.scale_linear", 0.0)  # as old files say it
     factor = keys.real("rope.scaling.factor", linear)
     original = keys.whole("rope.scaling.original_context_length", context)
@@ -269,7 +279,7 @@ def _rope(keys: Keys, tensors: Tensors, head_size: int, context: int, family: Fa
     divisors = _divisors(keys, tensors, size)
     if divisors is not None:
         if kind not in ("none", "longrope"):
-            raise keys.error("rope.scaling.type", f"it is {str(kind)[:32]!r}, and the file divides frequencies as well")
+            raise keys.error("rope.scaling.type", f"it is {kind!r}, and the file divides frequencies as well")
         short, long = divisors
         return found | {
             "rope_type": "longrope", "short_factor": short, "long_factor": long, "attention_factor": attention,
@@ -278,7 +288,7 @@ def _rope(keys: Keys, tensors: Tensors, head_size: int, context: int, family: Fa
     if kind == "none" or (kind == "linear" and factor in (0.0, 1.0)):
         return found
     if kind not in ("linear", "yarn") or factor < 1.0:
-        raise keys.error("rope.scaling.type", f"{str(kind)[:32]!r} with factor {factor} cannot be expressed")
+        raise keys.error("rope.scaling.type", f"{kind!r} with factor {factor} cannot be expressed")
     if kind == "linear":
         return found | {"rope_type": "linear", "factor": factor}
     grown = attention * (0.1 * math.log(factor) + 1.0)

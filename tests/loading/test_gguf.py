@@ -259,6 +259,12 @@ def test_architectures_and_keys_without_a_meaning_here_are_named(tmp_path):
     for add, message in (
         (lambda w: w.add_float32("llama.attention.temperature_scale", 0.1), "does not know what it changes"),
         (lambda w: w.add_bool("llama.attention.causal", False), r"knows \(True,\), and it is False"),
+        (lambda w: w.add_array("llama.attention.causal", [True, True]), "and it is "),
+        (lambda w: w.add_array("llama.expert_count", [2, 3]), "its layers differ"),
+        (lambda w: w.add_array("llama.rope.scaling.type", [2, 3]), "it must be a text"),
+        (lambda w: w.add_array("split.no", [0, 0]), "its metadata says part"),
+        (lambda w: w.add_array("split.tensors.count", [0, 0]), "the parts hold 21 tensors together, not"),
+        (lambda w: w.add_token_list([str(i) for i in range(98)]), "it has 98 tokens, and embeddings of 97"),
         (lambda w: w.add_string("llama.rope.scaling.type", "ntk"), "'ntk' with factor 0.0 cannot be expressed"),
         (
             lambda w: w.add_tensor("blk.0.attn_surprise.weight", np.ones(3, np.float32)),
