@@ -123,7 +123,9 @@ def trust(notebook: Path) -> None:
     from nbformat.sign import NotebookNotary
 
     try:
-        NotebookNotary().sign(nbformat.read(notebook, as_version=4))
+        notary = NotebookNotary()
+        notary.sign(nbformat.read(notebook, as_version=4))
+        notary.store.close()
     except (OSError, sqlite3.Error) as error:
         print(f"{notebook.name} could not be signed, so its pictures appear only after you run it: {error}")
 
