@@ -39,14 +39,14 @@ class GGUFFile:
     def __repr__(self) -> str:
         return f"GGUFFile({self.path.name}: {len(self.shapes)} tensors in {len(self.files)} files)"
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
         if name not in self.parts:
             raise ValueError(f"{self.path} lacks tensor {name!r}; {closest(name, list(self.shapes)[:8])}")
         shape = self.shapes[name]
         bounds = [cut.indices(size)[:2] for cut, size in zip(part, shape, strict=False)]
         bounds += [(0, size) for size in shape[len(bounds) :]]
         rows, columns = bounds[0], bounds[1] if len(bounds) > 1 else (0, 1)
-        out = _read_rows(self.parts[name], rows, columns, dtype)
+        out = _read_rows(self.parts[name], rows, columns, dtype or torch.float32)
         return out.reshape([max(stop - start, 0) for start, stop in bounds]).to(device)
 
     def close(self) -> None:
