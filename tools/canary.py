@@ -19,7 +19,7 @@ from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 from xml.etree import ElementTree
 
-from lock import FILE, ROOT, requirements
+from lock import FILE, ROOT, TORCH, requirements
 
 OWN = "labkit itself"
 
@@ -28,6 +28,7 @@ def install(beyond: bool) -> None:
     asked = requirements()
     if beyond:
         asked = [re.sub(r",?<[^,;]+", "", line) for line in asked]
+    asked.append(f"torch=={TORCH['torch']}")  # it stays, also where another package asks for torch
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--upgrade", "--upgrade-strategy", "eager"]
     subprocess.run([*pip, *asked, "triton>=3.6" if beyond else "triton>=3.6,<3.10"], check=True)
     subprocess.run(

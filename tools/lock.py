@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -43,7 +44,11 @@ def main() -> int:
     asked = "\n".join([*requirements(), *NEEDS])
     command = [sys.executable, "-m", "uv", "pip", "compile", "-", "--universal", "--python-version", "3.11",
                "--quiet", "--no-header", "--no-annotate", "--upgrade"]  # fmt: skip
-    done = subprocess.run(command, input=asked, capture_output=True, text=True, cwd=ROOT, check=False)
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as never:  # also where another package asks for torch
+        never.write("".join(f"{name} ; python_version < '3'\n" for name in TORCH))
+        never.flush()
+        command += ["--override", never.name]
+        done = subprocess.run(command, input=asked, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return done.returncode
