@@ -5,6 +5,7 @@ from .attention import paged_attention
 from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
+from .integer import Integers, integer_argmax, integer_linear, integer_mlp
 from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
 from .norm import layer_norm, rms_norm
 from .registry import OPS, Op, Variant, generation, get, watched
@@ -14,6 +15,7 @@ from .sampling import sample
 __all__ = [
     "OPS",
     "Case",
+    "Integers",
     "Op",
     "Packed",
     "Report",
@@ -25,6 +27,9 @@ __all__ = [
     "gelu_mul",
     "generation",
     "get",
+    "integer_argmax",
+    "integer_linear",
+    "integer_mlp",
     "layer_norm",
     "linear",
     "linear_argmax",

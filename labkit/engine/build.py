@@ -29,7 +29,9 @@ class Options:
     as fit into `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len`
     limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
     GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight. `deterministic`
-    computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `hybrid_kv` gives
+    computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `quantization`
+    rounds a dense checkpoint's weights while they are loaded: "int8", "int4", "nf4", "fp8", or {"method": "int4",
+    "group": 32}. `hybrid_kv` gives
     layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
     steps are then not captured. All other options go to `BlockManager` and `Scheduler`.
     """
@@ -65,6 +67,7 @@ class Options:
     draft: Any = None
     graphs: bool | None = None
     deterministic: bool = False
+    quantization: Any = None
     hybrid_kv: bool = False
     log: Any = None
 
@@ -104,6 +107,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         folder if folder is not None else source, dtype=options.dtype, device=device, load_format=options.load_format,
         path=options.path, max_model_len=options.max_model_len, seed=options.seed,
         trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
+        quantization=options.quantization,
     )  # fmt: skip
     if device.type == "cpu":
         _choose_threads(loaded, options.num_threads)

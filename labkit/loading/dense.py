@@ -71,7 +71,6 @@ class TiledLinear(DenseLinear):
         return self(x)
 
     def argmax(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where each row's product is largest, and how large."""
         return picked("linear_argmax", self.weight.dtype)(x, self.packed, self.bias)
 
 
@@ -129,6 +128,13 @@ class Dense:
         return out, inner
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
+        return self.layer(*self.read(tensors, spec, shard))
+
+    def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return linear(weight, bias, deterministic=self.deterministic)
+
+    def read(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> tuple[Tensor, Tensor | None]:
+        """The shard's weight and bias."""
         shape, dtype, device = spec.shape(shard), tensors.dtype, tensors.device
         on_cpu = device.type == "cpu"  # pages of its own: they go back to the system once the weight is packed
         weight = pages.zeros(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
@@ -144,28 +150,11 @@ class Dense:
             elif piece.name in biased:
                 tensors.skip(f"{piece.name}.bias")
             at = rows.stop
-        return linear(weight, bias, deterministic=self.deterministic)
+        return weight, bias
 
 
 def _is_packed(dtype: torch.dtype) -> bool:
     return get("linear").picked("cpu", dtype).name != "reference"
-
-
-def gated_mlp(up: Linear, down: Linear, activation: str) -> Callable[..., Tensor] | None:
-    """One call f(x, norm, residual) for a whole gated MLP, where there is one for these layers."""
-    gates = {"silu": "silu", "gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
-    fits = isinstance(up, TiledLinear) and isinstance(down, TiledLinear) and up.bias is None and down.bias is None
-    if not fits or activation not in gates or down.shape[0] % 16:  # a tile holds sixteen gates
-        return None
-    first, second, gate = up.packed, down.packed, gates[activation]  # type: ignore[attr-defined]
-
-    def call(x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        if norm is not None and norm.bias is not None:
-            x, norm = norm(x), None
-        options: dict[str, Any] = {} if norm is None else {"norm": norm.weight, "eps": norm.eps}
-        return picked("mlp", x.dtype)(x, first, second, gate=gate, residual=residual, **options)
-
-    return call
 
 
 _picked: dict[tuple[str, torch.dtype, str], Callable[..., Any]] = {}

@@ -194,9 +194,33 @@ class Linear(Shown):
         """residual + multiply(x). It may overwrite `residual`, which the caller must not use afterwards."""
         return residual + self.multiply(x)
 
+    def argmax(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Where each row's product is largest, and how large; None where that is no faster than the product."""
+        return None
+
     def tensors(self) -> list[Tensor]:
         """What the layer keeps in memory."""
         raise NotImplementedError
+
+
+class JoinedLinear(Linear):
+    """Several layers of one input, their outputs side by side."""
+
+    def __init__(self, layers: Sequence[Linear]) -> None:
+        self.layers = list(layers)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layers[0].shape[0], sum(layer.shape[1] for layer in self.layers)
+
+    def __repr__(self) -> str:
+        return f"JoinedLinear({', '.join(map(repr, self.layers))})"
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return torch.cat([layer.multiply(x) for layer in self.layers], -1)
+
+    def tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers for tensor in layer.tensors()]
 
 
 class Format(Protocol):
@@ -208,4 +232,8 @@ class Format(Protocol):
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         """This rank's shard of the layer; reads no more of the checkpoint than that."""
+        ...
+
+    def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """The layer of a weight [outputs, inputs] that is in memory already, such as an embedding used as the head."""
         ...

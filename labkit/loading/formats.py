@@ -11,6 +11,7 @@ from labkit.loading.dense import Dense
 from labkit.loading.format import Format
 from labkit.loading.fp8 import FP8
 from labkit.loading.gptq import GPTQ
+from labkit.loading.online import Online
 
 BY_METHOD = {"awq": AWQ.of, "compressed-tensors": CompressedTensors.of, "fp8": FP8.of, "gptq": GPTQ.of}
 
@@ -24,13 +25,17 @@ def declared(config: Any) -> dict[str, Any] | None:
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
 
-def format_of(config: Any, deterministic: bool = False) -> Format:
-    quantization = declared(config)
-    if quantization is None:
-        return Dense(deterministic)
+def format_of(config: Any, deterministic: bool = False, quantization: str | Mapping[str, Any] | None = None) -> Format:
+    """`quantization` rounds dense weights while they are loaded; for a quantized checkpoint it may only repeat what the
+    config says."""
+    found = declared(config)
+    if found is None:
+        return Dense(deterministic) if quantization is None else Online.of(quantization, deterministic)
     if deterministic:
         raise ValueError("deterministic=True is not supported for quantized checkpoints")
-    method = str(quantization.get("quant_method")).lower()
+    method = str(found.get("quant_method")).lower()
+    if quantization is not None and quantization != method:
+        raise ValueError(f"quantization={quantization!r}, but the checkpoint is quantized by {method!r} already")
     if method not in BY_METHOD:
         raise ValueError(f"quant_method {method!r} is not supported; supported are {', '.join(sorted(BY_METHOD))}")
-    return BY_METHOD[method](quantization, deterministic)
+    return BY_METHOD[method](found, deterministic)

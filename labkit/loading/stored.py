@@ -3,34 +3,13 @@ otherwise; stored layers side by side stay apart where they are not alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from labkit.loading.dense import Dense
 from labkit.loading.format import Linear, LinearSpec, Piece, Shard, Tensors
-
-
-class JoinedLinear(Linear):
-    """Several layers of one input, their outputs side by side."""
-
-    def __init__(self, layers: Sequence[Linear]) -> None:
-        self.layers = list(layers)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.layers[0].shape[0], sum(layer.shape[1] for layer in self.layers)
-
-    def __repr__(self) -> str:
-        return f"JoinedLinear({', '.join(map(repr, self.layers))})"
-
-    def multiply(self, x: Tensor) -> Tensor:
-        return torch.cat([layer.multiply(x) for layer in self.layers], -1)
-
-    def tensors(self) -> list[Tensor]:
-        return [tensor for layer in self.layers for tensor in layer.tensors()]
+from labkit.loading.integers import join
 
 
 @dataclass(frozen=True)
@@ -54,7 +33,10 @@ class Stored:
                 layers += [self._read(tensors, piece, spec, shard) for piece in one.pieces(shard)]
             else:
                 layers.append(Dense(self.deterministic).linear(tensors, one, shard))
-        return layers[0] if len(layers) == 1 else JoinedLinear(layers)
+        return join(layers)
+
+    def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        return Dense(self.deterministic).layer(weight, bias)
 
     def _read(self, tensors: Tensors, piece: Piece, spec: LinearSpec, shard: Shard) -> Linear:
         stored = self.stored_shape(tensors, piece.name)

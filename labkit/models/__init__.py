@@ -25,13 +25,15 @@ def load_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     deterministic: bool = False,
+    quantization: str | dict[str, Any] | None = None,
 ) -> Model:
     """Load a model from a folder, a .gguf file, a hub name, or a transformers config (which needs
     load_format="dummy").
 
     `path` is "native" (our decoder), "transformers" (any causal model that uses its attention interface) or "auto":
     native if possible. `max_model_len` limits the positions that tables are made for. With `deterministic`, a request's
-    result does not depend, bit for bit, on what else is computed with it.
+    result does not depend, bit for bit, on what else is computed with it. `quantization` rounds the weights of linear
+    layers while they are loaded: see `labkit.loading.online`.
     """
     import torch
 
@@ -55,7 +57,7 @@ def load_model(
     if weights is None:
         weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
     try:
-        return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic)
+        return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic, quantization)
     finally:
         weights.close()
 
@@ -78,7 +80,7 @@ def _open(folder: Path, load_format: str, path: str, trust_remote_code: bool) ->
 
 def _build(
     config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
-    deterministic: bool,
+    deterministic: bool, quantization: Any,
 ) -> Model:  # fmt: skip
     from labkit.loading.formats import declared
     from labkit.models.decoder import FAMILIES, Decoder
@@ -87,7 +89,7 @@ def _build(
     if path == "native" and not native:
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
-        return Decoder(config, weights, dtype, device, length, deterministic)
+        return Decoder(config, weights, dtype, device, length, deterministic, quantization)
     if (method := (declared(config) or {}).get("quant_method")) is not None:
         raise ValueError(
             f"quantized checkpoints ({method}) need a native decoder, and {config.model_type!r} has none, or path= "
@@ -100,7 +102,10 @@ def _build(
     from labkit.models.transformers import TransformersModel
 
     folder = getattr(weights, "folder", None)  # a checkpoint is read by transformers itself
-    return TransformersModel(config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code)
+    return TransformersModel(
+        config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code,
+        quantization=quantization,
+    )  # fmt: skip
 
 
 def _dtype(name: Any, config: Any) -> Any:

@@ -18,9 +18,11 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import TiledLinear, gated_mlp, linear, picked
+from labkit.loading.dense import picked
 from labkit.loading.format import Linear, Units
 from labkit.loading.formats import format_of
+from labkit.loading.gated import gated_mlp
+from labkit.loading.integers import IntegerLinear
 from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
@@ -341,7 +343,7 @@ class Decoder:
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
-        deterministic: bool = False,
+        deterministic: bool = False, quantization: Any = None,
     ) -> None:  # fmt: skip
         self.name = config.architectures[0] if config.architectures else config.model_type
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
@@ -352,8 +354,8 @@ class Decoder:
             KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
         )
         self.ops = Ops(device, dtype, deterministic)
-        weights = Weights(source, dtype, device, format_of(config, deterministic))
-        self.embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
+        weights = Weights(source, dtype, device, format_of(config, deterministic, quantization))
+        embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
             Layer(weights, f"model.layers.{i}", i, shape, self.tables[shape.layer_types[i]] if rope else None, self.ops)
@@ -363,9 +365,11 @@ class Decoder:
         self.norm = Norm(weights, "model.norm", shape, self.ops)
         self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
         if self.tied:
-            self.head: Linear = linear(self.embedding, deterministic=deterministic)
+            self.head: Linear = weights.format.layer(embedding)
         else:
             self.head = weights.linear({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size))
+        in_head = self.tied and isinstance(self.head, IntegerLinear)  # half of the memory, and once instead of twice
+        self.embedding = None if in_head else embedding
         check_taken(source, weights.taken, repr(source))
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
@@ -380,12 +384,13 @@ class Decoder:
 
     def __repr__(self) -> str:
         parts = (*self.layers, self.norm, *([] if self.tied else [self.head]))
-        size = self.embedding.numel() + sum(tensor.numel() for part in parts for tensor in part.tensors())
+        size = self.vocab_size * self.hidden_size + sum(tensor.numel() for part in parts for tensor in part.tensors())
         return f"Decoder({self.name}: {size / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight once."""
-        yield self.embedding
+        if self.embedding is not None:
+            yield self.embedding
         for part in (*self.layers, self.norm):
             yield from part.tensors()
         for tensor in self.head.tensors():
@@ -395,8 +400,14 @@ class Decoder:
     def refresh_ops(self) -> None:
         self.ops.pick()
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[tokens] -> [tokens, hidden size]."""
+        if self.embedding is None:
+            return self.head.outputs(token_ids)  # type: ignore[attr-defined]
+        return F.embedding(token_ids, self.embedding)
+
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
-        x = F.embedding(batch.token_ids, self.embedding)  # [tokens, hidden size]
+        x = self.embed(batch.token_ids)
         scale = torch.tensor(self.shape.embed_scale, dtype=self.dtype) if self.shape.embed_scale != 1.0 else None
         if scale is not None and not self.shape.scales_inputs:
             x = x * scale
@@ -419,7 +430,7 @@ class Decoder:
         return logits
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.head.argmax(hidden) if isinstance(self.head, TiledLinear) else None  # caps and divisors keep order
+        return self.head.argmax(hidden)  # caps and divisors keep order
 
 
 def _keep(capture: Capture | None, layer: int, x: Tensor) -> None:

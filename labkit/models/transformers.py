@@ -18,8 +18,10 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor, nn
 
 from labkit.loading.checkpoint import Source
-from labkit.loading.dense import DenseLinear, linear
-from labkit.loading.format import Linear
+from labkit.loading.dense import Dense, DenseLinear
+from labkit.loading.format import Format, Linear
+from labkit.loading.formats import format_of
+from labkit.loading.online import Online
 from labkit.models import hf
 from labkit.models.adapters import adapt
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
@@ -115,7 +117,7 @@ class TransformersModel:
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
-        folder: Any = None, trust_remote_code: bool = False,
+        folder: Any = None, trust_remote_code: bool = False, quantization: Any = None,
     ) -> None:  # fmt: skip
         kind = config.model_type
         if kind in WRONG:
@@ -130,7 +132,7 @@ class TransformersModel:
         self.head._modules = {**self.causal._modules, prefix: _Given()}
         self.given: _Given = self.head._modules[prefix]  # type: ignore[assignment]
         self.vocab_size = int(self.causal.get_output_embeddings().weight.shape[0])
-        self.linears = swap_linears(self.causal)
+        self.linears = swap_linears(self.causal, format_of(None, quantization=quantization))
         self.ops = Ops(device, dtype)
         self.kv = self._probe()
         self.hidden_size = int(self._hidden_size)
@@ -246,16 +248,19 @@ def _refuse_lengths(config: Any, max_model_len: int) -> None:
             )
 
 
-def swap_linears(model: nn.Module) -> list[Linear]:
-    """Replace transformers' linear layers by ours where ours are faster. A weight that only they used becomes a zero of
-    its shape that takes no memory."""
+def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]:
+    """Replace transformers' linear layers by ours where ours are faster, or where the format rounds their weights. A
+    weight that only they used becomes a zero of its shape that takes no memory."""
+    format = format or Dense()
+    head = model.get_output_embeddings() if isinstance(format, Online) else None  # type: ignore[operator]
     used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     swapped = []
     for module in model.modules():
-        if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+        if type(module) is not nn.Linear or (module.weight.device.type != "cpu" and not isinstance(format, Online)):
             continue
-        ours = linear(module.weight.data, None if module.bias is None else module.bias.data)
-        if type(ours) is DenseLinear:
+        make = format.round if isinstance(format, Online) and module is not head else format.layer
+        ours = make(module.weight.data, None if module.bias is None else module.bias.data)
+        if type(ours) is DenseLinear and not isinstance(format, Online):
             return []
         module.forward = _flat(ours)  # type: ignore[method-assign]
         if used[id(module.weight)] == 1:

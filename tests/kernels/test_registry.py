@@ -16,6 +16,9 @@ from .toys import double, toy
 def test_every_op_is_registered_and_has_what_a_check_needs():
     expected = {"rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "copy_blocks", "swap_blocks"}
     assert expected | {
+        "integer_argmax",
+        "integer_linear",
+        "integer_mlp",
         "linear",
         "linear_argmax",
         "linear_invariant",

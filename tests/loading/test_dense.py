@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from labkit.loading import dense
+from labkit.loading import dense, gated
 
 
 class Norm:
@@ -48,8 +48,8 @@ def test_the_layer_is_chosen_by_what_there_is(monkeypatch):
 
 def test_a_gated_mlp_is_one_call_where_its_layers_are_tiles():
     up, down = dense.TiledLinear(torch.randn(64, 48).bfloat16()), dense.TiledLinear(torch.randn(48, 32).bfloat16())
-    assert dense.gated_mlp(up, down, "silu") is not None
-    assert dense.gated_mlp(up, down, "relu") is None
-    assert dense.gated_mlp(dense.DenseLinear(torch.randn(64, 48)), down, "silu") is None
+    assert gated.gated_mlp(up, down, "silu") is not None
+    assert gated.gated_mlp(up, down, "relu") is None
+    assert gated.gated_mlp(dense.DenseLinear(torch.randn(64, 48)), down, "silu") is None
     odd = dense.TiledLinear(torch.randn(48, 24).bfloat16())
-    assert dense.gated_mlp(dense.TiledLinear(torch.randn(48, 48).bfloat16()), odd, "silu") is None
+    assert gated.gated_mlp(dense.TiledLinear(torch.randn(48, 48).bfloat16()), odd, "silu") is None

@@ -17,7 +17,7 @@ from labkit.loading.fp8 import FP8
 from labkit.loading.gptq import GPTQ
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.scaled import ScaledLinear
-from labkit.loading.stored import JoinedLinear
+from labkit.loading.format import JoinedLinear
 from labkit.loading.weights import Weights
 from labkit.models import load_model
 from tests.loading.quantizers import awq, gptq, rewrite

@@ -26,6 +26,7 @@
 #if defined(__AVX512BF16__)
 #define LABKIT_PACKED 1
 #include "../tiles.h"
+#include "../endings.h"
 #else
 #define LABKIT_PACKED 0
 #endif
@@ -59,60 +60,12 @@ using namespace labkit;
 using amx::DEPTH;
 using amx::TILE;
 
-constexpr int BLOCK = 2 * TILE;            // rows and columns of a register block
+constexpr int BLOCK = PANEL;               // rows and columns of a register block
 constexpr int64_t SIZE = TILE * DEPTH;     // elements of a tile
 constexpr int64_t MOST_ROWS = 512;         // at once
 constexpr int64_t NEAR = 3 << 19;          // bytes of left operand that still leave room in L2
-constexpr int LINE = 64;
-
-inline int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
-// Working memory of the calling thread, kept between calls.
-struct Buffer {
-    char* at = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(at); }
-    template <class T>
-    T* fit(int64_t count) {
-        size_t need = (count * sizeof(T) + LINE - 1) / LINE * LINE;
-        if (need > size) {
-            std::free(at);
-            size = need + need / 4 / LINE * LINE;
-            at = static_cast<char*>(std::aligned_alloc(LINE, size));
-        }
-        return reinterpret_cast<T*>(at);
-    }
-};
-
-inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-
-inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
-
-inline vf load_first(const bf16* at, __mmask16 mask) { return (vf)widen(_mm256_maskz_loadu_epi16(mask, at)); }
-inline vf load_first(const float* at, __mmask16 mask) { return (vf)_mm512_maskz_loadu_ps(mask, at); }
 
 // -- the left operand ------------------------------------------------------------------------------------------------
-
-struct Norm {
-    const void* weight;
-    int dtype;
-    float eps;
-
-    vf scales(int64_t at, __mmask16 mask) const {
-        return dtype == 0 ? load_first(static_cast<const float*>(weight) + at, mask)
-                          : load_first(static_cast<const bf16*>(weight) + at, mask);
-    }
-};
-
-inline float inverse_root(const bf16* x, int64_t depth, float eps) {
-    vf sum = {}, other = {};
-    for (int64_t d = 0; d < depth; d += DEPTH) {
-        vf a = load_first(x + d, first(depth - d)), b = load_first(x + d + TILE, first(depth - d - TILE));
-        sum += a * a;
-        other += b * b;
-    }
-    return 1.f / std::sqrt(_mm512_reduce_add_ps((__m512)(sum + other)) / depth + eps);
-}
 
 // Sixteen rows as tiles [depth / 32][16 rows][32]; rows beyond `count` are zero.
 void pack(const bf16* x, int64_t stride, int64_t count, int64_t depth, const Norm& norm, bf16* to) {
@@ -136,7 +89,17 @@ void pack(const bf16* x, int64_t stride, int64_t count, int64_t depth, const Nor
     }
 }
 
-#include "sums.h"
+// 16 columns of the gate and the 16 of `up` that they multiply, into tiles for the next product.
+template <class Act>
+struct Gated {
+    bf16* tiles;
+    int64_t deep;  // tiles in a row of tiles
+
+    void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
+        bf16* to = tiles + (row / TILE * deep + panel / 2) * SIZE + row % TILE * DEPTH + panel % 2 * TILE;
+        _mm256_store_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)(Act::of(load(a)) * load(b))));
+    }
+};
 
 // -- the product -----------------------------------------------------------------------------------------------------
 
@@ -309,16 +272,9 @@ void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
                     Best{most + own, where + own, static_cast<const bf16*>(call.bias), call.columns}, partial_sums);
         }
         for (int64_t r = 0; r < rows; r++) {
-            float largest = -INFINITY;
-            int64_t column = call.columns;
-            for (int64_t i = r; i < lines; i += rows)
-                for (int lane = 0; lane < W; lane++)
-                    if (most[i][lane] > largest || (most[i][lane] == largest && where[i][lane] < column)) {
-                        largest = most[i][lane];
-                        column = where[i][lane];
-                    }
-            columns_out[row + r] = column < call.columns ? column : 0;
-            sums_out[row + r] = column < call.columns ? largest : NAN;  // every sum was nan
+            const Largest found = largest_of(most + r, where + r, call.num_threads, rows, call.columns);
+            columns_out[row + r] = found.column;
+            sums_out[row + r] = found.sum;
         }
     });
 }

@@ -1,4 +1,11 @@
-// What is done with the sums of a product: bias and residual, a gate, or the maximum. Part of cpu.cpp.
+// What is done with the finished sums of a product, 32 columns of a row at a time: bias and residual, a gate, or the
+// maximum. For AVX-512.
+#pragma once
+
+#include "gates.h"
+#include "operands.h"
+
+namespace labkit {
 
 // Sums of 32 columns beside each other, plus bias and residual, to `out`.
 template <class Out>
@@ -8,17 +15,17 @@ struct Plain {
     int64_t columns, residual_row, out_row;
 
     void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
-        const int64_t at = panel * BLOCK;
-        const __mmask16 low = first(columns - at), high = first(columns - at - TILE);
+        const int64_t at = panel * PANEL;
+        const __mmask16 low = first(columns - at), high = first(columns - at - W);
         vf x = load(a), y = load(b);
         if (bias) {
             x += load_first(bias + at, low);
-            y += load_first(bias + at + TILE, high);
+            y += load_first(bias + at + W, high);
         }
         if (residual) {
             const bf16* from = residual + row * residual_row + at;
             x += load_first(from, low);
-            y += load_first(from + TILE, high);
+            y += load_first(from + W, high);
         }
         write(out + row * out_row + at, x, y, low, high);
     }
@@ -29,19 +36,7 @@ struct Plain {
     }
     static void write(float* to, vf x, vf y, __mmask16 low, __mmask16 high) {
         _mm512_mask_storeu_ps(to, low, (__m512)x);
-        _mm512_mask_storeu_ps(to + TILE, high, (__m512)y);
-    }
-};
-
-// 16 columns of the gate and the 16 of `up` that they multiply, into tiles for the next product.
-template <class Act>
-struct Gated {
-    bf16* tiles;
-    int64_t deep;  // tiles in a row of tiles
-
-    void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
-        bf16* to = tiles + (row / TILE * deep + panel / 2) * SIZE + row % TILE * DEPTH + panel % 2 * TILE;
-        _mm256_store_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)(Act::of(load(a)) * load(b))));
+        _mm512_mask_storeu_ps(to + W, high, (__m512)y);
     }
 };
 
@@ -53,9 +48,9 @@ struct Best {
     int64_t columns;
 
     void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
-        const int64_t at = panel * BLOCK;
+        const int64_t at = panel * PANEL;
         look(load(a), row, at);
-        if (at + TILE < columns) look(load(b), row, at + TILE);
+        if (at + W < columns) look(load(b), row, at + W);
     }
     void look(vf x, int64_t row, int64_t at) const {
         const __mmask16 there = first(columns - at);
@@ -67,3 +62,21 @@ struct Best {
     }
     static constexpr vi LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 };
+
+struct Largest {
+    int64_t column;
+    float sum;
+};
+
+// One row's largest of what `count` threads found, `stride` apart; the first column of equals. If every sum was NaN:
+// column 0, NaN.
+inline Largest largest_of(const vf* most, const vi* where, int64_t count, int64_t stride, int64_t columns) {
+    Largest found{columns, -INFINITY};
+    for (int64_t i = 0; i < count * stride; i += stride)
+        for (int lane = 0; lane < W; lane++)
+            if (most[i][lane] > found.sum || (most[i][lane] == found.sum && where[i][lane] < found.column))
+                found = {where[i][lane], most[i][lane]};
+    return found.column < columns ? found : Largest{0, NAN};
+}
+
+}  // namespace labkit

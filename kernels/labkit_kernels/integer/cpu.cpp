@@ -1,0 +1,437 @@
+// Linear layers whose weights are integers of 4 or 8 bits, for AVX-512 VNNI and AMX. Rows of x are quantized to int8 with
+// a scale for each group of inputs, the same groups that the weights have scales for; products within a group are
+// integer sums, and each group adds scale * scale * sum to a float32 sum.
+//
+// Integer sums are exact, and the float32 additions happen in the order of the groups. So both units give the same
+// bits, and a row's result does not depend on how many other rows there are. Few rows use vectors: each weight is read
+// once, which is bound by memory. From MOST_VECTOR_ROWS on, tiles are faster.
+//
+// Weights lie in tiles of 16 columns, four inputs of a column in 32 bits (a unit: 64 bytes), as both units read them.
+// Weights of 4 bits are numbers of a table with 16 values: the low halves of 64 bytes are a unit, the high halves the
+// next. AMX reads tiles from memory, so there they are first unpacked into the L1 cache (for many rows: into L2).
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include <omp.h>
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define LABKIT_INTEGERS 1
+#include "../endings.h"
+#include "../tiles.h"
+#if defined(__AMX_INT8__) && LABKIT_TILES
+#define LABKIT_INTEGER_TILES 1
+#else
+#define LABKIT_INTEGER_TILES 0
+#endif
+#else
+#define LABKIT_INTEGERS 0
+#endif
+
+struct Weight {
+    const uint8_t* values;       // [tiles][units][16 columns][4], half as long for 4 bits
+    const void *scales, *offsets;  // [tiles][groups][16]; offsets may be null
+    const int32_t* order;        // [depth]: which input is multiplied at each place; null: in order
+    int64_t columns, depth, groups, group;  // a group's size: a multiple of 16
+    int32_t bits, half;          // half: scales and offsets are float16, else float32
+    int8_t table[16];            // what 4 bits stand for
+};
+
+struct Linear {
+    const void *x, *norm, *bias, *residual;
+    void* out;
+    const Weight* weight;
+    int64_t rows, x_row, residual_row, out_row;
+    double eps;
+    int32_t norm_dtype, out_dtype;  // 0 float32, 1 bfloat16
+    int64_t num_threads;
+};
+
+struct Mlp {
+    const void *x, *norm, *residual;
+    void* out;
+    const Weight *up, *down;  // `up` holds the gate's columns, then those it multiplies
+    int64_t rows, x_row, residual_row, out_row;
+    double eps;
+    int32_t norm_dtype, gate;  // 0 silu, 1 gelu by tanh, 2 gelu by erf
+    int64_t num_threads;
+};
+
+#if LABKIT_INTEGERS
+namespace {
+
+using namespace labkit;
+
+constexpr int TILE = 16;                     // rows and columns of a tile
+constexpr int UNIT = 64;                     // bytes of four inputs x 16 columns
+constexpr int64_t MOST_VECTOR_ROWS = 4;      // beyond, tiles are faster
+constexpr int64_t MOST_STREAMED = 48;        // rows for which tiles are unpacked into L1, used once
+constexpr int64_t MOST_ROWS = 512;           // at once
+constexpr int64_t NEAR = 5 << 18;            // bytes of rows that still leave room in L2
+constexpr int64_t AHEAD = 2048;              // bytes of weights fetched in advance
+
+inline bool has_tiles() {
+#if LABKIT_INTEGER_TILES
+    static const bool there = __builtin_cpu_supports("amx-int8") && amx::available();
+    return there;
+#else
+    return false;
+#endif
+}
+
+inline int64_t chunk_of(int64_t group) { return group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
+
+// -- quantized rows --------------------------------------------------------------------------------------------------
+
+// Rows of int8 with a scale a group. Vectors read them row by row, tiles as [tiles of rows][chunks][16 rows][chunk].
+struct Rows {
+    int64_t deep, groups, group, chunk;  // `deep`: groups * group
+    bool tiled;
+    int8_t* values;
+    float *scales, *sums;  // [tiles of rows][groups][16]: a group's scale, and scale times the sum of its values
+    int32_t* counts;       // 128 times the sum of its values
+
+    int8_t* at(int64_t row, int64_t k) const {
+        if (!tiled) return values + row * deep + k;
+        return values + (row / TILE * deep + k / chunk * chunk) * TILE + row % TILE * chunk + k % chunk;
+    }
+    int64_t place(int64_t row, int64_t g) const { return (row / TILE * groups + g) * TILE + row % TILE; }
+};
+
+struct Room {
+    Buffer values, scales, sums, counts, floats, inner, most, unpacked;
+};
+thread_local Room room;
+
+Rows rows_for(const Weight& w, int64_t rows, bool tiled) {
+    const int64_t all = parts(rows, TILE) * TILE, deep = w.groups * w.group;
+    return {deep, w.groups, w.group, chunk_of(w.group), tiled, room.values.fit<int8_t>(all * deep),
+            room.scales.fit<float>(all * w.groups), room.sums.fit<float>(all * w.groups),
+            room.counts.fit<int32_t>(all * w.groups)};
+}
+
+inline vf largest_bits(vf a, vf b) {  // of absolute values; a NaN is larger than any number
+    return (vf)_mm512_max_epi32((__m512i)a, (__m512i)b);
+}
+
+// One row: norm, order, scales, rounding to nearest even.
+void quantize(const bf16* x, const Norm& norm, const Weight& w, const Rows& to, int64_t row, float* floats) {
+    const int64_t depth = w.depth;
+    const float root = norm.weight ? inverse_root(x, depth, norm.eps) : 1.f;
+    float* plain = w.order ? floats + to.deep : floats;
+    for (int64_t d = 0; d < depth; d += W) {
+        const __mmask16 mask = first(depth - d);
+        vf v = load_first(x + d, mask);
+        if (norm.weight) v = v * root * norm.scales(d, mask);
+        store(plain + d, v);
+    }
+    if (w.order)
+        for (int64_t d = 0; d < depth; d++) floats[d] = plain[w.order[d]];
+    for (int64_t d = depth; d < to.deep; d++) floats[d] = 0;
+
+    for (int64_t g = 0; g < to.groups; g++) {
+        const float* from = floats + g * to.group;
+        vf most = {};
+        for (int64_t d = 0; d < to.group; d += W) most = largest_bits(most, labkit::abs(load(from + d)));
+        const int32_t bits = _mm512_reduce_max_epi32((__m512i)most);
+        float amax;
+        std::memcpy(&amax, &bits, 4);
+        const vf inverse = splat(amax > 0 ? 127.f / amax : 0.f);
+        __m512i sum = _mm512_setzero_si512();
+        for (int64_t d = 0; d < to.group; d += W) {
+            const __m512i q = _mm512_cvtps_epi32((__m512)(load(from + d) * inverse));
+            sum = _mm512_add_epi32(sum, q);
+            _mm_storeu_si128((__m128i*)to.at(row, g * to.group + d), _mm512_cvtsepi32_epi8(q));
+        }
+        const int64_t place = to.place(row, g);
+        const int32_t total = _mm512_reduce_add_epi32(sum);
+        const float scale = amax * (1.f / 127.f);
+        to.scales[place] = scale;
+        to.sums[place] = scale * total;
+        to.counts[place] = total * 128;
+    }
+}
+
+void quantize_all(const bf16* x, int64_t stride, int64_t rows, const Norm& norm, const Weight& w, const Rows& to) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++)
+        quantize(x + r * stride, norm, w, to, r, room.floats.fit<float>(2 * to.deep));
+}
+
+// -- weights ---------------------------------------------------------------------------------------------------------
+
+// The two tiles of columns that make up a panel.
+struct Panels {
+    const Weight& w;
+    int64_t step, second;  // panel p has tiles p * step and p * step + second
+
+    int64_t low(int64_t panel) const { return panel * step; }
+    int64_t bytes() const { return w.groups * w.group * TILE * w.bits / 8; }  // of a tile
+    const uint8_t* values(int64_t tile) const { return w.values + tile * bytes(); }
+    vf scale(const void* from, int64_t tile, int64_t g) const {
+        const int64_t at = (tile * w.groups + g) * TILE;
+        if (w.half) return (vf)_mm512_cvtph_ps(_mm256_load_si256((const __m256i*)((const uint16_t*)from + at)));
+        return load((const float*)from + at);
+    }
+};
+
+inline void add(float* sums, __m512i dots, vf scales, float scale) {
+    store(sums, (vf)_mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), (__m512)(scales * scale), (__m512)load(sums)));
+}
+inline void add_offset(float* sums, vf offsets, float sum) {
+    store(sums, (vf)_mm512_fmadd_ps((__m512)offsets, _mm512_set1_ps(sum), (__m512)load(sums)));
+}
+
+inline float* place(float* sums, int64_t row) { return sums + row / TILE * 512 + row % TILE * TILE; }
+
+inline __m512i spread_table(const Weight& w, int add) {
+    __m128i table = _mm_loadu_si128((const __m128i*)w.table);
+    return _mm512_broadcast_i32x4(_mm_add_epi8(table, _mm_set1_epi8(add)));
+}
+
+// -- vectors ---------------------------------------------------------------------------------------------------------
+
+// Rows [row, row + Count) times a panel. VNNI multiplies unsigned by signed bytes: weights have 128 added, which
+// `counts` take away again.
+template <int Count, int Bits>
+void vectors(const Rows& a, int64_t row, const Panels& panels, int64_t panel, float* sums) {
+    const Weight& w = panels.w;
+    const int64_t tile[2] = {panels.low(panel), panels.low(panel) + panels.second};
+    const uint8_t* at[2] = {panels.values(tile[0]), panels.values(tile[1])};
+    const __m512i table = spread_table(w, -128), low_half = _mm512_set1_epi8(15), top = _mm512_set1_epi8(-128);
+    const int8_t* from[Count];
+    for (int r = 0; r < Count; r++) {
+        from[r] = a.at(row + r, 0);
+        store(place(sums, row + r), vf{});
+        store(place(sums, row + r) + 256, vf{});
+    }
+    for (int64_t g = 0; g < w.groups; g++) {
+        __m512i dots[2][Count];
+        for (int t = 0; t < 2; t++)
+#pragma GCC unroll 12
+            for (int r = 0; r < Count; r++) dots[t][r] = _mm512_setzero_si512();
+        for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 32 / Bits) {
+#pragma GCC unroll 2
+            for (int t = 0; t < 2; t++) {
+                const __m512i bytes = _mm512_load_si512(at[t]);
+                _mm_prefetch((const char*)at[t] + AHEAD, _MM_HINT_T0);
+                at[t] += UNIT;
+                if constexpr (Bits == 4) {
+                    const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low_half));
+                    const __m512i high =
+                        _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_half));
+#pragma GCC unroll 12
+                    for (int r = 0; r < Count; r++) {
+                        int32_t four[2];
+                        std::memcpy(four, from[r] + k, 8);
+                        dots[t][r] = _mm512_dpbusd_epi32(dots[t][r], low, _mm512_set1_epi32(four[0]));
+                        dots[t][r] = _mm512_dpbusd_epi32(dots[t][r], high, _mm512_set1_epi32(four[1]));
+                    }
+                } else {
+                    const __m512i whole = _mm512_xor_si512(bytes, top);
+#pragma GCC unroll 12
+                    for (int r = 0; r < Count; r++) {
+                        int32_t four;
+                        std::memcpy(&four, from[r] + k, 4);
+                        dots[t][r] = _mm512_dpbusd_epi32(dots[t][r], whole, _mm512_set1_epi32(four));
+                    }
+                }
+            }
+        }
+        for (int t = 0; t < 2; t++) {
+            const vf scales = panels.scale(w.scales, tile[t], g);
+            const vf offsets = w.offsets ? panels.scale(w.offsets, tile[t], g) : vf{};
+#pragma GCC unroll 12
+            for (int r = 0; r < Count; r++) {
+                const int64_t one = a.place(row + r, g);
+                float* to = place(sums, row + r) + t * 256;
+                add(to, _mm512_sub_epi32(dots[t][r], _mm512_set1_epi32(a.counts[one])), scales, a.scales[one]);
+                if (w.offsets) add_offset(to, offsets, a.sums[one]);
+            }
+        }
+    }
+}
+
+template <int Bits>
+void all_vectors(const Rows& a, int64_t rows, const Panels& panels, int64_t panel, float* sums) {
+    int64_t row = 0;
+    for (; row + 12 <= rows; row += 12) vectors<12, Bits>(a, row, panels, panel, sums);
+    for (; row + 8 <= rows; row += 8) vectors<8, Bits>(a, row, panels, panel, sums);
+    for (; row + 4 <= rows; row += 4) vectors<4, Bits>(a, row, panels, panel, sums);
+    if (rows - row == 3) vectors<3, Bits>(a, row, panels, panel, sums);
+    if (rows - row == 2) vectors<2, Bits>(a, row, panels, panel, sums);
+    if (rows - row == 1) vectors<1, Bits>(a, row, panels, panel, sums);
+}
+
+// -- tiles -----------------------------------------------------------------------------------------------------------
+
+#if LABKIT_INTEGER_TILES
+#include "tiles_int8.h"
+#endif
+
+// f(row, rows of it, sums) for panels of this thread.
+template <class Write>
+void product(const Rows& a, int64_t rows, const Panels& panels, int64_t count, const Write& write) {
+    const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+    const int64_t begin = count * id / team, end = count * (id + 1) / team;
+#if LABKIT_INTEGER_TILES
+    if (a.tiled) return tiles::product(a, rows, panels, begin, end, write);
+#endif
+    float* sums = room.unpacked.fit<float>(parts(rows, TILE) * 512);
+    for (int64_t panel = begin; panel < end; panel++) {
+        if (panels.w.bits == 4) all_vectors<4>(a, rows, panels, panel, sums);
+        else all_vectors<8>(a, rows, panels, panel, sums);
+        for (int64_t r = 0; r < rows; r++) write(place(sums, r), place(sums, r) + 256, r, panel);
+    }
+}
+
+// f(first row, rows) for as many rows at a time as leave room in the caches, split evenly.
+template <class F>
+void in_parts(int64_t rows, int64_t deep, const F& f) {
+    const int64_t most = std::max<int64_t>(64, std::min(MOST_ROWS, NEAR / deep));
+    const int64_t count = parts(rows, most), each = parts(parts(rows, count), 32) * 32;
+    for (int64_t row = 0; row < rows; row += each) f(row, std::min(each, rows - row));
+}
+
+bool use_tiles(int64_t rows) { return rows > MOST_VECTOR_ROWS && has_tiles(); }
+
+const bf16* row_of(const void* from, int64_t row, int64_t stride) {
+    return from ? static_cast<const bf16*>(from) + row * stride : nullptr;
+}
+
+void linear(const Linear& call) {
+    const Weight& w = *call.weight;
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const Panels panels{w, 2, 1};
+    in_parts(call.rows, w.groups * w.group, [&](int64_t row, int64_t rows) {
+        const Rows a = rows_for(w, rows, use_tiles(call.rows));
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
+            auto run = [&](auto* out) {
+                product(a, rows, panels, parts(w.columns, PANEL),
+                        Plain<std::remove_pointer_t<decltype(out)>>{
+                            static_cast<const bf16*>(call.bias), row_of(call.residual, row, call.residual_row),
+                            out + row * call.out_row, w.columns, call.residual_row, call.out_row});
+            };
+            call.out_dtype == 0 ? run(static_cast<float*>(call.out)) : run(static_cast<bf16*>(call.out));
+        }
+    });
+}
+
+// The largest of each row's sums and its column, the first of equals.
+void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
+    const Weight& w = *call.weight;
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const Panels panels{w, 2, 1};
+    in_parts(call.rows, w.groups * w.group, [&](int64_t row, int64_t rows) {
+        const int64_t lines = call.num_threads * rows;
+        const Rows a = rows_for(w, rows, use_tiles(call.rows));
+        vf* most = room.most.fit<vf>(2 * lines);
+        vi* where = reinterpret_cast<vi*>(most + lines);
+        for (int64_t i = 0; i < lines; i++) {
+            most[i] = splat(-INFINITY);
+            where[i] = vi{} + static_cast<int>(w.columns);
+        }
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
+            const int64_t own = omp_get_thread_num() * rows;
+            product(a, rows, panels, parts(w.columns, PANEL),
+                    Best{most + own, where + own, static_cast<const bf16*>(call.bias), w.columns});
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const Largest found = largest_of(most + r, where + r, call.num_threads, rows, w.columns);
+            columns_out[row + r] = found.column;
+            sums_out[row + r] = found.sum;
+        }
+    });
+}
+
+// 16 columns of the gate and the 16 that they multiply, to rows of bfloat16.
+template <class Act>
+struct GatedRows {
+    bf16* to;
+    int64_t columns;
+
+    void operator()(const float* a, const float* b, int64_t row, int64_t panel) const {
+        const vf x = Act::of(load(a)) * load(b);
+        _mm256_storeu_si256((__m256i*)(to + row * columns + panel * TILE), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+    }
+};
+
+template <class Act>
+void mlp(const Mlp& call) {
+    const Weight &up = *call.up, &down = *call.down;
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const int64_t inner = down.depth, gates = inner / TILE;
+    in_parts(call.rows, down.groups * down.group, [&](int64_t row, int64_t rows) {
+        const bool tiled = use_tiles(call.rows);
+        // Both products use one working memory, the larger of the two: the first is through when the second begins.
+        rows_for(down, rows, tiled);
+        const Rows a = rows_for(up, rows, tiled), b = rows_for(down, rows, tiled);
+        bf16* between = room.inner.fit<bf16>(rows * inner);
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, up, a);
+            product(a, rows, Panels{up, 1, gates}, gates, GatedRows<Act>{between, inner});
+#pragma omp barrier
+            quantize_all(between, inner, rows, Norm{}, down, b);
+            product(b, rows, Panels{down, 2, 1}, parts(down.columns, PANEL),
+                    Plain<bf16>{nullptr, row_of(call.residual, row, call.residual_row),
+                                static_cast<bf16*>(call.out) + row * call.out_row, down.columns, call.residual_row,
+                                call.out_row});
+        }
+    });
+}
+
+}  // namespace
+#endif
+
+extern "C" void integers_available(int32_t* answer) { *answer = LABKIT_INTEGERS; }
+
+extern "C" void linear_integers(const Linear* call) {
+#if LABKIT_INTEGERS
+    linear(*call);
+#endif
+}
+
+extern "C" void argmax_integers(const Linear* call, int64_t* columns, float* sums) {
+#if LABKIT_INTEGERS
+    argmax(*call, columns, sums);
+#endif
+}
+
+extern "C" void mlp_integers(const Mlp* call) {
+#if LABKIT_INTEGERS
+    if (call->gate == 0) mlp<gates::Silu>(*call);
+    else if (call->gate == 1) mlp<gates::GeluTanh>(*call);
+    else mlp<gates::Gelu>(*call);
+#endif
+}
+
+// Bytes [columns, depth] as tiles [tiles][units][16 columns][4]. For 4 bits, whose bytes are 0 to 15, two units to one.
+// Columns and inputs beyond the weight are `rest`.
+extern "C" void pack_integers(const uint8_t* values, int64_t stride, int64_t columns, int64_t depth, int64_t tiles,
+                              int64_t deep, int32_t bits, uint8_t rest, uint8_t* to, int64_t num_threads) {
+    const int64_t bytes = deep * 16 * bits / 8;
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t unit = 0; unit < deep / 4; unit++) {
+            uint8_t one[64];
+            std::memset(one, rest, 64);
+            const int64_t count = std::min<int64_t>(4, depth - unit * 4);
+            for (int64_t n = 0; n < std::min<int64_t>(16, columns - tile * 16) && count > 0; n++)
+                std::memcpy(one + n * 4, values + (tile * 16 + n) * stride + unit * 4, count);
+            uint8_t* at = to + tile * bytes + unit * 64;
+            if (bits == 8) {
+                std::memcpy(at, one, 64);
+            } else {
+                at = to + tile * bytes + unit / 2 * 64;
+                for (int i = 0; i < 64; i++) at[i] = unit % 2 ? at[i] | one[i] << 4 : one[i];
+            }
+        }
+}

@@ -1,0 +1,204 @@
+// The product on AMX: tiles of 16 rows x 16 columns, of which each instruction adds 64 (or 32, or 16) inputs. Part of
+// cpu.cpp.
+//
+// A group's integer sums leave the tile registers through a buffer in L1. They are scaled and added while the next
+// group is multiplied: the tile unit and the vector units work side by side.
+#pragma once
+
+namespace tiles {
+
+// Registers while one of these lives: `Tall` x 2 of sums, then rows, then columns.
+struct Scope {
+    Scope(int tall, int64_t chunk) {
+        amx::TileConfig c;
+        const int sums = tall == 3 ? 6 : 4;
+        for (int i = 0; i < 8; i++) {
+            const bool is_sum = i < sums, is_column = i == 7 || (i == 6 && tall < 3);
+            c.rows[i] = is_sum || !is_column ? TILE : chunk / 4;
+            c.bytes[i] = is_sum || is_column ? 64 : chunk;
+        }
+        asm volatile("ldtilecfg %0" ::"m"(c) : "memory");
+    }
+    ~Scope() { asm volatile("tilerelease" ::: "memory"); }
+};
+
+// A group of a tile's weights, of 4 bits, to signed bytes.
+inline void unpack(const uint8_t* from, int64_t group, __m512i table, uint8_t* to) {
+    const __m512i low_half = _mm512_set1_epi8(15);
+    for (int64_t i = 0; i < group * TILE / 2; i += UNIT) {
+        const __m512i bytes = _mm512_load_si512(from + i);
+        _mm_prefetch((const char*)from + i + AHEAD, _MM_HINT_T0);
+        _mm512_store_si512(to + 2 * i, _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low_half)));
+        _mm512_store_si512(to + 2 * i + UNIT,
+                           _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_half)));
+    }
+}
+
+// A group's sums [tiles of rows][2][16][16] in float32, on top of `sums`.
+struct Scaling {
+    const Rows& a;
+    const Panels& panels;
+    int64_t row, rows;  // a multiple of 16; how many
+    int64_t tile[2];
+
+    void operator()(int64_t g, const int32_t* dots, float* sums) const {
+        for (int t = 0; t < 2; t++) {
+            const vf scales = panels.scale(panels.w.scales, tile[t], g);
+            for (int64_t r = 0; r < rows; r++) {
+                const int64_t at = r / TILE * 512 + t * 256 + r % TILE * TILE;
+                add(sums + at, _mm512_load_si512(dots + at), scales, a.scales[a.place(row + r, g)]);
+            }
+            if (panels.w.offsets == nullptr) continue;
+            const vf offsets = panels.scale(panels.w.offsets, tile[t], g);
+            for (int64_t r = 0; r < rows; r++)
+                add_offset(sums + r / TILE * 512 + t * 256 + r % TILE * TILE, offsets, a.sums[a.place(row + r, g)]);
+        }
+    }
+};
+
+template <int Tall>
+inline void multiply(const int8_t* rows, int64_t down, const uint8_t* low, const uint8_t* high, int64_t chunk) {
+    if constexpr (Tall == 3) {
+        _tile_loadd(7, low, UNIT);
+        _tile_loadd(6, rows, chunk);
+        _tile_dpbssd(0, 6, 7);
+        _tile_loadd(6, rows + down, chunk);
+        _tile_dpbssd(2, 6, 7);
+        _tile_loadd(6, rows + 2 * down, chunk);
+        _tile_dpbssd(4, 6, 7);
+        _tile_loadd(7, high, UNIT);
+        _tile_dpbssd(5, 6, 7);
+        _tile_loadd(6, rows + down, chunk);
+        _tile_dpbssd(3, 6, 7);
+        _tile_loadd(6, rows, chunk);
+        _tile_dpbssd(1, 6, 7);
+    } else {
+        _tile_loadd(6, low, UNIT);
+        _tile_loadd(4, rows, chunk);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, high, UNIT);
+        _tile_dpbssd(1, 4, 7);
+        if constexpr (Tall == 2) {
+            _tile_loadd(5, rows + down, chunk);
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+}
+
+template <int Tall>
+inline void clear() {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (Tall > 1) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    if constexpr (Tall > 2) {
+        _tile_zero(4);
+        _tile_zero(5);
+    }
+}
+
+template <int Tall>
+inline void leave(int32_t* to) {
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + 256, 64);
+    if constexpr (Tall > 1) {
+        _tile_stored(2, to + 512, 64);
+        _tile_stored(3, to + 768, 64);
+    }
+    if constexpr (Tall > 2) {
+        _tile_stored(4, to + 1024, 64);
+        _tile_stored(5, to + 1280, 64);
+    }
+}
+
+// Up to 16 * Tall rows from `row` on times a panel. `low` and `high` are the panel's weights: bytes, or (Unpacks) halves
+// of bytes that are unpacked a group at a time.
+template <int Tall, bool Unpacks>
+void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64_t panel, const uint8_t* low,
+           const uint8_t* high, uint8_t* scratch, float* sums) {
+    const Weight& w = panels.w;
+    const Scaling scaled{a, panels, row, rows, {panels.low(panel), panels.low(panel) + panels.second}};
+    const __m512i table = spread_table(w, 0);
+    const int64_t chunk = a.chunk, size = w.group * TILE, down = a.deep * TILE;
+    const int8_t* from = a.at(row, 0);
+    alignas(64) int32_t dots[2][Tall * 512];
+    std::memset(sums, 0, Tall * 512 * sizeof(float));
+    if constexpr (Unpacks) {
+        unpack(low, w.group, table, scratch);
+        unpack(high, w.group, table, scratch + size);
+    }
+    for (int64_t g = 0; g < w.groups; g++) {
+        const uint8_t *left = low + g * size, *right = high + g * size;
+        if constexpr (Unpacks) {
+            left = scratch + g % 2 * 2 * size;
+            right = left + size;
+        }
+        clear<Tall>();
+        for (int64_t k = 0; k < w.group; k += chunk) {
+            multiply<Tall>(from + (g * w.group + k) * TILE, down, left + k * TILE, right + k * TILE, chunk);
+            if constexpr (!Unpacks)
+                for (int64_t i = 0; i < chunk * TILE; i += UNIT) {
+                    _mm_prefetch((const char*)left + k * TILE + i + AHEAD, _MM_HINT_T0);
+                    _mm_prefetch((const char*)right + k * TILE + i + AHEAD, _MM_HINT_T0);
+                }
+        }
+        if constexpr (Unpacks)
+            if (g + 1 < w.groups) {
+                uint8_t* next = scratch + (g + 1) % 2 * 2 * size;
+                unpack(low + (g + 1) * size / 2, w.group, table, next);
+                unpack(high + (g + 1) * size / 2, w.group, table, next + size);
+            }
+        if (g > 0) scaled(g - 1, dots[(g - 1) % 2], sums);
+        leave<Tall>(dots[g % 2]);
+    }
+    scaled(w.groups - 1, dots[(w.groups - 1) % 2], sums);
+}
+
+template <int Tall, class Write>
+void stream(const Rows& a, int64_t rows, const Panels& panels, int64_t begin, int64_t end, const Write& write) {
+    const Scope scope(Tall, a.chunk);
+    const int64_t size = panels.w.group * TILE;
+    uint8_t* scratch = panels.w.bits == 4 ? room.unpacked.fit<uint8_t>(4 * size) : nullptr;
+    alignas(64) float sums[Tall * 512];
+    for (int64_t panel = begin; panel < end; panel++) {
+        const uint8_t* low = panels.values(panels.low(panel));
+        const uint8_t* high = panels.values(panels.low(panel) + panels.second);
+        if (scratch) block<Tall, true>(a, 0, rows, panels, panel, low, high, scratch, sums);
+        else block<Tall, false>(a, 0, rows, panels, panel, low, high, nullptr, sums);
+        for (int64_t r = 0; r < rows; r++) write(place(sums, r), place(sums, r) + 256, r, panel);
+    }
+}
+
+template <class Write>
+void product(const Rows& a, int64_t rows, const Panels& panels, int64_t begin, int64_t end, const Write& write) {
+    if (rows <= TILE) return stream<1>(a, rows, panels, begin, end, write);
+    if (rows <= 2 * TILE) return stream<2>(a, rows, panels, begin, end, write);
+    if (rows <= MOST_STREAMED) return stream<3>(a, rows, panels, begin, end, write);
+    const Scope scope(2, a.chunk);
+    const Weight& w = panels.w;
+    const int64_t size = a.deep * TILE;
+    uint8_t* whole = w.bits == 4 ? room.unpacked.fit<uint8_t>(2 * size) : nullptr;
+    const __m512i table = spread_table(w, 0);
+    alignas(64) float sums[1024];
+    for (int64_t panel = begin; panel < end; panel++) {
+        const uint8_t* low = panels.values(panels.low(panel));
+        const uint8_t* high = panels.values(panels.low(panel) + panels.second);
+        if (whole) {
+            unpack(low, a.deep, table, whole);
+            unpack(high, a.deep, table, whole + size);
+            low = whole;
+            high = whole + size;
+        }
+        for (int64_t row = 0; row < rows; row += 2 * TILE) {
+            const int64_t left = std::min<int64_t>(rows - row, 2 * TILE);
+            if (left > TILE) block<2, false>(a, row, left, panels, panel, low, high, nullptr, sums);
+            else block<1, false>(a, row, left, panels, panel, low, high, nullptr, sums);
+            for (int64_t r = 0; r < left; r++) write(place(sums, r), place(sums, r) + 256, row + r, panel);
+        }
+    }
+}
+
+}  // namespace tiles

@@ -1,0 +1,95 @@
+"""Rounds dense weights while they are loaded: `Engine(quantization="int8")`. Nothing is calibrated and nothing is
+written; `labkit.quantize` does both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from labkit_kernels import Integers
+from torch import Tensor
+
+from labkit.core.options import closest, whole
+from labkit.loading.bits import pack
+from labkit.loading.dense import Dense
+from labkit.loading.format import Linear, LinearSpec, Shard, Tensors
+from labkit.loading.grouped import GroupedLinear
+from labkit.loading.integers import IntegerLinear, available, fastest
+from labkit.loading.rounding import NF4, fitting_group, round_channels, round_fp8, round_groups, round_nf4
+from labkit.loading.scaled import ScaledLinear
+
+METHODS = ("fp8", "int4", "int8", "nf4")
+TABLE = tuple(round(127 * value) for value in NF4)
+
+
+@dataclass(frozen=True)
+class Online:
+    """Weights of 8 bits with a scale for each output ("int8", "fp8"), or of 4 with a scale for each `group` of inputs
+    ("int4", "nf4"). The head has 8 bits with every method but fp8, where it stays dense; so do the routers of experts.
+    See `labkit.loading.format.Format`."""
+
+    method: str
+    group: int = 128
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, quantization: str | Mapping[str, Any], deterministic: bool = False) -> Online:
+        """`quantization` is a method, or a dict: {"method": "int4", "group": 32}."""
+        given = {"method": quantization} if isinstance(quantization, str) else dict(quantization)
+        unknown = given.keys() - {"method", "group"}
+        if unknown:
+            raise ValueError(f"quantization has no {min(unknown)!r}: it has 'method' and 'group'")
+        method = given.get("method")
+        if method not in METHODS:
+            raise ValueError(f"quantization {method!r} is not known; {closest(str(method), list(METHODS))}")
+        group = given.get("group", 64 if method == "nf4" else 128)
+        whole("group of quantization", group, least=16)
+        return cls(method, group, deterministic)
+
+    @property
+    def dense(self) -> Dense:
+        return Dense(self.deterministic)
+
+    def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
+        return self.dense.shape(tensors, name)
+
+    def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
+        weight, bias = self.dense.read(tensors, spec, shard)
+        if spec.split is not None:
+            return self.round(weight, bias)
+        return self.layer(weight, bias) if list(spec.outputs) == ["lm_head"] else self.dense.layer(weight, bias)
+
+    def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """The head: a layer of 8 bits."""
+        return self.dense.layer(weight, bias) if self.method == "fp8" else self._int8(weight, bias)
+
+    def round(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """Any other layer."""
+        inputs = weight.shape[1]
+        if self.method == "int8":
+            return self._int8(weight, bias)
+        if self.method == "fp8":
+            values, scales = round_fp8(weight)
+            return fastest(ScaledLinear(values, scales, (1, inputs), (0, 0), bias, weight.dtype))
+        group = fitting_group(inputs, self.group)
+        if self.method == "nf4":
+            return self._nf4(weight, bias, group)
+        values, scales, zeros = round_groups(weight, 4, group, search=True)
+        return fastest(GroupedLinear(pack(values, 4), 4, inputs, scales, zeros, None, bias, weight.dtype))
+
+    def _int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        values, scales = round_channels(weight)
+        return fastest(ScaledLinear(values, scales, (1, weight.shape[1]), (0, 0), bias, weight.dtype))
+
+    def _nf4(self, weight: Tensor, bias: Tensor | None, group: int) -> Linear:
+        values, largest = round_nf4(weight, group)
+        largest = largest.view(len(weight), -1)
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and available():
+            packed = Integers.pack(values, largest / 127, group=group, bits=4, table=TABLE)
+            return IntegerLinear(packed, bias, weight.dtype)
+        table = torch.tensor(NF4, device=weight.device)
+        dense = (table[values.long()].view(*largest.shape, group) * largest[..., None]).view(weight.shape)
+        return self.dense.layer(dense.to(weight.dtype), bias)
