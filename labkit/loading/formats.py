@@ -10,6 +10,8 @@ from labkit.loading.compressed import CompressedTensors
 from labkit.loading.dense import Dense
 from labkit.loading.format import Format
 from labkit.loading.fp8 import FP8
+from labkit.loading.gguf import GGUFFile
+from labkit.loading.gguf_linear import GGUFBlocks
 from labkit.loading.gptq import GPTQ
 from labkit.loading.online import Online
 
@@ -25,10 +27,16 @@ def declared(config: Any) -> dict[str, Any] | None:
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
 
-def format_of(config: Any, deterministic: bool = False, quantization: str | Mapping[str, Any] | None = None) -> Format:
+def format_of(
+    config: Any, deterministic: bool = False, quantization: str | Mapping[str, Any] | None = None, source: Any = None
+) -> Format:
     """`quantization` rounds dense weights while they are loaded; for a quantized checkpoint it may only repeat what the
     config says."""
     found = declared(config)
+    if isinstance(source, GGUFFile):
+        if quantization not in (None, "gguf"):
+            raise ValueError(f"quantization={quantization!r}, but {source!r} is quantized already")
+        return GGUFBlocks(source, deterministic)
     if found is None:
         return Dense(deterministic) if quantization is None else Online.of(quantization, deterministic)
     if deterministic:

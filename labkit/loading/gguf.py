@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.options import closest
-from labkit.loading.gguf_blocks import dequantize
+from labkit.loading.gguf_blocks import Scaled, dequantize, scaled
 from labkit.loading.gguf_header import GGUFHeader, StoredTensor
 from labkit.loading.gguf_models import Part, config_of, parts_of
 
@@ -48,6 +48,14 @@ class GGUFFile:
         rows, columns = bounds[0], bounds[1] if len(bounds) > 1 else (0, 1)
         out = _read_rows(self.parts[name], rows, columns, dtype or torch.float32)
         return out.reshape([max(stop - start, 0) for start, stop in bounds]).to(device)
+
+    def blocks(self, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> Scaled:
+        """The blocks of these rows that hold these columns, in order, not multiplied out."""
+        part = self.parts[name]
+        type = part.tensor.type
+        first, last = columns[0] // type.num_elements, -(-columns[1] // type.num_elements)
+        data = part.tensor.rows()[part.stored_rows(np.arange(*rows)), first * type.num_bytes : last * type.num_bytes]
+        return scaled(type, data)
 
     def close(self) -> None:
         for file in self.files:

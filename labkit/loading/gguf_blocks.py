@@ -11,17 +11,33 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Signed = np.ndarray[Any, np.dtype[np.int8]]
 Numbers = np.ndarray[Any, np.dtype[np.float32]]
 
-IQ4_NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
-FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)  # twice e2m1's values
+IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice its numbers
+
+
+class Scaled(NamedTuple):
+    """Blocks as `scale * q - least`, with a scale (and a least) for each of a block's equal groups."""
+
+    scale: Numbers  # [n, groups]
+    q: Signed  # [n, elements]
+    least: Numbers | None = None  # [n, groups]
+
+    def numbers(self) -> Numbers:
+        parts = self.q.reshape(*self.scale.shape, -1).astype(np.float32)
+        out = self.scale[:, :, None] * parts
+        return (out if self.least is None else out - self.least[:, :, None]).reshape(self.q.shape)
 
 
 class BlockType(NamedTuple):
     name: str
     num_bytes: int
     num_elements: int
-    numbers: Callable[[Bytes], Numbers]
+    read: Callable[[Bytes], Any]  # numbers, or (if there are `groups`) Scaled
+    groups: int = 0  # of a block
+    integers: tuple[int, ...] = ()  # that q may be, where they are no more than 16
 
 
 def half(blocks: Bytes, at: int) -> Numbers:
@@ -57,35 +73,35 @@ def bf16(blocks: Bytes) -> Numbers:
     return (blocks.copy().view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def q4_0(blocks: Bytes) -> Numbers:
-    return half(blocks, 0) * (nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8))
+def q4_0(blocks: Bytes) -> Scaled:
+    return Scaled(half(blocks, 0), nibbles(blocks[:, 2:]).view(np.int8) - np.int8(8))
 
 
-def q4_1(blocks: Bytes) -> Numbers:
-    return half(blocks, 0) * nibbles(blocks[:, 4:]).astype(np.float32) + half(blocks, 2)
+def q4_1(blocks: Bytes) -> Scaled:
+    return Scaled(half(blocks, 0), nibbles(blocks[:, 4:]).view(np.int8), -half(blocks, 2))
 
 
-def q5_0(blocks: Bytes) -> Numbers:
+def q5_0(blocks: Bytes) -> Scaled:
     q = with_fifth_bit(blocks[:, 6:], blocks[:, 2:6])
-    return half(blocks, 0) * (q.astype(np.float32) - np.float32(16))
+    return Scaled(half(blocks, 0), q.view(np.int8) - np.int8(16))
 
 
-def q5_1(blocks: Bytes) -> Numbers:
+def q5_1(blocks: Bytes) -> Scaled:
     q = with_fifth_bit(blocks[:, 8:], blocks[:, 4:8])
-    return half(blocks, 0) * q.astype(np.float32) + half(blocks, 2)
+    return Scaled(half(blocks, 0), q.view(np.int8), -half(blocks, 2))
 
 
-def q8_0(blocks: Bytes) -> Numbers:
-    return half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
+def q8_0(blocks: Bytes) -> Scaled:
+    return Scaled(half(blocks, 0), blocks[:, 2:].view(np.int8))
 
 
-def iq4_nl(blocks: Bytes) -> Numbers:
-    return half(blocks, 0) * IQ4_NL[nibbles(blocks[:, 2:])]
+def iq4_nl(blocks: Bytes) -> Scaled:
+    return Scaled(half(blocks, 0), np.array(IQ4_NL, np.int8)[nibbles(blocks[:, 2:])])
 
 
-def mxfp4(blocks: Bytes) -> Numbers:
-    scale = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)  # half of 2^(e - 127): FP4 holds doubles
-    return scale.astype(np.float32) * FP4[nibbles(blocks[:, 1:])]
+def mxfp4(blocks: Bytes) -> Scaled:
+    scale = np.ldexp(np.float32(1), blocks[:, :1].astype(np.int32) - 128)  # half of 2^(e - 127): E2M1 holds doubles
+    return Scaled(scale.astype(np.float32), np.array(E2M1, np.int8)[nibbles(blocks[:, 1:])])
 
 
 def scales_and_mins(packed: Bytes) -> tuple[Numbers, Numbers]:
@@ -96,66 +112,60 @@ def scales_and_mins(packed: Bytes) -> tuple[Numbers, Numbers]:
     return scales.astype(np.float32), mins.astype(np.float32)
 
 
-def scaled(scale: Numbers, q: np.ndarray, least: Numbers | None = None) -> Numbers:
-    """scale * q - least, with a scale (and a least) for each equal part of a block."""
-    parts = q.reshape(*scale.shape, -1).astype(np.float32)
-    out = scale[:, :, None] * parts
-    return (out if least is None else out - least[:, :, None]).reshape(len(q), -1)
-
-
-def q2_k(blocks: Bytes) -> Numbers:
+def q2_k(blocks: Bytes) -> Scaled:
     packed = blocks[:, :16]
     scale = half(blocks, 80) * (packed & 15).astype(np.float32)
     least = half(blocks, 82) * (packed >> 4).astype(np.float32)
-    return scaled(scale, fields(blocks[:, 16:80].reshape(-1, 2, 32), 2), least)
+    q = fields(blocks[:, 16:80].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    return Scaled(scale, q.view(np.int8), least)
 
 
-def q3_k(blocks: Bytes) -> Numbers:
+def q3_k(blocks: Bytes) -> Scaled:
     packed = blocks[:, 96:108]
     low = fields(packed[:, None, :8], 4).reshape(-1, 16)
     high = fields(packed[:, None, 8:], 2).reshape(-1, 16)
     scale = half(blocks, 108) * ((low | high << np.uint8(4)).astype(np.float32) - np.float32(32))
     q = fields(blocks[:, 32:96].reshape(-1, 2, 32), 2).reshape(-1, 256)
     third = fields(blocks[:, None, :32], 1).reshape(-1, 256)
-    return scaled(scale, (q | third << np.uint8(2)).astype(np.int8) - np.int8(4))
+    return Scaled(scale, (q | third << np.uint8(2)).view(np.int8) - np.int8(4))
 
 
-def q4_k(blocks: Bytes) -> Numbers:
+def q4_k(blocks: Bytes) -> Scaled:
     scale, least = scales_and_mins(blocks[:, 4:16])
-    q = fields(blocks[:, 16:].reshape(-1, 4, 32), 4)
-    return scaled(half(blocks, 0) * scale, q, half(blocks, 2) * least)
+    q = fields(blocks[:, 16:].reshape(-1, 4, 32), 4).reshape(-1, 256)
+    return Scaled(half(blocks, 0) * scale, q.view(np.int8), half(blocks, 2) * least)
 
 
-def q5_k(blocks: Bytes) -> Numbers:
+def q5_k(blocks: Bytes) -> Scaled:
     scale, least = scales_and_mins(blocks[:, 4:16])
     q = fields(blocks[:, 48:].reshape(-1, 4, 32), 4).reshape(-1, 256)
     fifth = fields(blocks[:, None, 16:48], 1).reshape(-1, 256)
-    return scaled(half(blocks, 0) * scale, q | fifth << np.uint8(4), half(blocks, 2) * least)
+    return Scaled(half(blocks, 0) * scale, (q | fifth << np.uint8(4)).view(np.int8), half(blocks, 2) * least)
 
 
-def q6_k(blocks: Bytes) -> Numbers:
+def q6_k(blocks: Bytes) -> Scaled:
     low = fields(blocks[:, :128].reshape(-1, 2, 64), 4).reshape(-1, 256)
     high = fields(blocks[:, 128:192].reshape(-1, 2, 32), 2).reshape(-1, 256)
     scale = half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    return scaled(scale, (low | high << np.uint8(4)).astype(np.int8) - np.int8(32))
+    return Scaled(scale, (low | high << np.uint8(4)).view(np.int8) - np.int8(32))
 
 
 TYPES = {
     0: BlockType("F32", 4, 1, f32),
     1: BlockType("F16", 2, 1, f16),
-    2: BlockType("Q4_0", 18, 32, q4_0),
-    3: BlockType("Q4_1", 20, 32, q4_1),
-    6: BlockType("Q5_0", 22, 32, q5_0),
-    7: BlockType("Q5_1", 24, 32, q5_1),
-    8: BlockType("Q8_0", 34, 32, q8_0),
-    10: BlockType("Q2_K", 84, 256, q2_k),
-    11: BlockType("Q3_K", 110, 256, q3_k),
-    12: BlockType("Q4_K", 144, 256, q4_k),
-    13: BlockType("Q5_K", 176, 256, q5_k),
-    14: BlockType("Q6_K", 210, 256, q6_k),
-    20: BlockType("IQ4_NL", 18, 32, iq4_nl),
+    2: BlockType("Q4_0", 18, 32, q4_0, 1, tuple(range(-8, 8))),
+    3: BlockType("Q4_1", 20, 32, q4_1, 1, tuple(range(16))),
+    6: BlockType("Q5_0", 22, 32, q5_0, 1),
+    7: BlockType("Q5_1", 24, 32, q5_1, 1),
+    8: BlockType("Q8_0", 34, 32, q8_0, 1),
+    10: BlockType("Q2_K", 84, 256, q2_k, 16, tuple(range(4))),
+    11: BlockType("Q3_K", 110, 256, q3_k, 16, tuple(range(-4, 4))),
+    12: BlockType("Q4_K", 144, 256, q4_k, 8, tuple(range(16))),
+    13: BlockType("Q5_K", 176, 256, q5_k, 8),
+    14: BlockType("Q6_K", 210, 256, q6_k, 16),
+    20: BlockType("IQ4_NL", 18, 32, iq4_nl, 1, IQ4_NL),
     30: BlockType("BF16", 2, 1, bf16),
-    39: BlockType("MXFP4", 17, 32, mxfp4),
+    39: BlockType("MXFP4", 17, 32, mxfp4, 1, E2M1),
 }
 UNREAD = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
@@ -167,4 +177,12 @@ UNREAD = {
 def dequantize(type: BlockType, data: Bytes) -> Numbers:
     """[rows, bytes of whole blocks] -> [rows, elements] in float32."""
     with np.errstate(all="ignore"):  # a file's scales may be infinite or no numbers
-        return type.numbers(data.reshape(-1, type.num_bytes)).reshape(len(data), -1)
+        found = type.read(data.reshape(-1, type.num_bytes))
+        return (found.numbers() if type.groups else found).reshape(len(data), -1)
+
+
+def scaled(type: BlockType, data: Bytes) -> Scaled:
+    """[rows, bytes of whole blocks] -> the blocks [rows * blocks], not multiplied out."""
+    with np.errstate(all="ignore"):
+        found: Scaled = type.read(data.reshape(-1, type.num_bytes))
+    return found

@@ -354,7 +354,7 @@ class Decoder:
             KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
         )
         self.ops = Ops(device, dtype, deterministic)
-        weights = Weights(source, dtype, device, format_of(config, deterministic, quantization))
+        weights = Weights(source, dtype, device, format_of(config, deterministic, quantization, source))
         embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [

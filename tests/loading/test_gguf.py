@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 import labkit as lk
 from labkit.loading import gguf as module
+from labkit.loading import integers
 from labkit.loading.gguf import GGUFFile
 from labkit.loading.gguf_blocks import TYPES, dequantize
+from labkit.loading.integers import IntegerLinear
 from labkit.models import load_model
 from labkit.text.gguf import tokenizer_of
 from tests.loading.gguf_files import MODELS, model_of, write
@@ -114,6 +116,29 @@ def test_types_that_gguf_py_only_reads_are_served_with_the_numbers_that_it_reads
         expected = model(torch.tensor([PROMPTS[1]])).logits[0]
     assert torch.isfinite(expected).all()
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("type", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+                                  "IQ4_NL", "MXFP4"])  # fmt: skip
+def test_blocks_stay_quantized_where_there_are_kernels(type, tmp_path):
+    settings = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    path = write(tmp_path / "model.gguf", "llama", model_of("llama", **settings), quantize=type)
+    exact = load_model(path, dtype="float32", max_model_len=64)
+    loaded = load_model(path, dtype="bfloat16", max_model_len=64)
+    if not integers.available():
+        pytest.skip("this machine has no AVX-512 VNNI, or no compiler")
+    for found, expected in [
+        (loaded.layers[0].attention.qkv, exact.layers[0].attention.qkv.weight),
+        (loaded.layers[0].mlp.up, exact.layers[0].mlp.up.weight),
+        (loaded.layers[0].mlp.down, exact.layers[0].mlp.down.weight),
+    ]:
+        assert isinstance(found, IntegerLinear)
+        assert found.weight.bits == (8 if type in ("Q5_0", "Q5_1", "Q8_0", "Q5_K", "Q6_K") else 4)
+        off = (found.dense(torch.float32) - expected).abs().max()  # scales of two numbers are rounded to float16
+        assert off <= expected.abs().max() * (0 if type in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4") else 2**-10)
+    prompt = PROMPTS[1]
+    a, b = (paged_logits(model, [prompt], 16, random.Random(0))[0] for model in (exact, loaded))
+    assert (a - b.float()).norm() <= 0.05 * a.norm()
 
 
 def add_tokenizer(writer: gguf.GGUFWriter) -> None:

@@ -34,7 +34,8 @@ inline void unpack(const uint8_t* from, int64_t group, __m512i table, uint8_t* t
     }
 }
 
-// A group's sums [tiles of rows][2][16][16] in float32, on top of `sums`.
+// Adds a group's integer sums [tiles of rows][2][16][16], scaled, to `sums`. Half of the work where groups are short, so
+// the loop over sixteen rows is unrolled.
 struct Scaling {
     const Rows& a;
     const Panels& panels;
@@ -44,15 +45,24 @@ struct Scaling {
     void operator()(int64_t g, const int32_t* dots, float* sums) const {
         for (int t = 0; t < 2; t++) {
             const vf scales = panels.scale(panels.w.scales, tile[t], g);
-            for (int64_t r = 0; r < rows; r++) {
-                const int64_t at = r / TILE * 512 + t * 256 + r % TILE * TILE;
-                add(sums + at, _mm512_load_si512(dots + at), scales, a.scales[a.place(row + r, g)]);
+            const vf offsets = panels.w.offsets ? panels.scale(panels.w.offsets, tile[t], g) : vf{};
+            for (int64_t r = 0; r < rows; r += TILE) {
+                const int64_t at = r * 32 + t * 256, from = a.place(row + r, g);
+                const int count = static_cast<int>(std::min<int64_t>(rows - r, TILE));
+                if (count == TILE) tile_of<TILE>(dots + at, sums + at, scales, a.scales + from, TILE);
+                else tile_of<0>(dots + at, sums + at, scales, a.scales + from, count);
+                if (panels.w.offsets)
+                    for (int i = 0; i < count; i++) add_offset(sums + at + i * TILE, offsets, a.sums[from + i]);
             }
-            if (panels.w.offsets == nullptr) continue;
-            const vf offsets = panels.scale(panels.w.offsets, tile[t], g);
-            for (int64_t r = 0; r < rows; r++)
-                add_offset(sums + r / TILE * 512 + t * 256 + r % TILE * TILE, offsets, a.sums[a.place(row + r, g)]);
         }
+    }
+
+    template <int Count>
+    static void tile_of(const int32_t* __restrict dots, float* __restrict sums, vf scales,
+                        const float* __restrict each, int count) {
+        const int n = Count ? Count : count;
+#pragma GCC unroll 16
+        for (int i = 0; i < n; i++) add(sums + i * TILE, _mm512_load_si512(dots + i * TILE), scales, each[i]);
     }
 };
 
@@ -114,9 +124,15 @@ inline void leave(int32_t* to) {
     }
 }
 
-// Up to 16 * Tall rows from `row` on times a panel. `low` and `high` are the panel's weights: bytes, or (Unpacks) halves
-// of bytes that are unpacked a group at a time.
-template <int Tall, bool Unpacks>
+// Where a block finds its panel's weights.
+enum Weights {
+    HALVES,   // in memory, two to a byte: unpacked a group at a time
+    BYTES,    // in memory: fetched ahead
+    NEAR_BY,  // in the cache, as bytes
+};
+
+// Up to 16 * Tall rows from `row` on times a panel.
+template <int Tall, Weights From>
 void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64_t panel, const uint8_t* low,
            const uint8_t* high, uint8_t* scratch, float* sums) {
     const Weight& w = panels.w;
@@ -126,26 +142,26 @@ void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64
     const int8_t* from = a.at(row, 0);
     alignas(64) int32_t dots[2][Tall * 512];
     std::memset(sums, 0, Tall * 512 * sizeof(float));
-    if constexpr (Unpacks) {
+    if constexpr (From == HALVES) {
         unpack(low, w.group, table, scratch);
         unpack(high, w.group, table, scratch + size);
     }
     for (int64_t g = 0; g < w.groups; g++) {
         const uint8_t *left = low + g * size, *right = high + g * size;
-        if constexpr (Unpacks) {
+        if constexpr (From == HALVES) {
             left = scratch + g % 2 * 2 * size;
             right = left + size;
         }
         clear<Tall>();
         for (int64_t k = 0; k < w.group; k += chunk) {
             multiply<Tall>(from + (g * w.group + k) * TILE, down, left + k * TILE, right + k * TILE, chunk);
-            if constexpr (!Unpacks)
+            if constexpr (From == BYTES)
                 for (int64_t i = 0; i < chunk * TILE; i += UNIT) {
                     _mm_prefetch((const char*)left + k * TILE + i + AHEAD, _MM_HINT_T0);
                     _mm_prefetch((const char*)right + k * TILE + i + AHEAD, _MM_HINT_T0);
                 }
         }
-        if constexpr (Unpacks)
+        if constexpr (From == HALVES)
             if (g + 1 < w.groups) {
                 uint8_t* next = scratch + (g + 1) % 2 * 2 * size;
                 unpack(low + (g + 1) * size / 2, w.group, table, next);
@@ -166,8 +182,8 @@ void stream(const Rows& a, int64_t rows, const Panels& panels, int64_t begin, in
     for (int64_t panel = begin; panel < end; panel++) {
         const uint8_t* low = panels.values(panels.low(panel));
         const uint8_t* high = panels.values(panels.low(panel) + panels.second);
-        if (scratch) block<Tall, true>(a, 0, rows, panels, panel, low, high, scratch, sums);
-        else block<Tall, false>(a, 0, rows, panels, panel, low, high, nullptr, sums);
+        if (scratch) block<Tall, HALVES>(a, 0, rows, panels, panel, low, high, scratch, sums);
+        else block<Tall, BYTES>(a, 0, rows, panels, panel, low, high, nullptr, sums);
         for (int64_t r = 0; r < rows; r++) write(place(sums, r), place(sums, r) + 256, r, panel);
     }
 }
@@ -194,8 +210,9 @@ void product(const Rows& a, int64_t rows, const Panels& panels, int64_t begin, i
         }
         for (int64_t row = 0; row < rows; row += 2 * TILE) {
             const int64_t left = std::min<int64_t>(rows - row, 2 * TILE);
-            if (left > TILE) block<2, false>(a, row, left, panels, panel, low, high, nullptr, sums);
-            else block<1, false>(a, row, left, panels, panel, low, high, nullptr, sums);
+            if (left <= TILE) block<1, NEAR_BY>(a, row, left, panels, panel, low, high, nullptr, sums);
+            else if (row > 0 || whole) block<2, NEAR_BY>(a, row, left, panels, panel, low, high, nullptr, sums);
+            else block<2, BYTES>(a, row, left, panels, panel, low, high, nullptr, sums);
             for (int64_t r = 0; r < left; r++) write(place(sums, r), place(sums, r) + 256, row + r, panel);
         }
     }
