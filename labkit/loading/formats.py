@@ -39,8 +39,6 @@ def format_of(
         return GGUFBlocks(source, deterministic)
     if found is None:
         return Dense(deterministic) if quantization is None else Online.of(quantization, deterministic)
-    if deterministic:
-        raise ValueError("deterministic=True is not supported for quantized checkpoints")
     method = str(found.get("quant_method")).lower()
     if quantization is not None and quantization != method:
         raise ValueError(f"quantization={quantization!r}, but the checkpoint is quantized by {method!r} already")

@@ -15,7 +15,7 @@ from labkit_kernels import Integers, get
 from torch import Tensor
 
 from labkit.loading.bits import unpack
-from labkit.loading.dense import linear, picked
+from labkit.loading.dense import InvariantLinear, TiledLinear, linear, picked
 from labkit.loading.format import JoinedLinear, Linear, RMSNorm
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.scaled import ScaledLinear
@@ -140,12 +140,23 @@ def _split(depth: int, scales: Tensor) -> tuple[int, Tensor]:
     return group, scales.expand(-1, depth // group)
 
 
-def join(layers: Sequence[Linear]) -> Linear:
-    """Layers of one input as one layer, their outputs side by side."""
+def join(layers: Sequence[Linear], deterministic: bool = False) -> Linear:
+    """Layers of one input as one layer, their outputs side by side. `deterministic` refuses layers whose rows depend on
+    each other."""
     merged = _merged(layers)
-    if merged is not None:
-        return fastest(merged)
-    return JoinedLinear([fastest(layer) for layer in layers])
+    found = [fastest(layer) for layer in (layers if merged is None else [merged])]
+    for layer in found if deterministic else ():
+        check_rows(layer)
+    return found[0] if len(found) == 1 else JoinedLinear(found)
+
+
+def check_rows(layer: Linear) -> None:
+    """Raises unless a row's result, to the bit, is its own, as it is in integer and packed products."""
+    if not isinstance(layer, IntegerLinear | TiledLinear | InvariantLinear):
+        raise ValueError(
+            f"deterministic=True is not supported for {layer!r}: the rows of its products depend on each other. Those "
+            f"of quantized weights do not on a CPU with AVX-512 VNNI, in bfloat16, with groups of 16, 32, .. inputs"
+        )
 
 
 def _merged(layers: Sequence[Linear]) -> Linear | None:

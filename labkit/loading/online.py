@@ -17,7 +17,7 @@ from labkit.loading.bits import pack
 from labkit.loading.dense import Dense
 from labkit.loading.format import Linear, LinearSpec, Shard, Tensors
 from labkit.loading.grouped import GroupedLinear
-from labkit.loading.integers import IntegerLinear, available, fastest
+from labkit.loading.integers import IntegerLinear, available, join
 from labkit.loading.rounding import NF4, fitting_group, round_channels, round_fp8, round_groups, round_nf4
 from labkit.loading.scaled import ScaledLinear
 
@@ -73,16 +73,19 @@ class Online:
             return self._int8(weight, bias)
         if self.method == "fp8":
             values, scales = round_fp8(weight)
-            return fastest(ScaledLinear(values, scales, (1, inputs), (0, 0), bias, weight.dtype))
+            return self._fast(ScaledLinear(values, scales, (1, inputs), (0, 0), bias, weight.dtype))
         group = fitting_group(inputs, self.group)
         if self.method == "nf4":
             return self._nf4(weight, bias, group)
         values, scales, zeros = round_groups(weight, 4, group, search=True)
-        return fastest(GroupedLinear(pack(values, 4), 4, inputs, scales, zeros, None, bias, weight.dtype))
+        return self._fast(GroupedLinear(pack(values, 4), 4, inputs, scales, zeros, None, bias, weight.dtype))
 
     def _int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
         values, scales = round_channels(weight)
-        return fastest(ScaledLinear(values, scales, (1, weight.shape[1]), (0, 0), bias, weight.dtype))
+        return self._fast(ScaledLinear(values, scales, (1, weight.shape[1]), (0, 0), bias, weight.dtype))
+
+    def _fast(self, layer: Linear) -> Linear:
+        return join([layer], self.deterministic)
 
     def _nf4(self, weight: Tensor, bias: Tensor | None, group: int) -> Linear:
         values, largest = round_nf4(weight, group)

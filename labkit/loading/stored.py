@@ -33,7 +33,7 @@ class Stored:
                 layers += [self._read(tensors, piece, spec, shard) for piece in one.pieces(shard)]
             else:
                 layers.append(Dense(self.deterministic).linear(tensors, one, shard))
-        return join(layers)
+        return join(layers, self.deterministic)
 
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return Dense(self.deterministic).layer(weight, bias)

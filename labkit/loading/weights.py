@@ -21,6 +21,7 @@ class Weights:
     ) -> None:
         self.source, self.dtype, self.device, self.format, self.shard = source, dtype, device, format, shard
         self.taken: set[str] = set()
+        self.num_parameters = 0  # read so far, whatever they are stored as
 
     def has(self, name: str) -> bool:
         return name in self.source.shapes
@@ -54,7 +55,9 @@ class Weights:
                 f"{self.source!r}: tensor {name!r} has shape {self.source.shapes[name]}, the config makes it {shape}"
             )
         self.taken.add(name)
-        return self.source.read(name, dtype, self.device, part)
+        tensor = self.source.read(name, dtype, self.device, part)
+        self.num_parameters += tensor.numel()
+        return tensor
 
     def skip(self, name: str) -> None:
         """Another rank reads this tensor."""
@@ -62,4 +65,8 @@ class Weights:
 
     def linear(self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None) -> Linear:
         """One linear layer of several stored ones: see `LinearSpec`."""
-        return self.format.linear(self, LinearSpec(outputs, inputs, split), self.shard)
+        before = self.num_parameters
+        layer = self.format.linear(self, LinearSpec(outputs, inputs, split), self.shard)
+        inner, out = layer.shape
+        self.num_parameters = before + inner * out + (0 if layer.bias is None else out)
+        return layer

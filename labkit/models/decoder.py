@@ -370,6 +370,7 @@ class Decoder:
             self.head = weights.linear({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size))
         in_head = self.tied and isinstance(self.head, IntegerLinear)  # half of the memory, and once instead of twice
         self.embedding = None if in_head else embedding
+        self.num_parameters = weights.num_parameters
         check_taken(source, weights.taken, repr(source))
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
@@ -383,9 +384,7 @@ class Decoder:
         return {kind: table.to(self.device) for kind, table in own.items()}
 
     def __repr__(self) -> str:
-        parts = (*self.layers, self.norm, *([] if self.tied else [self.head]))
-        size = self.vocab_size * self.hidden_size + sum(tensor.numel() for part in parts for tensor in part.tensors())
-        return f"Decoder({self.name}: {size / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
+        return f"Decoder({self.name}: {self.num_parameters / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight once."""

@@ -11,6 +11,7 @@ LAYOUTS = {
     "DenseLinear": "as the checkpoint has it, [out, in]",
     "TiledLinear": "packed once into the tiles that AMX multiplies",
     "ReorderedLinear": "in the order in which oneDNN multiplies",
+    "IntegerLinear": "packed once into the tiles that VNNI and AMX multiply",
     "InvariantLinear": "[out, in], every row alike whatever its batch",
 }
 
@@ -21,7 +22,8 @@ def linear(layer: Any) -> str:
     tensors = layer.tensors()
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     name = type(layer).__name__
-    stored = str(layer.weight.dtype).removeprefix("torch.") if hasattr(layer, "weight") else repr(layer)
+    dtype = getattr(getattr(layer, "weight", None), "dtype", None)
+    stored = repr(layer) if dtype is None else str(dtype).removeprefix("torch.")
     doc = (type(layer).__doc__ or "").strip().splitlines()
     scale = 120 / max(inner, out)
     wide, high = max(inner * scale, 6), max(out * scale, 6)
