@@ -66,15 +66,22 @@ class Backend:
     """`with Backend("vllm", model, python="/path/to/python") as engine: engine.run(asks)`."""
 
     def __init__(self, name: str, model: str, options: dict[str, Any] | None = None, python: str | None = None) -> None:
-        if name not in peer_process.BACKENDS:
-            raise ValueError(f"unknown backend {name!r}; there are {', '.join(peer_process.BACKENDS)} and openai:URL")
+        kind, _, quantization = name.partition(":")
+        if kind not in peer_process.BACKENDS or (quantization and kind != "labkit"):
+            raise ValueError(
+                f"unknown backend {name!r}; there are {', '.join(peer_process.BACKENDS)}, labkit:QUANTIZATION (as "
+                f"labkit:int8) and openai:URL"
+            )
         self.name, self.model, self.options = name, model, dict(options or {})
+        if quantization:
+            self.options["quantization"] = quantization
+        self.kind = kind
         self.python = python or sys.executable
         self._check_installed()
         folder = Path(labkit.__file__).parent.parent
         paths = [str(folder), str(folder / "kernels"), os.environ.get("PYTHONPATH", "")]
-        environment = os.environ | ({"PYTHONPATH": os.pathsep.join(filter(None, paths))} if name == "labkit" else {})
-        command = [self.python, peer_process.__file__, name, model, json.dumps(self.options)]
+        environment = os.environ | ({"PYTHONPATH": os.pathsep.join(filter(None, paths))} if kind == "labkit" else {})
+        command = [self.python, peer_process.__file__, kind, model, json.dumps(self.options)]
         begin = time.perf_counter()
         self._errors = open(os.devnull, "w") if not os.environ.get("LABKIT_BENCH_VERBOSE") else sys.stderr  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -85,7 +92,7 @@ class Backend:
         self.ready_seconds = time.perf_counter() - begin  # interpreter and imports included
 
     def _check_installed(self) -> None:
-        needed = NEEDS[self.name]
+        needed = NEEDS[self.kind]
         if needed == "labkit":
             return
         probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({needed!r}) is None)"

@@ -30,8 +30,8 @@ class Options:
     limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
     GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight. `deterministic`
     computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `quantization`
-    rounds a dense checkpoint's weights while they are loaded: "int8", "int4", "nf4", "fp8", or {"method": "int4",
-    "group": 32}. `hybrid_kv` gives
+    rounds a dense checkpoint's weights while they are loaded: "int8", "int4" (or "int4-g32": groups of 32 inputs, not
+    128), "nf4", "fp8". `hybrid_kv` gives
     layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
     steps are then not captured. All other options go to `BlockManager` and `Scheduler`.
     """
@@ -67,7 +67,7 @@ class Options:
     draft: Any = None
     graphs: bool | None = None
     deterministic: bool = False
-    quantization: Any = None
+    quantization: str | None = None
     hybrid_kv: bool = False
     log: Any = None
 

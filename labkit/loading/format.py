@@ -175,6 +175,12 @@ class Linear(Shown):
         """(in, out)."""
         raise NotImplementedError
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases, whatever they are stored as."""
+        inner, out = self.shape
+        return inner * out + (0 if self.bias is None else out)
+
     def __repr__(self) -> str:
         inner, out = self.shape
         return f"{type(self).__name__}({inner} -> {out}{', bias' if self.bias is not None else ''})"
@@ -212,6 +218,10 @@ class JoinedLinear(Linear):
     @property
     def shape(self) -> tuple[int, int]:
         return self.layers[0].shape[0], sum(layer.shape[1] for layer in self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(layer.num_parameters for layer in self.layers)
 
     def __repr__(self) -> str:
         return f"JoinedLinear({', '.join(map(repr, self.layers))})"

@@ -27,9 +27,7 @@ def declared(config: Any) -> dict[str, Any] | None:
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
 
-def format_of(
-    config: Any, deterministic: bool = False, quantization: str | Mapping[str, Any] | None = None, source: Any = None
-) -> Format:
+def format_of(config: Any, deterministic: bool = False, quantization: str | None = None, source: Any = None) -> Format:
     """`quantization` rounds dense weights while they are loaded; for a quantized checkpoint it may only repeat what the
     config says."""
     found = declared(config)

@@ -1,5 +1,5 @@
-"""The format of GGUF files' linear layers: on a CPU their blocks become the groups of integer products, and stay as small
-as they are in the file (blocks of 5 and 6 bits take 8)."""
+"""The format of GGUF files' linear layers: on a CPU their blocks become the groups of integer products, and stay as
+small as they are in the file (blocks of 5 and 6 bits take 8)."""
 
 from __future__ import annotations
 

@@ -120,7 +120,9 @@ def _of_groups(layer: GroupedLinear) -> IntegerLinear | None:
     if layer.bits <= 4:
         packed = Integers.pack(values + (8 - half), scales, offsets, group=group, bits=4, order=order)
     else:
-        packed = Integers.pack((values.short() - half).to(torch.int8), scales, offsets, group=group, bits=8, order=order)
+        packed = Integers.pack(
+            (values.short() - half).to(torch.int8), scales, offsets, group=group, bits=8, order=order
+        )
     return IntegerLinear(packed, layer.bias, layer.dtype)
 
 
@@ -198,5 +200,10 @@ def _bias(layers: Sequence[GroupedLinear | ScaledLinear]) -> Tensor | None:
     if all(layer.bias is None for layer in layers):
         return None
     return torch.cat(
-        [torch.zeros(layer.shape[1], dtype=layer.dtype, device=layer.scales.device) if layer.bias is None else layer.bias for layer in layers]
+        [
+            torch.zeros(layer.shape[1], dtype=layer.dtype, device=layer.scales.device)
+            if layer.bias is None
+            else layer.bias
+            for layer in layers
+        ]
     )

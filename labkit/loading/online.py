@@ -4,24 +4,24 @@ written; `labkit.quantize` does both.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from labkit_kernels import Integers
 from torch import Tensor
 
-from labkit.core.options import closest, whole
+from labkit.core.options import closest
 from labkit.loading.bits import pack
 from labkit.loading.dense import Dense
 from labkit.loading.format import Linear, LinearSpec, Shard, Tensors
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.integers import IntegerLinear, available, join
-from labkit.loading.rounding import NF4, fitting_group, round_channels, round_fp8, round_groups, round_nf4
+from labkit.loading.rounding import NF4, fitting_group, round_channels, round_fp8, round_nf4
 from labkit.loading.scaled import ScaledLinear
 
 METHODS = ("fp8", "int4", "int8", "nf4")
+GROUPED = ("int4", "nf4")
+ROWS = 1024  # rounded at a time, so that temporaries stay small
 TABLE = tuple(round(127 * value) for value in NF4)
 
 
@@ -36,18 +36,20 @@ class Online:
     deterministic: bool = False
 
     @classmethod
-    def of(cls, quantization: str | Mapping[str, Any], deterministic: bool = False) -> Online:
-        """`quantization` is a method, or a dict: {"method": "int4", "group": 32}."""
-        given = {"method": quantization} if isinstance(quantization, str) else dict(quantization)
-        unknown = given.keys() - {"method", "group"}
-        if unknown:
-            raise ValueError(f"quantization has no {min(unknown)!r}: it has 'method' and 'group'")
-        method = given.get("method")
+    def of(cls, quantization: str, deterministic: bool = False) -> Online:
+        """`quantization` is a method; -g and a number behind it choose the group, as in "int4-g32"."""
+        method, chosen, group = (
+            quantization.partition("-g") if isinstance(quantization, str) else (quantization, "", "")
+        )
         if method not in METHODS:
-            raise ValueError(f"quantization {method!r} is not known; {closest(str(method), list(METHODS))}")
-        group = given.get("group", 64 if method == "nf4" else 128)
-        whole("group of quantization", group, least=16)
-        return cls(method, group, deterministic)
+            raise ValueError(f"quantization {quantization!r} is not known; {closest(str(method), list(METHODS))}")
+        if not chosen:
+            return cls(method, 64 if method == "nf4" else 128, deterministic)
+        if method not in GROUPED or not group.isdecimal() or int(group) < 16:
+            raise ValueError(
+                f"quantization {quantization!r}: {' and '.join(GROUPED)} take a group of 16 inputs or more, as int4-g32"
+            )
+        return cls(method, int(group), deterministic)
 
     @property
     def dense(self) -> Dense:
@@ -77,8 +79,8 @@ class Online:
         group = fitting_group(inputs, self.group)
         if self.method == "nf4":
             return self._nf4(weight, bias, group)
-        values, scales, zeros = round_groups(weight, 4, group, search=True)
-        return self._fast(GroupedLinear(pack(values, 4), 4, inputs, scales, zeros, None, bias, weight.dtype))
+        values, scales = _round_signed(weight, group)
+        return self._fast(GroupedLinear(pack(values, 4), 4, inputs, scales, None, None, bias, weight.dtype))
 
     def _int8(self, weight: Tensor, bias: Tensor | None) -> Linear:
         values, scales = round_channels(weight)
@@ -96,3 +98,19 @@ class Online:
         table = torch.tensor(NF4, device=weight.device)
         dense = (table[values.long()].view(*largest.shape, group) * largest[..., None]).view(weight.shape)
         return self.dense.layer(dense.to(weight.dtype), bias)
+
+
+def _round_signed(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """4 bits [out, in] and scales [out, groups]: each group's largest weight becomes -8 times a scale that has a sign,
+    so that all sixteen numbers are used. Nearly as good as zero points, which take room of their own."""
+    values = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales = torch.empty(len(weight), weight.shape[1] // group, device=weight.device)
+    for begin in range(0, len(weight), ROWS):
+        rows = slice(begin, begin + ROWS)
+        some = weight[rows].float().unflatten(1, (-1, group))
+        largest = some.gather(-1, some.abs().argmax(-1, keepdim=True))
+        scale = largest / -8
+        inverse = torch.where(scale == 0, scale, 1 / scale)
+        values[rows] = (some * inverse).round_().add_(8).clamp_(0, 15).flatten(1).to(torch.uint8)
+        scales[rows] = scale[..., 0]
+    return values, scales

@@ -67,6 +67,5 @@ class Weights:
         """One linear layer of several stored ones: see `LinearSpec`."""
         before = self.num_parameters
         layer = self.format.linear(self, LinearSpec(outputs, inputs, split), self.shard)
-        inner, out = layer.shape
-        self.num_parameters = before + inner * out + (0 if layer.bias is None else out)
+        self.num_parameters = before + layer.num_parameters  # not the packed words that it read
         return layer

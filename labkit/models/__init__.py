@@ -25,7 +25,7 @@ def load_model(
     seed: int = 0,
     trust_remote_code: bool = False,
     deterministic: bool = False,
-    quantization: str | dict[str, Any] | None = None,
+    quantization: str | None = None,
 ) -> Model:
     """Load a model from a folder, a .gguf file, a hub name, or a transformers config (which needs
     load_format="dummy").

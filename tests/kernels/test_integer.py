@@ -39,7 +39,9 @@ def test_the_gated_mlp_is_the_bits_of_its_products(rows):
     up, down = random(generator, 160, 96, 4, 32), random(generator, 96, 80, 8, 16)
     x = torch.randn(rows, 96, generator=generator).bfloat16()
     a, b = run(x, up, out_dtype=torch.float32).chunk(2, -1)
-    torch.testing.assert_close(mlp(x, up, down), run((torch.nn.functional.silu(a) * b).bfloat16(), down), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(
+        mlp(x, up, down), run((torch.nn.functional.silu(a) * b).bfloat16(), down), rtol=0.02, atol=0.05
+    )
     assert torch.equal(mlp(x, up, down)[:1], mlp(x[:1], up, down))
 
 

@@ -11,13 +11,12 @@ import labkit as lk
 from labkit.loading.awq import AWQ
 from labkit.loading.bits import pack, unpack
 from labkit.loading.compressed import CompressedTensors
-from labkit.loading.format import LinearSpec, Shard, Units
+from labkit.loading.format import JoinedLinear, LinearSpec, Shard, Units
 from labkit.loading.formats import format_of
 from labkit.loading.fp8 import FP8
 from labkit.loading.gptq import GPTQ
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.scaled import ScaledLinear
-from labkit.loading.format import JoinedLinear
 from labkit.loading.weights import Weights
 from labkit.models import load_model
 from tests.loading.quantizers import awq, gptq, rewrite

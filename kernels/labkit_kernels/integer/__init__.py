@@ -22,11 +22,15 @@ SHAPES = [
     (70, 96, 64, 4, 32), (300, 200, 40, 8, 100), (530, 72, 40, 4, 24),
 ]  # fmt: skip
 TIMED = [
-    (rows, 896, 9728, bits, group) for rows in (1, 16, 48, 512) for bits, group in ((8, 896), (8, 128), (4, 128), (4, 32))
+    (rows, 896, 9728, bits, group)
+    for rows in (1, 16, 48, 512)
+    for bits, group in ((8, 896), (8, 128), (4, 128), (4, 32))
 ]
 
 
-def random(generator: torch.Generator, columns: int, depth: int, bits: int, group: int, kind: str = "plain") -> Integers:
+def random(
+    generator: torch.Generator, columns: int, depth: int, bits: int, group: int, kind: str = "plain"
+) -> Integers:
     """Weights of about unit gain; `kind`: plain, offsets, order, table or wide (scales that float16 cannot hold)."""
     groups = -(-depth // group)
     low, high, dtype = (-128, 128, torch.int8) if bits == 8 else (0, 16, torch.uint8)
@@ -80,12 +84,23 @@ def _linear_cases() -> Iterator[Case]:
 
 
 def _argmax_cases() -> Iterator[Case]:
-    for rows, depth, columns in [(1, 64, 32), (3, 40, 71), (16, 96, 4097), (60, 64, 130), (1, 896, 32000), (48, 896, 32000)]:
+    for rows, depth, columns in [
+        (1, 64, 32),
+        (3, 40, 71),
+        (16, 96, 4097),
+        (60, 64, 130),
+        (1, 896, 32000),
+        (48, 896, 32000),
+    ]:
 
         def make(device, dtype, generator, rows=rows, depth=depth, columns=columns):
             options = {"norm": 1 + randn(generator, depth, dtype=dtype, scale=0.1), "eps": 1e-5} if rows < 40 else {}
             bias = randn(generator, columns, dtype=dtype) if rows == 3 else None
-            return (randn(generator, rows, depth, dtype=dtype), random(generator, columns, depth, 8, depth), bias), options
+            return (
+                randn(generator, rows, depth, dtype=dtype),
+                random(generator, columns, depth, 8, depth),
+                bias,
+            ), options
 
         yield Case(f"{rows}x{depth} -> {columns}", make, dtypes=BF16, timed=columns == 32000)
 
@@ -114,7 +129,7 @@ def _tolerance(dtype: torch.dtype) -> Tolerance:
 
 
 def _mlp_tolerance(dtype: torch.dtype) -> Tolerance:
-    return Tolerance(2**-6, 2**-4, "two products: what the first one rounds differently, the second one quantizes again")
+    return Tolerance(2**-6, 2**-4, "two products: what the first rounds differently, the second quantizes again")
 
 
 def _traffic(x: Tensor, weight: Integers, bias: Tensor | None = None, **options: object) -> int:

@@ -6,11 +6,9 @@ import ctypes
 from ctypes import POINTER, c_double, c_int8, c_int32, c_int64, c_uint8, c_void_p
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from labkit_kernels import native
-from labkit_kernels.integer.packed import Integers
 
 
 class Weight(ctypes.Structure):
@@ -72,17 +70,6 @@ def available() -> bool:
     if library is not None:
         library.integers_available(answer)
     return bool(answer.value)
-
-
-def describe(weight: Integers) -> Weight:
-    def pointer(tensor: Tensor | None) -> int | None:
-        return None if tensor is None else tensor.data_ptr()
-
-    return Weight(
-        pointer(weight.values), pointer(weight.scales), pointer(weight.offsets), pointer(weight.order),
-        weight.columns, weight.depth, weight.groups, weight.group, weight.bits,
-        weight.scales.dtype == torch.float16, (c_int8 * 16)(*weight.table),
-    )  # fmt: skip
 
 
 def pack(values: Tensor, tiled: Tensor, deep: int, bits: int, rest: int) -> None:

@@ -117,9 +117,16 @@ class Integers:
     @cached_property
     def described(self) -> ctypes.Structure:
         """What the C++ code is told."""
-        from .library import describe
+        from . import library
 
-        return describe(self)
+        values, scales, offsets, order = (
+            None if tensor is None else tensor.data_ptr()
+            for tensor in (self.values, self.scales, self.offsets, self.order)
+        )
+        half, table = self.scales.dtype == torch.float16, (ctypes.c_int8 * 16)(*self.table)
+        return library.Weight(
+            values, scales, offsets, order, self.columns, self.depth, self.groups, self.group, self.bits, half, table
+        )
 
     def __repr__(self) -> str:
         groups = "one group" if self.groups == 1 else f"groups of {self.group}"
@@ -148,7 +155,7 @@ def _narrow(scales: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor | No
     given = [scales.float()] if offsets is None else [scales.float(), offsets.float()]
     sizes = torch.cat([tensor.abs().flatten() for tensor in given])
     sizes = sizes[sizes > 0]
-    normal = not len(sizes) or (2**-14 <= float(sizes.min()) and float(sizes.max()) <= 65504)
+    normal = not len(sizes) or (float(sizes.min()) >= 2**-14 and float(sizes.max()) <= 65504)
     kept = [tensor.half() if normal else tensor for tensor in given]
     return kept[0], kept[1] if offsets is not None else None
 
