@@ -199,11 +199,5 @@ def _bias(layers: Sequence[GroupedLinear | ScaledLinear]) -> Tensor | None:
     """Biases side by side; zeros for layers without one."""
     if all(layer.bias is None for layer in layers):
         return None
-    return torch.cat(
-        [
-            torch.zeros(layer.shape[1], dtype=layer.dtype, device=layer.scales.device)
-            if layer.bias is None
-            else layer.bias
-            for layer in layers
-        ]
-    )
+    none: dict[str, Any] = {"dtype": layers[0].dtype, "device": layers[0].scales.device}
+    return torch.cat([torch.zeros(one.shape[1], **none) if one.bias is None else one.bias for one in layers])

@@ -38,11 +38,9 @@ class Online:
     @classmethod
     def of(cls, quantization: str, deterministic: bool = False) -> Online:
         """`quantization` is a method; -g and a number behind it choose the group, as in "int4-g32"."""
-        method, chosen, group = (
-            quantization.partition("-g") if isinstance(quantization, str) else (quantization, "", "")
-        )
+        method, chosen, group = str(quantization).partition("-g")
         if method not in METHODS:
-            raise ValueError(f"quantization {quantization!r} is not known; {closest(str(method), list(METHODS))}")
+            raise ValueError(f"quantization {quantization!r} is not known; {closest(method, list(METHODS))}")
         if not chosen:
             return cls(method, 64 if method == "nf4" else 128, deterministic)
         if method not in GROUPED or not group.isdecimal() or int(group) < 16:

@@ -384,7 +384,8 @@ class Decoder:
         return {kind: table.to(self.device) for kind, table in own.items()}
 
     def __repr__(self) -> str:
-        return f"Decoder({self.name}: {self.num_parameters / 1e6:.1f}M parameters, {len(self.layers)} layers, {str(self.dtype)[6:]})"
+        size, kind = f"{self.num_parameters / 1e6:.1f}M parameters", str(self.dtype)[6:]
+        return f"Decoder({self.name}: {size}, {len(self.layers)} layers, {kind})"
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight once."""
