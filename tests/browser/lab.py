@@ -135,10 +135,17 @@ class Page:
 
     def last_time(self, trace: str = "used") -> float:
         return self.page.evaluate(
-            "([figure, trace]) => { const found = document.querySelector(figure)._fullData.find(x => x.meta === trace);"
-            " return found.x.length ? found.x[found.x.length - 1] : -1 }",
+            "([figure, trace]) => { const plot = document.querySelector(figure);"
+            " if (!plot || !plot._fullData) return -1; const found = plot._fullData.find(x => x.meta === trace);"
+            " return found && found.x && found.x.length ? found.x[found.x.length - 1] : -1 }",
             [FIGURE, trace],
         )
+
+    def is_still(self) -> bool:
+        """The live figure has points, and no new ones come."""
+        before = self.points(), self.last_time()
+        self.wait(800)
+        return self.points() > 0 and (self.points(), self.last_time()) == before
 
     def click(self, name: str) -> None:
         self.page.locator(f".labkit-{name}").first.click()

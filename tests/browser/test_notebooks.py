@@ -97,7 +97,7 @@ def test_a_page_that_is_loaded_again_shows_what_is_so_now(page):
     page.wait_for(lambda: page.step() > 50)
     page.click("stop")
     page.wait_for(lambda: page.state() == "stopped")
-    page.wait(800)
+    page.wait_for(page.is_still)
     shown = page.points(), page.last_time(), page.points("decode bar")
     page.page.evaluate(
         "async () => { const panel = window.jupyterapp.shell.currentWidget;"
