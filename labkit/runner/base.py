@@ -6,7 +6,6 @@ from typing import NamedTuple, Protocol
 
 from labkit.core.plan import Plan, Result
 
-
 # What keys and values can be stored as, and the name of torch's dtype; "auto" is the model's own.
 KV_CACHE_DTYPES = {
     "auto": None,

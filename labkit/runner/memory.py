@@ -43,8 +43,8 @@ class BlockStore:
         for tensor, kept in zip(self.flat, saved.kept, strict=True):
             if tensor.dtype != kept.dtype or tensor.shape[1:] != kept.shape[1:]:
                 raise ValueError(
-                    f"the saved keys and values are {_said(kept)}, this KV cache holds {_said(tensor)}: make the engine "
-                    "with the kv_cache_dtype, block_size and model of the one that was saved"
+                    f"the saved keys and values are {_said(kept)}, this KV cache holds {_said(tensor)}: make the "
+                    "engine with the kv_cache_dtype, block_size and model of the one that was saved"
                 )
         for tensor, kept in zip(self.flat, saved.kept, strict=True):
             tensor[torch.from_numpy(saved.index)] = kept
@@ -65,8 +65,8 @@ def kv_dtype(model: Model, name: str) -> torch.dtype:
         for size in (spec.key_size, spec.value_size):
             if size % SCALE_BYTES:
                 raise ValueError(
-                    f"kv_cache_dtype={name!r} needs heads whose size is a multiple of {SCALE_BYTES}, so that scales are "
-                    f"aligned; {model.name} has heads of {size}: use kv_cache_dtype='auto'"
+                    f"kv_cache_dtype={name!r} needs heads whose size is a multiple of {SCALE_BYTES}, so that scales "
+                    f"are aligned; {model.name} has heads of {size}: use kv_cache_dtype='auto'"
                 )
     dtype: torch.dtype = getattr(torch, chosen)
     return dtype
@@ -97,9 +97,7 @@ def make_caches(
             return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
         return pages.zeros(shape, dtype)
 
-    return [
-        (zeros(spec, spec.key_size), zeros(spec, spec.value_size)) for spec in group_specs(model, groups)
-    ]
+    return [(zeros(spec, spec.key_size), zeros(spec, spec.value_size)) for spec in group_specs(model, groups)]
 
 
 def available_memory() -> int:

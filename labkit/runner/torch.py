@@ -78,9 +78,9 @@ class TorchRunner:
             return "TorchRunner(closed)"
         where = "not open"
         if self.layout is not None:
-            size = self.bytes_per_block(self.layout.block_size) * self.layout.num_blocks
-            kept = "" if self.kv_dtype == self.model.dtype else f" in {str(self.kv_dtype)[6:]}"
-            where = f"{self.layout.num_blocks}x{self.layout.block_size}, {size / 2**20:.0f} MiB of keys and values{kept}"
+            num, size = self.layout.num_blocks, self.layout.block_size
+            where = f"{num}x{size}, {num * self.bytes_per_block(size) / 2**20:.0f} MiB of keys and values"
+            where += "" if self.kv_dtype == self.model.dtype else f" in {str(self.kv_dtype)[6:]}"
             where += "" if self.graphs is None else f", {self.graphs!r}"
         return f"TorchRunner({self.model.name} on {self.device}, {str(self.model.dtype)[6:]}, {where})"
 

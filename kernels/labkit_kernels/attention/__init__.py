@@ -14,6 +14,8 @@ from labkit_kernels.registry import Op
 
 from . import reference
 
+EXTRAS = ("window", "softcap", "sinks", "alibi")
+
 # (name, [(queries, keys)], query heads, key heads, head size, value size, block size, options)
 CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
     ("decode, one token", [(1, 1)], 1, 1, 32, 32, 16, ()),
@@ -35,14 +37,14 @@ CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
     ("no keys", [(1, 0), (1, 4), (2, 0)], 2, 2, 32, 32, 16, ()),
     ("a few queries", [(4, 77), (4, 4), (3, 130)], 8, 4, 64, 64, 16, ()),
     ("a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ()),
-    ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("window", "softcap", "sinks", "alibi")),
+    ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, EXTRAS),
     ("int8, mixed", [(1, 40), (13, 29), (1, 1), (64, 64), (0, 9)], 14, 2, 64, 64, 16, ("int8",)),
     ("int8, values of another size", [(9, 21), (1, 21)], 4, 4, 192, 128, 16, ("int8",)),
     ("int8, blocks of 1", [(1, 7), (2, 67)], 4, 4, 32, 32, 1, ("int8", "window")),
     ("int8, no keys", [(1, 0), (1, 4), (2, 0)], 2, 2, 32, 32, 16, ("int8",)),
     ("fp8_e4m3, groups", [(1, 5), (1, 17), (1, 64), (1, 131)], 8, 2, 64, 64, 16, ("fp8_e4m3",)),
     ("fp8_e4m3, odd head", [(1, 33), (5, 9)], 6, 3, 80, 80, 3, ("fp8_e4m3", "softcap")),
-    ("fp8_e4m3, all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("fp8_e4m3", "window", "softcap", "sinks", "alibi")),
+    ("fp8_e4m3, all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("fp8_e4m3", *EXTRAS)),
     ("fp8_e4m3, long window", [(1, 211), (31, 93)], 3, 1, 32, 32, 1, ("fp8_e4m3", "long window")),
     ("fp8_e5m2, prefill on a past", [(19, 83), (5, 5)], 4, 2, 64, 64, 64, ("fp8_e5m2",)),
     ("fp8_e5m2, a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ("fp8_e5m2", "sinks")),

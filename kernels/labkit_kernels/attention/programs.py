@@ -255,20 +255,20 @@ def attend(
             whole = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
             whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(stop, begin))
             acc, most, total = visit(
-                acc, most, total, query, k, v, k_scales, v_scales, table, begin, whole, first_key, end_key, position, slope, scale,
-                softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
-                SOFTCAP, ALIBI, True, PRECISION, KIND,
+                acc, most, total, query, k, v, k_scales, v_scales, table, begin, whole, first_key, end_key, position,
+                slope, scale, softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N,
+                WINDOW, SOFTCAP, ALIBI, True, PRECISION, KIND,
             )  # fmt: skip
         masked = tl.maximum(tl.minimum((lowest + 1) // BLOCK_N * BLOCK_N, stop), whole)
         acc, most, total = visit(
-            acc, most, total, query, k, v, k_scales, v_scales, table, whole, masked, first_key, end_key, position, slope, scale,
-            softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
-            SOFTCAP, ALIBI, False, PRECISION, KIND,
+            acc, most, total, query, k, v, k_scales, v_scales, table, whole, masked, first_key, end_key, position,
+            slope, scale, softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N,
+            WINDOW, SOFTCAP, ALIBI, False, PRECISION, KIND,
         )  # fmt: skip
     acc, most, total = visit(
-        acc, most, total, query, k, v, k_scales, v_scales, table, masked, stop, first_key, end_key, position, slope, scale,
-        softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
-        SOFTCAP, ALIBI, True, PRECISION, KIND,
+        acc, most, total, query, k, v, k_scales, v_scales, table, masked, stop, first_key, end_key, position,
+        slope, scale, softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N,
+        WINDOW, SOFTCAP, ALIBI, True, PRECISION, KIND,
     )  # fmt: skip
 
     value_dim = tl.arange(0, DV)

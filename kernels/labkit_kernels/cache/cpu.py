@@ -1,5 +1,5 @@
-"""Storing keys and values and copying blocks in C++. Copies runs of bytes, so any dtype works; caches in 8 bits are filled
-from float32 or bfloat16."""
+"""Storing keys and values and copying blocks in C++. Copies runs of bytes, so any dtype works; caches in 8 bits are
+filled from float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ if library is not None:
         tokens, heads, _ = k.shape
         _store_kv(
             k.data_ptr(), v.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr(),
-            Lies(*_lie(k, k_cache), *_lie(v, v_cache)), tokens, heads, k_cache.shape[2], native.CODES.get(dtype, 0), code,
-            native.num_threads(),
+            Lies(*_lie(k, k_cache), *_lie(v, v_cache)), tokens, heads, k_cache.shape[2], native.CODES.get(dtype, 0),
+            code, native.num_threads(),
         )  # fmt: skip
         return None
 

@@ -2,8 +2,8 @@
 
 These ops only move memory: `store_kv` reads and writes each token's key and value once, `copy_blocks` each block of
 every layer. What can be saved is launches. Keys and values are stored in one launch, read straight from the fused
-projection and cast to the cache's dtype, or rounded to codes of 8 bits with a scale. `copy_blocks` copies every layer's cache in one launch, using a table of their
-addresses that is built once and kept on the device.
+projection and cast to the cache's dtype, or rounded to codes of 8 bits with a scale. `copy_blocks` copies every layer's
+cache in one launch, using a table of their addresses that is built once and kept on the device.
 
 `swap_blocks` has no kernel. It is bound by the bus between host and device (tens of GB/s, device memory has thousands),
 and torch's indexing with one large copy per cache already reaches that.
