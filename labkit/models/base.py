@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-# Keys and values of a layer: [blocks, key heads, block size, size]. In 8 bits the last is size + 4: scales lie in the same
-# memory (labkit_kernels.cache.codes).
+# Keys and values of a layer: [blocks, key heads, block size, size]. In 8 bits the last is size + 4: scales are in the
+# same memory (labkit_kernels.cache.codes).
 KVCache = tuple[Tensor, Tensor]
 
 
