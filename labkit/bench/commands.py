@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from labkit.runner.base import KV_CACHE_DTYPES
+
 KINDS = ("random", "n", "shared", "sharegpt", "trace", "file")
 EXAMPLES = """
   labkit bench throughput                                        the embedded model beside transformers
@@ -90,6 +92,7 @@ def _add_engine(parser: argparse.ArgumentParser, kind: str) -> None:
     engine.add_argument("--rows", type=int, default=256, help="requests in a batch at most")
     engine.add_argument("--budget", type=int, help="tokens a step at most")
     engine.add_argument("--block-size", type=int, default=32)
+    engine.add_argument("--kv-cache-dtype", choices=list(KV_CACHE_DTYPES), help="of labkit's keys and values")
     engine.add_argument("--prefix-cache", action="store_true", help="on; the cache is cleared before every pass")
     engine.add_argument("--json", metavar="FILE", help="write the result; labkit bench report reads it")
 
@@ -221,6 +224,7 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "max_num_batched_tokens": args.budget,
         "block_size": args.block_size,
         "prefix_caching": args.prefix_cache,
+        "kv_cache_dtype": args.kv_cache_dtype,
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -22,6 +22,7 @@ class Gate:
     num_tokens: int
     config: Any  # of the model
     dtype: torch.dtype
+    kv_dtype: torch.dtype | None = None
 
     @property
     def ok(self) -> bool:
@@ -33,13 +34,15 @@ class Gate:
 
 
 def check(
-    model: str, dtype: str = "bfloat16", device: str = "cpu", *, num_prompts: int = 3, length: int = 96, seed: int = 0
-) -> Gate:
+    model: str, dtype: str = "bfloat16", device: str = "cpu", *, kv_cache_dtype: str = "auto", num_prompts: int = 3,
+    length: int = 96, seed: int = 0,
+) -> Gate:  # fmt: skip
     """Loads the model twice and compares. Takes a second or two per gigabyte."""
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     from labkit.models import load_model
+    from labkit.runner.memory import kv_dtype
 
     disable_progress_bar()
     ours = load_model(model, dtype=dtype, device=torch.device(device))
@@ -50,28 +53,26 @@ def check(
         for _ in range(num_prompts):
             ids = torch.from_numpy(rng.integers(10, min(ours.vocab_size, 15_000), length)).to(device)
             p = theirs(ids[None]).logits[0].float().log_softmax(-1)
-            q = teacher_forced(ours, ids).log_softmax(-1)
+            q = teacher_forced(ours, ids, kv_cache_dtype=kv_cache_dtype).log_softmax(-1)
             kl += (p.exp() * (p - q)).sum(-1).tolist()
             top = p.topk(2, dim=-1)
             ahead = top.values[:, 0] - top.values[:, 1] > 0.02  # a difference below rounding is a tie
             agreed += int((q.argmax(-1) == top.indices[:, 0])[ahead].sum())
             clear += int(ahead.sum())
-    return Gate(float(np.mean(kl)), agreed / max(1, clear), num_prompts * length, ours.config, ours.dtype)
+    kept = kv_dtype(ours, kv_cache_dtype)
+    return Gate(float(np.mean(kl)), agreed / max(1, clear), num_prompts * length, ours.config, ours.dtype, kept)
 
 
-def teacher_forced(model: Any, ids: torch.Tensor, block_size: int = 16) -> torch.Tensor:
+def teacher_forced(model: Any, ids: torch.Tensor, block_size: int = 16, kv_cache_dtype: str = "auto") -> torch.Tensor:
     """Every position's logits [tokens, vocabulary], float32, of one prompt in one step."""
     from labkit.models.base import Batch
+    from labkit.runner.groups import one_group
+    from labkit.runner.memory import kv_dtype, make_caches
 
     num = len(ids)
     blocks = -(-num // block_size)
-    caches = [
-        tuple(
-            torch.zeros(blocks + 1, spec.num_heads, block_size, size, dtype=model.dtype, device=model.device)
-            for size in (spec.key_size, spec.value_size)
-        )
-        for spec in model.kv
-    ]
+    kept = kv_dtype(model, kv_cache_dtype)
+    caches = make_caches(model, one_group(model.kv), kept, blocks + 1, block_size, model.device)
     at = torch.arange(num, device=model.device)
     batch = Batch(
         token_ids=ids.to(model.device),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from labkit_kernels import Packed, get, pages
+from labkit_kernels.cache.codes import width
 
 DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}  # bytes/s, bf16 flop/s
 
@@ -42,7 +43,8 @@ class Cost:
     attention: int  # flops a (query, key) pair, all layers
 
     @classmethod
-    def of(cls, config: Any, dtype: torch.dtype) -> Cost:
+    def of(cls, config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Cost:
+        """`kv_dtype`: of keys and values, if it is another one."""
         from labkit.models.decoder import Shape
 
         shape = Shape.of(config)
@@ -51,12 +53,12 @@ class Cost:
         active = shape.num_experts_per_tok or 1
         gated = 2 if config.model_type == "starcoder2" else 3
         layer = hidden * size * (heads + 2 * keys) + heads * size * hidden + gated * hidden * inner * active
-        width = dtype.itemsize
+        kept = kv_dtype or dtype
         return cls(
             layers=shape.num_layers * layer,
             head=hidden * config.vocab_size,
-            bytes_a_weight=width,
-            kv_bytes=2 * shape.num_layers * keys * size * width,
+            bytes_a_weight=dtype.itemsize,
+            kv_bytes=2 * shape.num_layers * keys * width(size, kept) * kept.itemsize,
             attention=4 * shape.num_layers * heads * size,
         )
 

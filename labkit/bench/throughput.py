@@ -84,12 +84,12 @@ def _gate_and_limit(setting: Setting) -> dict[str, Any]:
     if threads:
         torch.set_num_threads(threads)
     dtype = setting.options.get("dtype", "auto")
-    found = gate.check(setting.model, dtype)
+    found = gate.check(setting.model, dtype, kv_cache_dtype=setting.options.get("kv_cache_dtype", "auto"))
     if not found.ok:
         raise RuntimeError(f"no speed is reported: {found!r}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = limit.measure(device, found.dtype)
-    cost = limit.Cost.of(found.config, found.dtype)
+    cost = limit.Cost.of(found.config, found.dtype, found.kv_dtype)
     return {
         "gate": {"kl": found.kl, "agreement": found.agreement, "num_tokens": found.num_tokens},
         "limit": {

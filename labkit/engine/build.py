@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from labkit.core.blocks.manager import BlockManager
-from labkit.core.options import flag, named_options, real, whole
+from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
+from labkit.runner.base import KV_CACHE_DTYPES
 
 SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
 CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
@@ -33,7 +34,8 @@ class Options:
     rounds a dense checkpoint's weights while they are loaded: "int8", "int4" (or "int4-g32": groups of 32 inputs, not
     128), "nf4", "fp8". `hybrid_kv` gives
     layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
-    steps are then not captured. All other options go to `BlockManager` and `Scheduler`.
+    steps are then not captured. `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in
+    8 bits, with a scale for each token and head. All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -69,11 +71,13 @@ class Options:
     deterministic: bool = False
     quantization: str | None = None
     hybrid_kv: bool = False
+    kv_cache_dtype: str = "auto"
     log: Any = None
 
     def __post_init__(self) -> None:
         for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic", "hybrid_kv"):
             flag(name, getattr(self, name))
+        choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         whole("seed", self.seed, least=0)
         whole("block_size", self.block_size, least=1, most=2**20)
         real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
@@ -115,7 +119,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         tokenizer = _load_tokenizer(folder, options.trust_remote_code)
     runner = TorchRunner(
         loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
-        hybrid_kv=options.hybrid_kv,
+        hybrid_kv=options.hybrid_kv, kv_cache_dtype=options.kv_cache_dtype,
     )  # fmt: skip
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),

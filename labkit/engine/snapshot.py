@@ -98,7 +98,9 @@ def take_snapshot(engine: Stateful) -> Snapshot:
 
 def restore_engine(engine: Stateful, snapshot: Snapshot) -> None:
     if snapshot.engine is not engine:
-        raise ValueError("this snapshot belongs to another engine")
+        theirs, ours = (getattr(one.runner, "kv_dtype", None) for one in (snapshot.engine, engine))
+        kept = "" if theirs == ours else f", whose keys and values are {theirs}; here they are {ours}"
+        raise ValueError(f"this snapshot belongs to another engine{kept}")
     known = {id(thing) for thing, _ in snapshot.state}
     engine.log.flush(engine.scheduler.step, engine.clock.now())
     engine.log.rewind(snapshot.mark)

@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-KVCache = tuple[Tensor, Tensor]  # keys and values of a layer: [blocks, key heads, block size, size]
+# Keys and values of a layer: [blocks, key heads, block size, size]. In 8 bits the last is size + 4: scales are in the
+# same memory (labkit_kernels.cache.codes).
+KVCache = tuple[Tensor, Tensor]
 
 
 class KVSpec(NamedTuple):

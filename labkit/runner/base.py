@@ -6,6 +6,15 @@ from typing import NamedTuple, Protocol
 
 from labkit.core.plan import Plan, Result
 
+# What keys and values can be stored as, and the name of torch's dtype; "auto" is the model's own.
+KV_CACHE_DTYPES = {
+    "auto": None,
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+    "int8": "int8",
+}
+
 
 class Layout(NamedTuple):
     """What a runner must allocate. Block 0 is scratch and is not counted in `num_blocks`."""

@@ -8,9 +8,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from labkit_kernels import pages
+from labkit_kernels.cache.codes import SCALE_BYTES, width
 from torch import Tensor
 
-from labkit.models.base import KVCache, Model
+from labkit.core.options import choose
+from labkit.models.base import KVCache, KVSpec, Model
+from labkit.runner.base import KV_CACHE_DTYPES
 from labkit.runner.groups import Groups
 
 
@@ -38,29 +41,63 @@ class BlockStore:
 
     def load(self, saved: SavedBlocks) -> None:
         for tensor, kept in zip(self.flat, saved.kept, strict=True):
+            if tensor.dtype != kept.dtype or tensor.shape[1:] != kept.shape[1:]:
+                raise ValueError(
+                    f"the saved keys and values are {_said(kept)}, this KV cache holds {_said(tensor)}: make the "
+                    "engine with the kv_cache_dtype, block_size and model of the one that was saved"
+                )
+        for tensor, kept in zip(self.flat, saved.kept, strict=True):
             tensor[torch.from_numpy(saved.index)] = kept
         self.touched[:] = False
         self.touched[saved.index] = True
 
 
+def _said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype)[6:]} in blocks of {list(tensor.shape[1:])}"
+
+
+def kv_dtype(model: Model, name: str) -> torch.dtype:
+    """The dtype that `kv_cache_dtype=name` gives this model's keys and values. Refuses what its heads do not allow."""
+    chosen = choose("kv_cache_dtype", name, KV_CACHE_DTYPES)
+    if chosen is None:
+        return model.dtype
+    for spec in model.kv:
+        for size in (spec.key_size, spec.value_size):
+            if size % SCALE_BYTES:
+                raise ValueError(
+                    f"kv_cache_dtype={name!r} needs heads whose size is a multiple of {SCALE_BYTES}, so that scales "
+                    f"are aligned; {model.name} has heads of {size}: use kv_cache_dtype='auto'"
+                )
+    dtype: torch.dtype = getattr(torch, chosen)
+    return dtype
+
+
+def group_specs(model: Model, groups: Groups) -> list[KVSpec]:
+    """What the layer at each position in a group stores."""
+    return [model.kv[groups.place_of.index(place)] for place in range(groups.size)]
+
+
+def bytes_per_block(model: Model, groups: Groups, dtype: torch.dtype, block_size: int) -> int:
+    """Keys and values of all layers in a group, with their scales."""
+    specs = group_specs(model, groups)
+    each = sum(spec.num_heads * (width(spec.key_size, dtype) + width(spec.value_size, dtype)) for spec in specs)
+    return each * block_size * dtype.itemsize
+
+
 def make_caches(
-    model: Model, groups: Groups, num_blocks: int, block_size: int, device: torch.device, pinned: bool = False
-) -> list[KVCache]:
+    model: Model, groups: Groups, dtype: torch.dtype, num_blocks: int, block_size: int, device: torch.device,
+    pinned: bool = False,
+) -> list[KVCache]:  # fmt: skip
     """One cache for each position in a group. Zeroed, because a nan in an unused slot would survive a product with
     0."""
 
-    def zeros(*shape: int) -> Tensor:
+    def zeros(spec: KVSpec, size: int) -> Tensor:
+        shape = (num_blocks, spec.num_heads, block_size, width(size, dtype))
         if device.type != "cpu" or pinned:
-            return torch.zeros(shape, dtype=model.dtype, device=device, pin_memory=pinned)
-        return pages.zeros(shape, model.dtype)
+            return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
+        return pages.zeros(shape, dtype)
 
-    return [
-        (
-            zeros(num_blocks, spec.num_heads, block_size, spec.key_size),
-            zeros(num_blocks, spec.num_heads, block_size, spec.value_size),
-        )
-        for spec in (model.kv[groups.place_of.index(place)] for place in range(groups.size))
-    ]
+    return [(zeros(spec, spec.key_size), zeros(spec, spec.value_size)) for spec in group_specs(model, groups)]
 
 
 def available_memory() -> int:

@@ -24,7 +24,7 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.extras import capture_of, extras_of, wants_prompt
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
-from labkit.runner.memory import BlockStore, available_memory, make_caches
+from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
@@ -48,11 +48,14 @@ class TorchRunner:
         seed: int = 0,
         graphs: bool | None = None,
         hybrid_kv: bool = False,
+        kv_cache_dtype: str = "auto",
     ) -> None:
         """`graphs`: replay captured decode steps; None means yes on a GPU, for models that can be captured.
         `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
-        captured."""
+        captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
+        scale for each token and head."""
         self.model = model
+        self.kv_dtype = kv_dtype(model, kv_cache_dtype)
         if graphs is not None:
             flag("graphs", graphs)
         self.graphs: Graphs | None = None
@@ -75,18 +78,17 @@ class TorchRunner:
             return "TorchRunner(closed)"
         where = "not open"
         if self.layout is not None:
-            size = self.bytes_per_block(self.layout.block_size) * self.layout.num_blocks
-            where = f"{self.layout.num_blocks}x{self.layout.block_size}, {size / 2**20:.0f} MiB of keys and values"
+            num, size = self.layout.num_blocks, self.layout.block_size
+            where = f"{num}x{size}, {num * self.bytes_per_block(size) / 2**20:.0f} MiB of keys and values"
+            where += "" if self.kv_dtype == self.model.dtype else f" in {str(self.kv_dtype)[6:]}"
             where += "" if self.graphs is None else f", {self.graphs!r}"
         return f"TorchRunner({self.model.name} on {self.device}, {str(self.model.dtype)[6:]}, {where})"
 
     # -- memory --------------------------------------------------------------------------------------------------
 
     def bytes_per_block(self, block_size: int) -> int:
-        """Bytes per block: keys and values of all layers in a group."""
-        specs = [self.model.kv[self.groups.place_of.index(place)] for place in range(self.groups.size)]
-        each = sum(spec.num_heads * (spec.key_size + spec.value_size) for spec in specs)
-        return each * block_size * self.model.dtype.itemsize
+        """Bytes per block: keys and values of all layers in a group, with their scales."""
+        return bytes_per_block(self.model, self.groups, self.kv_dtype, block_size)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -113,7 +115,7 @@ class TorchRunner:
         """Peak bytes of the largest step beyond what is allocated now, measured on a scratch cache."""
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        caches = make_caches(self.model, one_group(self.model.kv), 2, 16, self.device)
+        caches = make_caches(self.model, one_group(self.model.kv), self.kv_dtype, 2, 16, self.device)
         ids = torch.zeros(most_tokens, dtype=torch.int64, device=self.device)
         each = torch.ones(most_tokens, dtype=torch.int32, device=self.device)
         starts = torch.arange(most_tokens + 1, dtype=torch.int32, device=self.device)
@@ -158,11 +160,11 @@ class TorchRunner:
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
-        here = make_caches(self.model, self.groups, layout.num_blocks + 1, layout.block_size, self.device)
+        kind, size = (self.model, self.groups, self.kv_dtype), layout.block_size
+        here = make_caches(*kind, layout.num_blocks + 1, size, self.device)
         if not layout.num_host_blocks:
             return BlockStore(here), BlockStore([])
-        there = make_caches(self.model, self.groups, layout.num_host_blocks + 1, layout.block_size, cpu, pinned)
-        return BlockStore(here), BlockStore(there)
+        return BlockStore(here), BlockStore(make_caches(*kind, layout.num_host_blocks + 1, size, cpu, pinned))
 
     @property
     def caches(self) -> list[KVCache]:

@@ -109,7 +109,7 @@ def test_a_server_can_be_compared_with(url, tmp_path):
 
 def test_a_model_that_fails_its_gate_gets_no_speed(monkeypatch):
     wrong = gate.Gate(kl=0.5, agreement=0.4, num_tokens=10, config=None, dtype=None)
-    monkeypatch.setattr(gate, "check", lambda *args: wrong)
+    monkeypatch.setattr(gate, "check", lambda *args, **options: wrong)
     from labkit.assets import path
 
     setting = throughput.Setting(str(path("tiny")), workload.random_lengths(1, vocab_size=100))

@@ -31,16 +31,6 @@ def test_swapping_has_a_reference_only_and_says_so():
 
 
 @needs_cpu
-def test_float8_caches_take_what_torch_would_write():
-    k, v = torch.randn(5, 2, 16), torch.randn(5, 2, 16)
-    slots = torch.tensor([9, 4, 5, 6, 15])
-    found = [torch.zeros(4, 2, 4, 16, dtype=torch.float8_e4m3fn) for _ in range(2)]
-    store_kv(k, v, *found, slots)
-    for cache, x in zip(found, (k, v), strict=True):
-        assert torch.equal(cache.float()[slots // 4, :, slots % 4], x.to(torch.float8_e4m3fn).float())
-
-
-@needs_cpu
 def test_blocks_that_do_not_lie_in_one_piece_and_many_tokens():
     caches = [torch.randn(6, 4, 2, 8).transpose(1, 2)]
     expected = [cache.clone() for cache in caches]

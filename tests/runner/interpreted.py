@@ -17,11 +17,13 @@ from tests.models.configs import VOCAB, config
 OTHER = "triton, interpreted"
 
 
-def serve(model, graphs: bool, seed: int, lag: int) -> list[list[int]]:
+def serve(model, graphs: bool, seed: int, lag: int, kept: str = "auto") -> list[list[int]]:
     rng = random.Random(seed)
     blocks = lk.BlockManager(24, 16, num_host_blocks=8)
     options = {"max_num_seqs": 5, "max_num_batched_tokens": 48, "max_in_flight": lag, "watermark": 0.0}
-    eng = lk.Engine(scheduler=lk.Scheduler(blocks, **options), runner=lk.TorchRunner(model, graphs=graphs))
+    eng = lk.Engine(
+        scheduler=lk.Scheduler(blocks, **options), runner=lk.TorchRunner(model, graphs=graphs, kv_cache_dtype=kept)
+    )
     handles = []
     for i in range(3):
         params = lk.SamplingParams(max_tokens=3 + i, seed=i, temperature=0.8 * (i % 2), ignore_eos=True, n=1 + (i == 2))
@@ -39,6 +41,7 @@ def main(kind: str, seed: int) -> None:
     model = load_model(config(kind), load_format="dummy", seed=1, dtype="float32")
     invariant = load_model(config(kind), load_format="dummy", seed=1, dtype="float32", deterministic=True)
     found = {"reference": serve(model, False, seed, 0)}
+    expected = serve(model, False, seed, 0, "int8")
     mend_interpreter()
     with ExitStack() as stack:
         for op in list(OPS.values()):
@@ -48,6 +51,7 @@ def main(kind: str, seed: int) -> None:
         found["eager"] = serve(model, False, seed, 0)
         found["graphs"] = serve(model, True, seed, 1)
         found["deterministic"] = serve(invariant, True, seed, 1)
+        assert serve(model, True, seed, 1, "int8") == expected, "keys and values in int8"
     print(json.dumps(found))
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labkit_kernels.cache.codes import encode, split, vector_size, width
 from labkit_kernels.check import Case, Tolerance
 from labkit_kernels.registry import Op
 
 from . import reference
+
+EXTRAS = ("window", "softcap", "sinks", "alibi")
 
 # (name, [(queries, keys)], query heads, key heads, head size, value size, block size, options)
 CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
@@ -34,8 +37,19 @@ CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
     ("no keys", [(1, 0), (1, 4), (2, 0)], 2, 2, 32, 32, 16, ()),
     ("a few queries", [(4, 77), (4, 4), (3, 130)], 8, 4, 64, 64, 16, ()),
     ("a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ()),
-    ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("window", "softcap", "sinks", "alibi")),
+    ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, EXTRAS),
+    ("int8, mixed", [(1, 40), (13, 29), (1, 1), (64, 64), (0, 9)], 14, 2, 64, 64, 16, ("int8",)),
+    ("int8, values of another size", [(9, 21), (1, 21)], 4, 4, 192, 128, 16, ("int8",)),
+    ("int8, blocks of 1", [(1, 7), (2, 67)], 4, 4, 32, 32, 1, ("int8", "window")),
+    ("int8, no keys", [(1, 0), (1, 4), (2, 0)], 2, 2, 32, 32, 16, ("int8",)),
+    ("fp8_e4m3, groups", [(1, 5), (1, 17), (1, 64), (1, 131)], 8, 2, 64, 64, 16, ("fp8_e4m3",)),
+    ("fp8_e4m3, odd head", [(1, 33), (5, 9)], 6, 3, 80, 80, 3, ("fp8_e4m3", "softcap")),
+    ("fp8_e4m3, all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, ("fp8_e4m3", *EXTRAS)),
+    ("fp8_e4m3, long window", [(1, 211), (31, 93)], 3, 1, 32, 32, 1, ("fp8_e4m3", "long window")),
+    ("fp8_e5m2, prefill on a past", [(19, 83), (5, 5)], 4, 2, 64, 64, 64, ("fp8_e5m2",)),
+    ("fp8_e5m2, a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ("fp8_e5m2", "sinks")),
 ]
+KINDS = {"int8": torch.int8, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 
 
 # The same with the sizes of real models, for timing.
@@ -44,6 +58,11 @@ TIMED: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
     ("decode 64 x 512, 14/2 heads of 64", [(1, 512)] * 64, 14, 2, 64, 64, 16, ()),
     ("decode 1 x 8192, 14/2 heads of 64", [(1, 8192)], 14, 2, 64, 64, 16, ()),
     ("decode 64 x 1024, 16/8 heads of 128", [(1, 1024)] * 64, 16, 8, 128, 128, 16, ()),
+    ("decode 48 x 1024, 14/2 heads of 64", [(1, 1024)] * 48, 14, 2, 64, 64, 16, ()),
+    ("decode 48 x 1024, 14/2 heads of 64, int8", [(1, 1024)] * 48, 14, 2, 64, 64, 16, ("int8",)),
+    ("decode 48 x 1024, 14/2 heads of 64, fp8_e4m3", [(1, 1024)] * 48, 14, 2, 64, 64, 16, ("fp8_e4m3",)),
+    ("decode 64 x 1024, 16/8 heads of 128, int8", [(1, 1024)] * 64, 16, 8, 128, 128, 16, ("int8",)),
+    ("decode 64 x 1024, 16/8 heads of 128, fp8_e4m3", [(1, 1024)] * 64, 16, 8, 128, 128, 16, ("fp8_e4m3",)),
     ("prefill 2048, 14/2 heads of 64", [(2048, 2048)], 14, 2, 64, 64, 16, ()),
     ("prefill 2048, 16/8 heads of 128", [(2048, 2048)], 16, 8, 128, 128, 16, ()),
 ]
@@ -79,6 +98,8 @@ def make_batch(
     seq_len = torch.tensor([keys for _, keys in lengths], dtype=torch.int32, device=device)
     options: dict[str, Any] = {"scale": size**-0.5}
     options |= {"max_query_len": max(c for c, _ in lengths), "max_seq_len": max(k for _, k in lengths)}
+    for kind in KINDS.keys() & set(wanted):
+        k_cache, v_cache = in_8_bits(k_cache, KINDS[kind]), in_8_bits(v_cache, KINDS[kind])
     if "window" in wanted:
         options["window"] = 11
     if "long window" in wanted:
@@ -90,6 +111,15 @@ def make_batch(
     if "alibi" in wanted:
         options["alibi"] = torch.rand(heads, device=device, generator=generator) * 0.3
     return (q, k_cache, v_cache, table, query_start, seq_len), options
+
+
+def in_8_bits(cache: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cache of codes and scales with about the same contents."""
+    blocks, heads, block, size = cache.shape
+    found = torch.zeros(blocks, heads, block, width(size, dtype), dtype=dtype, device=cache.device)
+    codes, scales = split(found)
+    codes[:], scales[:] = encode(cache, dtype)
+    return found
 
 
 def _cases() -> Iterator[Case]:
@@ -124,7 +154,7 @@ def _traffic(
 ) -> int:
     """Every key and value once, queries in and results out."""
     per_key = k_cache.shape[1] * (k_cache.shape[3] + v_cache.shape[3]) * k_cache.element_size()
-    per_query = q.shape[1] * (k_cache.shape[3] + v_cache.shape[3]) * q.element_size()
+    per_query = q.shape[1] * (q.shape[2] + vector_size(v_cache)) * q.element_size()
     return _keys_read(seq_len, options.get("window", 0)) * per_key + q.shape[0] * per_query
 
 
@@ -135,7 +165,7 @@ def _flops(
     for count, length in zip(start.diff().tolist(), seq_len.tolist(), strict=True):
         seen = torch.arange(length - count + 1, length + 1)
         total += int((seen.clamp(max=window) if window else seen).sum())
-    return 2 * total * q.shape[1] * (k_cache.shape[3] + v_cache.shape[3])
+    return 2 * total * q.shape[1] * (q.shape[2] + vector_size(v_cache))
 
 
 paged_attention = Op(

@@ -7,6 +7,10 @@
 // into L1 (64 shuffles for 16x16), which is still faster than memory. The softmax is online: a row keeps its largest
 // score and its sum, and rescales its result when the largest score grows.
 //
+// A cache may hold codes of 8 bits with a scale for each key and each value (see ../codes.h). Codes become floats on the
+// way into L1. A key's scale multiplies its scores and a value's scale its weights, so that neither costs anything for
+// each element.
+//
 // A work item is (sequence, key head, tile of queries, range of keys). Long ranges are split if there are too few items
 // for the threads; the thread that finishes the last part of a split item combines the parts.
 
@@ -21,11 +25,12 @@
 
 #include <omp.h>
 
-#include "../simd.h"
+#include "../codes.h"
 
 namespace {
 
 using labkit::bf16;
+using labkit::is_code;
 using labkit::vf;
 using labkit::W;
 
@@ -55,11 +60,11 @@ struct Call {
     const float* sinks;
     const float* alibi;
     int64_t q_token, q_head;              // strides, in elements; the last dimension is dense
-    int64_t k_block, k_head, k_slot;
+    int64_t k_block, k_head, k_slot;      // of the caches: in their elements
     int64_t v_block, v_head, v_slot;
     int64_t table_row;
     int64_t num_seqs, num_heads, num_kv_heads, head_size, value_size, block_size;
-    int64_t window, num_threads, invariant;
+    int64_t window, num_threads, invariant, code;  // code: of the caches, 0 for the dtype of the queries
     double scale, softcap;
 };
 
@@ -74,6 +79,11 @@ struct Item {
 // One row of a tile of keys or values, and where to find it.
 struct Rows {
     const void* at[KEYS];
+};
+
+// What multiplies a tile's scores and weights, where keys and values are codes.
+struct Scales {
+    alignas(64) float key[KEYS], value[KEYS];
 };
 
 // A thread's working memory, a few hundred KB; kept between calls.
@@ -108,8 +118,12 @@ struct Mask {
 
 // Turns a row of scores into weights, in place. Updates the row's largest score (to base 2) and its W partial sums,
 // which are added at the end. Returns the factor for the row's earlier result.
-inline float softmax_row(float* row, int columns, const Mask& mask, float& most, float* sum) {
+// `scales`: of the tile's keys and values, if the cache has any.
+inline float softmax_row(float* row, int columns, const Mask& mask, float& most, float* sum, const Scales* scales) {
     float scale = mask.scale * LOG2E;
+    if (scales)
+        for (int j = 0; j < columns; j += W)
+            labkit::store(row + j, labkit::load(row + j) * labkit::load(scales->key + j));
     if (mask.softcap != 0.f || mask.slope != 0.f) {
         for (int j = 0; j < columns; j += W) {
             vf x = labkit::load(row + j) * mask.scale;
@@ -127,7 +141,7 @@ inline float softmax_row(float* row, int columns, const Mask& mask, float& most,
     vf total{};
     for (int j = 0; j < columns; j += W) {
         vf weight = labkit::exp2v(labkit::load(row + j) * scale - shift);
-        labkit::store(row + j, weight);
+        labkit::store(row + j, scales ? weight * labkit::load(scales->value + j) : weight);
         total += weight;
     }
     const float rescale = most == grown ? 1.f : std::exp2(most - shift);
@@ -179,12 +193,13 @@ inline const T* query_row(const Call& call, const Item& item, int64_t r) {
 }
 
 // Iterates over an item's keys tile by tile, with the address of the next tile for prefetching.
-template <class T>
+template <class C>
 struct Walk {
     const Call& call;
     const Item& item;
     int begin, count;
     Rows keys, values, next_keys, next_values;
+    Scales scales;
 
     Walk(const Call& call, const Item& item) : call(call), item(item), begin(item.begin - KEYS), count(0) {
         if (item.begin < item.end) find(item.begin);
@@ -196,6 +211,11 @@ struct Walk {
         keys = next_keys;
         values = next_values;
         count = std::min(KEYS, item.end - begin);
+        if constexpr (is_code<C>) {
+            const int32_t* table = call.table + item.seq * call.table_row;
+            read_scales(key_scales(), call.k_block, table, call.block_size, begin, count, scales.key);
+            read_scales(value_scales(), call.v_block, table, call.block_size, begin, count, scales.value);
+        }
         if (begin + KEYS < item.end) find(begin + KEYS);
         return true;
     }
@@ -204,14 +224,26 @@ struct Walk {
     void find(int from) {
         const int32_t* table = call.table + item.seq * call.table_row;
         const int n = std::min(KEYS, item.end - from);
-        find_rows<T>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, from, n,
+        find_rows<C>(call.k, call.k_block, call.k_head, call.k_slot, table, call.block_size, item.head, from, n,
                      next_keys);
-        find_rows<T>(call.v, call.v_block, call.v_head, call.v_slot, table, call.block_size, item.head, from, n,
+        find_rows<C>(call.v, call.v_block, call.v_head, call.v_slot, table, call.block_size, item.head, from, n,
                      next_values);
+        if constexpr (is_code<C>) {
+            prefetch_scales(key_scales(), call.k_block, table, call.block_size, from, n);
+            prefetch_scales(value_scales(), call.v_block, table, call.block_size, from, n);
+        }
+    }
+    // Of this head, in block 0: behind the codes.
+    const char* key_scales() const {
+        return static_cast<const char*>(call.k) + item.head * call.k_head + call.block_size * call.k_slot;
+    }
+    const char* value_scales() const {
+        return static_cast<const char*>(call.v) + item.head * call.v_head + call.block_size * call.v_slot;
     }
 };
 
-template <class T>
+// T: of queries and result; C: of the cache, T or codes.
+template <class T, class C>
 void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     const int64_t group = call.num_heads / call.num_kv_heads, rows = item.num_queries * group;
     const int64_t size = call.head_size, wide = padded(call.value_size);
@@ -231,7 +263,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     const float* value_rows[KEYS];
     auto key_row = [keys = s.keys](int64_t d) { return keys + d * KEYS; };
     auto value_row = [&value_rows](int64_t k) { return value_rows[k]; };
-    Walk<T> walk(call, item);
+    Walk<C> walk(call, item);
     while (walk.next()) {
         const int begin = walk.begin, count = walk.count, columns = padded(count);
         // Rows above see none of these keys yet; with a window, rows below see none of them any more.
@@ -240,8 +272,8 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         if (call.window)
             bottom = std::clamp<int64_t>(begin + count - 1 + call.window - position, 0, item.num_queries) * group;
         if (top >= bottom) continue;
-        transpose_keys<T>(walk.keys, count, size, s.keys, walk.next_keys, walk.next_values);
-        float_rows<T>(walk.values, count, call.value_size, s.values, value_rows);
+        transpose_keys<C>(walk.keys, count, size, s.keys, walk.next_keys, walk.next_values);
+        float_rows<C>(walk.values, count, call.value_size, s.values, value_rows);
         multiply(s.q + top * size, size, key_row, s.scores + top * KEYS, KEYS, bottom - top, columns, size, nullptr);
         for (int64_t r = top; r < bottom; r++) {
             const int at = position + r / group;
@@ -252,7 +284,8 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
             mask.distance = begin - at;
             mask.first = call.window ? std::clamp<int>(at - call.window + 1 - begin, 0, columns) : 0;
             mask.stop = std::clamp(at + 1 - begin, 0, count);
-            s.rescale[r] = softmax_row(s.scores + r * KEYS, columns, mask, s.most[r], s.sum + r * W);
+            s.rescale[r] = softmax_row(s.scores + r * KEYS, columns, mask, s.most[r], s.sum + r * W,
+                                       is_code<C> ? &walk.scales : nullptr);
         }
         multiply(s.scores + top * KEYS, KEYS, value_row, s.out + top * wide, wide, bottom - top, wide, count,
                  s.rescale + top);
@@ -333,7 +366,7 @@ std::vector<Item> cut(const std::vector<Item>& items, int64_t most, int& num_slo
     return found;
 }
 
-template <class T>
+template <class T, class C>
 void run(const Call& call) {
     int64_t total = 0;
     std::vector<Item> items = find_work(call, total);
@@ -366,15 +399,19 @@ void run(const Call& call) {
     };
     auto work = [&] {
 #if LABKIT_PAIRED
-        if constexpr (std::is_same_v<T, bf16>) return paired::on_best_unit([&](auto unit) {
-            using Unit = decltype(unit);
-            static thread_local paired::Scratch scratch;
-            [[maybe_unused]] typename Unit::Scope scope;
-            loop([&](const Item& item) { paired::attend<Unit>(call, item, scratch, parts); });
-        });
+        if constexpr (std::is_same_v<T, bf16>) {
+            paired::on_best_unit([&](auto unit) {
+                using Unit = decltype(unit);
+                static thread_local paired::Scratch scratch;
+                [[maybe_unused]] typename Unit::Scope scope;
+                loop([&](const Item& item) { paired::attend<Unit, C>(call, item, scratch, parts); });
+            });
+        } else
 #endif
-        static thread_local Scratch scratch;
-        loop([&](const Item& item) { attend<T>(call, item, scratch, parts); });
+        {
+            static thread_local Scratch scratch;
+            loop([&](const Item& item) { attend<T, C>(call, item, scratch, parts); });
+        }
     };
     if (threads == 1) {
         work();
@@ -384,7 +421,17 @@ void run(const Call& call) {
     }
 }
 
+template <class T>
+void run_on(const Call& call) {
+    switch (call.code) {
+        case 0: return run<T, T>(call);
+        case 1: return run<T, labkit::int8>(call);
+        case 2: return run<T, labkit::e4m3>(call);
+        default: return run<T, labkit::e5m2>(call);
+    }
+}
+
 }  // namespace
 
-extern "C" void paged_attention_float32(const Call* call) { run<float>(*call); }
-extern "C" void paged_attention_bfloat16(const Call* call) { run<bf16>(*call); }
+extern "C" void paged_attention_float32(const Call* call) { run_on<float>(*call); }
+extern "C" void paged_attention_bfloat16(const Call* call) { run_on<bf16>(*call); }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit_kernels import native
+from labkit_kernels.cache.codes import split
 
 from . import paged_attention, reference
 
@@ -17,8 +18,11 @@ POINTERS = ("q", "k", "v", "out", "table", "query_start", "seq_len", "sinks", "a
 STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot", "table_row")
 COUNTS = (
     "num_seqs", "num_heads", "num_kv_heads", "head_size", "value_size", "block_size", "window", "num_threads",
-    "invariant",
+    "invariant", "code",
 )  # fmt: skip
+
+
+CODES = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
 
 
 class Call(ctypes.Structure):
@@ -61,10 +65,14 @@ def attend(
     invariant: bool = False,
 ) -> Tensor:
     """Queries may be a view of a fused projection; the cache may be a view of a larger one. What the kernel does not
-    do (a cache of another dtype, a scale that is not positive) the reference does."""
-    if k_cache.dtype != q.dtype or v_cache.dtype != q.dtype or not scale > 0:
+    do (a cache of another dtype than the queries' or codes of 8 bits, a scale that is not positive) the reference
+    does."""
+    code = 0 if k_cache.dtype == q.dtype else CODES.get(k_cache.dtype)
+    if code is None or v_cache.dtype != k_cache.dtype or not scale > 0:
         options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
         return reference.paged_attention(q, k_cache, v_cache, block_table, query_start, seq_len, **options)
+    if code:
+        (k_cache, _), (v_cache, _) = split(k_cache), split(v_cache)
     num_tokens, num_heads, size = q.shape
     _, num_kv_heads, block_size, value_size = v_cache.shape
     if q.stride(2) != 1:
@@ -97,6 +105,7 @@ def attend(
         window,
         torch.get_num_threads(),
         invariant,
+        code,
         scale,
         softcap,
     )

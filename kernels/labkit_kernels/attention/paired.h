@@ -14,7 +14,6 @@ namespace paired {
 
 using amx::DEPTH;
 using amx::TILE;
-using amx::load_row;
 using amx::whole;
 
 constexpr float SLACK = 8.f;  // weights may reach 2^8 before a row is rescaled, which float32 can hold
@@ -41,6 +40,8 @@ struct Scratch {
     }
 };
 
+#include "pack.h"
+
 // 2^x to about 4e-6: the weights are rounded to bfloat16 (4e-3) anyway.
 inline __m512 exp2_coarse(__m512 x) {
     __m512 f = _mm512_reduce_ps(x, 0x09);  // x - floor(x); of -inf, 0
@@ -50,53 +51,6 @@ inline __m512 exp2_coarse(__m512 x) {
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9300383e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.00000259f));
     return _mm512_scalef_ps(p, x);
-}
-
-// Sixteen queries, transposed in pairs: tile d of q is [16 pairs of dimensions][16 rows][2].
-inline void pack_queries(const bf16* const* rows, int count, int64_t size, bf16* to) {
-    for (int64_t d = 0; d < size; d += DEPTH) {
-        vf tile[TILE];
-        for (int r = 0; r < TILE; r++)
-            tile[r] = r < count ? (vf)load_row(rows[r] + d, size - d) : vf{};
-        labkit::transpose(tile);
-        for (int i = 0; i < TILE; i++) std::memcpy(to + d * TILE + i * DEPTH, &tile[i], 64);
-    }
-}
-
-inline void copy_keys(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
-    const int64_t wide = whole(size, DEPTH);
-    for (int k = 0; k < whole(count, TILE); k++)
-        for (int64_t d = 0; d < size; d += DEPTH) {
-            prefetch(next.at[k], d * sizeof(bf16));
-            _mm512_store_si512(to + k * wide + d, load_row(static_cast<const bf16*>(rows.at[k]) + d, size - d));
-        }
-}
-
-// Tile (k, d) of the values is [16 pairs of keys][16 columns][2], at [k][d] of [KEYS / 32][wide / 16].
-inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
-    const int64_t wide = whole(size, DEPTH);
-    for (int k = 0; k < whole(count, DEPTH); k += 2) {
-        const bf16 *a = static_cast<const bf16*>(rows.at[k]), *b = static_cast<const bf16*>(rows.at[k + 1]);
-        bf16* tile = to + k / DEPTH * DEPTH * wide + k % DEPTH / 2 * DEPTH;
-        for (int64_t d = 0; d < size; d += DEPTH) {
-            prefetch(next.at[k], d * sizeof(bf16));
-            prefetch(next.at[k + 1], d * sizeof(bf16));
-            __m512i x = load_row(a + d, size - d), y = load_row(b + d, size - d);
-            _mm512_store_si512(tile + d / TILE * 512, _mm512_unpacklo_epi16(x, y));
-            _mm512_store_si512(tile + d / TILE * 512 + 512, _mm512_unpackhi_epi16(x, y));
-        }
-    }
-}
-
-// Reorders the columns of the result from the order of `pack_values`.
-inline void unpack_columns(const float* from, int64_t wide, float* to) {
-    const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i high = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int64_t d = 0; d < wide; d += DEPTH) {
-        __m512 a = _mm512_load_ps(from + d), b = _mm512_load_ps(from + d + TILE);
-        _mm512_store_ps(to + d, _mm512_permutex2var_ps(a, low, b));
-        _mm512_store_ps(to + d + TILE, _mm512_permutex2var_ps(a, high, b));
-    }
 }
 
 // The address of each 16 keys of a tile; keys are `stride` bytes apart.
@@ -282,8 +236,15 @@ struct Lanes {
 };
 
 // scores[keys][16] to weights[16][KEYS], and the rows' running maximum and sum; rescales `out` where the maximum grew.
-inline void softmax(float* scores, int begin, int count, const Lanes& lanes, float* most_at, float* sum_at, float* out,
-                    int64_t wide, bf16* weights) {
+// `scales`: of the tile's keys and values, or null.
+template <class ScalesOrNull>
+void softmax(float* scores, int begin, int count, const Lanes& lanes, float* most_at, float* sum_at, float* out,
+             int64_t wide, bf16* weights, ScalesOrNull scales) {
+    constexpr bool scaled = !std::is_same_v<ScalesOrNull, std::nullptr_t>;
+    if constexpr (scaled)
+        for (int k = 0; k < count; k++)
+            _mm512_store_ps(scores + k * TILE,
+                            _mm512_mul_ps(_mm512_load_ps(scores + k * TILE), _mm512_set1_ps(scales->key[k])));
     const __m512 lowest = _mm512_set1_ps(-INFINITY);
     const __m512 scale = _mm512_set1_ps(lanes.scale * (lanes.plain ? LOG2E : 1.f));
     const __m512 factor = lanes.plain ? scale : _mm512_set1_ps(1.f);  // scale still to be applied in the exponent
@@ -344,6 +305,10 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
             __m512 b = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at + TILE), factor, shift));
             sum = _mm512_add_ps(sum, a);
             other = _mm512_add_ps(other, b);
+            if constexpr (scaled) {
+                a = _mm512_mul_ps(a, _mm512_set1_ps(scales->value[k + 2 * i]));
+                b = _mm512_mul_ps(b, _mm512_set1_ps(scales->value[k + 2 * i + 1]));
+            }
             tile[i] = (vf)_mm512_permutexvar_epi16(pairs, (__m512i)_mm512_cvtne2ps_pbh(b, a));
         }
         labkit::transpose(tile);
@@ -352,7 +317,7 @@ inline void softmax(float* scores, int begin, int count, const Lanes& lanes, flo
     _mm512_store_ps(sum_at, _mm512_add_ps(sum, other));
 }
 
-template <class Unit>
+template <class Unit, class C>
 void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     const int64_t group = call.num_heads / call.num_kv_heads, rows = item.num_queries * group;
     const int64_t all_rows = whole(rows, TILE), deep = whole(call.head_size, DEPTH);
@@ -373,10 +338,11 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         s.sum[r] = sink ? 1.f : 0.f;
     }
 
-    // Sixteen keys of a block are a tile without packing. Memory after the last key was written or zeroed, and is
-    // masked.
-    const bool as_they_lie = call.block_size % TILE == 0 && item.begin % TILE == 0 && deep == call.head_size;
-    Walk<bf16> walk(call, item);
+    // Sixteen keys of a block are a tile without packing, unless they are codes. Memory after the last key was written
+    // or zeroed, and is masked.
+    const bool as_they_lie =
+        !is_code<C> && call.block_size % TILE == 0 && item.begin % TILE == 0 && deep == call.head_size;
+    Walk<C> walk(call, item);
     while (walk.next()) {
         const int begin = walk.begin, count = walk.count, last = begin + count - 1;
         KeyTiles keys{{}, static_cast<int64_t>((as_they_lie ? call.k_slot : deep) * sizeof(bf16))};
@@ -386,8 +352,8 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
             for (int k = 0; k < KEYS; k++)
                 for (int64_t d = 0; d < deep; d += DEPTH) prefetch(walk.next_keys.at[k], d * sizeof(bf16));
         if (!as_they_lie)
-            copy_keys(walk.keys, count, call.head_size, s.keys, walk.next_keys);
-        pack_values(walk.values, count, call.value_size, s.values, walk.next_values);
+            copy_keys<C>(walk.keys, count, call.head_size, s.keys, walk.next_keys);
+        pack_values<C>(walk.values, count, call.value_size, s.values, walk.next_values);
         for (int64_t first = 0; first < rows; first += TILE) {
             const int64_t stop = std::min(rows, first + TILE);
             const int low = position + first / group, high = position + (stop - 1) / group;
@@ -410,8 +376,12 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
             const bool fetches = first == 0 && as_they_lie && !Unit::FETCHES_AT_ONCE;
             Unit::multiply_keys(keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores,
                                 Lines{fetches ? walk.next_keys.at : nullptr, deep * int64_t{sizeof(bf16)}});
-            softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
-                    s.weights);
+            auto weigh = [&](auto scales) {
+                softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
+                        s.weights, scales);
+            };
+            if constexpr (is_code<C>) weigh(&walk.scales);
+            else weigh(nullptr);
             Unit::multiply_values(s.weights, s.values, static_cast<int>(stop - first), wide,
                                   (count + DEPTH - 1) / DEPTH, s.out + first * wide);
         }

@@ -19,6 +19,19 @@ def blocks_of(table, begin, end_key, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.const
 
 
 @triton.jit
+def decode(code, KIND: tl.constexpr, FACTOR: tl.constexpr, dtype: tl.constexpr):
+    """Codes of 8 bits, divided by FACTOR, in this dtype: float16 would lose weights that are multiplied by the scales
+    of large codes. It is exact, but for the smallest e5m2 codes in float16. The bits of both float kinds are put where
+    float16 has them, subnormal numbers included, which works on every GPU; those of e4m3 then mean 2^-8 of the code."""
+    if KIND == "int8":
+        return (code.to(tl.int8, bitcast=True).to(tl.float32) * (1.0 / FACTOR)).to(dtype)
+    bits = code.to(tl.uint16)
+    if KIND == "e4m3":
+        return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True).to(dtype)
+    return ((bits << 8).to(tl.float16, bitcast=True).to(tl.float32) * (1.0 / FACTOR)).to(dtype)
+
+
+@triton.jit
 def visit(
     acc,  # [BLOCK_M, DV]
     most,  # [BLOCK_M], to base 2
@@ -26,6 +39,8 @@ def visit(
     query,  # [BLOCK_M, D]
     k,
     v,
+    k_scales,
+    v_scales,
     table,
     start,
     stop,
@@ -50,8 +65,10 @@ def visit(
     ALIBI: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
 ):
-    """The online softmax over the tiles of keys in start .. stop."""
+    """The online softmax over the tiles of keys in start .. stop. Where keys and values are codes, a key's scale
+    multiplies its scores and a value's scale its weights."""
     dim = tl.arange(0, D)
     value_dim = tl.arange(0, DV)
     block = blocks_of(table, start, end_key, BLOCK_SIZE, BLOCK_N)
@@ -62,20 +79,28 @@ def visit(
         k_at = k + (block * k_block + slot * k_slot)[None, :] + dim[:, None]
         v_at = v + (block * v_block + slot * v_slot)[:, None] + value_dim[None, :]
         if MASKED:
-            keys = tl.load(k_at, mask=here[None, :] & (dim < SIZE)[:, None], other=0.0)
+            keys = tl.load(k_at, mask=here[None, :] & (dim < SIZE)[:, None], other=0)
         elif D != SIZE:
-            keys = tl.load(k_at, mask=(dim < SIZE)[:, None], other=0.0)
+            keys = tl.load(k_at, mask=(dim < SIZE)[:, None], other=0)
         else:
             keys = tl.load(k_at)
         if MASKED:
-            values = tl.load(v_at, mask=here[:, None] & (value_dim < VALUE_SIZE)[None, :], other=0.0)
+            values = tl.load(v_at, mask=here[:, None] & (value_dim < VALUE_SIZE)[None, :], other=0)
         elif DV != VALUE_SIZE:
-            values = tl.load(v_at, mask=(value_dim < VALUE_SIZE)[None, :], other=0.0)
+            values = tl.load(v_at, mask=(value_dim < VALUE_SIZE)[None, :], other=0)
         else:
             values = tl.load(v_at)
+        if KIND != "":
+            key_scale = tl.load(k_scales + block * (k_block // 4) + slot, mask=here, other=0.0)
+            value_scale = tl.load(v_scales + block * (v_block // 4) + slot, mask=here, other=0.0)
+            FACTOR: tl.constexpr = 128.0 if KIND == "int8" else 256.0 if KIND == "e4m3" else 32768.0
+            keys = decode(keys, KIND, FACTOR, query.dtype)
+            values = decode(values, KIND, FACTOR, query.dtype)
         # Look up the next tile's blocks early: looked up where needed, its copies could start only one tile ahead.
         block = blocks_of(table, begin + BLOCK_N, end_key, BLOCK_SIZE, BLOCK_N)
         scores = tl.dot(query, keys, input_precision=PRECISION) * scale
+        if KIND != "":
+            scores *= (key_scale * FACTOR)[None, :]
         if SOFTCAP:
             scores = softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
         if ALIBI:
@@ -92,6 +117,8 @@ def visit(
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(most - shift)
         total = total * rescale + tl.sum(weights, 1)
+        if KIND != "":
+            weights *= (value_scale * FACTOR)[None, :]
         acc = tl.dot(weights.to(values.dtype), values, acc * rescale[:, None], input_precision=PRECISION)
         most = grown
     return acc, most, total
@@ -102,6 +129,8 @@ def attend(
     q,
     k,
     v,
+    k_scales,  # behind the codes of each head of a block, when keys and values are codes
+    v_scales,
     out,  # [tokens, heads, value size], dense
     parts,  # [tokens, heads, splits, DV] float32, when split
     stats,  # [tokens, heads, splits, 2] float32: largest score, sum
@@ -140,6 +169,7 @@ def attend(
     DECODE: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,  # of the codes, or ""
 ):
     """One block of queries x heads against the keys of its sequence, or against this program's share of them."""
     # Heads of one block of queries are adjacent, so blocks start in order: if the caller puts long sequences first,
@@ -211,6 +241,8 @@ def attend(
     acc = tl.zeros([BLOCK_M, DV], tl.float32)
     k += kv_head.to(tl.int64) * k_head
     v += kv_head.to(tl.int64) * v_head
+    k_scales += kv_head.to(tl.int64) * (k_head // 4)
+    v_scales += kv_head.to(tl.int64) * (v_head // 4)
     table += seq.to(tl.int64) * table_row
 
     if DECODE:
@@ -223,20 +255,20 @@ def attend(
             whole = tl.cdiv(tl.maximum(highest - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
             whole = tl.minimum(tl.maximum(whole, begin), tl.maximum(stop, begin))
             acc, most, total = visit(
-                acc, most, total, query, k, v, table, begin, whole, first_key, end_key, position, slope, scale,
-                softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
-                SOFTCAP, ALIBI, True, PRECISION,
+                acc, most, total, query, k, v, k_scales, v_scales, table, begin, whole, first_key, end_key, position,
+                slope, scale, softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N,
+                WINDOW, SOFTCAP, ALIBI, True, PRECISION, KIND,
             )  # fmt: skip
         masked = tl.maximum(tl.minimum((lowest + 1) // BLOCK_N * BLOCK_N, stop), whole)
         acc, most, total = visit(
-            acc, most, total, query, k, v, table, whole, masked, first_key, end_key, position, slope, scale,
-            softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
-            SOFTCAP, ALIBI, False, PRECISION,
+            acc, most, total, query, k, v, k_scales, v_scales, table, whole, masked, first_key, end_key, position,
+            slope, scale, softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N,
+            WINDOW, SOFTCAP, ALIBI, False, PRECISION, KIND,
         )  # fmt: skip
     acc, most, total = visit(
-        acc, most, total, query, k, v, table, masked, stop, first_key, end_key, position, slope, scale,
-        softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N, WINDOW,
-        SOFTCAP, ALIBI, True, PRECISION,
+        acc, most, total, query, k, v, k_scales, v_scales, table, masked, stop, first_key, end_key, position,
+        slope, scale, softcap, k_block, k_slot, v_block, v_slot, SIZE, VALUE_SIZE, D, DV, BLOCK_SIZE, BLOCK_N,
+        WINDOW, SOFTCAP, ALIBI, True, PRECISION, KIND,
     )  # fmt: skip
 
     value_dim = tl.arange(0, DV)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from labkit_kernels.cache.codes import decode, has_scales, split, vector_size
+
 
 def paged_attention(
     q: Tensor,  # [tokens, query heads, head size]
-    k_cache: Tensor,  # [blocks, key heads, block size, head size]
+    k_cache: Tensor,  # [blocks, key heads, block size, head size]; in 8 bits with scales, see cache/codes.py
     v_cache: Tensor,  # [blocks, key heads, block size, value size]
     block_table: Tensor,  # [sequences, most blocks] int32
     query_start: Tensor,  # [sequences + 1] int32: sequence i's queries are rows query_start[i] .. query_start[i + 1]
@@ -27,7 +29,7 @@ def paged_attention(
 
     Query heads share a key head in groups of `query heads / key heads`. Returns [tokens, query heads, value size].
     """
-    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[-1])
+    out = q.new_empty(q.shape[0], q.shape[1], vector_size(v_cache))
     for i in range(len(seq_len)):
         begin, end = int(query_start[i]), int(query_start[i + 1])
         if begin == end:
@@ -45,6 +47,8 @@ def gather(cache: Tensor, table: Tensor, length: int) -> Tensor:
     """A sequence's keys or values, in order: [key heads, length, size]."""
     size = cache.shape[2]
     blocks = cache[table[: -(-length // size)].long()]  # [blocks, heads, block size, size]
+    if has_scales(cache):
+        blocks = decode(*split(blocks))
     return blocks.transpose(0, 1).flatten(1, 2)[:, :length]
 
 

@@ -17,6 +17,34 @@ inline void find_rows(const void* cache, int64_t block_stride, int64_t head_stri
     for (int i = count; i < KEYS; i++) rows.at[i] = rows.at[count - 1];
 }
 
+// The scales of a tile lie in pieces, one in each block: f(address, index of the first key, keys) for each. `base`: the
+// scales of this head in block 0; strides in bytes.
+template <class F>
+inline void each_piece(const char* base, int64_t block_stride, const int32_t* table, int64_t block_size, int begin,
+                       int count, const F& f) {
+    int block = begin / block_size, slot = begin % block_size;
+    for (int i = 0; i < count; block++, slot = 0) {
+        const int n = std::min<int64_t>(count - i, block_size - slot);
+        f(base + table[block] * block_stride + slot * sizeof(float), i, n);
+        i += n;
+    }
+}
+
+// Zero past `count`: the scores there are masked, and must not become nan.
+inline void read_scales(const char* base, int64_t block_stride, const int32_t* table, int64_t block_size, int begin,
+                        int count, float* to) {
+    each_piece(base, block_stride, table, block_size, begin, count,
+               [=](const char* at, int i, int n) { std::memcpy(to + i, at, n * sizeof(float)); });
+    std::fill(to + count, to + KEYS, 0.f);
+}
+
+inline void prefetch_scales(const char* base, int64_t block_stride, const int32_t* table, int64_t block_size, int begin,
+                            int count) {
+    each_piece(base, block_stride, table, block_size, begin, count, [](const char* at, int, int n) {
+        for (int64_t byte = 0; byte < n * int64_t{sizeof(float)}; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+    });
+}
+
 // Prefetches a cache line of a row that is needed one tile later. Prefetches are spread out: a burst of them would fill
 // the line buffers and stall the processor.
 inline void prefetch(const void* row, int64_t byte) {

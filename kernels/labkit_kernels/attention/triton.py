@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from labkit_kernels.cache.codes import split
 from labkit_kernels.config import MOST_SHARED, Config
 from labkit_kernels.tune import Tune, chosen
 
@@ -27,6 +28,7 @@ from . import paged_attention as op
 from .programs import attend, combine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}  # of codes
 MOST_HEADS = 64  # of a group, in one program
 WAVES = {"waves": 4}  # decode programs per multiprocessor: as many as it holds, to keep memory busy
 DECODE_ROWS = 64  # a sequence with at most this many query tokens x heads is one block of rows
@@ -40,6 +42,7 @@ def tiles(
     shared: int = 163 << 10,
     alibi: bool = False,
     invariant: bool = False,
+    codes: bool = False,
 ) -> dict[str, int]:
     """Rows, keys a tile, warps and stages, for head sizes padded to powers of two and so much shared memory."""
     wide = max(size, value_size)
@@ -54,8 +57,8 @@ def tiles(
         rows, keys, warps, stages = 128, 64 if large or wide <= 64 else 32, 8, 3
     else:
         rows, keys, warps, stages = 64, 32, 8, 2
-    if alibi and not decode:
-        stages = 2  # slopes and distances take the registers of a stage
+    if (alibi or codes) and not decode:
+        stages = min(stages, 2)  # slopes and distances, or scales, take the registers of a stage
     item = dtype.itemsize
     while stages > 1 and item * (rows * size + stages * keys * (size + value_size)) > shared:
         stages -= 1
@@ -137,6 +140,11 @@ def paged_attention(
 
     With `max_query_len` unknown every call is taken for a prefill. A captured graph holds for the `max_seq_len` it was
     captured with."""
+    kind = KINDS.get(k_cache.dtype, "")
+    k_scales, v_scales = k_cache, v_cache
+    if kind:
+        (k_cache, k_scales), (v_cache, v_scales) = split(k_cache), split(v_cache)
+        k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     num_tokens, num_heads, size = q.shape
     _, kv_heads, block_size, value_size = v_cache.shape
     num_seqs = seq_len.shape[0]
@@ -150,8 +158,8 @@ def paged_attention(
     decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS and not invariant  # one path, one order of sums
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
     processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
-    tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None, invariant)
-    if alibi is None and not invariant:
+    tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None, invariant, bool(kind))
+    if alibi is None and not invariant and not kind:
         tile = dict(chosen(op.name, _key(q.dtype, wide, value_wide, decode), tile, q.device))
     if decode:
         block_q = max_query_len
@@ -174,14 +182,14 @@ def paged_attention(
         parts = q.new_empty(num_tokens, num_heads, splits, value_wide, dtype=torch.float32)
         stats = q.new_empty(num_tokens, num_heads, splits, 2, dtype=torch.float32)
     attend[(blocks * kv_heads * chunks, splits)](
-        q, k_cache, v_cache, out, parts, stats, block_table, query_start, seq_len,
+        q, k_cache, v_cache, k_scales, v_scales, out, parts, stats, block_table, query_start, seq_len,
         out if sinks is None else sinks, out if alibi is None else alibi,
         num_seqs, num_heads, scale, softcap,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
         GROUP=group, HEADS=heads, SIZE=size, VALUE_SIZE=value_size, D=wide, DV=value_wide, BLOCK_SIZE=block_size,
         BLOCK_M=rows, BLOCK_N=tile["keys"], BLOCK_Q=block_q, WINDOW=window, SOFTCAP=softcap != 0,
         SINKS=sinks is not None, ALIBI=alibi is not None, DECODE=decode, SPLIT=splits > 1,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", KIND=kind,
         num_warps=tile["num_warps"], num_stages=tile["num_stages"],
     )  # fmt: skip
     if splits > 1:
@@ -193,7 +201,8 @@ def paged_attention(
 
 
 # Types of the arguments; "*q" stands for a pointer to the dtype.
-_TYPES = dict.fromkeys(("q", "k", "v", "out", "sinks", "alibi"), "*q") | dict.fromkeys(("parts", "stats"), "*fp32")
+_TYPES = dict.fromkeys(("q", "k", "v", "k_scales", "v_scales", "out", "sinks", "alibi"), "*q")
+_TYPES |= dict.fromkeys(("parts", "stats"), "*fp32")
 _TYPES |= dict.fromkeys(("table", "query_start", "seq_len"), "*i32") | {"num_seqs": "i32", "num_heads": "i32"}
 _STRIDES = ("q_token", "q_head", "k_block", "k_head", "k_slot", "v_block", "v_head", "v_slot")
 _TYPES |= {"scale": "fp32", "softcap": "fp32", "table_row": "i32"} | dict.fromkeys(_STRIDES, "i32")
@@ -212,21 +221,24 @@ def _configs(
     sinks: bool = False,
     alibi: bool = False,
     invariant: bool = False,
+    kind: str = "",
 ) -> list[Config]:
     """Decode and prefill, as the launcher chooses them on each architecture."""
     wide, value_wide = triton.next_power_of_2(size), triton.next_power_of_2(value_size)
     name = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    types = {key: name if kind == "*q" else kind for key, kind in _TYPES.items()}
+    types = {key: name if said == "*q" else said for key, said in _TYPES.items()}
+    if kind:
+        types |= {"k": "*u8", "v": "*u8", "k_scales": "*fp32", "v_scales": "*fp32"}
     found = []
     for arch in archs:
         for decode in (False,) if invariant else (True, False):
-            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch], alibi, invariant)
+            how = tiles(dtype, wide, value_wide, decode, MOST_SHARED[arch], alibi, invariant, bool(kind))
             constants = {
                 "GROUP": group, "HEADS": group, "SIZE": size, "VALUE_SIZE": value_size, "D": wide, "DV": value_wide,
                 "BLOCK_SIZE": block_size, "BLOCK_M": how["rows"], "BLOCK_N": how["keys"],
                 "BLOCK_Q": 1 if decode else how["rows"] // group, "WINDOW": window, "SOFTCAP": softcap,
                 "SINKS": sinks, "ALIBI": alibi, "DECODE": decode, "SPLIT": decode,
-                "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+                "PRECISION": "ieee" if dtype == torch.float32 else "tf32", "KIND": kind,
                 "num_warps": how["num_warps"], "num_stages": how["num_stages"],
             }  # fmt: skip
             found.append(Config(attend, types, constants, archs=(arch,), aligned=_STRIDES))
@@ -244,6 +256,9 @@ AOT = [
     *_configs(192, 128, 1, (80, 90)),
     *_configs(96, 96, 1, (80,), alibi=True),
     *_configs(128, 128, 4, (80, 90), dtype=torch.float32),
+    *_configs(128, 128, 4, (80, 90, 100), kind="int8"),
+    *_configs(128, 128, 4, (80, 90, 100), kind="e4m3"),
+    *_configs(64, 64, 7, (80, 90), kind="e5m2"),
     Config(
         combine,
         {"parts": "*fp32", "stats": "*fp32", "out": "*bf16", "num_heads": "i32", "num_splits": "i32"},

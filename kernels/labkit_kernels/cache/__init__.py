@@ -14,6 +14,7 @@ from labkit_kernels.registry import Op
 from labkit_kernels.tolerances import exact
 
 from . import reference
+from .codes import LARGEST, width
 
 # (tokens, heads, block size, head size, value size)
 SHAPES = [(0, 2, 16, 8, 8), (1, 1, 1, 32, 32), (17, 3, 16, 80, 80), (33, 2, 3, 64, 64), (5, 19, 16, 192, 128)]
@@ -26,7 +27,8 @@ def _store_cases() -> Iterator[Case]:
         blocks = -(-tokens // block) + 2
         fused = randn(generator, tokens, heads * (size + value_size), dtype=dtype)
         k, v = fused.split([heads * size, heads * value_size], -1)
-        caches = [torch.zeros(blocks, heads, block, n, device=device, dtype=kept or dtype) for n in (size, value_size)]
+        wide = [width(n, kept or dtype) for n in (size, value_size)]
+        caches = [torch.zeros(blocks, heads, block, n, device=device, dtype=kept or dtype) for n in wide]
         slots = (torch.randperm((blocks - 1) * block, device=device, generator=generator) + block)[:tokens]
         return (k.unflatten(-1, (heads, size)), v.unflatten(-1, (heads, value_size)), *caches, slots), {}
 
@@ -35,8 +37,11 @@ def _store_cases() -> Iterator[Case]:
         sizes = f"{size}" if size == value_size else f"{size} and {value_size}"
         name = f"{tokens} tokens, {heads} heads of {sizes}, blocks of {block}"
         yield Case(name, partial(make, shape=shape, kept=None), timed=shape in TIMED)
-    for kept in (torch.float16, torch.float32, torch.float8_e4m3fn):
+    for kept in (torch.float16, torch.float32, *LARGEST):
         yield Case(f"kept in {kept}", partial(make, shape=(17, 3, 16, 80, 80), kept=kept))
+    for kept in LARGEST:
+        yield Case(f"kept in {kept}, keys of 20 and values of 12", partial(make, shape=(9, 3, 7, 20, 12), kept=kept))
+        yield Case(f"256 tokens, 8 heads of 128, kept in {kept}", partial(make, shape=TIMED[1], kept=kept), timed=True)
 
     def beside(device, dtype, generator):  # keys and values in one tensor, places before heads in memory
         caches = torch.zeros(4, 2, 16, 3, 40, device=device, dtype=dtype).transpose(2, 3)
@@ -86,7 +91,8 @@ def _move_traffic(caches: Sequence[Tensor], *rest: Any) -> int:
 
 
 def _store_traffic(k: Tensor, v: Tensor, k_cache: Tensor, *rest: Any) -> int:
-    return (k.numel() + v.numel()) * (k.element_size() + k_cache.element_size())
+    scales = 2 * k.shape[0] * k.shape[1] * (k_cache.shape[3] - k.shape[2]) * k_cache.element_size()
+    return (k.numel() + v.numel()) * (k.element_size() + k_cache.element_size()) + scales
 
 
 store_kv = Op(

@@ -1,7 +1,7 @@
 """Storing keys and values in blocks, in plain torch.
 
 A cache is [blocks, key heads, block size, head size], so one head of one block is contiguous. A slot is block * block
-size + offset. Block 0 is scratch.
+size + offset. Block 0 is scratch. A cache in 8 bits also holds scales, see codes.py.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+
+from .codes import encode, has_scales, split
 
 
 def store_kv(
@@ -21,8 +23,12 @@ def store_kv(
     """Write each token's key and value to its slot."""
     size = k_cache.shape[2]
     block, place = slots // size, slots % size
-    k_cache[block, :, place] = k.to(k_cache.dtype)
-    v_cache[block, :, place] = v.to(v_cache.dtype)
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        if has_scales(cache):
+            codes, scales = split(cache)
+            codes[block, :, place], scales[block, :, place] = encode(x, cache.dtype)
+        else:
+            cache[block, :, place] = x.to(cache.dtype)
 
 
 def copy_blocks(caches: Sequence[Tensor], pairs: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labkit_kernels.cache.codes import LARGEST, width
 from labkit_kernels.check import Case, randn
 from labkit_kernels.registry import Op
 from labkit_kernels.tolerances import rounded_once
@@ -75,7 +76,8 @@ def _kv_cases() -> Iterator[Case]:
         (q, k, v, table, positions), options = _make(device, dtype, generator, shape)
         tokens, heads, size = k.shape
         blocks = -(-tokens // block) + 2
-        caches = [torch.zeros(blocks, heads, block, size, device=device, dtype=kept or dtype) for _ in range(2)]
+        wide = width(size, kept or dtype)
+        caches = [torch.zeros(blocks, heads, block, wide, device=device, dtype=kept or dtype) for _ in range(2)]
         slots = (torch.randperm((blocks - 1) * block, device=device, generator=generator) + block)[:tokens]
         return (q, k, v, table, positions, *caches, slots), options
 
@@ -90,6 +92,13 @@ def _kv_cases() -> Iterator[Case]:
         return (q, k, v[..., :40], *rest, k_cache, v_cache[..., :40].contiguous(), slots), options
 
     yield Case("values of another size", another_value)
+
+    def unturned(device, dtype, generator, kept):  # at position 0, where no variant rounds before the codes
+        (q, k, v, table, positions, *rest), options = make(device, dtype, generator, SHAPES[6], 16, kept)
+        return (q, k, v, table, positions * 0, *rest), options
+
+    for kept in LARGEST:
+        yield Case(f"kept in {kept}, at position 0", partial(unturned, kept=kept))
 
 
 def _traffic(q: Tensor, k: Tensor, table: Tensor, positions: Tensor, **options: object) -> int:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from labkit_kernels.cache.codes import has_scales
 from labkit_kernels.cache.triton import _move, store_kv_triton
 from labkit_kernels.config import Config
 from labkit_kernels.layout import dense_like
@@ -239,7 +240,7 @@ def rope_kv_triton(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    if k_cache.element_size() == 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:  # store_kv knows these
+    if has_scales(k_cache) or k_cache.stride(3) != 1 or v_cache.stride(3) != 1:  # store_kv knows these
         q, k = rope_triton(q, k, table, positions, interleaved=interleaved, q_norm=q_norm, k_norm=k_norm, eps=eps)
         store_kv_triton(k, v, k_cache, v_cache, slots)
         return q
