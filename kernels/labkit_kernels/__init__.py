@@ -7,6 +7,7 @@ from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
 from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
 from .norm import layer_norm, rms_norm
+from .quantized import Grouped, Scaled, linear_grouped, linear_scaled, quantize_rows
 from .registry import OPS, Op, Variant, generation, get, watched
 from .rotary import rope, rope_kv
 from .sampling import sample
@@ -14,9 +15,11 @@ from .sampling import sample
 __all__ = [
     "OPS",
     "Case",
+    "Grouped",
     "Op",
     "Packed",
     "Report",
+    "Scaled",
     "Tolerance",
     "Variant",
     "bench",
@@ -28,11 +31,14 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_argmax",
+    "linear_grouped",
     "linear_invariant",
+    "linear_scaled",
     "matmul",
     "matmul_add",
     "mlp",
     "paged_attention",
+    "quantize_rows",
     "rms_norm",
     "rope",
     "rope_kv",

@@ -146,8 +146,8 @@ def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 def mend_interpreter() -> None:
-    """Works around two bugs of Triton's interpreter: it multiplies the bit patterns of bfloat16 values, and before 3.9
-    it loops over arrays of one element, which numpy 2.4 no longer accepts as numbers."""
+    """Works around bugs of Triton's interpreter: it adds and multiplies the bit patterns of bfloat16 values, rounds to
+    float8 wrongly, has no bfloat16 constants, and before 3.9 it loops over arrays of one element, which numpy 2.4 no longer accepts as numbers."""
     import triton
     import triton.language as tl
 
@@ -164,6 +164,26 @@ def mend_interpreter() -> None:
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    binary, cast = interpreter.InterpreterBuilder.binary_op, interpreter.InterpreterBuilder.create_fp_to_fp
+
+    def in_float32(self: Any, left: Any, right: Any, op: Any) -> Any:
+        if left.dtype.scalar != tl.bfloat16:
+            return binary(self, left, right, op)
+        found = torch.from_numpy(op(widened(left).data, widened(right).data)).bfloat16()
+        return interpreter.TensorHandle(found.view(torch.uint16).numpy(), tl.bfloat16)
+
+    def rounded(self: Any, source: Any, kind: Any, mode: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.float8e4nv:
+            return cast(self, source, kind, mode)
+        found = torch.from_numpy(source.data).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(found.view(torch.uint8).numpy(), tl.float8e4nv)
+
+    def constant(self: Any, value: float) -> Any:
+        return interpreter.TensorHandle((np.array([value], np.float32).view(np.uint32) >> 16).astype(np.uint16), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.get_bf16 = constant
+    interpreter.InterpreterBuilder.binary_op = in_float32
+    interpreter.InterpreterBuilder.create_fp_to_fp = rounded
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return
     patch = interpreter._patch_lang_tensor
