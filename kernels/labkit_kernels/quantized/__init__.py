@@ -150,7 +150,11 @@ def _quantize_case(
         options = {"norm": 1 + randn(generator, size, scale=0.1), "eps": 1e-5} if norm else {}
         return (x, dtype, group), options
 
-    parts = [f"{str(dtype)[6:]}, {rows}x{size}", *(["norm"] if norm else []), *([f"groups of {group}"] if group else [])]
+    parts = [
+        f"{str(dtype)[6:]}, {rows}x{size}",
+        *(["norm"] if norm else []),
+        *([f"groups of {group}"] if group else []),
+    ]
     return Case(", ".join(parts), make, timed=timed)
 
 

@@ -6,8 +6,8 @@ H100 has 4.3 instruction slots a 4-bit weight at full bandwidth, so a value may 
 * Two values come out of a word at once: shift, mask, and one fused multiply-add of two 16-bit numbers. The mask leaves
   a small integer v in each half, which as a bfloat16 is the subnormal v * 2^-133; multiplied by 2^127 it is v * 2^-6,
   exactly, and the same instruction subtracts the zero point. (float16: 2^-24, 2^15, 2^-9.) No integer is converted.
-* Scales multiply the sums of a group, not its weights: [columns, rows] products instead of [columns, group], in float32.
-  So a weight enters the tensor cores as the exact integer.
+* Scales multiply the sums of a group, not its weights: [columns, rows] products instead of [columns, group], in
+  float32. So a weight enters the tensor cores as the exact integer.
 * The weight is the left operand, [columns, depth] x [depth, rows]. Hopper's tensor cores take it from registers, where
   it was unpacked, and the row tile may be as narrow as 16.
 * Few columns do not fill a GPU, so depths are split between programs. The last program of a tile to arrive adds the
@@ -21,41 +21,44 @@ import triton.language as tl
 
 
 @triton.jit
-def _pairs(words, DTYPE: tl.constexpr):
+def _pairs(words, dtype: tl.constexpr):
     """int32 [columns, 16] -> 16-bit floats [columns, 32], low halves first. Costs nothing: the registers stay."""
-    low = words.to(tl.int16).to(DTYPE, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    low = words.to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     return tl.join(low, high).reshape(words.shape[0], 2 * words.shape[1])
 
 
 @triton.jit
-def _unpacked(words, base, PLANE: tl.constexpr, KIND: tl.constexpr, DTYPE: tl.constexpr):
+def _unpacked(words, base, PLANE: tl.constexpr, KIND: tl.constexpr, dtype: tl.constexpr):
     """The values of 32 depths less `base`, [columns, 32], as multiples of `_unit`."""
     if KIND == "float8":  # sign, exponent and mantissa move to where the wider format has them; the bias is a factor
-        up: tl.constexpr = 1.329227995784916e36 if DTYPE == tl.bfloat16 else 256.0  # 2^120, 2^8
-        shift: tl.constexpr = 4 if DTYPE == tl.bfloat16 else 7
-        words = words >> 8 * PLANE
-        bits = ((words & 0x00800080) << 8) | ((words & 0x007F007F) << shift)
-        return (_pairs(bits, DTYPE) * up).to(DTYPE)
-    up: tl.constexpr = 1.7014118346046923e38 if DTYPE == tl.bfloat16 else 32768.0  # 2^127, 2^15
-    if KIND == "int4":
-        return (_pairs((words >> 4 * PLANE) & 0x000F000F, DTYPE) * up - base).to(DTYPE)
-    words = words >> 8 * PLANE
-    low = _pairs(words & 0x007F007F, DTYPE) * up - base
-    return (low - _pairs(words & 0x00800080, DTYPE) * up).to(DTYPE)  # the sign bit stands for -128
+        up: tl.constexpr = 1.329227995784916e36 if dtype == tl.bfloat16 else 256.0  # 2^120, 2^8
+        shift: tl.constexpr = 4 if dtype == tl.bfloat16 else 7
+        bits = words >> 8 * PLANE
+        value = _pairs(((bits & 0x00800080) << 8) | ((bits & 0x007F007F) << shift), dtype) * up
+    else:
+        up: tl.constexpr = 1.7014118346046923e38 if dtype == tl.bfloat16 else 32768.0  # 2^127, 2^15
+        if KIND == "int4":
+            value = _pairs((words >> 4 * PLANE) & 0x000F000F, dtype) * up - base
+        else:
+            bits = words >> 8 * PLANE
+            value = _pairs(bits & 0x007F007F, dtype) * up - base
+            value -= _pairs(bits & 0x00800080, dtype) * up  # the sign bit stands for -128
+    return value.to(dtype)
 
 
 @triton.jit
-def _base(zeros, at, KIND: tl.constexpr, DTYPE: tl.constexpr, ZEROS: tl.constexpr):
+def _base(zeros, at, KIND: tl.constexpr, dtype: tl.constexpr, ZEROS: tl.constexpr):
     """What `_unpacked` subtracts: [columns, 1], or a constant where the zero point is half the range."""
-    unit: tl.constexpr = 64.0 if DTYPE == tl.bfloat16 else 512.0
+    unit: tl.constexpr = 64.0 if dtype == tl.bfloat16 else 512.0
     if ZEROS:
         zero = tl.load(zeros + at).to(tl.float32)
         if KIND == "int8":
             zero -= 128.0
-        return (zero / unit).to(DTYPE)[:, None]
-    half: tl.constexpr = 8.0 / unit if KIND == "int4" else 0.0
-    return half
+        base = (zero / unit).to(dtype)[:, None]
+    else:
+        base = 8.0 / unit if KIND == "int4" else 0.0
+    return base
 
 
 @triton.jit
@@ -96,10 +99,10 @@ def multiply_grouped(
     ZEROS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """GROUP 0: one scale for all depths."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    dtype: tl.constexpr = x.dtype.element_ty
     PLANES: tl.constexpr = 4 if KIND == "int4" else 2
     SAME: tl.constexpr = PLANES if GROUP == 0 or GROUP % (32 * PLANES) == 0 else 2 if GROUP % 64 == 0 else 1
-    UNIT: tl.constexpr = 1.0 if KIND == "float8" else 64.0 if DTYPE == tl.bfloat16 else 512.0
+    UNIT: tl.constexpr = 1.0 if KIND == "float8" else 64.0 if dtype == tl.bfloat16 else 512.0
     row_tiles = tl.cdiv(num_rows, ROWS)  # neighbours read the same weights
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(0) // row_tiles * COLUMNS
@@ -111,7 +114,7 @@ def multiply_grouped(
     there = (row < num_rows)[None, :]
     sums = tl.zeros([COLUMNS, ROWS], tl.float32)
     sums_of_x = tl.zeros([COLUMNS, ROWS], tl.float32)
-    base = _base(zeros, column, KIND, DTYPE, ZEROS)
+    base = _base(zeros, column, KIND, dtype, ZEROS)
     each = tl.cdiv(tiles, SPLITS)
     begin = tl.program_id(1) * each
     for tile in tl.range(begin, tl.minimum(begin + each, tiles)):
@@ -125,18 +128,18 @@ def multiply_grouped(
             else:
                 right = tl.load(left + k, mask=there & (deep < depth - k)[:, None], other=0.0)
             if GROUP == 0:
-                sums = tl.dot(_unpacked(packed, base, plane, KIND, DTYPE), right, sums)
+                sums = tl.dot(_unpacked(packed, base, plane, KIND, dtype), right, sums)
                 if OFFSETS:
-                    sums_of_x = tl.dot(tl.full([COLUMNS, 32], 1.0, DTYPE), right, sums_of_x)
+                    sums_of_x = tl.dot(tl.full([COLUMNS, 32], 1.0, dtype), right, sums_of_x)
             else:
                 place = tl.minimum(k, depth - 1) // GROUP * padded + column
                 if plane % SAME == 0:
-                    base = _base(zeros, place, KIND, DTYPE, ZEROS)
+                    base = _base(zeros, place, KIND, dtype, ZEROS)
                     part = tl.zeros([COLUMNS, ROWS], tl.float32)
                     part_of_x = tl.zeros([COLUMNS, ROWS], tl.float32)
-                part = tl.dot(_unpacked(packed, base, plane, KIND, DTYPE), right, part)
+                part = tl.dot(_unpacked(packed, base, plane, KIND, dtype), right, part)
                 if OFFSETS:
-                    part_of_x = tl.dot(tl.full([COLUMNS, 32], 1.0, DTYPE), right, part_of_x)
+                    part_of_x = tl.dot(tl.full([COLUMNS, 32], 1.0, dtype), right, part_of_x)
                 if plane % SAME == SAME - 1:
                     sums += part * (tl.load(scales + place).to(tl.float32) * UNIT)[:, None]
                     if OFFSETS:
@@ -157,9 +160,9 @@ def dequantize(
     KIND: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, OFFSETS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the weight as 16-bit floats, for products of many rows by the library; out [columns, depth]."""
-    DTYPE: tl.constexpr = out.dtype.element_ty
+    dtype: tl.constexpr = out.dtype.element_ty
     PLANES: tl.constexpr = 4 if KIND == "int4" else 2
-    UNIT: tl.constexpr = 1.0 if KIND == "float8" else 64.0 if DTYPE == tl.bfloat16 else 512.0
+    UNIT: tl.constexpr = 1.0 if KIND == "float8" else 64.0 if dtype == tl.bfloat16 else 512.0
     tile = tl.program_id(0)
     inside = tl.program_id(1) % (128 // COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
     block = tl.program_id(1) // (128 // COLUMNS)
@@ -172,12 +175,12 @@ def dequantize(
         place = column
         if GROUP > 0:
             place = tl.minimum(k, depth - 1) // GROUP * padded + column
-        value = _unpacked(packed, _base(zeros, place, KIND, DTYPE, ZEROS), plane, KIND, DTYPE).to(tl.float32)
+        value = _unpacked(packed, _base(zeros, place, KIND, dtype, ZEROS), plane, KIND, dtype).to(tl.float32)
         value *= (tl.load(scales + place).to(tl.float32) * UNIT)[:, None]
         if OFFSETS:
             value += tl.load(offsets + place).to(tl.float32)[:, None]
         to = out + column.to(tl.int64)[:, None] * depth + (k + deep)[None, :]
-        tl.store(to, value.to(DTYPE), mask=(deep < depth - k)[None, :])
+        tl.store(to, value.to(dtype), mask=(deep < depth - k)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -188,8 +191,10 @@ def multiply_scaled(
     RESIDUAL: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr = 128,
 ):  # fmt: skip
     """Both operands of 8 bits. int8 sums are int32. float8 sums of 128 depths are added in float32, because Hopper's
-    tensor cores keep 14 bits of a longer sum; BLOCKS scales each of them."""
+    tensor cores keep 14 bits of a longer sum; BLOCKS scales each of them. Then many rows are the left operand: a thread
+    has few of them, and so few scales."""
     INTEGER: tl.constexpr = weight.dtype.element_ty == tl.int8
+    ROWS_LEFT: tl.constexpr = BLOCKS and ROWS >= 64
     row_tiles = tl.cdiv(num_rows, ROWS)
     row = tl.program_id(0) % row_tiles * ROWS + tl.arange(0, ROWS)
     first_column = tl.program_id(0) // row_tiles * COLUMNS
@@ -201,7 +206,7 @@ def multiply_scaled(
     tiles = tl.cdiv(depth, DEPTH)
     each = tl.cdiv(tiles, SPLITS)
     begin = tl.program_id(1) * each
-    sums = tl.zeros([COLUMNS, ROWS], tl.int32 if INTEGER else tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS] if ROWS_LEFT else [COLUMNS, ROWS], tl.int32 if INTEGER else tl.float32)
     for tile in tl.range(begin, tl.minimum(begin + each, tiles)):
         if EVEN:
             a = tl.load(at + tile * DEPTH, mask=here, other=0.0)
@@ -215,10 +220,13 @@ def multiply_scaled(
         elif BLOCKS:
             by = tl.load(scales + first_column // 128 * tiles + tile)
             of_row = tl.load(row_scales + row * tiles + tile, mask=row < num_rows, other=0.0)
-            sums += tl.dot(a, b) * (of_row * by)[None, :]
+            if ROWS_LEFT:
+                sums += tl.dot(tl.trans(b), tl.trans(a)) * (of_row * by)[:, None]
+            else:
+                sums += tl.dot(a, b) * (of_row * by)[None, :]
         else:
             sums += tl.dot(a, b)
-    found = sums.to(tl.float32)
+    found = tl.trans(sums) if ROWS_LEFT else sums.to(tl.float32)
     if not BLOCKS:
         found *= tl.load(scales + column, mask=column < columns, other=0.0)[:, None]
         found *= tl.load(row_scales + row, mask=row < num_rows, other=0.0)[None, :]
