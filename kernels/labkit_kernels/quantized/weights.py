@@ -13,6 +13,7 @@ points. `Scaled` is for products of 8-bit operands (W8A8), which tensor cores re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,27 @@ class Grouped:
         assert kept[0] is not None
         return Grouped(words, kept[0], kept[1], kept[2], counters(columns, values.device), kind, group, depth, columns)
 
+    @staticmethod
+    def join(parts: Sequence[Grouped]) -> Grouped | None:
+        """Weights of the same inputs side by side, for one launch; None where they are not alike, or a part that is not
+        the last ends inside a block."""
+        first = parts[0]
+        for part in parts:
+            alike = (part.kind, part.group, part.depth, part.scales.dtype) == (
+                first.kind, first.group, first.depth, first.scales.dtype,
+            )  # fmt: skip
+            same = (part.zeros is None, part.offsets is None) == (first.zeros is None, first.offsets is None)
+            if not (alike and same and (part is parts[-1] or part.columns % BLOCK == 0)):
+                return None
+        columns = sum(part.columns for part in parts)
+        scales, zeros, offsets = (
+            None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts], 1)
+            for name in ("scales", "zeros", "offsets")
+        )
+        assert scales is not None
+        words, arrived = torch.cat([part.words for part in parts]), counters(columns, first.words.device)
+        return Grouped(words, scales, zeros, offsets, arrived, first.kind, first.group, first.depth, columns)
+
     def values(self) -> Tensor:
         """The numbers without scale [columns, depth], uint8 or float8_e4m3fn."""
         blocks, tiles, _, _ = self.words.shape
@@ -125,6 +147,16 @@ class Scaled:
         if values.dtype == torch.int8 and scales.dim() == 2:
             raise ValueError("int8 weights have a scale for each column, not for each block")
         return Scaled(values.contiguous(), scales.float().contiguous(), counters(columns, values.device))
+
+    @staticmethod
+    def join(parts: Sequence[Scaled]) -> Scaled | None:
+        """Weights of the same inputs side by side, for one launch; None where they are not alike."""
+        first = parts[0]
+        for part in parts:
+            alike = part.blocks == first.blocks and part.values.dtype == first.values.dtype
+            if not (alike and (part is parts[-1] or not part.blocks or len(part.values) % BLOCK == 0)):
+                return None
+        return Scaled.of(torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts]))
 
     @property
     def blocks(self) -> bool:
