@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -274,14 +275,17 @@ def tunes() -> Iterator[Tune]:
             yield Tune(op, f"{kind} in the kernel", default, most, partial(_examples, op, kind, tried))
 
 
-def _example(op: str, kind: str, rows: int, device: str = "cuda") -> Callable[[], Tensor]:
-    x, weight = example(kind, rows, 4096, 6144, 128, torch.Generator(device).manual_seed(0), torch.bfloat16)
+def _example(
+    op: str, kind: str, rows: int, device: str = "cuda", depth: int = 4096, columns: int = 6144
+) -> Callable[[], Tensor]:
+    group = 128 if op == linear_grouped.name else -1
+    x, weight = example(kind, rows, depth, columns, group, torch.Generator(device).manual_seed(0), torch.bfloat16)
     function = linear_grouped_triton if op == linear_grouped.name else linear_scaled_triton
     return lambda: function(x, weight)  # type: ignore[operator]
 
 
-def _examples(op: str, kind: str, rows: tuple[int, ...], device: str = "cuda") -> Callable[[], Tensor]:
-    calls = [_example(op, kind, count, device) for count in rows]
+def _examples(op: str, kind: str, rows: tuple[int, ...], *where: Any) -> Callable[[], Tensor]:
+    calls = [_example(op, kind, count, *where) for count in rows]
     return lambda: torch.cat([call() for call in calls])
 
 
