@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from labkit_kernels import Grouped, Scaled, check, get, linear_grouped, linear_scaled, quantize_rows
-from labkit_kernels.compile import compile_config, compile_ops, compiled_for, configs
+from labkit_kernels.compile import compile_config, compiled_for, configs
 from labkit_kernels.config import Config
 from labkit_kernels.launches import install
 from labkit_kernels.quantized import example, reference
@@ -163,10 +163,10 @@ def test_there_is_something_to_tune(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("name", OPS_HERE)
 def test_default_configurations_have_no_spills_and_fit(name):
-    report = compile_ops([name], [90])
-    assert report.ok, str(report)
-    for row in report:
-        assert row.spills == 0 and 8 < row.registers <= 255
+    """Every second of them, for one architecture: `labkit kernels compile` takes all."""
+    for config in [config for config in configs(get(name)) if 90 in config.archs][::2]:
+        row = compile_config(name, config, 90)
+        assert row.status == "ok" and row.spills == 0 and 8 < row.registers <= 255, row
 
 
 @needs_triton

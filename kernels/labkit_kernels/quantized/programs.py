@@ -238,8 +238,8 @@ def multiply_scaled(
 
 @triton.jit
 def quantize(
-    x, norm, values, scales, x_row, eps, largest, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    NORM: tl.constexpr,
+    x, norm, values, scales, x_row, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    NORM: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One row: read once, written once with 8 bits. GROUP numbers share a scale (BLOCK: the whole row)."""
     row = tl.program_id(0).to(tl.int64)
@@ -254,12 +254,13 @@ def quantize(
     GROUPS: tl.constexpr = BLOCK // GROUP
     shaped = tl.reshape(wide, [GROUPS, GROUP])
     most = tl.maximum(tl.max(tl.abs(shaped), axis=1), 1e-12)
-    shaped *= (largest / most)[:, None]
-    shaped = tl.minimum(tl.maximum(shaped, -largest), largest)
+    largest = tl.full([GROUPS], LARGEST, tl.float32)
+    shaped *= tl.div_rn(largest, most)[:, None]  # exact: 16-bit inputs often lie between two 8-bit numbers
+    shaped = tl.minimum(tl.maximum(shaped, -LARGEST), LARGEST)
     wide = tl.reshape(shaped, [BLOCK])
     if values.dtype.element_ty == tl.int8:
         wide = tl.floor(wide + 0.5)  # ties go up, where the reference goes to even numbers: one step, and rare
     tl.store(values + row * SIZE + at, wide.to(values.dtype.element_ty), mask=inside)
     group = tl.arange(0, GROUPS)
     count: tl.constexpr = (SIZE + GROUP - 1) // GROUP
-    tl.store(scales + row * count + group, most / largest, mask=group < count)
+    tl.store(scales + row * count + group, tl.div_rn(most, largest), mask=group < count)

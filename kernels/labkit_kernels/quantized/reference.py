@@ -45,10 +45,11 @@ def quantize_rows(
     width = group or size
     padded = torch.nn.functional.pad(wide, (0, -size % width)).view(rows, -1, width)
     most = padded.abs().amax(-1).clamp(min=1e-12)
-    scaled = padded * (LARGEST[dtype] / most)[:, :, None]
+    largest = torch.full_like(most, LARGEST[dtype])  # a number / a tensor would round twice
+    scaled = padded * (largest / most)[:, :, None]
     scaled = scaled.view(rows, -1)[:, :size].clamp(-LARGEST[dtype], LARGEST[dtype])
     values = scaled.round() if dtype == torch.int8 else scaled
-    return values.to(dtype).contiguous(), most / LARGEST[dtype]
+    return values.to(dtype).contiguous(), most / largest
 
 
 def _end(product: Tensor, dtype: torch.dtype, bias: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -190,8 +190,9 @@ def quantize_rows_triton(
     scales = torch.empty(rows, triton.cdiv(size, group) if group else 1, dtype=torch.float32, device=x.device)
     if rows:
         quantize[(rows,)](
-            x, x if norm is None else norm.contiguous(), values, scales, x.stride(0), eps, reference.LARGEST[dtype],
-            SIZE=size, BLOCK=block, GROUP=group or block, NORM=norm is not None, num_warps=_warps(block),
+            x, x if norm is None else norm.contiguous(), values, scales, x.stride(0), eps,
+            SIZE=size, BLOCK=block, GROUP=group or block, NORM=norm is not None, LARGEST=reference.LARGEST[dtype],
+            num_warps=_warps(block),
         )  # fmt: skip
     return values, scales
 
@@ -254,9 +255,10 @@ def tunes() -> Iterator[Tune]:
     ):
         for kind in kinds:
             for rows, default in table.items():
+                wide = ((256, 8),) if kind in ("int8", "float8_e4m3fn") and op == linear_scaled.name else ()
                 found = [
                     {"columns": columns, "num_warps": warps, "num_stages": stages, "waves": waves}
-                    for columns, warps in ((64, 2), (64, 4), (128, 4), (128, 8)) for stages in (2, 3, 4, 5)
+                    for columns, warps in ((64, 2), (64, 4), (128, 4), (128, 8), *wide) for stages in (2, 3, 4, 5)
                     for waves in ((2, 4, 8) if rows <= 32 else (1, 2))
                 ]  # fmt: skip
                 yield Tune(op, f"{kind} {rows} rows", default, tuple(found), partial(_example, op, kind, rows))
@@ -333,8 +335,9 @@ def _scaled_config(kind: str, rows: int, splits: int, wanted: str = "") -> Confi
 def _quantize_config(kind: str, block: int, group: int, norm: bool) -> Config:
     types = {"x": "*bf16", "norm": "*bf16", "values": kind, "scales": "*fp32", "x_row": "i32", "eps": "fp32"}
     constants = {"SIZE": block, "BLOCK": block, "GROUP": group or block, "NORM": norm, "num_warps": _warps(block)}
+    constants["LARGEST"] = 127.0 if kind == "*i8" else 448.0
     archs = (80, 90, 100) if kind == "*i8" else (90, 100)
-    return Config(quantize, types | {"largest": "fp32"}, constants, archs=archs, aligned=("x_row",))
+    return Config(quantize, types, constants, archs=archs, aligned=("x_row",))
 
 
 def _dequantize_config(kind: str, group: int) -> Config:
