@@ -18,11 +18,14 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
     assert expected | {
         "linear",
         "linear_argmax",
+        "linear_grouped",
         "linear_invariant",
+        "linear_scaled",
         "matmul",
         "matmul_add",
         "mlp",
         "paged_attention",
+        "quantize_rows",
         "rope_kv",
         "sample",
     } == set(OPS)

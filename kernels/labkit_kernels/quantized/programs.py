@@ -1,7 +1,7 @@
 """The Triton programs of quantized products.
 
 A decode step reads each weight once and multiplies it with few rows: the time is the bytes, if unpacking keeps up. An
-H100 has 4.3 instruction slots a 4-bit weight at full bandwidth, so a value may cost two or three.
+H100 has 4.4 instruction slots a 4-bit weight at full bandwidth, so a value may cost two or three.
 
 * Two values come out of a word at once: shift, mask, and one fused multiply-add of two 16-bit numbers. The mask leaves
   a small integer v in each half, which as a bfloat16 is the subnormal v * 2^-133; multiplied by 2^127 it is v * 2^-6,

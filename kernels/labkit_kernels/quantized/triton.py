@@ -34,7 +34,7 @@ LONGEST = 1 << 15  # numbers of a row that one program can hold
 GROUPED: dict[int, Choice] = {  # by rows of a tile; waves: programs for each multiprocessor, when depths are split
     16: {"columns": 128, "num_warps": 4, "num_stages": 4, "waves": 4},
     32: {"columns": 128, "num_warps": 4, "num_stages": 4, "waves": 4},
-    64: {"columns": 128, "num_warps": 4, "num_stages": 3, "waves": 2},
+    64: {"columns": 128, "num_warps": 8, "num_stages": 3, "waves": 2},
     128: {"columns": 128, "num_warps": 8, "num_stages": 3, "waves": 1},
 }
 # Blackwell's tensor cores take no registers: the unpacked weight would go through their own memory before each of a
