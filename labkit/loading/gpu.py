@@ -108,7 +108,8 @@ def on_gpu(layer: Linear, *, quantize_inputs: bool = False) -> Linear:
 
     Layers of 2 to 4 bits become `int4`, of 5 to 8 bits `int8`. With `quantize_inputs`, int8 and float8 layers with a
     scale for each output (or for blocks of 128 x 128, float8) multiply 8-bit inputs; a GPU without float8 keeps its
-    inputs in 16 bits. Layers side by side become one where they are alike.
+    inputs in 16 bits. Layers side by side become one where they are alike. Tiles follow the number of rows, so a row's
+    last bits may depend on how many others there are: deterministic engines keep their layers.
 
     >>> on_gpu(load_linear(folder, "model.layers.0.mlp.up_proj", dtype=torch.bfloat16, device="cuda"))
     WeightOnlyLinear(4096 -> 14336, int4 in groups of 128, 4.19 bits a weight)

@@ -132,6 +132,21 @@ def test_sums_split_between_programs_are_the_same_every_time_and_leave_no_count(
 
 
 @needs_triton
+def test_many_rows_multiply_one_part_of_the_weight_after_the_other(monkeypatch):
+    from labkit_kernels.quantized import triton
+
+    install()
+    monkeypatch.setattr(triton, "SCRATCH", 1)  # bytes: as few columns at a time as there can be
+    parts = []
+    one = triton.dense_columns
+    monkeypatch.setattr(triton, "dense_columns", lambda *args: parts.append(args[1:3]) or one(*args))
+    x, weight = example("int4", 260, 96, 300, 32, generator(4), BF16, ("zeros",))
+    found = triton.linear_grouped_triton(x, weight)
+    assert parts == [(0, 128), (128, 128), (256, 44)]
+    assert torch.allclose(found.float(), linear_grouped.reference(x, weight).float(), rtol=2**-6, atol=2**-6)
+
+
+@needs_triton
 def test_a_gpu_without_float8_is_named_with_what_it_can_do(monkeypatch):
     from labkit_kernels.quantized import triton
 
