@@ -8,6 +8,7 @@ from .check import Case, Report, Tolerance, check
 from .integer import Integers, integer_argmax, integer_linear, integer_mlp
 from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
 from .norm import layer_norm, rms_norm
+from .quantized import Grouped, Scaled, linear_grouped, linear_scaled, quantize_rows
 from .registry import OPS, Op, Variant, generation, get, watched
 from .rotary import rope, rope_kv
 from .sampling import sample
@@ -15,10 +16,12 @@ from .sampling import sample
 __all__ = [
     "OPS",
     "Case",
+    "Grouped",
     "Integers",
     "Op",
     "Packed",
     "Report",
+    "Scaled",
     "Tolerance",
     "Variant",
     "bench",
@@ -33,11 +36,14 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_argmax",
+    "linear_grouped",
     "linear_invariant",
+    "linear_scaled",
     "matmul",
     "matmul_add",
     "mlp",
     "paged_attention",
+    "quantize_rows",
     "rms_norm",
     "rope",
     "rope_kv",

@@ -211,8 +211,6 @@ def run_case(op: Op, variant: Variant, case: Case, device: str, dtype: torch.dty
     if interpreted() > before:
         label = "interpreter"
     tolerance = op.tolerance(dtype)
-    if label == "interpreter" and dtype == torch.bfloat16:  # it truncates where a GPU rounds: twice the error
-        tolerance = Tolerance(2 * tolerance.rtol, 2 * tolerance.atol, tolerance.why)
     difference = compare(expected, found, tolerance, measure=op.compare).worse(
         compare((args, kwargs), (again, options), tolerance, storage=True, where="argument")
     )

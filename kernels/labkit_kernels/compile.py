@@ -30,11 +30,12 @@ from .registry import OPS, Op, get
 from .rows import Rows, short, write
 
 MOST_REGISTERS = 255  # one thread may have
+MOST_TENSOR_MEMORY = 512  # columns of sm_100's tensor memory
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one architecture. `status` is "ok", "FAILED" (spills, or too much shared memory) or "raised"."""
+    """One kernel on one architecture. `status` is "ok", "FAILED" (spills, or too much memory) or "raised"."""
 
     op: str
     kernel: str
@@ -169,6 +170,8 @@ def compile_config(op: str, config: Config, arch: int) -> Row:
         reason = f"{spills} bytes spilled"
     elif shared > MOST_SHARED[arch]:
         reason = f"{shared} bytes of shared memory, more than {MOST_SHARED[arch]}"
+    elif (columns := getattr(compiled.metadata, "tmem_size", 0)) > MOST_TENSOR_MEMORY:  # then all it does is trap
+        reason = f"{columns} columns of tensor memory, more than {MOST_TENSOR_MEMORY}"
     seconds = time.perf_counter() - begin
     return Row(*said, "FAILED" if reason else "ok", reason, registers, spills, shared, seconds=seconds, **facts)
 

@@ -146,8 +146,9 @@ def _first_choice(tuner: Any, args: tuple[Any, ...], options: dict[str, Any]) ->
 
 
 def mend_interpreter() -> None:
-    """Works around two bugs of Triton's interpreter: it multiplies the bit patterns of bfloat16 values, and before 3.9
-    it loops over arrays of one element, which numpy 2.4 no longer accepts as numbers."""
+    """Works around bugs of Triton's interpreter: it adds and multiplies the bit patterns of bfloat16 values and has no
+    constants of them, truncates where a GPU rounds, rounds to float8 wrongly, and before 3.9 it loops over arrays of
+    one element, which numpy 2.4 no longer accepts as numbers."""
     import triton
     import triton.language as tl
 
@@ -164,6 +165,33 @@ def mend_interpreter() -> None:
         return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    binary, convert = interpreter.InterpreterBuilder.binary_op, interpreter.InterpreterBuilder.create_fp_to_fp
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def narrowed(values: Any) -> Any:
+        found = torch.from_numpy(np.ascontiguousarray(values, np.float32)).bfloat16().view(torch.uint16).numpy()
+        return interpreter.TensorHandle(found.reshape(values.shape), tl.bfloat16)
+
+    def in_float32(self: Any, left: Any, right: Any, op: Any) -> Any:
+        if left.dtype.scalar != tl.bfloat16:
+            return binary(self, left, right, op)
+        return narrowed(op(widened(left).data, widened(right).data))
+
+    def rounded(self: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(self, source, kind)
+        return narrowed(source.data)
+
+    def to_float8(self: Any, source: Any, kind: Any, mode: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.float8e4nv:
+            return convert(self, source, kind, mode)
+        found = torch.from_numpy(np.ascontiguousarray(source.data)).clamp(-448, 448).to(torch.float8_e4m3fn)
+        return interpreter.TensorHandle(found.view(torch.uint8).numpy().reshape(source.data.shape), tl.float8e4nv)
+
+    interpreter.InterpreterBuilder.get_bf16 = lambda self, value: narrowed(np.array([value], np.float32))
+    interpreter.InterpreterBuilder.binary_op = in_float32
+    interpreter.InterpreterBuilder.cast_impl = rounded
+    interpreter.InterpreterBuilder.create_fp_to_fp = to_float8
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return
     patch = interpreter._patch_lang_tensor

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labkit.bench.gpu import attention, checks, serving, steps
+from labkit.bench.gpu import attention, checks, quantized, serving, steps
 from labkit.bench.gpu.where import Where
 
 VERSION = 2
@@ -39,6 +39,9 @@ PARTS = (
     Part("decode attention", "in a captured graph and eagerly, of the bandwidth", 60, attention.decode),
     Part("prefill attention", "8k tokens, of the GEMM peak; torch SDPA beside it", 60, attention.prefill),
     Part("head", "product, cast and draw of a greedy step", 30, steps.head),
+    Part("weight-only", "weights of 4 and 8 bits: of the bandwidth, and against bf16", 150, quantized.weight_only),
+    Part("8 bits", "int8 and float8 weights and inputs, against bf16", 120, quantized.eight_bits),
+    Part("70b in 4 bits", "memory on this card, and the products of one layer", 60, quantized.large),
     Part("launches", "host time of one eager call", 30, steps.launches),
     Part("decode step", "256 rows of Qwen2.5-0.5B: wall, host, idle, by kernel", 60, steps.decode),
     Part("eager step", "64 rows, captured and not", 60, steps.eager),
@@ -63,6 +66,7 @@ PARTS = (
         "llama-3.1-8b", "256 requests of 1024 in and 1024 out", 150,
         lambda where: serving.serve(where, "llama-3.1-8b", 256, (1024, 1024)),
     ),
+    Part("llama-3.1-8b int4", "one stream and 64 requests, beside bf16", 120, quantized.serve),
 )  # fmt: skip
 
 
