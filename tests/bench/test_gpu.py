@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from labkit.bench.gpu import quantized, run
+from labkit.bench.gpu import quantized, run, timing
 from labkit.bench.gpu.where import Where
 
 QUICK = Where("cpu", True)
@@ -35,3 +35,12 @@ def test_quantizing_an_engine_replaces_every_layer():
         for one in (layer.attention.qkv, layer.attention.out, layer.mlp.up, layer.mlp.down):
             assert isinstance(one, WeightOnlyLinear) and one.dense().dtype == torch.float32
     eng.close()
+
+
+def test_a_part_whose_limit_was_disturbed_runs_again():
+    given = iter([2.0, 1.5, 0.9])
+    part = run.Part("one", "", 9, lambda where: {"share": timing.share(next(given), 1.0)})
+    assert run.measured(part, None) == {"share": 0.9}
+    busy = run.Part("one", "", 9, lambda where: {"share": timing.share(3.0, 1.0)})
+    with pytest.raises(timing.LimitTooLow, match="3 is 300% of the limit 1: the limit was measured too low"):
+        run.measured(busy, None)

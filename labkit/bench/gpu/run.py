@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from labkit.bench.gpu import attention, checks, quantized, serving, steps
+from labkit.bench.gpu.timing import LimitTooLow
 from labkit.bench.gpu.where import Where
 
 VERSION = 2
@@ -127,6 +128,16 @@ def _elsewhere(part: Part, where: Where, left: float) -> dict[str, Any]:
     return found
 
 
+def measured(part: Part, where: Where, tries: int = 3) -> dict[str, Any]:
+    """The part's figures. It runs again, its limits included, if something else used the machine meanwhile."""
+    for _ in range(tries - 1):
+        try:
+            return part.run(where)
+        except LimitTooLow:
+            continue
+    return part.run(where)
+
+
 def _line(found: dict[str, Any]) -> str:
     shown = {k: v for k, v in found.items() if not isinstance(v, (dict, list)) and k not in ("took", "stderr")}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
@@ -138,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.part:
         part = next(part for part in PARTS if part.name == args.part)
-        print(json.dumps(part.run(Where(args.device, args.quick))))
+        print(json.dumps(measured(part, Where(args.device, args.quick))))
         return 0
     return command(args)
 

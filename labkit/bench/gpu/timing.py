@@ -129,9 +129,13 @@ def profiled(where: Where, run: Callable[[], Any], steps: int) -> dict[str, Any]
     }
 
 
+class LimitTooLow(ValueError):
+    """A limit was measured while something else used the machine: what it limits is faster."""
+
+
 def share(part: float, whole: float) -> float:
     """`part` as a share of a limit. If it is more than the whole, the limit was measured wrongly, and there is no
     figure."""
     if part > 1.02 * whole:
-        raise ValueError(f"{part:.4g} is {part / whole:.0%} of the limit {whole:.4g}: the limit was measured too low")
+        raise LimitTooLow(f"{part:.4g} is {part / whole:.0%} of the limit {whole:.4g}: the limit was measured too low")
     return part / whole
