@@ -25,7 +25,7 @@ class Scheme:
     static: bool = False  # the scale of the inputs is stored
 
     @classmethod
-    def of(cls, where: str, weights: Mapping[str, Any], inputs: Any) -> Scheme:
+    def of(cls, where: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> Scheme:
         bits = whole(f"num_bits of {where}", weights.get("num_bits", 8), least=1, most=8)
         kind = str(weights.get("type", "int")).lower()
         if kind not in ("int", "float"):
@@ -37,7 +37,7 @@ class Scheme:
             if not isinstance(block, (list, tuple)) or len(block) != 2:
                 raise ValueError(f"block_structure of {where} is two numbers, got {block!r}")
             block = tuple(whole(f"block_structure of {where}", size, least=1) for size in block)
-        if not isinstance(inputs, Mapping) or inputs.get("num_bits", 8) > 8:
+        if inputs is None or whole(f"num_bits of {where}'s inputs", inputs.get("num_bits", 8), least=1) > 8:
             return cls(bits, kind, group, block)
         strategy = str(inputs.get("strategy") or "tensor")
         if strategy not in STRATEGIES:
@@ -60,11 +60,11 @@ class Schemes:
         if not isinstance(groups, Mapping):
             raise ValueError(f"config_groups of the quantization config must be a table of groups, got {groups!r}")
         for label, group in groups.items():
-            if not isinstance(group, Mapping) or not isinstance(group.get("weights") or {}, Mapping):
+            parts = [group.get(key) for key in ("weights", "input_activations")] if isinstance(group, Mapping) else [0]
+            if not all(part is None or isinstance(part, Mapping) for part in parts):
                 raise ValueError(f"config group {label!r} must be a table with weights and targets, got {group!r}")
-            weights = group.get("weights")
-            where = f"config group {label!r}"
-            scheme = None if weights is None else Scheme.of(where, weights, group.get("input_activations"))
+            where, (weights, inputs) = f"config group {label!r}", parts
+            scheme = None if weights is None else Scheme.of(where, weights, inputs)
             targets += [(target, scheme) for target in names_of(group, "targets")]
         ignored = names_of(config, "ignore")
         for pattern in (*ignored, *(target for target, _ in targets)):

@@ -3,6 +3,7 @@ otherwise; stored layers side by side stay apart where they are not alike."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +16,8 @@ from labkit.loading.format import Linear, LinearSpec, Piece, Shard, Tensors
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 INDICES = (torch.int32, torch.int64)
-MAY_BE_DENSE = (".gate", ".router", ".shared_expert_gate", "embed_tokens")  # whatever a config says of linear layers
+ROUTERS = (".gate", ".router", ".shared_expert_gate")
+EMBEDDING = re.compile(r"(.*\.)?(embed\w*|\w*embeddings?|wte|wpe)")
 
 
 class Entry(NamedTuple):
@@ -119,7 +121,7 @@ class Stored:
         for name in stored.keys() - set(quantized):
             if not _is_matrix(tensors, name):
                 continue
-            if self.declares(name):
+            if self.declares(name) and EMBEDDING.fullmatch(name) is None:
                 raise ValueError(f"layer {name!r} is not quantized, and the quantization config says that it is")
             if tensors.dtype_of(f"{name}.weight") not in (*FLOATS, torch.float64):
                 dtype = str(tensors.dtype_of(f"{name}.weight"))[6:]
@@ -197,4 +199,4 @@ def suffixes_by_owner(names: Iterable[str]) -> dict[str, set[str]]:
 
 def _is_matrix(tensors: Tensors, name: str) -> bool:
     weight = f"{name}.weight"
-    return tensors.has(weight) and len(tensors.size(weight)) == 2 and not name.endswith(MAY_BE_DENSE)
+    return tensors.has(weight) and len(tensors.size(weight)) == 2 and not name.endswith(ROUTERS)

@@ -80,7 +80,6 @@ def _build(
     config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
     deterministic: bool,
 ) -> Model:  # fmt: skip
-    from labkit.loading.formats import declared
     from labkit.models.decoder import FAMILIES, Decoder
 
     native = config.model_type in FAMILIES
@@ -88,11 +87,6 @@ def _build(
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
         return Decoder(config, weights, dtype, device, length, deterministic)
-    if (method := (declared(config) or {}).get("quant_method")) is not None:
-        raise ValueError(
-            f"quantized checkpoints ({method}) need a native decoder, and {config.model_type!r} has none, or path= "
-            f"rules it out"
-        )
     if deterministic:
         raise ValueError(
             f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or path= rules it out"
