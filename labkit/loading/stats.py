@@ -68,7 +68,7 @@ def weight_error(ours: Tensor, weight: Tensor, name: str = "") -> WeightError:
     largest = 0.0
     for begin in range(0, len(ours), ROWS):
         some = slice(begin, begin + ROWS)
-        theirs = weight[some].to(ours.device, torch.float64)
+        theirs = weight[some].detach().to(ours.device, torch.float64)
         gap = ours[some].double() - theirs
         largest = max(largest, float(gap.abs().max())) if gap.numel() else largest
         by_output[some], of_output[some] = gap.square().sum(1).cpu(), theirs.square().sum(1).cpu()
