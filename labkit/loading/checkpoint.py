@@ -128,9 +128,9 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, plain_if_enoug
         plain = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    kind = plain.get("model_type")
+    kind, beside = plain.get("model_type"), _quantization_beside(folder, plain)
     if plain_if_enough and PlainConfig.suffices(plain):
-        return PlainConfig(plain)
+        return PlainConfig(plain | beside)
     if plain.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 
@@ -142,7 +142,26 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, plain_if_enoug
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{path} names the model type {kind!r}, which transformers does not know{hint}")
-    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    vars(config).update(beside)
+    return config
+
+
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def _quantization_beside(folder: Path, plain: dict[str, Any]) -> dict[str, Any]:
+    """The quantization config of older checkpoints, which have it in a file of its own."""
+    for file, method in BESIDE.items():
+        if "quantization_config" not in plain and (folder / file).exists():
+            try:
+                fields = json.loads((folder / file).read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{folder / file} is not JSON: {error}") from error
+            if not isinstance(fields, dict):
+                raise ValueError(f"{folder / file} should hold a quantization config, it holds {str(fields)[:80]}")
+            return {"quantization_config": {"quant_method": method} | fields}
+    return {}
 
 
 class Checkpoint:
@@ -234,6 +253,8 @@ class Dummy:
 
     def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
         """The whole tensor is drawn and then cut, so that all ranks get parts of the same tensor."""
+        if part == (slice(0, 0),):
+            return torch.empty(0, *self.shapes[name][1:], dtype=dtype or torch.float32, device=device)
         return self._draw(name, dtype or torch.float32, device)[part]
 
     def _draw(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ packed into tiles (AMX, AVX-512 BF16), reordered by oneDNN, or left as it is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 from labkit_kernels import Packed, generation, get, pages
 from torch import Tensor
 
-from labkit.loading.format import Linear, LinearSpec, RMSNorm, Shard, Tensors
+from labkit.loading.format import Linear, LinearSpec, Piece, RMSNorm, Shard, Tensors
 
 CPU = torch.device("cpu")
+STACKED = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)")  # layer 3 of a stack: experts.3.gate_up_proj
+QUANTIZED = (".qweight", ".weight_packed", ".weight.absmax", ".SCB", ".weight_scale", ".weight_scale_inv", "_blocks")
 
 
 class DenseLinear(Linear):
@@ -40,6 +43,11 @@ class DenseLinear(Linear):
 
     def tensors(self) -> list[Tensor]:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        if type(self) not in (DenseLinear, InvariantLinear):
+            return super().dense(dtype)
+        return self.weight if dtype is None else self.weight.to(dtype)
 
 
 class TiledLinear(DenseLinear):
@@ -122,10 +130,16 @@ class Dense:
     deterministic: bool = False
 
     def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
-        if not tensors.has(f"{name}.weight"):
-            return None
-        out, inner = tensors.size(f"{name}.weight")
-        return out, inner
+        if tensors.has(f"{name}.weight"):
+            out, inner = tensors.size(f"{name}.weight")
+            return out, inner
+        found = stacked(tensors, name)
+        return None if found is None else (tensors.size(found[0])[1], tensors.size(found[0])[2])
+
+    def check(self, tensors: Tensors) -> None:
+        for name in tensors.names():
+            if name.endswith(QUANTIZED):
+                raise ValueError(f"{name!r} belongs to a quantized layer, and the config has no quantization_config")
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         return self.layer(*self.read(tensors, spec, shard))
@@ -144,13 +158,32 @@ class Dense:
         at = 0
         for piece in spec.pieces(shard):
             rows = slice(at, at + piece.num_outputs)
-            weight[rows] = tensors.get(f"{piece.name}.weight", *piece.stored, part=(piece.outputs, piece.inputs))
+            weight[rows] = _block(tensors, piece)
             if bias is not None and piece.name in biased:
                 bias[rows] = tensors.get(f"{piece.name}.bias", piece.stored[0], part=(piece.outputs,))
             elif piece.name in biased:
                 tensors.skip(f"{piece.name}.bias")
             at = rows.stop
         return weight, bias
+
+
+def stacked(tensors: Tensors, name: str, suffix: str = "") -> tuple[str, int] | None:
+    """The tensor [experts, ...] that holds this expert's layer, and the expert's index."""
+    match = STACKED.fullmatch(name)
+    whole = f"{match[1]}.{match[3]}{suffix}" if match else ""
+    if match is None or not tensors.has(whole) or int(match[2]) >= tensors.size(whole)[0]:
+        return None
+    return whole, int(match[2])
+
+
+def _block(tensors: Tensors, piece: Piece) -> Tensor:
+    """[outputs, inputs] of a matrix, or of one expert's matrix."""
+    found = stacked(tensors, piece.name)
+    if found is None:
+        return tensors.get(f"{piece.name}.weight", *piece.stored, part=(piece.outputs, piece.inputs))
+    name, i = found
+    num = tensors.size(name)[0]
+    return tensors.get(name, num, *piece.stored, part=(slice(i, i + 1), piece.outputs, piece.inputs))[0]
 
 
 def _is_packed(dtype: torch.dtype) -> bool:

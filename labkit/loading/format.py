@@ -7,7 +7,7 @@ ranks. A `Format` (one module each: `labkit.loading.dense`) reads this rank's sh
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from labkit.core.options import whole
 from labkit.core.shown import Shown
+from labkit.loading.stats import LinearStats, WeightError, stats_of, weight_error
 
 Split = Literal["column", "row"]
 
@@ -135,6 +136,8 @@ class Tensors(Protocol):
     dtype: torch.dtype
     device: torch.device
 
+    def names(self) -> Iterable[str]: ...
+
     def has(self, name: str) -> bool: ...
 
     def get(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
@@ -147,6 +150,10 @@ class Tensors(Protocol):
 
     def size(self, name: str) -> tuple[int, ...]:
         """The stored shape; an error if there is no such tensor."""
+        ...
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that it is stored in."""
         ...
 
     def skip(self, name: str) -> None:
@@ -168,6 +175,7 @@ class Linear(Shown):
     """norm(x) @ weight.T + bias + residual, whatever the weight is stored as. A format's layer defines `shape`,
     `multiply` and `tensors`, and overrides the rest where it has something faster."""
 
+    name = ""  # of the stored layers that it consists of
     bias: Tensor | None = None
 
     @property
@@ -208,6 +216,18 @@ class Linear(Shown):
         """What the layer keeps in memory."""
         raise NotImplementedError
 
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight [out, in] that the layer stands for, computed in float32."""
+        raise ValueError(f"{type(self).__name__} keeps its weight in an order for its own product only")
+
+    def error(self, weight: Tensor) -> WeightError:
+        """How far this layer's weight is from `weight` [out, in], such as the one that was quantized."""
+        return weight_error(self.dense(torch.float32), weight, self.name)
+
+    def stats(self) -> LinearStats:
+        """Bytes, scales, and which outputs and inputs have the largest weights."""
+        return stats_of(self)
+
 
 class JoinedLinear(Linear):
     """Several layers of one input, their outputs side by side."""
@@ -229,6 +249,9 @@ class JoinedLinear(Linear):
     def multiply(self, x: Tensor) -> Tensor:
         return torch.cat([layer.multiply(x) for layer in self.layers], -1)
 
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.cat([layer.dense(dtype) for layer in self.layers])
+
     def tensors(self) -> list[Tensor]:
         return [tensor for layer in self.layers for tensor in layer.tensors()]
 
@@ -242,6 +265,11 @@ class Format(Protocol):
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         """This rank's shard of the layer; reads no more of the checkpoint than that."""
+        ...
+
+    def check(self, tensors: Tensors) -> None:
+        """Raises ValueError for layers that cannot be read or that disagree with the config. Looks at names, shapes and
+        dtypes only, so that nothing large is read before."""
         ...
 
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:

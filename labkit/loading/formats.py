@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from labkit.loading.awq import AWQ
+from labkit.loading.bitsandbytes import BitsAndBytes
 from labkit.loading.compressed import CompressedTensors
 from labkit.loading.dense import Dense
 from labkit.loading.format import Format
@@ -13,9 +14,17 @@ from labkit.loading.fp8 import FP8
 from labkit.loading.gguf import GGUFFile
 from labkit.loading.gguf_linear import GGUFBlocks
 from labkit.loading.gptq import GPTQ
+from labkit.loading.mxfp4 import MXFP4
 from labkit.loading.online import Online
 
-BY_METHOD = {"awq": AWQ.of, "compressed-tensors": CompressedTensors.of, "fp8": FP8.of, "gptq": GPTQ.of}
+BY_METHOD = {
+    "awq": AWQ.of, "bitsandbytes": BitsAndBytes.of, "compressed-tensors": CompressedTensors.of, "fbgemm_fp8": FP8.of,
+    "fp8": FP8.of, "gptq": GPTQ.of, "mxfp4": MXFP4.of,
+}  # fmt: skip
+INSTEAD = {
+    "marlin": "its weights are permuted for one GPU kernel: use the GPTQ checkpoint that they were made from",
+    "modelopt": "use a compressed-tensors or FP8 checkpoint of the model",
+}
 
 
 def declared(config: Any) -> dict[str, Any] | None:
@@ -23,6 +32,8 @@ def declared(config: Any) -> dict[str, Any] | None:
     given = getattr(config, "quantization_config", None)
     if given is None:
         return None
+    if not isinstance(given, Mapping) and not hasattr(given, "to_dict"):
+        raise ValueError(f"quantization_config must be a table, got {str(given)[:80]!r}")
     found = given if isinstance(given, Mapping) else given.to_dict()
     return {name: getattr(value, "value", value) for name, value in found.items()}
 
@@ -41,5 +52,7 @@ def format_of(config: Any, deterministic: bool = False, quantization: str | None
     if quantization is not None and quantization != method:
         raise ValueError(f"quantization={quantization!r}, but the checkpoint is quantized by {method!r} already")
     if method not in BY_METHOD:
-        raise ValueError(f"quant_method {method!r} is not supported; supported are {', '.join(sorted(BY_METHOD))}")
+        instead = f" ({INSTEAD[method]})" if method in INSTEAD else ""
+        known = ", ".join(sorted(BY_METHOD))
+        raise ValueError(f"quant_method {method!r} is not supported{instead}; supported are {known}")
     return BY_METHOD[method](found, deterministic)

@@ -34,6 +34,9 @@ class GGUFBlocks:
     def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
         return self.dense.shape(tensors, name)
 
+    def check(self, tensors: Tensors) -> None:
+        """Its header was checked when the file was opened."""
+
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return self.dense.layer(weight, bias)
 

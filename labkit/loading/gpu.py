@@ -10,10 +10,9 @@ from torch import Tensor
 
 from labkit.loading.bits import unpack
 from labkit.loading.dense import picked
-from labkit.loading.format import Linear, RMSNorm
+from labkit.loading.format import JoinedLinear, Linear, RMSNorm
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.scaled import ScaledLinear
-from labkit.loading.stored import JoinedLinear
 
 HALF = (torch.float16, torch.bfloat16)
 

@@ -17,8 +17,10 @@ from torch import Tensor
 from labkit.loading.bits import unpack
 from labkit.loading.dense import InvariantLinear, TiledLinear, linear, picked
 from labkit.loading.format import JoinedLinear, Linear, RMSNorm
+from labkit.loading.gpu import on_gpu
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.scaled import ScaledLinear
+from labkit.loading.table import TableLinear
 
 INPUT_GROUP = 128  # inputs that are quantized with one scale, where all of a column's weights have the same
 
@@ -59,6 +61,11 @@ class IntegerLinear(Linear):
     def argmax(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return picked("integer_argmax", self.dtype)(x, self.weight, self.bias)
 
+    @property
+    def scales(self) -> Tensor:
+        """[out, groups]."""
+        return self.weight.scales.transpose(1, 2).flatten(0, 1)[: self.weight.columns]
+
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in], computed in float32."""
         return self.weight.unpack().to(dtype or self.dtype)
@@ -79,22 +86,28 @@ def available() -> bool:
 
 
 def fastest(layer: Linear) -> Linear:
-    """The layer that multiplies by the same weight fastest on this machine, or the layer itself."""
-    if isinstance(layer, GroupedLinear) and _on_cpu(layer.packed, layer.dtype) and available():
+    """The layer that multiplies by the same weight fastest where it is, or the layer itself."""
+    if isinstance(layer, GroupedLinear | ScaledLinear) and layer.scales.device.type == "cuda":
+        return on_gpu(layer, quantize_inputs=isinstance(layer, ScaledLinear) and layer.inputs is not None)
+    if isinstance(layer, GroupedLinear) and _on_cpu(layer.packed, layer.dtype):
         return _of_groups(layer) or layer
+    if isinstance(layer, TableLinear) and _on_cpu(layer.packed, layer.dtype):
+        return _of_table(layer) or layer
     if isinstance(layer, ScaledLinear) and _on_cpu(layer.values, layer.dtype):
-        if layer.values.dtype == torch.int8:
-            return (_of_bytes(layer) if available() else None) or layer
-        warnings.warn(
-            "FP8 weights are multiplied as bfloat16 on a CPU, and take as much memory: quantize to int8 to halve it",
-            stacklevel=2,
-        )
-        return linear(layer.dense(), layer.bias)
+        return _of_bytes(layer) or layer if layer.values.dtype == torch.int8 else _of_float8(layer)
     return layer
 
 
 def _on_cpu(weight: Tensor, dtype: torch.dtype) -> bool:
-    return weight.device.type == "cpu" and dtype == torch.bfloat16
+    return weight.device.type == "cpu" and dtype == torch.bfloat16 and available()
+
+
+def _of_float8(layer: ScaledLinear) -> Linear:
+    warnings.warn(
+        "FP8 weights are multiplied as bfloat16 on a CPU, and take as much memory: quantize to int8 to halve it",
+        stacklevel=2,
+    )
+    return linear(layer.dense(), layer.bias)
 
 
 def _of_groups(layer: GroupedLinear) -> IntegerLinear | None:
@@ -131,9 +144,34 @@ def _of_bytes(layer: ScaledLinear) -> IntegerLinear | None:
     rows = (torch.arange(out) + layer.at[0]) // layer.block[0]
     scales = layer.scales.float()[rows]
     group = layer.block[1] if scales.shape[1] > 1 else depth
+    if scales.shape[1] == 1 and layer.inputs is None:
+        group, scales = _split(depth, scales)
     if layer.at[1] or Integers.why_not(depth, group) is not None:
         return None
     return IntegerLinear(Integers.pack(layer.values, scales, group=group, bits=8), layer.bias, layer.dtype)
+
+
+def _of_table(layer: TableLinear) -> IntegerLinear | None:
+    inner, out = layer.shape
+    if layer.row != inner or layer.at or inner % layer.block or Integers.why_not(inner, layer.block) is not None:
+        return None
+    table, factor = integer_table(layer.table)
+    scales = layer.scales.float().view(out, -1) / (layer.divisor * factor)
+    packed = Integers.pack(unpack(layer.packed, 4, inner), scales, group=layer.block, bits=4, table=table)
+    return IntegerLinear(packed, layer.bias, layer.dtype)
+
+
+def integer_table(table: Tensor) -> tuple[tuple[int, ...], float]:
+    """(integers of at most 127, factor): about `factor` times the table's numbers, exactly where a small factor makes
+    all of them whole. NF4's become the nearest of 1/126ths: 0.1% of a group's largest weight."""
+    most = float(table.abs().max())
+    for factor in (1, 2, 4, 8):
+        if most * factor <= 127 and bool((table * factor == (table * factor).round()).all()):
+            return tuple(int(value) for value in (table * factor).tolist()), float(factor)
+    factors = torch.linspace(64, 127, 253, dtype=torch.float64) / most
+    scaled = table.double() * factors[:, None]
+    best = int(((scaled.round() - scaled) / factors[:, None]).square().sum(1).argmin())
+    return tuple(int(value) for value in scaled[best].round().tolist()), float(factors[best])
 
 
 def _split(depth: int, scales: Tensor) -> tuple[int, Tensor]:
@@ -179,15 +217,20 @@ def _merged(layers: Sequence[Linear]) -> Linear | None:
         )  # fmt: skip
     if all(isinstance(layer, ScaledLinear) for layer in layers):
         scaled: list[ScaledLinear] = list(layers)  # type: ignore[arg-type]
-        blocks = {(one.values.dtype, one.scales.dtype, one.block[1], one.scales.shape[1], one.at[1]) for one in scaled}
+        blocks = {
+            (one.values.dtype, one.scales.dtype, one.block[1], one.scales.shape[1], one.at[1], one.inputs)
+            for one in scaled
+        }
         if len(blocks) > 1 or scaled[0].values.dtype != torch.int8:
             return None
         rows = [(torch.arange(len(one.values)) + one.at[0]) // one.block[0] for one in scaled]
         scales = torch.cat([one.scales[which] for one, which in zip(scaled, rows, strict=True)])
         values = torch.cat([one.values for one in scaled])
-        return ScaledLinear(
+        merged = ScaledLinear(
             values, scales, (1, scaled[0].block[1]), (0, scaled[0].at[1]), _bias(scaled), scaled[0].dtype
         )
+        merged.inputs = scaled[0].inputs
+        return merged
     return None
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from labkit_kernels import Integers
 from torch import Tensor
 
 from labkit.core.options import closest
@@ -15,14 +14,14 @@ from labkit.loading.bits import pack
 from labkit.loading.dense import Dense
 from labkit.loading.format import Linear, LinearSpec, Shard, Tensors
 from labkit.loading.grouped import GroupedLinear
-from labkit.loading.integers import IntegerLinear, available, join
+from labkit.loading.integers import join
 from labkit.loading.rounding import NF4, fitting_group, round_channels, round_fp8, round_nf4
 from labkit.loading.scaled import ScaledLinear
+from labkit.loading.table import TableLinear
 
 METHODS = ("fp8", "int4", "int8", "nf4")
 GROUPED = ("int4", "nf4")
 ROWS = 1024  # rounded at a time, so that temporaries stay small
-TABLE = tuple(round(127 * value) for value in NF4)
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class Online:
     @property
     def dense(self) -> Dense:
         return Dense(self.deterministic)
+
+    def check(self, tensors: Tensors) -> None:
+        self.dense.check(tensors)
 
     def shape(self, tensors: Tensors, name: str) -> tuple[int, int] | None:
         return self.dense.shape(tensors, name)
@@ -89,13 +91,10 @@ class Online:
 
     def _nf4(self, weight: Tensor, bias: Tensor | None, group: int) -> Linear:
         values, largest = round_nf4(weight, group)
-        largest = largest.view(len(weight), -1)
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and available():
-            packed = Integers.pack(values, largest / 127, group=group, bits=4, table=TABLE)
-            return IntegerLinear(packed, bias, weight.dtype)
         table = torch.tensor(NF4, device=weight.device)
-        dense = (table[values.long()].view(*largest.shape, group) * largest[..., None]).view(weight.shape)
-        return self.dense.layer(dense.to(weight.dtype), bias)
+        return self._fast(
+            TableLinear(pack(values, 4), weight.shape[1], table, largest, group, bias, weight.dtype, kind="NF4")
+        )
 
 
 def _round_signed(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:

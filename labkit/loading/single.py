@@ -26,6 +26,7 @@ def load_linear(source: str | Path, name: str, *, dtype: Any = torch.float32, de
     checkpoint = Checkpoint(folder)
     try:
         weights = Weights(checkpoint, dtype, torch.device(device), format_of(load_config(folder)))
+        weights.check()
         shape = weights.format.shape(weights, name)
         if shape is None:
             layers = sorted({stored.rpartition(".")[0] for stored in checkpoint.shapes})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ class Weights:
         self.taken: set[str] = set()
         self.num_parameters = 0  # read so far, whatever they are stored as
 
+    def names(self) -> Iterable[str]:
+        return self.source.shapes
+
     def has(self, name: str) -> bool:
         return name in self.source.shapes
 
@@ -40,6 +43,18 @@ class Weights:
         if not self.has(name):
             raise ValueError(f"{self.source!r} lacks tensor {name!r}")
         return self.source.shapes[name]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        nothing = (slice(0, 0),) if self.size(name) else ()
+        return self.source.read(name, None, torch.device("cpu"), nothing).dtype
+
+    def check(self) -> None:
+        """Refuse a checkpoint whose layers the format cannot read, before any of them is read."""
+        try:
+            self.format.check(self)
+        except ValueError as error:
+            where = repr(self.source)
+            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
 
     def get(self, name: str, *shape: int, part: tuple[slice, ...] = ()) -> Tensor:
         """A tensor, of this shape if one is given, or a part of it: `part=(slice(0, 8),)` are its first 8 rows."""
@@ -67,5 +82,6 @@ class Weights:
         """One linear layer of several stored ones: see `LinearSpec`."""
         before = self.num_parameters
         layer = self.format.linear(self, LinearSpec(outputs, inputs, split), self.shard)
+        layer.name = ", ".join(outputs)
         self.num_parameters = before + layer.num_parameters  # not the packed words that it read
         return layer

@@ -82,7 +82,6 @@ def _build(
     config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
     deterministic: bool, quantization: Any,
 ) -> Model:  # fmt: skip
-    from labkit.loading.formats import declared
     from labkit.models.decoder import FAMILIES, Decoder
 
     native = config.model_type in FAMILIES
@@ -90,11 +89,6 @@ def _build(
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
         return Decoder(config, weights, dtype, device, length, deterministic, quantization)
-    if (method := (declared(config) or {}).get("quant_method")) is not None:
-        raise ValueError(
-            f"quantized checkpoints ({method}) need a native decoder, and {config.model_type!r} has none, or path= "
-            f"rules it out"
-        )
     if deterministic:
         raise ValueError(
             f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or path= rules it out"

@@ -18,13 +18,13 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.dense import picked
 from labkit.loading.format import Linear, Units
 from labkit.loading.formats import format_of
-from labkit.loading.gated import gated_mlp
 from labkit.loading.integers import IntegerLinear
 from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
+from labkit.models.experts import Experts
+from labkit.models.mlp import MLP
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
 
@@ -32,7 +32,6 @@ FAMILIES = {
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
     "olmo2", "starcoder2", "granite", "smollm3",
 }  # fmt: skip
-GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
 
 
 @dataclass(frozen=True)
@@ -168,130 +167,6 @@ class Attention:
         return [tensor for part in (self.qkv, self.out, *norms) for tensor in part.tensors()]
 
 
-class MLP:
-    """Gated (gate and up merged), or plain."""
-
-    def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
-        self.ops, self.activation = ops, shape.activation
-        hidden = Units(shape.hidden_size)
-        self.gated = not weights.has_layer(f"{name}.c_fc")
-        if not self.gated:
-            inner = Units(weights.outputs(f"{name}.c_fc"))
-            self.up = weights.linear({f"{name}.c_fc": (inner,)}, hidden, "column")
-            self.down = weights.linear({f"{name}.c_proj": (hidden,)}, inner, "row")
-            self.whole = None
-            return
-        if weights.has_layer(f"{name}.gate_up_proj"):
-            inner = Units(weights.outputs(f"{name}.gate_up_proj") // 2)
-            stored = {f"{name}.gate_up_proj": (inner, inner)}
-        else:
-            inner = Units(weights.outputs(f"{name}.gate_proj"))
-            stored = {f"{name}.gate_proj": (inner,), f"{name}.up_proj": (inner,)}
-        self.up = weights.linear(stored, hidden, "column")
-        self.down = weights.linear({f"{name}.down_proj": (hidden,)}, inner, "row")
-        self.whole = gated_mlp(self.up, self.down, self.activation)
-
-    def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        if self.whole is not None:
-            return self.whole(x, norm, residual)
-        x = self.up(x, norm)
-        if self.gated:
-            x = gate(self.ops, self.activation, x)
-        elif self.ops.deterministic and len(x):  # torch treats the last few of a tensor's elements in another way
-            x = torch.stack([plain(self.activation, row) for row in x])
-        else:
-            x = plain(self.activation, x)
-        return self.down(x, None, residual)
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.up.tensors(), *self.down.tensors()]
-
-
-def gate(ops: Ops, activation: str, x: Tensor) -> Tensor:
-    if activation == "silu":
-        return ops.silu_mul(x)
-    if activation in GELU:
-        return ops.gelu_mul(x, GELU[activation])
-    raise ValueError(f"activation {activation!r} is not known; known: silu, {', '.join(GELU)}")
-
-
-def plain(activation: str, x: Tensor) -> Tensor:
-    if activation in GELU:
-        return F.gelu(x, approximate=GELU[activation])
-    functions = {"relu": F.relu, "silu": F.silu}
-    if activation not in functions:
-        raise ValueError(f"activation {activation!r} is not known; known: relu, silu, {', '.join(GELU)}")
-    return functions[activation](x)
-
-
-class Experts:
-    """Each token goes through its few best experts, and through the shared one where there is one."""
-
-    def __init__(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> None:
-        self.shape, self.ops = shape, ops
-        hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
-        self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
-        self.multiply = picked("linear_invariant", weights.dtype, weights.device) if ops.deterministic else F.linear
-        self.up, self.down = self._read(weights, name, num, shape.hidden_size)
-        self.shared = self.shared_gate = None
-        if weights.has(f"{name}.shared_expert_gate.weight"):
-            self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
-            self.shared_gate = weights.linear({f"{name}.shared_expert_gate": (Units(1),)}, hidden)
-
-    @staticmethod
-    def _read(weights: Weights, name: str, num: int, hidden: int) -> tuple[Tensor, Tensor]:
-        """[experts, 2 * inner, hidden] and [experts, hidden, inner], of which a rank has its part of every `inner`."""
-        stacked = f"{name}.experts.gate_up_proj"
-        first, second, last = ("w1", "w3", "w2")
-        if weights.has(f"{name}.experts.0.gate_proj.weight"):
-            first, second, last = "gate_proj", "up_proj", "down_proj"
-        if weights.has(stacked):
-            full = weights.size(stacked)[1] // 2
-        else:
-            full = weights.size(f"{name}.experts.0.{first}.weight")[0]
-        mine = weights.shard.part(f"{name}.experts", Units(full))
-        inner, every = mine.stop - mine.start, slice(None)
-        if weights.has(stacked):
-            down = weights.get(f"{name}.experts.down_proj", num, hidden, full, part=(every, every, mine))
-            if inner == full:
-                return weights.get(stacked, num, 2 * full, hidden), down
-            other = slice(full + mine.start, full + mine.stop)
-            halves = [weights.get(stacked, num, 2 * full, hidden, part=(every, half)) for half in (mine, other)]
-            return torch.cat(halves, 1), down
-        up = torch.empty(num, 2 * inner, hidden, dtype=weights.dtype, device=weights.device)
-        down = torch.empty(num, hidden, inner, dtype=weights.dtype, device=weights.device)
-        for i in range(num):
-            each = f"{name}.experts.{i}"
-            up[i, :inner] = weights.get(f"{each}.{first}.weight", full, hidden, part=(mine,))
-            up[i, inner:] = weights.get(f"{each}.{second}.weight", full, hidden, part=(mine,))
-            down[i] = weights.get(f"{each}.{last}.weight", hidden, full, part=(every, mine))
-        return up, down
-
-    def __call__(self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None) -> Tensor:
-        x = _maybe(norm, x)
-        chances = self.router(x).float().softmax(-1)
-        share, expert = chances.topk(self.shape.num_experts_per_tok, -1)  # [tokens, chosen]
-        if self.shape.norm_topk:
-            share = share / share.sum(-1, keepdim=True)
-        order = expert.flatten().argsort(stable=True)  # one run of tokens an expert
-        token = order // expert.shape[1]
-        weight = share.flatten()[order, None].to(x.dtype)
-        out, at = torch.zeros_like(x), 0
-        for i, count in enumerate(torch.bincount(expert.flatten(), minlength=len(self.up)).tolist()):
-            if count:
-                run = slice(at, at + count)
-                inner = gate(self.ops, self.shape.activation, self.multiply(x[token[run]], self.up[i]))
-                out.index_add_(0, token[run], self.multiply(inner, self.down[i]) * weight[run])
-                at += count
-        if self.shared is not None and self.shared_gate is not None:
-            out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
-        return out if residual is None else residual + out
-
-    def tensors(self) -> list[Tensor]:
-        shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []
-        return [*self.router.tensors(), self.up, self.down, *shared]
-
-
 class Layer:
     """Attention and MLP, each with a norm before it, behind it, or both."""
 
@@ -355,6 +230,7 @@ class Decoder:
         )
         self.ops = Ops(device, dtype, deterministic)
         weights = Weights(source, dtype, device, format_of(config, deterministic, quantization, source))
+        weights.check()
         embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [

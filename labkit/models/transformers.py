@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from labkit.loading.checkpoint import Source
 from labkit.loading.dense import Dense, DenseLinear
 from labkit.loading.format import Format, Linear
-from labkit.loading.formats import format_of
+from labkit.loading.formats import declared
 from labkit.loading.online import Online
 from labkit.models import hf
 from labkit.models.adapters import adapt
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.ops import Ops
+from labkit.models.quantized import empty, load_quantized
 from labkit.models.rotary import rope_parameters
 
 NAME = "labkit_paged"
@@ -124,6 +125,7 @@ class TransformersModel:
             raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} is not passed through the attention interface")
         _refuse_lengths(config, max_model_len)
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
+        self.quantized: dict[str, Linear] = {}
         self.causal = self._load(config, source, folder, trust_remote_code)
         self.name = type(self.causal).__name__
         prefix = self.causal.base_model_prefix
@@ -132,7 +134,9 @@ class TransformersModel:
         self.head._modules = {**self.causal._modules, prefix: _Given()}
         self.given: _Given = self.head._modules[prefix]  # type: ignore[assignment]
         self.vocab_size = int(self.causal.get_output_embeddings().weight.shape[0])
-        self.linears = swap_linears(self.causal, format_of(None, quantization=quantization))
+        swapped = swap_quantized(self.causal, self.quantized, dtype, device)
+        rounding = None if quantization is None else Online.of(quantization)
+        self.linears = swapped + swap_linears(self.causal, rounding)
         self.ops = Ops(device, dtype)
         self.kv = self._probe()
         self.hidden_size = int(self._hidden_size)
@@ -142,15 +146,20 @@ class TransformersModel:
 
     def _load(self, config: Any, source: Source, folder: Any, trust_remote_code: bool) -> Any:
         options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
+        is_quantized = declared(config) is not None
         try:
-            if folder is not None:
+            if is_quantized:
+                model = empty(config, trust_remote_code)
+            elif folder is not None:
                 model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=None, **options)
             else:
                 model = hf.AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
         except (ValueError, KeyError, ImportError, AttributeError) as error:
             raise ValueError(f"transformers cannot build a causal model of {config.model_type!r}: {error}") from error
+        if is_quantized:
+            model, self.quantized = load_quantized(model, config, source, self.dtype, self.device)
         model = model.to(self.device).eval().requires_grad_(False)
-        if folder is None:
+        if folder is None and not is_quantized:
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             with torch.no_grad():
                 for name, value in model.state_dict().items():
@@ -256,7 +265,9 @@ def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]
     used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     swapped = []
     for module in model.modules():
-        if type(module) is not nn.Linear or (module.weight.device.type != "cpu" and not isinstance(format, Online)):
+        if type(module) is not nn.Linear or "forward" in vars(module):
+            continue  # one with a forward of its own is quantized
+        if module.weight.device.type != "cpu" and not isinstance(format, Online):
             continue
         make = format.round if isinstance(format, Online) and module is not head else format.layer
         ours = make(module.weight.data, None if module.bias is None else module.bias.data)
@@ -264,9 +275,26 @@ def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]
             return []
         module.forward = _flat(ours)  # type: ignore[method-assign]
         if used[id(module.weight)] == 1:
-            module.weight = nn.Parameter(module.weight.new_zeros(()).expand(module.weight.shape), requires_grad=False)
+            module.weight = _weightless(module.weight, module.weight.shape)
         swapped.append(ours)
     return swapped
+
+
+def swap_quantized(
+    model: nn.Module, layers: dict[str, Linear], dtype: torch.dtype, device: torch.device
+) -> list[Linear]:
+    """Multiply by these layers in place of the model's own of these names, which get a weight without memory."""
+    for name, ours in layers.items():
+        module = model.get_submodule(name)
+        module.forward = _flat(ours)  # type: ignore[method-assign]
+        inner, out = ours.shape
+        module.weight = _weightless(torch.zeros((), dtype=dtype, device=device), (out, inner))
+    return list(layers.values())
+
+
+def _weightless(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    """Zeros of this shape that take no memory."""
+    return nn.Parameter(like.new_zeros(()).expand(shape), requires_grad=False)
 
 
 def _flat(ours: Linear) -> Callable[[Tensor], Tensor]:

@@ -33,6 +33,10 @@ _VIEWS: dict[str, str] = {  # an object's class -> module of this package, funct
     "labkit.widgets.lookups.LookupStory": "lookups.story_view",
     "labkit.engine.profile.Profile": "layers.profile",
     "labkit.loading.format.Linear": "layers.linear",
+    "labkit.loading.grouped.GroupedLinear": "quantized.layer",
+    "labkit.loading.scaled.ScaledLinear": "quantized.layer",
+    "labkit.loading.stats.WeightError": "quantized.error",
+    "labkit.loading.table.TableLinear": "quantized.layer",
 }
 
 

@@ -10,10 +10,10 @@ from labkit_kernels.launches import install
 
 from labkit.loading.bits import pack
 from labkit.loading.dense import DenseLinear
+from labkit.loading.format import JoinedLinear
 from labkit.loading.gpu import DynamicLinear, WeightOnlyLinear, on_gpu
 from labkit.loading.grouped import GroupedLinear
 from labkit.loading.scaled import ScaledLinear
-from labkit.loading.stored import JoinedLinear
 
 BF16 = torch.bfloat16
 OTHER = "triton, interpreted"

@@ -154,15 +154,6 @@ def test_one_layer_can_be_looked_at(tmp_path):
         lk.load_linear(tmp_path, "model.layers.0.mlp.up")
 
 
-def test_the_transformers_path_refuses_quantized_checkpoints(tmp_path):
-    theirs = reference_model(config("llama"))
-    theirs.save_pretrained(tmp_path)
-    quantization, quantizer = METHODS["awq"]
-    rewrite(tmp_path, theirs, quantizer(None), quantization)
-    with pytest.raises(ValueError, match=r"quantized checkpoints \(awq\) need a native decoder"):
-        load_model(tmp_path, dtype="float32", path="transformers")
-
-
 class Config:
     def __init__(self, **fields):
         self.quantization_config = fields or None
@@ -173,14 +164,19 @@ class Config:
     [
         (
             {"quant_method": "quip"},
-            "'quip' is not supported; supported are awq, compressed-tensors, fp8, gptq",
+            "'quip' is not supported; supported are awq, bitsandbytes, compressed-tensors, fbgemm_fp8, fp8, gptq, mx",
         ),
         ({"quant_method": "gptq", "bits": 5}, "2, 3, 4 or 8 bits, the quantization config says 5"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 3}, "group_size"),
         ({"quant_method": "gptq", "bits": 4, "is_marlin_format": True}, "'is_marlin_format'"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_p"}, "'gptq' or 'gptq_v2'"),
         ({"quant_method": "awq", "bits": 3}, "AWQ weights have 4 bits"),
-        ({"quant_method": "awq", "version": "gemv"}, "AWQ layout 'gemv' is not supported"),
+        ({"quant_method": "awq", "version": "gemv_fast"}, "AWQ layout 'gemv_fast' is not supported"),
+        ({"quant_method": "awq", "version": "gemv", "group_size": 16}, "'gemv' has groups of 32, 64 or 128"),
+        ({"quant_method": "marlin", "bits": 4}, "use the GPTQ checkpoint that they were made from"),
+        ({"quant_method": "modelopt"}, "'modelopt' is not supported (use a compressed-tensors or FP8 checkpoint"),
+        ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24' is not supported"),
     ],
 )
 def test_what_cannot_be_read_is_refused_by_name(fields, message):
@@ -196,7 +192,7 @@ def test_damaged_tensors_are_named():
         layer_of(format, {name: t for name, t in tensors.items() if name != "scales"}, 64, 96)
     with pytest.raises(ValueError, match=r"one.g_idx names groups 0 to 7, there are 3"):
         layer_of(format, tensors | {"g_idx": torch.arange(96, dtype=torch.int32) // 12}, 64, 96)
-    with pytest.raises(ValueError, match=r"'one.scales' has shape \(3, 63\), the config makes it \(3, 64\)"):
+    with pytest.raises(ValueError, match=r"'one.scales' has shape \(3, 63\), its layer makes it \(3, 64\)"):
         layer_of(format, tensors | {"scales": tensors["scales"][:, :63]}, 64, 96)
     with pytest.raises(ValueError, match=r"layer 'one' is stored as \(64, 96\), the config makes it \(64, 80\)"):
         layer_of(format, tensors, 64, 80)
@@ -278,7 +274,7 @@ def test_scales_that_do_not_fit_are_named():
         layer_of(FP8(False), {"weight": values, "weight_scale": torch.rand(23, 1)}, 24, 40)
     with pytest.raises(ValueError, match=r"blocks of 128 x 128 of a weight of 24 x 40 are 1 x 1"):
         layer_of(FP8(False, (128, 128)), {"weight": values, "weight_scale_inv": torch.rand(2, 1)}, 24, 40)
-    with pytest.raises(ValueError, match=r"one.weight is float32, where 'weight_scale' goes with int8 or float8"):
+    with pytest.raises(ValueError, match=r"tensor 'one.weight' is float32, it should be float8_e4m3fn"):
         layer_of(FP8(False), {"weight": values.float(), "weight_scale": torch.rand(24, 1)}, 24, 40)
     with pytest.raises(ValueError, match="no whole number of bits"):
         packed = {"weight_packed": torch.zeros(24, 11, dtype=torch.int32), "weight_shape": torch.tensor([24, 40]),

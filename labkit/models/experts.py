@@ -1,0 +1,61 @@
+"""The experts of a layer: a router sends each token through a few of its MLPs, which may be stored in any format."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from labkit.loading.format import RMSNorm, Units
+from labkit.loading.weights import Weights
+from labkit.models.mlp import MLP, MLPShape
+from labkit.models.ops import Ops
+
+
+class ExpertsShape(MLPShape, Protocol):
+    """What experts read of a model's shape."""
+
+    @property
+    def num_experts_per_tok(self) -> int: ...
+
+    @property
+    def norm_topk(self) -> bool: ...
+
+
+class Experts:
+    """Each token goes through its few best experts, and through the shared one where there is one."""
+
+    def __init__(self, weights: Weights, name: str, shape: ExpertsShape, ops: Ops) -> None:
+        self.shape = shape
+        hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
+        self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
+        self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops) for i in range(num)]
+        self.shared = self.shared_gate = None
+        if weights.has(f"{name}.shared_expert_gate.weight"):
+            self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
+            self.shared_gate = weights.linear({f"{name}.shared_expert_gate": (Units(1),)}, hidden)
+
+    def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        x = x if norm is None else norm(x)
+        chances = self.router(x).float().softmax(-1)
+        share, expert = chances.topk(self.shape.num_experts_per_tok, -1)  # [tokens, chosen]
+        if self.shape.norm_topk:
+            share = share / share.sum(-1, keepdim=True)
+        order = expert.flatten().argsort(stable=True)  # one run of tokens an expert
+        token = order // expert.shape[1]
+        weight = share.flatten()[order, None].to(x.dtype)
+        out, at = torch.zeros_like(x), 0
+        counts = torch.bincount(expert.flatten(), minlength=len(self.experts)).tolist()
+        for mlp, count in zip(self.experts, counts, strict=True):
+            if count:
+                run = slice(at, at + count)
+                out.index_add_(0, token[run], mlp(x[token[run]]) * weight[run])
+                at += count
+        if self.shared is not None and self.shared_gate is not None:
+            out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+        return out if residual is None else residual + out
+
+    def tensors(self) -> list[Tensor]:
+        shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []
+        return [*self.router.tensors(), *(tensor for mlp in self.experts for tensor in mlp.tensors()), *shared]

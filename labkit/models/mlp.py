@@ -1,0 +1,86 @@
+"""The MLP of a layer, or of one expert: it knows its linear layers and activation, and nothing of attention."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labkit.loading.format import RMSNorm, Units
+from labkit.loading.gated import gated_mlp
+from labkit.loading.weights import Weights
+from labkit.models.ops import Ops
+
+GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+LLAMA, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+
+
+class MLPShape(Protocol):
+    """What an MLP reads of a model's shape."""
+
+    @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def activation(self) -> str: ...
+
+
+class MLP:
+    """Gated (gate and up merged), or plain."""
+
+    def __init__(self, weights: Weights, name: str, shape: MLPShape, ops: Ops) -> None:
+        self.ops, self.activation = ops, shape.activation
+        hidden = Units(shape.hidden_size)
+        self.gated = not weights.has_layer(f"{name}.c_fc")
+        if not self.gated:
+            inner = Units(weights.outputs(f"{name}.c_fc"))
+            self.up = weights.linear({f"{name}.c_fc": (inner,)}, hidden, "column")
+            self.down = weights.linear({f"{name}.c_proj": (hidden,)}, inner, "row")
+            self.whole = None
+            return
+        if weights.has_layer(f"{name}.gate_up_proj"):
+            inner = Units(weights.outputs(f"{name}.gate_up_proj") // 2)
+            stored: dict[str, tuple[Units, ...]] = {f"{name}.gate_up_proj": (inner, inner)}
+            down = f"{name}.down_proj"
+        else:
+            mixtral = weights.has_layer(f"{name}.w1")
+            gate, up, down = (f"{name}.{part}" for part in (MIXTRAL if mixtral else LLAMA))
+            inner = Units(weights.outputs(gate))
+            stored = {gate: (inner,), up: (inner,)}
+        self.up = weights.linear(stored, hidden, "column")
+        self.down = weights.linear({down: (hidden,)}, inner, "row")
+        self.whole = gated_mlp(self.up, self.down, self.activation)
+
+    def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        if self.whole is not None:
+            return self.whole(x, norm, residual)
+        x = self.up(x, norm)
+        if self.gated:
+            x = gate(self.ops, self.activation, x)
+        elif self.ops.deterministic and len(x):  # torch treats the last few of a tensor's elements in another way
+            x = torch.stack([plain(self.activation, row) for row in x])
+        else:
+            x = plain(self.activation, x)
+        return self.down(x, None, residual)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.up.tensors(), *self.down.tensors()]
+
+
+def gate(ops: Ops, activation: str, x: Tensor) -> Tensor:
+    if activation == "silu":
+        return ops.silu_mul(x)
+    if activation in GELU:
+        return ops.gelu_mul(x, GELU[activation])
+    raise ValueError(f"activation {activation!r} is not known; known: silu, {', '.join(GELU)}")
+
+
+def plain(activation: str, x: Tensor) -> Tensor:
+    if activation in GELU:
+        return F.gelu(x, approximate=GELU[activation])
+    functions = {"relu": F.relu, "silu": F.silu}
+    if activation not in functions:
+        raise ValueError(f"activation {activation!r} is not known; known: relu, silu, {', '.join(GELU)}")
+    return functions[activation](x)
