@@ -33,7 +33,8 @@ class GPTQ(Stored):
     @classmethod
     def of(cls, config: Mapping[str, Any], deterministic: bool) -> GPTQ:
         for key in ("is_marlin_format", "dynamic", "modules_in_block_to_quantize"):
-            if config.get(key):
+            plain = key == "dynamic" and all(rule.startswith("-:") for rule in config.get(key) or ())
+            if config.get(key) and not plain:  # of dense layers the tensors tell
                 raise ValueError(f"GPTQ checkpoints with {key!r} in their quantization config are not supported")
         bits, group = config.get("bits"), config.get("group_size", -1)
         if bits not in (2, 3, 4, 8):
