@@ -55,9 +55,7 @@ def load_model(
     if weights is None:
         weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
     try:
-        model = _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic)
-        model.folder = getattr(weights, "folder", None)
-        return model
+        return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic)
     finally:
         weights.close()
 

@@ -122,6 +122,7 @@ class TransformersModel:
             raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} is not passed through the attention interface")
         _refuse_lengths(config, max_model_len)
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
+        self.folder = folder
         self.causal = self._load(config, source, folder, trust_remote_code)
         self.name = type(self.causal).__name__
         prefix = self.causal.base_model_prefix

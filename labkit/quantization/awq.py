@@ -100,9 +100,7 @@ def _scale(
     return changed
 
 
-def best_scale(
-    weight: Tensor, moments: Moments, method: AWQ, shape: tuple[int, int, int] | None = None
-) -> Tensor:
+def best_scale(weight: Tensor, moments: Moments, method: AWQ, shape: tuple[int, int, int] | None = None) -> Tensor:
     """The scale [in] with the least error of the output. `shape` (units, copies, size) of the inputs: copies share a
     scale."""
     size = moments.size

@@ -214,7 +214,7 @@ class NF4(Method):
             "weight": (pairs[:, 0] << 4 | pairs[:, 1])[:, None],  # the high nibble first
             "weight.absmax": largest,
             "weight.quant_map": torch.tensor(NF4_TABLE),
-            "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+            "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(json.dumps(state).encode())).byte(),
         }
         return Rounded(tensors, nf4_dense(values, largest, self.blocksize))
 
@@ -347,7 +347,8 @@ def compressed_tensors(
               "output_activations": None, "format": format}  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme}, "ignore": [*kept, *([] if head else ["lm_head"])], "kv_cache_scheme": None,
+        "config_groups": {"group_0": scheme}, "ignore": [*kept, *([] if head else ["lm_head"])],
+        "kv_cache_scheme": None,
     }  # fmt: skip
 
 

@@ -27,7 +27,8 @@ from labkit.quantization.folder import (
 )
 from labkit.quantization.methods import AWQ, GPTQ, Method, method_of
 from labkit.quantization.moments import Change
-from labkit.quantization.texts import windows
+from labkit.quantization.progress import followed
+from labkit.quantization.texts import Text, windows
 from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
@@ -79,7 +80,11 @@ class Quantized:
             ["bits a weight", f"{self.bits_per_weight:.2f} in {len(self.changes)} layers"],
             ["bytes", f"{style.num_bytes(self.bytes_before)} \u2192 {style.num_bytes(self.bytes_after)}"],
             ["seconds", f"{self.seconds:.1f}"],
-            *([["dense layers", ", ".join(self.kept[:4]) + (" .." if len(self.kept) > 4 else "")]] if self.kept else []),
+            *(
+                [["dense layers", ", ".join(self.kept[:4]) + (" .." if len(self.kept) > 4 else "")]]
+                if self.kept
+                else []
+            ),
         ]
         what = "output" if self.worst.output_error is not None else "weight"
         kinds: dict[str, list[float]] = {}
@@ -109,7 +114,7 @@ def quantize(
     method: str = "int4",
     *,
     out: str | Path | None = None,
-    calibration: Sequence[str] | None = None,
+    calibration: Sequence[Text] | None = None,
     num_tokens: int = CALIBRATION_TOKENS,
     length: int = LENGTH,
     skip: Sequence[str] = (),
@@ -166,7 +171,7 @@ def quantize(
             ids = windows(source.folder, calibration, num_tokens, min(length, most), held_out=False, seed=seed)
         with appearing(target, overwrite) as partial, torch.no_grad():
             found = _changes(source, chosen, layers, ids, device)
-            changes, size, total = _write(source, partial, _shown(found, len(layers), progress))
+            changes, size, total = _write(source, partial, followed(found, len(layers), "layer", progress))
             kept = source.kept(layers)
             write_config(source.folder, partial, chosen.config(kept, head, source.dtype))
             copy_texts(source.folder, partial)
@@ -224,11 +229,3 @@ def _write(source: DenseModel, folder: Path, changes: Iterator[Change]) -> tuple
             writer.add({name: source.read(name)})
     writer.finish()
     return seen, size, writer.num_bytes
-
-
-def _shown(changes: Iterator[Change], total: int, shown: bool) -> Any:
-    if not shown:
-        return changes
-    from tqdm.auto import tqdm  # comes with transformers
-
-    return tqdm(changes, total=total, unit="layer", leave=False, delay=1.0)

@@ -5,38 +5,44 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from labkit.text.tokenizer import Tokenizer
 
+Text: TypeAlias = "str | Sequence[int]"
+
 SHORTEST = 16  # tokens
 FILE_SHARE = 8  # windows of a file that are enough, so that a long one does not stand for all
 
 
 def windows(
-    folder: Path, texts: Sequence[str] | None, num_tokens: int, length: int, *, held_out: bool, seed: int = 0
+    folder: Path, texts: Sequence[Text] | None, num_tokens: int, length: int, *, held_out: bool, seed: int = 0
 ) -> Tensor:
-    """Token ids [sequences, length] from random places of the texts, `num_tokens` in all or as many as there are.
+    """Token ids [sequences, length] from random places of the texts, `num_tokens` in all or as many as there are. A
+    text is a string or token ids.
 
     Without texts: source files of Python's standard library. The embedded models were trained on them but for a few,
     which `held_out` takes.
     """
-    tokenizer = Tokenizer.load(folder)
     rng = random.Random(seed)
     ids: list[int] = []
     if texts is not None:
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("texts are a list of strings")
+        if isinstance(texts, str):
+            raise ValueError("texts are a list of strings, or of lists of token ids; got one string")
+        strings = any(isinstance(text, str) for text in texts)
+        encode = Tokenizer.load(folder).encode if strings else None
         for text in texts:
-            ids += tokenizer.encode(text)
+            ids += encode(text) if encode is not None and isinstance(text, str) else [int(token) for token in text]
     else:
+        encode = Tokenizer.load(folder).encode
         files = _standard_library(held_out)
         rng.shuffle(files)
         for text in files:
             begin = rng.randrange(max(1, len(text) - 8 * FILE_SHARE * length))
-            ids += tokenizer.encode(text[begin:][: 8 * FILE_SHARE * length])[: FILE_SHARE * length]
+            ids += encode(text[begin:][: 8 * FILE_SHARE * length])[: FILE_SHARE * length]
             if len(ids) >= 2 * num_tokens:
                 break
     if len(ids) < SHORTEST:
