@@ -35,6 +35,9 @@ class Groups(NamedTuple):
         shaped = self.values.float().unflatten(1, (self.scales.shape[1], -1))
         return (self.scales[:, :, None] * (shaped - zeros)).flatten(1)
 
+    def cpu(self) -> Groups:
+        return Groups(self.values.cpu(), self.scales.cpu(), None if self.zeros is None else self.zeros.cpu())
+
 
 def fitting_group(inputs: int, group: int = 128) -> int:
     """The largest of `group`, half of it, a quarter, .. that divides the inputs.

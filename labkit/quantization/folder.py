@@ -39,7 +39,7 @@ class DenseModel:
         self.folder = folder_of(source)
         if is_gguf(self.folder):
             raise ValueError(f"{self.folder} is a GGUF file: quantize the Hugging Face folder that it was made from")
-        self.config = load_config(self.folder)
+        self.config = load_config(self.folder, plain_if_enough=True)
         if (method := (declared(self.config) or {}).get("quant_method")) is not None:
             raise ValueError(f"{self.folder} is quantized already ({method}): give the folder that it was made from")
         if self.config.model_type not in FAMILIES:

@@ -266,6 +266,7 @@ class GPTQ(Grouped):
         return self.packed(round_groups(weight, self.bits, self.size, self.symmetric, **options))
 
     def packed(self, found: Groups) -> Rounded:
+        found = found.cpu()
         inputs, groups = found.values.shape[1], found.scales.shape[1]
         half = torch.full(found.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8)
         zeros = half if found.zeros is None else found.zeros
@@ -311,6 +312,8 @@ class AWQ(Grouped):
         return self.packed(round_groups(weight, 4, self.size, not self.zero_point, stored=torch.float16))
 
     def packed(self, found: Groups) -> Rounded:
+        found = found.cpu()
+
         def packed(table: Tensor) -> Tensor:  # [rows, outputs]
             return words(table.unflatten(1, (-1, 8))[:, :, list(AWQ_ORDER)].flatten(1), 4)
 

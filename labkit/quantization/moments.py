@@ -47,7 +47,7 @@ class Change:
     @classmethod
     def of(cls, name: str, before: Tensor, rounded: Rounded, second: Tensor | None = None) -> Change:
         tensors = {f"{name}.{suffix}": tensor for suffix, tensor in rounded.tensors.items()}
-        error = rounded.dense - before.float()
+        error = rounded.dense.to(before.device) - before.float()
         output = None
         if second is not None:
             output = _ratio(lost(error, second).sum(), lost(before, second).sum())

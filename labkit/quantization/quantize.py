@@ -22,7 +22,6 @@ from labkit.quantization.folder import (
     appearing,
     check_free,
     copy_texts,
-    folder_of,
     write_config,
 )
 from labkit.quantization.methods import AWQ, GPTQ, Method, method_of
@@ -185,8 +184,10 @@ def quantize(
 
 
 def _short_name(model: Any, folder: Path) -> str:
-    name = model if isinstance(model, str) else folder_of(model).name
-    return Path(name.partition(":")[2] or name).name if isinstance(name, str) else folder.name
+    """Of the folder that is made: the hub's name of a model, not that of the folder in its cache."""
+    if isinstance(model, str) and not Path(model).expanduser().exists():
+        return model.rpartition("/")[2].rpartition(":")[2]
+    return folder.resolve().name
 
 
 def _changes(

@@ -17,9 +17,9 @@ TINY = lk.assets.path("tiny")
 
 @pytest.fixture(scope="module")
 def report():
-    small = {"num_tokens": 4096, "length": 256}
+    small = {"num_tokens": 2048, "length": 256}
     methods = ["int8", "fp8", ("int4", {"search": False}), ("gptq", small), ("awq", small)]
-    return lk.quantization_report(TINY, methods, num_tokens=2048, length=256, rows=2, progress=False)
+    return lk.quantization_report(TINY, methods, num_tokens=2048, length=256, speed=False, progress=False)
 
 
 def test_the_embedded_model_keeps_its_quality(report):
@@ -35,8 +35,9 @@ def test_the_embedded_model_keeps_its_quality(report):
 
 
 def test_a_row_has_the_size_and_the_speed_of_its_model(report):
-    for row in report.rows:
-        assert row.tokens_per_s > 0 and row.num_bytes < 2**24
+    made = lk.quantization_report(TINY, ["int8"], num_tokens=128, length=64, rows=2, progress=False)
+    assert all(row.tokens_per_s > 0 for row in made.rows) and "2 requests decode at once" in repr(made)
+    assert all(math.isnan(row.tokens_per_s) and row.num_bytes < 2**24 for row in report.rows)
     assert report["int8"].num_bytes < 0.7 * report["bfloat16"].num_bytes
     assert 8 < report["int8"].bits_per_weight < 8.2
 
@@ -78,8 +79,6 @@ def sensitivity():
 def test_sensitivity_changes_one_layer_at_a_time(sensitivity):
     assert len(sensitivity.costs) == 56 and sensitivity.kinds == ["q", "k", "v", "o", "gate", "up", "down"]
     cost = next(cost for cost in sensitivity.costs if cost.name == "model.layers.2.mlp.up_proj")
-    from labkit.assets import train  # noqa: F401  # its texts are those of `windows`
-
     ids = windows(TINY, None, 128, 64, held_out=True)
     dense, other = (load_model(TINY, dtype="float32") for _ in range(2))
     weight = other.layers[2].mlp.up.weight[688:]
