@@ -24,7 +24,7 @@ from labkit.models.decoder import FAMILIES
 
 SHARD_BYTES = 2**30
 LINEAR = re.compile(  # of the families in labkit.models.decoder; experts and routers stay dense
-    r"model\.layers\.(\d+)\.(?:self_attn\.(q|k|v|qkv|o)_proj|mlp\.(?:(gate|up|gate_up|down)_proj|c_(fc|proj)))"
+    r"model\.layers\.\d+\.(?:self_attn\.(?:q|k|v|qkv|o)_proj|mlp\.(?:(?:gate|up|gate_up|down)_proj|c_fc|c_proj))"
 )
 COPIED = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja",
@@ -58,6 +58,10 @@ class DenseModel:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self.checkpoint.shapes
+
+    def within(self, length: int) -> int:
+        """`length`, or the most positions that the model was made for."""
+        return min(length, int(getattr(self.config, "max_position_embeddings", None) or length))
 
     @property
     def num_bytes(self) -> int:

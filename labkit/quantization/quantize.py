@@ -166,8 +166,8 @@ def quantize(
         check_free(target, overwrite)
         ids = None
         if chosen.needs_texts:
-            most = int(getattr(source.config, "max_position_embeddings", None) or length)
-            ids = windows(source.folder, calibration, num_tokens, min(length, most), held_out=False, seed=seed)
+            length = source.within(length)
+            ids = windows(source.folder, calibration, num_tokens, length, held_out=False, seed=seed)
         with appearing(target, overwrite) as partial, torch.no_grad():
             found = _changes(source, chosen, layers, ids, device)
             changes, size, total = _write(source, partial, followed(found, len(layers), "layer", progress))

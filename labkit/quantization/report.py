@@ -154,7 +154,7 @@ def quantization_report(
     whole("num_tokens", num_tokens, least=length)
     tries = [_try(method) for method in methods]
     source = DenseModel(model)
-    dtype, folder = source.dtype, source.folder
+    dtype, folder, length = source.dtype, source.folder, source.within(length)
     source.close()
     ids = windows(folder, texts, num_tokens, length, held_out=True, seed=seed)
     dense = load_model(folder, dtype=dtype, device=device, path="native", max_model_len=ids.shape[1])

@@ -152,7 +152,7 @@ def sensitivity(
         for name, (outputs, inputs) in layers.items():
             if (reason := chosen.refusal(outputs, inputs)) is not None:
                 raise ValueError(f"{chosen} cannot quantize {name}: {reason}")
-        ids = windows(source.folder, texts, num_tokens, length, held_out=True, seed=seed)
+        ids = windows(source.folder, texts, num_tokens, source.within(length), held_out=True, seed=seed)
         with torch.no_grad():
             costs = _costs(Stack(source, ids.shape[1], device), chosen, ids, by, progress)
         return Sensitivity(source.folder.name, chosen, tuple(costs), ids.numel())

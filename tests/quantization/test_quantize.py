@@ -88,7 +88,7 @@ def unpack_awq(t, fields, outputs, inputs):
                 found[:, 8 * c + place[i]] = words[:, c].astype(np.int64) >> 4 * i & 15
         return found
 
-    group = fields["group_size"]
+    group = inputs if fields["group_size"] == -1 else fields["group_size"]
     q, z, s = nibbles(t["qweight"].numpy()), nibbles(t["qzeros"].numpy()), t["scales"].float().numpy()
     of = np.arange(inputs) // group
     return (s[of] * (q - z[of]).astype(np.float32)).T
@@ -107,6 +107,7 @@ UNPACK = {"gptq": unpack_gptq, "awq": unpack_awq, "nf4": unpack_nf4}
 SETTINGS = [
     ("gptq", {"group": 16}), ("gptq", {"group": 8, "symmetric": False, "act_order": False}),
     ("gptq", {"bits": 8, "group": 16}), ("gptq", {"bits": 2, "group": 16, "search": False}),
+    ("gptq", {"group": -1}), ("awq", {"group": -1}),
     ("awq", {"group": 16}), ("awq", {"group": 8, "zero_point": False}), ("nf4", {}),
 ]  # fmt: skip
 
