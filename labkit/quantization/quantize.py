@@ -98,8 +98,7 @@ class Quantized:
         return style.page(
             style.title(str(self.folder)),
             style.table([], [[style.short(a), style.short(b, 120)] for a, b in lines], align="ll"),
-            style.title(f"relative error of the {what} [%]: mean, least and largest by kind of layer"),
-            charts.bars(bars),
+            style.side_by_side(style.title(f"relative error of the {what} [%], by kind of layer") + charts.bars(bars)),
             style.section("layer by layer", every),
         )
 

@@ -111,14 +111,18 @@ class QuantizationReport:
         return f"; {self.speed}" if self.speed else ""
 
     def _cells(self) -> tuple[list[str], list[list[str]]]:
-        head = ["format", "bits a weight", "memory", "perplexity", "", "KL", "same token", "tokens/s"]
+        head = ["format", "bits a weight", "memory", "perplexity", "", "KL", "same token"]
         dense = self.rows[0].perplexity
         lines = [
             [row.format, f"{row.bits_per_weight:.2f}", style.num_bytes(row.num_bytes), f"{row.perplexity:.4g}",
              f"{row.perplexity / dense - 1:+.2%}" if row is not self.rows[0] else "", f"{row.divergence:.2g}",
-             f"{row.agreement:.1%}", "" if row.tokens_per_s != row.tokens_per_s else f"{row.tokens_per_s:,.0f}"]
+             f"{row.agreement:.1%}"]
             for row in self.rows
         ]  # fmt: skip
+        if self.speed:
+            head.append("tokens/s")
+            for line, row in zip(lines, self.rows, strict=True):
+                line.append(f"{row.tokens_per_s:,.0f}")
         return head, lines
 
 
@@ -152,7 +156,9 @@ def quantization_report(
     whole("rows", rows, least=1)
     whole("length", length, least=16)
     whole("num_tokens", num_tokens, least=length)
-    tries = [_try(method) for method in methods]
+    tries = [_try(method) for method in ((methods,) if isinstance(methods, (str, Quantized)) else methods)]
+    if not tries:
+        raise ValueError(f"methods names no format to compare; there are {', '.join(METHODS)}")
     source = DenseModel(model)
     dtype, folder, length = source.dtype, source.folder, source.within(length)
     source.close()

@@ -67,6 +67,10 @@ def test_perplexity_is_that_of_the_logits():
 
 
 def test_a_method_with_a_mistake_is_named_before_anything_runs():
+    with pytest.raises(ValueError, match="methods names no format to compare; there are int4, int8"):
+        lk.quantization_report(TINY, [])
+    with pytest.raises(ValueError, match="unknown method 'int5'"):
+        lk.quantization_report(TINY, "int5")
     with pytest.raises(TypeError, match="method 'int4' has no option 'gruop'"):
         lk.quantization_report(TINY, ["int8", ("int4", {"gruop": 32})])
 
