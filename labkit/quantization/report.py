@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from labkit.models.base import Model
 
 OF_QUANTIZE = ("skip", "head", "num_tokens", "length", "seed")  # options besides those of the method
+DECODED = 64  # tokens of each request that speed is measured on
 EVERY = ("int8", "fp8", "nf4", "int4", "gptq", "awq")
 
 
@@ -202,7 +203,7 @@ def _row(
 
         engine = Engine(folder, device=device, num_blocks=16 * speed_rows, skip_tokenizer_init=True)
         try:
-            speed = decode_speed(engine, speed_rows, 64)
+            speed = decode_speed(engine, speed_rows, DECODED)
         finally:
             engine.close()
     return Format(format, bits, size, quality.perplexity, quality.divergence, quality.agreement, speed)

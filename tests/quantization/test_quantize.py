@@ -20,7 +20,6 @@ from labkit.quantization.stack import Stack, last_hidden
 from tests.models.configs import NATIVE, config, reference_model
 
 TINY = lk.assets.path("tiny")
-SHORT = {"num_tokens": 512, "length": 128, "progress": False}
 READ = [name for name in METHODS if name != "nf4" or "bitsandbytes" in BY_METHOD]  # by labkit's loaders
 
 
@@ -317,23 +316,26 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["int4", "int8", "fp8", "nf4"])
 def test_memory_holds_a_shard_and_one_layer(method, tmp_path, monkeypatch):
-    fields = json.loads((TINY / "config.json").read_text()) | {"num_hidden_layers": 40, "vocab_size": 16}
-    stored = load_file(TINY / "model.safetensors")
-    names = [name for name in stored if name.startswith("model.layers.0.")]
-    tensors = {name.replace(".0.", f".{i}.", 1): stored[name].clone() for i in range(40) for name in names}
-    tensors |= {"model.embed_tokens.weight": torch.zeros(16, 256).bfloat16(), "model.norm.weight": torch.ones(256)}
+    hidden, inner, layers = 64, 192, 24
+    fields = json.loads((TINY / "config.json").read_text()) | {
+        "num_hidden_layers": layers, "vocab_size": 16, "hidden_size": hidden, "intermediate_size": inner,
+    }  # fmt: skip
+    shapes = {f"self_attn.{part}_proj": (hidden, hidden) for part in "qkvo"}
+    shapes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    tensors = {f"model.layers.{i}.{name}.weight": torch.randn(shape).bfloat16()
+               for i in range(layers) for name, shape in shapes.items()}  # fmt: skip
     size = sum(tensor.numel() * 2 for tensor in tensors.values())
     source = tmp_path / "dense"
     source.mkdir()
     save_file(tensors, source / "model.safetensors")
-    del tensors, stored
+    del tensors
     (source / "config.json").write_text(json.dumps(fields))
-    monkeypatch.setattr(folder, "SHARD_BYTES", 2**20)
+    shard, largest = 2**16, 4 * inner * hidden  # the layer in float32
+    monkeypatch.setattr(folder, "SHARD_BYTES", shard)
     options = {"search": False} if method == "int4" else {}
     with Peak() as peak:
         lk.quantize(source, method, out=tmp_path / "out", progress=False, **options)
-    largest = 4 * 688 * 256  # in float32
-    assert 2**20 < peak.most < 2**20 + 10 * largest < size / 4, (peak.most, size)
+    assert shard < peak.most < shard + 10 * largest < size / 4, (peak.most, size)
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
@@ -369,24 +371,24 @@ def test_what_exists_is_not_overwritten_by_mistake(tmp_path):
     assert (mine / "notes.txt").read_text() == "important"
 
 
-def test_skipped_layers_stay_dense_and_are_listed(tmp_path):
-    for method, key in (("int8", "ignore"), ("gptq", "dynamic"), ("awq", "modules_to_not_convert")):
-        given = SHORT if METHODS[method].needs_texts else {"progress": False}
-        found = lk.quantize(TINY, method, out=tmp_path / method, skip=("down_proj", "layers.3."), **given)
-        listed = json.loads((found.folder / "config.json").read_text())["quantization_config"][key]
-        names = [f"model.layers.{i}.mlp.down_proj" for i in range(8)]
-        assert set(names) <= set(found.kept) and len(found.kept) == 14 and len(found.changes) == 42
-        if method == "gptq":
-            assert "-:model\\.layers\\.3\\.mlp\\.up_proj$" in listed
-        else:
-            assert set(found.kept) <= set(listed)
-        dense = lk.load_linear(TINY, "model.layers.3.self_attn.q_proj", dtype=torch.bfloat16).weight
-        assert torch.equal(lk.load_linear(found.folder, names[3], dtype=torch.bfloat16).weight,
-                           lk.load_linear(TINY, names[3], dtype=torch.bfloat16).weight)  # fmt: skip
-        kept = lk.load_linear(found.folder, "model.layers.3.self_attn.q_proj", dtype=torch.bfloat16).weight
-        assert torch.equal(kept, dense)
-        with lk.Engine(found.folder, num_blocks=32) as eng:
-            assert eng.generate("import ", lk.SamplingParams(temperature=0, max_tokens=2)).num_output == 2
+@pytest.mark.parametrize(
+    ("method", "key"), [("int8", "ignore"), ("gptq", "dynamic"), ("awq", "modules_to_not_convert")]
+)
+def test_skipped_layers_stay_dense_and_are_listed(method, key, tmp_path):
+    source = dense_folder("llama", tmp_path / "dense")
+    given = {"calibration": texts(0), "length": 64} if METHODS[method].needs_texts else {}
+    found = lk.quantize(source, method, out=tmp_path / "out", skip=("down_proj", "layers.1."), progress=False, **given)
+    listed = json.loads((found.folder / "config.json").read_text())["quantization_config"][key]
+    assert "model.layers.0.mlp.down_proj" in found.kept and len(found.kept) == 8 and len(found.changes) == 6
+    if method == "gptq":
+        assert "-:model\\.layers\\.1\\.mlp\\.up_proj$" in listed
+    else:
+        assert set(found.kept) <= set(listed)
+    for name in found.kept:
+        assert torch.equal(lk.load_linear(found.folder, name).weight, lk.load_linear(source, name).weight)
+    with lk.Engine(found.folder, num_blocks=32, skip_tokenizer_init=True) as eng:
+        params = lk.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+        assert eng.generate([5, 6, 7], params).num_output == 2
 
 
 @pytest.mark.parametrize("method", ["int4", "int8"])

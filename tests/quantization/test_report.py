@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import labkit as lk
 from labkit.models import load_model
+from labkit.quantization import report as module
 from labkit.quantization.methods import Int4
 from labkit.quantization.quality import Yardstick
 from labkit.quantization.texts import windows
@@ -17,9 +18,9 @@ TINY = lk.assets.path("tiny")
 
 @pytest.fixture(scope="module")
 def report():
-    small = {"num_tokens": 2048, "length": 256}
+    small = {"num_tokens": 1024, "length": 256}
     methods = ["int8", "fp8", ("int4", {"search": False}), ("gptq", small), ("awq", small)]
-    return lk.quantization_report(TINY, methods, num_tokens=2048, length=256, speed=False, progress=False)
+    return lk.quantization_report(TINY, methods, num_tokens=1024, length=256, speed=False, progress=False)
 
 
 def test_the_embedded_model_keeps_its_quality(report):
@@ -34,7 +35,8 @@ def test_the_embedded_model_keeps_its_quality(report):
     assert dense.divergence == 0 and dense.agreement == 1 and dense.bits_per_weight == 16
 
 
-def test_a_row_has_the_size_and_the_speed_of_its_model(report):
+def test_a_row_has_the_size_and_the_speed_of_its_model(report, monkeypatch):
+    monkeypatch.setattr(module, "DECODED", 4)
     made = lk.quantization_report(TINY, ["int8"], num_tokens=128, length=64, rows=2, progress=False)
     assert all(row.tokens_per_s > 0 for row in made.rows) and "2 requests decode at once" in repr(made)
     assert all(math.isnan(row.tokens_per_s) and row.num_bytes < 2**24 for row in report.rows)
