@@ -138,7 +138,7 @@ def clipped(weight: Tensor, second: Tensor, method: AWQ) -> Groups:
     shaped = weight.unflatten(1, (-1, group))  # [out, groups, group]
     groups = shaped.shape[1]
     own = second.view(groups, group, groups, group).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [groups, group, group]
-    best = scales = zeros = None
+    best, scales, zeros = None, torch.empty(0), torch.empty(0)
     for clip in CLIPS:
         some_scales, some_zeros = range_of(shaped, clip, 4, not method.zero_point, torch.float16)
         off = (dequantized(shaped, some_scales[..., None], some_zeros[..., None], 4) - shaped).transpose(0, 1)
@@ -149,6 +149,5 @@ def clipped(weight: Tensor, second: Tensor, method: AWQ) -> Groups:
             better = error < best
             best = torch.where(better, error, best)
             scales, zeros = torch.where(better, some_scales, scales), torch.where(better, some_zeros, zeros)
-    assert scales is not None and zeros is not None
     values = nearest(shaped, scales[..., None], zeros[..., None], 4).to(torch.uint8).flatten(1)
     return Groups(values, scales, zeros.to(torch.uint8) if method.zero_point else None)

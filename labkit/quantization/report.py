@@ -171,9 +171,10 @@ def quantization_report(
         for label, name, options, made in followed(tries, len(tries), "format", progress):
             with tempfile.TemporaryDirectory() as scratch:
                 if made is None:
-                    texts_of = {"calibration": calibration} if METHODS[name].needs_texts else {}
-                    out = Path(scratch) / name
-                    made = quantize(folder, name, out=out, device=device, progress=False, **texts_of, **options)
+                    made = quantize(
+                        folder, name, out=Path(scratch) / name, device=device, progress=False,
+                        calibration=calibration if METHODS[name].needs_texts else None, **options,
+                    )  # fmt: skip
                 loaded = load_model(made.folder, dtype=dtype, device=device, max_model_len=ids.shape[1])
                 bits = made.bits_per_weight
                 found.append(_row(label, bits, loaded, yardstick, made.folder, rows if speed else 0, device))
