@@ -58,6 +58,9 @@ _HOME = {
     "Study": "study.study",
     "calibrate": "study.calibrate",
     "next_tokens": "study.next_tokens",
+    "quantize": "quantization.quantize",
+    "quantization_report": "quantization.report",
+    "sensitivity": "quantization.sensitivity",
     "Workload": "bench.workload",
     "WallClock": "clock",
     "VirtualClock": "clock",
@@ -97,6 +100,9 @@ if TYPE_CHECKING:
     from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player
+    from .quantization.quantize import quantize
+    from .quantization.report import quantization_report
+    from .quantization.sensitivity import sensitivity
     from .runner.base import Layout
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "widgets": {"core", "widgets"},
     "lab": {"core", "engine", "lab", "models", "widgets"},  # engines are made and watched from outside
     "study": {"bench", "clock", "core", "engine", "runner", "study", "widgets"},
+    "quantization": {"assets", "core", "engine", "loading", "models", "quantization", "runner", "text", "widgets"},
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "runner", "text", "widgets"},
     "notebook": {"", "bench", "clock", "core", "engine", "notebook", "runner", "widgets"},
     "cli": {"", "bench", "core", "notebook"},
@@ -40,6 +41,7 @@ MAY_IMPORT = {
         "loading",
         "models",
         "notebook",
+        "quantization",
         "runner",
         "study",
         "text",
@@ -61,6 +63,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "cli": {"labkit_kernels"},
     "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},
     "notebook": {"nbformat", "torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels", "IPython", "numpy"},
+    "quantization": {"torch", "pandas", "plotly", "safetensors", "tqdm"},
     "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
 }
 LAZY = {"pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}

@@ -53,7 +53,7 @@ def test_python_blocks_run_top_to_bottom_and_print_what_their_comments_say(
 
 
 def test_the_readme_and_the_pages_about_code_have_python():
-    for page in ("README.md", "docs/engine.md", "docs/kernels.md", "docs/notebooks.md"):
+    for page in ("README.md", "docs/engine.md", "docs/kernels.md", "docs/notebooks.md", "docs/quantization.md"):
         assert blocks(page, "python"), page
 
 

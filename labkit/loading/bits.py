@@ -25,7 +25,8 @@ def pack(values: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return values.contiguous()
     if bits == 4 and size % 2 == 0:
-        return values[:, ::2] | values[:, 1::2] << 4
+        out = torch.empty(rows, size // 2, dtype=torch.uint8, device=values.device)
+        return torch.bitwise_or(values[:, ::2], values[:, 1::2] << 4, out=out)
     eights = torch.zeros(rows, -(-size // 8) * 8, dtype=torch.int64, device=values.device)
     eights[:, :size] = values
     shifts = torch.arange(8, device=values.device) * bits

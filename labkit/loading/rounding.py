@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MOST_ELEMENTS = 2**23  # of a weight rounded at a time, so that temporaries stay small
-CLIPS = tuple(1.0 - 0.025 * i for i in range(21))  # of the range: the ends give way, all others become finer
+CLIPS = tuple(1.0 - 0.05 * i for i in range(8))  # of the range: the ends give way, all others become finer
 LARGEST_FP8 = 448.0  # of e4m3; the cast does not saturate everywhere
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -34,6 +34,9 @@ class Groups(NamedTuple):
         zeros = 2 ** (bits - 1) if self.zeros is None else self.zeros.float()[:, :, None]
         shaped = self.values.float().unflatten(1, (self.scales.shape[1], -1))
         return (self.scales[:, :, None] * (shaped - zeros)).flatten(1)
+
+    def cpu(self) -> Groups:
+        return Groups(self.values.cpu(), self.scales.cpu(), None if self.zeros is None else self.zeros.cpu())
 
 
 def fitting_group(inputs: int, group: int = 128) -> int:

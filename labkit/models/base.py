@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -72,6 +73,7 @@ class Model(Protocol):
     kv: tuple[KVSpec, ...]  # one a layer
     dtype: torch.dtype
     device: torch.device
+    folder: Path | None  # whose checkpoint it was loaded from
     capturable: bool  # its forward never reads from the device, so it can be captured in a graph
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:

@@ -222,6 +222,7 @@ class Decoder:
     ) -> None:  # fmt: skip
         self.name = config.architectures[0] if config.architectures else config.model_type
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
+        self.folder = getattr(source, "folder", None)
         self.shape = shape = Shape.of(config)
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.embedding_size = config.hidden_size

@@ -126,6 +126,7 @@ class TransformersModel:
         _refuse_lengths(config, max_model_len)
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.quantized: dict[str, Linear] = {}
+        self.folder = folder
         self.causal = self._load(config, source, folder, trust_remote_code)
         self.name = type(self.causal).__name__
         prefix = self.causal.base_model_prefix

@@ -1,0 +1,1 @@
+"""Quantizing a model: methods, calibration, checkpoint folders, and how much quality a format costs."""
