@@ -1,9 +1,11 @@
 """Paged attention in C++ as a variant for float32 and bfloat16. This module passes pointers and strides; the arithmetic
-is in cpu.cpp."""
+is in attend.h."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ CODES = {torch.int8: 1, torch.float8_e4m3fn: 2, torch.float8_e5m2: 3}
 
 
 class Call(ctypes.Structure):
-    """`Call` in cpu.cpp, field for field."""
+    """`Call` in attend.h, field for field."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in POINTERS),
@@ -36,15 +38,15 @@ class Call(ctypes.Structure):
     ]
 
 
-_library = native.load(
-    Path(__file__).with_name("cpu.cpp"),
-    {f"paged_attention_{name}": [ctypes.POINTER(Call)] for name in ("float32", "bfloat16")},
-)
-_functions = (
-    {torch.float32: _library.paged_attention_float32, torch.bfloat16: _library.paged_attention_bfloat16}
-    if _library is not None
-    else {}
-)
+Functions = dict[torch.dtype, Callable[[Call], None]]
+
+
+@lru_cache
+def _functions(source: str) -> Functions:
+    """By dtype of the queries; none if they cannot be built."""
+    names = {torch.float32: "paged_attention_float32", torch.bfloat16: "paged_attention_bfloat16"}
+    library = native.load(Path(__file__).with_name(source), {name: [ctypes.POINTER(Call)] for name in names.values()})
+    return {} if library is None else {dtype: getattr(library, name) for dtype, name in names.items()}
 
 
 def attend(
@@ -68,7 +70,8 @@ def attend(
     do (a cache of another dtype than the queries' or codes of 8 bits, a scale that is not positive) the reference
     does."""
     code = 0 if k_cache.dtype == q.dtype else CODES.get(k_cache.dtype)
-    if code is None or v_cache.dtype != k_cache.dtype or not scale > 0:
+    function = None if code is None else _functions("codes.cpp" if code else "cpu.cpp").get(q.dtype)
+    if function is None or v_cache.dtype != k_cache.dtype or not scale > 0:
         options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks, "alibi": alibi}
         return reference.paged_attention(q, k_cache, v_cache, block_table, query_start, seq_len, **options)
     if code:
@@ -109,7 +112,7 @@ def attend(
         scale,
         softcap,
     )
-    _functions[q.dtype](call)
+    function(call)
     return out
 
 
@@ -119,5 +122,5 @@ def _int32(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-if _functions:
-    attend = paged_attention.variant("cpu", device="cpu", dtypes=tuple(_functions), picked=True)(attend)
+if found := _functions("cpu.cpp"):
+    attend = paged_attention.variant("cpu", device="cpu", dtypes=tuple(found), picked=True)(attend)

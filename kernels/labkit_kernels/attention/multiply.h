@@ -1,4 +1,4 @@
-// Small products of float32 in registers, for scores and weighted values. Part of cpu.cpp.
+// Small products of float32 in registers, for scores and weighted values. Part of attend.h.
 
 // C[R x N] = C * rescale + A[R x K] B[K x N], N = VECTORS vectors; without `rescale`, C = A B. B's row k is at b(k).
 template <int R, int VECTORS, class B>

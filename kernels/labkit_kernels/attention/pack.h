@@ -15,28 +15,27 @@ inline __m512i load_row(const labkit::int8* at, int64_t left) {
     return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// Exponent and mantissa move to their places in bfloat16 and the exponent gets its bias. Subnormal codes, below 1 <<
-// MANTISSA, are looked up.
-template <int MANTISSA>
-inline __m512i spread_codes(__m256i codes, int bias, __m512i subnormal) {
-    const __m512i wide = _mm512_cvtepu8_epi16(codes), size = _mm512_and_si512(wide, _mm512_set1_epi16(0x7f));
-    const __m512i normal =
-        _mm512_add_epi16(_mm512_slli_epi16(size, 7 - MANTISSA), _mm512_set1_epi16(static_cast<short>(bias << 7)));
-    const __mmask32 small = _mm512_testn_epi16_mask(wide, _mm512_set1_epi16(0x80 - (1 << MANTISSA)));
-    const __m512i value = _mm512_mask_permutexvar_epi16(normal, small, size, subnormal);
-    return _mm512_ternarylogic_epi32(value, _mm512_slli_epi16(wide, 8), _mm512_set1_epi16(-0x8000), 0xf8);  // a | b & c
+// Sign, exponent and mantissa move to their places in bfloat16, and the exponent's upper bits are set: the value is
+// the code's, divided by FACTOR. Subnormal codes, below 1/28,000 of the largest, count as zero.
+template <int SHIFT>
+inline __m512i move_bits(__m256i codes, int exponent, short kept, short upper) {
+    const __m512i wide = _mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), SHIFT);
+    const __mmask32 normal = _mm256_test_epi8_mask(codes, _mm256_set1_epi8(exponent));
+    return _mm512_maskz_mov_epi16(
+        normal, _mm512_ternarylogic_epi32(wide, _mm512_set1_epi16(kept), _mm512_set1_epi16(upper), 0xea));  // a & b | c
 }
 
-inline __m512i load_row(const labkit::e4m3* at, int64_t left) {  // multiples of 2^-9
-    const __m512i subnormal = _mm512_castsi128_si512(
-        _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));
-    return spread_codes<3>(load_codes(at, left), 120, subnormal);
+inline __m512i load_row(const labkit::e4m3* at, int64_t left) {
+    return move_bits<4>(load_codes(at, left), 0x78, static_cast<short>(0x87f0), 0x3800);
 }
 
-inline __m512i load_row(const labkit::e5m2* at, int64_t left) {  // multiples of 2^-16
-    const __m512i subnormal = _mm512_castsi128_si512(_mm_setr_epi16(0, 0x3780, 0x3800, 0x3840, 0, 0, 0, 0));
-    return spread_codes<2>(load_codes(at, left), 112, subnormal);
+inline __m512i load_row(const labkit::e5m2* at, int64_t left) {
+    return move_bits<5>(load_codes(at, left), 0x7c, static_cast<short>(0x8fe0), 0x3000);
 }
+
+// What the loaded values must be multiplied with.
+template <class C>
+constexpr float FACTOR = std::is_same_v<C, labkit::e4m3> ? 256.f : std::is_same_v<C, labkit::e5m2> ? 65536.f : 1.f;
 
 // Sixteen queries, transposed in pairs: tile d of q is [16 pairs of dimensions][16 rows][2].
 inline void pack_queries(const bf16* const* rows, int count, int64_t size, bf16* to) {
@@ -49,33 +48,52 @@ inline void pack_queries(const bf16* const* rows, int count, int64_t size, bf16*
     }
 }
 
-template <class C>
-inline void copy_keys(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
+// CHUNKS: of DEPTH values in a row, when known at compile time: loops over few chunks cost more than the chunks.
+template <class C, int CHUNKS>
+inline void copy_rows(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
+    if (CHUNKS) size = CHUNKS * DEPTH;
     const int64_t wide = whole(size, DEPTH);
-    for (int k = 0; k < whole(count, TILE); k++)
-        for (int64_t d = 0; d < size; d += DEPTH) {
-            if (d * sizeof(C) % 64 == 0) prefetch(next.at[k], d * sizeof(C));
-            _mm512_store_si512(to + k * wide + d, load_row(static_cast<const C*>(rows.at[k]) + d, size - d));
-        }
+    for (int k = 0; k < whole(count, TILE); k++, to += wide) {
+        const C* from = static_cast<const C*>(rows.at[k]);
+        for (int64_t d = 0; d < size; d += 64 / sizeof(C)) prefetch(next.at[k], d * sizeof(C));
+        for (int64_t d = 0; d < size; d += DEPTH)
+            _mm512_store_si512(to + d, load_row(from + d, CHUNKS ? DEPTH : size - d));
+    }
 }
 
 // Tile (k, d) of the values is [16 pairs of keys][16 columns][2], at [k][d] of [KEYS / 32][wide / 16].
-template <class C>
-inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
+template <class C, int CHUNKS>
+inline void pack_pairs(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
+    if (CHUNKS) size = CHUNKS * DEPTH;
     const int64_t wide = whole(size, DEPTH);
     for (int k = 0; k < whole(count, DEPTH); k += 2) {
         const C *a = static_cast<const C*>(rows.at[k]), *b = static_cast<const C*>(rows.at[k + 1]);
         bf16* tile = to + k / DEPTH * DEPTH * wide + k % DEPTH / 2 * DEPTH;
+        for (int64_t d = 0; d < size; d += 64 / sizeof(C)) {
+            prefetch(next.at[k], d * sizeof(C));
+            prefetch(next.at[k + 1], d * sizeof(C));
+        }
         for (int64_t d = 0; d < size; d += DEPTH) {
-            if (d * sizeof(C) % 64 == 0) {
-                prefetch(next.at[k], d * sizeof(C));
-                prefetch(next.at[k + 1], d * sizeof(C));
-            }
-            __m512i x = load_row(a + d, size - d), y = load_row(b + d, size - d);
+            const int64_t left = CHUNKS ? DEPTH : size - d;
+            const __m512i x = load_row(a + d, left), y = load_row(b + d, left);
             _mm512_store_si512(tile + d / TILE * 512, _mm512_unpacklo_epi16(x, y));
             _mm512_store_si512(tile + d / TILE * 512 + 512, _mm512_unpackhi_epi16(x, y));
         }
     }
+}
+
+template <class C>
+inline void copy_keys(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
+    if (size == 64) copy_rows<C, 2>(rows, count, size, to, next);
+    else if (size == 128) copy_rows<C, 4>(rows, count, size, to, next);
+    else copy_rows<C, 0>(rows, count, size, to, next);
+}
+
+template <class C>
+inline void pack_values(const Rows& rows, int count, int64_t size, bf16* to, const Rows& next) {
+    if (size == 64) pack_pairs<C, 2>(rows, count, size, to, next);
+    else if (size == 128) pack_pairs<C, 4>(rows, count, size, to, next);
+    else pack_pairs<C, 0>(rows, count, size, to, next);
 }
 
 // Reorders the columns of the result from the order of `pack_values`.

@@ -1,5 +1,5 @@
 // The same attention for bfloat16, on units that multiply pairs: AMX tiles, or vectors (AVX-512 BF16). Included by
-// cpu.cpp; it uses the items, rows and parts defined there.
+// attend.h; it uses the items, rows and parts defined there.
 //
 // Scores are computed transposed, keys x rows. So the keys are the left operand and need no packing; only the queries
 // are packed, once per item. Sixteen rows are in the sixteen lanes of a register, so the softmax has no horizontal
@@ -338,6 +338,25 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         s.sum[r] = sink ? 1.f : 0.f;
     }
 
+    auto lanes_of = [&](int64_t first) {
+        Lanes found;
+        alignas(64) int at[TILE];
+        alignas(64) float slope[TILE];
+        for (int r = 0; r < TILE; r++) {
+            const int64_t row = std::min(first + r, rows - 1);
+            at[r] = position + row / group;
+            slope[r] = call.alibi ? call.alibi[item.head * group + row % group] : 0.f;
+        }
+        found.position = _mm512_load_si512(at);
+        found.slope = _mm512_load_ps(slope);
+        found.scale = call.scale;
+        found.softcap = call.softcap;
+        found.window = call.window;
+        found.plain = call.softcap == 0 && !call.alibi;
+        return found;
+    };
+    Lanes lanes = lanes_of(0);
+
     // Sixteen keys of a block are a tile without packing, unless they are codes. Memory after the last key was written
     // or zeroed, and is masked.
     const bool as_they_lie =
@@ -345,6 +364,12 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     Walk<C> walk(call, item);
     while (walk.next()) {
         const int begin = walk.begin, count = walk.count, last = begin + count - 1;
+        [[maybe_unused]] Scales scales;
+        if constexpr (is_code<C>)
+            for (int k = 0; k < KEYS; k++) {
+                scales.key[k] = walk.scales.key[k] * FACTOR<C>;
+                scales.value[k] = walk.scales.value[k] * FACTOR<C>;
+            }
         KeyTiles keys{{}, static_cast<int64_t>((as_they_lie ? call.k_slot : deep) * sizeof(bf16))};
         for (int i = 0; i < KEYS / TILE; i++)
             keys.at[i] = as_they_lie ? static_cast<const bf16*>(walk.keys.at[i * TILE]) : s.keys + i * TILE * deep;
@@ -358,20 +383,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
             const int64_t stop = std::min(rows, first + TILE);
             const int low = position + first / group, high = position + (stop - 1) / group;
             if (begin > high || (call.window && last <= low - call.window)) continue;
-            Lanes lanes;
-            alignas(64) int at[TILE];
-            alignas(64) float slope[TILE];
-            for (int r = 0; r < TILE; r++) {
-                const int64_t row = std::min(first + r, rows - 1);
-                at[r] = position + row / group;
-                slope[r] = call.alibi ? call.alibi[item.head * group + row % group] : 0.f;
-            }
-            lanes.position = _mm512_load_si512(at);
-            lanes.slope = _mm512_load_ps(slope);
-            lanes.scale = call.scale;
-            lanes.softcap = call.softcap;
-            lanes.window = call.window;
-            lanes.plain = call.softcap == 0 && !call.alibi;
+            if (rows > TILE) lanes = lanes_of(first);
             lanes.masked = count < KEYS || last > low || (call.window && begin <= high - call.window);
             const bool fetches = first == 0 && as_they_lie && !Unit::FETCHES_AT_ONCE;
             Unit::multiply_keys(keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores,
@@ -380,7 +392,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
                 softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
                         s.weights, scales);
             };
-            if constexpr (is_code<C>) weigh(&walk.scales);
+            if constexpr (is_code<C>) weigh(&scales);
             else weigh(nullptr);
             Unit::multiply_values(s.weights, s.values, static_cast<int>(stop - first), wide,
                                   (count + DEPTH - 1) / DEPTH, s.out + first * wide);
