@@ -64,20 +64,21 @@ def _base(zeros, at, KIND: tl.constexpr, dtype: tl.constexpr, ZEROS: tl.constexp
 @triton.jit
 def _finish(
     sums, out, bias, residual, parts, arrived, row, column, num_rows, columns, residual_row,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """Store sums [COLUMNS, ROWS] + bias + residual; if depths are split, the last program to arrive does so."""
     last = True
-    if SPLITS > 1:
+    if SPLIT:
+        splits = tl.num_programs(1)
         inside = tl.arange(0, COLUMNS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-        mine = parts + tl.program_id(0).to(tl.int64) * (SPLITS * COLUMNS * ROWS) + inside
+        mine = parts + tl.program_id(0).to(tl.int64) * splits * (COLUMNS * ROWS) + inside
         there = (row < num_rows)[None, :]
         tl.store(mine + tl.program_id(1) * (COLUMNS * ROWS), sums, mask=there)
         tl.debug_barrier()  # every thread's part is stored before the program counts as arrived
-        last = tl.atomic_add(arrived + tl.program_id(0), 1) == SPLITS - 1
+        last = tl.atomic_add(arrived + tl.program_id(0), 1) == splits - 1
         if last:
             sums = tl.zeros([COLUMNS, ROWS], tl.float32)
-            for split in tl.range(0, SPLITS):
+            for split in tl.range(0, splits):
                 sums += tl.load(mine + split * (COLUMNS * ROWS), mask=there, other=0.0, cache_modifier=".cg")
             tl.store(arrived + tl.program_id(0), 0)
     if last:
@@ -95,7 +96,7 @@ def _finish(
 def multiply_grouped(
     x, words, scales, zeros, offsets, bias, residual, out, parts, arrived,
     num_rows, columns, padded, depth, tiles, x_row, residual_row,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr,
     ZEROS: tl.constexpr, OFFSETS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """GROUP 0: one scale for all depths."""
@@ -115,7 +116,7 @@ def multiply_grouped(
     sums = tl.zeros([COLUMNS, ROWS], tl.float32)
     sums_of_x = tl.zeros([COLUMNS, ROWS], tl.float32)
     base = _base(zeros, column, KIND, dtype, ZEROS)
-    each = tl.cdiv(tiles, SPLITS)
+    each = tl.cdiv(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * each
     for tile in tl.range(begin, tl.minimum(begin + each, tiles)):
         packed = tl.load(at + tile * 2048)
@@ -150,7 +151,7 @@ def multiply_grouped(
             sums += sums_of_x * tl.load(offsets + column).to(tl.float32)[:, None]
     _finish(
         sums, out, bias, residual, parts, arrived, row, column, num_rows, columns, residual_row,
-        ROWS, COLUMNS, SPLITS, BIAS, RESIDUAL,
+        ROWS, COLUMNS, SPLIT, BIAS, RESIDUAL,
     )  # fmt: skip
 
 
@@ -187,7 +188,7 @@ def dequantize(
 def multiply_scaled(
     values, row_scales, weight, scales, bias, residual, out, parts, arrived,
     num_rows, columns, depth, residual_row,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, BIAS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr = 128,
 ):  # fmt: skip
     """Both operands of 8 bits. int8 sums are int32. float8 sums of 128 depths are added in float32, because Hopper's
@@ -204,7 +205,7 @@ def multiply_scaled(
     left = values + row.to(tl.int64)[None, :] * depth + deep[:, None]
     here, there = (column < columns)[:, None], (row < num_rows)[None, :]
     tiles = tl.cdiv(depth, DEPTH)
-    each = tl.cdiv(tiles, SPLITS)
+    each = tl.cdiv(tiles, tl.num_programs(1))
     begin = tl.program_id(1) * each
     sums = tl.zeros([ROWS, COLUMNS] if ROWS_LEFT else [COLUMNS, ROWS], tl.int32 if INTEGER else tl.float32)
     for tile in tl.range(begin, tl.minimum(begin + each, tiles)):
@@ -232,7 +233,7 @@ def multiply_scaled(
         found *= tl.load(row_scales + row, mask=row < num_rows, other=0.0)[None, :]
     _finish(
         found, out, bias, residual, parts, arrived, row, column, num_rows, columns, residual_row,
-        ROWS, COLUMNS, SPLITS, BIAS, RESIDUAL,
+        ROWS, COLUMNS, SPLIT, BIAS, RESIDUAL,
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _launch(
     programs = triton.cdiv(columns, how["columns"]) * row_tiles
     splits = num_splits(programs, row_tiles, tiles, how.pop("waves") * _facts(x.device)[0])
     size = programs * splits * how["columns"] * rows if splits > 1 else 1
-    constants = {"ROWS": rows, "COLUMNS": how.pop("columns"), "SPLITS": splits, **how}
+    constants = {"ROWS": rows, "COLUMNS": how.pop("columns"), "SPLIT": splits > 1, **how}
     return (programs, splits), constants, x.new_empty(size, dtype=torch.float32)
 
 
@@ -258,7 +258,7 @@ def tunes() -> Iterator[Tune]:
                 wide = ((256, 8),) if kind in ("int8", "float8_e4m3fn") and op == linear_scaled.name else ()
                 found = [
                     {"columns": columns, "num_warps": warps, "num_stages": stages, "waves": waves}
-                    for columns, warps in ((64, 2), (64, 4), (128, 4), (128, 8), *wide) for stages in (2, 3, 4, 5)
+                    for columns, warps in ((64, 2), (64, 4), (128, 4), (128, 8), *wide) for stages in (3, 4)
                     for waves in ((2, 4, 8) if rows <= 32 else (1, 2))
                 ]  # fmt: skip
                 yield Tune(op, f"{kind} {rows} rows", default, tuple(found), partial(_example, op, kind, rows))
@@ -303,7 +303,7 @@ _ALIGNED = ("columns", "padded", "depth", "x_row", "residual_row")
 
 
 def _grouped_configs(
-    kind: str, group: int, rows: int, splits: int, wanted: str = "", dtype: torch.dtype = torch.bfloat16
+    kind: str, group: int, rows: int, split: bool, wanted: str = "", dtype: torch.dtype = torch.bfloat16
 ) -> Iterator[Config]:
     """As the launcher chooses them on each architecture."""
     types = {name: _NAMES[dtype] if kept == "*bf16" else kept for name, kept in _GROUPED.items()}
@@ -313,18 +313,18 @@ def _grouped_configs(
             continue
         how = {name: value for name, value in table[rows].items() if name not in ("columns", "waves")}
         constants = {
-            "KIND": kind, "GROUP": group, "ROWS": rows, "COLUMNS": table[rows]["columns"], "SPLITS": splits,
+            "KIND": kind, "GROUP": group, "ROWS": rows, "COLUMNS": table[rows]["columns"], "SPLIT": split,
             "ZEROS": "zeros" in wanted, "OFFSETS": "offsets" in wanted, "BIAS": "bias" in wanted,
             "RESIDUAL": "residual" in wanted, "EVEN": True, **how,
         }  # fmt: skip
         yield Config(multiply_grouped, types, constants, archs=(arch,), aligned=_ALIGNED)
 
 
-def _scaled_config(kind: str, rows: int, splits: int, wanted: str = "") -> Config:
+def _scaled_config(kind: str, rows: int, split: bool, wanted: str = "") -> Config:
     how = {name: value for name, value in SCALED[rows].items() if name not in ("columns", "waves")}
     pointer = "*i8" if kind == "int8" else "*fp8e4nv"
     constants = {
-        "BLOCKS": kind == "blocks", "ROWS": rows, "COLUMNS": SCALED[rows]["columns"], "SPLITS": splits,
+        "BLOCKS": kind == "blocks", "ROWS": rows, "COLUMNS": SCALED[rows]["columns"], "SPLIT": split,
         "BIAS": "bias" in wanted, "RESIDUAL": "residual" in wanted, "EVEN": True, "DEPTH": 128, **how,
     }  # fmt: skip
     archs = (80, 90, 100) if kind == "int8" else (90, 100)
@@ -348,25 +348,25 @@ def _dequantize_config(kind: str, group: int) -> Config:
 
 AOT = {
     "linear_grouped": [
-        *_grouped_configs("int4", 128, 16, 8, "zeros"),
-        *_grouped_configs("int4", 128, 32, 4, "zeros"),
-        *_grouped_configs("int4", 128, 64, 2, "zeros"),
-        *_grouped_configs("int4", 128, 128, 1, "zeros"),
-        *_grouped_configs("int4", 32, 16, 8, "residual"),
-        *_grouped_configs("int4", 64, 32, 1, "offsets bias"),
-        *_grouped_configs("int4", 128, 16, 8, dtype=torch.float16),
-        *_grouped_configs("int8", 0, 16, 8, "residual"),
-        *_grouped_configs("int8", 0, 64, 2, "residual"),
-        *_grouped_configs("int8", 0, 128, 1, "residual"),
-        *_grouped_configs("float8", 128, 16, 8),
-        *_grouped_configs("float8", 0, 128, 1),
+        *_grouped_configs("int4", 128, 16, True, "zeros"),
+        *_grouped_configs("int4", 128, 32, True, "zeros"),
+        *_grouped_configs("int4", 128, 64, True, "zeros"),
+        *_grouped_configs("int4", 128, 128, False, "zeros"),
+        *_grouped_configs("int4", 32, 16, True, "residual"),
+        *_grouped_configs("int4", 64, 32, False, "offsets bias"),
+        *_grouped_configs("int4", 128, 16, True, dtype=torch.float16),
+        *_grouped_configs("int8", 0, 16, True, "residual"),
+        *_grouped_configs("int8", 0, 64, True, "residual"),
+        *_grouped_configs("int8", 0, 128, False, "residual"),
+        *_grouped_configs("float8", 128, 16, True),
+        *_grouped_configs("float8", 0, 128, False),
         _dequantize_config("int4", 128),
         _dequantize_config("int8", 0),
     ],
     "linear_scaled": [
-        *(_scaled_config("int8", rows, splits, "residual") for rows, splits in ((16, 8), (64, 2), (128, 1))),
-        *(_scaled_config("float8_e4m3fn", rows, splits, "bias") for rows, splits in ((16, 8), (64, 2))),
-        *(_scaled_config("blocks", rows, splits) for rows, splits in ((16, 8), (64, 2), (128, 1))),
+        *(_scaled_config("int8", rows, rows < 128, "residual") for rows in (16, 64, 128)),
+        *(_scaled_config("float8_e4m3fn", rows, True, "bias") for rows in (16, 64)),
+        *(_scaled_config("blocks", rows, rows < 128) for rows in (16, 64, 128)),
     ],
     "quantize_rows": [
         _quantize_config("*i8", 4096, 0, True),
