@@ -55,6 +55,8 @@ def load_model(
     longest = getattr(config, "max_position_embeddings", None) or 2048
     length = longest if max_model_len is None else whole("max_model_len", max_model_len, least=2)
     if weights is None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError('load_format="dummy" makes dense weights, and the config has a quantization_config')
         weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
     try:
         return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic, quantization)

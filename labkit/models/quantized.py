@@ -18,6 +18,7 @@ from labkit.loading.weights import Weights
 from labkit.models import hf
 
 OF_EXPERTS = ".experts."
+CPU = torch.device("cpu")
 
 
 def empty(config: Any, trust_remote_code: bool) -> nn.Module:
@@ -43,40 +44,45 @@ def load_quantized(
     assert isinstance(weights.format, Stored)
     kind: Any = type(like)
     layers = weights.format.layers(weights)
-    apart = [name for name in layers if OF_EXPERTS not in name]
+    module_of = {name: _module_of(like, name, repr(source)) for name in layers if OF_EXPERTS not in name}
     state: dict[str, Tensor] = {}
-    for name in apart:
+    for name in module_of:
         outputs, inputs = weights.format.stored_shape(weights, name)
         state[f"{name}.weight"] = torch.zeros((), dtype=dtype).expand(outputs, inputs)
     if isinstance(weights.format, MXFP4):
         state |= {stack: _transposed(weights, stack) for stack in stacks(weights)}
     else:
-        state |= {f"{name}.weight": _layer(weights, name).dense(dtype) for name in layers if OF_EXPERTS in name}
-    swapped = {name: _layer(weights, name) for name in apart}
-    state |= {name: weights.get(name) for name in source.shapes if name not in weights.taken}
-    for name, layer in swapped.items():
-        if layer.bias is not None:
-            state[f"{name}.bias"] = layer.bias
-    model, report = kind.from_pretrained(
-        None, config=_plain(config), state_dict=state, dtype=dtype, device_map=None, output_loading_info=True
-    )
+        state |= {f"{name}.weight": _layer(weights, name).dense(dtype).cpu() for name in layers if OF_EXPERTS in name}
+    swapped = {name: _layer(weights, name) for name in module_of}
+    state |= {f"{name}.bias": layer.bias.cpu() for name, layer in swapped.items() if layer.bias is not None}
+    state |= {name: source.read(name, None, CPU) for name in source.shapes if name not in weights.taken}
+    try:
+        model, report = kind.from_pretrained(
+            None, config=_plain(config), state_dict=state, dtype=dtype, device_map=None, output_loading_info=True
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{source!r}: its tensors do not fit into {kind.__name__}: {error}") from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{source!r} lacks {len(missing)} tensors of {kind.__name__}, {missing[0]!r} first")
     if extra := sorted(report["unexpected_keys"]):
         raise ValueError(f"{source!r}: {len(extra)} tensors have no place in {kind.__name__}, {extra[0]!r} first")
-    for name in swapped:
-        module = model.get_submodule(name) if _has(model, name) else None
-        if type(module) is not nn.Linear:
-            raise ValueError(
-                f"{source!r}: layer {name!r} is quantized, and in {kind.__name__} it is "
-                f"{'no layer of its own' if module is None else f'a {type(module).__name__}'}, not a Linear"
-            )
+    for name in module_of.values():
+        module = model.get_submodule(name)
         module.weight = module.bias = None  # a zero of the weight's shape would become a whole tensor on a device
-    return model, swapped
+    return model, {module_of[name]: layer for name, layer in swapped.items()}
 
 
-def _has(model: nn.Module, name: str) -> bool:
-    return name in {each for each, _ in model.named_modules()}
+def _module_of(like: nn.Module, name: str, where: str) -> str:
+    """The name of the module that a stored layer is; checkpoints may leave out the name of the model within."""
+    modules = dict(like.named_modules())
+    for full in (name, f"{getattr(like, 'base_model_prefix', '')}.{name}"):
+        if type(modules.get(full)) is nn.Linear:
+            return full
+    found = f"is a {type(modules[name]).__name__}" if name in modules else "does not exist"
+    raise ValueError(
+        f"{where}: the quantized layer {name!r} {found} in {type(like).__name__}: only layers that are a Linear there "
+        f"can stay quantized"
+    )
 
 
 def _layer(weights: Weights, name: str) -> Linear:
@@ -89,4 +95,4 @@ def _transposed(weights: Weights, stack: str) -> Tensor:
     """[experts, inputs, outputs]: so transformers keeps the experts of models that have MXFP4 checkpoints."""
     owner, _, part = stack.rpartition(".")
     num = weights.size(f"{stack}_blocks")[0]
-    return torch.stack([_layer(weights, f"{owner}.{i}.{part}").dense(weights.dtype).T for i in range(num)])
+    return torch.stack([_layer(weights, f"{owner}.{i}.{part}").dense(weights.dtype).T.cpu() for i in range(num)])

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from labkit.widgets import charts
+from labkit.widgets import charts, svg
 from labkit.widgets.style import HUES, note, num_bytes, short, side_by_side, table, title, view
 
 BINS = 24
+WIDTH, HEIGHT = 300, 110  # of a histogram
 
 
 def layer(thing: Any) -> str:
@@ -19,7 +20,6 @@ def layer(thing: Any) -> str:
     inner, out = thing.shape
     stats = thing.stats()
     lines = [
-        ["stored as", short(repr(thing), 120)],
         ["weights", _storage(thing)],
         ["bytes", f"{num_bytes(stats.num_bytes)}, {stats.bits_a_weight:.3g} bits a weight"],
         ["bias", "yes" if thing.bias is not None else "no"],
@@ -31,7 +31,7 @@ def layer(thing: Any) -> str:
     if stats.scales is not None:
         low, high, counts = stats.scales
         name = f"{sum(counts):,} scales (logarithmic axis)"
-        parts.append(charts.beside([charts.columns(counts, low, high, name, HUES[0])]))
+        parts.append(_histograms([charts.columns(counts, low, high, name, HUES[0], WIDTH, HEIGHT)]))
     if stats.num_zero_scales:
         parts.append(note(f"{stats.num_zero_scales:,} scales are zero", bad=True))
     parts.append(side_by_side(_outliers("Outputs", stats.outputs), _outliers("Inputs", stats.inputs), least=280))
@@ -51,6 +51,11 @@ def _storage(thing: Any) -> str:
     return f"{kind} in groups of {group:,}{zeros}{order}"
 
 
+def _histograms(groups: Sequence[str]) -> str:
+    shifted = [f'<g transform="translate({i * (WIDTH + 40)},0)">{group}</g>' for i, group in enumerate(groups)]
+    return svg.svg(len(groups) * (WIDTH + 40) - 40, HEIGHT, *shifted)
+
+
 def _outliers(what: str, found: Sequence[Any]) -> str:
     rows = [[f"{one.index:,}", charts.show(one.largest), f"{one.times:.1f}"] for one in found]
     return title(f"{what} with the largest weights") + table([what[:-1].lower(), "largest", "x RMS"], rows, align="r")
@@ -66,7 +71,8 @@ def error(found: Any) -> str:
             continue
         low, high = float(finite.min()), float(finite.max())
         counts, _ = np.histogram(finite, BINS if high > low else 1, (low, high if high > low else low + 1))
-        groups.append(charts.columns(counts.tolist(), low, high, f"{len(each):,} {what}s by relative error", color))
+        groups.append(charts.columns(counts.tolist(), low, high, f"{len(each):,} {what}s by relative error", color,
+                                     WIDTH, HEIGHT))  # fmt: skip
         at = np.argsort(-each, kind="stable")[:5]
         rows = [[f"{int(i):,}", f"{each[i]:.3%}"] for i in at]
         worst.append(title(f"{what.capitalize()}s with the largest errors") + table([what, "error"], rows, align="r"))
@@ -74,5 +80,5 @@ def error(found: Any) -> str:
         ["relative error", f"{found.relative:.3%} of the weight, {found.decibels:.1f} dB"],
         ["largest difference", charts.show(found.largest)],
     ]
-    parts = [table([], lines, align="ll"), charts.beside(groups), side_by_side(*worst, least=280)]
+    parts = [table([], lines, align="ll"), _histograms(groups), side_by_side(*worst, least=280)]
     return view("WeightError", *parts, about=found.name)

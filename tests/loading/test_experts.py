@@ -7,13 +7,31 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from labkit.loading.checkpoint import Checkpoint
+from labkit.loading.format import Shard
+from labkit.loading.formats import format_of
 from labkit.loading.scaled import ScaledLinear
 from labkit.loading.table import TableLinear
+from labkit.loading.weights import Weights
 from labkit.models import load_model
+from labkit.models.decoder import Shape
 from labkit.models.experts import Experts
-from tests.loading.packers import bitsandbytes4, bitsandbytes8, fp8, int8, mxfp4, nvfp4, quantize_model, stack_mxfp4
+from labkit.models.ops import Ops
+from tests.loading.packers import (
+    bitsandbytes4,
+    bitsandbytes8,
+    fp8,
+    int8,
+    mxfp4,
+    nvfp4,
+    quantize_model,
+    set_config,
+    stack_mxfp4,
+)
 from tests.loading.quantizers import awq, gptq
+from tests.loading.test_quantized import CPU
 from tests.models.configs import config, reference_model
 from tests.runner.test_torch import assert_greedy_identity, expectations
 
@@ -54,6 +72,22 @@ def test_quantized_experts_are_those_of_the_dequantised_weights(method, kind, tm
     assert isinstance(experts, Experts)
     assert type(experts.router).__name__ == "DenseLinear" and type(experts.experts[0].down).__name__ != "DenseLinear"
     assert_greedy_identity(ours, expectations(theirs, seed % 100, 2, 6), {"max_num_batched_tokens": 7, "size": 4})
+
+
+@pytest.mark.parametrize("method", ["awq", "fp8", "compressed-tensors int8", "bitsandbytes nf4"])
+def test_the_parts_of_quantized_experts_add_up(method, tmp_path):
+    quantization, quantizer = METHODS[method]
+    theirs = reference_model(config("mixtral"), 1)
+    quantize_model(tmp_path, theirs, quantizer, quantization)
+    checkpoint, options = Checkpoint(tmp_path), config("mixtral")
+    options.quantization_config = quantization
+    name, shape, ops = "model.layers.1.block_sparse_moe", Shape.of(options), Ops(CPU, torch.float32)
+    x, parts = torch.randn(9, shape.hidden_size), []
+    with torch.inference_mode():
+        for shard in (Shard(), *(Shard(rank, 3) for rank in range(3))):
+            weights = Weights(checkpoint, torch.float32, CPU, format_of(options), shard)
+            parts.append(Experts(weights, name, shape, ops)(x))
+    torch.testing.assert_close(sum(parts[1:]), parts[0], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
@@ -102,8 +136,6 @@ def test_gpt_oss_in_mxfp4_runs_through_transformers(tmp_path):
     options.hidden_size, options.intermediate_size = 96, 64
     theirs = reference_model(options, seed)
     stack_mxfp4(tmp_path, theirs, {"quant_method": "mxfp4"})
-    from safetensors.torch import load_file
-
     stored, name = load_file(tmp_path / "model.safetensors"), "model.layers.0.mlp.experts.gate_up_proj"
     dense = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"], dtype=torch.float32)
     assert torch.equal(dense, theirs.get_parameter(name))  # what transformers itself makes of the blocks
@@ -132,3 +164,37 @@ def test_codes_of_compressed_tensors_serve_a_model(tmp_path):
         ours = load_model(tmp_path / name, dtype="float32")
         assert isinstance(ours.layers[0].mlp.down, TableLinear) and ours.layers[0].mlp.down.kind == name.upper()
         assert_greedy_identity(ours, expectations(theirs, 3, 2, 6), {"size": 16})
+
+
+def test_layers_that_transformers_does_not_build_as_linear_are_named(tmp_path):
+    theirs = reference_model(config("gpt2"))
+    theirs.save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / "model.safetensors"), "transformer.h.1.attn.c_attn"
+    made, _ = awq(tensors.pop(f"{name}.weight").T.contiguous(), group=8)
+    save_file(tensors | {f"{name}.{suffix}": tensor for suffix, tensor in made.items()}, tmp_path / "model.safetensors")
+    set_config(tmp_path, METHODS["awq"][0])
+    with pytest.raises(
+        ValueError, match=rf"Checkpoint.*'{name}' is a Conv1D in GPT2LMHeadModel: only layers that are a"
+    ):
+        load_model(tmp_path, dtype="float32")
+
+
+def test_missing_and_unknown_tensors_of_transformers_models_are_named(tmp_path):
+    quantize_model(tmp_path, reference_model(config("stablelm")), awq, METHODS["awq"][0])
+    tensors = load_file(tmp_path / "model.safetensors")
+    norm = "model.layers.1.input_layernorm.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != norm}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors of StableLmForCausalLM, '{norm}' first"):
+        load_model(tmp_path, dtype="float32")
+    save_file(tensors | {"surprise": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="1 tensors have no place in StableLmForCausalLM, 'surprise' first"):
+        load_model(tmp_path, dtype="float32")
+    save_file(tensors | {norm: torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="its tensors do not fit into StableLmForCausalLM"):
+        load_model(tmp_path, dtype="float32")
+
+
+def test_random_weights_are_dense(tmp_path):
+    quantize_model(tmp_path, reference_model(config("llama")), awq, METHODS["awq"][0])
+    with pytest.raises(ValueError, match="dense weights, and the config has a quantization_config"):
+        load_model(tmp_path, load_format="dummy")

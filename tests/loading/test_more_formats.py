@@ -319,6 +319,9 @@ def test_a_gptq_config_in_a_file_of_its_own(tmp_path):
     layer = lk.load_linear(tmp_path, "model.layers.0.mlp.down_proj")
     assert torch.equal(layer.dense(), theirs.model.layers[0].mlp.down_proj.weight)
     assert layer.name == "model.layers.0.mlp.down_proj"
+    (tmp_path / "quantize_config.json").rename(tmp_path / "hf_quant_config.json")
+    with pytest.raises(ValueError, match="'modelopt' is not supported"):
+        load_model(tmp_path, dtype="float32")
     (tmp_path / "quantize_config.json").write_text("{")
     with pytest.raises(ValueError, match=re.escape("quantize_config.json is not JSON")):
         load_model(tmp_path, dtype="float32")
