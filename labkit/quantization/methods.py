@@ -360,4 +360,4 @@ def words(values: Tensor, bits: int) -> Tensor:
     packed = pack(values, bits)
     missing = -packed.shape[1] % 4
     padded = torch.nn.functional.pad(packed, (0, missing)) if missing else packed
-    return padded.contiguous().view(torch.int32)
+    return padded.flatten().view(torch.int32).view(len(values), -1)  # flat, as a single row may have any stride

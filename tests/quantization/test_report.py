@@ -14,6 +14,7 @@ from labkit.quantization.quality import Yardstick
 from labkit.quantization.texts import windows
 
 TINY = lk.assets.path("tiny")
+pytestmark = pytest.mark.filterwarnings("ignore:FP8 weights are multiplied")  # a loader says so on CPUs
 
 
 @pytest.fixture(scope="module")
