@@ -192,8 +192,12 @@ def _try(method: Any) -> tuple[str, str, dict[str, Any], Quantized | None]:
         return f"{method.method} in {method.folder.name}", method.method.name, {}, method
     name, options = (method, {}) if isinstance(method, str) else method
     method_of(name, {key: value for key, value in options.items() if key not in OF_QUANTIZE})
-    shown = ", ".join(f"{key}={value}" for key, value in options.items())
+    shown = ", ".join(_option(key, value) for key, value in options.items())
     return f"{name}({shown})" if shown else name, name, options, None
+
+
+def _option(key: str, value: Any) -> str:
+    return f"{key}={value}" if not isinstance(value, (list, tuple)) or len(value) < 3 else f"{key}={len(value)} layers"
 
 
 def _row(
