@@ -60,8 +60,9 @@ class Schemes:
         if not isinstance(groups, Mapping):
             raise ValueError(f"config_groups of the quantization config must be a table of groups, got {groups!r}")
         for label, group in groups.items():
-            parts = [group.get(key) for key in ("weights", "input_activations")] if isinstance(group, Mapping) else [0]
-            if not all(part is None or isinstance(part, Mapping) for part in parts):
+            keys, is_table = ("weights", "input_activations"), isinstance(group, Mapping)
+            parts: list[Any] = [group.get(key) for key in keys] if is_table else []
+            if not is_table or not all(part is None or isinstance(part, Mapping) for part in parts):
                 raise ValueError(f"config group {label!r} must be a table with weights and targets, got {group!r}")
             where, (weights, inputs) = f"config group {label!r}", parts
             scheme = None if weights is None else Scheme.of(where, weights, inputs)

@@ -147,6 +147,7 @@ class TransformersModel:
 
     def _load(self, config: Any, source: Source, folder: Any, trust_remote_code: bool) -> Any:
         options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
+        model: Any
         is_quantized = declared(config) is not None
         try:
             if is_quantized:

@@ -176,6 +176,7 @@ class Config:
         ({"quant_method": "marlin", "bits": 4}, "use the GPTQ checkpoint that they were made from"),
         ({"quant_method": "modelopt"}, "'modelopt' is not supported (use a compressed-tensors or FP8 checkpoint"),
         ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
+        ({"quant_method": "compressed-tensors", "config_groups": {"a": None}}, "'a' must be a table with weights"),
         ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "'marlin-24' is not supported"),
     ],
 )
