@@ -171,6 +171,11 @@ struct Panels {
     int64_t low(int64_t panel) const { return panel * step; }
     int64_t bytes() const { return w.groups * w.group * TILE * w.bits / 8; }  // of a tile
     const uint8_t* values(int64_t tile) const { return w.values + tile * bytes(); }
+    void fetch_scales(int64_t tile, int64_t g) const {
+        const int64_t at = (tile * w.groups + g) * TILE;
+        _mm_prefetch((const char*)w.scales + at * (w.half ? 2 : 4), _MM_HINT_T0);
+        if (w.offsets) _mm_prefetch((const char*)w.offsets + at * (w.half ? 2 : 4), _MM_HINT_T0);
+    }
     vf scale(const void* from, int64_t tile, int64_t g) const {
         const int64_t at = (tile * w.groups + g) * TILE;
         if (w.half) return (vf)_mm512_cvtph_ps(_mm256_load_si256((const __m256i*)((const uint16_t*)from + at)));
@@ -197,10 +202,14 @@ inline __m512i spread_table(const Weight& w, int add) {
 // Rows [row, row + Count) times a panel. VNNI multiplies unsigned by signed bytes: weights have 128 added, which
 // `counts` take away again.
 template <int Count, int Bits>
-void vectors(const Rows& a, int64_t row, const Panels& panels, int64_t panel, float* sums) {
+void vectors(const Rows& a, int64_t row, const Panels& panels, int64_t panel, int64_t next, float* sums) {
     const Weight& w = panels.w;
     const int64_t tile[2] = {panels.low(panel), panels.low(panel) + panels.second};
+    const int64_t after[2] = {panels.low(next), panels.low(next) + panels.second};
     const uint8_t* at[2] = {panels.values(tile[0]), panels.values(tile[1])};
+    // Fetched ahead: the rest of this panel's tiles, then the first bytes of the next one's.
+    const uint8_t* ahead[2] = {at[0] + AHEAD, at[1] + AHEAD};
+    int64_t lines = std::max<int64_t>(1, (panels.bytes() - AHEAD) / UNIT);
     const __m512i table = spread_table(w, -128), low_half = _mm512_set1_epi8(15), top = _mm512_set1_epi8(-128);
     const int8_t* from[Count];
     for (int r = 0; r < Count; r++) {
@@ -213,12 +222,19 @@ void vectors(const Rows& a, int64_t row, const Panels& panels, int64_t panel, fl
         for (int t = 0; t < 2; t++)
 #pragma GCC unroll 12
             for (int r = 0; r < Count; r++) dots[t][r] = _mm512_setzero_si512();
+        panels.fetch_scales(after[0], g);
+        panels.fetch_scales(after[1], g);
         for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 32 / Bits) {
+            if (lines-- == 0) {
+                ahead[0] = panels.values(after[0]);
+                ahead[1] = panels.values(after[1]);
+            }
 #pragma GCC unroll 2
             for (int t = 0; t < 2; t++) {
                 const __m512i bytes = _mm512_load_si512(at[t]);
-                _mm_prefetch((const char*)at[t] + AHEAD, _MM_HINT_T0);
+                _mm_prefetch((const char*)ahead[t], _MM_HINT_T0);
                 at[t] += UNIT;
+                ahead[t] += UNIT;
                 if constexpr (Bits == 4) {
                     const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low_half));
                     const __m512i high =
@@ -256,14 +272,14 @@ void vectors(const Rows& a, int64_t row, const Panels& panels, int64_t panel, fl
 }
 
 template <int Bits>
-void all_vectors(const Rows& a, int64_t rows, const Panels& panels, int64_t panel, float* sums) {
+void all_vectors(const Rows& a, int64_t rows, const Panels& panels, int64_t panel, int64_t next, float* sums) {
     int64_t row = 0;
-    for (; row + 12 <= rows; row += 12) vectors<12, Bits>(a, row, panels, panel, sums);
-    for (; row + 8 <= rows; row += 8) vectors<8, Bits>(a, row, panels, panel, sums);
-    for (; row + 4 <= rows; row += 4) vectors<4, Bits>(a, row, panels, panel, sums);
-    if (rows - row == 3) vectors<3, Bits>(a, row, panels, panel, sums);
-    if (rows - row == 2) vectors<2, Bits>(a, row, panels, panel, sums);
-    if (rows - row == 1) vectors<1, Bits>(a, row, panels, panel, sums);
+    for (; row + 12 <= rows; row += 12) vectors<12, Bits>(a, row, panels, panel, next, sums);
+    for (; row + 8 <= rows; row += 8) vectors<8, Bits>(a, row, panels, panel, next, sums);
+    for (; row + 4 <= rows; row += 4) vectors<4, Bits>(a, row, panels, panel, next, sums);
+    if (rows - row == 3) vectors<3, Bits>(a, row, panels, panel, next, sums);
+    if (rows - row == 2) vectors<2, Bits>(a, row, panels, panel, next, sums);
+    if (rows - row == 1) vectors<1, Bits>(a, row, panels, panel, next, sums);
 }
 
 // -- tiles -----------------------------------------------------------------------------------------------------------
@@ -282,8 +298,9 @@ void product(const Rows& a, int64_t rows, const Panels& panels, int64_t count, c
 #endif
     float* sums = room.unpacked.fit<float>(parts(rows, TILE) * 512);
     for (int64_t panel = begin; panel < end; panel++) {
-        if (panels.w.bits == 4) all_vectors<4>(a, rows, panels, panel, sums);
-        else all_vectors<8>(a, rows, panels, panel, sums);
+        const int64_t next = std::min(panel + 1, end - 1);
+        if (panels.w.bits == 4) all_vectors<4>(a, rows, panels, panel, next, sums);
+        else all_vectors<8>(a, rows, panels, panel, next, sums);
         for (int64_t r = 0; r < rows; r++) write(place(sums, r), place(sums, r) + 256, r, panel);
     }
 }

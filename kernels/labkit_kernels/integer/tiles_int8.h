@@ -22,12 +22,12 @@ struct Scope {
     ~Scope() { asm volatile("tilerelease" ::: "memory"); }
 };
 
-// A group of a tile's weights, of 4 bits, to signed bytes.
-inline void unpack(const uint8_t* from, int64_t group, __m512i table, uint8_t* to) {
+// A group of a tile's weights, of 4 bits, to signed bytes, while `ahead` is fetched.
+inline void unpack(const uint8_t* from, int64_t group, __m512i table, uint8_t* to, const uint8_t* ahead) {
     const __m512i low_half = _mm512_set1_epi8(15);
     for (int64_t i = 0; i < group * TILE / 2; i += UNIT) {
         const __m512i bytes = _mm512_load_si512(from + i);
-        _mm_prefetch((const char*)from + i + AHEAD, _MM_HINT_T0);
+        _mm_prefetch((const char*)ahead + i, _MM_HINT_T0);
         _mm512_store_si512(to + 2 * i, _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low_half)));
         _mm512_store_si512(to + 2 * i + UNIT,
                            _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_half)));
@@ -131,10 +131,30 @@ enum Weights {
     NEAR_BY,  // in the cache, as bytes
 };
 
+// The two tiles of a panel, and those that are read after them.
+struct Source {
+    const uint8_t *low, *high, *next_low, *next_high;
+    int64_t size;  // bytes of a tile
+
+    Source(const Panels& panels, int64_t panel, int64_t end) : size(panels.bytes()) {
+        const int64_t next = std::min(panel + 1, end - 1);
+        low = panels.values(panels.low(panel));
+        high = panels.values(panels.low(panel) + panels.second);
+        next_low = panels.values(panels.low(next));
+        next_high = panels.values(panels.low(next) + panels.second);
+    }
+    const uint8_t* ahead_low(int64_t at) const {
+        return at + AHEAD < size ? low + at + AHEAD : next_low + std::max<int64_t>(0, at + AHEAD - size);
+    }
+    const uint8_t* ahead_high(int64_t at) const {
+        return at + AHEAD < size ? high + at + AHEAD : next_high + std::max<int64_t>(0, at + AHEAD - size);
+    }
+};
+
 // Up to 16 * Tall rows from `row` on times a panel.
 template <int Tall, Weights From>
-void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64_t panel, const uint8_t* low,
-           const uint8_t* high, uint8_t* scratch, float* sums) {
+void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64_t panel, const Source& source,
+           uint8_t* scratch, float* sums) {
     const Weight& w = panels.w;
     const Scaling scaled{a, panels, row, rows, {panels.low(panel), panels.low(panel) + panels.second}};
     const __m512i table = spread_table(w, 0);
@@ -143,11 +163,11 @@ void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64
     alignas(64) int32_t dots[2][Tall * 512];
     std::memset(sums, 0, Tall * 512 * sizeof(float));
     if constexpr (From == HALVES) {
-        unpack(low, w.group, table, scratch);
-        unpack(high, w.group, table, scratch + size);
+        unpack(source.low, w.group, table, scratch, source.ahead_low(0));
+        unpack(source.high, w.group, table, scratch + size, source.ahead_high(0));
     }
     for (int64_t g = 0; g < w.groups; g++) {
-        const uint8_t *left = low + g * size, *right = high + g * size;
+        const uint8_t *left = source.low + g * size, *right = source.high + g * size;
         if constexpr (From == HALVES) {
             left = scratch + g % 2 * 2 * size;
             right = left + size;
@@ -157,15 +177,16 @@ void block(const Rows& a, int64_t row, int64_t rows, const Panels& panels, int64
             multiply<Tall>(from + (g * w.group + k) * TILE, down, left + k * TILE, right + k * TILE, chunk);
             if constexpr (From == BYTES)
                 for (int64_t i = 0; i < chunk * TILE; i += UNIT) {
-                    _mm_prefetch((const char*)left + k * TILE + i + AHEAD, _MM_HINT_T0);
-                    _mm_prefetch((const char*)right + k * TILE + i + AHEAD, _MM_HINT_T0);
+                    _mm_prefetch((const char*)source.ahead_low(g * size + k * TILE) + i, _MM_HINT_T0);
+                    _mm_prefetch((const char*)source.ahead_high(g * size + k * TILE) + i, _MM_HINT_T0);
                 }
         }
         if constexpr (From == HALVES)
             if (g + 1 < w.groups) {
                 uint8_t* next = scratch + (g + 1) % 2 * 2 * size;
-                unpack(low + (g + 1) * size / 2, w.group, table, next);
-                unpack(high + (g + 1) * size / 2, w.group, table, next + size);
+                const int64_t at = (g + 1) * size / 2;
+                unpack(source.low + at, w.group, table, next, source.ahead_low(at));
+                unpack(source.high + at, w.group, table, next + size, source.ahead_high(at));
             }
         if (g > 0) scaled(g - 1, dots[(g - 1) % 2], sums);
         leave<Tall>(dots[g % 2]);
@@ -180,10 +201,9 @@ void stream(const Rows& a, int64_t rows, const Panels& panels, int64_t begin, in
     uint8_t* scratch = panels.w.bits == 4 ? room.unpacked.fit<uint8_t>(4 * size) : nullptr;
     alignas(64) float sums[Tall * 512];
     for (int64_t panel = begin; panel < end; panel++) {
-        const uint8_t* low = panels.values(panels.low(panel));
-        const uint8_t* high = panels.values(panels.low(panel) + panels.second);
-        if (scratch) block<Tall, HALVES>(a, 0, rows, panels, panel, low, high, scratch, sums);
-        else block<Tall, BYTES>(a, 0, rows, panels, panel, low, high, nullptr, sums);
+        const Source source(panels, panel, end);
+        if (scratch) block<Tall, HALVES>(a, 0, rows, panels, panel, source, scratch, sums);
+        else block<Tall, BYTES>(a, 0, rows, panels, panel, source, nullptr, sums);
         for (int64_t r = 0; r < rows; r++) write(place(sums, r), place(sums, r) + 256, r, panel);
     }
 }
@@ -200,19 +220,18 @@ void product(const Rows& a, int64_t rows, const Panels& panels, int64_t begin, i
     const __m512i table = spread_table(w, 0);
     alignas(64) float sums[1024];
     for (int64_t panel = begin; panel < end; panel++) {
-        const uint8_t* low = panels.values(panels.low(panel));
-        const uint8_t* high = panels.values(panels.low(panel) + panels.second);
+        Source source(panels, panel, end);
         if (whole) {
-            unpack(low, a.deep, table, whole);
-            unpack(high, a.deep, table, whole + size);
-            low = whole;
-            high = whole + size;
+            unpack(source.low, a.deep, table, whole, source.next_low);
+            unpack(source.high, a.deep, table, whole + size, source.next_high);
+            source.low = whole;
+            source.high = whole + size;
         }
         for (int64_t row = 0; row < rows; row += 2 * TILE) {
             const int64_t left = std::min<int64_t>(rows - row, 2 * TILE);
-            if (left <= TILE) block<1, NEAR_BY>(a, row, left, panels, panel, low, high, nullptr, sums);
-            else if (row > 0 || whole) block<2, NEAR_BY>(a, row, left, panels, panel, low, high, nullptr, sums);
-            else block<2, BYTES>(a, row, left, panels, panel, low, high, nullptr, sums);
+            if (left <= TILE) block<1, NEAR_BY>(a, row, left, panels, panel, source, nullptr, sums);
+            else if (row > 0 || whole) block<2, NEAR_BY>(a, row, left, panels, panel, source, nullptr, sums);
+            else block<2, BYTES>(a, row, left, panels, panel, source, nullptr, sums);
             for (int64_t r = 0; r < left; r++) write(place(sums, r), place(sums, r) + 256, row + r, panel);
         }
     }
