@@ -256,9 +256,9 @@ AOT = [
     *_configs(192, 128, 1, (80, 90)),
     *_configs(96, 96, 1, (80,), alibi=True),
     *_configs(128, 128, 4, (80, 90), dtype=torch.float32),
-    *_configs(128, 128, 4, (80, 90, 100), kind="e4m3"),
+    *_configs(128, 128, 4, (80,), kind="e4m3"),
     *_configs(64, 64, 7, (90,), kind="int8"),
-    *_configs(128, 128, 4, (80,), kind="e5m2"),
+    *_configs(128, 128, 4, (100,), kind="e5m2"),
     Config(
         combine,
         {"parts": "*fp32", "stats": "*fp32", "out": "*bf16", "num_heads": "i32", "num_splits": "i32"},
