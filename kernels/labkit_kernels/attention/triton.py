@@ -48,7 +48,7 @@ def tiles(
     wide = max(size, value_size)
     large = shared > 163 << 10  # Hopper and later: operands come from shared memory, not from registers
     if dtype == torch.float32:  # no tensor cores: registers are the limit
-        rows, keys, warps, stages = 16, 16, 4 if wide <= 128 else 8, 2
+        rows, keys, warps, stages = 16, 16, 4 if wide <= 128 and not codes else 8, 2
     elif decode:
         rows, keys, warps, stages = 16, 128 if wide <= 64 and not large else 64 if wide <= 128 else 32, 4, 3
     elif wide <= 128 and invariant:  # decode steps take this path too, and fill few of its rows
@@ -59,6 +59,8 @@ def tiles(
         rows, keys, warps, stages = 64, 32, 8, 2
     if (alibi or codes) and not decode:
         stages = min(stages, 2)  # slopes and distances, or scales, take the registers of a stage
+    if codes and not decode and wide > 64:  # codes are decoded in registers
+        rows, keys = min(rows, 128 if wide <= 128 else 32), min(keys, 32)
     item = dtype.itemsize
     while stages > 1 and item * (rows * size + stages * keys * (size + value_size)) > shared:
         stages -= 1
