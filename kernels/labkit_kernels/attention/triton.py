@@ -48,7 +48,7 @@ def tiles(
     wide = max(size, value_size)
     large = shared > 163 << 10  # Hopper and later: operands come from shared memory, not from registers
     if dtype == torch.float32:  # no tensor cores: registers are the limit
-        rows, keys, warps, stages = 16, 16, 4 if wide <= 128 else 8, 2
+        rows, keys, warps, stages = 16, 16, 4 if wide <= 128 and not codes else 8, 2
     elif decode:
         rows, keys, warps, stages = 16, 128 if wide <= 64 and not large else 64 if wide <= 128 else 32, 4, 3
     elif wide <= 128 and invariant:  # decode steps take this path too, and fill few of its rows
@@ -59,6 +59,8 @@ def tiles(
         rows, keys, warps, stages = 64, 32, 8, 2
     if (alibi or codes) and not decode:
         stages = min(stages, 2)  # slopes and distances, or scales, take the registers of a stage
+    if codes and not decode and wide > 64:  # codes are decoded in registers
+        rows, keys = min(rows, 128 if wide <= 128 else 32), min(keys, 32)
     item = dtype.itemsize
     while stages > 1 and item * (rows * size + stages * keys * (size + value_size)) > shared:
         stages -= 1
@@ -256,9 +258,9 @@ AOT = [
     *_configs(192, 128, 1, (80, 90)),
     *_configs(96, 96, 1, (80,), alibi=True),
     *_configs(128, 128, 4, (80, 90), dtype=torch.float32),
-    *_configs(128, 128, 4, (80, 90, 100), kind="e4m3"),
+    *_configs(128, 128, 4, (80,), kind="e4m3"),
     *_configs(64, 64, 7, (90,), kind="int8"),
-    *_configs(128, 128, 4, (80,), kind="e5m2"),
+    *_configs(128, 128, 4, (100,), kind="e5m2"),
     Config(
         combine,
         {"parts": "*fp32", "stats": "*fp32", "out": "*bf16", "num_heads": "i32", "num_splits": "i32"},
