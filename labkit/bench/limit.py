@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from labkit_kernels import Packed, get, pages
+from labkit_kernels import Integers, Packed, get, pages
 from labkit_kernels.cache.codes import width
 
 DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}  # bytes/s, bf16 flop/s
@@ -38,9 +38,10 @@ class Cost:
 
     layers: int  # weights of all layers that one token is multiplied with
     head: int
-    bytes_a_weight: int
+    bytes_a_weight: float
     kv_bytes: int  # a token, all layers
     attention: int  # flops a (query, key) pair, all layers
+    bytes_in_head: float | None = None  # a weight of the head, if it is stored in another way
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Cost:
@@ -62,13 +63,22 @@ class Cost:
             attention=4 * shape.num_layers * heads * size,
         )
 
+    def rounded(self, quantization: str) -> Cost:
+        """The same model with `Engine(quantization=...)`."""
+        from labkit.loading.online import Online
+
+        format = Online.of(quantization)
+        return replace(self, bytes_a_weight=format.bits / 8, bytes_in_head=format.head_bits / 8)
+
     def step(self, machine: Machine, tokens: int, sampled: int, context: int) -> float:
         """The least seconds for a batch with this many tokens; `context` is the number of keys that its rows read."""
         return self._floor(machine, tokens, sampled, context, context)
 
     def _floor(self, machine: Machine, tokens: int, sampled: int, context: int, pairs: int) -> float:
         """`context` keys are read from memory, and `pairs` of a query and a key are multiplied."""
-        moved = (self.layers + (self.head if sampled else 0)) * self.bytes_a_weight + self.kv_bytes * (context + tokens)
+        moved = self.layers * self.bytes_a_weight + self.kv_bytes * (context + tokens)
+        if sampled:
+            moved += self.head * (self.bytes_a_weight if self.bytes_in_head is None else self.bytes_in_head)
         computed = 2 * self.layers * tokens + 2 * self.head * sampled + self.attention * pairs
         return max(moved / machine.bandwidth, computed / machine.peak)
 
@@ -110,6 +120,17 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine
     bandwidth = wide.tiles.numel() * dtype.itemsize / _best(lambda: function.function(one, wide))
     square = Packed(pages.zeros((256, 32, 16, 16, 2), dtype).fill_(1), 4096, 1024)
     return Machine(name, bandwidth, 2 * 512 * 1024 * 4096 / _best(lambda: function.function(many, square), 30))
+
+
+def with_integers(machine: Machine) -> Machine:
+    """The machine with the peak of its integer products, where it has any."""
+    function = get("integer_linear").picked("cpu", torch.bfloat16)
+    if function.name == "reference":
+        return machine
+    weight = Integers.pack(torch.ones(4096, 1024, dtype=torch.int8), torch.ones(4096, 1), group=1024, bits=8)
+    many = torch.ones(512, 1024, dtype=torch.bfloat16)
+    peak = 2 * 512 * 1024 * 4096 / _best(lambda: function.function(many, weight), 30)
+    return replace(machine, peak=max(machine.peak, peak))
 
 
 def _measure_gpu(device: str, dtype: torch.dtype) -> Machine:

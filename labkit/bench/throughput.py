@@ -67,7 +67,7 @@ def run(setting: Setting) -> dict[str, Any]:
                 raise RuntimeError(f"pass {number + 1} of {len(order)}: {error}") from None
             if counts:
                 answers[name].append(answer)
-    result["runs"] = {name: _summary(setting, answers[name], starts[name], result) for name in setting.backends}
+    result["runs"] = {name: _summary(name, setting, answers[name], starts[name], result) for name in setting.backends}
     ours, *others = setting.backends
     rates = {name: [setting.workload.num_output / a["seconds"] for a in answers[name]] for name in setting.backends}
     result["ratios"] = {f"{ours} / {name}": metrics.ratio(rates[ours], rates[name]) for name in others}
@@ -90,6 +90,9 @@ def _gate_and_limit(setting: Setting) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = limit.measure(device, found.dtype)
     cost = limit.Cost.of(found.config, found.dtype, found.kv_dtype)
+    rounded = {name: name.partition(":")[2] for name in setting.backends if name.startswith("labkit:")}
+    integers = limit.with_integers(machine) if rounded and device == "cpu" else machine
+    limits = {"labkit": (machine, cost)} | {name: (integers, cost.rounded(how)) for name, how in rounded.items()}
     return {
         "gate": {"kl": found.kl, "agreement": found.agreement, "num_tokens": found.num_tokens},
         "limit": {
@@ -97,12 +100,12 @@ def _gate_and_limit(setting: Setting) -> dict[str, Any]:
             "peak": machine.peak,
             "ideal_seconds": cost.ideal(machine, setting.workload.asks),
         },
-        "_floor": lambda batches, size: cost.batches(machine, batches, size),
+        "_limits": limits,
     }
 
 
 def _summary(
-    setting: Setting, answers: Sequence[dict[str, Any]], began: dict[str, float], result: dict[str, Any]
+    name: str, setting: Setting, answers: Sequence[dict[str, Any]], began: dict[str, float], result: dict[str, Any]
 ) -> dict[str, Any]:
     workload = setting.workload
     seconds = [answer["seconds"] for answer in answers]
@@ -124,16 +127,17 @@ def _summary(
             for ask, first, done in zip(workload.asks, middle["first"], middle["done"], strict=True)
         ]
         found |= metrics.latencies(timed, setting.slo)
-    for name in ("hit_rate", "waste"):
-        if middle.get(name) is not None:
-            found[name] = middle[name]
-    if middle.get("batches") and "_floor" in result:
+    for key in ("hit_rate", "waste"):
+        if middle.get(key) is not None:
+            found[key] = middle[key]
+    if middle.get("batches") and name in result.get("_limits", ()):
+        machine, cost = result["_limits"][name]
         batches = middle["batches"]
         inside = sum(batch[-1] for batch in batches)
         found["steps"] = len(batches)
         found["ms_a_step_outside_forward"] = (middle["seconds"] - inside) / len(batches) * 1e3
-        found["fraction_of_limit"] = result["_floor"](batches, middle["block_size"]) / middle["seconds"]
-        found["fraction_of_ideal"] = result["limit"]["ideal_seconds"] / middle["seconds"]
+        found["fraction_of_limit"] = cost.batches(machine, batches, middle["block_size"]) / middle["seconds"]
+        found["fraction_of_ideal"] = cost.ideal(machine, setting.workload.asks) / middle["seconds"]
     return {"seconds": seconds, "metrics": found, "batches": middle.get("batches")}
 
 

@@ -49,6 +49,17 @@ class Online:
         return cls(method, int(group), deterministic)
 
     @property
+    def bits(self) -> float:
+        """Of a weight, its share of a scale included, as a CPU keeps it."""
+        if self.method in GROUPED:
+            return 4 + 16 / self.group
+        return 8 if self.method == "int8" else 16  # float8 is multiplied as bfloat16
+
+    @property
+    def head_bits(self) -> float:
+        return 16 if self.method == "fp8" else 8
+
+    @property
     def dense(self) -> Dense:
         return Dense(self.deterministic)
 

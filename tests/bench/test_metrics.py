@@ -75,6 +75,15 @@ def test_the_ideal_schedule_pays_for_every_step_by_itself():
     assert cost.ideal(machine, asks) == pytest.approx(prompts + both + one)
 
 
+def test_a_quantized_model_has_a_limit_of_its_own():
+    machine = limit.Machine("one", bandwidth=1.0, peak=1e9)
+    cost = limit.Cost(layers=80, head=16, bytes_a_weight=2, kv_bytes=0, attention=0)
+    assert cost.step(machine, 1, 1, 0) == 2 * 96
+    assert cost.rounded("int8").step(machine, 1, 1, 0) == 96
+    assert cost.rounded("int4-g32").step(machine, 1, 1, 0) == 80 * 4.5 / 8 + 16
+    assert cost.rounded("fp8").step(machine, 1, 1, 0) == 2 * 96, "multiplied as bfloat16"
+
+
 def test_the_limits_of_workload_n_are_those_that_others_compute():
     """With an H200's datasheet; the two ways of counting differ by a thousandth."""
     sheet = limit.Machine("H200", *limit.DATASHEET["H200"])

@@ -183,3 +183,15 @@ def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "PARTS", parts)
     found = gpu.run(Where("cpu", True), (), None)["parts"]
     assert "StopIteration" in found["nowhere"]["error"] and found["limits"]["bandwidth"] > 0
+
+
+def test_a_backend_names_its_quantization(monkeypatch):
+    from labkit.bench import process
+
+    with pytest.raises(ValueError, match=r"unknown backend 'vllm:int8'; there are .*labkit:QUANTIZATION"):
+        process.Backend("vllm:int8", "model")
+    seen = []
+    monkeypatch.setattr(process.subprocess, "Popen", lambda command, **_: seen.append(command) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        process.Backend("labkit:int4-g32", "model", {"num_threads": 2})
+    assert seen[0][2] == "labkit" and '"quantization": "int4-g32"' in seen[0][4]
