@@ -191,6 +191,7 @@ def test_a_backend_names_its_quantization(monkeypatch):
     with pytest.raises(ValueError, match=r"unknown backend 'vllm:int8'; there are .*labkit:QUANTIZATION"):
         process.Backend("vllm:int8", "model")
     seen = []
+    monkeypatch.setenv("LABKIT_BENCH_VERBOSE", "1")
     monkeypatch.setattr(process.subprocess, "Popen", lambda command, **_: seen.append(command) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         process.Backend("labkit:int4-g32", "model", {"num_threads": 2})
