@@ -93,17 +93,15 @@ def fastest(layer: Linear) -> Linear:
     """The layer that multiplies by the same weight fastest where it is, or the layer itself."""
     if isinstance(layer, GroupedLinear | ScaledLinear) and layer.scales.device.type == "cuda":
         return on_gpu(layer, quantize_inputs=isinstance(layer, ScaledLinear) and layer.inputs is not None)
-    if isinstance(layer, GroupedLinear) and _on_cpu(layer.packed, layer.dtype):
+    if not isinstance(layer, GroupedLinear | ScaledLinear | TableLinear) or layer.dtype != torch.bfloat16:
+        return layer
+    if isinstance(layer, ScaledLinear) and layer.values.dtype != torch.int8:
+        return _of_float8(layer)
+    if not available() or layer.scales.device.type != "cpu":
+        return layer
+    if isinstance(layer, GroupedLinear):
         return _of_groups(layer) or layer
-    if isinstance(layer, TableLinear) and _on_cpu(layer.packed, layer.dtype):
-        return _of_table(layer) or layer
-    if isinstance(layer, ScaledLinear) and _on_cpu(layer.values, layer.dtype):
-        return _of_bytes(layer) or layer if layer.values.dtype == torch.int8 else _of_float8(layer)
-    return layer
-
-
-def _on_cpu(weight: Tensor, dtype: torch.dtype) -> bool:
-    return weight.device.type == "cpu" and dtype == torch.bfloat16 and available()
+    return (_of_table(layer) if isinstance(layer, TableLinear) else _of_bytes(layer)) or layer
 
 
 def _of_float8(layer: ScaledLinear) -> Linear:
