@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:FP8 weights are multiplied")  # 
 
 @pytest.fixture(scope="module")
 def report():
-    small = {"num_tokens": 1024, "length": 256}
+    small = {"num_tokens": 4096, "length": 256}  # each Python has another standard library to calibrate on
     methods = ["int8", "fp8", ("int4", {"search": False}), ("gptq", small), ("awq", small)]
     return lk.quantization_report(TINY, methods, num_tokens=1024, length=256, speed=False, progress=False)
 
