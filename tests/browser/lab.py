@@ -96,6 +96,7 @@ class Page:
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, name: str) -> None:
+        self.page.goto("about:blank")  # the page before may still complain
         self.errors.clear()
         self.strayed.clear()
         self.page.goto(self.address.format(name=name))

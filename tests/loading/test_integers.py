@@ -167,7 +167,7 @@ def test_quantization_rounds_while_loading(quantization, path):
     p, q = (teacher_forced(one, torch.tensor(ids)).log_softmax(-1) for one in (whole, model))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert kl <= {"int8": 0.002, "fp8": 0.004, "nf4": 0.05, "int4": 0.08, "int4-g32": 0.04}[quantization]
-    assert float((p.argmax(-1) == q.argmax(-1)).float().mean()) >= (0.97 if "8" in quantization else 0.85)
+    assert float((p.argmax(-1) == q.argmax(-1)).float().mean()) >= (0.95 if "8" in quantization else 0.85)
     if integers.available():
         sizes = [sum(tensor.nbytes for tensor in one.tensors()) for one in (whole, model)]
         assert sizes[1] <= {"int8": 0.6, "fp8": 1.0}.get(quantization, 0.45) * sizes[0]
