@@ -9,6 +9,7 @@ import pytest
 
 # Files with few and long tests. They begin first, so that no process is left with one at the end.
 LONG = (
+    "tests/browser/test_notebooks.py",
     "tests/kernels/test_triton.py",
     "tests/kernels/test_attention.py",
     "tests/core/test_soak.py",
@@ -24,7 +25,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if hasattr(config, "workerinput"):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of what tests start
-    config.addinivalue_line("markers", "alone: measures time or drives a browser; nothing else runs beside it")
+    config.addinivalue_line("markers", "alone: measures time; nothing else runs beside it")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -21,6 +21,7 @@ from labkit.widgets.feed import Feed
 
 EVERY = 0.2  # seconds between two updates
 FIT_EVERY = 4.0  # seconds between two checks of the width, when nothing else changes
+REPEATS = 3  # of the last update, at those times, for pages that missed it
 MOST_STEPS = 65_536  # steps of a log that are kept for viewing
 
 
@@ -48,6 +49,7 @@ class Dashboard:
         self._still: Any = None  # the display with the static copy
         self._drawn: tuple[Any, ...] | None = None
         self._fitted = 0.0  # when the width was last checked
+        self._repeated = 0  # repeats of the last update
         self._thread: threading.Thread | None = None
         self._finalizer = weakref.finalize(self, self._wake.set)
         if player is not None:
@@ -182,6 +184,7 @@ class Dashboard:
                 return False
             self._drawn = state
             self.num_drawn += 1
+            self._repeated = 0
             figure.update(self._figure, self.feed, self.shown)
             figure.refresh_traits(self._figure)
             self._set("strip", panels.strip(panels.figures(self.feed, self.shown)))
@@ -209,6 +212,9 @@ class Dashboard:
         if not changed and begin - self._fitted > FIT_EVERY:
             self._fitted = begin
             with self._lock:
+                if self._repeated < REPEATS:
+                    self._repeated += 1
+                    figure.repeat(self._figure)
                 figure.fit(self._figure)
         if self.player is not None and self.player.engine.is_closed:
             self.close()  # no more events will come

@@ -208,6 +208,17 @@ def fit(figure: Any) -> None:
     figure.layout.meta = (figure.layout.meta or 0) + 1
 
 
+def repeat(figure: Any) -> None:
+    """Send all that is shown once more, for a page that missed the last update because it was still loading plotly, or
+    because a busy server dropped messages."""
+    same: dict[tuple[str, ...], list[int]] = {}
+    for i, data in enumerate(figure._data):
+        same.setdefault(tuple(name for name in ("x", "y", "z", "base", "hovertext") if name in data), []).append(i)
+    axes = {f"{name}.range": figure.layout[name].range for name in figure._layout if name.startswith("xaxis")}
+    for names, traces in same.items():
+        figure._send_update_msg({name: [figure._data[i][name] for i in traces] for name in names}, axes, traces)
+
+
 def _speed(traces: dict[str, Any], pace: Pace) -> None:
     rate = (pace.tokens / np.maximum(pace.seconds, 1e-9)).astype(np.float32)
     _broken(traces["tokens/s"], pace.time, rate, pace.breaks)

@@ -25,7 +25,7 @@ FIGURE = ".jp-NotebookPanel:not(.lm-mod-hidden) .js-plotly-plot"
 
 
 @contextmanager
-def jupyter(folder: Path, dark: bool = False) -> Iterator[str]:
+def jupyter(folder: Path) -> Iterator[str]:
     """The address of a Jupyter server started for the test, with its token."""
     token = secrets.token_hex(16)
     homes = {
@@ -44,7 +44,7 @@ def jupyter(folder: Path, dark: bool = False) -> Iterator[str]:
         "--LabApp.expose_app_in_browser=True", "--LabApp.news_url=None",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]  # fmt: skip
-    _settle(Path(homes["JUPYTER_CONFIG_DIR"]), dark)
+    _settle(Path(homes["JUPYTER_CONFIG_DIR"]))
     log = open(folder / "jupyter.log", "w")  # noqa: SIM115  closed below
     process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -59,14 +59,12 @@ def jupyter(folder: Path, dark: bool = False) -> Iterator[str]:
         log.close()
 
 
-def _settle(config: Path, dark: bool) -> None:
-    """Cells that are out of sight are there too; the theme."""
+def _settle(config: Path) -> None:
+    """Cells that are out of sight are there too; nothing is looked for elsewhere."""
     wanted: dict[str, dict[str, Any]] = {
         "notebook-extension/tracker": {"windowingMode": "none"},
         "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     }
-    if dark:
-        wanted["apputils-extension/themes"] = {"theme": "JupyterLab Dark"}
     for name, values in wanted.items():
         path = config / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +140,14 @@ class Page:
             [FIGURE, trace],
         )
 
+    def blank(self) -> None:
+        """Take the points out of the live figure, as if the page had missed the last update."""
+        self.page.evaluate(
+            "figure => { const plot = document.querySelector(figure);"
+            " for (const trace of plot._fullData) { trace.x = []; trace.y = []; } }",
+            FIGURE,
+        )
+
     def is_still(self) -> bool:
         """The live figure has points, and no new ones come."""
         before = self.points(), self.last_time()
@@ -167,7 +173,8 @@ class Page:
         while not what():
             if time.monotonic() > deadline:
                 self.picture("failed")
-                raise AssertionError(f"not in {seconds} s; the page is in {self.folder / 'failed.png'}")
+                shown = self.points(), self.last_time(), self.errors, self.page.locator(FIGURE).count()
+                raise AssertionError(f"not in {seconds} s: {shown}; the page is in {self.folder / 'failed.png'}")
             self.page.wait_for_timeout(100)
 
     def watch(self) -> None:
@@ -237,6 +244,29 @@ class Page:
             FIGURE,
         )
 
+    def theme(self, name: str) -> None:
+        """Light or Dark."""
+        self.page.evaluate(
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {name}"
+        )
+        self.wait_for(lambda: self.page.locator(f"body[data-jp-theme-light='{str(name == 'Light').lower()}']").count())
+
+    def faintest_text(self) -> float:
+        """The least contrast of a text in the figure with the page behind it: 1 is invisible, 21 black on white."""
+        return self.page.evaluate(
+            "figure => { const light = color => {"
+            " const [r, g, b] = color.match(/[0-9.]+/g).slice(0, 3).map(x => x / 255)"
+            ".map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);"
+            " return 0.2126 * r + 0.7152 * g + 0.0722 * b };"
+            " const behind = node => { for (; node; node = node.parentElement) {"
+            " const color = getComputedStyle(node).backgroundColor;"
+            " if (!/, 0\\)$|transparent/.test(color)) return color } return 'rgb(255, 255, 255)' };"
+            " const plot = document.querySelector(figure), page = light(behind(plot)) + 0.05;"
+            " return Math.min(...[...plot.querySelectorAll('text')].filter(x => x.textContent.trim())"
+            ".map(x => light(getComputedStyle(x).fill) + 0.05).map(x => Math.max(x, page) / Math.min(x, page))) }",
+            FIGURE,
+        )
+
     def picture(self, name: str) -> Path:
         path = self.folder / f"{name}.png"
         self.page.screenshot(path=str(path))
@@ -269,6 +299,14 @@ def browser(address: str, folder: Path) -> Iterator[Page]:
 
 def has_playwright() -> bool:
     return importlib.util.find_spec("playwright") is not None
+
+
+def write_notebook(folder: Path, name: str, cell: str) -> None:
+    import nbformat
+
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell.strip())])
+    book.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nbformat.write(book, folder / "notebooks" / name)
 
 
 def copy_notebooks(folder: Path) -> None:
