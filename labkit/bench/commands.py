@@ -83,8 +83,9 @@ def _add_engine(parser: argparse.ArgumentParser, kind: str) -> None:
         engine.add_argument(
             "--backend",
             default="labkit" if kind == "latency" else "labkit,transformers",
-            help="of labkit, transformers, transformers-static, vllm, openvino, openai:URL; the first is compared with "
-            "the others",
+            help="of labkit, transformers, transformers-static, vllm, openvino, llamacpp, openai:URL; labkit:int8, "
+            "openvino:int4, llamacpp:Q8_0 have such weights (of openvino and llamacpp in --folder); the first is "
+            "compared with the others",
         )
         engine.add_argument("--python", action="append", default=[], metavar="BACKEND=PATH", help="its interpreter")
         engine.add_argument("--folder", action="append", default=[], metavar="BACKEND=DIR", help="its own model folder")

@@ -133,8 +133,10 @@ def openvino(model, options):
     settings.cache_size, settings.max_num_seqs = 4, options.get("max_num_seqs", 256)
     settings.max_num_batched_tokens = options.get("max_num_batched_tokens", 2048)
     settings.enable_prefix_caching = options.get("prefix_caching", True)
-    plugin = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-    plugin["INFERENCE_NUM_THREADS"] = options.get("num_threads") or os.cpu_count()
+    plugin = {"INFERENCE_NUM_THREADS": options.get("num_threads") or os.cpu_count()}
+    if not options.get("quantization"):  # nothing is rounded to 8 bits, which is its default
+        plugin |= {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
+        plugin["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
     pipe = openvino_genai.ContinuousBatchingPipeline(model, settings, "CPU", plugin)
     names = iter(range(10**9))
 
@@ -157,12 +159,47 @@ def openvino(model, options):
     return run
 
 
+def llamacpp(model, options):
+    from concurrent.futures import ThreadPoolExecutor
+
+    import xllamacpp
+
+    if not model.endswith(".gguf"):
+        raise SystemExit(f"{model} is not a GGUF file")
+    rows = options.get("max_num_seqs", 256)
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_gpu_layers = model, 0
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = options.get("num_threads") or os.cpu_count()
+    settings.n_parallel, settings.n_batch = rows, options.get("max_num_batched_tokens", 2048)
+    settings.n_ctx, settings.kv_unified = options.get("max_model_len", 1024) * rows, True
+    server = xllamacpp.Server(settings)
+
+    def complete(ask):
+        ids, num = ask
+        told = []
+        wanted = {"prompt": ids, "n_predict": num, "ignore_eos": True, "temperature": 0.0}
+        server.handle_completions(wanted | {"cache_prompt": options.get("prefix_caching", True)}, told.append)
+        answer = json.loads(told[-1]) if isinstance(told[-1], str) else told[-1]
+        if "usage" not in answer:
+            raise RuntimeError(str(answer)[:300])
+        return answer["usage"]["completion_tokens"]
+
+    def run(asks):
+        with ThreadPoolExecutor(len(asks)) as pool:
+            begin = time.perf_counter()
+            outputs = list(pool.map(complete, asks))
+            return {"seconds": time.perf_counter() - begin, "outputs": outputs}
+
+    return run
+
+
 BACKENDS = {
     "labkit": labkit,
     "transformers": transformers,
     "transformers-static": transformers_static,
     "vllm": vllm,
     "openvino": openvino,
+    "llamacpp": llamacpp,
 }
 
 

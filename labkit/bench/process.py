@@ -25,7 +25,9 @@ NEEDS = {
     "transformers-static": "transformers",
     "vllm": "vllm",
     "openvino": "openvino_genai",
+    "llamacpp": "xllamacpp",
 }
+QUANTIZED = ("labkit", "openvino", "llamacpp")  # BACKEND:QUANTIZATION is one of them with such weights
 
 
 class Remote:
@@ -67,10 +69,10 @@ class Backend:
 
     def __init__(self, name: str, model: str, options: dict[str, Any] | None = None, python: str | None = None) -> None:
         kind, _, quantization = name.partition(":")
-        if kind not in peer_process.BACKENDS or (quantization and kind != "labkit"):
+        if kind not in peer_process.BACKENDS or (quantization and kind not in QUANTIZED):
             raise ValueError(
-                f"unknown backend {name!r}; there are {', '.join(peer_process.BACKENDS)}, labkit:QUANTIZATION (as "
-                f"labkit:int8) and openai:URL"
+                f"unknown backend {name!r}; there are {', '.join(peer_process.BACKENDS)}, openai:URL and "
+                f"BACKEND:QUANTIZATION (as labkit:int8) for {', '.join(QUANTIZED)}"
             )
         self.name, self.model, self.options = name, model, dict(options or {})
         if quantization:

@@ -3,8 +3,8 @@
 // integer sums, and each group adds scale * scale * sum to a float32 sum.
 //
 // Integer sums are exact, and the float32 additions happen in the order of the groups. So both units give the same
-// bits, and a row's result does not depend on how many other rows there are. Few rows use vectors: each weight is read
-// once, which is bound by memory. From MOST_VECTOR_ROWS on, tiles are faster.
+// bits, and a row's result does not depend on how many other rows there are. Few rows use vectors, which read each
+// weight once; more rows use AMX where there is one, and blocks of vectors elsewhere.
 //
 // Weights lie in tiles of 16 columns, four inputs of a column in 32 bits (a unit: 64 bytes), as both units read them.
 // Weights of 4 bits are numbers of a table with 16 values: the low halves of 64 bytes are a unit, the high halves the
@@ -67,7 +67,7 @@ using namespace labkit;
 
 constexpr int TILE = 16;                     // rows and columns of a tile
 constexpr int UNIT = 64;                     // bytes of four inputs x 16 columns
-constexpr int64_t MOST_VECTOR_ROWS = 4;      // beyond, tiles are faster
+constexpr int64_t MOST_FEW = 4;              // rows that are multiplied one weight at a time
 constexpr int64_t MOST_STREAMED = 48;        // rows for which tiles are unpacked into L1, used once
 constexpr int64_t MOST_ROWS = 512;           // at once
 constexpr int64_t NEAR = 5 << 18;            // bytes of rows that still leave room in L2
@@ -82,7 +82,8 @@ inline bool has_tiles() {
 #endif
 }
 
-inline int64_t chunk_of(int64_t group) { return group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
+// Inputs of a row that lie together in a tile of rows: as many as an instruction takes.
+inline int64_t chunk_of(int64_t group) { return !has_tiles() ? 16 : group % 64 == 0 ? 64 : group % 32 == 0 ? 32 : 16; }
 
 #include "rows_int8.h"
 
@@ -122,93 +123,7 @@ inline __m512i spread_table(const Weight& w, int add) {
     return _mm512_broadcast_i32x4(_mm_add_epi8(table, _mm_set1_epi8(add)));
 }
 
-// -- vectors ---------------------------------------------------------------------------------------------------------
-
-// Rows [row, row + Count) times a panel. VNNI multiplies unsigned by signed bytes: weights have 128 added, which
-// `counts` take away again.
-template <int Count, int Bits>
-void vectors(const Rows& a, int64_t row, const Panels& panels, int64_t panel, int64_t next, float* sums) {
-    const Weight& w = panels.w;
-    const int64_t tile[2] = {panels.low(panel), panels.low(panel) + panels.second};
-    const int64_t after[2] = {panels.low(next), panels.low(next) + panels.second};
-    const uint8_t* at[2] = {panels.values(tile[0]), panels.values(tile[1])};
-    // Fetched ahead: the rest of this panel's tiles, then the first bytes of the next one's.
-    const uint8_t* ahead[2] = {at[0] + AHEAD, at[1] + AHEAD};
-    int64_t lines = std::max<int64_t>(1, (panels.bytes() - AHEAD) / UNIT);
-    const __m512i table = spread_table(w, -128), low_half = _mm512_set1_epi8(15), top = _mm512_set1_epi8(-128);
-    const int8_t* from[Count];
-    for (int r = 0; r < Count; r++) {
-        from[r] = a.at(row + r, 0);
-        store(place(sums, row + r), vf{});
-        store(place(sums, row + r) + 256, vf{});
-    }
-    for (int64_t g = 0; g < w.groups; g++) {
-        __m512i dots[2][Count];
-        for (int t = 0; t < 2; t++)
-#pragma GCC unroll 12
-            for (int r = 0; r < Count; r++) dots[t][r] = _mm512_setzero_si512();
-        panels.fetch_scales(after[0], g);
-        panels.fetch_scales(after[1], g);
-        for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 32 / Bits) {
-            if (lines-- == 0) {
-                ahead[0] = panels.values(after[0]);
-                ahead[1] = panels.values(after[1]);
-            }
-#pragma GCC unroll 2
-            for (int t = 0; t < 2; t++) {
-                const __m512i bytes = _mm512_load_si512(at[t]);
-                _mm_prefetch((const char*)ahead[t], _MM_HINT_T0);
-                at[t] += UNIT;
-                ahead[t] += UNIT;
-                if constexpr (Bits == 4) {
-                    const __m512i low = _mm512_shuffle_epi8(table, _mm512_and_si512(bytes, low_half));
-                    const __m512i high =
-                        _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low_half));
-#pragma GCC unroll 12
-                    for (int r = 0; r < Count; r++) {
-                        int32_t four[2];
-                        std::memcpy(four, from[r] + k, 8);
-                        dots[t][r] = _mm512_dpbusd_epi32(dots[t][r], low, _mm512_set1_epi32(four[0]));
-                        dots[t][r] = _mm512_dpbusd_epi32(dots[t][r], high, _mm512_set1_epi32(four[1]));
-                    }
-                } else {
-                    const __m512i whole = _mm512_xor_si512(bytes, top);
-#pragma GCC unroll 12
-                    for (int r = 0; r < Count; r++) {
-                        int32_t four;
-                        std::memcpy(&four, from[r] + k, 4);
-                        dots[t][r] = _mm512_dpbusd_epi32(dots[t][r], whole, _mm512_set1_epi32(four));
-                    }
-                }
-            }
-        }
-        for (int t = 0; t < 2; t++) {
-            const vf scales = panels.scale(w.scales, tile[t], g);
-            const vf offsets = w.offsets ? panels.scale(w.offsets, tile[t], g) : vf{};
-#pragma GCC unroll 12
-            for (int r = 0; r < Count; r++) {
-                const int64_t one = a.place(row + r, g);
-                float* to = place(sums, row + r) + t * 256;
-                add(to, _mm512_sub_epi32(dots[t][r], _mm512_set1_epi32(a.counts[one])), scales, a.scales[one]);
-                if (w.offsets) add_offset(to, offsets, a.sums[one]);
-            }
-        }
-    }
-}
-
-template <int Bits>
-void all_vectors(const Rows& a, int64_t rows, const Panels& panels, int64_t panel, int64_t next, float* sums) {
-    int64_t row = 0;
-    for (; row + 12 <= rows; row += 12) vectors<12, Bits>(a, row, panels, panel, next, sums);
-    for (; row + 8 <= rows; row += 8) vectors<8, Bits>(a, row, panels, panel, next, sums);
-    for (; row + 4 <= rows; row += 4) vectors<4, Bits>(a, row, panels, panel, next, sums);
-    if (rows - row == 3) vectors<3, Bits>(a, row, panels, panel, next, sums);
-    if (rows - row == 2) vectors<2, Bits>(a, row, panels, panel, next, sums);
-    if (rows - row == 1) vectors<1, Bits>(a, row, panels, panel, next, sums);
-}
-
-// -- tiles -----------------------------------------------------------------------------------------------------------
-
+#include "vectors_int8.h"
 #if LABKIT_INTEGER_TILES
 #include "tiles_int8.h"
 #endif
@@ -219,13 +134,13 @@ void product(const Rows& a, int64_t rows, const Panels& panels, int64_t count, c
     const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
     const int64_t begin = count * id / team, end = count * (id + 1) / team;
 #if LABKIT_INTEGER_TILES
-    if (a.tiled) return tiles::product(a, rows, panels, begin, end, write);
+    if (a.tiled && has_tiles()) return tiles::product(a, rows, panels, begin, end, write);
 #endif
-    float* sums = room.unpacked.fit<float>(parts(rows, TILE) * 512);
+    float* sums = room.products.fit<float>(parts(rows, TILE) * 512);
     for (int64_t panel = begin; panel < end; panel++) {
         const int64_t next = std::min(panel + 1, end - 1);
-        if (panels.w.bits == 4) all_vectors<4>(a, rows, panels, panel, next, sums);
-        else all_vectors<8>(a, rows, panels, panel, next, sums);
+        if (panels.w.bits == 4) vectors::all<4>(a, rows, panels, panel, next, sums);
+        else vectors::all<8>(a, rows, panels, panel, next, sums);
         for (int64_t r = 0; r < rows; r++) write(place(sums, r), place(sums, r) + 256, r, panel);
     }
 }
@@ -238,7 +153,7 @@ void in_parts(int64_t rows, int64_t deep, const F& f) {
     for (int64_t row = 0; row < rows; row += each) f(row, std::min(each, rows - row));
 }
 
-bool use_tiles(int64_t rows) { return rows > MOST_VECTOR_ROWS && has_tiles(); }
+bool in_tiles(int64_t rows) { return rows > MOST_FEW; }
 
 const bf16* row_of(const void* from, int64_t row, int64_t stride) {
     return from ? static_cast<const bf16*>(from) + row * stride : nullptr;
@@ -249,7 +164,7 @@ void linear(const Linear& call) {
     const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
     const Panels panels{w, 2, 1};
     in_parts(call.rows, w.groups * w.group, [&](int64_t row, int64_t rows) {
-        const Rows a = rows_for(w, rows, use_tiles(call.rows));
+        const Rows a = rows_for(w, rows, in_tiles(call.rows));
 #pragma omp parallel num_threads(call.num_threads)
         {
             quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
@@ -271,7 +186,7 @@ void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
     const Panels panels{w, 2, 1};
     in_parts(call.rows, w.groups * w.group, [&](int64_t row, int64_t rows) {
         const int64_t lines = call.num_threads * rows;
-        const Rows a = rows_for(w, rows, use_tiles(call.rows));
+        const Rows a = rows_for(w, rows, in_tiles(call.rows));
         vf* most = room.most.fit<vf>(2 * lines);
         vi* where = reinterpret_cast<vi*>(most + lines);
         for (int64_t i = 0; i < lines; i++) {
@@ -311,7 +226,7 @@ void mlp(const Mlp& call) {
     const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
     const int64_t inner = down.depth, gates = inner / TILE;
     in_parts(call.rows, down.groups * down.group, [&](int64_t row, int64_t rows) {
-        const bool tiled = use_tiles(call.rows);
+        const bool tiled = in_tiles(call.rows);
         // Both products use one working memory, the larger of the two: the first is through when the second begins.
         rows_for(down, rows, tiled);
         const Rows a = rows_for(up, rows, tiled), b = rows_for(down, rows, tiled);

@@ -1,7 +1,7 @@
 // Rows of inputs rounded to int8, with a scale for each group of the weight that they are multiplied by. Part of cpu.cpp.
 #pragma once
 
-// Rows of int8 with a scale a group. Vectors read them row by row, tiles as [tiles of rows][chunks][16 rows][chunk].
+// Rows of int8 with a scale a group: row by row, or as [tiles of rows][chunks][16 rows][chunk].
 struct Rows {
     int64_t deep, groups, group, chunk;  // `deep`: groups * group
     bool tiled;
@@ -17,7 +17,7 @@ struct Rows {
 };
 
 struct Room {
-    Buffer values, scales, sums, counts, floats, inner, most, unpacked;
+    Buffer values, scales, sums, counts, floats, inner, most, unpacked, products;
 };
 thread_local Room room;
 
