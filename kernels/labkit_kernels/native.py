@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch  # must load its OpenMP runtime first, so that ours shares it
 
+from .recording import Library
+
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -149,7 +151,7 @@ def _compile(path: str, source: Path, made: Path) -> None:
     raise BuildError(f"{path} cannot build {source.parent.name}/{source.name}: {said.strip()}")
 
 
-def load(source: str | Path, functions: Mapping[str, Sequence[object]]) -> ctypes.CDLL | None:
+def load(source: str | Path, functions: Mapping[str, Sequence[object]]) -> Library | None:
     """The library with these functions' argument types set; None, after one warning, where it cannot be built."""
     try:
         library = ctypes.CDLL(str(build(source)))
@@ -162,7 +164,7 @@ def load(source: str | Path, functions: Mapping[str, Sequence[object]]) -> ctype
     for name, types in functions.items():
         function = getattr(library, name)
         function.argtypes, function.restype = list(types), None
-    return library
+    return Library(library, list(functions))
 
 
 def num_threads() -> int:

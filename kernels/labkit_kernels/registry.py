@@ -264,6 +264,14 @@ def _through(watcher: Callable[..., Any], op: str, name: str, function: Callable
     return lambda *args, **options: watcher(op, name, lambda: function(*args, **options))
 
 
+def is_plain() -> bool:
+    """Whether all that is picked is this package's own code, and nobody watches it."""
+    own = __name__.partition(".")[0]
+    variants = [variant for op in OPS.values() for variant in op.variants.values() if variant.picked]
+    swapped = any(op.swapped for op in OPS.values())
+    return not (_watchers or swapped) and all(one.function.__module__.partition(".")[0] == own for one in variants)
+
+
 def get(name: str) -> Op:
     """An op by name."""
     if name not in OPS:

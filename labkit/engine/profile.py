@@ -113,11 +113,11 @@ def profile(engine: Stepped, steps: int) -> Profile:
     watch = _Stopwatch(_sync_of(engine.runner))
     num_steps = num_tokens = 0
     runner: Any = engine.runner
-    graphs = getattr(runner, "graphs", None)
     with ExitStack() as stack:
-        if graphs is not None:  # a replayed graph has no parts
-            runner.graphs = None
-            stack.callback(setattr, runner, "graphs", graphs)
+        for name in ("graphs", "repeats"):  # a repeated step has no parts
+            if (repeated := getattr(runner, name, None)) is not None:
+                setattr(runner, name, None)
+                stack.callback(setattr, runner, name, repeated)
         for path, method, stage, op in STAGES:
             if (owner := _owner(engine, path)) is not None and hasattr(owner, method):
                 stack.enter_context(_patched(owner, method, stage, op, watch))

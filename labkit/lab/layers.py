@@ -25,7 +25,7 @@ def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
     """Within the block, record every layer's output at every position that is computed for this request. Steps do not
     replay graphs meanwhile, because a replay shows nothing of what is inside."""
     runner: Any = engine.runner
-    model, graphs = runner.model, runner.graphs
+    model, repeated = runner.model, (runner.graphs, runner.repeats)
     layers = range(-1, len(model.kv))
     hidden: Hidden = {layer: {} for layer in layers}
     launch, forward = runner.launch, model.forward
@@ -51,12 +51,13 @@ def watched_layers(engine: Engine, id: str) -> Iterator[Hidden]:
                 hidden[layer] |= {start + i: line for i, line in enumerate(lines)}
         return out
 
-    runner.launch, model.forward, runner.graphs = watch_launch, watch_forward, None
+    runner.launch, model.forward = watch_launch, watch_forward
+    runner.graphs = runner.repeats = None
     try:
         yield hidden
     finally:
         del runner.launch, model.forward  # the classes' own methods are visible again
-        runner.graphs = graphs
+        runner.graphs, runner.repeats = repeated
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,10 @@ class Decoder:
         return F.embedding(token_ids, self.embedding)
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
+        return self.through(self.inputs(batch), batch, caches, capture)
+
+    def inputs(self, batch: Batch) -> Tensor:
+        """What goes into the first layer: [tokens, hidden size]."""
         x = self.embed(batch.token_ids)
         scale = torch.tensor(self.shape.embed_scale, dtype=self.dtype) if self.shape.embed_scale != 1.0 else None
         if scale is not None and not self.shape.scales_inputs:
@@ -292,6 +296,10 @@ class Decoder:
             x = x.index_copy(0, *batch.embeddings)
         if scale is not None and self.shape.scales_inputs:
             x = x * scale
+        return x
+
+    def through(self, x: Tensor, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
+        """Through all layers and the last norm."""
         _keep(capture, -1, x)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)

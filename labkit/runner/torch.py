@@ -18,13 +18,14 @@ from torch import Tensor
 
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.plan import Plan
-from labkit.models.base import Batch, KVCache, Model
+from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.extras import capture_of, extras_of, wants_prompt
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
 from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches
+from labkit.runner.repeats import Repeats
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
@@ -50,25 +51,29 @@ class TorchRunner:
         hybrid_kv: bool = False,
         kv_cache_dtype: str = "auto",
     ) -> None:
-        """`graphs`: replay captured decode steps; None means yes on a GPU, for models that can be captured.
+        """`graphs`: replay captured decode steps. None means yes on a GPU, for models that can be captured; on a CPU it
+        means that the layers' C++ calls are recorded and repeated. False means neither.
         `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
         captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
         scale for each token and head."""
-        self.model = model
+        self.model, self.device = model, model.device
         self.kv_dtype = kv_dtype(model, kv_cache_dtype)
         if graphs is not None:
             flag("graphs", graphs)
         self.graphs: Graphs | None = None
+        self.repeats: Repeats | None = None
         self.groups = by_window(model.kv) if flag("hybrid_kv", hybrid_kv) else one_group(model.kv)
         self._wants_graphs = (
             model.capturable and not hybrid_kv and (model.device.type == "cuda" if graphs is None else graphs)
+        )
+        self._wants_repeats = (
+            graphs is None and self.device.type == "cpu" and model.capturable and hasattr(model, "through")
         )
         self.vocab_size = model.vocab_size
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
         self.largest_input = torch.finfo(model.dtype).max
-        self.device = model.device
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
         self._generation = -1
@@ -142,13 +147,17 @@ class TorchRunner:
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
         self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
         self._embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
-        if self._wants_graphs:
-            self.graphs = self._make_graphs()
+        self._make_repeated()
 
-    def _make_graphs(self) -> Graphs:
-        assert self.layout is not None
-        size, rows = self.layout.block_size, self.layout.num_rows
-        return Graphs(self.model, self.store.caches, self.sampler, self.latest, size, rows)
+    def _make_repeated(self) -> None:
+        """What repeats steps, if anything does. It knows where this runner's tensors lie."""
+        if self.layout is None:
+            return
+        if self._wants_graphs:
+            size, rows = self.layout.block_size, self.layout.num_rows
+            self.graphs = Graphs(self.model, self.store.caches, self.sampler, self.latest, size, rows)
+        if self._wants_repeats:
+            self.repeats = Repeats(self.model, self.caches)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def capture_all(self, most_tokens: int) -> None:
@@ -182,14 +191,17 @@ class TorchRunner:
 
     def close(self) -> None:
         """Release the cache and the model; the runner cannot be used afterwards."""
-        self.store, self.host, self.layout, self.graphs = BlockStore([]), BlockStore([]), None, None
+        self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
+        self.graphs = self.repeats = None
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
     # -- snapshots: the model is shared, everything else is state ------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs", "repeats")
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchRunner:
         other = object.__new__(TorchRunner)
@@ -198,15 +210,16 @@ class TorchRunner:
         other.model = self.model
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
-        other.graphs = other._make_graphs() if self.graphs is not None else None
+        other.graphs = other.repeats = None
+        other._make_repeated()
         return other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name in ("store", "host"):
             getattr(self, name).load(state[name])
         vars(self).update({name: value for name, value in state.items() if name not in ("store", "host")})
-        if vars(self).get("graphs") is not None:
-            self.graphs = self._make_graphs()  # the old ones read the tensors that were replaced
+        if "graphs" in vars(self):  # what there was reads the tensors that were replaced
+            self._make_repeated()
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -220,12 +233,17 @@ class TorchRunner:
         inputs = self._inputs(plan)
         wanted = self._wanted(plan)
         capture = capture_of(wanted)
-        hidden = self.model.forward(inputs.batch, self.caches, capture)  # [tokens, hidden size]
+        hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
         drawn = self._draw(plan, inputs, hidden)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
         pending = Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device)
         return pending if self.device.type == "cuda" else Done(pending.result())
+
+    def _forward(self, batch: Batch, capture: Capture | None) -> Tensor:
+        if self.repeats is not None and capture is None:
+            return self.repeats.forward(batch)
+        return self.model.forward(batch, self.caches, capture)
 
     def _pick(self) -> None:
         """Pick ops again, after a variant was put in use or removed."""
@@ -233,8 +251,9 @@ class TorchRunner:
             self._generation = generation()
             self._sample = sample_op.pick(self.device, torch.float32, vocab=self.vocab_size)
             self.model.refresh_ops()
-            if self.graphs is not None:
-                self.graphs.forget()
+            for repeated in (self.graphs, self.repeats):
+                if repeated is not None:
+                    repeated.forget()
 
     def _can_replay(self, plan: Plan) -> bool:
         """Whether the step has only decode rows, each with one sample and no special parameters."""
