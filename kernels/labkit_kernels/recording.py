@@ -12,15 +12,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEW = {"split", "split_with_sizes", "unflatten", "flatten", "view", "narrow", "unsqueeze", "squeeze", "transpose",
         "contiguous", "__getitem__"}  # fmt: skip
-TELL = {"__get__", "__len__", "data_ptr", "dim", "element_size", "is_contiguous", "numel", "size", "storage_offset",
-        "stride"}  # fmt: skip
+TELL = {"__get__", "__len__", "data_ptr", "device", "dim", "element_size", "is_contiguous", "numel", "size",
+        "storage_offset", "stride"}  # fmt: skip
 
 
 class Recording:

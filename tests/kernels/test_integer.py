@@ -65,7 +65,7 @@ def test_packing_keeps_every_weight(bits, table, columns, depth, group):
     if bits == 8:
         plain = Integers.pack(stored, scales, offsets, group=group, bits=8)
         ids = torch.tensor([0, columns - 1, 0])
-        assert torch.equal(plain.gather(ids), plain.unpack()[ids])
+        assert torch.equal(plain.gather(ids), plain.unpack()[ids].bfloat16())
 
 
 def test_scales_outside_of_float16_are_kept_in_float32():
@@ -121,3 +121,18 @@ def test_quantized_rows_are_within_half_a_step():
     order = weight.order.long()
     most = x[:, order].view(5, 3, 32).abs().amax(-1, keepdim=True)
     assert bool((off[:, order].view(5, 3, 32) <= most / 127 * 0.501).all())
+
+
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("size", [1e-9, 0.01, 3e4])  # scales that are float32, float16, and large
+def test_columns_are_looked_up_as_they_are_unpacked(offsets, size):
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randint(-128, 128, (45, 96), dtype=torch.int8, generator=generator)
+    scales, shift = (torch.rand(2, 45, 3, generator=generator) + 0.1) * size
+    weight = Integers.pack(values, scales, shift if offsets else None, group=32, bits=8)
+    ids = torch.tensor([44, 0, 15, 16, 31, 0])
+    found, exact = weight.gather(ids), weight.unpack()[ids]
+    if offsets:  # a fused multiply-add rounds once
+        assert ((found.float() - exact).abs() <= exact.abs() * 2**-8 + size * 1e-5).all()
+    else:
+        assert found.equal(exact.bfloat16())

@@ -60,6 +60,26 @@ struct Mlp {
     int64_t num_threads;
 };
 
+namespace {
+
+inline float half_to_float(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float size = exponent == 0    ? std::ldexp(static_cast<float>(fraction), -24)
+                       : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                        : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+    return half >> 15 ? -size : size;
+}
+
+// To the nearest, ties to even.
+inline uint16_t to_bfloat16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if (x != x) return static_cast<uint16_t>(bits >> 16 | 64);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace
+
 #if LABKIT_INTEGERS
 namespace {
 
@@ -291,4 +311,25 @@ extern "C" void pack_integers(const uint8_t* values, int64_t stride, int64_t col
                 for (int i = 0; i < 64; i++) at[i] = unit % 2 ? at[i] | one[i] << 4 : one[i];
             }
         }
+}
+
+// Rows `ids` of a weight of 8 bits whose inputs are in order, as bfloat16 [n, depth].
+extern "C" void gather_integers(const Weight* weight, const int64_t* ids, int64_t n, uint16_t* out) {
+    const Weight& w = *weight;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t tile = ids[i] / 16, lane = ids[i] % 16, deep = w.groups * w.group;
+        const int8_t* from = reinterpret_cast<const int8_t*>(w.values) + tile * deep * 16 + lane * 4;
+        auto number = [&](const void* of, int64_t g) {
+            const int64_t at = (tile * w.groups + g) * 16 + lane;
+            return w.half ? half_to_float(static_cast<const uint16_t*>(of)[at]) : static_cast<const float*>(of)[at];
+        };
+        for (int64_t g = 0; g * w.group < w.depth; g++) {
+            const float scale = number(w.scales, g), offset = w.offsets ? number(w.offsets, g) : 0.f;
+            const int64_t end = std::min(w.depth, (g + 1) * w.group);
+            for (int64_t d = g * w.group; d < end; d++) {
+                const float x = from[d / 4 * 64 + d % 4] * scale + offset;
+                out[i * w.depth + d] = to_bfloat16(x);
+            }
+        }
+    }
 }

@@ -59,6 +59,7 @@ library = native.load(
         "linear_integers": [POINTER(Linear)],
         "argmax_integers": [POINTER(Linear), c_void_p, c_void_p],
         "mlp_integers": [POINTER(Mlp)],
+        "gather_integers": [POINTER(Weight), c_void_p, c_int64, c_void_p],
         "pack_integers": [c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int32, c_uint8, c_void_p, c_int64],
     },
 )
@@ -78,3 +79,7 @@ def pack(values: Tensor, tiled: Tensor, deep: int, bits: int, rest: int) -> None
         values.data_ptr(), values.stride(0), columns, depth, len(tiled), deep, bits, rest, tiled.data_ptr(),
         native.num_threads(),
     )  # fmt: skip
+
+
+def gather(weight: Weight, ids: Tensor, out: Tensor) -> None:
+    library.gather_integers(weight, ids.data_ptr(), len(ids), out.data_ptr())  # type: ignore[union-attr]
