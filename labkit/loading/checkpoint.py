@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +35,7 @@ def resolve(source: str | Path) -> Path:
     """The folder of a model: a local one, or one that a hub's client brings. Of a model in GGUF, its file.
 
     `hf:org/name` (or plain `org/name`) goes through huggingface_hub, which reads HF_ENDPOINT, HF_HOME and
-    HF_HUB_OFFLINE; `ms:org/name` through modelscope.
+    HF_HUB_OFFLINE; `ms:org/name` through modelscope. `org/name:Q4_K_M` is the GGUF file of that type.
     """
     if not isinstance(source, (str, Path)) or not str(source):
         raise ValueError(f"a model is a folder, a .gguf file, 'hf:org/name' or 'ms:org/name', got {source!r}")
@@ -68,17 +69,33 @@ def gguf_of(folder: Path) -> Path | None:
     return models[0]
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(given: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    name, _, type = given.partition(":")
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+    if type:
+        wanted = [f"*{case}*.gguf" for case in (type, type.lower(), type.upper())]
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        folder = Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # many kinds: offline, missing, gated
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        kind = error.__class__.__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else kind
         raise ValueError(
-            f"model {name!r}: there is no such folder here, and the hub did not give it "
-            f"({type(error).__name__}: {reason})"
+            f"model {given!r}: there is no such folder here, and the hub did not give it ({kind}: {reason})"
         ) from error
+    return _of_type(folder, given, type) if type else folder
+
+
+def _of_type(folder: Path, given: str, type: str) -> Path:
+    """The one file of this type among what the hub gave, or has given before."""
+    ends = re.compile(rf"(^|[-._]){re.escape(type)}(-\d+-of-\d+)?\.gguf$", re.IGNORECASE)
+    files = sorted(path for path in folder.rglob("*.gguf") if ends.search(path.name))
+    files = [path for path in files if "-of-" not in path.stem or "-00001-of-" in path.stem]
+    if len(files) != 1:
+        found = ", ".join(path.name for path in files) or "none"
+        raise ValueError(f"model {given!r}: one GGUF file of type {type!r} is wanted, the hub has {found}")
+    return files[0]
 
 
 def _from_modelscope(name: str) -> Path:

@@ -12,7 +12,7 @@ from labkit_kernels import Integers
 from torch import Tensor
 
 from labkit.loading.dense import Dense
-from labkit.loading.format import JoinedLinear, Linear, LinearSpec, Piece, Shard, Tensors
+from labkit.loading.format import JoinedLinear, Linear, LinearSpec, Piece, Shard, Tensors, Units
 from labkit.loading.gguf import GGUFFile
 from labkit.loading.gguf_blocks import BlockType
 from labkit.loading.integers import IntegerLinear, available
@@ -39,6 +39,15 @@ class GGUFBlocks:
 
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return self.dense.layer(weight, bias)
+
+    def embedding(self, tensors: Tensors, name: str) -> IntegerLinear | None:
+        """Rows are looked up in the blocks that the file has, and a tied head multiplies by them."""
+        rows, size = tensors.size(f"{name}.weight")
+        spec = LinearSpec({name: (Units(rows),)}, Units(size))
+        [piece] = spec.pieces(Shard())
+        if not _has_kernels(tensors) or self._kind(piece) is None:
+            return None
+        return self._read(tensors, [piece], False)
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         if not _has_kernels(tensors):

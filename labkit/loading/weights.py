@@ -74,6 +74,17 @@ class Weights:
         self.num_parameters += tensor.numel()
         return tensor
 
+    def embedding(self, name: str, rows: int, size: int) -> Tensor | Linear:
+        """A table of rows that are looked up; a layer, where the format keeps one that `outputs` looks them up in."""
+        keep = getattr(self.format, "embedding", None)
+        if keep is None or self.size(f"{name}.weight") != (rows, size):
+            return self.get(f"{name}.weight", rows, size)
+        layer = keep(self, name)
+        if layer is None:
+            return self.get(f"{name}.weight", rows, size)
+        self.num_parameters += layer.num_parameters
+        return layer
+
     def skip(self, name: str) -> None:
         """Another rank reads this tensor."""
         self.taken.add(name)

@@ -232,7 +232,7 @@ class Decoder:
         self.ops = Ops(device, dtype, deterministic)
         weights = Weights(source, dtype, device, format_of(config, deterministic, quantization, source))
         weights.check()
-        embedding = weights.get("model.embed_tokens.weight", self.vocab_size, self.hidden_size)
+        embedding = weights.embedding("model.embed_tokens", self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
             Layer(weights, f"model.layers.{i}", i, shape, self.tables[shape.layer_types[i]] if rope else None, self.ops)
@@ -241,12 +241,13 @@ class Decoder:
         self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
         self.norm = Norm(weights, "model.norm", shape, self.ops)
         self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
-        if self.tied:
-            self.head: Linear = weights.format.layer(embedding)
-        else:
+        if not self.tied:
             self.head = weights.linear({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size))
-        in_head = self.tied and isinstance(self.head, IntegerLinear)  # half of the memory, and once instead of twice
-        self.embedding = None if in_head else embedding
+        else:
+            self.head = weights.format.layer(embedding) if isinstance(embedding, Tensor) else embedding
+        if self.tied and isinstance(self.head, IntegerLinear):
+            embedding = self.head  # half of the memory or less, and once instead of twice
+        self.embedding: Tensor | Linear = embedding
         self.num_parameters = weights.num_parameters
         check_taken(source, weights.taken, repr(source))
 
@@ -266,8 +267,10 @@ class Decoder:
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight once."""
-        if self.embedding is not None:
+        if isinstance(self.embedding, Tensor):
             yield self.embedding
+        elif self.embedding is not self.head:
+            yield from self.embedding.tensors()
         for part in (*self.layers, self.norm):
             yield from part.tensors()
         for tensor in self.head.tensors():
@@ -279,9 +282,9 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden size]."""
-        if self.embedding is None:
-            return self.head.outputs(token_ids)  # type: ignore[attr-defined]
-        return F.embedding(token_ids, self.embedding)
+        if isinstance(self.embedding, Tensor):
+            return F.embedding(token_ids, self.embedding)
+        return self.embedding.outputs(token_ids)  # type: ignore[attr-defined]
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         return self.through(self.inputs(batch), batch, caches, capture)

@@ -134,3 +134,31 @@ def test_loading_takes_no_more_memory_than_the_weights_and_one_shard(tmp_path):
     found = subprocess.run([sys.executable, "-c", MEASURE, tmp_path], capture_output=True, text=True, check=True)
     grown, size = map(float, found.stdout.split())
     assert size > 200 and grown < size + 40 + 60, f"{grown:.0f} MiB for {size:.0f} MiB of weights"
+
+
+def test_a_gguf_file_of_a_hub_is_named_by_its_type(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    from labkit.loading.checkpoint import resolve
+
+    asked = []
+    for name in (
+        "m-Q4_0.gguf",
+        "m-iq4_0.gguf",
+        "m.q8_0.gguf",
+        "m-Q6_K-00001-of-00002.gguf",
+        "m-Q6_K-00002-of-00002.gguf",
+    ):
+        (tmp_path / name).write_bytes(b"")
+
+    def download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("org/m:Q4_0").name == "m-Q4_0.gguf"
+    assert asked == [("org/m", ["*Q4_0*.gguf", "*q4_0*.gguf", "*Q4_0*.gguf"])]
+    assert resolve("hf:org/m:q8_0").name == "m.q8_0.gguf"
+    assert resolve("org/m:Q6_K").name == "m-Q6_K-00001-of-00002.gguf"
+    with pytest.raises(ValueError, match="'org/m:Q5_K_M': one GGUF file of type 'Q5_K_M' is wanted, the hub has none"):
+        resolve("org/m:Q5_K_M")

@@ -127,7 +127,9 @@ def test_blocks_stay_quantized_where_there_are_kernels(type, tmp_path):
     loaded = load_model(path, dtype="bfloat16", max_model_len=64)
     if not integers.available():
         pytest.skip("this machine has no AVX-512 VNNI, or no compiler")
+    assert loaded.embedding is loaded.head  # which is tied
     for found, expected in [
+        (loaded.head, exact.head.weight),
         (loaded.layers[0].attention.qkv, exact.layers[0].attention.qkv.weight),
         (loaded.layers[0].mlp.up, exact.layers[0].mlp.up.weight),
         (loaded.layers[0].mlp.down, exact.layers[0].mlp.down.weight),

@@ -313,23 +313,26 @@ extern "C" void pack_integers(const uint8_t* values, int64_t stride, int64_t col
         }
 }
 
-// Rows `ids` of a weight of 8 bits whose inputs are in order, as bfloat16 [n, depth].
+// Rows `ids` of a weight whose inputs are in order, as bfloat16 [n, depth].
 extern "C" void gather_integers(const Weight* weight, const int64_t* ids, int64_t n, uint16_t* out) {
     const Weight& w = *weight;
+    const int64_t deep = w.groups * w.group;
     for (int64_t i = 0; i < n; i++) {
-        const int64_t tile = ids[i] / 16, lane = ids[i] % 16, deep = w.groups * w.group;
-        const int8_t* from = reinterpret_cast<const int8_t*>(w.values) + tile * deep * 16 + lane * 4;
+        const int64_t tile = ids[i] / 16, lane = ids[i] % 16;
+        const uint8_t* from = w.values + tile * deep * 2 * w.bits + lane * 4;
         auto number = [&](const void* of, int64_t g) {
             const int64_t at = (tile * w.groups + g) * 16 + lane;
             return w.half ? half_to_float(static_cast<const uint16_t*>(of)[at]) : static_cast<const float*>(of)[at];
         };
+        auto integer = [&](int64_t d) -> int {
+            if (w.bits == 8) return static_cast<int8_t>(from[d / 4 * 64 + d % 4]);
+            const uint8_t both = from[d / 8 * 64 + d % 4];
+            return w.table[d / 4 % 2 ? both >> 4 : both & 15];
+        };
         for (int64_t g = 0; g * w.group < w.depth; g++) {
             const float scale = number(w.scales, g), offset = w.offsets ? number(w.offsets, g) : 0.f;
             const int64_t end = std::min(w.depth, (g + 1) * w.group);
-            for (int64_t d = g * w.group; d < end; d++) {
-                const float x = from[d / 4 * 64 + d % 4] * scale + offset;
-                out[i * w.depth + d] = to_bfloat16(x);
-            }
+            for (int64_t d = g * w.group; d < end; d++) out[i * w.depth + d] = to_bfloat16(integer(d) * scale + offset);
         }
     }
 }
