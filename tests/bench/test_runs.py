@@ -188,7 +188,7 @@ def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, tmp_path):
 def test_a_backend_names_its_quantization(monkeypatch):
     from labkit.bench import process
 
-    with pytest.raises(ValueError, match=r"unknown backend 'vllm:int8'; there are .*labkit:QUANTIZATION"):
+    with pytest.raises(ValueError, match=r"unknown backend 'vllm:int8'; there are .*BACKEND:QUANTIZATION"):
         process.Backend("vllm:int8", "model")
     seen = []
     monkeypatch.setenv("LABKIT_BENCH_VERBOSE", "1")
