@@ -143,9 +143,9 @@ class Engine(Background, Shown):
             elif self.is_running and not self._is_here:
                 self._check_fits(handle)
                 assert self.worker is not None
-                self.worker.post(lambda: self._enter(handle, quiet=True))
+                self.worker.post(lambda: self._enter_in_turn(handle, quiet=True))
             else:
-                self._call(lambda: self._enter(handle))
+                self._call(lambda: self._enter_in_turn(handle))
         except BaseException:
             for name in family:
                 self.arriving.pop(name, None)

@@ -68,6 +68,11 @@ class Loop:
         self._num_enqueued += 1
         heapq.heappush(self._arrivals, (handle.arrival, self._num_enqueued, handle))
 
+    def _enter_in_turn(self, handle: Handle, quiet: bool = False) -> None:
+        """Those whose time came before go first."""
+        self._let_arrive()
+        self._enter(handle, quiet)
+
     def _enter(self, handle: Handle, quiet: bool = False) -> None:
         """From here on the scheduler owns the request."""
         for member in (handle, *handle.samples):

@@ -44,6 +44,15 @@ def test_a_virtual_clock_jumps_to_the_next_arrival():
     assert_right(eng, request)
 
 
+def test_who_arrived_before_goes_before_who_comes_now():
+    eng = engine()
+    eng.submit([1], params(1), arrival=1.0, id="due")
+    eng.clock.wait_until(2_000_000_000)
+    eng.submit([1], params(1), id="now")
+    eng.run()
+    assert [event.request for event in eng.log.events("Submitted")] == ["due", "now"]
+
+
 def test_arrivals_come_in_order_of_time_and_ids_stay_unique():
     eng = engine(max_num_seqs=1)
     eng.submit([1], params(1), arrival=2.0, id="late")
