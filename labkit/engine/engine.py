@@ -10,6 +10,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from labkit.clock import Clock, WallClock
@@ -88,6 +89,7 @@ class Engine(Background, Shown):
         assert scheduler is not None and runner is not None
         super().__init__(scheduler, runner, clock if clock is not None else WallClock(), worker)
         self.tokenizer = tokenizer
+        self.model_name = str(model) if isinstance(model, (str, PathLike)) else None
         self._num_made = 0
         self.lock = threading.Lock()  # held while ids are assigned
         self.closed: LeakReport | None = None  # the report of close()

@@ -1,0 +1,219 @@
+"""One API call in flight: from prompts and a body's sampling fields to a feed, and from the feed to growing answers.
+
+Completions and chats differ in how they write an answer. How it is admitted, read, counted and failed is here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+from starlette.requests import Request
+
+from labkit.core.params import SamplingParams
+from labkit.core.request import Status
+from labkit.engine.handle import Handle
+from labkit.server.bridge import Feed
+from labkit.server.errors import ApiError, clean, of_value, overloaded
+from labkit.server.pieces import Growing
+from labkit.server.sampling import Sampling
+from labkit.server.service import Service, new_id
+from labkit.text.grammar import Grammar
+from labkit.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
+LONG_TEXT = 20_000  # characters that are encoded beside the event loop
+_SAFE_ID = re.compile(r"[\w.:-]{1,128}")
+
+
+class Piece(NamedTuple):
+    """What is new of one answer."""
+
+    index: int
+    text: str
+    tokens: list[int]
+    start: int  # tokens before these
+    ended: bool
+
+
+class Call:
+    """The answers of one call; `n` for each prompt, in order."""
+
+    def __init__(self, service: Service, feed: Feed, id: str, model: str, n: int, note: dict[str, Any]) -> None:
+        self.service, self.feed, self.id, self.model, self.n, self.note = service, feed, id, model, n, note
+        self.answers = [Growing(member.handle, service.tokenizer) for member in feed.members]
+
+    def parent(self, index: int) -> Handle:
+        """The request whose prompt this answer continues: it has the prompt's logprobs and its cache hits."""
+        return self.answers[index - index % self.n].handle
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """What is new, until everything has ended. Raises an ApiError if one of the requests fails."""
+        while not self.feed.has_ended:
+            found = []
+            for index, tokens, ended in await self.feed.read():
+                answer = self.answers[index]
+                if ended:
+                    check_ended(answer.handle)
+                start = len(answer.token_ids)
+                found.append(Piece(index, answer.feed(tokens, ended), tokens, start, ended))
+            yield found
+        self.note["tokens"] = self.counts()
+
+    async def texts(self) -> list[str]:
+        """All answers, complete."""
+        found = [""] * len(self.answers)
+        async for pieces in self.pieces():
+            for piece in pieces:
+                found[piece.index] += piece.text
+        return found
+
+    def counts(self) -> tuple[int, int]:
+        prompt = sum(len(answer.handle.prompt) for answer in self.answers[:: self.n])
+        return prompt, sum(len(answer.token_ids) for answer in self.answers)
+
+    def usage(self) -> dict[str, Any]:
+        prompt, output = self.counts()
+        cached = sum(answer.handle.num_cached for answer in self.answers[:: self.n])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output,
+            "total_tokens": prompt + output,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+
+def check_ended(handle: Handle) -> None:
+    """A request that was rejected or has failed has no answer."""
+    if handle.status is Status.REJECTED:
+        reason = handle.error or handle.finish_reason or "rejected"
+        raise overloaded("the queue is full: try again later") if "queue is full" in reason else ApiError(clean(reason))
+    if handle.error is not None:
+        raise ApiError(f"the engine could not finish this request: {clean(handle.error)}", status=500)
+
+
+# -- the way in ------------------------------------------------------------------------------------------------------
+
+
+async def encode(service: Service, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    tokenizer = service.tokenizer
+    if not hasattr(tokenizer, "encode"):
+        raise ApiError("this engine has no tokenizer: send token ids", param="prompt")
+    more = {"add_special_tokens": add_special_tokens} if isinstance(tokenizer, Tokenizer) else {}
+    length = sum(len(text) for text in texts)
+    return await apart(lambda: [tokenizer.encode(text, **more) for text in texts], length > LONG_TEXT)
+
+
+async def apart(function: Callable[[], T], is_long: bool) -> T:
+    """Call a function; one that takes long, in a thread of its own."""
+    try:
+        return await asyncio.to_thread(function) if is_long else function()
+    except (UnicodeError, TypeError, OverflowError):
+        raise ApiError("the text cannot be encoded: it must be valid Unicode") from None
+
+
+def cut(ids: list[int], most: int | None, room: int) -> list[int]:
+    """The last `most` tokens; -1 means as many as the model takes."""
+    if most is None:
+        return ids
+    most = room - 1 if most == -1 else most
+    return ids[-most:] if most else []
+
+
+def room_for(service: Service, num_prompt: int, max_tokens: int | None, param: str) -> int:
+    """How many tokens this request may produce."""
+    room = service.room
+    if num_prompt + (max_tokens or 1) > room:
+        asked = f" and {max_tokens} tokens of an answer" if max_tokens is not None else ""
+        raise ApiError(
+            f"This model's maximum context length is {room} tokens. However, you requested {num_prompt} tokens of a "
+            f"prompt{asked}. Please reduce the length of the input or of the answer.",
+            param="max_tokens" if max_tokens is not None and num_prompt < room else param,
+        )
+    limit = service.settings.default_sampling.get("max_tokens")
+    return max_tokens or (room - num_prompt if limit is None else min(limit, room - num_prompt))
+
+
+async def admit(
+    service: Service,
+    request: Request,
+    body: Sampling,
+    prompts: Sequence[list[int]],
+    max_tokens: int | None,
+    *,
+    prefix: str,
+    param: str,
+    change: Mapping[str, Any] | None = None,
+) -> Call:
+    """Submit the prompts with the body's sampling fields, changed by `change`. `param` is the field of the prompts."""
+    model = service.check_model(body.model)
+    for ids in prompts:
+        if not ids:
+            raise ApiError(f"{param} is empty: a request needs at least one token", param=param)
+    defaults = {name: value for name, value in service.settings.default_sampling.items() if name != "max_tokens"}
+    each = [room_for(service, len(ids), max_tokens, param) for ids in prompts]
+    grammar = await compile_form(service, body)
+    try:
+        made = {most: _params(body, most, defaults, grammar, change or {}) for most in set(each)}
+        id, names = _names(request, body, prefix, len(prompts))
+        feed = service.submit(
+            prompts, [made[most] for most in each], ids=names, priority=body.priority or 0, salt=body.cache_salt
+        )
+    except ValueError as error:
+        raise of_value(error, type(body).model_fields, {"prompt": param}) from None
+    except RuntimeError as error:
+        raise ApiError(clean(str(error)), status=503) from None
+    note = request.scope["state"]
+    note["id"] = id
+    return Call(service, feed, id, model, feed_samples(made), note)
+
+
+def feed_samples(made: Mapping[int, SamplingParams]) -> int:
+    return next(iter(made.values())).n
+
+
+def _params(
+    body: Sampling, max_tokens: int, defaults: Mapping[str, Any], grammar: Grammar | None, change: Mapping[str, Any]
+) -> SamplingParams:
+    params = body.params(max_tokens, defaults)
+    if grammar is not None:
+        params = replace(params, structured_outputs=None, logits_processors=(grammar,))
+    return replace(params, **change) if change else params
+
+
+def _names(request: Request, body: Sampling, prefix: str, num: int) -> tuple[str, list[str]]:
+    """The call's id, after the client's own if it gave one, and those of its requests in the engine."""
+    given = body.request_id or request.headers.get("x-request-id")
+    if given is not None and _SAFE_ID.fullmatch(given):
+        id, name = f"{prefix}-{given}", new_id(f"{prefix}-{given}")
+    else:
+        id = name = new_id(prefix)
+    return id, [name] if num == 1 else [f"{name}-{i}" for i in range(num)]
+
+
+async def compile_form(service: Service, body: Sampling) -> Grammar | None:
+    """The grammar of the answer, if it must have a form. Compiled beside the event loop, within a time limit."""
+    form = body.form()
+    if form is None:
+        return None
+    engine, tokenizer = service.engine, service.tokenizer
+    if body.ignore_eos or body.min_tokens:
+        name = "ignore_eos" if body.ignore_eos else "min_tokens"
+        raise ApiError(f"{name} cannot go with a form of the answer: it ends where its form ends", param=name)
+    if not isinstance(tokenizer, Tokenizer):
+        raise ApiError("a form of the answer needs a model's tokenizer; this engine has none")
+    field = next(n for n in (*FORM_FIELDS, "response_format") if getattr(body, n) is not None)
+    make = asyncio.to_thread(Grammar, form, tokenizer, engine.runner.vocab_size, engine.runner.eos_token_ids)
+    limit = service.settings.max_seconds_to_compile
+    try:
+        return await asyncio.wait_for(make, limit)
+    except TimeoutError:
+        raise ApiError(f"{field} takes longer than {limit:g} s to compile: simplify it", param=field) from None
+    except ValueError as error:
+        raise ApiError(clean(str(error)).replace("structured_outputs", field, 1), param=field) from None
+
+
+FORM_FIELDS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")

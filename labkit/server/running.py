@@ -1,0 +1,182 @@
+"""Runs the application: uvicorn with bounded headers and an orderly end, in this thread or in one of its own.
+
+Stopping: no new connections, then up to `shutdown_timeout` seconds for what runs, then an error event to what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from labkit.core.shown import Shown
+from labkit.engine.engine import Engine
+from labkit.server.app import make_app
+from labkit.server.service import Service
+from labkit.server.settings import Settings
+
+MOST_HEADER_BYTES = 65536
+LAST_SECONDS = 5  # for connections to close once their streams were ended
+log = logging.getLogger("labkit.server")
+
+
+class Bounded(HttpToolsProtocol):
+    """HTTP/1.1 with an upper bound on the bytes of a request's line and headers."""
+
+    num_header_bytes = 0
+    in_headers = True
+
+    def on_message_begin(self) -> None:
+        self.num_header_bytes, self.in_headers = 0, True
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.in_headers = False
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        if self.in_headers:
+            self.num_header_bytes += len(data)
+        super().data_received(data)
+        if self.in_headers and self.num_header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("the headers are too large")
+
+
+class Serving(uvicorn.Server):
+    """A uvicorn server that drains, ends with the engine, and says when it is ready."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] | None = None) -> None:
+        super().__init__(config)
+        self.service = service
+        self.on_start = on_start
+        self.engine_died = False
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.on_start is not None:
+            self.on_start()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.service.is_dead and not self.should_exit:
+            log.error("the engine has stopped; so does the server")
+            self.engine_died = True
+            self.service.end_all("the engine has stopped")
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.service.is_stopping = True
+        seconds = 0.0 if self.engine_died else self.service.settings.shutdown_timeout
+        end = asyncio.get_running_loop().call_later(seconds, self.service.end_all, "the server is shutting down")
+        try:
+            await super().shutdown(sockets)
+        finally:
+            end.cancel()
+
+
+def configure(app: Starlette, service: Service, **options: Any) -> uvicorn.Config:
+    """uvicorn's settings. Its access log is off: the guard writes one line for each request, with its id."""
+    timeout = int(service.settings.shutdown_timeout) + LAST_SECONDS
+    given = {"log_config": None, "access_log": False, "server_header": False, "ws": "none", "lifespan": "on"}
+    return uvicorn.Config(
+        app, http=Bounded, timeout_graceful_shutdown=timeout, proxy_headers=False,
+        root_path=service.settings.root_path, **given | options,
+    )  # fmt: skip
+
+
+class Server(Shown):
+    """A running server on a thread of its own. `url` is its address, `stop()` ends it.
+
+    >>> import labkit as lk
+    >>> server = lk.serve(lk.Engine(num_blocks=256))
+    >>> server.url
+    'http://127.0.0.1:43211'
+    >>> server.stop()
+    """
+
+    def __init__(self, service: Service, engine: Engine, host: str, port: int, owns_engine: bool) -> None:
+        self.service, self.engine, self._owns_engine = service, engine, owns_engine
+        self._ready = threading.Event()
+        self._error: BaseException | None = None
+        self._socket = _bind(host, port)
+        self.host, self.port = host, self._socket.getsockname()[1]
+        config = configure(make_app(service), service, host=host, port=self.port)
+        self._serving = Serving(config, service, self._ready.set)
+        self.thread = threading.Thread(target=self._run, name=f"labkit-server-{self.port}", daemon=True)
+        self.thread.start()
+        self._ready.wait()
+        if self._error is not None:
+            raise RuntimeError(f"the server did not start: {self._error}") from self._error
+
+    def _run(self) -> None:
+        try:
+            self._serving.run(sockets=[self._socket])
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._ready.set()
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that requests may use as `model`."""
+        return self.service.names
+
+    @property
+    def num_open(self) -> int:
+        """Requests being served."""
+        return self.service.num_open
+
+    @property
+    def is_running(self) -> bool:
+        return self.thread.is_alive()
+
+    def __repr__(self) -> str:
+        state = f"{self.num_open} open" if self.is_running else "stopped"
+        return f"Server({self.url}: {', '.join(self.names)}, {state})"
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Take no more requests, and wait up to `timeout` seconds (by default the server's shutdown_timeout) for those
+        that run. The engine stays open, unless the server made it."""
+        if timeout is not None:
+            object.__setattr__(self.service.settings, "shutdown_timeout", float(timeout))
+        self._serving.should_exit = True
+        self.thread.join()
+        if self._owns_engine:
+            self.engine.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+
+def start(engine: Any, *, host: str, port: int, **settings: Any) -> Server:
+    made = Settings(**settings)
+    owns = engine is None or isinstance(engine, str)
+    engine = Engine(engine) if owns else getattr(engine, "engine", engine)
+    return Server(Service(made, engine), engine, host, port, owns)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return found

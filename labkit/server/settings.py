@@ -1,0 +1,70 @@
+"""How a server behaves towards its clients: names, keys, bounds, times. Knows nothing of the engine's own options."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from labkit.core.options import flag, named_options, real, whole
+from labkit.core.params import MOST_LOGPROBS
+
+MIB = 2**20
+
+
+@named_options
+@dataclass(frozen=True)
+class Settings:
+    """`served_model_name` is one name or several; without it, the engine's own. With `api_key` (one or several) every
+    route but /health and /ping asks for `Authorization: Bearer KEY`. At most `max_waiting` requests wait for a first
+    token; more are answered 503. `max_logprobs` bounds logprobs and top_logprobs, `max_body` the bytes of a body,
+    `max_prompts` the prompts of a call. When the server is stopped, what runs has `shutdown_timeout` seconds to end.
+    `default_sampling` holds sampling parameters for requests that name none. `chat_template` replaces the model's.
+    """
+
+    served_model_name: tuple[str, ...] | list[str] | str = ()
+    api_key: tuple[str, ...] | list[str] | str = field(default=(), repr=False)
+    max_waiting: int = 4096
+    max_logprobs: int = 20
+    max_body: int = 32 * MIB
+    max_prompts: int = 2048
+    max_seconds_to_compile: float = 10.0
+    shutdown_timeout: float = 20.0
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    response_role: str = "assistant"
+    log_requests: bool = True
+    allowed_origins: tuple[str, ...] | list[str] = ()
+    allowed_methods: tuple[str, ...] | list[str] = ("*",)
+    allowed_headers: tuple[str, ...] | list[str] = ("*",)
+    allow_credentials: bool = False
+    root_path: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name in ("max_waiting", "max_body", "max_prompts"):
+            whole(name, getattr(self, name), least=1, most=2**40)
+        whole("max_logprobs", self.max_logprobs, least=0, most=MOST_LOGPROBS)
+        for name in ("shutdown_timeout", "max_seconds_to_compile"):
+            real(name, getattr(self, name), least=0.0, most=86400.0)
+        for name in ("log_requests", "allow_credentials"):
+            flag(name, getattr(self, name))
+        if not isinstance(self.default_sampling, Mapping):
+            raise ValueError(f"default_sampling maps names to values, got {self.default_sampling!r}")
+
+    @property
+    def key_hashes(self) -> tuple[bytes, ...]:
+        return tuple(hash_of(key.encode()) for key in self.api_key)
+
+
+def hash_of(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _names(name: str, given: Any) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else tuple(given)
+    if not all(isinstance(one, str) and one for one in names):
+        raise ValueError(f"{name} must be one or several non-empty strings")
+    return names
