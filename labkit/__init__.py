@@ -37,6 +37,7 @@ _HOME = {
     "Engine": "engine.engine",
     "StalledError": "engine.loop",
     "LLM": "llm",
+    "serve": "server",
     "BeamSearchParams": "engine.beams",
     "parse_benchmark_output": "bench.metrics",
     "calculate_performance_improvement": "bench.metrics",
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
+    from .server import serve
     from .study import workloads
     from .study.calibrate import calibrate
     from .study.experiment import Experiment

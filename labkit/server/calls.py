@@ -133,7 +133,7 @@ def room_for(service: Service, num_prompt: int, max_tokens: int | None, param: s
             f"prompt{asked}. Please reduce the length of the input or of the answer.",
             param="max_tokens" if max_tokens is not None and num_prompt < room else param,
         )
-    limit = service.settings.default_sampling.get("max_tokens")
+    limit = service.sampling.get("max_tokens")
     return max_tokens or (room - num_prompt if limit is None else min(limit, room - num_prompt))
 
 
@@ -153,7 +153,7 @@ async def admit(
     for ids in prompts:
         if not ids:
             raise ApiError(f"{param} is empty: a request needs at least one token", param=param)
-    defaults = {name: value for name, value in service.settings.default_sampling.items() if name != "max_tokens"}
+    defaults = {name: value for name, value in service.sampling.items() if name != "max_tokens"}
     each = [room_for(service, len(ids), max_tokens, param) for ids in prompts]
     grammar = await compile_form(service, body)
     try:

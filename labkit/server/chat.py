@@ -117,7 +117,7 @@ async def prompt_of(service: Service, body: Conversation) -> list[int]:
             )
         body.add_generation_prompt = False
     messages = [_plain(i, message) for i, message in enumerate(body.messages)]
-    more = dict(body.chat_template_kwargs or {})
+    more = {**service.settings.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
     for name in ("documents", "reasoning_effort"):
         if (value := getattr(body, name)) is not None:
             more.setdefault(name, value)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -50,35 +52,70 @@ class Bounded(HttpToolsProtocol):
 
 
 class Serving(uvicorn.Server):
-    """A uvicorn server that drains, ends with the engine, and says when it is ready."""
+    """A uvicorn server that loads an engine while it listens, drains, and ends with the engine."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, on_start: Callable[[], None] | None = None) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self.service = service
-        self.on_start = on_start
-        self.engine_died = False
+        self.load: Callable[[], Engine] | None = None  # called in a thread once the server listens
+        self.on_ready: Callable[[Engine], None] = lambda engine: None
+        self.failure: BaseException | None = None  # of loading
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started and self.on_start is not None:
-            self.on_start()
+        if not self.started:
+            return
+        if self.load is None:
+            self.on_ready(self.service.engine)
+        else:
+            loop = asyncio.get_running_loop()
+            threading.Thread(target=self._load, args=(loop,), name="labkit-load", daemon=True).start()
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self.load is not None
+        try:
+            engine = self.load()
+        except BaseException as error:
+            self.failure, self.should_exit = error, True
+            return
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(self._use, engine)
+
+    def _use(self, engine: Engine) -> None:
+        self.service.use(engine)
+        self.service.hub()
+        self.on_ready(engine)
 
     async def on_tick(self, counter: int) -> bool:
         if self.service.is_dead and not self.should_exit:
-            log.error("the engine has stopped; so does the server")
-            self.engine_died = True
+            log.error("the engine has stopped, and so does the server")
             self.service.end_all("the engine has stopped")
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.service.is_stopping = True
-        seconds = 0.0 if self.engine_died else self.service.settings.shutdown_timeout
+        seconds = 0.0 if self.service.is_dead else self.service.settings.shutdown_timeout
+        if self.service.num_open:
+            log.info("shutting down: %d requests have %g s to end", self.service.num_open, seconds)
         end = asyncio.get_running_loop().call_later(seconds, self.service.end_all, "the server is shutting down")
         try:
             await super().shutdown(sockets)
         finally:
             end.cancel()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask for an orderly end, after which the process has its own exit status."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def configure(app: Starlette, service: Service, **options: Any) -> uvicorn.Config:
@@ -105,10 +142,11 @@ class Server(Shown):
         self.service, self.engine, self._owns_engine = service, engine, owns_engine
         self._ready = threading.Event()
         self._error: BaseException | None = None
-        self._socket = _bind(host, port)
+        self._socket = bind(host, port)
         self.host, self.port = host, self._socket.getsockname()[1]
-        config = configure(make_app(service), service, host=host, port=self.port)
-        self._serving = Serving(config, service, self._ready.set)
+        config = configure(make_app(service), service)
+        self._serving = Serving(config, service)
+        self._serving.on_ready = lambda engine: self._ready.set()
         self.thread = threading.Thread(target=self._run, name=f"labkit-server-{self.port}", daemon=True)
         self.thread.start()
         self._ready.wait()
@@ -170,7 +208,7 @@ def start(engine: Any, *, host: str, port: int, **settings: Any) -> Server:
     return Server(Service(made, engine), engine, host, port, owns)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from labkit.core.params import SamplingParams
@@ -17,6 +17,7 @@ from labkit.core.scheduling.scheduler import RejectedError
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.server.bridge import Feed, Hub, is_alive
+from labkit.server.defaults import sampling_defaults
 from labkit.server.errors import ApiError, clean, overloaded
 from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings
@@ -37,6 +38,7 @@ class Service:
         self._hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
         self._started_here = False
         self.tokenizer: Any = None
+        self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
         self.names: tuple[str, ...] = tuple(settings.served_model_name)
         if engine is not None:
             self.use(engine)
@@ -54,7 +56,18 @@ class Service:
             self.tokenizer = Tokenizer(self.tokenizer.backend, self.tokenizer.config, self.settings.chat_template)
         self.texts = TokenTexts(self.tokenizer)
         self.names = tuple(self.settings.served_model_name) or (engine.model_name or UNNAMED,)
+        if self.defaults is None:
+            self.defaults = sampling_defaults(engine.model_name)
         self._engine = engine
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._engine is not None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Sampling parameters for requests that name none."""
+        return {**(self.defaults or {}), **self.settings.default_sampling}
 
     @property
     def engine(self) -> Engine:

@@ -33,6 +33,7 @@ class Settings:
     shutdown_timeout: float = 20.0
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_role: str = "assistant"
     log_requests: bool = True
     allowed_origins: tuple[str, ...] | list[str] = ()
@@ -51,8 +52,9 @@ class Settings:
             real(name, getattr(self, name), least=0.0, most=86400.0)
         for name in ("log_requests", "allow_credentials"):
             flag(name, getattr(self, name))
-        if not isinstance(self.default_sampling, Mapping):
-            raise ValueError(f"default_sampling maps names to values, got {self.default_sampling!r}")
+        for name in ("default_sampling", "default_chat_template_kwargs"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} maps names to values, got {getattr(self, name)!r}")
 
     @property
     def key_hashes(self) -> tuple[bytes, ...]:
