@@ -15,7 +15,7 @@ from labkit.core.params import MOST_LOGPROBS
 from labkit.server.calls import LONG_TEXT, Call, Piece, admit, apart, cut, encode
 from labkit.server.errors import ApiError
 from labkit.server.http import EventStream, answer, event, read_body, whole
-from labkit.server.pieces import chat_logprobs, prompt_logprobs
+from labkit.server.pieces import chat_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
 from labkit.server.sampling import Count, Refused, Sampling, Text
 from labkit.server.service import Service
@@ -276,7 +276,7 @@ class Writer:
     def _chunk(self, piece: Piece) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous:
             choice = (
-                f'{{"index": {piece.index}, "delta": {{"content": {json.dumps(piece.text)}}}, "logprobs": null, '
+                f'{{"index": {piece.index}, "delta": {{"content": {quoted(piece.text)}}}, "logprobs": null, '
                 '"finish_reason": null}]}\n\n'
             )
             return self.begin + choice.encode()

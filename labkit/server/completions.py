@@ -14,7 +14,7 @@ from labkit.core.params import MOST_LOGPROBS, MOST_SAMPLES
 from labkit.server.calls import Call, Piece, admit, cut, encode
 from labkit.server.errors import ApiError
 from labkit.server.http import EventStream, answer, event, read_body, whole
-from labkit.server.pieces import completion_logprobs, prompt_logprobs
+from labkit.server.pieces import completion_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
 from labkit.server.sampling import Refused, Sampling, Text
 from labkit.server.service import Service
@@ -182,7 +182,7 @@ class Writer:
     def _chunk(self, piece: Piece, first: bool) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous and not (first and self.body.echo):
             choice = (
-                f'{{"index": {piece.index}, "text": {json.dumps(piece.text)}, "logprobs": null, '
+                f'{{"index": {piece.index}, "text": {quoted(piece.text)}, "logprobs": null, '
                 '"finish_reason": null, "stop_reason": null}]}\n\n'
             )
             return self.begin + choice.encode()

@@ -40,6 +40,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         state: dict[str, Any] = scope.setdefault("state", {})
+        state["send"] = send  # for streams: past the layers between, which cost more than the writing
         begin, status = time.perf_counter(), 0
 
         async def sending(message: Message) -> None:

@@ -99,6 +99,7 @@ class EventStream(Response):
                 await failed(error)(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            send = scope["state"].get("send", send)
             await send({"type": "http.response.body", "body": first, "more_body": True})
             last = DONE
             try:

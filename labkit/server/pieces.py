@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from labkit.engine.handle import Handle
 from labkit.text.stream import Text
 from labkit.text.tokenizer import CONTEXT, Tokenizer
 
+quoted: Any = json.encoder.encode_basestring_ascii  # json.dumps of a string, without its preparations
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 REASONS = {"stop string": "stop", "eos": "stop"}  # the others keep their name
 
