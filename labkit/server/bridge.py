@@ -126,8 +126,8 @@ class Hub:
             self._post(News(outputs.serials, outputs.tokens, outputs.ended))  # type: ignore[arg-type]
 
     def _on_ring(self) -> None:
-        """After a step its outputs have said all. Otherwise requests were aborted or rejected, or the engine was rewound
-        or closed."""
+        """After a step its outputs have said all. Otherwise requests were aborted or rejected, or the engine was
+        rewound or closed."""
         if self._stepped:
             self._stepped = False
             return

@@ -1,7 +1,7 @@
 """The one table of `labkit serve`'s flags, under vLLM's names: what each does here.
 
-A flag is served (it sets an option of the engine, of the server, or of the process), harmless (accepted, changes nothing
-here), or refused by name with the reason. Knows nothing of how a command line is read: see `arguments.py`.
+A flag is served (it sets an option of the engine, of the server, or of the process), harmless (accepted, changes
+nothing here), or refused by name with the reason. Knows nothing of how a command line is read: see `arguments.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless(
         "enable-prompt-tokens-details enable-server-load-tracking enable-request-id-headers", "bool", "always on"
     ),
-    *_harmless("disable-log-stats disable-uvicorn-access-log disable-fastapi-docs", "bool", "there is nothing to turn off"),
+    *_harmless("disable-log-stats disable-uvicorn-access-log disable-fastapi-docs", "bool", "is off already"),
     *_harmless("max-log-len", "int", "prompts are not logged"),
     *_harmless("swap-space", "float", "labkit's flag for it is --num-host-blocks"),
     *_harmless("cpu-offload-gb", "float", "weights stay where they are computed", ("0", "0.0")),

@@ -1,7 +1,7 @@
 """What stands before every route: keys, the size of bodies, a request id, and a line of log when an answer is over.
 
-Plain ASGI, so that streams pass through untouched. Decides on `scope["path"]`, which is what is routed; everything needs
-a key but the paths in `OPEN`.
+Plain ASGI, so that streams pass through untouched. Decides on `scope["path"]`, which is what is routed; everything
+needs a key but the paths in `OPEN`.
 """
 
 from __future__ import annotations
