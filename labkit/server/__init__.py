@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from labkit.server.running import Server
 
-PACKAGES = ("starlette", "pydantic", "uvicorn", "yaml")
+PACKAGES = ("starlette", "pydantic", "uvicorn", "httptools", "yaml")
 
 
 def build_app(engine: Any, **settings: Any) -> Starlette:

@@ -78,6 +78,7 @@ FLAGS: tuple[Flag, ...] = (
     _server("served-model-name", "list", "names that requests may use as model"),
     _server("api-key", "list", "keys that open every route but /health and /ping (also VLLM_API_KEY)"),
     _server("max-waiting", "int", "requests that may wait; more are answered 503"),
+    _server("stream-interval", "int", "tokens in a chunk of a stream after its first (1)"),
     _server("max-logprobs", "int", "most logprobs of a token"),
     _server("chat-template", "str", "a file with a chat template, or the template itself"),
     _server("default-chat-template-kwargs", "json", "variables of the chat template"),

@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from labkit.server.errors import ApiError
-from labkit.server.http import failed
+from labkit.server.http import NOTE, failed
 from labkit.server.service import Service
 from labkit.server.settings import hash_of
 
@@ -39,7 +39,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state: dict[str, Any] = scope.setdefault("state", {})
+        state: dict[str, Any] = {}  # of this request alone: a server may share scope["state"]
+        scope[NOTE] = state
         state["send"] = send  # for streams: past the layers between, which cost more than the writing
         begin, status = time.perf_counter(), 0
 

@@ -113,7 +113,7 @@ class Service:
             if not self.engine.is_running and not self._hubs:
                 self.engine.start()
                 self._started_here = True
-            hub = self._hubs[loop] = Hub(self.engine, loop)
+            hub = self._hubs[loop] = Hub(self.engine, loop, self.settings.stream_interval)
         return hub
 
     def submit(

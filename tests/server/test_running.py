@@ -12,7 +12,7 @@ import pytest
 
 import labkit as lk
 from labkit.cli import main
-from tests.server.talk import Gate, gated, post, read_all, until
+from tests.server.talk import Gate, events, gated, post, read_all, until
 
 DIES = """
 import sys, threading, time
@@ -137,6 +137,16 @@ def test_settings_are_checked(settings):
     with pytest.raises(TypeError, match="needs an Engine or an LLM"):
         lk.serve(object())
     engine.close()
+
+
+def test_chunks_hold_several_tokens_after_the_first_if_asked_for():
+    engine = gated(lk.FakeRunner(seed=0))
+    with lk.serve(engine, stream_interval=4) as server:
+        body = {"prompt": [1, 2], "max_tokens": 10, "ignore_eos": True, "stream": True, "return_token_ids": True}
+        chunks = events(httpx.post(f"{server.url}/v1/completions", json=body).text)[:-1]
+    engine.close()
+    counts = [len(chunk["choices"][0]["token_ids"]) for chunk in chunks]
+    assert sum(counts) == 10 and len(counts) <= 4
 
 
 def test_the_engine_and_its_package_need_no_http():
