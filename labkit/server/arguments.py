@@ -166,7 +166,7 @@ def _template(given: str) -> str:
 
 
 def _from_file(path: Path) -> dict[str, list[str]]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
