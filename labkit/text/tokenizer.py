@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from labkit.text.limits import render
+
 HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
 LONGEST = 4  # bytes of a character
 CONTEXT = 6  # prompt tokens that a stream is shown, so that a first space or a joined character comes out right
@@ -140,12 +142,10 @@ class Tokenizer:
         from jinja2 import TemplateError
 
         try:
-            text: str = self._compiled.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **specials | more
-            )
+            given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            return render(self._compiled, given | specials | more)
         except TemplateError as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
-        return text
 
 
 class _BackendStream:
