@@ -26,6 +26,8 @@ from labkit.text.grammar import Grammar
 from labkit.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+# Errors of a step that come from what the request itself asks for: its masks, or a form that cannot be followed.
+CLIENTS_ERRORS = ("every token is forbidden", "the text does not fit the grammar")
 LONG_TEXT = 20_000  # characters that are encoded beside the event loop
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}")
 
@@ -92,6 +94,8 @@ def check_ended(handle: Handle) -> None:
     if handle.status is Status.REJECTED:
         reason = handle.error or handle.finish_reason or "rejected"
         raise overloaded("the queue is full: try again later") if "queue is full" in reason else ApiError(clean(reason))
+    if handle.error is not None and any(one in handle.error for one in CLIENTS_ERRORS):
+        raise ApiError(clean(handle.error))
     if handle.error is not None:
         raise ApiError(f"the engine could not finish this request: {clean(handle.error)}", status=500)
 

@@ -69,7 +69,7 @@ class ChatRequest(Conversation, Sampling):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = False
-    modalities: Annotated[list[str], Field(max_length=8)] | None = None
+    modalities: Annotated[list[Annotated[str, Field(max_length=64)]], Field(max_length=8)] | None = None
 
     def wanted_logprobs(self) -> tuple[int | None, str]:
         return (self.top_logprobs or 0 if self.logprobs else None), "top_logprobs"

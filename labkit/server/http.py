@@ -25,6 +25,7 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 NOTE = "labkit"  # the key in a request's scope of what the guard passes on and what the log says
+SECONDS_TO_RECEIVE = 120.0  # a body
 _CLOSED = 499  # as nginx logs it; nobody receives it
 
 
@@ -33,8 +34,15 @@ async def read_body(request: Request, model: type[M]) -> M:
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError("the body must be JSON: send Content-Type: application/json", status=415)
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError("compressed bodies are not accepted: send it without Content-Encoding", status=415)
     try:
-        body = await request.body()
+        async with asyncio.timeout(SECONDS_TO_RECEIVE):
+            body = await request.body()
+    except TimeoutError:
+        late = ApiError(f"the body did not arrive within {SECONDS_TO_RECEIVE:g} s", status=408)
+        late.headers["Connection"] = "close"
+        raise late from None
     except ClientDisconnect:
         raise ClientGone from None
     try:

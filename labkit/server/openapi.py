@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from labkit.core.version import __version__
+from labkit.server.answers import ANSWERS, NOTHING
 from labkit.server.routes import Route
 
 ERROR = {
@@ -50,7 +51,8 @@ def document(routes: Sequence[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route, path: str, body: Any) -> dict[str, Any]:
-    kinds: dict[str, Any] = {"application/json": {}}
+    answer = ANSWERS.get(path)
+    kinds: dict[str, Any] = {"application/json": {} if answer is None else {"schema": answer}}
     if route.streams:
         kinds["text/event-stream"] = {}
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
@@ -58,7 +60,7 @@ def _operation(route: Route, path: str, body: Any) -> dict[str, Any]:
         "summary": route.summary,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),
         "responses": {
-            "200": {"description": "The answer", "content": kinds},
+            "200": {"description": "The answer", **({} if answer is NOTHING else {"content": kinds})},
             "4XX": {"description": "What is wrong with the request", "content": error},
             "503": {"description": "Loading, overloaded, stopping or stopped", "content": error},
         },

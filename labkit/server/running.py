@@ -25,22 +25,43 @@ from labkit.server.service import Service
 from labkit.server.settings import Settings
 
 MOST_HEADER_BYTES = 65536
+SECONDS_FOR_HEADERS = 30.0
 LAST_SECONDS = 5  # for connections to close once their streams were ended
 log = logging.getLogger("labkit.server")
 
 
 class Bounded(HttpToolsProtocol):
-    """HTTP/1.1 with an upper bound on the bytes of a request's line and headers."""
+    """HTTP/1.1 with an upper bound on the bytes and the seconds of a request's line and headers."""
 
     num_header_bytes = 0
     in_headers = True
+    _too_slow: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _await_headers(self) -> None:
+        if self._too_slow is None:
+            self._too_slow = self.loop.call_later(SECONDS_FOR_HEADERS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._too_slow is not None:
+            self._too_slow.cancel()
+            self._too_slow = None
 
     def on_message_begin(self) -> None:
         self.in_headers = True
+        self._await_headers()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self.num_header_bytes, self.in_headers = 0, False
+        self._stop_waiting()
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:

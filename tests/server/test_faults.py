@@ -111,6 +111,20 @@ def test_a_queue_bound_of_the_engine_is_a_503_too():
     engine.close()
 
 
+def test_a_preempted_request_is_never_turned_away():
+    engine = gated(lk.FakeRunner(seed=1, vocab_size=50), blocks=16, max_num_seqs=3, max_waiting=3)
+    body = {"prompt": PROMPT[:8], "max_tokens": 40, "ignore_eos": True, "temperature": 1.0}
+    with lk.serve(engine, max_waiting=3) as server:
+        clients = [ask(server, **body, stream=bool(i % 2), seed=i) for i in range(3)]
+        until(lambda: engine.scheduler.num_preempted > 0)
+        for client in clients:
+            found = read_all(client)
+            assert b"200 OK" in found and b'"error"' not in found and b'"finish_reason": "length"' in found
+            client.close()
+        at_baseline(engine, server)
+    engine.close()
+
+
 def test_what_can_never_fit_is_the_clients_mistake(served):
     _, _, server = served
     answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 10_000})
