@@ -148,15 +148,19 @@ async def admit(
     prefix: str,
     param: str,
     change: Mapping[str, Any] | None = None,
+    wrap: Callable[[Any], Any] | None = None,
 ) -> Call:
-    """Submit the prompts with the body's sampling fields, changed by `change`. `param` is the field of the prompts."""
+    """Submit the prompts with the body's sampling fields, changed by `change`. `param` is the field of the prompts,
+    `wrap` makes the processor that applies the grammar of the answer."""
     model = service.check_model(body.model)
     for ids in prompts:
         if not ids:
             raise ApiError(f"{param} is empty: a request needs at least one token", param=param)
     defaults = {name: value for name, value in service.sampling.items() if name != "max_tokens"}
     each = [room_for(service, len(ids), max_tokens, param) for ids in prompts]
-    grammar = await compile_form(service, body)
+    grammar: Any = await compile_form(service, body)
+    if grammar is not None and wrap is not None:
+        grammar = wrap(grammar)
     try:
         made = {most: _params(body, most, defaults, grammar, change or {}) for most in set(each)}
         id, names = _names(request, body, prefix, len(prompts))
@@ -177,7 +181,7 @@ def feed_samples(made: Mapping[int, SamplingParams]) -> int:
 
 
 def _params(
-    body: Sampling, max_tokens: int, defaults: Mapping[str, Any], grammar: Grammar | None, change: Mapping[str, Any]
+    body: Sampling, max_tokens: int, defaults: Mapping[str, Any], grammar: Any, change: Mapping[str, Any]
 ) -> SamplingParams:
     params = body.params(max_tokens, defaults)
     if grammar is not None:
@@ -206,7 +210,7 @@ async def compile_form(service: Service, body: Sampling) -> Grammar | None:
         raise ApiError(f"{name} cannot go with a form of the answer: it ends where its form ends", param=name)
     if not isinstance(tokenizer, Tokenizer):
         raise ApiError("a form of the answer needs a model's tokenizer; this engine has none")
-    field = next(n for n in (*FORM_FIELDS, "response_format") if getattr(body, n) is not None)
+    field = body.form_field()
     make = asyncio.to_thread(Grammar, form, tokenizer, engine.runner.vocab_size, engine.runner.eos_token_ids)
     limit = service.settings.max_seconds_to_compile
     try:
@@ -215,6 +219,3 @@ async def compile_form(service: Service, body: Sampling) -> Grammar | None:
         raise ApiError(f"{field} takes longer than {limit:g} s to compile: simplify it", param=field) from None
     except ValueError as error:
         raise ApiError(clean(str(error)).replace("structured_outputs", field, 1), param=field) from None
-
-
-FORM_FIELDS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")

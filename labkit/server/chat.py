@@ -7,18 +7,21 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS
 from labkit.server.calls import LONG_TEXT, Call, Piece, admit, apart, cut, encode
+from labkit.server.chat_parts import delta_of, message_of
 from labkit.server.errors import ApiError
 from labkit.server.http import EventStream, answer, event, read_body, whole
 from labkit.server.pieces import chat_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
-from labkit.server.sampling import Count, Refused, Sampling, Text
+from labkit.server.sampling import FORM_FIELDS, Count, Refused, Sampling, Text
 from labkit.server.service import Service
+from labkit.server.splitting import Splitting
+from labkit.server.tools import Calling, Choice, Tools, calling_of
 
 MOST_MESSAGES = 2**14
 OWN_NAMES = ("messages", "tokenize", "chat_template", "add_generation_prompt", "continue_final_message")
@@ -46,6 +49,7 @@ class Conversation(BaseModel):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     documents: Annotated[list[dict[str, Any]], Field(max_length=1024)] | None = None
     reasoning_effort: Annotated[str, Field(max_length=64)] | None = None
+    tools: Tools | None = None
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -59,8 +63,7 @@ class Conversation(BaseModel):
 class ChatRequest(Conversation, Sampling):
     refused: ClassVar[Refused] = {
         **Sampling.refused,
-        "tools": "tool calls are not parsed here",
-        "functions": "tool calls are not parsed here",
+        "functions": "is an older form of tools",
         "audio": "there is no model here that answers in sound",
         "web_search_options": "searching the web is not served",
     }
@@ -70,6 +73,28 @@ class ChatRequest(Conversation, Sampling):
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = False
     modalities: Annotated[list[str], Field(max_length=8)] | None = None
+    tool_choice: Choice | None = None
+    parallel_tool_calls: bool | None = True
+    include_reasoning: bool | None = True
+    _calling: Calling | None = PrivateAttr(None)
+
+    def calling(self, service: Service) -> Calling:
+        """The tools that the answer may call."""
+        if self._calling is None:
+            self._calling = calling_of(self.tools, self.tool_choice, self.parallel_tool_calls, service.settings)
+        return self._calling
+
+    def form(self) -> dict[str, Any] | None:
+        forced = self._calling.form() if self._calling is not None else None
+        if forced is None:
+            return super().form()
+        for name in FORM_FIELDS:
+            if getattr(self, name) is not None:
+                raise ApiError(f"{name} cannot go with a tool that must be called", param=name)
+        return forced
+
+    def form_field(self) -> str:
+        return "tools" if self._calling is not None and self._calling.is_forced else super().form_field()
 
     def wanted_logprobs(self) -> tuple[int | None, str]:
         return (self.top_logprobs or 0 if self.logprobs else None), "top_logprobs"
@@ -89,10 +114,16 @@ async def chat(service: Service, request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     service.check_model(body.model)
     body.check(service.settings.max_logprobs)
-    ids = cut(await prompt_of(service, body), body.truncate_prompt_tokens, service.room)
+    calling = body.calling(service)
+    ids = await prompt_of(service, body, calling.shown(service.settings))
+    ids = cut(ids, body.truncate_prompt_tokens, service.room)
+    how = Splitting(service, calling, ids)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    call = await admit(service, request, body, [ids], max_tokens, prefix="chatcmpl", param="messages")
-    writer = Writer(call, body)
+    call = await admit(
+        service, request, body, [ids], max_tokens,
+        prefix="chatcmpl", param="messages", change=how.change(body), wrap=how.wrap,
+    )  # fmt: skip
+    writer = Writer(call, body, how)
     if body.stream:
         return EventStream(call.feed, writer.stream())
     return answer(await whole(call.feed, request.receive, writer.whole))
@@ -101,8 +132,8 @@ async def chat(service: Service, request: Request) -> Response:
 # -- the prompt ------------------------------------------------------------------------------------------------------
 
 
-async def prompt_of(service: Service, body: Conversation) -> list[int]:
-    """Token ids of the conversation."""
+async def prompt_of(service: Service, body: Conversation, tools: list[dict[str, Any]] | None = None) -> list[int]:
+    """Token ids of the conversation, with the tools that the model shall know of."""
     tokenizer = service.tokenizer
     if not hasattr(tokenizer, "chat_text"):
         raise ApiError("a chat needs a model's tokenizer with a chat template; this engine has none", param="messages")
@@ -118,6 +149,8 @@ async def prompt_of(service: Service, body: Conversation) -> list[int]:
         body.add_generation_prompt = False
     messages = [_plain(i, message) for i, message in enumerate(body.messages)]
     more = {**service.settings.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
+    if tools:
+        more["tools"] = tools
     for name in ("documents", "reasoning_effort"):
         if (value := getattr(body, name)) is not None:
             more.setdefault(name, value)
@@ -157,6 +190,8 @@ def _plain(i: int, message: Message) -> dict[str, Any]:
             texts.append(text)
         content = "\n".join(texts)
     more = {name: value for name, value in (message.model_extra or {}).items() if value is not None}
+    if isinstance(more.get("reasoning"), str):
+        more.setdefault("reasoning_content", more["reasoning"])  # the name that templates know
     return {"role": message.role, "content": content or "", **more, **_tool_calls(more.get("tool_calls"))}
 
 
@@ -171,6 +206,8 @@ def _tool_calls(given: Any) -> dict[str, Any]:
                 function = {**function, "arguments": json.loads(function["arguments"] or "{}")}
             except ValueError:
                 raise ApiError("the arguments of a tool call must be JSON", param="messages") from None
+            if not isinstance(function["arguments"], dict):
+                raise ApiError("the arguments of a tool call must be a JSON object", param="messages")
             call = {**call, "function": function}
         calls.append(call)
     return {"tool_calls": calls}
@@ -193,14 +230,23 @@ def _unfinished(text: str, content: str) -> str:
 class Writer:
     """Answers in the form of chats, whole or as chunks."""
 
-    def __init__(self, call: Call, body: ChatRequest) -> None:
-        self.call, self.body = call, body
+    def __init__(self, call: Call, body: ChatRequest, how: Splitting) -> None:
+        self.call, self.body, self.how = call, body, how
+        self.splits = [] if how.is_plain else [how.begin(grown) for grown in call.answers]
         self.as_ids = bool(body.return_tokens_as_token_ids)
         self.created = int(time.time())
         self.head = self._head("chat.completion.chunk")
         self.begin = b"data: " + json.dumps(self.head).encode()[:-1] + b', "choices": ['
         self.is_plain = not body.logprobs and not body.return_token_ids
+        self.shows_reasoning = body.include_reasoning is not False
         self.role = service_role(call.service, body)
+
+    def usage(self) -> dict[str, Any]:
+        found = self.call.usage()
+        if self.how.reasoning is not None:
+            num = sum(split.num_reasoning() for split in self.splits)
+            found["completion_tokens_details"] = {"reasoning_tokens": num}
+        return found
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.call.id, "object": kind, "created": self.created, "model": self.call.model}
@@ -218,7 +264,7 @@ class Writer:
         call, body = self.call, self.body
         texts = await call.texts()
         choices = [self._choice(i, text) for i, text in enumerate(texts)]
-        found = {**self._head("chat.completion"), "choices": choices, "usage": call.usage()}
+        found = {**self._head("chat.completion"), "choices": choices, "usage": self.usage()}
         if body.prompt_logprobs is not None:
             found["prompt_logprobs"] = prompt_logprobs(call.service.texts, call.parent(0))
         if body.return_token_ids:
@@ -227,11 +273,16 @@ class Writer:
 
     def _choice(self, index: int, text: str) -> dict[str, Any]:
         grown = self.call.answers[index]
+        message, reason = {"content": self.echoed + text}, grown.finish_reason
+        if self.splits:
+            split = self.splits[index]
+            split.feed(text, grown.token_ids, ended=True)
+            message, reason = message_of(split, self.shows_reasoning, self.echoed), split.finish_reason
         found = {
             "index": index,
-            "message": {"role": self.role, "content": self.echoed + text},
+            "message": {"role": self.role, **message},
             "logprobs": self._logprobs(index, grown.token_ids, 0),
-            "finish_reason": grown.finish_reason,
+            "finish_reason": reason,
             "stop_reason": grown.stop_reason,
         }
         if self.body.return_token_ids:
@@ -258,10 +309,11 @@ class Writer:
                 if piece.index not in begun:
                     begun.add(piece.index)
                     chunks.append(self._first(piece.index))
-                chunks.append(self._chunk(piece))
-            yield b"".join(chunks)
+                chunks.append(self._split_chunk(piece) if self.splits else self._chunk(piece))
+            if any(chunks):
+                yield b"".join(chunks)
         if usage:
-            yield event({**self.head, "choices": [], "usage": self.call.usage()})
+            yield event({**self.head, "choices": [], "usage": self.usage()})
 
     def _first(self, index: int) -> bytes:
         choice: dict[str, Any] = {
@@ -282,8 +334,19 @@ class Writer:
             return self.begin + choice.encode()
         return event({**self.head, "choices": [self._part(piece)], **self._usage()})
 
+    def _split_chunk(self, piece: Piece) -> bytes:
+        """Nothing for a piece that is kept until more is known."""
+        split = self.splits[piece.index]
+        delta = delta_of(split, split.feed(piece.text, piece.tokens, piece.ended), self.shows_reasoning)
+        if not delta and not piece.ended and self.is_plain and not self.continuous:
+            return b""
+        choice = {**self._part(piece), "delta": delta}
+        if piece.ended:
+            choice["finish_reason"] = split.finish_reason
+        return event({**self.head, "choices": [choice], **self._usage()})
+
     def _usage(self) -> dict[str, Any]:
-        return {"usage": self.call.usage()} if self.continuous else {}
+        return {"usage": self.usage()} if self.continuous else {}
 
     def _part(self, piece: Piece) -> dict[str, Any]:
         grown = self.call.answers[piece.index]

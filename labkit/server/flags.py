@@ -83,6 +83,13 @@ FLAGS: tuple[Flag, ...] = (
     _server("chat-template", "str", "a file with a chat template, or the template itself"),
     _server("default-chat-template-kwargs", "json", "variables of the chat template"),
     _server("response-role", "str", "role of the answers in chats"),
+    _server("enable-auto-tool-choice", "bool", "let models call tools of their own accord"),
+    _server("tool-call-parser", "str", "how calls are written: hermes, llama3_json, mistral, pythonic, ..."),
+    _server("exclude-tools-when-tool-choice-none", "bool", "hide tools from the model where it may not call them"),
+    _server("reasoning-parser", "str", "splits reasoning off: deepseek_r1 or qwen3"),
+    _server("max-stored-responses", "int", "how many answers of /v1/responses are kept (1024)"),
+    _server("pooler-config", "json", 'how embeddings are made, such as {"pooling_type": "MEAN", "normalize": true}'),
+    _server("override-pooler-config", "json", "the same as --pooler-config", "pooler_config"),
     _process("generation-config", "str", "auto (the model's sampling defaults), vllm (none), or a folder"),
     _process("override-generation-config", "json", "sampling defaults, as JSON"),
     # -- the process
@@ -106,6 +113,7 @@ FLAGS: tuple[Flag, ...] = (
         "enable-prompt-tokens-details enable-server-load-tracking enable-request-id-headers", "bool", "always on"
     ),
     *_harmless("disable-log-stats disable-uvicorn-access-log disable-fastapi-docs", "bool", "is off already"),
+    *_harmless("enable-reasoning", "bool", "--reasoning-parser turns it on"),
     *_harmless("max-log-len", "int", "prompts are not logged"),
     *_harmless("swap-space", "float", "labkit's flag for it is --num-host-blocks"),
     *_harmless("cpu-offload-gb", "float", "weights stay where they are computed", ("0", "0.0")),
@@ -130,11 +138,8 @@ FLAGS: tuple[Flag, ...] = (
               "needs adapters, which labkit does not load"),
     *_refused("speculative-config speculative-model num-speculative-tokens",
               "is not a flag here; lk.Engine(draft=...) decodes speculatively with a function"),
-    *_refused("enable-auto-tool-choice", "needs a parser of tool calls, which labkit does not have", kind="bool"),
-    *_refused("tool-call-parser tool-parser-plugin tool-server",
-              "needs a parser of tool calls, which labkit does not have"),
-    *_refused("reasoning-parser reasoning-parser-plugin enable-reasoning",
-              "needs a parser of reasoning, which labkit does not have"),
+    *_refused("tool-parser-plugin reasoning-parser-plugin", "would run code of its own in the server"),
+    *_refused("tool-server", "would call tools in the server"),
     *_refused("limit-mm-per-prompt mm-processor-kwargs allowed-local-media-path allowed-media-domains media-io-kwargs",
               "needs a model of images or sound, which labkit does not serve"),
     *_refused("tokenizer revision code-revision tokenizer-revision hf-config-path hf-overrides rope-scaling rope-theta",
@@ -144,9 +149,9 @@ FLAGS: tuple[Flag, ...] = (
     *_refused("enable-sleep-mode trust-request-chat-template return-tokens-as-token-ids enable-force-include-usage "
               "enable-tokenizer-info-endpoint enable-ssl-refresh", kind="bool"),
     *_refused("middleware logits-processors uds log-config-file ssl-cert-reqs otlp-traces-endpoint "
-              "collect-detailed-traces kv-transfer-config kv-events-config kv-cache-memory-bytes pooler-config "
-              "override-pooler-config convert logits-processor-pattern scheduler-cls worker-cls "
-              "worker-extension-cls num-lookahead-slots model-loader-extra-config additional-config"),
+              "collect-detailed-traces kv-transfer-config kv-events-config kv-cache-memory-bytes convert "
+              "logits-processor-pattern scheduler-cls worker-cls worker-extension-cls num-lookahead-slots "
+              "model-loader-extra-config additional-config"),
 )  # fmt: skip
 
 SHORT = {

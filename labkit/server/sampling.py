@@ -158,6 +158,10 @@ class Sampling(BaseModel):
             raise ApiError(f"only one of {', '.join(name for name, _ in found)} can be given", param=found[1][0])
         return found[0][1] if found else None
 
+    def form_field(self) -> str:
+        """The field that the form came from."""
+        return next(name for name in (*FORM_FIELDS, "response_format") if getattr(self, name) is not None)
+
     def params(self, max_tokens: int | None, defaults: Mapping[str, Any]) -> SamplingParams:
         """Sampling parameters; a field that is not given has the server's default, then the engine's."""
         given = {name: getattr(self, name) for name in SAME_NAME if getattr(self, name) is not None}
@@ -175,6 +179,7 @@ class Sampling(BaseModel):
         )
 
 
+FORM_FIELDS = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 SAME_NAME = (
     "n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
     "repetition_penalty", "seed", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",

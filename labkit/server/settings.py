@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit.core.options import flag, named_options, real, whole
+from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.params import MOST_LOGPROBS
+from labkit.text.reasoning import REASONING
+from labkit.text.tools import PARSERS
 
 MIB = 2**20
 
@@ -21,7 +23,9 @@ class Settings:
     token; more are answered 503. `max_logprobs` bounds logprobs and top_logprobs, `max_body` the bytes of a body,
     `max_prompts` the prompts of a call. A stream's chunks hold `stream_interval` tokens, but the first has one. When
     the server is stopped, what runs has `shutdown_timeout` seconds to end. `default_sampling` holds sampling parameters
-    for requests that name none. `chat_template` replaces the model's.
+    for requests that name none. `chat_template` replaces the model's. `tool_call_parser` reads tool calls as one family
+    of models writes them, if `enable_auto_tool_choice` lets models call; `reasoning_parser` splits reasoning off. At
+    most `max_stored_responses` of /v1/responses are kept. `pooler_config` says how embeddings are made.
     """
 
     served_model_name: tuple[str, ...] | list[str] | str = ()
@@ -37,6 +41,12 @@ class Settings:
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_role: str = "assistant"
+    enable_auto_tool_choice: bool = False
+    tool_call_parser: str | None = None
+    exclude_tools_when_tool_choice_none: bool = False
+    reasoning_parser: str | None = None
+    max_stored_responses: int = 1024
+    pooler_config: Mapping[str, Any] = field(default_factory=dict)
     log_requests: bool = True
     allowed_origins: tuple[str, ...] | list[str] = ()
     allowed_methods: tuple[str, ...] | list[str] = ("*",)
@@ -52,11 +62,28 @@ class Settings:
         whole("max_logprobs", self.max_logprobs, least=0, most=MOST_LOGPROBS)
         for name in ("shutdown_timeout", "max_seconds_to_compile"):
             real(name, getattr(self, name), least=0.0, most=86400.0)
-        for name in ("log_requests", "allow_credentials"):
+        for name in (
+            "log_requests", "allow_credentials", "enable_auto_tool_choice", "exclude_tools_when_tool_choice_none"
+        ):  # fmt: skip
             flag(name, getattr(self, name))
-        for name in ("default_sampling", "default_chat_template_kwargs"):
+        for name in ("default_sampling", "default_chat_template_kwargs", "pooler_config"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} maps names to values, got {getattr(self, name)!r}")
+
+        self._check_parsers()
+
+    def _check_parsers(self) -> None:
+        for name, known in (("tool_call_parser", PARSERS), ("reasoning_parser", REASONING)):
+            if (given := getattr(self, name)) is not None:
+                choose(name, given, known)
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise ValueError("enable_auto_tool_choice needs tool_call_parser")
+        whole("max_stored_responses", self.max_stored_responses, least=0, most=2**20)
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether models may call tools of their own accord."""
+        return self.enable_auto_tool_choice and self.tool_call_parser is not None
 
     @property
     def key_hashes(self) -> tuple[bytes, ...]:

@@ -43,7 +43,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         special = body.add_special_tokens is not False
         ids = (await encode(service, [body.prompt], special))[0]
     else:
-        ids = await prompt_of(service, body)
+        ids = await prompt_of(service, body, [tool.model_dump(exclude_none=True) for tool in body.tools or ()])
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.room, "tokens": ids}
     if body.return_token_strs:
         found["token_strs"] = [service.texts.text_of(id) for id in ids]
