@@ -39,8 +39,9 @@ class SamplingParams:
     `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample. `logprobs=k`
     returns the log-probabilities of the chosen token and the k likeliest, `prompt_logprobs=k` the same for the prompt.
     A request with a `seed` gives the same text whatever else is served. `capture={"hidden": [0], "attention": [3]}`
-    returns hidden states or attention of the layers you name. `structured_outputs` constrains the text: {"json":
-    schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
+    returns hidden states or attention of the layers you name; hidden layer -1 is the embeddings, and layer `num_layers`
+    the states after the final norm. `structured_outputs` constrains the text: {"json": schema}, {"json_object": True},
+    {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
     `extra_args` is free for your own order or policy: `lambda request, now: request.params.extra_args["tenant"]`.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])

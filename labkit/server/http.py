@@ -82,12 +82,21 @@ async def whole(feed: Feed, receive: Receive, read: Callable[[], Awaitable[T]]) 
 
 class EventStream(Response):
     """Server-sent events out of `chunks`, which reads the feed. The response starts with the first chunk, so that what
-    fails before it has a status of its own. What fails later ends the stream with an error event."""
+    fails before it has a status of its own. What fails later ends the stream with an error event, as `told` writes it.
+    `done` is the last event."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, feed: Feed, chunks: AsyncIterator[bytes]) -> None:
-        self.feed, self.chunks = feed, chunks
+    def __init__(
+        self,
+        feed: Feed,
+        chunks: AsyncIterator[bytes],
+        *,
+        done: bytes = DONE,
+        told: Callable[[ApiError], bytes] | None = None,
+    ) -> None:
+        self.feed, self.chunks, self.done = feed, chunks, done
+        self.told = told if told is not None else lambda error: event(error.body)
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -102,7 +111,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             send = scope[NOTE]["send"]
             await send({"type": "http.response.body", "body": first, "more_body": True})
-            last = DONE
+            last = self.done
             try:
                 async for chunk in self.chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -114,7 +123,7 @@ class EventStream(Response):
                     log.error("a stream failed: %s: %s", type(error).__name__, error, exc_info=error)
                     error = internal()
                 scope[NOTE]["outcome"] = f"failed: {error.status}"
-                last = event(error.body) + DONE
+                last = self.told(error) + self.done
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -22,6 +22,7 @@ from labkit.server.defaults import sampling_defaults
 from labkit.server.errors import ApiError, clean, overloaded
 from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings
+from labkit.server.stored import Stored
 from labkit.text.tokenizer import Tokenizer
 
 SECONDS_TO_PAUSE = 2.0  # a step that takes longer ends after the server
@@ -40,6 +41,7 @@ class Service:
         self._hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
         self._started_here = False
         self.tokenizer: Any = None
+        self.stored = Stored(settings.max_stored_responses)
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
         self.names: tuple[str, ...] = tuple(settings.served_model_name)
         if engine is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.params import MOST_LOGPROBS
+from labkit.server.pooling import check_pooling
 from labkit.text.reasoning import REASONING
 from labkit.text.tools import PARSERS
 
@@ -78,6 +79,7 @@ class Settings:
                 choose(name, given, known)
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ValueError("enable_auto_tool_choice needs tool_call_parser")
+        check_pooling(self.pooler_config)
         whole("max_stored_responses", self.max_stored_responses, least=0, most=2**20)
 
     @property

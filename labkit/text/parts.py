@@ -37,8 +37,8 @@ class Message:
     @classmethod
     def of(cls, parts: Iterable[Part]) -> Message:
         found, name, arguments = cls(), "", ""
-        for part in parts:
-            if part.kind == "content" or part.kind == "broken":
+        for part in settled(parts):
+            if part.kind == "content":
                 found.content += part.text
             elif part.kind == "reasoning":
                 found.reasoning += part.text
@@ -49,3 +49,15 @@ class Message:
             else:
                 found.calls.append(ToolCall(name, arguments))
         return found
+
+
+def settled(parts: Iterable[Part]) -> list[Part]:
+    """The parts of a whole answer: a call that broke is the text that the model wrote."""
+    found: list[Part] = []
+    for part in parts:
+        if part.kind != "broken":
+            found.append(part)
+            continue
+        found = [other for other in found if other.kind not in ("name", "arguments") or other.call != part.call]
+        found.append(Part("content", part.text))
+    return found
