@@ -306,9 +306,9 @@ class Writer:
         async for pieces in self.call.pieces():
             chunks = []
             for piece in pieces:
-                if piece.index not in begun:
-                    begun.add(piece.index)
-                    chunks.append(self._first(piece.index))
+                if piece.nth not in begun:
+                    begun.add(piece.nth)
+                    chunks.append(self._first(piece.nth))
                 chunks.append(self._split_chunk(piece) if self.splits else self._chunk(piece))
             if any(chunks):
                 yield b"".join(chunks)
@@ -328,7 +328,7 @@ class Writer:
     def _chunk(self, piece: Piece) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous:
             choice = (
-                f'{{"index": {piece.index}, "delta": {{"content": {quoted(piece.text)}}}, "logprobs": null, '
+                f'{{"index": {piece.nth}, "delta": {{"content": {quoted(piece.text)}}}, "logprobs": null, '
                 '"finish_reason": null}]}\n\n'
             )
             return self.begin + choice.encode()
@@ -336,7 +336,7 @@ class Writer:
 
     def _split_chunk(self, piece: Piece) -> bytes:
         """Nothing for a piece that is kept until more is known."""
-        split = self.splits[piece.index]
+        split = self.splits[piece.nth]
         delta = delta_of(split, split.feed(piece.text, piece.tokens, piece.ended), self.shows_reasoning)
         if not delta and not piece.ended and self.is_plain and not self.continuous:
             return b""
@@ -349,11 +349,11 @@ class Writer:
         return {"usage": self.usage()} if self.continuous else {}
 
     def _part(self, piece: Piece) -> dict[str, Any]:
-        grown = self.call.answers[piece.index]
+        grown = self.call.answers[piece.nth]
         found = {
-            "index": piece.index,
+            "index": piece.nth,
             "delta": {"content": piece.text},
-            "logprobs": self._logprobs(piece.index, piece.tokens, piece.start),
+            "logprobs": self._logprobs(piece.nth, piece.tokens, piece.start),
             "finish_reason": grown.finish_reason if piece.ended else None,
         }
         if piece.ended:
