@@ -346,7 +346,7 @@ class Writer:
         return event({**self.head, "choices": [choice], **self._usage()})
 
     def _usage(self) -> dict[str, Any]:
-        return {"usage": self.usage()} if self.continuous else {}
+        return {"usage": self.call.usage()} if self.continuous else {}
 
     def _part(self, piece: Piece) -> dict[str, Any]:
         grown = self.call.answers[piece.nth]

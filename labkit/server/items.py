@@ -44,8 +44,10 @@ def messages_of(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 raise ApiError(f"input.{i}.output is text or a list of parts", param=f"input.{i}.output")
             found.append({"role": "tool", "tool_call_id": _text(item, "call_id", i), "content": output})
         elif kind == "reasoning":
-            parts = [*(item.get("content") or ()), *(() if item.get("content") else item.get("summary") or ())]
-            text = "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+            parts = item.get("content") or item.get("summary") or []
+            if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+                raise ApiError(f"input.{i}.content is a list of parts", param=f"input.{i}.content")
+            text = "".join(str(part.get("text", "")) for part in parts)
             found.append({"role": "assistant", "content": None, "reasoning_content": text})
         else:
             raise ApiError(

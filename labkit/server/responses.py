@@ -152,10 +152,14 @@ async def create(service: Service, request: Request) -> Response:
     how = Splitting(service, calling, ids)
     if body.wants_logprobs and not how.is_plain:
         raise ApiError(f"{LOGPROBS} is served for answers of text alone", param="include")
-    call = await admit(
-        service, request, body, [ids], body.max_output_tokens,
-        prefix="resp", param="input", change=how.change(body), wrap=how.wrap,
-    )  # fmt: skip
+    try:
+        call = await admit(
+            service, request, body, [ids], body.max_output_tokens,
+            prefix="resp", param="input", change=how.change(body), wrap=how.wrap,
+        )  # fmt: skip
+    except ApiError as error:
+        error.param = "max_output_tokens" if error.param == "max_tokens" else error.param
+        raise
     writer = Writer(call, body, how, items, messages)
     if body.stream:
         return EventStream(call.feed, writer.stream(), done=b"", told=writer.failed)

@@ -1,10 +1,15 @@
 """Tools in chats: called because the request says so, or of the model's own accord; whole and in pieces."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 import labkit as lk
+from labkit.server.chat import ChatRequest
+from labkit.server.settings import Settings
+from labkit.server.splitting import Splitting
+from labkit.server.tools import Tool, calling_of, new_call_id
 from tests.server.talk import events, in_process
 
 pytest.importorskip("llguidance")
@@ -150,6 +155,29 @@ def test_the_template_gets_the_tools_and_earlier_calls(engine):
     assert prompt() == f"<weather><wait>{said}" and prompt(exclude_tools_when_tool_choice_none=True) == said
 
 
+def test_special_tokens_are_kept_where_they_mark_calls(engine):
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend.from_str(engine.tokenizer.backend.to_str())
+    backend.add_special_tokens(["[TOOL_CALLS]"])
+    service = SimpleNamespace(
+        tokenizer=lk.Tokenizer(backend), settings=Settings(**HERMES | {"tool_call_parser": "mistral"})
+    )
+    calling = calling_of([Tool.model_validate(TOOLS[0])], None, None, service.settings)
+    body = ChatRequest.model_validate({"messages": MESSAGES})
+    assert Splitting(service, calling, []).change(body) == {"skip_special_tokens": False}
+    service.tokenizer = engine.tokenizer
+    assert Splitting(service, calling, []).change(body) == {}
+    assert len(new_call_id(service.settings)) == 9
+
+
+def test_the_token_that_ends_an_answer_is_no_part_of_it(engine):
+    body = {"structured_outputs": {"choice": ["yes"]}, "skip_special_tokens": False}
+    found = talk(engine, body, {**body, "stream": True}, **HERMES)
+    assert found[0]["choices"][0]["message"]["content"] == "yes" and found[0]["choices"][0]["finish_reason"] == "stop"
+    assert joined(found[1])[0] == "yes"
+
+
 @pytest.mark.parametrize(
     "body, param",
     [
@@ -162,6 +190,8 @@ def test_the_template_gets_the_tools_and_earlier_calls(engine):
         ({"tool_choice": "required", "min_tokens": 3}, "min_tokens"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": [{"type": "browser"}]}, "tools.0.type"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f",
+         "parameters": {"$defs": [1], "properties": {"a": {"$ref": "#/$defs/b"}}, "required": ["a"]}}}]}, "tools"),
         ({"tool_choice": "required", "tools": [TOOLS[0]] * 600}, "tools"),
         ({"tool_choice": NAMED, "tools": [{"type": "function", "function": {"name": "weather",
          "parameters": {"type": "object", "properties": {"a": {"type": "colour"}}, "required": ["a"]}}}]}, "tools"),

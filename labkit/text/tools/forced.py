@@ -11,8 +11,6 @@ from typing import Any
 from labkit.text.parts import Part
 from labkit.text.reader import Reader, Steps
 
-ANY: dict[str, Any] = {"type": "object", "properties": {}}
-
 
 class ForcedParser(Reader):
     """[{"name": ..., "parameters": {...}}, ...], and nothing else."""
@@ -47,7 +45,7 @@ class NamedParser(Reader):
 
 def schema_of(parameters: Mapping[str, Any] | None) -> dict[str, Any]:
     """A function's arguments as a JSON schema. They are an object, whatever else is said of them."""
-    return {**ANY, **(parameters or {})}
+    return {"properties": {}, **(parameters or {}), "type": "object"}
 
 
 def list_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], most: int | None = None) -> dict[str, Any]:
@@ -61,7 +59,8 @@ def list_schema(functions: Sequence[tuple[str, Mapping[str, Any] | None]], most:
     for name, parameters in functions:
         schema = schema_of(parameters)
         for place in ("$defs", "definitions"):
-            for key, value in (schema.pop(place, None) or {}).items():
+            moved = schema.pop(place) if isinstance(schema.get(place), Mapping) else {}
+            for key, value in moved.items():
                 if definitions.setdefault(place, {}).setdefault(key, value) != value:
                     raise ValueError(f"two tools define {key!r} differently: give one of them another name")
         properties = {"name": {"const": name}, "parameters": schema}
