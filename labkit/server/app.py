@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from labkit.server import chat, completions, health, tokens
+from labkit.server import chat, completions, health, metrics, tokens
 from labkit.server.errors import ApiError
 from labkit.server.guard import Guard
 from labkit.server.http import answer, failed
@@ -21,7 +21,7 @@ from labkit.server.openapi import document
 from labkit.server.routes import Route
 from labkit.server.service import Service
 
-FAMILIES = (completions, chat, tokens, health)
+FAMILIES = (completions, chat, tokens, health, metrics)
 
 
 def make_app(service: Service) -> Starlette:
@@ -52,6 +52,7 @@ def make_app(service: Service) -> Starlette:
 
 def _route(service: Service, route: Route) -> StarletteRoute:
     async def call(request: Request) -> Response:
+        request.scope["state"]["route"] = route.path
         try:
             return await route.endpoint(service, request)
         except Exception as error:  # an ApiError as it is, anything else as status 500 and into the log

@@ -86,5 +86,3 @@ def _close(serving: Serving, service: Service) -> int:
     if service.is_loaded:
         service.engine.close()
     return 0
-
-

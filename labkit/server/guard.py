@@ -63,7 +63,9 @@ class Guard:
                 await failed(error)(scope, receive, sending)
         finally:
             self.service.num_open -= 1
-            self._log(scope, status, time.perf_counter() - begin, state)
+            seconds = time.perf_counter() - begin
+            self.service.calls.add(scope["method"], state.get("route", "none"), status or 499, seconds)
+            self._log(scope, status, seconds, state)
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])

@@ -10,13 +10,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkit.core.params import SamplingParams
 from labkit.core.scheduling.scheduler import RejectedError
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.server.bridge import Feed, Hub, is_alive
+from labkit.server.counting import Calls, Counts
 from labkit.server.defaults import sampling_defaults
 from labkit.server.errors import ApiError, clean, overloaded
 from labkit.server.pieces import TokenTexts
@@ -24,6 +25,13 @@ from labkit.server.settings import Settings
 from labkit.text.tokenizer import Tokenizer
 
 UNNAMED = "labkit-tiny"  # the embedded model
+
+
+class Counted(NamedTuple):
+    """A model's name and what its engine has done."""
+
+    name: str
+    counts: Counts
 
 
 class Service:
@@ -37,6 +45,9 @@ class Service:
         self._engine: Engine | None = None
         self._hubs: dict[asyncio.AbstractEventLoop, Hub] = {}
         self._started_here = False
+        self.counted: list[Counted] = []  # for /metrics
+        self.calls = Calls()
+        self.registry: Any = None  # of prometheus-client
         self.tokenizer: Any = None
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
         self.names: tuple[str, ...] = tuple(settings.served_model_name)
@@ -59,6 +70,8 @@ class Service:
         if self.defaults is None:
             self.defaults = sampling_defaults(engine.model_name)
         self._engine = engine
+        if all(each.counts.engine is not engine for each in self.counted):
+            self.counted.append(Counted(self.names[0], Counts(engine)))
 
     @property
     def is_loaded(self) -> bool:
@@ -172,6 +185,8 @@ class Service:
         for hub in self._hubs.values():
             hub.detach()
         self._hubs.clear()
+        for each in self.counted:
+            each.counts.stop()
         if self._started_here and self._engine is not None and not self._engine.is_closed and not self.is_dead:
             self._engine.pause()
         self._started_here = False
