@@ -22,13 +22,13 @@ from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
 from labkit.core.tokens import TokenIds
-from labkit.engine.background import Background
 from labkit.engine.build import Options, build
 from labkit.engine.checks import Taken, check_parts, is_ids
 from labkit.engine.closing import LeakReport, held_memory
 from labkit.engine.handle import Handle
 from labkit.engine.intake import make_handle
 from labkit.engine.settings import apply, checked
+from labkit.engine.sleeping import Sleeping
 from labkit.engine.snapshot import Snapshot, copy_engine, restore_engine, take_snapshot
 from labkit.engine.wakeup import Wakeup, has_news
 from labkit.engine.worker import Worker
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from labkit.widgets.dashboard import Dashboard
 
 
-class Engine(Background, Shown):
+class Engine(Sleeping, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see

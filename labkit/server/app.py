@@ -13,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from labkit.server import chat, completions, health, metrics, tokens
+from labkit.server import admin, chat, completions, health, metrics, tokens
 from labkit.server.errors import ApiError
 from labkit.server.guard import Guard
-from labkit.server.http import answer, failed
+from labkit.server.http import NOTE, answer, failed
 from labkit.server.openapi import document
 from labkit.server.routes import Route
 from labkit.server.service import Service
@@ -26,7 +26,8 @@ FAMILIES = (completions, chat, tokens, health, metrics)
 
 def make_app(service: Service) -> Starlette:
     """The application over a service; its `state.service` is the service."""
-    routes = [route for family in FAMILIES for route in family.ROUTES]
+    families = (*FAMILIES, admin) if service.settings.has_admin else FAMILIES
+    routes = [route for family in families for route in family.ROUTES]
     described = document(routes)
 
     async def openapi(service: Service, request: Request) -> Response:
@@ -52,7 +53,7 @@ def make_app(service: Service) -> Starlette:
 
 def _route(service: Service, route: Route) -> StarletteRoute:
     async def call(request: Request) -> Response:
-        request.scope["state"]["route"] = route.path
+        request.scope[NOTE]["route"] = route.path
         try:
             return await route.endpoint(service, request)
         except Exception as error:  # an ApiError as it is, anything else as status 500 and into the log

@@ -14,6 +14,7 @@ from typing import Any
 from labkit.server.flags import BY_NAME, ENGINE, FLAGS, HARMLESS, PROCESS, REFUSED, SERVER, SHORT, Flag
 
 KEY_VARIABLE = "VLLM_API_KEY"
+ADMIN_VARIABLE = "VLLM_SERVER_DEV_MODE"
 _SIZES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -43,6 +44,8 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
         _set(found, BY_NAME[name], values)
     if "api_key" not in found.server and (key := _key(environment, Path(folder))):
         found.server["api_key"] = [key]
+    if (os.environ if environment is None else environment).get(ADMIN_VARIABLE) == "1":
+        found.server.setdefault("enable_admin", True)
     if found.process.pop("enforce_eager", False):
         found.engine["graphs"] = False
     if found.process.pop("disable_log_requests", False):
@@ -84,7 +87,7 @@ def _values(flag: Flag, left: list[str]) -> list[str]:
         values.append(left.pop(0))
         if flag.kind != "list":
             break
-    if not values:
+    if not values and flag.where != REFUSED:  # what is refused is refused also without one
         raise ValueError(f"--{flag.name} needs a value")
     return values
 
@@ -111,7 +114,7 @@ def _set(found: Arguments, flag: Flag, values: list[str]) -> None:
     name = f"--{flag.name}"
     if flag.where == REFUSED:
         off = flag.kind == "bool" and values == ["false"]
-        if not off and not (flag.fits and set(values) <= set(flag.fits)):
+        if not off and not (values and set(values) <= set(flag.fits)):
             also = f"; {name} {flag.fits[0]} is accepted" if flag.fits else ""
             raise ValueError(f"{name} {flag.help}{also}")
         return
@@ -166,7 +169,7 @@ def _template(given: str) -> str:
 
 
 def _from_file(path: Path) -> dict[str, list[str]]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """What stands before every route: keys, the size of bodies, a request id, and a line of log when an answer is over.
 
-Plain ASGI, so that streams pass through untouched. Decides on `scope["path"]`, which is what is routed; everything needs
-a key but the paths in `OPEN`.
+Plain ASGI, so that streams pass through untouched. Decides on `scope["path"]`, which is what is routed; everything
+needs a key but the paths in `OPEN`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from labkit.server.admin import PATHS
 from labkit.server.errors import ApiError
-from labkit.server.http import failed
+from labkit.server.http import NOTE, failed
 from labkit.server.service import Service
 from labkit.server.settings import hash_of
 
@@ -29,8 +30,10 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self.hashes = service.settings.key_hashes
+        self.admin_hashes = service.settings.admin_hashes
         root = service.settings.root_path.rstrip("/")
         self.open = frozenset((*OPEN, *(root + path for path in OPEN)))
+        self.admin = frozenset((*PATHS, *(root + path for path in PATHS)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -39,7 +42,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state: dict[str, Any] = scope.setdefault("state", {})
+        state: dict[str, Any] = {}  # of this request alone: a server may share scope["state"]
+        scope[NOTE] = state
         state["send"] = send  # for streams: past the layers between, which cost more than the writing
         begin, status = time.perf_counter(), 0
 
@@ -69,10 +73,11 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])
-        if self.hashes and scope["path"] not in self.open:
+        known = self.admin_hashes if self.admin_hashes and scope["path"] in self.admin else self.hashes
+        if known and scope["path"] not in self.open:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = hash_of(key.strip())
-            fits = [hmac.compare_digest(given, known) for known in self.hashes]  # all, so that it takes equally long
+            fits = [hmac.compare_digest(given, one) for one in known]  # all, so that it takes equally long
             if scheme.lower() != b"bearer" or not any(fits):
                 raise ApiError("send the server's API key: Authorization: Bearer KEY", status=401)
         length = headers.get(b"content-length", b"0")

@@ -150,9 +150,8 @@ class Sampling(BaseModel):
                     param="structured_outputs",
                 )
             found.append(("structured_outputs", forms))
-        for kind in ("json", "regex", "choice", "grammar"):
-            if (what := getattr(self, f"guided_{kind}")) is not None:
-                found.append((f"guided_{kind}", {kind: what}))
+        guided = {kind: getattr(self, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")}
+        found += [(f"guided_{kind}", {kind: what}) for kind, what in guided.items() if what is not None]
         if self.response_format is not None and (form := _form_of(self.response_format)) is not None:
             found.append(("response_format", form))
         if len(found) > 1:

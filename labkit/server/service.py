@@ -7,9 +7,10 @@ scheduler.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from labkit.core.params import SamplingParams
@@ -24,6 +25,7 @@ from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings
 from labkit.text.tokenizer import Tokenizer
 
+SECONDS_TO_PAUSE = 2.0  # a step that takes longer ends after the server
 UNNAMED = "labkit-tiny"  # the embedded model
 
 
@@ -124,7 +126,7 @@ class Service:
             if not self.engine.is_running and not self._hubs:
                 self.engine.start()
                 self._started_here = True
-            hub = self._hubs[loop] = Hub(self.engine, loop)
+            hub = self._hubs[loop] = Hub(self.engine, loop, self.settings.stream_interval)
         return hub
 
     def submit(
@@ -136,8 +138,8 @@ class Service:
         priority: int = 0,
         salt: str | None = None,
     ) -> Feed:
-        """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's samples,
-        then the second's, and so on."""
+        """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's
+        samples, then the second's, and so on."""
         engine = self.engine
         if self.is_stopping:
             raise overloaded("the server is shutting down", seconds=5)
@@ -153,7 +155,7 @@ class Service:
             except BaseException:
                 for handle in made:
                     for member in (handle, *handle.samples):
-                        engine.abort(member)  # type: ignore[arg-type]
+                        engine.abort(member)
                 raise
             return [member for handle in made for member in (handle, *handle.samples)]  # type: ignore[misc]
 
@@ -187,9 +189,17 @@ class Service:
         self._hubs.clear()
         for each in self.counted:
             each.counts.stop()
-        if self._started_here and self._engine is not None and not self._engine.is_closed and not self.is_dead:
-            self._engine.pause()
+        if self._started_here and self._engine is not None and not self.is_dead:
+            within(SECONDS_TO_PAUSE, self._engine.pause)
         self._started_here = False
+
+
+def within(seconds: float, function: Callable[[], object]) -> bool:
+    """Call a function that waits for the engine's step to end, but wait no longer than this; whether it has ended."""
+    thread = threading.Thread(target=function, name="labkit-ending", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def new_id(prefix: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from itertools import pairwise
 
 from labkit.core.events.log import EventLog
 from labkit.core.events.perfetto import ROWS
@@ -28,7 +29,7 @@ def busy():
 
 
 def test_rows_are_tracks_whose_slices_do_not_overlap(tmp_path):
-    eng, handles = busy()
+    eng, _ = busy()
     trace = trace_of(eng.log)
     eng.log.perfetto(tmp_path / "run.json")
     assert json.loads((tmp_path / "run.json").read_text())["traceEvents"] == trace
@@ -41,7 +42,7 @@ def test_rows_are_tracks_whose_slices_do_not_overlap(tmp_path):
     assert len(tracks) > 3
     for spans in tracks.values():
         spans.sort()
-        assert all(before[1] <= after[0] + 1e-6 for before, after in zip(spans, spans[1:], strict=False))
+        assert all(before[1] <= after[0] + 1e-6 for before, after in pairwise(spans))
     kinds = {record["cat"] for record in trace if record["ph"] == "X"}
     assert {"step", "prefill", "decode", "recompute"} <= kinds
     preempted = [record for record in trace if record["ph"] == "i" and record["cat"] == "preempted"]

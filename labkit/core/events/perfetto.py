@@ -157,8 +157,9 @@ class Trace:
         found = self.slices.get(request)
         self._close(request)
         if found is not None:
-            self._add("i", f"preempted {request}", self.now, cat="preempted", s="t", pid=ROWS, tid=found.row + 1,
-                      args={"request": request, "how": how, "needed_by": needed_by, "num_tokens": num_tokens})  # fmt: skip
+            place = {"pid": ROWS, "tid": found.row + 1}
+            args = {"request": request, "how": how, "needed_by": needed_by, "num_tokens": num_tokens}
+            self._add("i", f"preempted {request}", self.now, s="t", cat="preempted", **place, args=args)
         self._arrive(request)
         self._wait(request, f"preempted by {how}")
 
