@@ -32,6 +32,7 @@ _HOME = {
     "diff": "core.events.diff",
     "dashboard": "widgets.dashboard",
     "Dashboard": "widgets.dashboard",
+    "watch": "widgets.watch",
     "Load": "notebook.play",
     "Player": "notebook.play",
     "Engine": "engine.engine",
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from .text.tokenizer import ByteTokenizer, Tokenizer
     from .widgets import explain
     from .widgets.dashboard import Dashboard, dashboard
+    from .widgets.watch import watch
 
 
 def __getattr__(name: str) -> object:
