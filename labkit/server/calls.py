@@ -160,9 +160,9 @@ async def admit(
     try:
         made = {most: _params(body, most, defaults, grammar, change or {}) for most in set(each)}
         id, names = _names(request, body, prefix, len(prompts))
-        feed = service.submit(
-            prompts, [made[most] for most in each], ids=names, priority=body.priority or 0, salt=body.cache_salt
-        )
+        own = [made[most] for most in each]
+        with service.traced(names, request.headers):
+            feed = service.submit(prompts, own, ids=names, priority=body.priority or 0, salt=body.cache_salt)
     except ValueError as error:
         raise of_value(error, type(body).model_fields, {"prompt": param}) from None
     except RuntimeError as error:

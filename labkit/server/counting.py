@@ -72,15 +72,28 @@ class Life:
     """What is known of one request so far. Times are the engine's nanoseconds; None has not happened."""
 
     __slots__ = (
-        "admitted", "arrival", "end", "first", "id", "last", "max_tokens", "num_cached", "num_output", "num_prompt",
-        "num_samples", "parent", "reason", "request", "row",
+        "admitted",
+        "arrival",
+        "end",
+        "family",
+        "first",
+        "id",
+        "last",
+        "max_tokens",
+        "num_cached",
+        "num_output",
+        "num_prompt",
+        "parent",
+        "reason",
+        "request",
+        "row",
     )  # fmt: skip
 
     def __init__(self, id: str, num_prompt: int, max_tokens: int, parent: str | None, now: int) -> None:
         self.id, self.num_prompt, self.max_tokens, self.parent = id, num_prompt, max_tokens, parent
         self.arrival = now
         self.request: Request | None = None
-        self.num_samples = 1  # of its prompt, itself counted
+        self.family: list[int] = []  # shared by the samples of a prompt: not ended, longest answer, all
         self.num_cached = self.num_output = 0
         self.admitted: int | None = None
         self.first: int | None = None  # token
@@ -116,9 +129,9 @@ class Counts:
             "params_max_tokens": Histogram(one_two_five(room)),
             "step_tokens": Histogram(OF_STEP),
         }
-        self.ended: list[Callable[[Life], None]] = []  # called with each request that has finished or was aborted
+        self.ended: list[Callable[[Life], None]] = []  # called with each request at its end
         self.lives: dict[str, Life] = {}
-        self._families: dict[str, list[int]] = {}  # parent -> samples that have not ended, longest answer
+        self._families: dict[str, list[int]] = {}  # by parent
         self._owner: dict[int, Life] = {}  # row -> who had it last
         self._last = np.full(engine.scheduler.num_rows, _NEVER, np.int64)  # latest token, by row
         self._stops = (engine.log.subscribe(self._on_batches), engine.listen(self._on_outputs))
@@ -130,6 +143,10 @@ class Counts:
         """Stop counting; the figures stay."""
         for stop in self._stops:
             stop()
+
+    def has_samples(self, id: str) -> bool:
+        """Whether the request, or a sample of its prompt, has not ended."""
+        return id in self._families
 
     # -- in the engine's thread ----------------------------------------------------------------------------------
 
@@ -166,10 +183,9 @@ class Counts:
         life.request = scheduler.requests.get(id) or scheduler.ended.get(id)
         if life.request is not None:
             life.arrival = min(life.request.arrival, batch.now)
-        family = self._families.setdefault(parent or id, [0, 0])
+        life.family = family = self._families.setdefault(parent or id, [0, 0, 0])
         family[0] += 1
-        if parent in self.lives:
-            self.lives[parent].num_samples += 1
+        family[2] += 1
 
     def _admitted(self, batch: Batch, id: str, row: int, num_cached: int, lookup: str) -> None:
         life = self.lives.get(id)
@@ -254,7 +270,7 @@ class Counts:
         found["generation_tokens"].add(num_output)
         if life.parent is None:
             found["prompt_tokens"].add(life.num_prompt)
-            found["params_n"].add(life.num_samples)
+            found["params_n"].add(life.family[2])
             found["params_max_tokens"].add(life.max_tokens)
 
     def _aborted(self, batch: Batch, id: str, num_output: int) -> None:
@@ -266,6 +282,9 @@ class Counts:
         self.totals["rejected"] += 1
         if (life := self.lives.pop(id, None)) is not None:
             self._families.pop(life.parent or id, None)
+            life.end, life.reason = batch.now, "rejected"
+            for hook in self.ended:
+                hook(life)
 
     def _end(self, life: Life, now: int, reason: str, num_output: int) -> None:
         del self.lives[life.id]

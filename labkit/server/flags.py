@@ -99,6 +99,7 @@ FLAGS: tuple[Flag, ...] = (
     _server("allowed-methods", "json", "methods that these pages may use"),
     _server("allowed-headers", "json", "headers that these pages may send"),
     _server("allow-credentials", "bool", "whether these pages may send cookies"),
+    _server("otlp-traces-endpoint", "str", "OTLP over HTTP: a span for each request is sent there (labkit[otel])"),
     _server("enable-admin", "bool", "routes that pause, sleep and show events (also VLLM_SERVER_DEV_MODE=1)"),
     _server("admin-key", "list", "keys that these routes need"),
     _server("enable-log-requests", "bool", "a line of log for each request (on by default)", "log_requests"),
@@ -145,7 +146,7 @@ FLAGS: tuple[Flag, ...] = (
     *_refused("hf-token", "is not read; HF_TOKEN holds the token"),
     *_refused("enable-sleep-mode trust-request-chat-template return-tokens-as-token-ids enable-force-include-usage "
               "enable-tokenizer-info-endpoint enable-ssl-refresh", kind="bool"),
-    *_refused("middleware logits-processors uds log-config-file ssl-cert-reqs otlp-traces-endpoint "
+    *_refused("middleware logits-processors uds log-config-file ssl-cert-reqs "
               "collect-detailed-traces kv-transfer-config kv-events-config kv-cache-memory-bytes pooler-config "
               "override-pooler-config convert logits-processor-pattern scheduler-cls worker-cls "
               "worker-extension-cls num-lookahead-slots model-loader-extra-config additional-config"),

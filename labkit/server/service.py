@@ -10,7 +10,8 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from labkit.core.params import SamplingParams
@@ -23,8 +24,10 @@ from labkit.server.defaults import sampling_defaults
 from labkit.server.errors import ApiError, clean, overloaded
 from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings
+from labkit.server.tracing import Tracing
 from labkit.text.tokenizer import Tokenizer
 
+SECONDS_TO_SEND = 3.0  # what is left of traces
 SECONDS_TO_PAUSE = 2.0  # a step that takes longer ends after the server
 UNNAMED = "labkit-tiny"  # the embedded model
 
@@ -49,6 +52,9 @@ class Service:
         self._started_here = False
         self.counted: list[Counted] = []  # for /metrics
         self.calls = Calls()
+        self.tracing: Tracing | None = None
+        if settings.otlp_traces_endpoint is not None:
+            self.tracing = Tracing(settings.otlp_traces_endpoint)
         self.registry: Any = None  # of prometheus-client
         self.tokenizer: Any = None
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
@@ -74,6 +80,8 @@ class Service:
         self._engine = engine
         if all(each.counts.engine is not engine for each in self.counted):
             self.counted.append(Counted(self.names[0], Counts(engine)))
+            if self.tracing is not None:
+                self.tracing.follow(self.counted[-1].counts, self.names[0])
 
     @property
     def is_loaded(self) -> bool:
@@ -166,6 +174,19 @@ class Service:
                 raise overloaded("the queue is full: try again later") from None
             raise ApiError(clean(str(error))) from None
 
+    @contextmanager
+    def traced(self, ids: Sequence[str], headers: Mapping[str, str]) -> Iterator[None]:
+        """Submit these requests inside, so that their traces continue the client's."""
+        if self.tracing is None:
+            yield
+            return
+        self.tracing.note(ids, headers)
+        try:
+            yield
+        except BaseException:
+            self.tracing.forget(ids)
+            raise
+
     def _check_queue(self, num_new: int) -> None:
         scheduler, most = self.engine.scheduler, self.settings.max_waiting
         if scheduler.max_waiting is not None:
@@ -189,6 +210,8 @@ class Service:
         self._hubs.clear()
         for each in self.counted:
             each.counts.stop()
+        if self.tracing is not None:
+            within(SECONDS_TO_SEND, self.tracing.close)
         if self._started_here and self._engine is not None and not self.is_dead:
             within(SECONDS_TO_PAUSE, self._engine.pause)
         self._started_here = False

@@ -23,8 +23,9 @@ class Settings:
     `max_prompts` the prompts of a call. A stream's chunks hold `stream_interval` tokens, but the first has one. When
     the server is stopped, what runs has `shutdown_timeout` seconds to end.
     `enable_admin` opens the routes that pause the engine, put it to sleep and show its events; with `admin_key`
-    they need that key. `default_sampling` holds sampling parameters for requests that name none. `chat_template`
-    replaces the model's.
+    they need that key. `default_sampling` holds sampling parameters for requests that name none. With
+    `otlp_traces_endpoint` a span for each request goes to that OpenTelemetry collector. `chat_template` replaces
+    the model's.
     """
 
     served_model_name: tuple[str, ...] | list[str] | str = ()
@@ -46,6 +47,7 @@ class Settings:
     allowed_headers: tuple[str, ...] | list[str] = ("*",)
     allow_credentials: bool = False
     root_path: str = ""
+    otlp_traces_endpoint: str | None = None
     enable_admin: bool = False
     admin_key: tuple[str, ...] | list[str] | str = field(default=(), repr=False)
 
