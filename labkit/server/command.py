@@ -80,8 +80,6 @@ def _load(arguments: Arguments, service: Service) -> Any:
 
 
 def _close(serving: Serving, service: Service) -> int:
-    from labkit.server.service import within
-
     if serving.failure is not None:
         error = serving.failure
         if isinstance(error, (ValueError, RuntimeError, OSError, TypeError)):
@@ -90,7 +88,7 @@ def _close(serving: Serving, service: Service) -> int:
         raise error
     if service.is_dead:
         return 1
-    if service.is_loaded and not within(SECONDS_TO_CLOSE, service.engine.close):
+    if service.is_loaded and service.engine.close(SECONDS_TO_CLOSE).thread is not None:
         log.error("the engine does not end its step; the process ends without it")
         return 1
     return 0

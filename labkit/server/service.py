@@ -7,11 +7,10 @@ scheduler.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from labkit.core.params import SamplingParams
@@ -211,18 +210,11 @@ class Service:
         for each in self.counted:
             each.counts.stop()
         if self.tracing is not None:
-            within(SECONDS_TO_SEND, self.tracing.close)
+            self.tracing.close(SECONDS_TO_SEND)
         if self._started_here and self._engine is not None and not self.is_dead:
-            within(SECONDS_TO_PAUSE, self._engine.pause)
+            with suppress(TimeoutError, RuntimeError):  # RuntimeError: it dies now
+                self._engine.pause(SECONDS_TO_PAUSE)
         self._started_here = False
-
-
-def within(seconds: float, function: Callable[[], object]) -> bool:
-    """Call a function that waits for the engine's step to end, but wait no longer than this; whether it has ended."""
-    thread = threading.Thread(target=function, name="labkit-ending", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
 
 
 def new_id(prefix: str) -> str:

@@ -6,6 +6,7 @@ parent.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -75,9 +76,11 @@ class Tracing:
         if not counts.has_samples(family):
             self._parents.pop(family, None)
 
-    def close(self) -> None:
-        """Send what waits, and stop."""
-        self.provider.shutdown()
+    def close(self, seconds: float = 3.0) -> None:
+        """Send what waits, and stop; a collector that does not answer is waited for no longer than this."""
+        thread = threading.Thread(target=self.provider.shutdown, name="labkit-traces", daemon=True)
+        thread.start()
+        thread.join(seconds)
 
 
 def attributes(life: Life, model: str) -> dict[str, Any]:
