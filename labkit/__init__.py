@@ -37,6 +37,9 @@ _HOME = {
     "Engine": "engine.engine",
     "StalledError": "engine.loop",
     "LLM": "llm",
+    "AsyncLLMEngine": "llm",
+    "AsyncEngineArgs": "llm",
+    "RequestOutputKind": "core.params",
     "serve": "server",
     "BeamSearchParams": "engine.beams",
     "parse_benchmark_output": "bench.metrics",
@@ -86,7 +89,7 @@ if TYPE_CHECKING:
     from .core.blocks.table import BlockTable
     from .core.events.diff import diff
     from .core.events.log import EventLog
-    from .core.params import SamplingParams
+    from .core.params import RequestOutputKind, SamplingParams
     from .core.plan import Failure, Outputs, Plan, Result
     from .core.request import Request
     from .core.scheduling.scheduler import RejectedError, Scheduler
@@ -97,7 +100,7 @@ if TYPE_CHECKING:
     from .lab.divergence import divergence
     from .lab.kernel_lab import kernel_lab
     from .lab.trial import try_variant
-    from .llm import LLM
+    from .llm import LLM, AsyncEngineArgs, AsyncLLMEngine
     from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player

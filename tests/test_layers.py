@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "models": {"core", "models", "loading"},
     "runner": {"core", "runner", "models", "sampling", "transfer"},
     "engine": {"assets", "clock", "core", "engine", "loading", "models", "notebook", "runner", "text", "widgets"},
-    "llm": {"core", "engine"},
+    "llm": {"core", "engine", "llm", "text"},
+    "compat": {"core", "llm"},
     "server": {"core", "engine", "server", "text"},
     "widgets": {"core", "widgets"},
     "lab": {"core", "engine", "lab", "models", "widgets"},  # engines are made and watched from outside
@@ -59,7 +60,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "transfer": {"torch", "numpy"},
     "text": {"numpy", "tokenizers", "transformers", "jinja2", "torch", "llguidance"},
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
-    "engine": {"numpy", "torch", "pandas", "labkit_kernels"},
+    "engine": {"numpy", "torch", "pandas", "labkit_kernels", "huggingface_hub"},
     "lab": {"labkit_kernels", "torch", "pandas", "plotly", "ipywidgets", "IPython"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "server": {"starlette", "pydantic", "uvicorn", "yaml", "huggingface_hub"},

@@ -80,7 +80,7 @@ def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams
         for search in searches:
             search.beams = []
         for (search, beam), handle in zip(asked, handles, strict=True):
-            entry = handle._unless_failed().logprobs[0]
+            entry = handle.raise_failure().logprobs[0]
             for token, logprob in zip(entry.top_ids, entry.top, strict=True):
                 longer = Beam((*beam.token_ids, token), beam.logprob + logprob, "stop" if token in eos else None)
                 (search.ended if longer.finish_reason else search.beams).append(longer)

@@ -64,8 +64,8 @@ def _run(arguments: Arguments) -> int:
 
 def _load(arguments: Arguments, service: Service) -> Any:
     """Load the model, and what it says of sampling."""
+    from labkit.engine.defaults import sampling_defaults
     from labkit.engine.engine import Engine
-    from labkit.server.defaults import sampling_defaults
 
     model = arguments.process.get("model")
     log.info("loading %s", model or "the embedded model")
@@ -86,5 +86,3 @@ def _close(serving: Serving, service: Service) -> int:
     if service.is_loaded:
         service.engine.close()
     return 0
-
-

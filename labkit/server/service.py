@@ -14,10 +14,10 @@ from typing import Any
 
 from labkit.core.params import SamplingParams
 from labkit.core.scheduling.scheduler import RejectedError
+from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.server.bridge import Feed, Hub, is_alive
-from labkit.server.defaults import sampling_defaults
 from labkit.server.errors import ApiError, clean, overloaded
 from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings

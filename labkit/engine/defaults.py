@@ -21,7 +21,7 @@ def sampling_defaults(model: str | None, source: str = "auto") -> dict[str, Any]
     path = _of_model(str(model)) if source == "auto" else Path(source).expanduser() / FILE
     if path is None or not path.is_file():
         if source != "auto":
-            raise ValueError(f"--generation-config: there is no {FILE} in {source!r}")
+            raise ValueError(f"generation_config: there is no {FILE} in {source!r}")
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
