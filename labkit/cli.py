@@ -57,7 +57,14 @@ def parse(given: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     given, words = split(sys.argv[1:] if argv is None else argv)
     args = parse(given)
-    run = {"demo": _demo, "bench": bench_commands.run, "kernels": _kernels, "serve": _serve, "lab": _lab, "doctor": _doctor}
+    run = {
+        "demo": _demo,
+        "bench": bench_commands.run,
+        "kernels": _kernels,
+        "serve": _serve,
+        "lab": _lab,
+        "doctor": _doctor,
+    }
     if words:
         args.words = words
     try:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from labkit.server.running import Server
 
-PACKAGES = ("starlette", "pydantic", "uvicorn", "yaml")
+PACKAGES = ("starlette", "pydantic", "uvicorn", "httptools", "yaml")
 
 
 def build_app(engine: Any, **settings: Any) -> Starlette:
@@ -33,7 +33,7 @@ def build_app(engine: Any, **settings: Any) -> Starlette:
 def serve(engine: Any = None, *, host: str = "127.0.0.1", port: int = 0, **settings: Any) -> Server:
     """Serve an engine over HTTP from a thread of its own, next to whatever else uses the engine.
 
-    `engine` is an `Engine`, an `LLM`, or the name of a model to load (None: the embedded model). Port 0 is any free one.
+    `engine` is an `Engine`, an `LLM`, or the name of a model to load (None: the embedded model). Port 0 is a free one.
 
     >>> import labkit as lk
     >>> with lk.serve(lk.Engine(num_blocks=256)) as server:

@@ -200,7 +200,9 @@ def _key(environment: Mapping[str, str] | None, folder: Path) -> str | None:
     if given or not (folder / ".env").is_file():
         return given or None
     line = re.search(
-        rf"^\s*(?:export\s+)?{KEY_VARIABLE}\s*=\s*(.*?)\s*$", (folder / ".env").read_text(encoding="utf-8"), re.MULTILINE
+        rf"^\s*(?:export\s+)?{KEY_VARIABLE}\s*=\s*(.*?)\s*$",
+        (folder / ".env").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
     return (line[1].strip("'\"") or None) if line else None
 

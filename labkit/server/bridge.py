@@ -96,10 +96,10 @@ class Feed:
 
 
 class Hub:
-    """All feeds of one event loop."""
+    """All feeds of one event loop. After the first token, readers are woken for `interval` tokens of a request."""
 
-    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop) -> None:
-        self.engine, self.loop = engine, loop
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop, interval: int = 1) -> None:
+        self.engine, self.loop, self.interval = engine, loop, interval
         self.members: dict[str, Member] = {}  # live ones by request id
         self.by_serial: dict[int, Member] = {}
         self.fresh: list[Member] = []  # those that the scheduler has not numbered yet
@@ -126,8 +126,8 @@ class Hub:
             self._post(News(outputs.serials, outputs.tokens, outputs.ended))  # type: ignore[arg-type]
 
     def _on_ring(self) -> None:
-        """After a step its outputs have said all. Otherwise requests were aborted or rejected, or the engine was rewound
-        or closed."""
+        """After a step its outputs have said all. Otherwise requests were aborted or rejected, or the engine was
+        rewound or closed."""
         if self._stepped:
             self._stepped = False
             return
@@ -191,8 +191,9 @@ class Hub:
                 if member is not None:
                     member.tokens.append(int(token))
                     member.num_seen += 1
-                    member.feed.news[member.index] = member
-                    woken[id(member.feed)] = member.feed
+                    if len(member.tokens) >= self.interval or member.num_seen == 1:
+                        member.feed.news[member.index] = member
+                        woken[id(member.feed)] = member.feed
             for handle in ended:
                 if (feed := self._end(handle)) is not None:
                     woken[id(feed)] = feed

@@ -18,6 +18,7 @@ from labkit.core.request import Status
 from labkit.engine.handle import Handle
 from labkit.server.bridge import Feed
 from labkit.server.errors import ApiError, clean, of_value, overloaded
+from labkit.server.http import NOTE
 from labkit.server.pieces import Growing
 from labkit.server.sampling import Sampling
 from labkit.server.service import Service, new_id
@@ -104,15 +105,15 @@ async def encode(service: Service, texts: Sequence[str], add_special_tokens: boo
         raise ApiError("this engine has no tokenizer: send token ids", param="prompt")
     more = {"add_special_tokens": add_special_tokens} if isinstance(tokenizer, Tokenizer) else {}
     length = sum(len(text) for text in texts)
-    return await apart(lambda: [tokenizer.encode(text, **more) for text in texts], length > LONG_TEXT)
+    try:
+        return await apart(lambda: [tokenizer.encode(text, **more) for text in texts], length > LONG_TEXT)
+    except (UnicodeError, TypeError):
+        raise ApiError("the text cannot be encoded: it must be valid Unicode") from None
 
 
 async def apart(function: Callable[[], T], is_long: bool) -> T:
     """Call a function; one that takes long, in a thread of its own."""
-    try:
-        return await asyncio.to_thread(function) if is_long else function()
-    except (UnicodeError, TypeError, OverflowError):
-        raise ApiError("the text cannot be encoded: it must be valid Unicode") from None
+    return await asyncio.to_thread(function) if is_long else function()
 
 
 def cut(ids: list[int], most: int | None, room: int) -> list[int]:
@@ -166,7 +167,7 @@ async def admit(
         raise of_value(error, type(body).model_fields, {"prompt": param}) from None
     except RuntimeError as error:
         raise ApiError(clean(str(error)), status=503) from None
-    note = request.scope["state"]
+    note = request.scope[NOTE]
     note["id"] = id
     return Call(service, feed, id, model, feed_samples(made), note)
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from labkit.server.arguments import Arguments, help_text, read
 
+if TYPE_CHECKING:
+    from labkit.server.running import Serving
+    from labkit.server.service import Service
+
 log = logging.getLogger("labkit.server")
+SECONDS_TO_CLOSE = 10.0
 FORM = "%(levelname)s %(asctime)s %(message)s"
 
 
@@ -75,6 +80,8 @@ def _load(arguments: Arguments, service: Service) -> Any:
 
 
 def _close(serving: Serving, service: Service) -> int:
+    from labkit.server.service import within
+
     if serving.failure is not None:
         error = serving.failure
         if isinstance(error, (ValueError, RuntimeError, OSError, TypeError)):
@@ -83,6 +90,7 @@ def _close(serving: Serving, service: Service) -> int:
         raise error
     if service.is_dead:
         return 1
-    if service.is_loaded:
-        service.engine.close()
+    if service.is_loaded and not within(SECONDS_TO_CLOSE, service.engine.close):
+        log.error("the engine does not end its step; the process ends without it")
+        return 1
     return 0

@@ -1,7 +1,7 @@
 """The one table of `labkit serve`'s flags, under vLLM's names: what each does here.
 
-A flag is served (it sets an option of the engine, of the server, or of the process), harmless (accepted, changes nothing
-here), or refused by name with the reason. Knows nothing of how a command line is read: see `arguments.py`.
+A flag is served (it sets an option of the engine, of the server, or of the process), harmless (accepted, changes
+nothing here), or refused by name with the reason. Knows nothing of how a command line is read: see `arguments.py`.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ FLAGS: tuple[Flag, ...] = (
     _server("served-model-name", "list", "names that requests may use as model"),
     _server("api-key", "list", "keys that open every route but /health and /ping (also VLLM_API_KEY)"),
     _server("max-waiting", "int", "requests that may wait; more are answered 503"),
+    _server("stream-interval", "int", "tokens in a chunk of a stream after its first (1)"),
     _server("max-logprobs", "int", "most logprobs of a token"),
     _server("chat-template", "str", "a file with a chat template, or the template itself"),
     _server("default-chat-template-kwargs", "json", "variables of the chat template"),
@@ -104,7 +105,7 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless(
         "enable-prompt-tokens-details enable-server-load-tracking enable-request-id-headers", "bool", "always on"
     ),
-    *_harmless("disable-log-stats disable-uvicorn-access-log disable-fastapi-docs", "bool", "there is nothing to turn off"),
+    *_harmless("disable-log-stats disable-uvicorn-access-log disable-fastapi-docs", "bool", "is off already"),
     *_harmless("max-log-len", "int", "prompts are not logged"),
     *_harmless("swap-space", "float", "labkit's flag for it is --num-host-blocks"),
     *_harmless("cpu-offload-gb", "float", "weights stay where they are computed", ("0", "0.0")),

@@ -1,7 +1,7 @@
 """What stands before every route: keys, the size of bodies, a request id, and a line of log when an answer is over.
 
-Plain ASGI, so that streams pass through untouched. Decides on `scope["path"]`, which is what is routed; everything needs
-a key but the paths in `OPEN`.
+Plain ASGI, so that streams pass through untouched. Decides on `scope["path"]`, which is what is routed; everything
+needs a key but the paths in `OPEN`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from labkit.server.errors import ApiError
-from labkit.server.http import failed
+from labkit.server.http import NOTE, failed
 from labkit.server.service import Service
 from labkit.server.settings import hash_of
 
@@ -39,7 +39,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        state: dict[str, Any] = scope.setdefault("state", {})
+        state: dict[str, Any] = {}  # of this request alone: a server may share scope["state"]
+        scope[NOTE] = state
         state["send"] = send  # for streams: past the layers between, which cost more than the writing
         begin, status = time.perf_counter(), 0
 

@@ -24,6 +24,7 @@ log = logging.getLogger("labkit.server")
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
+NOTE = "labkit"  # the key in a request's scope of what the guard passes on and what the log says
 _CLOSED = 499  # as nginx logs it; nobody receives it
 
 
@@ -99,20 +100,20 @@ class EventStream(Response):
                 await failed(error)(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            send = scope["state"].get("send", send)
+            send = scope[NOTE]["send"]
             await send({"type": "http.response.body", "body": first, "more_body": True})
             last = DONE
             try:
                 async for chunk in self.chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             except ClientGone:
-                scope["state"]["outcome"] = "the client left"
+                scope[NOTE]["outcome"] = "the client left"
                 last = b""
             except Exception as error:
                 if not isinstance(error, ApiError):
                     log.error("a stream failed: %s: %s", type(error).__name__, error, exc_info=error)
                     error = internal()
-                scope["state"]["outcome"] = f"failed: {error.status}"
+                scope[NOTE]["outcome"] = f"failed: {error.status}"
                 last = event(error.body) + DONE
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

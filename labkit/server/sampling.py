@@ -138,7 +138,10 @@ class Sampling(BaseModel):
         found: list[tuple[str, dict[str, Any]]] = []
         given = self.structured_outputs
         if given is not None:
-            named = {"json": given.form, **{k: getattr(given, k) for k in ("regex", "choice", "grammar", "json_object")}}
+            named = {
+                "json": given.form,
+                **{k: getattr(given, k) for k in ("regex", "choice", "grammar", "json_object")},
+            }
             forms = {kind: what for kind, what in named.items() if what is not None and what is not False}
             if len(forms) != 1 or given.model_extra:
                 raise ApiError(
@@ -147,9 +150,8 @@ class Sampling(BaseModel):
                     param="structured_outputs",
                 )
             found.append(("structured_outputs", forms))
-        for kind in ("json", "regex", "choice", "grammar"):
-            if (what := getattr(self, f"guided_{kind}")) is not None:
-                found.append((f"guided_{kind}", {kind: what}))
+        guided = {kind: getattr(self, f"guided_{kind}") for kind in ("json", "regex", "choice", "grammar")}
+        found += [(f"guided_{kind}", {kind: what}) for kind, what in guided.items() if what is not None]
         if self.response_format is not None and (form := _form_of(self.response_format)) is not None:
             found.append(("response_format", form))
         if len(found) > 1:
@@ -163,7 +165,13 @@ class Sampling(BaseModel):
             given["top_k"] = 0
         extra = None if self.vllm_xargs is None else self.vllm_xargs
         return SamplingParams(
-            **{**defaults, **given, "max_tokens": max_tokens, "logprobs": self.wanted_logprobs()[0], "extra_args": extra}
+            **{
+                **defaults,
+                **given,
+                "max_tokens": max_tokens,
+                "logprobs": self.wanted_logprobs()[0],
+                "extra_args": extra,
+            }
         )
 
 

@@ -7,9 +7,10 @@ scheduler.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from labkit.core.params import SamplingParams
@@ -23,6 +24,7 @@ from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings
 from labkit.text.tokenizer import Tokenizer
 
+SECONDS_TO_PAUSE = 2.0  # a step that takes longer ends after the server
 UNNAMED = "labkit-tiny"  # the embedded model
 
 
@@ -111,7 +113,7 @@ class Service:
             if not self.engine.is_running and not self._hubs:
                 self.engine.start()
                 self._started_here = True
-            hub = self._hubs[loop] = Hub(self.engine, loop)
+            hub = self._hubs[loop] = Hub(self.engine, loop, self.settings.stream_interval)
         return hub
 
     def submit(
@@ -123,8 +125,8 @@ class Service:
         priority: int = 0,
         salt: str | None = None,
     ) -> Feed:
-        """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's samples,
-        then the second's, and so on."""
+        """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's
+        samples, then the second's, and so on."""
         engine = self.engine
         if self.is_stopping:
             raise overloaded("the server is shutting down", seconds=5)
@@ -172,9 +174,17 @@ class Service:
         for hub in self._hubs.values():
             hub.detach()
         self._hubs.clear()
-        if self._started_here and self._engine is not None and not self._engine.is_closed and not self.is_dead:
-            self._engine.pause()
+        if self._started_here and self._engine is not None and not self.is_dead:
+            within(SECONDS_TO_PAUSE, self._engine.pause)
         self._started_here = False
+
+
+def within(seconds: float, function: Callable[[], object]) -> bool:
+    """Call a function that waits for the engine's step to end, but wait no longer than this; whether it has ended."""
+    thread = threading.Thread(target=function, name="labkit-ending", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def new_id(prefix: str) -> str:

@@ -19,8 +19,9 @@ class Settings:
     """`served_model_name` is one name or several; without it, the engine's own. With `api_key` (one or several) every
     route but /health and /ping asks for `Authorization: Bearer KEY`. At most `max_waiting` requests wait for a first
     token; more are answered 503. `max_logprobs` bounds logprobs and top_logprobs, `max_body` the bytes of a body,
-    `max_prompts` the prompts of a call. When the server is stopped, what runs has `shutdown_timeout` seconds to end.
-    `default_sampling` holds sampling parameters for requests that name none. `chat_template` replaces the model's.
+    `max_prompts` the prompts of a call. A stream's chunks hold `stream_interval` tokens, but the first has one. When
+    the server is stopped, what runs has `shutdown_timeout` seconds to end. `default_sampling` holds sampling parameters
+    for requests that name none. `chat_template` replaces the model's.
     """
 
     served_model_name: tuple[str, ...] | list[str] | str = ()
@@ -29,6 +30,7 @@ class Settings:
     max_logprobs: int = 20
     max_body: int = 32 * MIB
     max_prompts: int = 2048
+    stream_interval: int = 1
     max_seconds_to_compile: float = 10.0
     shutdown_timeout: float = 20.0
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
@@ -45,7 +47,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("served_model_name", "api_key", "allowed_origins", "allowed_methods", "allowed_headers"):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name in ("max_waiting", "max_body", "max_prompts"):
+        for name in ("max_waiting", "max_body", "max_prompts", "stream_interval"):
             whole(name, getattr(self, name), least=1, most=2**40)
         whole("max_logprobs", self.max_logprobs, least=0, most=MOST_LOGPROBS)
         for name in ("shutdown_timeout", "max_seconds_to_compile"):
