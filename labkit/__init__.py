@@ -41,6 +41,7 @@ _HOME = {
     "AsyncEngineArgs": "llm",
     "RequestOutputKind": "core.params",
     "serve": "server",
+    "ModelManager": "server.manager",
     "BeamSearchParams": "engine.beams",
     "parse_benchmark_output": "bench.metrics",
     "calculate_performance_improvement": "bench.metrics",
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
     from .server import serve
+    from .server.manager import ModelManager
     from .study import workloads
     from .study.calibrate import calibrate
     from .study.experiment import Experiment

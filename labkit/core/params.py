@@ -88,6 +88,7 @@ class SamplingParams:
     capture: Mapping[str, Iterable[int]] | None = None
     extra_args: Mapping[str, Any] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    flat_logprobs: bool = False  # of vLLM; here they are always lists
 
     def __post_init__(self) -> None:
         whole("n", self.n, least=1, most=MOST_SAMPLES)
@@ -117,6 +118,8 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=-1, most=MOST_LOGPROBS)
+        if self.flat_logprobs:
+            raise ValueError("flat_logprobs is not served: logprobs are lists of dictionaries")
         if not isinstance(self.output_kind, RequestOutputKind):
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         self._check_masks()

@@ -89,7 +89,7 @@ FIXED: dict[str, Fits] = {
     "hf_token": Fits((None, True), "is not read; HF_TOKEN holds the token"),
     "tokenizer_mode": Fits((None, "auto", "hf", "fast"), "cannot be chosen; the checkpoint's tokenizer is read"),
     "config_format": Fits((None, "auto", "hf"), "cannot be chosen; config.json is read"),
-    "model_impl": Fits((None, "auto"), "is not an option here; path= chooses it (see lk.Engine)"),
+    "model_impl": Fits((None, "auto", "hf"), "is not an option here; path= chooses it (see lk.Engine)"),
     **_all("runner task", Fits((None, "auto", "generate"), "generates text only")),
     "convert": Fits((None, "auto", "none"), "generates text only"),
     "logprobs_mode": Fits((None, "raw_logprobs"), "cannot be chosen; they are raw_logprobs"),

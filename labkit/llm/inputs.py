@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from json import loads
 from typing import Any, NamedTuple, TypedDict
 
 from labkit.core.params import SamplingParams
@@ -31,14 +32,26 @@ class TokensPrompt(TypedDict, total=False):
 
 
 class StructuredOutputsParams(dict[str, Any]):
-    """The form of the text: one of json, regex, choice, grammar, json_object.
+    """The form of the text: one of json, regex, choice, grammar, json_object; with json, what its schema leaves open.
 
     >>> StructuredOutputsParams(choice=["yes", "no"])
     {'choice': ['yes', 'no']}
     """
 
-    def __init__(self, *, json: Any = None, regex: str | None = None, choice: list[str] | None = None,
-                 grammar: str | None = None, json_object: bool | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        json: Any = None,
+        regex: str | None = None,
+        choice: list[str] | None = None,
+        grammar: str | None = None,
+        json_object: bool | None = None,
+        disable_any_whitespace: bool = False,
+        disable_additional_properties: bool = False,
+        whitespace_pattern: str | None = None,
+    ) -> None:
+        if json is not None:
+            json = _narrowed(json, disable_any_whitespace, disable_additional_properties, whitespace_pattern)
         given = {"json": json, "regex": regex, "choice": choice, "grammar": grammar, "json_object": json_object}
         super().__init__({name: value for name, value in given.items() if value is not None})
         if len(self) != 1:
@@ -48,6 +61,31 @@ class StructuredOutputsParams(dict[str, Any]):
         if name in FORMS:
             return self.get(name)
         raise AttributeError(name)
+
+
+def _narrowed(schema: Any, no_whitespace: bool, no_others: bool, whitespace: str | None) -> Any:
+    """The schema with these wishes written into it."""
+    if not (no_whitespace or no_others or whitespace):
+        return schema
+    found = loads(schema) if isinstance(schema, str) else schema
+    if no_others:
+        found = _closed(found)
+    wishes = (
+        {"whitespace_flexible": False} if no_whitespace else {"whitespace_pattern": whitespace} if whitespace else {}
+    )
+    return {**found, "x-guidance": {**found.get("x-guidance", {}), **wishes}} if wishes else found
+
+
+def _closed(schema: Any) -> Any:
+    """Objects have the properties that are named, and no others."""
+    if isinstance(schema, list):
+        return [_closed(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {name: _closed(value) for name, value in schema.items()}
+    if "properties" in found or found.get("type") == "object":
+        found.setdefault("additionalProperties", False)
+    return found
 
 
 class Job(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from labkit.core.params import SamplingParams
@@ -66,6 +67,26 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         s = self.engine.scheduler
         return s.num_running + s.num_waiting + len(self.engine.arriving)
+
+    @property
+    def model_config(self) -> SimpleNamespace:
+        """What tutorials read of the model."""
+        s, vocab_size = self.engine.scheduler, self.engine.runner.vocab_size
+        return SimpleNamespace(
+            model=self.engine.model_name, max_model_len=s.max_model_len, get_vocab_size=lambda: vocab_size
+        )
+
+    @property
+    def vllm_config(self) -> SimpleNamespace:
+        """What tutorials read of the configuration."""
+        s, blocks = self.engine.scheduler, self.engine.blocks
+        cache = SimpleNamespace(
+            block_size=blocks.block_size,
+            num_gpu_blocks=blocks.num_blocks,
+            enable_prefix_caching=blocks.prefix_caching,
+        )
+        scheduling = SimpleNamespace(max_num_seqs=s.max_num_seqs, max_num_batched_tokens=s.max_num_batched_tokens)
+        return SimpleNamespace(model_config=self.model_config, cache_config=cache, scheduler_config=scheduling)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False while requests use some."""

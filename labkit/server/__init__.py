@@ -24,10 +24,10 @@ def build_app(engine: Any, **settings: Any) -> Starlette:
     """
     check_installed()
     from labkit.server.app import make_app
-    from labkit.server.service import Service
     from labkit.server.settings import Settings
+    from labkit.server.several import service_of
 
-    return make_app(Service(Settings(**settings), engine))
+    return make_app(service_of(Settings(**settings), engine))
 
 
 def serve(engine: Any = None, *, host: str = "127.0.0.1", port: int = 0, **settings: Any) -> Server:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from labkit.server import chat, completions, health, tokens
+from labkit.server import chat, completions, health, loading, tokens
 from labkit.server.errors import ApiError
 from labkit.server.guard import Guard
 from labkit.server.http import answer, failed
@@ -21,7 +21,7 @@ from labkit.server.openapi import document
 from labkit.server.routes import Route
 from labkit.server.service import Service
 
-FAMILIES = (completions, chat, tokens, health)
+FAMILIES = (completions, chat, tokens, health, loading)
 
 
 def make_app(service: Service) -> Starlette:
@@ -53,7 +53,8 @@ def make_app(service: Service) -> Starlette:
 def _route(service: Service, route: Route) -> StarletteRoute:
     async def call(request: Request) -> Response:
         try:
-            return await route.endpoint(service, request)
+            chosen = await service.chosen(request) if route.body is not None and route.of_model else service
+            return await route.endpoint(chosen, request)
         except Exception as error:  # an ApiError as it is, anything else as status 500 and into the log
             return failed(error)
 

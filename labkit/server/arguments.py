@@ -34,7 +34,9 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
     >>> read(["org/model", "--max-model-len", "4k"]).engine
     {'max_model_len': 4000}
     """
-    given = dict(_from_words(words))
+    given: dict[str, list[str]] = {}
+    for name, values in _from_words(words):
+        given[name] = [*given.get(name, []), *values] if name == "model" else values
     if "config" in given:
         given = {**_from_file(Path(given["config"][0])), **given}
     found = Arguments(wants_help="help" in given)
@@ -43,6 +45,7 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
         _set(found, BY_NAME[name], values)
     if "api_key" not in found.server and (key := _key(environment, Path(folder))):
         found.server["api_key"] = [key]
+    _split_models(found.process)
     if found.process.pop("enforce_eager", False):
         found.engine["graphs"] = False
     if found.process.pop("disable_log_requests", False):
@@ -50,6 +53,24 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
     if (template := found.server.get("chat_template")) is not None:
         found.server["chat_template"] = _template(template)
     return found
+
+
+def _split_models(process: dict[str, Any]) -> None:
+    """One model is `model`; several, or one with a name, are `models`."""
+    models = process.pop("model", [])
+    if len(models) == 1 and "=" not in models[0]:
+        process["model"] = models[0]
+    elif models:
+        names = [name_and_path(model)[0] for model in models]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two models have the same name: {', '.join(names)}; NAME=PATH gives each its own")
+        process["models"] = models
+
+
+def name_and_path(word: str) -> tuple[str, str]:
+    """NAME=PATH, or a path that is its own name."""
+    name, equals, path = word.partition("=")
+    return (name, path) if equals and name and path and "/" not in name else (word, word)
 
 
 # -- words -----------------------------------------------------------------------------------------------------------

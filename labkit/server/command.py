@@ -45,10 +45,11 @@ def _run(arguments: Arguments) -> int:
     from labkit.server.running import Serving, bind, configure
     from labkit.server.service import Service
     from labkit.server.settings import Settings
+    from labkit.server.several import Several
 
     process = arguments.process
     settings = Settings(**arguments.server, default_sampling=process.get("override_generation_config", {}))
-    service = Service(settings)
+    service = Several(settings) if "models" in process or settings.model_root else Service(settings)
     listening = bind(process.get("host", "127.0.0.1"), process.get("port", 8000))
     tls = {name: process[name] for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs") if name in process}
     config = configure(make_app(service), service, **tls)
@@ -73,10 +74,27 @@ def _load(arguments: Arguments, service: Service) -> Any:
     from labkit.engine.engine import Engine
 
     model = arguments.process.get("model")
+    if "models" in arguments.process or service.settings.model_root:
+        return _load_several(arguments)
     log.info("loading %s", model or "the embedded model")
     engine = Engine(model, **arguments.engine)
     service.defaults = sampling_defaults(model, arguments.process.get("generation_config", "auto"))
     return engine
+
+
+def _load_several(arguments: Arguments) -> Any:
+    """Each model under its name. On a GPU they share the memory that one would have."""
+    from labkit.server.arguments import name_and_path
+    from labkit.server.manager import ModelManager
+
+    process = arguments.process
+    models = process.get("models", [process["model"]] if "model" in process else [])
+    manager = ModelManager(**arguments.engine)
+    share = arguments.engine.get("gpu_memory_utilization", 0.9) / max(1, len(models))
+    for i, (name, path) in enumerate(map(name_and_path, models), start=1):
+        log.info("loading %s as %s", path, name)
+        manager.load(name, path, gpu_memory_utilization=share * i)
+    return manager
 
 
 def _close(serving: Serving, service: Service) -> int:
@@ -90,7 +108,7 @@ def _close(serving: Serving, service: Service) -> int:
         raise error
     if service.is_dead:
         return 1
-    if service.is_loaded and not within(SECONDS_TO_CLOSE, service.engine.close):
+    if service.is_loaded and not within(SECONDS_TO_CLOSE, service.close_engine):
         log.error("the engine does not end its step; the process ends without it")
         return 1
     return 0

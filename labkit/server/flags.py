@@ -48,7 +48,7 @@ def _refused(names: str, why: str = NOT_THERE, fits: tuple[str, ...] = (), kind:
 
 FLAGS: tuple[Flag, ...] = (
     # -- the model and how it is loaded
-    _process("model", "str", "folder, org/name or .gguf file; without it the embedded model"),
+    _process("model", "list", "folder, org/name or .gguf file; several are served by name, NAME=PATH gives one"),
     _engine("dtype", "str", "auto, half, float16, bfloat16, float or float32"),
     _engine("quantization", "str", "rounds a dense checkpoint while it is loaded: int8, int4, nf4, fp8"),
     _engine("load-format", "str", "auto, or dummy for random weights"),
@@ -76,6 +76,7 @@ FLAGS: tuple[Flag, ...] = (
     _process("enforce-eager", "bool", "no captured CUDA graphs"),
     # -- what clients see
     _server("served-model-name", "list", "names that requests may use as model"),
+    _server("model-root", "str", "opens /v1/load_model and /v1/unload_model, for models below this folder"),
     _server("api-key", "list", "keys that open every route but /health and /ping (also VLLM_API_KEY)"),
     _server("max-waiting", "int", "requests that may wait; more are answered 503"),
     _server("stream-interval", "int", "tokens in a chunk of a stream after its first (1)"),

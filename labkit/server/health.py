@@ -47,9 +47,9 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "object": "model",
         "created": service.created,
         "owned_by": "labkit",
-        "root": service.names[0],
+        "root": service.of(name).names[0],
         "parent": None,
-        "max_model_len": service.room,
+        "max_model_len": service.of(name).room,
     }
 
 

@@ -24,3 +24,4 @@ class Route(NamedTuple):
     body: type[BaseModel] | None
     summary: str
     streams: bool = False  # may answer with server-sent events
+    of_model: bool = True  # a body's `model` says which of several models answers

@@ -23,6 +23,7 @@ from labkit.engine.engine import Engine
 from labkit.server.app import make_app
 from labkit.server.service import Service
 from labkit.server.settings import Settings
+from labkit.server.several import service_of
 
 MOST_HEADER_BYTES = 65536
 LAST_SECONDS = 5  # for connections to close once their streams were ended
@@ -212,7 +213,7 @@ def start(engine: Any, *, host: str, port: int, **settings: Any) -> Server:
     made = Settings(**settings)
     owns = engine is None or isinstance(engine, str)
     engine = Engine(engine) if owns else getattr(engine, "engine", engine)
-    return Server(Service(made, engine), engine, host, port, owns)
+    return Server(service_of(made, engine), engine, host, port, owns)
 
 
 def bind(host: str, port: int) -> socket.socket:

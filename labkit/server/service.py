@@ -103,6 +103,18 @@ class Service:
             )
         return name
 
+    # -- one of several models: see several.py -------------------------------------------------------------------
+
+    async def chosen(self, request: Any) -> Service:
+        """The service of the model that a request names."""
+        return self
+
+    def of(self, name: str) -> Service:
+        return self
+
+    def close_engine(self) -> None:
+        self.engine.close()
+
     # -- the way in ----------------------------------------------------------------------------------------------
 
     def hub(self) -> Hub:

@@ -20,7 +20,8 @@ class Settings:
     route but /health and /ping asks for `Authorization: Bearer KEY`. At most `max_waiting` requests wait for a first
     token; more are answered 503. `max_logprobs` bounds logprobs and top_logprobs, `max_body` the bytes of a body,
     `max_prompts` the prompts of a call. A stream's chunks hold `stream_interval` tokens, but the first has one. When
-    the server is stopped, what runs has `shutdown_timeout` seconds to end. `default_sampling` holds sampling parameters
+    the server is stopped, what runs has `shutdown_timeout` seconds to end. With `model_root`, models below
+    that folder are loaded and unloaded over HTTP. `default_sampling` holds sampling parameters
     for requests that name none. `chat_template` replaces the model's.
     """
 
@@ -33,6 +34,7 @@ class Settings:
     stream_interval: int = 1
     max_seconds_to_compile: float = 10.0
     shutdown_timeout: float = 20.0
+    model_root: str | None = None
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
