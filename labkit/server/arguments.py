@@ -105,7 +105,7 @@ def _values(flag: Flag, left: list[str]) -> list[str]:
         values.append(left.pop(0))
         if flag.kind != "list":
             break
-    if not values:
+    if not values and flag.where != REFUSED:  # what is refused is refused also without one
         raise ValueError(f"--{flag.name} needs a value")
     return values
 
@@ -132,7 +132,7 @@ def _set(found: Arguments, flag: Flag, values: list[str]) -> None:
     name = f"--{flag.name}"
     if flag.where == REFUSED:
         off = flag.kind == "bool" and values == ["false"]
-        if not off and not (flag.fits and set(values) <= set(flag.fits)):
+        if not off and not (values and set(values) <= set(flag.fits)):
             also = f"; {name} {flag.fits[0]} is accepted" if flag.fits else ""
             raise ValueError(f"{name} {flag.help}{also}")
         return
@@ -187,7 +187,7 @@ def _template(given: str) -> str:
 
 
 def _from_file(path: Path) -> dict[str, list[str]]:
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from labkit.core.blocks.tables import Tokens
 from labkit.core.plan import Outputs
 from labkit.core.request import Status
-from labkit.core.tokens import Tokens
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.server.errors import ApiError
@@ -23,9 +23,9 @@ SECONDS_BETWEEN_LOOKS = 0.25  # at whether the engine's thread is alive
 
 
 class Delta(NamedTuple):
-    """What is new of one request: its index in the feed, tokens, and whether it has ended."""
+    """What is new of the nth request of a feed: tokens, and whether it has ended."""
 
-    index: int
+    nth: int
     tokens: list[int]
     ended: bool
 

@@ -31,9 +31,9 @@ _SAFE_ID = re.compile(r"[\w.:-]{1,128}")
 
 
 class Piece(NamedTuple):
-    """What is new of one answer."""
+    """What is new of the nth answer."""
 
-    index: int
+    nth: int
     text: str
     tokens: list[int]
     start: int  # tokens before these
@@ -69,7 +69,7 @@ class Call:
         found = [""] * len(self.answers)
         async for pieces in self.pieces():
             for piece in pieces:
-                found[piece.index] += piece.text
+                found[piece.nth] += piece.text
         return found
 
     def counts(self) -> tuple[int, int]:
@@ -181,7 +181,7 @@ def _params(
 ) -> SamplingParams:
     params = body.params(max_tokens, defaults)
     if grammar is not None:
-        params = replace(params, structured_outputs=None, logits_processors=(grammar,))
+        params = replace(params, structured_outputs=None, logits_processors=(grammar,))  # type: ignore[arg-type]
     return replace(params, **change) if change else params
 
 

@@ -255,9 +255,9 @@ class Writer:
         async for pieces in self.call.pieces():
             chunks = []
             for piece in pieces:
-                if piece.index not in begun:
-                    begun.add(piece.index)
-                    chunks.append(self._first(piece.index))
+                if piece.nth not in begun:
+                    begun.add(piece.nth)
+                    chunks.append(self._first(piece.nth))
                 chunks.append(self._chunk(piece))
             yield b"".join(chunks)
         if usage:
@@ -276,7 +276,7 @@ class Writer:
     def _chunk(self, piece: Piece) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous:
             choice = (
-                f'{{"index": {piece.index}, "delta": {{"content": {quoted(piece.text)}}}, "logprobs": null, '
+                f'{{"index": {piece.nth}, "delta": {{"content": {quoted(piece.text)}}}, "logprobs": null, '
                 '"finish_reason": null}]}\n\n'
             )
             return self.begin + choice.encode()
@@ -286,11 +286,11 @@ class Writer:
         return {"usage": self.call.usage()} if self.continuous else {}
 
     def _part(self, piece: Piece) -> dict[str, Any]:
-        grown = self.call.answers[piece.index]
+        grown = self.call.answers[piece.nth]
         found = {
-            "index": piece.index,
+            "index": piece.nth,
             "delta": {"content": piece.text},
-            "logprobs": self._logprobs(piece.index, piece.tokens, piece.start),
+            "logprobs": self._logprobs(piece.nth, piece.tokens, piece.start),
             "finish_reason": grown.finish_reason if piece.ended else None,
         }
         if piece.ended:

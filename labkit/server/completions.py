@@ -174,15 +174,15 @@ class Writer:
         self.continuous = usage and options is not None and bool(options.continuous_usage_stats)
         begun: set[int] = set()
         async for pieces in self.call.pieces():
-            yield b"".join([self._chunk(piece, piece.index not in begun) for piece in pieces])
-            begun.update(piece.index for piece in pieces)
+            yield b"".join([self._chunk(piece, piece.nth not in begun) for piece in pieces])
+            begun.update(piece.nth for piece in pieces)
         if usage:
             yield event({**self.head, "choices": [], "usage": self.call.usage()})
 
     def _chunk(self, piece: Piece, first: bool) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous and not (first and self.body.echo):
             choice = (
-                f'{{"index": {piece.index}, "text": {quoted(piece.text)}, "logprobs": null, '
+                f'{{"index": {piece.nth}, "text": {quoted(piece.text)}, "logprobs": null, '
                 '"finish_reason": null, "stop_reason": null}]}\n\n'
             )
             return self.begin + choice.encode()
@@ -192,13 +192,13 @@ class Writer:
         return {"usage": self.call.usage()} if self.continuous else {}
 
     def _part(self, piece: Piece, first: bool) -> dict[str, Any]:
-        grown, body = self.call.answers[piece.index], self.body
+        grown, body = self.call.answers[piece.nth], self.body
         nothing = body.max_tokens == 0
         tokens = [] if nothing else piece.tokens
         found = {
-            "index": piece.index,
-            "text": (self._echoed(piece.index) if first else "") + ("" if nothing else piece.text),
-            "logprobs": self._logprobs(piece.index, tokens, piece.start, first),
+            "index": piece.nth,
+            "text": (self._echoed(piece.nth) if first else "") + ("" if nothing else piece.text),
+            "logprobs": self._logprobs(piece.nth, tokens, piece.start, first),
             "finish_reason": (grown.finish_reason if not nothing else "length") if piece.ended else None,
             "stop_reason": grown.stop_reason if piece.ended else None,
         }

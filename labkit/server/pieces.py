@@ -74,7 +74,7 @@ class TokenTexts:
 
     def _read(self, id: int) -> bytes:
         if not isinstance(self.tokenizer, Tokenizer):
-            return b"" if self.tokenizer is None else self.tokenizer.decode([id]).encode()
+            return b"" if self.tokenizer is None else bytes(self.tokenizer.decode([id]), "utf-8")
         written = self.tokenizer.backend.id_to_token(id)
         if written is None:
             return b""
@@ -83,7 +83,7 @@ class TokenTexts:
             return written.encode() if None in found else bytes(found)  # type: ignore[arg-type]
         if len(written) == 6 and written.startswith("<0x") and written.endswith(">"):
             return bytes([int(written[3:5], 16)])
-        return written.replace("\u2581", " ").encode()
+        return bytes(written.replace("\u2581", " "), "utf-8")
 
 
 def _alphabet() -> dict[str, int]:

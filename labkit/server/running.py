@@ -37,19 +37,19 @@ class Bounded(HttpToolsProtocol):
     in_headers = True
 
     def on_message_begin(self) -> None:
-        self.num_header_bytes, self.in_headers = 0, True
+        self.in_headers = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        self.in_headers = False
+        self.num_header_bytes, self.in_headers = 0, False
         super().on_headers_complete()
 
     def data_received(self, data: bytes) -> None:
+        super().data_received(data)
         if self.in_headers:
             self.num_header_bytes += len(data)
-        super().data_received(data)
-        if self.in_headers and self.num_header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
-            self.send_400_response("the headers are too large")
+            if self.num_header_bytes > MOST_HEADER_BYTES and not self.transport.is_closing():
+                self.send_400_response("the headers are too large")
 
 
 class Serving(uvicorn.Server):
@@ -68,6 +68,7 @@ class Serving(uvicorn.Server):
         if not self.started:
             return
         if self.load is None:
+            self.service.hub()  # starts the engine
             self.on_ready(self.service.engine)
         else:
             loop = asyncio.get_running_loop()

@@ -154,7 +154,7 @@ class Service:
             except BaseException:
                 for handle in made:
                     for member in (handle, *handle.samples):
-                        engine.abort(member)  # type: ignore[arg-type]
+                        engine.abort(member)
                 raise
             return [member for handle in made for member in (handle, *handle.samples)]  # type: ignore[misc]
 

@@ -31,4 +31,5 @@ def gate():
     engine = gated(gate)
     yield gate, engine
     gate.release()
-    engine.close()
+    if engine.worker is None or engine.worker.thread.is_alive():  # a test may have ended it
+        engine.close()

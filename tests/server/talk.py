@@ -54,8 +54,8 @@ def post(port: int, path: str, body, headers: str = "") -> socket.socket:
     """Send a request over a raw socket, and return the socket without reading."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     found = socket.create_connection(("127.0.0.1", port), timeout=20)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{headers}Content-Length: {len(data)}"
-    found.sendall(head.encode() + b"\r\n\r\n" + data)
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    found.sendall(f"{head}{headers}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return found
 
 
@@ -70,7 +70,7 @@ def read_all(connection: socket.socket) -> bytes:
 
 def events(text: str) -> list:
     """The contents of a stream; its end as "[DONE]"."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 

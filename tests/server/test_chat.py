@@ -78,7 +78,7 @@ def test_logprobs_with_bytes_and_the_likeliest(http, server):
 
 
 def test_without_max_tokens_an_answer_may_fill_the_room(http, server):
-    found = ask(http, max_tokens=None, ignore_eos=True, messages=[{"role": "user", "content": "x " * 930}])
+    found = ask(http, max_tokens=None, ignore_eos=True, messages=[{"role": "user", "content": "x " * 1850}])
     usage = found["usage"]
     assert usage["total_tokens"] == server.engine.scheduler.room_for(0)
     assert ask(http, max_completion_tokens=3)["usage"]["completion_tokens"] == 3
