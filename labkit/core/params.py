@@ -11,7 +11,7 @@ from labkit.core.options import choose, flag, named_options, real, whole
 
 MOST_SAMPLES = 1024
 MOST_STOPS = 64
-MOST_LOGPROBS = 128  # -1 is all
+MOST_LOGPROBS = 2**20  # of a token; -1 is all
 
 FLAGS = (
     "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"

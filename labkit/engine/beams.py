@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.options import flag, named_options, real, whole
-from labkit.core.params import MOST_LOGPROBS, SamplingParams
+from labkit.core.params import SamplingParams
 from labkit.engine.intake import prompt_ids
 
 if TYPE_CHECKING:
     from labkit.engine.engine import Engine
+
+
+MOST_BEAMS = 64
 
 
 @named_options
@@ -31,7 +34,7 @@ class BeamSearchParams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        whole("beam_width", self.beam_width, least=1, most=MOST_LOGPROBS // 2)
+        whole("beam_width", self.beam_width, least=1, most=MOST_BEAMS)
         whole("max_tokens", self.max_tokens, least=1)
         flag("ignore_eos", self.ignore_eos)
         real("length_penalty", self.length_penalty, least=-100.0)

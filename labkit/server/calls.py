@@ -76,8 +76,13 @@ class Call:
         prompt = sum(len(answer.handle.prompt) for answer in self.answers[:: self.n])
         return prompt, sum(len(answer.token_ids) for answer in self.answers)
 
-    def usage(self) -> dict[str, Any]:
+    def more(self) -> dict[str, Any]:
+        """With `per_request_metrics`, times of the first prompt's first answer."""
+        return {"metrics": _times(self.answers[0].handle)} if self.service.settings.per_request_metrics else {}
+
+    def usage(self, at_start: bool = False) -> dict[str, Any]:
         prompt, output = self.counts()
+        output = 0 if at_start else output
         cached = sum(answer.handle.num_cached for answer in self.answers[:: self.n])
         return {
             "prompt_tokens": prompt,
@@ -85,6 +90,21 @@ class Call:
             "total_tokens": prompt + output,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+def _times(handle: Handle) -> dict[str, float]:
+    """In vLLM's names and milliseconds; a mean between tokens needs two of them."""
+    first, last, num = handle.first_token_at, handle.finished_at, handle.num_output
+    if first is None or last is None or handle.admitted_at is None:
+        return {}
+    seconds = (last - handle.admitted_at) / 1e9
+    found = {
+        "time_to_first_token_ms": (first - handle.arrival) / 1e6,
+        "generation_time_ms": (last - first) / 1e6,
+        "queue_time_ms": (handle.admitted_at - handle.arrival) / 1e6,
+        "tokens_per_second": num / seconds if seconds else 0.0,
+    }
+    return found | ({"mean_itl_ms": (last - first) / 1e6 / (num - 1)} if num > 1 else {})
 
 
 def check_ended(handle: Handle) -> None:
@@ -116,12 +136,24 @@ async def apart(function: Callable[[], T], is_long: bool) -> T:
     return await asyncio.to_thread(function) if is_long else function()
 
 
-def cut(ids: list[int], most: int | None, room: int) -> list[int]:
-    """The last `most` tokens; -1 means as many as the model takes."""
+def cut(ids: list[int], body: Sampling, room: int) -> list[int]:
+    """The last `truncate_prompt_tokens` tokens, or the first; -1 means as many as the model takes."""
+    most = body.truncate_prompt_tokens
     if most is None:
         return ids
     most = room - 1 if most == -1 else most
+    if body.truncation_side == "right":
+        return ids[:most]
     return ids[-most:] if most else []
+
+
+def usage_wanted(service: Service, body: Sampling) -> tuple[bool, bool]:
+    """Whether a stream ends with its usage, and whether each chunk has it."""
+    options = body.stream_options
+    if service.settings.force_include_usage:
+        return True, True
+    usage = options is not None and bool(options.include_usage)
+    return usage, usage and options is not None and bool(options.continuous_usage_stats)
 
 
 def room_for(service: Service, num_prompt: int, max_tokens: int | None, param: str) -> int:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS
-from labkit.server.calls import LONG_TEXT, Call, Piece, admit, apart, cut, encode
+from labkit.server.calls import LONG_TEXT, Call, Piece, admit, apart, cut, encode, usage_wanted
 from labkit.server.errors import ApiError
 from labkit.server.http import EventStream, answer, event, read_body, whole
 from labkit.server.pieces import chat_logprobs, prompt_logprobs, quoted
@@ -89,7 +89,8 @@ async def chat(service: Service, request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     service.check_model(body.model)
     body.check(service.settings.max_logprobs)
-    ids = cut(await prompt_of(service, body), body.truncate_prompt_tokens, service.room)
+    known = None if body.kv_transfer_params is None else body.kv_transfer_params.prompt_token_ids
+    ids = cut(await prompt_of(service, body) if known is None else known, body, service.room)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     call = await admit(service, request, body, [ids], max_tokens, prefix="chatcmpl", param="messages")
     writer = Writer(call, body)
@@ -195,7 +196,7 @@ class Writer:
 
     def __init__(self, call: Call, body: ChatRequest) -> None:
         self.call, self.body = call, body
-        self.as_ids = bool(body.return_tokens_as_token_ids)
+        self.as_ids = bool(body.return_tokens_as_token_ids) or call.service.settings.return_tokens_as_token_ids
         self.created = int(time.time())
         self.head = self._head("chat.completion.chunk")
         self.begin = b"data: " + json.dumps(self.head).encode()[:-1] + b', "choices": ['
@@ -218,7 +219,8 @@ class Writer:
         call, body = self.call, self.body
         texts = await call.texts()
         choices = [self._choice(i, text) for i, text in enumerate(texts)]
-        found = {**self._head("chat.completion"), "choices": choices, "usage": call.usage()}
+        found = {**self._head("chat.completion"), "choices": choices, "usage": call.usage(), **call.more()}
+        found["prompt_logprobs"] = None
         if body.prompt_logprobs is not None:
             found["prompt_logprobs"] = prompt_logprobs(call.service.texts, call.parent(0))
         if body.return_token_ids:
@@ -248,9 +250,7 @@ class Writer:
     # -- as chunks -----------------------------------------------------------------------------------------------
 
     async def stream(self) -> AsyncIterator[bytes]:
-        options = self.body.stream_options
-        usage = options is not None and bool(options.include_usage)
-        self.continuous = usage and options is not None and bool(options.continuous_usage_stats)
+        usage, self.continuous = usage_wanted(self.call.service, self.body)
         begun: set[int] = set()
         async for pieces in self.call.pieces():
             chunks = []
@@ -261,7 +261,7 @@ class Writer:
                 chunks.append(self._chunk(piece))
             yield b"".join(chunks)
         if usage:
-            yield event({**self.head, "choices": [], "usage": self.call.usage()})
+            yield event({**self.head, "choices": [], "usage": self.call.usage(), **self.call.more()})
 
     def _first(self, index: int) -> bytes:
         choice: dict[str, Any] = {
@@ -271,7 +271,8 @@ class Writer:
             "finish_reason": None,
         }
         more = {"prompt_token_ids": self.call.parent(index).prompt.tolist()} if self.body.return_token_ids else {}
-        return event({**self.head, "choices": [choice], **more, **self._usage()})
+        usage = {"usage": self.call.usage(at_start=True)} if self.continuous else {}
+        return event({**self.head, "choices": [choice], **more, **usage})
 
     def _chunk(self, piece: Piece) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous:

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS, MOST_SAMPLES
-from labkit.server.calls import Call, Piece, admit, cut, encode
+from labkit.server.calls import Call, Piece, admit, cut, encode, usage_wanted
 from labkit.server.errors import ApiError
 from labkit.server.http import EventStream, answer, event, read_body, whole
 from labkit.server.pieces import completion_logprobs, prompt_logprobs, quoted
@@ -90,7 +90,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> tuple[list[list
         raise ApiError(f"prompt holds {len(given)} prompts, at most {most} are accepted in a call", param="prompt")
     special = body.add_special_tokens is not False
     encoded = given if isinstance(given[0], list) else await encode(service, given, special)
-    prompts = [cut(ids, body.truncate_prompt_tokens, service.room) for ids in encoded]
+    prompts = [cut(ids, body, service.room) for ids in encoded]
     return prompts, [text if isinstance(text, str) else None for text in given]
 
 
@@ -99,7 +99,7 @@ class Writer:
 
     def __init__(self, call: Call, body: CompletionRequest, texts: list[str | None]) -> None:
         self.call, self.body, self.texts = call, body, texts
-        self.as_ids = bool(body.return_tokens_as_token_ids)
+        self.as_ids = bool(body.return_tokens_as_token_ids) or call.service.settings.return_tokens_as_token_ids
         self.offset = [0] * len(call.answers)  # characters of each answer so far
         head = {"id": call.id, "object": "text_completion", "created": _now(), "model": call.model}
         self.head = head
@@ -115,7 +115,7 @@ class Writer:
         if call.n > n:
             order = [i for at in range(0, len(texts), call.n) for i in self._best(at)[:n]]  # type: ignore[assignment]
         choices = [self._choice(place, i, texts[i]) for place, i in enumerate(order)]
-        return {**self.head, "choices": choices, "usage": call.usage()}
+        return {**self.head, "choices": choices, "usage": call.usage(), **call.more()}
 
     def _best(self, at: int) -> list[int]:
         """The samples of a prompt, the one with the likeliest tokens first."""
@@ -137,6 +137,7 @@ class Writer:
             "finish_reason": grown.finish_reason if body.max_tokens != 0 else "length",
             "stop_reason": grown.stop_reason,
         }
+        found["prompt_logprobs"] = None
         if body.prompt_logprobs is not None:
             found["prompt_logprobs"] = prompt_logprobs(call.service.texts, call.parent(index))
         if body.return_token_ids:
@@ -148,7 +149,7 @@ class Writer:
             return ""
         text = self.texts[index // self.call.n]
         if text is None and self.call.service.tokenizer is not None:
-            text = self.call.service.tokenizer.decode(self.call.answers[index].handle.prompt.tolist())
+            text = self.call.service.texts.decoded(self.call.answers[index].handle.prompt.tolist())
         return text or ""
 
     def _logprobs(self, index: int, ids: list[int], start: int, first: bool) -> dict[str, Any] | None:
@@ -169,15 +170,13 @@ class Writer:
     # -- as chunks -----------------------------------------------------------------------------------------------
 
     async def stream(self) -> AsyncIterator[bytes]:
-        options = self.body.stream_options
-        usage = options is not None and bool(options.include_usage)
-        self.continuous = usage and options is not None and bool(options.continuous_usage_stats)
+        usage, self.continuous = usage_wanted(self.call.service, self.body)
         begun: set[int] = set()
         async for pieces in self.call.pieces():
             yield b"".join([self._chunk(piece, piece.nth not in begun) for piece in pieces])
             begun.update(piece.nth for piece in pieces)
         if usage:
-            yield event({**self.head, "choices": [], "usage": self.call.usage()})
+            yield event({**self.head, "choices": [], "usage": self.call.usage(), **self.call.more()})
 
     def _chunk(self, piece: Piece, first: bool) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous and not (first and self.body.echo):

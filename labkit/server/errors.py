@@ -75,6 +75,8 @@ def of_validation(error: ValidationError) -> ApiError:
         message = f"the body is not valid JSON: {message.removeprefix('Invalid JSON: ')}"
     elif place is None and first["type"] == "model_type":
         message = "the body must be a JSON object"
+    elif "_than" in first["type"]:
+        message += f" [{first['type']}]"
     others = len({error["loc"][:1] for error in found}) - 1
     more = f" (and {others} more)" if others > 0 else ""
     return ApiError(f"{place}: {message}{more}" if place else f"{message}{more}", param=place)

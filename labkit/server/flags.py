@@ -83,6 +83,11 @@ FLAGS: tuple[Flag, ...] = (
     _server("max-logprobs", "int", "most logprobs of a token"),
     _server("chat-template", "str", "a file with a chat template, or the template itself"),
     _server("default-chat-template-kwargs", "json", "variables of the chat template"),
+    _server("return-tokens-as-token-ids", "bool", "tokens in logprobs are written as token_id:ID"),
+    _server("enable-force-include-usage", "bool", "each chunk of a stream has its usage", "force_include_usage"),
+    _server("enable-per-request-metrics", "bool", "answers have their times in metrics", "per_request_metrics"),
+    _server("enable-tokenizer-info-endpoint", "bool", "opens /tokenizer_info", "tokenizer_info"),
+    _server("enable-request-id-headers", "bool", "every answer has X-Request-Id", "request_id_headers"),
     _server("response-role", "str", "role of the answers in chats"),
     _process("generation-config", "str", "auto (the model's sampling defaults), vllm (none), or a folder"),
     _process("override-generation-config", "json", "sampling defaults, as JSON"),
@@ -103,9 +108,7 @@ FLAGS: tuple[Flag, ...] = (
     _server("enable-log-requests", "bool", "a line of log for each request (on by default)", "log_requests"),
     _process("disable-log-requests", "bool", "no line of log for each request"),
     # -- accepted, and without effect here
-    *_harmless(
-        "enable-prompt-tokens-details enable-server-load-tracking enable-request-id-headers", "bool", "always on"
-    ),
+    *_harmless("enable-prompt-tokens-details enable-server-load-tracking", "bool", "always on"),
     *_harmless("disable-log-stats disable-uvicorn-access-log disable-fastapi-docs", "bool", "is off already"),
     *_harmless("max-log-len", "int", "prompts are not logged"),
     *_harmless("swap-space", "float", "labkit's flag for it is --num-host-blocks"),
@@ -142,8 +145,7 @@ FLAGS: tuple[Flag, ...] = (
               "is not read; give labkit a local folder with the files that you want"),
     *_refused("download-dir", "is not read; HF_HOME says where models are kept"),
     *_refused("hf-token", "is not read; HF_TOKEN holds the token"),
-    *_refused("enable-sleep-mode trust-request-chat-template return-tokens-as-token-ids enable-force-include-usage "
-              "enable-tokenizer-info-endpoint enable-ssl-refresh", kind="bool"),
+    *_refused("enable-sleep-mode trust-request-chat-template enable-ssl-refresh", kind="bool"),
     *_refused("middleware logits-processors uds log-config-file ssl-cert-reqs otlp-traces-endpoint "
               "collect-detailed-traces kv-transfer-config kv-events-config kv-cache-memory-bytes pooler-config "
               "override-pooler-config convert logits-processor-pattern scheduler-cls worker-cls "

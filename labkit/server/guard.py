@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hmac
 import logging
+import re
 import time
+import uuid
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,6 +22,7 @@ from labkit.server.settings import hash_of
 
 OPEN = ("/health", "/ping")
 QUIET = ("/health", "/ping", "/metrics", "/load")  # asked for every few seconds
+SAFE_ID = re.compile(rb"[\w.:-]{1,128}")
 log = logging.getLogger("labkit.server")
 
 
@@ -29,8 +32,8 @@ class Guard:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
         self.hashes = service.settings.key_hashes
-        root = service.settings.root_path.rstrip("/")
-        self.open = frozenset((*OPEN, *(root + path for path in OPEN)))
+        self.root = service.settings.root_path.rstrip("/")
+        self.open = frozenset((*OPEN, *(self.root + path for path in OPEN)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -39,6 +42,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if self.root:  # routes answer with and without it, as a proxy may strip it or not
+            scope["root_path"] = self.root
         state: dict[str, Any] = {}  # of this request alone: a server may share scope["state"]
         scope[NOTE] = state
         state["send"] = send  # for streams: past the layers between, which cost more than the writing
@@ -48,8 +53,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if "id" in state:
-                    message["headers"] = [*message["headers"], (b"x-request-id", state["id"].encode())]
+                if (id := self._shown_id(scope, state)) is not None:
+                    message["headers"] = [*message["headers"], (b"x-request-id", id)]
                 state["first"] = time.perf_counter() - begin
             await send(message)
 
@@ -65,6 +70,13 @@ class Guard:
         finally:
             self.service.num_open -= 1
             self._log(scope, status, time.perf_counter() - begin, state)
+
+    def _shown_id(self, scope: Scope, state: dict[str, Any]) -> bytes | None:
+        """The id in an answer's header: of its request in the engine, or with `request_id_headers` the client's own."""
+        if not self.service.settings.request_id_headers:
+            return state["id"].encode() if "id" in state else None
+        given: bytes = dict(scope["headers"]).get(b"x-request-id", b"")
+        return given if SAFE_ID.fullmatch(given) else uuid.uuid4().hex.encode()
 
     def _check(self, scope: Scope) -> None:
         headers = dict(scope["headers"])

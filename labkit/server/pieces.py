@@ -72,6 +72,12 @@ class TokenTexts:
     def text_of(self, id: int, as_id: bool = False) -> str:
         return f"token_id:{id}" if as_id else self.bytes_of(id).decode("utf-8", errors="replace")
 
+    def decoded(self, ids: list[int]) -> str:
+        """Several tokens as text, special ones included."""
+        more = {"skip_special_tokens": False} if isinstance(self.tokenizer, Tokenizer) else {}
+        text: str = self.tokenizer.decode(ids, **more)
+        return text
+
     def _read(self, id: int) -> bytes:
         if not isinstance(self.tokenizer, Tokenizer):
             return b"" if self.tokenizer is None else bytes(self.tokenizer.decode([id]), "utf-8")
@@ -131,7 +137,7 @@ def completion_logprobs(
         top = None
         if entry is not None:
             pairs = {texts.text_of(i, as_ids): bounded(v) for i, v in zip(entry.top_ids, entry.top, strict=True)}
-            top = pairs | {token: bounded(entry.logprob)}
+            top = {token: bounded(entry.logprob)} | pairs  # the one that was chosen goes first
         found["top_logprobs"].append(top)
     return found
 

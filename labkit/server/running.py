@@ -134,7 +134,7 @@ def configure(app: Starlette, service: Service, **options: Any) -> uvicorn.Confi
     given = {"log_config": None, "access_log": False, "server_header": False, "ws": "none", "lifespan": "on"}
     return uvicorn.Config(
         app, http=Bounded, loop="asyncio", proxy_headers=False,
-        root_path=service.settings.root_path, **given | options,
+        **given | options,
     )  # fmt: skip
 
 

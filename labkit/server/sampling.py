@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from labkit.core.params import FORMS, MOST_LOGPROBS, MOST_SAMPLES, MOST_STOPS, SamplingParams
 from labkit.server.errors import ApiError
@@ -64,6 +64,14 @@ class StructuredOutputs(BaseModel):
     json_object: bool | None = None
 
 
+class KVTransfer(BaseModel):
+    """Of another server's prefill only the prompt's token ids are taken; keys and values are not transferred."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**22)] | None = None
+
+
 class Sampling(BaseModel):
     """What completions and chats have in common."""
 
@@ -71,7 +79,6 @@ class Sampling(BaseModel):
     refused: ClassVar[Refused] = {
         "use_beam_search": "beam search is not served over HTTP; LLM.beam_search does it",
         "logits_processors": "logits processors are Python functions; they are not accepted over HTTP",
-        "kv_transfer_params": "transfers of keys and values are not served",
         "thinking_token_budget": "a budget of reasoning tokens is not served",
     }
 
@@ -102,6 +109,8 @@ class Sampling(BaseModel):
     bad_words: Annotated[list[Word], Field(max_length=MOST_STOPS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    kv_transfer_params: KVTransfer | None = None
     return_tokens_as_token_ids: bool | None = False
     return_token_ids: bool | None = False
     response_format: ResponseFormat | None = None
@@ -115,6 +124,13 @@ class Sampling(BaseModel):
     request_id: Annotated[str, Field(max_length=128)] | None = None
     vllm_xargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     user: Annotated[str, Field(max_length=4096)] | None = None
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _of_token_ids(cls, given: dict[str, float] | None) -> dict[str, float] | None:
+        if wrong := [key for key in given or () if not key.isdecimal()]:
+            raise ValueError(f"the keys of logit_bias are token ids, got {', '.join(map(repr, wrong[:20]))}")
+        return given
 
     def wanted_logprobs(self) -> tuple[int | None, str]:
         """How many logprobs of the answer are wanted, and the field that says so."""

@@ -39,6 +39,11 @@ class Settings:
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     response_role: str = "assistant"
+    return_tokens_as_token_ids: bool = False
+    force_include_usage: bool = False
+    per_request_metrics: bool = False
+    tokenizer_info: bool = False
+    request_id_headers: bool = False
     log_requests: bool = True
     allowed_origins: tuple[str, ...] | list[str] = ()
     allowed_methods: tuple[str, ...] | list[str] = ("*",)
@@ -51,10 +56,14 @@ class Settings:
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("max_waiting", "max_body", "max_prompts", "stream_interval"):
             whole(name, getattr(self, name), least=1, most=2**40)
-        whole("max_logprobs", self.max_logprobs, least=0, most=MOST_LOGPROBS)
+        whole("max_logprobs", self.max_logprobs, least=-1, most=MOST_LOGPROBS)
+        object.__setattr__(self, "max_logprobs", MOST_LOGPROBS if self.max_logprobs == -1 else self.max_logprobs)
         for name in ("shutdown_timeout", "max_seconds_to_compile"):
             real(name, getattr(self, name), least=0.0, most=86400.0)
-        for name in ("log_requests", "allow_credentials"):
+        for name in (
+            "log_requests", "allow_credentials", "return_tokens_as_token_ids", "force_include_usage",
+            "per_request_metrics", "tokenizer_info", "request_id_headers",
+        ):  # fmt: skip
             flag(name, getattr(self, name))
         for name in ("default_sampling", "default_chat_template_kwargs"):
             if not isinstance(getattr(self, name), Mapping):

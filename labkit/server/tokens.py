@@ -15,6 +15,7 @@ from labkit.server.http import answer, read_body
 from labkit.server.routes import Route
 from labkit.server.sampling import Text, TokenId
 from labkit.server.service import Service
+from labkit.text.tokenizer import Tokenizer
 
 
 class TokenizeRequest(Conversation):
@@ -64,7 +65,19 @@ async def detokenize(service: Service, request: Request) -> Response:
     return answer({"prompt": text})
 
 
+async def tokenizer_info(service: Service, request: Request) -> Response:
+    """What tokenizer_config.json says, if the server was started with this route open."""
+    if not service.settings.tokenizer_info:
+        raise ApiError("this route is closed: start the server with --enable-tokenizer-info-endpoint", status=404)
+    tokenizer = service.tokenizer
+    if not isinstance(tokenizer, Tokenizer):
+        raise ApiError("this engine has no tokenizer of a model", status=404)
+    kind = tokenizer.config.get("tokenizer_class", "PreTrainedTokenizerFast")
+    return answer({**tokenizer.config, "tokenizer_class": kind, "chat_template": tokenizer.template})
+
+
 ROUTES = [
+    Route("GET", "/tokenizer_info", tokenizer_info, None, "The tokenizer's configuration, if that is open"),
     Route("POST", "/tokenize", tokenize, TokenizeRequest, "Token ids of a text or a conversation"),
     Route("POST", "/detokenize", detokenize, DetokenizeRequest, "The text of token ids"),
 ]

@@ -154,7 +154,7 @@ def test_the_commands_of_the_pages_are_understood():
 
 
 def test_sampling_defaults_come_from_the_models_file(tmp_path):
-    from labkit.server.defaults import sampling_defaults
+    from labkit.engine.defaults import sampling_defaults
 
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.6, "top_k": 20, "max_new_tokens": 64, "x": 1}')
     wanted = {"temperature": 0.6, "top_k": 20, "max_tokens": 64}

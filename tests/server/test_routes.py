@@ -10,7 +10,7 @@ import pytest
 import labkit as lk
 from labkit.server.errors import clean
 from labkit.server.guard import OPEN
-from tests.server.talk import in_process, post, read_all, until
+from tests.server.talk import events, gated, in_process, post, read_all, until
 
 
 def test_models_health_version_and_load(http, server):
@@ -204,3 +204,66 @@ def test_the_log_has_ids_and_counts_and_no_prompts(http, server, caplog):
         id = http.post("/v1/completions", json=body).json()["id"]
         until(lambda: id in caplog.text)
     assert "+3 tokens" in caplog.text and "private" not in caplog.text
+
+
+def test_behind_a_proxy_routes_answer_with_and_without_the_prefix():
+    engine = gated(lk.FakeRunner(seed=0))
+
+    async def calls(client):
+        key = {"Authorization": "Bearer k"}
+        found = [await client.get(path, headers=key) for path in ("/llm/v1/models", "/v1/models")]
+        closed = [await client.get(path) for path in ("/llm/v1/models", "/v1/models", "/llm/llm/health", "/llm/health")]
+        return [answer.status_code for answer in found + closed]
+
+    assert in_process(engine, calls, root_path="/llm", api_key="k") == [200, 200, 401, 401, 401, 200]
+    engine.close()
+
+
+def test_the_flags_of_vllm_that_change_an_answers_fields():
+    engine = gated(lk.FakeRunner(seed=0))
+
+    async def calls(client):
+        body = {"prompt": "ab", "max_tokens": 3, "ignore_eos": True, "temperature": 0}
+        whole = (await client.post("/v1/completions", json=body)).json()
+        streamed = events((await client.post("/v1/completions", json={**body, "stream": True})).text)
+        ids = [await client.get("/health", headers=given) for given in ({}, {"X-Request-Id": "mine"})]
+        return whole, streamed, [answer.headers["x-request-id"] for answer in ids]
+
+    more = {"per_request_metrics": True, "force_include_usage": True, "request_id_headers": True}
+    whole, streamed, ids = in_process(engine, calls, **more)
+    assert {"time_to_first_token_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second"} <= set(whole["metrics"])
+    assert all(chunk["usage"]["prompt_tokens"] == 2 for chunk in streamed[:-1]) and "metrics" in streamed[-2]
+    assert len(ids[0]) == 32 and ids[1] == "mine"
+    engine.close()
+
+
+def test_invocations_takes_chats_and_completions(http):
+    body = {"prompt": "def f(", "max_tokens": 4, "temperature": 0}
+    direct, found = (http.post(path, json=body).json() for path in ("/v1/completions", "/invocations"))
+    assert found["choices"] == direct["choices"] and found["object"] == "text_completion"
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}
+    assert http.post("/invocations", json=chat).json()["object"] == "chat.completion"
+    for wrong in (b"[]", b"{", b'{"input": 1}'):
+        assert http.post("/invocations", content=wrong).status_code == 400
+
+
+def test_tokenizer_info_is_closed_unless_asked_for(server, http):
+    assert http.get("/tokenizer_info").status_code == 404
+
+    async def calls(client):
+        return (await client.get("/tokenizer_info")).json()
+
+    found = in_process(server.engine, calls, tokenizer_info=True)
+    assert found["eos_token"] == server.engine.tokenizer.eos_token and found["chat_template"]
+
+
+def test_prompts_are_cut_on_either_side_and_may_come_from_another_server(http):
+    body = {"prompt": list(range(50, 58)), "max_tokens": 1, "truncate_prompt_tokens": 3, "return_token_ids": True}
+    for side, kept in (("right", [50, 51, 52]), ("left", [55, 56, 57]), (None, [55, 56, 57])):
+        found = http.post("/v1/completions", json={**body, "truncation_side": side}).json()
+        assert found["choices"][0]["prompt_token_ids"] == kept
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "return_token_ids": True}
+    found = http.post("/v1/chat/completions", json={**chat, "kv_transfer_params": {"prompt_token_ids": [50, 51]}})
+    assert found.json()["prompt_token_ids"] == [50, 51]
+    refused = http.post("/v1/chat/completions", json={**chat, "kv_transfer_params": {"do_remote_decode": True}})
+    assert refused.status_code == 400 and "kv_transfer_params" in refused.json()["error"]["param"]

@@ -72,7 +72,8 @@ def test_unloading_ends_what_a_model_serves_and_leaves_the_others():
         gate.release()
         told = b""
         while b"the model 'slow' was unloaded" not in told:
-            assert (piece := client.recv(65536)), told
+            piece = client.recv(65536)
+            assert piece, told
             told += piece
         assert told.startswith(b"HTTP/1.1 503")
         client.close()
