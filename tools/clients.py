@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ from typing import Any
 MESSAGES = [{"role": "user", "content": "What does `join` do?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 CLOSENESS = 1e-4  # of loglikelihoods over HTTP and in process
-TEXTS = [("import os\nimport ", "sys\n"), ("def add(a, b):\n    return", " a + b\n"), ("x = [1, 2", ", 3]\n")]
+TEXTS = [("import os\nimport", " sys\n"), ("def add(a, b):\n    return", " a + b\n"), ("x = [1, 2", ", 3]\n")]
+
+ENVIRONMENT = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}  # no look-ups elsewhere
 
 Check = tuple[str, Callable[[], Any]]
 
@@ -212,6 +215,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", default=sys.executable, help="interpreter of the clients")
     parser.add_argument("--only", nargs="*", choices=tuple(CLIENTS), default=tuple(CLIENTS))
+    parser.add_argument("--verbose", action="store_true", help="show what the clients log")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -225,7 +229,8 @@ def main() -> int:
         with lk.serve(engine) as server:
             for name in args.only:
                 words = [args.python, __file__, "--one", name, server.url, server.names[0], json.dumps(told)]
-                failed += subprocess.run(words, timeout=300).returncode != 0
+                more = {} if args.verbose else {"stderr": subprocess.DEVNULL}
+                failed += subprocess.run(words, timeout=300, env=ENVIRONMENT, **more).returncode != 0
     return int(failed > 0)
 
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from labkit.server import chat, completions, health, invocations, loading, tokens
+from labkit.server import chat, completions, health, invocations, loading, messages, tokens
 from labkit.server.errors import ApiError
 from labkit.server.guard import Guard
 from labkit.server.http import answer, failed
@@ -21,7 +21,7 @@ from labkit.server.openapi import document
 from labkit.server.routes import Route
 from labkit.server.service import Service
 
-FAMILIES = (completions, chat, tokens, health, invocations, loading)
+FAMILIES = (completions, chat, tokens, health, invocations, loading, messages)
 
 
 def make_app(service: Service) -> Starlette:

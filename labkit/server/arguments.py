@@ -42,7 +42,7 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
     found = Arguments(wants_help="help" in given)
     given.pop("help", None)
     for name, values in given.items():
-        _set(found, BY_NAME[name], values)
+        _set(found, named(name)[0], values)
     if "api_key" not in found.server and (key := _key(environment, Path(folder))):
         found.server["api_key"] = [key]
     _split_models(found.process)
@@ -117,6 +117,9 @@ def named(name: str, is_long: bool = True) -> tuple[Flag, bool]:
         full = SHORT[full]
     if full in BY_NAME:
         return BY_NAME[full], False
+    owner, dot, _ = full.partition(".")
+    if dot and owner in BY_NAME and BY_NAME[owner].where in (REFUSED, HARMLESS):
+        return BY_NAME[owner]._replace(name=full, kind="str"), False  # one field of a JSON object
     positive = full.removeprefix("no-")
     if positive != full and positive in BY_NAME and BY_NAME[positive].kind == "bool":
         return BY_NAME[positive], True

@@ -122,7 +122,8 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless("disable-custom-all-reduce", "bool", "one process serves"),
     *_harmless("h11-max-incomplete-event-size h11-max-header-count", "int", "headers have a bound of their own"),
     *_harmless("tokenizer-mode config-format model-impl", "str", "the checkpoint decides", ("auto", "hf")),
-    *_harmless("runner task", "str", "text is generated", ("auto", "generate")),
+    *_harmless("runner", "str", "text is generated and embedded", ("auto", "generate", "pooling")),
+    *_harmless("task", "str", "text is generated and embedded", ("auto", "generate", "embed")),
     *_harmless("chat-template-content-format", "str", "templates get text", ("auto", "string")),
     # -- refused by name
     *_refused(

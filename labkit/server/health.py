@@ -29,7 +29,7 @@ async def version(service: Service, request: Request) -> Response:
 
 
 async def load(service: Service, request: Request) -> Response:
-    return answer({"server_load": service.num_open})
+    return answer({"server_load": service.num_open - 1})  # besides this one
 
 
 async def models(service: Service, request: Request) -> Response:

@@ -72,6 +72,11 @@ class TokenTexts:
     def text_of(self, id: int, as_id: bool = False) -> str:
         return f"token_id:{id}" if as_id else self.bytes_of(id).decode("utf-8", errors="replace")
 
+    def written(self, id: int) -> str:
+        """A token as its vocabulary writes it, such as \u0120is for a space and is."""
+        known = self.tokenizer.backend.id_to_token(id) if isinstance(self.tokenizer, Tokenizer) else None
+        return self.text_of(id) if known is None else known
+
     def decoded(self, ids: list[int]) -> str:
         """Several tokens as text, special ones included."""
         more = {"skip_special_tokens": False} if isinstance(self.tokenizer, Tokenizer) else {}

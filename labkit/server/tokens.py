@@ -45,9 +45,9 @@ async def tokenize(service: Service, request: Request) -> Response:
         ids = (await encode(service, [body.prompt], special))[0]
     else:
         ids = await prompt_of(service, body)
-    found: dict[str, Any] = {"count": len(ids), "max_model_len": service.room, "tokens": ids}
+    found: dict[str, Any] = {"count": len(ids), "max_model_len": service.room, "tokens": ids, "token_strs": None}
     if body.return_token_strs:
-        found["token_strs"] = [service.texts.text_of(id) for id in ids]
+        found["token_strs"] = [service.texts.written(id) for id in ids]
     return answer(found)
 
 

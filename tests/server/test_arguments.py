@@ -76,7 +76,7 @@ def test_flags_of_tutorials_set_options_of_the_engine_and_the_server():
         ("--enable-lora", "--enable-lora needs adapters"),
         ("--tensor-parallel-size 2", "--tensor-parallel-size 1 is accepted"),
         ("--speculative-config {}", "lk.Engine(draft=...)"),
-        ("--task embed", "--task takes auto or generate"),
+        ("--task score", "--task takes auto or generate"),
         ("--trust-remote-code=maybe", "takes no value"),
         ("--allowed-origins x", "takes JSON"),
         ("--config /no/such.yaml", "cannot be read"),

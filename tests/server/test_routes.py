@@ -22,7 +22,7 @@ def test_models_health_version_and_load(http, server):
         assert http.get(path).status_code == 200
     assert http.post("/ping").status_code == 200
     assert http.get("/version").json() == {"version": lk.__version__}
-    assert http.get("/load").json() == {"server_load": 1}
+    assert http.get("/load").json() == {"server_load": 0}
 
 
 def test_tokens_there_and_back(http, server):
