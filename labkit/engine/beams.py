@@ -7,7 +7,7 @@ be preempted like any request. The cost is that each beam's last partial block i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +63,18 @@ class Search:
     ended: list[Beam] = field(default_factory=list)
 
 
-def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams | None = None) -> list[list[Beam]]:
+class SearchStopped(Exception):
+    """The search was told to stop."""
+
+
+def beam_search(
+    engine: Engine,
+    prompts: Sequence[Any],
+    params: BeamSearchParams | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[list[Beam]]:
     """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
-    first."""
+    first. `should_stop` is asked before each token; when it says so, SearchStopped is raised."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")
     params = BeamSearchParams() if params is None else params
@@ -79,6 +88,8 @@ def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams
         asked = [(search, beam) for search in searches for beam in search.beams]
         if not asked:
             break
+        if should_stop():
+            raise SearchStopped
         handles = engine.generate([[*search.prompt, *beam.token_ids] for search, beam in asked], ask)
         for search in searches:
             search.beams = []

@@ -67,7 +67,7 @@ class ChatRequest(Conversation, Sampling):
 
     max_completion_tokens: Count | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1, le=MOST_LOGPROBS)] | None = None
     echo: bool | None = False
     modalities: Annotated[list[str], Field(max_length=8)] | None = None
 
@@ -88,7 +88,7 @@ class ChatRequest(Conversation, Sampling):
 async def chat(service: Service, request: Request) -> Response:
     body = await read_body(request, ChatRequest)
     service.check_model(body.model)
-    body.check(service.settings.max_logprobs)
+    body.check(service.max_logprobs)
     known = None if body.kv_transfer_params is None else body.kv_transfer_params.prompt_token_ids
     ids = cut(await prompt_of(service, body) if known is None else known, body, service.room)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

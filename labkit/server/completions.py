@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS, MOST_SAMPLES
+from labkit.server.beams import search
 from labkit.server.calls import Call, Piece, admit, cut, encode, usage_wanted
 from labkit.server.errors import ApiError
 from labkit.server.http import EventStream, answer, event, read_body, whole
@@ -26,7 +27,7 @@ Ids = Annotated[list[Id], Field(max_length=2**22)]
 
 class CompletionRequest(Sampling):
     refused: ClassVar[Refused] = {
-        **Sampling.refused,
+        **{name: why for name, why in Sampling.refused.items() if name != "use_beam_search"},
         "suffix": "filling a gap is not served: there is no model here that was trained for it",
         "prompt_embeds": "embeddings as prompts are not accepted over HTTP",
     }
@@ -41,9 +42,11 @@ class CompletionRequest(Sampling):
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
     best_of: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] | None = None
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=-1, le=MOST_LOGPROBS)] | None = None
     suffix: Text | None = None
     add_special_tokens: bool | None = True
+    use_beam_search: bool | None = False
+    length_penalty: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] | None = 1.0
 
     def wanted_logprobs(self) -> tuple[int | None, str]:
         return self.logprobs, "logprobs"
@@ -61,14 +64,20 @@ class CompletionRequest(Sampling):
 async def completions(service: Service, request: Request) -> Response:
     body = await read_body(request, CompletionRequest)
     service.check_model(body.model)
-    body.check(service.settings.max_logprobs)
+    body.check(service.max_logprobs)
     prompts, texts = await _prompts(service, body)
+    if body.use_beam_search:
+        known = [service.texts.decoded(ids) if text is None else text for ids, text in zip(prompts, texts, strict=True)]
+        return await search(
+            service, request, body, prompts, known if body.echo else [""] * len(prompts), body.length_penalty
+        )
     n, best_of = body.n or 1, max(body.n or 1, body.best_of or 1)
     change: dict[str, Any] = {}
     if best_of > n:
         change = {"n": best_of, "logprobs": body.logprobs or 0}
     if body.echo and body.logprobs is not None:
-        change["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+        asked = (body.logprobs, body.prompt_logprobs or 0)
+        change["prompt_logprobs"] = -1 if -1 in asked else max(asked)
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
     call = await admit(
         service, request, body, prompts, max_tokens or 1, prefix="cmpl", param="prompt", change=change

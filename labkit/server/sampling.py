@@ -77,7 +77,7 @@ class Sampling(BaseModel):
 
     model_config = ConfigDict(extra="allow", populate_by_name=True)
     refused: ClassVar[Refused] = {
-        "use_beam_search": "beam search is not served over HTTP; LLM.beam_search does it",
+        "use_beam_search": "beam search is served by /v1/completions only, not in chats",
         "logits_processors": "logits processors are Python functions; they are not accepted over HTTP",
         "thinking_token_budget": "a budget of reasoning tokens is not served",
     }
@@ -107,7 +107,7 @@ class Sampling(BaseModel):
     )
     allowed_token_ids: Annotated[list[TokenId], Field(max_length=2**20)] | None = None
     bad_words: Annotated[list[Word], Field(max_length=MOST_STOPS)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1, le=MOST_LOGPROBS)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=MOST_TOKENS)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     kv_transfer_params: KVTransfer | None = None
@@ -144,6 +144,10 @@ class Sampling(BaseModel):
         if self.stream_options is not None and not self.stream:
             raise ApiError("stream_options can only be given with stream=true", param="stream_options")
         for count, name in (self.wanted_logprobs(), (self.prompt_logprobs, "prompt_logprobs")):
+            if count == -1 and max_logprobs < MOST_LOGPROBS:
+                raise ApiError(
+                    f"{name}=-1 asks for the whole vocabulary, and {max_logprobs} are allowed here", param=name
+                )
             if count is not None and count > max_logprobs:
                 raise ApiError(f"{name} must be at most {max_logprobs} here, got {count}", param=name)
         if self.prompt_logprobs is not None and self.stream:

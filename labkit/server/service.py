@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from labkit.core.params import SamplingParams
+from labkit.core.params import MOST_LOGPROBS, SamplingParams
 from labkit.core.scheduling.scheduler import RejectedError
 from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine
@@ -86,6 +86,12 @@ class Service:
         return self._engine is not None and not is_alive(self._engine)
 
     @property
+    def max_logprobs(self) -> int:
+        """The most logprobs of a token; MOST_LOGPROBS if that is the whole vocabulary."""
+        most = self.settings.max_logprobs
+        return MOST_LOGPROBS if most >= self.engine.runner.vocab_size else most
+
+    @property
     def room(self) -> int:
         """The most tokens of a request, prompt and answer together."""
         return self.engine.scheduler.room_for(0)
@@ -144,7 +150,7 @@ class Service:
             raise overloaded("the server is shutting down", seconds=5)
         if self.is_dead:
             raise ApiError("the engine has stopped", status=503)
-        self._check_queue(sum(each.n for each in params))
+        self.check_queue(sum(each.n for each in params))
 
         def make() -> list[Handle]:
             made: list[Handle] = []
@@ -165,7 +171,8 @@ class Service:
                 raise overloaded("the queue is full: try again later") from None
             raise ApiError(clean(str(error))) from None
 
-    def _check_queue(self, num_new: int) -> None:
+    def check_queue(self, num_new: int) -> None:
+        """Refuse a call that would wait for too long."""
         scheduler, most = self.engine.scheduler, self.settings.max_waiting
         if scheduler.max_waiting is not None:
             most = min(most, scheduler.max_waiting)

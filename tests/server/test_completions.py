@@ -3,7 +3,7 @@
 import pytest
 
 import labkit as lk
-from tests.server.talk import events
+from tests.server.talk import events, in_process, post, until
 
 PROMPT = "def add(a, b):\n"
 GREEDY = {"temperature": 0, "max_tokens": 10}
@@ -198,7 +198,7 @@ def test_a_prompt_is_cut_from_the_left(http, server):
 
 def test_unknown_fields_are_ignored_and_those_that_would_matter_are_refused(http, expected):
     assert ask(http, user="me", some_future_field=1)["choices"][0]["text"] == expected.text
-    for name, value in (("use_beam_search", True), ("suffix", "end"), ("logits_processors", ["x"])):
+    for name, value in (("suffix", "end"), ("logits_processors", ["x"])):
         assert wrong(http, **{name: value})["param"] == name
 
 
@@ -272,3 +272,38 @@ def test_a_body_that_is_no_json_object_is_the_clients_mistake(http, body):
 def test_a_body_of_another_kind_is_refused(http):
     answer = http.post("/v1/completions", data={"prompt": "x"})
     assert answer.status_code == 415
+
+
+def test_beam_search_gives_the_likeliest_continuations_of_each_prompt(http, server):
+    prompts = ["def f(", "import "]
+    found = http.post(
+        "/v1/completions", json={"prompt": prompts, "n": 2, "use_beam_search": True, "max_tokens": 4, "echo": True}
+    ).json()
+    beams = lk.beam_search(server.engine, prompts, lk.BeamSearchParams(beam_width=2, max_tokens=4))
+    expected = [prompt + beam.text for prompt, two in zip(prompts, beams, strict=True) for beam in two]
+    assert [choice["text"] for choice in found["choices"]] == expected and len(set(expected)) == 4
+    assert found["usage"]["completion_tokens"] == sum(len(beam.token_ids) for two in beams for beam in two)
+    for more in ({"stream": True}, {"logprobs": 1}, {"n": 65}):
+        answer = http.post("/v1/completions", json={"prompt": "x", "use_beam_search": True, **more})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(more))
+
+
+def test_a_client_that_leaves_ends_its_beam_search(server):
+    body = {"prompt": "x", "n": 4, "use_beam_search": True, "max_tokens": 900, "ignore_eos": True}
+    client = post(server.port, "/v1/completions", body)
+    until(lambda: server.engine.scheduler.has_work)
+    client.close()
+    until(lambda: server.num_open == 0 and not server.engine.scheduler.has_work)
+    assert server.engine.blocks.stats().used_blocks == 0
+
+
+def test_all_logprobs_are_given_where_that_is_allowed(server, http):
+    assert http.post("/v1/completions", json={"prompt": "x", "prompt_logprobs": -1}).status_code == 400
+
+    async def calls(client):
+        body = {"prompt": "x = ", "max_tokens": 1, "logprobs": -1, "prompt_logprobs": -1}
+        return (await client.post("/v1/completions", json=body)).json()["choices"][0]
+
+    found = in_process(server.engine, calls, max_logprobs=-1)
+    assert len(found["prompt_logprobs"][1]) == server.engine.runner.vocab_size
+    assert len(found["logprobs"]["top_logprobs"][0]) > 3000  # tokens that are written alike share an entry
