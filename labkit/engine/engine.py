@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
@@ -25,7 +26,7 @@ from labkit.core.tokens import TokenIds
 from labkit.engine.background import Background
 from labkit.engine.build import Options, build
 from labkit.engine.checks import Taken, check_parts, is_ids
-from labkit.engine.closing import LeakReport, held_memory
+from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
 from labkit.engine.intake import make_handle
 from labkit.engine.settings import apply, checked
@@ -329,19 +330,18 @@ class Engine(Background, Shown):
     async def __aexit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> LeakReport:
+    def close(self, timeout: float = 60.0) -> LeakReport:
         """End all requests and the thread, and free the cache and the model. The report lists whatever is still
-        there."""
-        if self.closed is not None:
+        there. If the current step takes longer than `timeout` seconds, that is all of it: it ends with the step, and
+        another `close()` reports again."""
+        if self.closed is not None and self.closed.thread is None:
             return self.closed
+        begin = time.perf_counter()
         self.is_closed = True
-        self.pause()
-        aborted = self._call(self._end_all)
-        memory = held_memory(self.runner)
-        if (close := getattr(self.runner, "close", None)) is not None:
-            self._call(close)
-        stopped = self.worker.stop() if self.worker is not None else True
-        self.closed = LeakReport.of(memory, None if stopped else self.worker, aborted)
+        ended = self._wait_for_end(timeout)
+        left = max(0.0, timeout - (time.perf_counter() - begin))
+        stopped = self.worker is None or self.worker.stop(left)
+        self.closed = LeakReport.of(ended.memory, None if stopped else self.worker, ended.num_aborted)
         self.wakeup.ring()
         return self.closed
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from labkit.core.blocks.tables import Tokens
@@ -174,7 +175,7 @@ class Hub:
             self.by_serial.pop(member.handle.serial, None)
         if self.fresh and live:
             self.fresh = [member for member in self.fresh if member.feed is not feed]
-        if not self.engine.is_closed:
+        with suppress(RuntimeError):  # the engine's thread has died, or it was closed
             for member in live:
                 if not member.handle.ended:
                     self.engine.abort(member.handle)
@@ -252,4 +253,4 @@ def _is_rewound(member: Member) -> bool:
 
 def is_alive(engine: Engine) -> bool:
     """Whether the engine can serve: it is open, and its thread, if it has one, lives."""
-    return not engine.is_closed and (engine.worker is None or engine.worker.thread.is_alive())
+    return not engine.is_closed and (engine.worker is None or not engine.worker.is_over)

@@ -98,8 +98,6 @@ def _load_several(arguments: Arguments) -> Any:
 
 
 def _close(serving: Serving, service: Service) -> int:
-    from labkit.server.service import within
-
     if serving.failure is not None:
         error = serving.failure
         if isinstance(error, (ValueError, RuntimeError, OSError, TypeError)):
@@ -108,7 +106,7 @@ def _close(serving: Serving, service: Service) -> int:
         raise error
     if service.is_dead:
         return 1
-    if service.is_loaded and not within(SECONDS_TO_CLOSE, service.close_engine):
+    if service.is_loaded and not service.close_engine(SECONDS_TO_CLOSE):
         log.error("the engine does not end its step; the process ends without it")
         return 1
     return 0

@@ -107,24 +107,24 @@ class ModelManager(Shown):
         self._tell()
         return engine
 
-    def unload(self, name: str) -> LeakReport:
-        """End a model's requests and free its memory. The report lists whatever is still there."""
+    def unload(self, name: str, timeout: float = 60.0) -> LeakReport:
+        """End a model's requests and free its memory. The report lists whatever is still there, after `timeout` seconds
+        also a step that has not ended."""
         engine = self.get_engine(name)
         with self._lock:
             self._engines.pop(name, None)
             owned = name in self._owned
             self._owned.discard(name)
         self._tell()
-        return engine.close() if owned else LeakReport(None, 0, 0, 0)
+        return engine.close(timeout) if owned else LeakReport(None, 0, 0, 0)
 
     def memory(self) -> dict[str, Memory]:
         """What each model takes."""
         return {name: memory_of(engine) for name, engine in list(self._engines.items())}
 
-    def close(self) -> None:
+    def close(self, timeout: float = 60.0) -> list[LeakReport]:
         """Unload all models."""
-        for name in self.names:
-            self.unload(name)
+        return [self.unload(name, timeout) for name in self.names]
 
     def __enter__(self) -> ModelManager:
         return self

@@ -7,10 +7,10 @@ scheduler.
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from labkit.core.params import MOST_LOGPROBS, SamplingParams
@@ -118,8 +118,9 @@ class Service:
     def of(self, name: str) -> Service:
         return self
 
-    def close_engine(self) -> None:
-        self.engine.close()
+    def close_engine(self, seconds: float) -> bool:
+        """Whether its thread has ended within this time."""
+        return self.engine.close(seconds).thread is None
 
     # -- the way in ----------------------------------------------------------------------------------------------
 
@@ -194,16 +195,9 @@ class Service:
             hub.detach()
         self._hubs.clear()
         if self._started_here and self._engine is not None and not self.is_dead:
-            within(SECONDS_TO_PAUSE, self._engine.pause)
+            with suppress(TimeoutError, RuntimeError):  # RuntimeError: it dies now
+                self._engine.pause(SECONDS_TO_PAUSE)
         self._started_here = False
-
-
-def within(seconds: float, function: Callable[[], object]) -> bool:
-    """Call a function that waits for the engine's step to end, but wait no longer than this; whether it has ended."""
-    thread = threading.Thread(target=function, name="labkit-ending", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return not thread.is_alive()
 
 
 def new_id(prefix: str) -> str:

@@ -99,9 +99,8 @@ class Several(Service):
         for member in self._members.values():
             member.close()
 
-    def close_engine(self) -> None:
-        if self.manager is not None:
-            self.manager.close()
+    def close_engine(self, seconds: float) -> bool:
+        return self.manager is None or all(report.thread is None for report in self.manager.close(seconds))
 
 
 class Member(Service):

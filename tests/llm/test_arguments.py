@@ -67,6 +67,8 @@ def test_the_command_line_and_the_arguments_agree():
         if flag.where == ENGINE:
             value = flag.fits[0] if flag.fits else values[flag.kind]
             assert read({name: value}).engine == ({flag.target: value} if name != "load_format" else {name: "auto"})
+        elif name in ("runner", "task"):  # a server embeds as well, an LLM does not
+            assert "generate" in flag.fits and read({name: "generate"}).engine == {}
         elif flag.where == HARMLESS_FLAG and (name in FIXED or name in HARMLESS):
             for value in flag.fits or (values[flag.kind],):
                 number = float(value) if flag.kind == "float" else value
