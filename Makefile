@@ -14,7 +14,7 @@ INDEX_any  :=
 # Two processes share the tests, a file at a time and in the order that tests/conftest.py gives.
 SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check lab notebooks bench lock canary clean
+.PHONY: demo test check lab notebooks bench soak fuzz lock canary clean
 
 demo: $(VENV)/.base
 	$(BIN)/labkit demo
@@ -36,6 +36,15 @@ notebooks: $(VENV)/.dev
 bench: $(VENV)/.base
 	$(BIN)/labkit bench scheduler $(BENCH_ARGS)
 
+# The server under thousands of requests and a crowd of clients, and what they leave behind.
+soak: $(VENV)/.dev
+	$(BIN)/python tools/soak_server.py $(SOAK_ARGS)
+
+# The server under requests that Schemathesis makes from /openapi.json, in an environment of its own.
+fuzz: $(VENV)/.dev
+	@test -x .fuzz/bin/st || { $(PYTHON) -m venv .fuzz && .fuzz/bin/python -m pip install --quiet 'schemathesis>=4,<5'; }
+	$(BIN)/python tools/fuzz_server.py --st .fuzz/bin/st $(FUZZ_ARGS)
+
 # The newest versions that pyproject.toml allows, into constraints.txt.
 lock: | $(BIN)/python
 	$(BIN)/python -m pip install --quiet uv
@@ -48,7 +57,7 @@ canary:
 	.canary/bin/python tools/canary.py $(if $(BEYOND),--beyond) $(SIDE_BY_SIDE) $(CANARY_ARGS)
 
 clean:
-	rm -rf $(VENV) .canary .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .canary .fuzz .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \

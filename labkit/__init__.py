@@ -32,11 +32,17 @@ _HOME = {
     "diff": "core.events.diff",
     "dashboard": "widgets.dashboard",
     "Dashboard": "widgets.dashboard",
+    "watch": "widgets.watch",
     "Load": "notebook.play",
     "Player": "notebook.play",
     "Engine": "engine.engine",
     "StalledError": "engine.loop",
     "LLM": "llm",
+    "AsyncLLMEngine": "llm",
+    "AsyncEngineArgs": "llm",
+    "RequestOutputKind": "core.params",
+    "serve": "server",
+    "ModelManager": "server.manager",
     "BeamSearchParams": "engine.beams",
     "parse_benchmark_output": "bench.metrics",
     "calculate_performance_improvement": "bench.metrics",
@@ -85,7 +91,7 @@ if TYPE_CHECKING:
     from .core.blocks.table import BlockTable
     from .core.events.diff import diff
     from .core.events.log import EventLog
-    from .core.params import SamplingParams
+    from .core.params import RequestOutputKind, SamplingParams
     from .core.plan import Failure, Outputs, Plan, Result
     from .core.request import Request
     from .core.scheduling.scheduler import RejectedError, Scheduler
@@ -96,7 +102,7 @@ if TYPE_CHECKING:
     from .lab.divergence import divergence
     from .lab.kernel_lab import kernel_lab
     from .lab.trial import try_variant
-    from .llm import LLM
+    from .llm import LLM, AsyncEngineArgs, AsyncLLMEngine
     from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player
@@ -107,6 +113,8 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
+    from .server import serve
+    from .server.manager import ModelManager
     from .study import workloads
     from .study.calibrate import calibrate
     from .study.experiment import Experiment
@@ -115,6 +123,7 @@ if TYPE_CHECKING:
     from .text.tokenizer import ByteTokenizer, Tokenizer
     from .widgets import explain
     from .widgets.dashboard import Dashboard, dashboard
+    from .widgets.watch import watch
 
 
 def __getattr__(name: str) -> object:

@@ -24,6 +24,8 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure engines, kernels and the scheduler")
     bench_commands.add(bench)
 
+    commands.add_parser("serve", help="an OpenAI-compatible HTTP server; its flags are vLLM's", add_help=False)
+
     kernels = commands.add_parser("kernels", help="list, check, bench or compile the ops' variants", add_help=False)
     kernels.add_argument("words", nargs=argparse.REMAINDER)
 
@@ -55,7 +57,14 @@ def parse(given: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     given, words = split(sys.argv[1:] if argv is None else argv)
     args = parse(given)
-    run = {"demo": _demo, "bench": bench_commands.run, "kernels": _kernels, "lab": _lab, "doctor": _doctor}
+    run = {
+        "demo": _demo,
+        "bench": bench_commands.run,
+        "kernels": _kernels,
+        "serve": _serve,
+        "lab": _lab,
+        "doctor": _doctor,
+    }
     if words:
         args.words = words
     try:
@@ -79,7 +88,9 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Arguments of labkit, and those after `--`, which are for JupyterLab."""
+    """Arguments of labkit, and those that others read: after `--` JupyterLab, after `serve` the server."""
+    if argv[:1] == ["serve"]:
+        return argv[:1], argv[1:]
     if argv[:1] != ["lab"] or "--" not in argv:
         return argv, []
     at = argv.index("--")
@@ -99,6 +110,15 @@ def _doctor(args: argparse.Namespace) -> int:
     report = examine()
     print(report.as_json() if args.json else report)
     return 0 if report.ok else 1
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from labkit.server import check_installed
+
+    check_installed()
+    from labkit.server.command import main as serve
+
+    return serve(getattr(args, "words", ()))
 
 
 def _kernels(args: argparse.Namespace) -> int:

@@ -24,13 +24,14 @@ def test_the_base_needs_only_what_the_engine_needs():
 
 def test_every_dependency_has_a_lower_and_an_upper_bound():
     extras = PROJECT["optional-dependencies"]
-    assert {"lab", "server", "structured", "study", "dev"} <= set(extras)
-    assert extras["dev"][0] == "labkit[lab,server,structured,study]"
+    assert {"lab", "server", "structured", "study", "otel", "dev"} <= set(extras)
+    assert extras["dev"][0] == "labkit[lab,server,structured,study,otel]"
     for dependency in [
         *PROJECT["dependencies"],
         *extras["lab"],
         *extras["server"],
         *extras["study"],
+        *extras["otel"],
         *extras["dev"][1:],
     ]:
         assert re.search(r">=[\d.]+,<[\d.]+", dependency), dependency

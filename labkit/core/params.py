@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
+from enum import Enum
 from typing import Any
 
 from labkit.core.options import choose, flag, named_options, real, whole
 
 MOST_SAMPLES = 1024
 MOST_STOPS = 64
-MOST_LOGPROBS = 128
+MOST_LOGPROBS = 2**20  # of a token; -1 is all
 
 FLAGS = (
     "include_stop_str_in_output", "ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens"
@@ -22,11 +23,21 @@ FORMS: dict[str, Callable[[Any], bool]] = {
     "choice": lambda what: isinstance(what, (list, tuple)) and bool(what) and all(isinstance(x, str) for x in what),
     "grammar": lambda what: isinstance(what, str) and bool(what),
 }
+
+
+class RequestOutputKind(Enum):
+    """What each output of a stream holds: everything so far, what is new, or everything in the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 LogitsProcessor = Callable[[list[int], list[int], Any], Any]  # (prompt ids, output ids, logits) -> logits
 
 
 @named_options
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a waiting request keeps its own
 class SamplingParams:
     """How to continue a prompt, and when to stop.
 
@@ -37,10 +48,12 @@ class SamplingParams:
     `temperature=0` is greedy. `logit_bias` adds to tokens' logits, `allowed_token_ids` allows only these tokens,
     `bad_words` (text) and `bad_word_ids` (token ids) are never completed. Each of `logits_processors` is a function
     `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample. `logprobs=k`
-    returns the log-probabilities of the chosen token and the k likeliest, `prompt_logprobs=k` the same for the prompt.
+    returns the log-probabilities of the chosen token and the k likeliest (-1: of all), `prompt_logprobs=k` the same for
+    the prompt. `output_kind` says what `AsyncLLMEngine.generate` yields.
     A request with a `seed` gives the same text whatever else is served. `capture={"hidden": [0], "attention": [3]}`
-    returns hidden states or attention of the layers you name. `structured_outputs` constrains the text: {"json":
-    schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
+    returns hidden states or attention of the layers you name; hidden layer -1 is the embeddings, and layer `num_layers`
+    the states after the final norm. `structured_outputs` constrains the text: {"json": schema}, {"json_object": True},
+    {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
     `extra_args` is free for your own order or policy: `lambda request, now: request.params.extra_args["tenant"]`.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])
@@ -75,6 +88,8 @@ class SamplingParams:
     structured_outputs: Mapping[str, Any] | None = None
     capture: Mapping[str, Iterable[int]] | None = None
     extra_args: Mapping[str, Any] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    flat_logprobs: bool = False  # of vLLM; here they are always lists
 
     def __post_init__(self) -> None:
         whole("n", self.n, least=1, most=MOST_SAMPLES)
@@ -93,7 +108,8 @@ class SamplingParams:
             flag(name, getattr(self, name))
         real("temperature", self.temperature, least=0.0)
         real("top_p", self.top_p, least=0.0, most=1.0, open_left=True)
-        whole("top_k", self.top_k, least=0)
+        whole("top_k", self.top_k, least=-1)
+        object.__setattr__(self, "top_k", max(0, self.top_k))  # -1 is the same as 0
         real("min_p", self.min_p, least=0.0, most=1.0)
         real("presence_penalty", self.presence_penalty, least=-2.0, most=2.0)
         real("frequency_penalty", self.frequency_penalty, least=-2.0, most=2.0)
@@ -102,7 +118,11 @@ class SamplingParams:
             whole("seed", self.seed, least=-(2**63), most=2**63 - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
-                whole(name, getattr(self, name), least=0, most=MOST_LOGPROBS)
+                whole(name, getattr(self, name), least=-1, most=MOST_LOGPROBS)
+        if self.flat_logprobs:
+            raise ValueError("flat_logprobs is not served: logprobs are lists of dictionaries")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         self._check_masks()
         self._check_form()
         self._check_capture()
@@ -119,6 +139,10 @@ class SamplingParams:
             or self.allowed_token_ids is not None or self.logprobs is not None or self.structured_outputs
             or self.penalizes
         )  # fmt: skip
+
+    def clone(self) -> SamplingParams:
+        """The same parameters; they cannot be changed, so that no copy is needed."""
+        return self
 
     def _check_masks(self) -> None:
         if self.logit_bias is not None:
@@ -159,6 +183,9 @@ class SamplingParams:
         form = self.structured_outputs
         if form is None:
             return
+        if isinstance(form, Mapping) and len(form) > 1:  # None for the forms that are not meant
+            form = {kind: what for kind, what in form.items() if what is not None}
+            object.__setattr__(self, "structured_outputs", form)
         if not isinstance(form, Mapping) or len(form) != 1:
             raise ValueError(f"structured_outputs names one form, one of {', '.join(FORMS)}, got {form!r}")
         ((kind, what),) = form.items()

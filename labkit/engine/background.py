@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
-from typing import Self, TypeVar
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import NamedTuple, Self, TypeVar
 
 from labkit.clock import Clock, WallClock
-from labkit.core.request import Request
+from labkit.core.request import Request, Status
 from labkit.core.scheduling.scheduler import Scheduler
-from labkit.engine.loop import Loop, StalledError
+from labkit.engine.closing import Held, held_memory
+from labkit.engine.loop import Loop, StalledError, warn
 from labkit.engine.worker import Worker
 from labkit.runner.base import Runner
 
 T = TypeVar("T")
 MOST_FAILURES = 3  # steps in a row that may fail before the background thread ends its requests
+
+
+class Ended(NamedTuple):
+    """What closing has ended."""
+
+    num_aborted: int
+    memory: list[Held]  # should be free by now
 
 
 class Background(Loop):
@@ -25,6 +34,7 @@ class Background(Loop):
         super().__init__(scheduler, runner, clock)
         self.worker = worker
         self.is_closed = False  # closed: nothing new may start
+        self._ending: Future[Ended] | None = None
         self._num_failures = 0
         if worker is not None:
             self._finalizer = weakref.finalize(self, Worker.stop, worker, 5.0)
@@ -39,7 +49,7 @@ class Background(Loop):
     @property
     def is_running(self) -> bool:
         """Whether a background thread steps this engine."""
-        return self.worker is not None and self.worker.turn is not None
+        return self.worker is not None and self.worker.turn is not None and not self.worker.is_over
 
     def start(self) -> Self:
         """From here on, step in the background whenever there is work."""
@@ -55,10 +65,16 @@ class Background(Loop):
             self._finalizer = weakref.finalize(self, Worker.stop, self.worker, 5.0)
         return self.worker
 
-    def pause(self) -> Self:
-        """Stop stepping after the current step; `start()` continues. Nothing is lost."""
+    def pause(self, timeout: float | None = 60.0) -> Self:
+        """Stop stepping after the current step; `start()` continues. Nothing is lost. A TimeoutError says that the step
+        takes longer than `timeout` seconds: the engine then pauses when the step ends."""
         if self.worker is not None and self.is_running:
-            self.worker.set_turn(None)
+            try:
+                self.worker.set_turn(None, timeout)
+            except TimeoutError:
+                raise TimeoutError(
+                    f"the current step has not ended after {timeout:g} s; the engine pauses when it does"
+                ) from None
             self.wakeup.ring()
         return self
 
@@ -73,7 +89,7 @@ class Background(Loop):
             return 0.0
         except Exception as error:
             self._num_failures += 1
-            warnings.warn(f"a step failed: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"a step failed: {type(error).__name__}: {error}")
             if self._num_failures >= MOST_FAILURES:
                 self._give_up(self._live(), error)
                 self._num_failures = 0
@@ -93,12 +109,54 @@ class Background(Loop):
             if not request.ended:
                 request.error = f"{type(error).__name__}: {error}"
                 self.scheduler.abort(request.id, self.clock.now())
-        self.log.post()
+        with suppress(Warning):  # of a subscriber that fails, where warnings are errors
+            self.log.post()
+        self.wakeup.ring()
+
+    def _die(self, error: BaseException) -> None:
+        """The thread ends. Nobody will serve what is left, so those who wait for it are told."""
+        for request in [*self.arriving.values(), *self._live()]:
+            if not request.ended:
+                request.status, request.finish_reason = Status.ABORTED, "abort"
+                request.error = f"the engine's thread ended with {error!r}"
         self.wakeup.ring()
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise RuntimeError("this engine is closed: make another one")
+        if self.worker is not None and self.worker.is_over:
+            raise RuntimeError(self.worker.why_over)
+
+    def _wait_for_end(self, timeout: float) -> Ended:
+        """End everything, or as much as there is after so many seconds."""
+        if self._ending is None:
+            self._ending = self._begin_end()
+        try:
+            return self._ending.result(timeout)
+        except TimeoutError:
+            return Ended(0, held_memory(self.runner))
+        except RuntimeError:
+            if self.worker is None or not self.worker.is_over:
+                raise
+            self._ending = self._begin_end()  # the thread died before it came to it
+            return self._ending.result()
+
+    def _begin_end(self) -> Future[Ended]:
+        """Let the thread end everything. If there is none, or it has died, it is done here."""
+        if self.worker is not None and not self.worker.is_here and not self.worker.is_over:
+            return self.worker.submit(self._end)
+        future: Future[Ended] = Future()
+        future.set_result(self._end())
+        return future
+
+    def _end(self) -> Ended:
+        if self.worker is not None:
+            self.worker.turn = None
+        aborted = self._end_all()
+        memory = held_memory(self.runner)
+        if (close := getattr(self.runner, "close", None)) is not None:
+            close()
+        return Ended(aborted, memory)
 
     def _end_all(self) -> int:
         live = [*self.arriving.values(), *self._live()]
@@ -108,7 +166,7 @@ class Background(Loop):
             try:
                 self._commit()
             except Exception as error:
-                warnings.warn(f"the last step failed: {error}", stacklevel=2)
+                warn(f"the last step failed: {error}")
         return len(live)
 
 
@@ -117,6 +175,12 @@ def _turn_of(engine: weakref.ref[Background]) -> Callable[[], float | None]:
 
     def turn() -> float | None:
         here = engine()
-        return None if here is None else here._turn()
+        if here is None:
+            return None
+        try:
+            return here._turn()
+        except BaseException as error:
+            here._die(error)
+            raise
 
     return turn

@@ -7,16 +7,19 @@ be preempted like any request. The cost is that each beam's last partial block i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.options import flag, named_options, real, whole
-from labkit.core.params import MOST_LOGPROBS, SamplingParams
+from labkit.core.params import SamplingParams
 from labkit.engine.intake import prompt_ids
 
 if TYPE_CHECKING:
     from labkit.engine.engine import Engine
+
+
+MOST_BEAMS = 64
 
 
 @named_options
@@ -31,7 +34,7 @@ class BeamSearchParams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        whole("beam_width", self.beam_width, least=1, most=MOST_LOGPROBS // 2)
+        whole("beam_width", self.beam_width, least=1, most=MOST_BEAMS)
         whole("max_tokens", self.max_tokens, least=1)
         flag("ignore_eos", self.ignore_eos)
         real("length_penalty", self.length_penalty, least=-100.0)
@@ -60,9 +63,18 @@ class Search:
     ended: list[Beam] = field(default_factory=list)
 
 
-def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams | None = None) -> list[list[Beam]]:
+class SearchStopped(Exception):
+    """The search was told to stop."""
+
+
+def beam_search(
+    engine: Engine,
+    prompts: Sequence[Any],
+    params: BeamSearchParams | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[list[Beam]]:
     """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
-    first."""
+    first. `should_stop` is asked before each token; when it says so, SearchStopped is raised."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")
     params = BeamSearchParams() if params is None else params
@@ -76,11 +88,13 @@ def beam_search(engine: Engine, prompts: Sequence[Any], params: BeamSearchParams
         asked = [(search, beam) for search in searches for beam in search.beams]
         if not asked:
             break
+        if should_stop():
+            raise SearchStopped
         handles = engine.generate([[*search.prompt, *beam.token_ids] for search, beam in asked], ask)
         for search in searches:
             search.beams = []
         for (search, beam), handle in zip(asked, handles, strict=True):
-            entry = handle._unless_failed().logprobs[0]
+            entry = handle.raise_failure().logprobs[0]
             for token, logprob in zip(entry.top_ids, entry.top, strict=True):
                 longer = Beam((*beam.token_ids, token), beam.logprob + logprob, "stop" if token in eos else None)
                 (search.ended if longer.finish_reason else search.beams).append(longer)

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from labkit.clock import Clock, WallClock
@@ -21,13 +23,13 @@ from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
 from labkit.core.tokens import TokenIds
-from labkit.engine.background import Background
 from labkit.engine.build import Options, build
 from labkit.engine.checks import Taken, check_parts, is_ids
-from labkit.engine.closing import LeakReport, held_memory
+from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
 from labkit.engine.intake import make_handle
 from labkit.engine.settings import apply, checked
+from labkit.engine.sleeping import Sleeping
 from labkit.engine.snapshot import Snapshot, copy_engine, restore_engine, take_snapshot
 from labkit.engine.wakeup import Wakeup, has_news
 from labkit.engine.worker import Worker
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
     from labkit.widgets.dashboard import Dashboard
 
 
-class Engine(Background, Shown):
+class Engine(Sleeping, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see
@@ -88,6 +90,7 @@ class Engine(Background, Shown):
         assert scheduler is not None and runner is not None
         super().__init__(scheduler, runner, clock if clock is not None else WallClock(), worker)
         self.tokenizer = tokenizer
+        self.model_name = str(model) if isinstance(model, (str, PathLike)) else None
         self._num_made = 0
         self.lock = threading.Lock()  # held while ids are assigned
         self.closed: LeakReport | None = None  # the report of close()
@@ -327,19 +330,18 @@ class Engine(Background, Shown):
     async def __aexit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> LeakReport:
+    def close(self, timeout: float = 60.0) -> LeakReport:
         """End all requests and the thread, and free the cache and the model. The report lists whatever is still
-        there."""
-        if self.closed is not None:
+        there. If the current step takes longer than `timeout` seconds, that is all of it: it ends with the step, and
+        another `close()` reports again."""
+        if self.closed is not None and self.closed.thread is None:
             return self.closed
+        begin = time.perf_counter()
         self.is_closed = True
-        self.pause()
-        aborted = self._call(self._end_all)
-        memory = held_memory(self.runner)
-        if (close := getattr(self.runner, "close", None)) is not None:
-            self._call(close)
-        stopped = self.worker.stop() if self.worker is not None else True
-        self.closed = LeakReport.of(memory, None if stopped else self.worker, aborted)
+        ended = self._wait_for_end(timeout)
+        left = max(0.0, timeout - (time.perf_counter() - begin))
+        stopped = self.worker is None or self.worker.stop(left)
+        self.closed = LeakReport.of(ended.memory, None if stopped else self.worker, ended.num_aborted)
         self.wakeup.ring()
         return self.closed
 

@@ -136,13 +136,14 @@ class Handle(Request):
         """Wait until the request has ended; raises TimeoutError after `timeout` seconds, and RequestError if the
         request failed."""
         self.engine.wait_for([self], timeout)
-        return self._unless_failed()
+        return self.raise_failure()
 
     def abort(self) -> Handle:
         self.engine.abort(self)
         return self
 
-    def _unless_failed(self) -> Handle:
+    def raise_failure(self) -> Handle:
+        """A request that failed or was rejected has no answer; an aborted one has what there is."""
         if self.error is not None:
             raise RequestError(f"request {self.id!r} failed: {self.error}")
         if self.status is Status.REJECTED:
@@ -166,7 +167,7 @@ class Handle(Request):
                 yield from pieces[seen:] if isinstance(pieces, list) else (pieces[seen:],)
                 seen = end
             if ended:
-                self._unless_failed()
+                self.raise_failure()
                 return
             num_tokens = self.engine.wait_past(self, num_tokens)
 
@@ -180,7 +181,7 @@ class Handle(Request):
                     yield piece
                 seen = end
             if ended:
-                self._unless_failed()
+                self.raise_failure()
                 return
             num_tokens = await self.engine.wait_past_async(self, num_tokens)
 
@@ -190,4 +191,4 @@ class Handle(Request):
     async def _end(self) -> Handle:
         while not self.ended:
             await self.engine.wait_past_async(self, None)
-        return self._unless_failed()
+        return self.raise_failure()

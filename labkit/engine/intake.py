@@ -146,7 +146,7 @@ def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> Samplin
     num_layers = getattr(engine.runner, "num_layers", 0)
     for what, layers in (params.capture or {}).items():
         for layer in layers:
-            if layer >= num_layers:
+            if layer >= num_layers + (what == "hidden" and num_layers > 0):
                 raise ValueError(f"capture of {what!r} names layer {layer}: this runner has {num_layers} layers")
     if params.max_tokens is None:
         params = replace(params, max_tokens=max(1, engine.scheduler.room_for(num_prompt)))

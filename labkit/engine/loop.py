@@ -7,6 +7,7 @@ It has no thread of its own, see `background.py`.
 from __future__ import annotations
 
 import heapq
+import logging
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,17 @@ from labkit.engine.wakeup import Wakeup
 from labkit.runner.base import Pending, Runner
 
 Listener = Callable[[Outputs], None]
+
+
+log = logging.getLogger("labkit.engine")
+
+
+def warn(message: str) -> None:
+    """Warn. Where warnings are errors, log it: the engine's thread has no caller, and an error would end it."""
+    try:
+        warnings.warn(message, stacklevel=3)
+    except Warning:
+        log.warning(message)
 
 
 class StalledError(RuntimeError):
@@ -191,7 +203,7 @@ class Loop:
         except Exception as error:
             if listener in self.listeners:
                 self.listeners.remove(listener)
-            warnings.warn(f"{listener!r} raised {error!r} and no longer listens", stacklevel=2)
+            warn(f"{listener!r} raised {error!r} and no longer listens")
 
     def listen(self, listener: Listener) -> Callable[[], None]:
         """Call `listener(outputs)` once a step; returns a function that removes it. A listener that raises is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 
@@ -26,9 +27,12 @@ class Wakeup:
         self.count = 0
         self.loops: dict[asyncio.AbstractEventLoop, list[tuple[Awaited, int | None, asyncio.Future[None]]]] = {}
         self.lock = threading.Lock()
+        self.hooks: list[Callable[[], None]] = []  # called by whoever rings
 
     def ring(self) -> None:
         """Called by the engine's thread after each step, and after anything that ends a request."""
+        for hook in list(self.hooks):
+            hook()
         if self.num_waiting:
             with self.passed:
                 self.count += 1

@@ -25,6 +25,8 @@ class Worker:
     def __init__(self) -> None:
         self.inbox: queue.SimpleQueue[tuple[Future[Any] | None, Callable[[], Any]] | None] = queue.SimpleQueue()
         self.turn: Turn | None = None
+        self.is_over = False
+        self.failure: str | None = None  # what a turn raised, which ended the thread
         self.thread = threading.Thread(target=self._run, name=f"labkit-engine-{next(_numbers)}", daemon=True)
         self.thread.start()
 
@@ -37,25 +39,28 @@ class Worker:
         """Whether the caller is this worker's own thread."""
         return threading.current_thread() is self.thread
 
-    def call(self, function: Callable[[], T]) -> T:
-        """Run a function in the worker thread and wait for its result. Ctrl-C ends the waiting, not the work."""
-        if self.is_here:
-            return function()
-        if not self.thread.is_alive():
-            raise RuntimeError("this engine is closed")
+    def call(self, function: Callable[[], T], timeout: float | None = None) -> T:
+        """Run a function in the worker thread and wait for its result. Ctrl-C and a TimeoutError end the waiting, not
+        the work."""
+        return function() if self.is_here else self.submit(function).result(timeout)
+
+    def submit(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the worker thread; the future has its result."""
         future: Future[T] = Future()
         self.inbox.put((future, function))
-        return future.result()
+        if self.is_over:
+            self._refuse_rest()
+        return future
 
     def post(self, function: Callable[[], Any]) -> None:
         """Run a function in the worker thread later, without waiting."""
         self.inbox.put((None, function))
 
-    def set_turn(self, turn: Turn | None) -> None:
+    def set_turn(self, turn: Turn | None, timeout: float | None = None) -> None:
         def change() -> None:
             self.turn = turn
 
-        self.call(change)
+        self.call(change, timeout)
 
     def stop(self, timeout: float = 60.0) -> bool:
         """Finish all submitted calls and end the thread. True if the thread has ended."""
@@ -65,6 +70,32 @@ class Worker:
         return not self.thread.is_alive()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as error:
+            self.failure = repr(error)
+            raise
+        finally:
+            self.is_over = True
+            self._refuse_rest()
+
+    def _refuse_rest(self) -> None:
+        """Nobody runs what is still in the inbox: its callers must not wait for it."""
+        while True:
+            try:
+                asked = self.inbox.get_nowait()
+            except queue.Empty:
+                return
+            if asked is not None and asked[0] is not None:
+                asked[0].set_exception(RuntimeError(self.why_over))
+
+    @property
+    def why_over(self) -> str:
+        if self.failure is None:
+            return "this engine is closed"
+        return f"this engine has stopped, its thread ended with {self.failure}: close it and make another one"
+
+    def _serve(self) -> None:
         pause: float | None = None
         while True:
             try:

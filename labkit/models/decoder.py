@@ -307,7 +307,9 @@ class Decoder:
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)
             _keep(capture, i, x)
-        return self.norm(x)
+        x = self.norm(x)
+        _keep(capture, len(self.layers), x)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = self.head(hidden, dtype=torch.float32)

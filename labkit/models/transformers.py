@@ -222,7 +222,8 @@ class TransformersModel:
             step.batch = step.caches = step.ops = step.capture = None
         if capture is not None:
             for layer in capture.hidden_layers:
-                capture.hidden[layer] = out.hidden_states[layer + 1][0]
+                is_last = layer == len(self.kv)  # after the final norm
+                capture.hidden[layer] = out[0][0] if is_last else out.hidden_states[layer + 1][0]
         return out[0][0]
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ class LogprobBatch(NamedTuple):
 
 def logprobs_of(logits: Tensor, tokens: Tensor, wanted: list[int], rows: list[int]) -> LogprobBatch:
     """Log-probabilities of `tokens` and of the likeliest tokens, before any sampling parameter is applied."""
+    wanted = [min(number, logits.shape[-1]) if number >= 0 else logits.shape[-1] for number in wanted]
     scores = logits.log_softmax(-1)
     chosen = scores.gather(1, tokens[:, None])
     rank = (scores > chosen).sum(-1) + 1

@@ -36,9 +36,12 @@ class Grammar:
         except (TypeError, ValueError) as error:
             raise ValueError(f"structured_outputs: {self.kind} cannot be read: {error}") from error
         self.matcher = LLMatcher(_vocabulary(tokenizer, vocab_size, end_ids), source, log_level=0)
-        if self.matcher.is_error():
-            raise ValueError(f"structured_outputs: {self.kind} cannot be used: {_first_line(self.matcher.get_error())}")
         self.end_ids = list(end_ids)
+        first = self.matcher.deep_copy()
+        if not first.is_error():
+            _mask(first, vocab_size)  # some forms fail only here; and what is slow is slow here, not in a step
+        if first.is_error():
+            raise ValueError(f"structured_outputs: {self.kind} cannot be used: {_first_line(first.get_error())}")
 
     def __repr__(self) -> str:
         return f"Grammar({self.kind})"
@@ -62,7 +65,6 @@ class Progress:
 
     def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
         import torch
-        from llguidance.numpy import fill_next_token_bitmask
 
         new, self.num_consumed = output[self.num_consumed :], len(output)
         if new and not self.matcher.consume_tokens(new):
@@ -71,10 +73,17 @@ class Progress:
         if self.matcher.is_stopped():
             allowed[self.end_ids] = True
         else:
-            bits = np.zeros((1, -(-len(logits) // 32)), np.int32)
-            fill_next_token_bitmask(self.matcher, bits)
-            allowed = np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[: len(logits)].astype(bool)
+            allowed = _mask(self.matcher, len(logits))
         return logits.masked_fill(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+
+
+def _mask(matcher: Any, size: int) -> Any:
+    """Which tokens may come next."""
+    from llguidance.numpy import fill_next_token_bitmask
+
+    bits = np.zeros((1, -(-size // 32)), np.int32)
+    fill_next_token_bitmask(matcher, bits)
+    return np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[:size].astype(bool)
 
 
 def _source(matcher: Any, kind: str, what: Any) -> str:

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from labkit.text.limits import render
+
 HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
 LONGEST = 4  # bytes of a character
 CONTEXT = 6  # prompt tokens that a stream is shown, so that a first space or a joined character comes out right
@@ -93,13 +95,13 @@ class Tokenizer:
 
     @property
     def eos_token(self) -> str | None:
-        return self._special("eos_token")
+        return self.special("eos_token")
 
     @property
     def eos_token_id(self) -> int | None:
         return None if self.eos_token is None else self.backend.token_to_id(self.eos_token)
 
-    def _special(self, name: str) -> str | None:
+    def special(self, name: str) -> str | None:
         token = self.config.get(name)
         return token.get("content") if isinstance(token, dict) else token
 
@@ -122,9 +124,19 @@ class Tokenizer:
 
     # -- chat ----------------------------------------------------------------------------------------------------
 
-    def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> list[int]:
-        """Token ids of a conversation formatted with the chat template, up to where the assistant speaks next."""
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **more: Any,
+    ) -> list[int]:
+        """Token ids of a conversation formatted with the chat template, up to where the assistant speaks next. With
+        `continue_final_message`, up to the end of what the last message says."""
         text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, **more)
+        if continue_final_message:
+            text = unfinished(text, str(messages[-1].get("content") or ""))
         return self.encode(text, add_special_tokens=False)
 
     def chat_text(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **more: Any) -> str:
@@ -136,16 +148,23 @@ class Tokenizer:
         _check_messages(messages)
         if self._compiled is None:
             self._compiled = _compile(self.template)
-        specials = {name: self._special(name) for name in self.config if name.endswith("_token")}
+        specials = {name: self.special(name) for name in self.config if name.endswith("_token")}
         from jinja2 import TemplateError
 
         try:
-            text: str = self._compiled.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **specials | more
-            )
+            given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            return render(self._compiled, given | specials | more)
         except TemplateError as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
-        return text
+
+
+def unfinished(text: str, content: str) -> str:
+    """A conversation up to the end of the last message's content, without what the template puts behind it."""
+    content = content.strip()
+    at = text.rfind(content)
+    if at < 0:
+        raise ValueError("continue_final_message: the chat template changes the last message")
+    return text[: at + len(content)]
 
 
 class _BackendStream:

@@ -32,16 +32,16 @@ class Dashboard:
     A saved log has `show(step)` instead.
     """
 
-    def __init__(self, log: EventLog, player: Any = None) -> None:
+    def __init__(self, log: EventLog, player: Any = None, feed: Any = None, machine: Any = None) -> None:
         self.log, self.player = log, player
-        self.feed = Feed(log) if player is not None else Feed(log, keep=MOST_STEPS)
+        self.feed: Any = feed if feed is not None else Feed(log) if player is not None else Feed(log, keep=MOST_STEPS)
         if player is not None:
             self.feed.block_size = player.engine.blocks.block_size
         self.shown: int | None = None  # the step shown; None: the latest
         self.closed = False
         self.num_drawn = 0
         self.trouble = ""  # message: what a control could not do
-        self._machine = panels.Machine()
+        self._machine = machine if machine is not None else panels.Machine()
         self._lock = threading.RLock()  # held while writing to widgets
         self._wake = threading.Event()
         self._figure = figure.build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from labkit.core.request import Request
@@ -165,3 +166,15 @@ def leaks(found: Any) -> str:
     left += [["keys and values", num_bytes(found.kv_bytes)]] if found.kv_bytes else []
     left += [["weights", num_bytes(found.weight_bytes)]] if found.weight_bytes else []
     return view("LeakReport", f"<p>{pill('left behind', COLORS['red'])}</p>", table([], left, align="ll"))
+
+
+def server(s: Any) -> str:
+    """Where it listens, what it serves, and how much of it."""
+    state = pill("running", STATUS_COLOR["running"]) if s.is_running else pill("stopped", COLORS["red"])
+    lines = [
+        ["address", f"<code>{s.url}</code>"],
+        ["for OpenAI clients", f"<code>base_url={s.url}/v1</code>"],
+        ["models", ", ".join(f"<code>{escape(name)}</code>" for name in s.names)],
+        ["requests open", f"{s.num_open:,}"],
+    ]
+    return view("Server", state, table(["", ""], lines, align="ll"))

@@ -24,6 +24,7 @@ _VIEWS: dict[str, str] = {  # an object's class -> module of this package, funct
     "labkit.engine.engine.Engine": "serving.engine",
     "labkit.engine.snapshot.Snapshot": "serving.snapshot",
     "labkit.engine.closing.LeakReport": "serving.leaks",
+    "labkit.server.running.Server": "serving.server",
     "labkit.core.events.log.EventLog": "logs.log",
     "labkit.core.events.why.Why": "logs.why",
     "labkit.core.events.diff.Diff": "compare.diff",

@@ -12,8 +12,16 @@ import labkit as lk
 from tests.harness import Scripted, engine, params, run
 
 
+@pytest.fixture(autouse=True)
+def _others():
+    """Threads of engines that other tests keep for the whole run."""
+    threads.others = set(threading.enumerate())
+
+
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("labkit-engine")]
+    """This test's engine threads."""
+    found = set(threading.enumerate()) - threads.others
+    return [thread.name for thread in found if thread.name.startswith("labkit-engine")]
 
 
 def wall_engine(**options) -> lk.Engine:

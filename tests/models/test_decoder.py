@@ -78,7 +78,8 @@ def test_captured_layers_are_those_of_transformers(kind, tmp_path):
     reference.save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype="float32")
     prompt = [[3, 1, 4, 1, 5, 9, 2]]
-    capture = Capture(frozenset({-1, 0}), frozenset({1}))
+    last = len(model.layers)  # after the final norm
+    capture = Capture(frozenset({-1, 0, last}), frozenset({1}))
     rng = random.Random(0)
     rng.randint = lambda low, high: high  # the whole prompt in one step
     paged_logits(model, prompt, 4, rng, capture)
@@ -86,6 +87,7 @@ def test_captured_layers_are_those_of_transformers(kind, tmp_path):
         given = reference(torch.tensor(prompt), output_hidden_states=True, output_attentions=True)
     torch.testing.assert_close(capture.hidden[-1], given.hidden_states[0][0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(capture.hidden[0], given.hidden_states[1][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(capture.hidden[last], given.hidden_states[-1][0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(capture.attention[1][0], given.attentions[1][0], rtol=1e-4, atol=1e-5)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from labkit.models import load_model
+from labkit.models.base import Capture
 from tests.models.configs import NATIVE, OTHERS, config, reference_model
 from tests.models.test_decoder import paged_logits, prompts_of
 
@@ -47,6 +48,19 @@ def test_native_and_transformers_paths_agree_on_the_same_weights(kind):
     ours, theirs = (paged_logits(model, prompts, 16, random.Random(2)) for model in paths)
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def test_both_paths_capture_the_states_after_the_final_norm():
+    found = []
+    for path in ("native", "transformers"):
+        model = load_model(config("llama"), load_format="dummy", dtype="float32", path=path)
+        capture, rng = Capture(frozenset({len(model.kv)})), random.Random(0)
+        rng.randint = lambda low, high: high  # the whole prompt in one step
+        logits = paged_logits(model, [[3, 1, 4, 1, 5]], 16, rng, capture)[0]
+        (states,) = capture.hidden.values()
+        torch.testing.assert_close(model.logits(states), logits)
+        found.append(states)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

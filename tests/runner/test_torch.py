@@ -271,7 +271,7 @@ def test_min_tokens_keeps_stop_tokens_from_being_drawn(models):
     [
         ({"logit_bias": {97: 1.0}}, "logit_bias names token 97: the vocabulary ends at 96"),
         ({"allowed_token_ids": [5, 400]}, "allowed_token_ids names token 400"),
-        ({"capture": {"hidden": [2]}}, "capture of 'hidden' names layer 2: this runner has 2 layers"),
+        ({"capture": {"hidden": [3]}}, "capture of 'hidden' names layer 3: this runner has 2 layers"),
         ({"bad_words": ["no"]}, "bad_words need text"),
     ],
 )

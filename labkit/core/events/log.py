@@ -189,6 +189,18 @@ class EventLog(Shown):
             file.write(json.dumps({"event": type(event).__name__, **event.__dict__}, separators=(",", ":")) + "\n")
         return None
 
+    def perfetto(self, file: str | PathLike[str] | IO[str]) -> None:
+        """Save the run as a trace: open the file in ui.perfetto.dev or chrome://tracing.
+
+        >>> engine.log.perfetto("run.json")
+        """
+        from labkit.core.events.perfetto import write
+
+        if isinstance(file, (str, PathLike)):
+            with open(file, "w", encoding="utf-8", newline="\n") as opened:
+                return write(self.batches(), opened)
+        return write(self.batches(), file)
+
     @classmethod
     def load(cls, file: str | PathLike[str] | IO[str]) -> EventLog:
         """A saved log; works with every view and summary."""

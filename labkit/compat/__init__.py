@@ -1,0 +1,1 @@
+"""Other projects' names over labkit, each only when its module is imported."""

@@ -1,0 +1,92 @@
+"""/v1/load_model and /v1/unload_model: models come and go while the server runs. Closed unless `model_root` is set.
+
+Models are loaded from folders and files below `model_root` only; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from labkit.server.errors import ApiError, clean
+from labkit.server.http import answer, read_body
+from labkit.server.manager import ModelManager
+from labkit.server.routes import Route
+from labkit.server.service import Service
+from labkit.server.several import Several
+
+Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class LoadRequest(BaseModel):
+    """`path` is a model's folder or .gguf file below the server's model root; `model` the name for requests, by default
+    the path."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Name
+    model: Name | None = None
+
+
+class UnloadRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: Name
+
+
+async def load_model(service: Service, request: Request) -> Response:
+    manager = _manager(service)
+    body = await read_body(request, LoadRequest)
+    path, name = _below(service.settings.model_root, body.path), body.model or body.path
+    if name in service.names:
+        raise ApiError(f"there is a model {name!r} already", param="model")
+    try:
+        await asyncio.to_thread(manager.load, name, str(path))
+    except (ValueError, OSError) as error:
+        raise ApiError(clean(str(error)), param="path") from None
+    return answer(_told(manager))
+
+
+async def unload_model(service: Service, request: Request) -> Response:
+    manager = _manager(service)
+    body = await read_body(request, UnloadRequest)
+    if body.model not in service.names:
+        raise ApiError(f"there is no model {body.model!r} here", status=404, param="model")
+    await asyncio.to_thread(manager.unload, body.model)
+    return answer(_told(manager))
+
+
+def _manager(service: Service) -> ModelManager:
+    if service.settings.model_root is None or not isinstance(service, Several) or service.manager is None:
+        raise ApiError("models are not loaded over HTTP here: start the server with --model-root", status=404)
+    return service.manager
+
+
+def _below(root: str | None, given: str) -> Path:
+    """The path, if it lies below the root and is there; links are followed first."""
+    assert root is not None
+    folder = Path(root).resolve()
+    try:
+        path = (folder / given).resolve()
+        is_there = path != folder and path.is_relative_to(folder) and path.exists()
+    except (OSError, ValueError):
+        is_there = False
+    if not is_there:
+        raise ApiError("there is no such model below the server's model root", status=404, param="path")
+    return path
+
+
+def _told(manager: ModelManager) -> dict[str, object]:
+    models = [{"id": name, "bytes": memory.total} for name, memory in manager.memory().items()]
+    return {"models": models}
+
+
+ROUTES = [
+    Route("POST", "/v1/load_model", load_model, LoadRequest, "Load a model from below the model root", of_model=False),
+    Route("POST", "/v1/unload_model", unload_model, UnloadRequest, "Unload a model", of_model=False),
+]
