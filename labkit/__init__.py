@@ -76,12 +76,14 @@ _MODULES = {
     "assets": "assets",
     "doctor": "notebook.doctor",
     "explain": "widgets.explain",
+    "study": "study",
     "workloads": "study.workloads",
 }
 
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from . import study
     from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
     from .core.blocks.eviction import FIFO, LFU, LRU, TTL, CostAware

@@ -7,6 +7,7 @@ import sys
 
 from labkit.bench import commands as bench_commands
 from labkit.core.version import __version__
+from labkit.study import commands as study_commands
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,6 +24,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="measure engines, kernels and the scheduler")
     bench_commands.add(bench)
+
+    study_commands.add_study(commands.add_parser("study", help="replay a trace under a grid of settings"))
+    study_commands.add_trace(commands.add_parser("trace", help="describe or convert a trace of requests"))
 
     commands.add_parser("serve", help="an OpenAI-compatible HTTP server; its flags are vLLM's", add_help=False)
 
@@ -60,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     run = {
         "demo": _demo,
         "bench": bench_commands.run,
+        "study": study_commands.run_study,
+        "trace": study_commands.run_trace,
         "kernels": _kernels,
         "serve": _serve,
         "lab": _lab,

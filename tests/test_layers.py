@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "quantization": {"assets", "core", "engine", "loading", "models", "quantization", "runner", "text", "widgets"},
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "runner", "text", "widgets"},
     "notebook": {"", "bench", "clock", "core", "engine", "notebook", "runner", "widgets"},
-    "cli": {"", "bench", "core", "notebook", "server"},
+    "cli": {"", "bench", "core", "notebook", "server", "study"},
     "__init__": {
         "assets",
         "bench",

@@ -1,0 +1,154 @@
+"""Cache studies: the replay against a second implementation that scans everything, and against published figures."""
+
+import math
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+import labkit as lk
+from labkit.study.prefix_study import POLICIES
+from labkit.study.replay import Replay
+
+NEVER = float("inf")
+
+
+def tree_trace(seed: int, num: int = 120, width: int = 3, depth: int = 12) -> list[lk.study.TraceRequest]:
+    """Requests that walk down a random tree: some prefixes are popular, every request may end in a tail of its own."""
+    rng = random.Random(seed)
+    node_of: dict[tuple[int, ...], int] = {}
+    found = []
+    for i in range(num):
+        path = [min(rng.randrange(width), rng.randrange(width)) for _ in range(rng.randint(1, depth))]
+        if rng.random() < 0.3:
+            path[-1] = 1000 + i
+        hashes = [node_of.setdefault(tuple(path[: d + 1]), len(node_of)) for d in range(len(path))]
+        length = 16 * len(path) - rng.randrange(16)
+        found.append(lk.study.TraceRequest(float(i), length, 4, hashes))
+    return found
+
+
+def by_brute_force(requests, capacity, policy):
+    """Hit blocks and tokens. Everything is scanned for every eviction, nothing is kept in order."""
+    frequency, last, parent, cached = {}, {}, {}, set()
+    hit_blocks = hit_tokens = clock = 0
+    for i, request in enumerate(requests):
+        hit = 0
+        while hit < len(request.hashes) and request.hashes[hit] in cached:
+            hit += 1
+        hit_blocks += hit
+        hit_tokens += min(16 * hit, request.num_prompt)
+        for depth in reversed(range(len(request.hashes))):
+            block, clock = request.hashes[depth], clock + 1
+            frequency[block] = frequency.get(block, 0) + 1 if block in cached else 1
+            last[block], parent[block] = clock, request.hashes[depth - 1] if depth else None
+        cached |= set(request.hashes)
+        while len(cached) > capacity:
+            leaves = cached - {parent[block] for block in cached}
+
+            def next_use(block, after=i):
+                return next((j for j in range(after + 1, len(requests)) if block in requests[j].hashes), NEVER)
+
+            score = {
+                "lru": lambda block: last[block],
+                "lfu": lambda block: (frequency[block], last[block]),
+                "clairvoyant": lambda block: (-next_use(block), last[block]),
+            }[policy]
+            cached.remove(min(leaves, key=score))
+    return hit_blocks, hit_tokens
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_hits_what_a_replay_by_brute_force_hits(seed):
+    requests = tree_trace(seed)
+    sizes, policies = [1, 5, 16, 40, math.inf], ["lru", "lfu", "clairvoyant"]
+    study = lk.study.prefix(lk.study.Trace.of(requests, block_size=16), sizes, policies)
+    for row in study.rows:
+        expected = by_brute_force(requests, row["capacity"], row["policy"])
+        assert (row["hit_blocks"], row["hit_tokens"]) == expected, (seed, row)
+        assert row["block_hit_rate"] == expected[0] / sum(len(request.hashes) for request in requests)
+        assert row["token_hit_rate"] == expected[1] / sum(request.num_prompt for request in requests)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_keeps_the_laws_of_the_cache_after_every_request(name):
+    requests = tree_trace(3, num=60)
+    uses = [
+        [next((j for j in range(i + 1, 60) if block in requests[j].hashes), NEVER) for block in request.hashes]
+        for i, request in enumerate(requests)
+    ]
+    for hold in (False, True):
+        replay = Replay(POLICIES[name](), 20, hold=hold)
+        for request, use in zip(requests, uses, strict=True):
+            replay.add(request.hashes, use, int(request.arrival * 1e9))
+            replay.check()
+        assert replay.num_evicted
+
+
+def test_nothing_beats_the_clairvoyant_and_a_larger_lru_never_hits_less():
+    trace = lk.study.Trace.of(tree_trace(7, num=400), block_size=16)
+    frame = lk.study.prefix(trace, [8, 16, 32, 64], list(POLICIES)).frame()
+    hits = frame.pivot(index="capacity", columns="policy", values="hit_blocks")
+    assert (hits.drop(columns="clairvoyant").max(axis=1) <= hits.clairvoyant).all()
+    assert hits.lru.is_monotonic_increasing and hits.clairvoyant.is_monotonic_increasing
+
+
+def test_a_policy_may_be_a_name_a_class_an_object_or_a_function():
+    trace = lk.study.Trace.of(tree_trace(2), block_size=16)
+
+    def oldest(block):
+        return block.freed_at
+
+    study = lk.study.prefix(trace, [10, 30], ["lru", lk.LRU, lk.LRU(), oldest, lk.SLRU(0.5)])
+    assert [row["policy"] for row in study.rows[::2]] == ["lru", "lru", "lru", "oldest", "slru"]
+    hits = [row["hit_blocks"] for row in study.rows]
+    assert hits[:2] == hits[2:4] == hits[4:6] == hits[6:8]
+    with pytest.raises(ValueError, match="did you mean 'lru'"):
+        lk.study.prefix(trace, [10], ["lruu"])
+    with pytest.raises(ValueError, match="a policy is a name"):
+        lk.study.prefix(trace, [10], [7])
+
+
+def test_a_request_longer_than_the_cache_is_counted_and_with_hold_left_out():
+    long = lk.study.TraceRequest(1.0, 80, 1, (1, 2, 3, 4, 5))
+    short = lk.study.TraceRequest(0.0, 30, 1, (1, 2))
+    trace = lk.study.Trace.of([short, long, long], block_size=16)
+    (row,) = lk.study.prefix(trace, [3]).rows
+    assert (row["too_long"], row["hit_blocks"], row["blocks"]) == (2, 5, 12)
+    (row,) = lk.study.prefix(trace, [3], hold=True).rows
+    assert (row["too_long"], row["hit_blocks"], row["blocks"], row["requests"]) == (2, 0, 2, 1)
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2.5, math.nan])
+def test_a_capacity_is_a_whole_number_of_blocks(capacity):
+    with pytest.raises(ValueError, match="capacity"):
+        lk.study.prefix(lk.study.Trace.of(tree_trace(0), block_size=16), [capacity])
+
+
+def test_a_trace_without_hashes_cannot_be_replayed():
+    trace = lk.study.Trace.of([lk.study.TraceRequest(0.0, 30, 1)], name="azure")
+    with pytest.raises(ValueError, match="azure has no block hashes"):
+        lk.study.prefix(trace, [3])
+
+
+def test_the_clairvoyant_serves_no_engine():
+    with pytest.raises(ValueError, match="knows the future"):
+        lk.BlockManager(num_blocks=8, eviction=lk.study.Clairvoyant())
+
+
+PUBLISHED = {  # block hit rate of the Mooncake paper's synthetic trace
+    "lru": (0.0841, 0.1906, 0.3094, 0.4239, 0.6242, 0.6396, 0.6396),
+    "lfu": (0.0418, 0.1288, 0.2428, 0.3585, 0.6260, 0.6396, 0.6396),
+    "clairvoyant": (0.2767, 0.4467, 0.5500, 0.6180, 0.6396, 0.6396, 0.6396),
+}
+
+
+@pytest.mark.skipif("LABKIT_TRACES" not in os.environ, reason="LABKIT_TRACES does not name a folder with traces")
+def test_published_hit_rates_of_the_mooncake_trace():
+    path = Path(os.environ["LABKIT_TRACES"]) / "mooncake_synthetic.jsonl"
+    sizes = [1000, 3000, 5859, 10_000, 30_000, 50_000, math.inf]
+    study = lk.study.prefix(path, sizes, list(PUBLISHED))
+    for row, expected in zip(study.rows, [rate for rates in PUBLISHED.values() for rate in rates], strict=True):
+        assert row["block_hit_rate"] == pytest.approx(expected, abs=0.0005), row
+    assert study.rows[-1]["token_hit_rate"] == pytest.approx(0.6512, abs=0.0005)
