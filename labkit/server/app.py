@@ -48,6 +48,7 @@ def make_app(service: Service) -> Starlette:
         return answer(described)
 
     routes.append(Route("GET", "/openapi.json", openapi, None, "This description"))
+    forms = {route.path: route.form for route in routes if route.form is not None}
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -56,7 +57,7 @@ def make_app(service: Service) -> Starlette:
 
     app = Starlette(
         routes=[_route(service, route) for route in routes],
-        middleware=[*_cors(service), Middleware(Guard, service=service)],
+        middleware=[*_cors(service), Middleware(Guard, service=service, forms=forms)],
         exception_handlers={HTTPException: _refused},  # type: ignore[dict-item]
         lifespan=lifespan,
     )

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from labkit.engine.beams import MOST_BEAMS, Beam, BeamSearchParams, SearchStopped, beam_search
 from labkit.server.calls import room_for
-from labkit.server.errors import ApiError, ClientGone, clean
+from labkit.server.errors import ApiError, ClientGone, clean, engine_dead, overloaded
 from labkit.server.http import answer
 from labkit.server.sampling import Sampling
 from labkit.server.service import Service, new_id
@@ -48,9 +48,9 @@ async def search(
     try:
         found = await asyncio.to_thread(beam_search, service.engine, prompts, params, should_stop)
     except SearchStopped:
-        raise ClientGone if gone.is_set() else ApiError("the server is shutting down", status=503) from None
+        raise ClientGone if gone.is_set() else overloaded("the server is shutting down", 5, "stopping") from None
     except RuntimeError as error:
-        raise ApiError(clean(str(error)), status=503) from None
+        raise engine_dead(clean(str(error))) from None
     finally:
         watching.cancel()
     return answer(_written(service, body, prompts, echoes, found))

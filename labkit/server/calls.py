@@ -17,7 +17,7 @@ from labkit.core.params import SamplingParams
 from labkit.core.request import Status
 from labkit.engine.handle import Handle
 from labkit.server.bridge import Feed
-from labkit.server.errors import ApiError, clean, of_value, overloaded
+from labkit.server.errors import ApiError, clean, engine_dead, of_value, overloaded
 from labkit.server.http import NOTE
 from labkit.server.pieces import Growing
 from labkit.server.sampling import Sampling
@@ -205,7 +205,7 @@ async def admit(
     except ValueError as error:
         raise of_value(error, type(body).model_fields, {"prompt": param}) from None
     except RuntimeError as error:
-        raise ApiError(clean(str(error)), status=503) from None
+        raise engine_dead(clean(str(error))) from None
     note = request.scope[NOTE]
     note["id"] = id
     return Call(service, feed, id, model, feed_samples(made), note)

@@ -326,13 +326,15 @@ _HANDLERS: dict[str, Callable[..., None]] = {
 
 
 class Calls:
-    """HTTP requests by method, route and status, and the seconds until their last byte."""
+    """HTTP requests by method, route and status, and the seconds until their last byte. `refused` counts those that
+    the server itself refused, by model and reason."""
 
     EDGES = (0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0,
              30.0, 60.0)  # fmt: skip
 
     def __init__(self) -> None:
         self.counts: Counter[tuple[str, str, str]] = Counter()
+        self.refused: Counter[tuple[str, str]] = Counter()
         self.seconds: dict[tuple[str, str], Histogram] = {}
 
     def add(self, method: str, route: str, status: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ from labkit.core.params import SamplingParams
 from labkit.engine.handle import Handle
 from labkit.server.calls import check_ended, cut, encode
 from labkit.server.completions import MOST_PROMPTS
-from labkit.server.errors import ApiError, clean, of_value
+from labkit.server.errors import ApiError, clean, engine_dead, of_value
 from labkit.server.http import NOTE, answer, read_body, whole
 from labkit.server.pooling import Pooling
 from labkit.server.routes import Route
@@ -110,7 +110,7 @@ def _submit(
     except ValueError as error:
         raise of_value(error, EmbeddingRequest.model_fields, {"prompt": "input"}) from None
     except RuntimeError as error:
-        raise ApiError(clean(str(error)), status=503) from None
+        raise engine_dead(clean(str(error))) from None
 
 
 def _written(vector: Any, form: str | None) -> Any:

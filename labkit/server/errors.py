@@ -21,13 +21,15 @@ KINDS = {
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
+REFUSALS = ("queue_full", "loading", "stopping", "engine_dead")  # why a server takes no request, whoever sends it
 LONGEST_MESSAGE = 2000
 _PATH = re.compile(r"(?<![\w.])(?:~|[A-Za-z]:)?(?:[/\\][\w.@+-]+){2,}[/\\]?")
 _ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{4,}\b")
 
 
 class ApiError(Exception):
-    """What is wrong with a request, or with the server that should serve it."""
+    """What is wrong with a request, or with the server that should serve it. `refusal` is one of `REFUSALS`, which are
+    counted."""
 
     def __init__(
         self,
@@ -36,8 +38,10 @@ class ApiError(Exception):
         status: int = 400,
         param: str | None = None,
         retry_after: int | None = None,
+        refusal: str | None = None,
     ) -> None:
         super().__init__(message)
+        self.refusal = refusal
         self.message = message[:LONGEST_MESSAGE]
         self.status = status
         self.param = param
@@ -53,8 +57,12 @@ class ClientGone(Exception):
     """The client closed the connection, so nobody reads the answer."""
 
 
-def overloaded(message: str, seconds: int = 1) -> ApiError:
-    return ApiError(message, status=503, retry_after=seconds)
+def overloaded(message: str, seconds: int = 1, refusal: str = "queue_full") -> ApiError:
+    return ApiError(message, status=503, retry_after=seconds, refusal=refusal)
+
+
+def engine_dead(message: str = "the engine has stopped") -> ApiError:
+    return ApiError(message, status=503, refusal="engine_dead")
 
 
 def internal() -> ApiError:

@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,8 +31,8 @@ log = logging.getLogger("labkit.server")
 class Guard:
     """Wraps the application."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: ASGIApp, service: Service, forms: Mapping[str, Any]) -> None:
+        self.app, self.service, self.forms = app, service, forms
         self.hashes = service.settings.key_hashes
         self.admin_hashes = service.settings.admin_hashes
         self.root = service.settings.root_path.rstrip("/")
@@ -49,6 +50,7 @@ class Guard:
             scope["root_path"] = self.root
         state: dict[str, Any] = {}  # of this request alone: a server may share scope["state"]
         scope[NOTE] = state
+        state["form"] = self.forms.get(scope["path"].removeprefix(self.root))  # of errors
         state["send"] = send  # for streams: past the layers between, which cost more than the writing
         begin, status = time.perf_counter(), 0
 
@@ -74,6 +76,8 @@ class Guard:
             self.service.num_open -= 1
             seconds = time.perf_counter() - begin
             self.service.calls.add(scope["method"], state.get("route", "none"), status or 499, seconds)
+            if state.get("refusal") and scope["method"] == "POST" and scope["path"] not in self.open:
+                self.service.calls.refused[state.get("model", self.service.name), state["refusal"]] += 1
             self._log(scope, status, seconds, state)
 
     def _shown_id(self, scope: Scope, state: dict[str, Any]) -> bytes | None:

@@ -62,7 +62,22 @@ def failed(error: BaseException) -> Response:
     if not isinstance(error, ApiError):
         log.error("a request failed: %s: %s", type(error).__name__, error, exc_info=error)
         error = internal()
-    return answer(error.body, error.status, error.headers)
+    return Failure(error)
+
+
+class Failure(Response):
+    """An error in the form of the API whose route was called. Notes why a request was refused."""
+
+    def __init__(self, error: ApiError) -> None:
+        self.error = error
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note, error = scope[NOTE], self.error
+        note["refusal"] = error.refusal
+        form = note.get("form")
+        found = answer(error.body if form is None else form(error), error.status, error.headers)
+        await found(scope, receive, send)
 
 
 @contextmanager

@@ -22,7 +22,12 @@ from labkit.server.tools import dumped
 Blocks = Annotated[list[dict[str, Any]], Field(max_length=4096)]
 REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}  # all others: end_turn
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-KINDS = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 503: "overloaded_error"}
+KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}  # of errors; others are invalid_request_error below status 500, and api_error
 
 
 class Turn(BaseModel):
@@ -56,27 +61,22 @@ class MessagesRequest(CountRequest):
 
 
 async def messages(service: Service, request: Request) -> Response:
-    try:
-        body = await read_body(request, MessagesRequest)
-        found = await chat.chat(service, _with_body(request, _chat_of(body)))
-    except ApiError as error:
-        return answer(_failure(error), error.status, error.headers)
+    body = await read_body(request, MessagesRequest)
+    found = await chat.chat(service, _with_body(request, _chat_of(body)))
     if isinstance(found, EventStream):
         handle = found.feed.members[0].handle
-        return EventStream(found.feed, _events(found.chunks, len(handle.prompt)))
+        return EventStream(found.feed, _events(found.chunks, len(handle.prompt)), told=_told)
     return answer(_message(json.loads(bytes(found.body))))
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
+    body = await read_body(request, CountRequest)
     try:
-        body = await read_body(request, CountRequest)
-        try:
-            asked = chat.ChatRequest.model_validate(_conversation(body))
-        except ValidationError as error:
-            raise of_validation(error) from None
-        return answer({"input_tokens": len(await chat.prompt_of(service, asked, dumped(asked.tools)))})
-    except ApiError as error:
-        return answer(_failure(error), error.status, error.headers)
+        asked = chat.ChatRequest.model_validate(_conversation(body))
+    except ValidationError as error:
+        raise of_validation(error) from None
+    service.check_model(body.model)
+    return answer({"input_tokens": len(await chat.prompt_of(service, asked, dumped(asked.tools)))})
 
 
 def _with_body(request: Request, body: Mapping[str, Any]) -> Request:
@@ -209,7 +209,13 @@ def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _failure(error: ApiError) -> dict[str, Any]:
-    return {"type": "error", "error": {"type": KINDS.get(error.status, "api_error"), "message": error.message}}
+    kind = KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def _told(error: ApiError) -> bytes:
+    """An error in the midst of a stream."""
+    return _event("error", error=_failure(error)["error"])
 
 
 class Growing:
@@ -252,27 +258,22 @@ class Growing:
 async def _events(chunks: AsyncIterator[bytes], num_prompt: int) -> AsyncIterator[bytes]:
     """A chat's chunks as Anthropic's events."""
     blocks, end, begun = Growing(), {"stop_reason": "end_turn", "stop_sequence": None}, False
-    try:
-        async for chunk in chunks:
-            events: list[bytes] = []
-            for found in _contents(chunk):
-                if not begun:
-                    begun = True
-                    usage = {"input_tokens": num_prompt, "output_tokens": 0}
-                    events.append(_event("message_start", message=_head(found, usage)))
-                for choice in found["choices"]:
-                    events += blocks.add(choice["delta"])
-                    if choice["finish_reason"]:
-                        end = _end(choice)
-                if not found["choices"]:
-                    events += [*blocks.end(), _event("message_delta", delta=end, usage=_usage(found["usage"]))]
-                    events.append(_event("message_stop"))
-            if events:
-                yield b"".join(events)
-    except ApiError as error:
-        if not begun:
-            raise
-        yield _event("error", error=_failure(error)["error"])
+    async for chunk in chunks:
+        events: list[bytes] = []
+        for found in _contents(chunk):
+            if not begun:
+                begun = True
+                usage = {"input_tokens": num_prompt, "output_tokens": 0}
+                events.append(_event("message_start", message=_head(found, usage)))
+            for choice in found["choices"]:
+                events += blocks.add(choice["delta"])
+                if choice["finish_reason"]:
+                    end = _end(choice)
+            if not found["choices"]:
+                events += [*blocks.end(), _event("message_delta", delta=end, usage=_usage(found["usage"]))]
+                events.append(_event("message_stop"))
+        if events:
+            yield b"".join(events)
 
 
 def _contents(chunk: bytes) -> Iterator[Any]:
@@ -286,6 +287,12 @@ def _event(kind: str, **content: Any) -> bytes:
 
 
 ROUTES = [
-    Route("POST", "/v1/messages", messages, MessagesRequest, "A conversation in Anthropic's form", streams=True),
-    Route("POST", "/v1/messages/count_tokens", count_tokens, CountRequest, "How many tokens a conversation has"),
-]
+    Route(
+        "POST", "/v1/messages", messages, MessagesRequest, "A conversation in Anthropic's form",
+        streams=True, form=_failure,
+    ),
+    Route(
+        "POST", "/v1/messages/count_tokens", count_tokens, CountRequest, "How many tokens a conversation has",
+        form=_failure,
+    ),
+]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.server.counting import Calls, Counts, Histogram
+from labkit.server.errors import REFUSALS
 from labkit.server.routes import Route
 from labkit.server.service import Service
 
@@ -101,7 +102,7 @@ class Served(Collector):
             yield from _histograms(found)
             yield _info("vllm:cache_config_info", "The KV cache.", found, _cache_config)
             yield _info("vllm:lora_requests_info", "Adapters of live requests.", found, _adapters)
-        yield from _calls(self.service.calls)
+        yield from _calls(self.service.calls, [each.name for each in self.service.services])
 
 
 Found = list[tuple[tuple[str, str], Counts]]  # (values of LABELS, counts)
@@ -173,7 +174,14 @@ def _adapters(counts: Counts) -> dict[str, str]:
     }
 
 
-def _calls(calls: Calls) -> Iterator[Any]:
+def _calls(calls: Calls, models: Iterable[str]) -> Iterator[Any]:
+    refused = CounterMetricFamily(
+        "labkit:requests_refused", "Requests that the server answered 503, as it could take none.",
+        labels=["model_name", "reason"],
+    )  # fmt: skip
+    none = dict.fromkeys(((model, reason) for model in models if model for reason in REFUSALS), 0)  # series begin at 0
+    for labels, number in {**none, **calls.refused}.items():
+        refused.add_metric(labels, number)
     total = CounterMetricFamily("http_requests", "HTTP requests.", labels=["method", "handler", "status"])
     for (method, route, status), number in list(calls.counts.items()):
         total.add_metric([method, route, status], number)
@@ -183,7 +191,7 @@ def _calls(calls: Calls) -> Iterator[Any]:
     )  # fmt: skip
     for labels, found in list(calls.seconds.items()):
         seconds.add_metric(labels, _buckets(found), found.sum)
-    yield from (total, seconds)
+    yield from (refused, total, seconds)
 
 
 def registry_of(service: Service) -> CollectorRegistry:

@@ -71,12 +71,8 @@ def _operation(route: Route, path: str, body: Any) -> dict[str, Any]:
         kinds = {PLAIN[path]: {"schema": {"type": "string"}}}
     if route.streams:
         kinds["text/event-stream"] = {}
-    errors = [{"$ref": "#/components/schemas/Error"}]
-    if path.startswith("/v1/messages"):
-        errors.append(
-            {"$ref": "#/components/schemas/MessagesError"}
-        )  # what is refused before the route is as elsewhere
-    error = {"application/json": {"schema": errors[0] if len(errors) == 1 else {"anyOf": errors}}}
+    form = "Error" if route.form is None else "MessagesError"
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{form}"}}}
     found: dict[str, Any] = {
         "summary": route.summary,
         "operationId": re.sub(r"\W+", "_", f"{route.method.lower()}{path}").strip("_"),

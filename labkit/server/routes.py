@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 if TYPE_CHECKING:
+    from labkit.server.errors import ApiError
     from labkit.server.service import Service
 
 Endpoint = Callable[["Service", Request], Awaitable[Response]]
@@ -25,3 +26,4 @@ class Route(NamedTuple):
     summary: str
     streams: bool = False  # may answer with server-sent events
     of_model: bool = True  # a body's `model` says which of several models answers
+    form: Callable[[ApiError], dict[str, Any]] | None = None  # of errors; None is OpenAI's

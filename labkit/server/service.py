@@ -20,7 +20,7 @@ from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.server.bridge import Feed, Hub, is_alive
 from labkit.server.counting import Calls, Counts
-from labkit.server.errors import ApiError, clean, overloaded
+from labkit.server.errors import ApiError, clean, engine_dead, overloaded
 from labkit.server.pieces import TokenTexts
 from labkit.server.settings import Settings
 from labkit.server.stored import Stored
@@ -85,6 +85,11 @@ class Service:
                 self.tracing.follow(self.counted[-1].counts, self.names[0])
 
     @property
+    def name(self) -> str:
+        """The model's first name; empty while it is being loaded under a name of its own."""
+        return self.names[0] if self.names else ""
+
+    @property
     def is_loaded(self) -> bool:
         return self._engine is not None
 
@@ -96,7 +101,7 @@ class Service:
     @property
     def engine(self) -> Engine:
         if self._engine is None:
-            raise overloaded("the model is being loaded", seconds=5)
+            raise overloaded("the model is being loaded", 5, "loading")
         return self._engine
 
     @property
@@ -171,9 +176,9 @@ class Service:
         samples, then the second's, and so on."""
         engine = self.engine
         if self.is_stopping:
-            raise overloaded("the server is shutting down", seconds=5)
+            raise overloaded("the server is shutting down", 5, "stopping")
         if self.is_dead:
-            raise ApiError("the engine has stopped", status=503)
+            raise engine_dead()
         self.check_queue(sum(each.n for each in params))
 
         def make() -> list[Handle]:

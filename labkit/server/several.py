@@ -10,6 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from labkit.engine.engine import Engine
 from labkit.server.errors import ApiError, ClientGone, overloaded
+from labkit.server.http import NOTE
 from labkit.server.manager import ModelManager
 from labkit.server.service import Service
 from labkit.server.settings import Settings
@@ -56,7 +57,9 @@ class Several(Service):
             body = await request.body()
         except ClientDisconnect:
             raise ClientGone from None
-        return self.of(self.check_model(_model_of(body)))
+        found = self.of(self.check_model(_model_of(body)))
+        request.scope[NOTE]["model"] = found.name
+        return found
 
     # -- all of them ---------------------------------------------------------------------------------------------
 
@@ -72,9 +75,9 @@ class Several(Service):
     def engine(self) -> Engine:
         """The default model's."""
         if self.manager is None:
-            raise overloaded("the models are being loaded", seconds=5)
+            raise overloaded("the models are being loaded", 5, "loading")
         if not self._members:
-            raise overloaded("no model is loaded", seconds=5)
+            raise overloaded("no model is loaded", 5, "loading")
         return self.of(self.names[0]).engine
 
     @property

@@ -1,6 +1,8 @@
 """What goes wrong between a client and an engine: clients that leave or read slowly, full queues, dead engines."""
 
+import asyncio
 import json
+import re
 import sys
 import threading
 import time
@@ -10,6 +12,9 @@ import pytest
 
 import labkit as lk
 from labkit.core.request import Status
+from labkit.server.app import make_app
+from labkit.server.service import Service
+from labkit.server.settings import Settings
 from tests.server.talk import events, gated, in_process, post, read_all, until
 
 PROMPT = list(range(40))  # three steps of prefill with a budget of 16
@@ -25,6 +30,12 @@ def served(gate):
 
 def ask(server, prompt=PROMPT, **body):
     return post(server.port, "/v1/completions", {"prompt": prompt, "max_tokens": 6, "ignore_eos": True, **body})
+
+
+def refused(metrics: str, model: str = "labkit-tiny") -> dict[str, int]:
+    """What /metrics counts as refused, by reason."""
+    found = re.findall(r'^labkit:requests_refused_total\{model_name="(.*)",reason="(\w+)"\} (\d+)', metrics, re.M)
+    return {reason: int(number) for name, reason, number in found if name == model}
 
 
 def at_baseline(engine, server) -> None:
@@ -81,6 +92,8 @@ def test_a_full_queue_is_answered_before_anything_else():
             answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "stream": stream})
             assert answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1
             assert answer.json()["error"]["type"] == "ServiceUnavailableError"
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert refused(metrics) == {"queue_full": 2, "loading": 0, "stopping": 0, "engine_dead": 0}
         many = httpx.post(f"{server.url}/v1/completions", json={"prompt": PROMPT, "n": 3})
         assert many.status_code == 400
         gate.release()
@@ -105,6 +118,7 @@ def test_a_queue_bound_of_the_engine_is_a_503_too():
         gate.release()
         found = sorted(read_all(client).split(b"\r\n")[0] for client in (first, *others))
         assert found == [b"HTTP/1.1 200 OK"] * 2 + [b"HTTP/1.1 503 Service Unavailable"] * 2
+        assert refused(httpx.get(f"{server.url}/metrics").text)["queue_full"] == 2
         for client in (first, *others):
             client.close()
         at_baseline(engine, server)
@@ -175,9 +189,34 @@ def test_a_dead_engine_is_unhealthy_and_takes_no_requests(gate):
         engine.worker.post(lambda: setattr(engine.worker, "turn", sys.exit))
         until(lambda: not engine.worker.thread.is_alive())
         asked = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2})
-        return healthy, (await client.get("/health")).status_code, asked.status_code
+        counted = refused((await client.get("/metrics")).text)
+        return healthy, (await client.get("/health")).status_code, asked.status_code, counted["engine_dead"]
 
-    assert in_process(engine, calls) == (200, 503, 503)
+    assert in_process(engine, calls) == (200, 503, 503, 1)
+
+
+def test_what_is_refused_while_loading_and_stopping_is_counted():
+    service = Service(Settings(served_model_name="mine"))
+
+    async def main():
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(make_app(service)), base_url="http://test"
+        ) as client:
+            asked = {"prompt": PROMPT, "max_tokens": 1, "ignore_eos": True}
+            statuses = [(await client.post("/v1/completions", json=asked)).status_code]
+            statuses += [(await client.get(path)).status_code for path in ("/health", "/v1/models")]  # not counted
+            service.use(engine)
+            statuses.append((await client.post("/v1/completions", json=asked)).status_code)
+            service.stop()
+            statuses.append((await client.post("/v1/chat/completions", json={"messages": []})).status_code)
+            statuses.append((await client.post("/v1/completions", json=asked)).status_code)
+            return statuses, refused((await client.get("/metrics")).text, "mine")
+
+    engine = gated(lk.FakeRunner(seed=0, vocab_size=50))
+    statuses, counted = asyncio.run(main())
+    service.close(), engine.close()
+    assert statuses == [503, 503, 503, 200, 400, 503]
+    assert counted == {"queue_full": 0, "loading": 1, "stopping": 1, "engine_dead": 0}
 
 
 def test_a_step_that_fails_again_and_again_ends_its_requests_with_an_error():

@@ -6,12 +6,16 @@ import json
 import pytest
 
 import labkit as lk
-from labkit.server.errors import ApiError
 from labkit.server.messages import MessagesRequest, _chat_of, _events, _message
-from tests.server.talk import in_process
+from tests.server.talk import Gate, gated, in_process, post, read_all, until
 
 BODY = {"max_tokens": 8, "messages": [{"role": "user", "content": "What does `join` do?"}], "temperature": 0}
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+
+
+class Chatting(lk.ByteTokenizer):
+    def chat_text(self, messages, **more):
+        return "".join(message["content"] for message in messages)
 
 
 def named(text: str) -> list:
@@ -91,25 +95,21 @@ def test_calls_of_tools_come_back_whole_and_streamed():
     first = {"index": 0, "id": "c1", "function": {"name": "look", "arguments": ""}}
     rest = [{"index": 0, "function": {"arguments": part}} for part in ('{"at"', ": 1}")]
 
-    async def chunks(fails=False):
+    async def chunks():
         yield chunk({"role": "assistant", "content": ""}) + chunk({"content": "I look."})
         for call in (first, *rest):
             yield chunk({"tool_calls": [call]})
-        if fails:
-            raise ApiError("the engine has stopped", status=503)
         yield chunk({}, "tool_calls")
         yield b"data: " + json.dumps({**head, "choices": [], "usage": usage}).encode() + b"\n\n"
 
-    async def read(fails=False):
-        return named(b"".join([piece async for piece in _events(chunks(fails), 9)]).decode())
+    async def read():
+        return named(b"".join([piece async for piece in _events(chunks(), 9)]).decode())
 
     events = asyncio.run(read())
     blocks = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
     assert blocks == ["text", "tool_use"] and events[-2]["delta"]["stop_reason"] == "tool_use"
     parts = [event["delta"]["partial_json"] for event in events if event.get("delta", {}).get("partial_json")]
     assert "".join(parts) == '{"at": 1}'
-    failed = asyncio.run(read(fails=True))
-    assert failed[-1]["error"] == {"type": "overloaded_error", "message": "the engine has stopped"}
 
 
 def test_a_tool_that_must_be_called_is_called_whole_and_streamed(http):
@@ -151,3 +151,48 @@ def test_errors_have_anthropics_shape(server, change, message):
     for found in in_process(server.engine, calls):
         assert found.status_code in (400, 404) and found.json()["type"] == "error"
         assert message in found.json()["error"]["message"]
+
+
+def test_what_is_refused_before_the_route_has_anthropics_shape_too(server):
+    models = lk.ModelManager()
+    models.add("one", server.engine), models.add("two", server.engine)
+
+    async def calls(client):
+        keyed = {"Authorization": "Bearer k"}
+        return [
+            await client.post("/v1/messages", json={**BODY, "model": "three"}, headers=keyed),
+            await client.post("/v1/messages/count_tokens", json={**BODY, "model": "three"}, headers=keyed),
+            await client.post("/prefix/v1/messages", json=BODY),
+            await client.post("/v1/messages", json=BODY, headers={**keyed, "Content-Encoding": "gzip"}),
+            await client.post("/v1/messages", json={**BODY, "system": "x" * 9999}, headers=keyed),
+            await client.get("/v1/messages", headers=keyed),
+        ]
+
+    found = in_process(models, calls, api_key="k", max_body=9999, root_path="/prefix")
+    kinds = [(answer.status_code, answer.json()["type"], answer.json()["error"]["type"]) for answer in found]
+    unknown, malformed = (404, "error", "not_found_error"), "invalid_request_error"
+    assert kinds == [unknown, unknown, (401, "error", "authentication_error"), (415, "error", malformed),
+                     (413, "error", "request_too_large"), (405, "error", malformed)]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [1, 5], ids=["before the first token", "midway"])
+def test_a_stream_that_fails_ends_as_anthropics_do(steps):
+    gate = Gate(vocab_size=256)
+    engine = gated(gate)
+    engine.tokenizer = Chatting()
+    with lk.serve(engine) as server:
+        client = post(server.port, "/v1/messages", {**BODY, "max_tokens": 20, "stream": True})
+        until(lambda: engine.scheduler.num_running == 1)
+        gate.let(steps)
+        (loop,) = server.service._hubs
+        loop.call_soon_threadsafe(server.service.end_all, "no more")
+        head, _, text = read_all(client).decode().partition("\r\n\r\n")
+        client.close()
+        gate.release()
+        until(lambda: server.num_open == 0)
+    engine.close()
+    told = {"type": "overloaded_error", "message": "no more"}
+    if steps > 1:
+        assert "200 OK" in head and f"event: error\ndata: {json.dumps({'type': 'error', 'error': told})}\n\n" in text
+    else:
+        assert " 503 " in head and json.loads(text) == {"type": "error", "error": told}

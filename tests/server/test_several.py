@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import labkit as lk
 from labkit.cli import main
 from labkit.server.arguments import read
+from labkit.server.errors import overloaded
 from tests.server.talk import Gate, events, gated, post, until
 
 
@@ -150,6 +151,13 @@ def test_each_model_has_its_own_counts_under_its_name(models):
         assert counted(text, "vllm:generation_tokens_total") == {"one": 3, "two": 9}
         assert counted(text, "vllm:prompt_tokens_total") == {"one": 2, "two": 4}
         assert 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"} 3.0' in text
+        many = {"model": "two", "prompt": [1, 2], "max_tokens": 1}
+        server.service.of("two").check_queue = lambda num: (_ for _ in ()).throw(overloaded("the queue is full"))
+        for path in ("/v1/completions", "/invocations"):
+            assert http.post(path, json=many).status_code == 503
+        text = http.get("/metrics").text
+        for name, number in (("one", 0), ("two", 2)):
+            assert f'labkit:requests_refused_total{{model_name="{name}",reason="queue_full"}} {number}.0' in text
         num_listeners = len(one.listeners)
         models.unload("one")
         assert counted(http.get("/metrics").text, "vllm:generation_tokens_total") == {"two": 9}
