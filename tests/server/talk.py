@@ -18,10 +18,11 @@ class Gate(lk.FakeRunner):
     def __init__(self, **options):
         super().__init__(**{"seed": 1, "vocab_size": 50} | options)
         self.permits = threading.Semaphore(0)
-        self.num_steps = 0
+        self.num_begun = self.num_steps = 0
         self.is_open = False
 
     def launch(self, plan):
+        self.num_begun += 1
         if not self.is_open:
             self.permits.acquire()
         self.num_steps += 1

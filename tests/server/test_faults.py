@@ -61,6 +61,7 @@ def test_a_client_that_leaves_takes_its_request_along(phase, stream):
         client = ask(server, stream=stream)
         until(lambda: server.num_open == 1 + (before is not None))
         gate.let(PHASES[phase])
+        until(lambda: gate.num_begun > gate.num_steps)  # the next step stands at the gate
         (request,) = [r for r in engine.scheduler.requests.values() if r.params.max_tokens == 6]
         client.close()
         until(lambda: server.num_open == (before is not None))
