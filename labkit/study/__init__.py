@@ -8,7 +8,8 @@ import importlib
 _HOME = {
     "Clairvoyant": "foresight",
     "LengthAware": "foresight",
-    "PrefixStudy": "prefix_study",
+    "ModelShape": "flops",
+    "PrefixStudy": "prefix_result",
     "Trace": "trace",
     "TraceRequest": "trace",
     "prefix": "prefix_study",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -48,7 +49,7 @@ def read_trace(
     >>> trace
     Trace(trace.jsonl: blocks of 512 tokens)
     >>> trace.head()[0].hashes
-    [0, 1]
+    array('q', [0, 1])
     """
     path = Path(path)
     name = recognized(path) if format is None else format
@@ -120,11 +121,11 @@ def _number(row: dict[str, Any], name: str) -> int:
     return value
 
 
-def _hashes(row: dict[str, Any]) -> list[int]:
-    found = row["hash_ids"]
-    if not isinstance(found, list) or not all(type(one) is int for one in found):
-        raise BadRequestError("malformed field", "hash_ids must be a list of whole numbers")
-    return found
+def _hashes(row: dict[str, Any]) -> array[int]:
+    try:
+        return array("q", row["hash_ids"])
+    except (TypeError, OverflowError):
+        raise BadRequestError("malformed field", "hash_ids must be a list of 64-bit whole numbers") from None
 
 
 def _time(row: dict[str, Any], name: str) -> float:

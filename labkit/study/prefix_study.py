@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import labkit.study.tables as tables
+import numpy as np
+from numpy.typing import NDArray
+
 from labkit.core.blocks.eviction import EVICTION_POLICIES, EvictionPolicy, Function
 from labkit.core.options import choose
+from labkit.study.flops import ModelShape
 from labkit.study.foresight import Clairvoyant, LengthAware
 from labkit.study.formats import read_trace
 from labkit.study.future import Future
+from labkit.study.prefix_result import PrefixStudy
 from labkit.study.replay import Replay
-from labkit.study.trace import Excluded, Trace, TraceRequest
-from labkit.widgets import style
-
-if TYPE_CHECKING:
-    import pandas
+from labkit.study.stack import IDLE_BINS, Distances, idle_bins, new_stack
+from labkit.study.tally import Tally
+from labkit.study.trace import Columns, Trace
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     **EVICTION_POLICIES,
@@ -28,6 +31,7 @@ POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "clairvoyant": Clairvoyant,
 }
 PolicyChoice = Any  # a name, an eviction policy or its class, or f(block) -> score
+HISTORY = 2**20  # recent blocks for which reuse is known, at least; about 150 MB
 
 
 def prefix(
@@ -36,6 +40,7 @@ def prefix(
     policies: Iterable[PolicyChoice] = ("lru",),
     *,
     hold: bool = False,
+    model: ModelShape | Any = None,
 ) -> PrefixStudy:
     """Replay a trace's block hashes through one prefix cache for each policy and capacity (in blocks; `math.inf`).
 
@@ -44,6 +49,8 @@ def prefix(
     an engine must, and leaves out requests that are longer than the cache.
 
     A policy is a name, one of the engine's policy objects, or a function of a block as in `lk.Engine(eviction=f)`.
+    All caches of "lru" are computed together from stack distances, and equal `lk.LRU()` exactly. With a `model` (a
+    Hugging Face config or a `ModelShape`) the table has the prefill operations that hits save.
 
     >>> from labkit.study.trace import Trace, TraceRequest
     >>> chat = [TraceRequest(float(i), 16 * (i % 4 + 1), 8, range(i % 4 + 1)) for i in range(8)]
@@ -60,25 +67,103 @@ def prefix(
             f"{trace.name} has no block hashes, so nothing in it is known to be shared. Mooncake and Bailian traces "
             f"have them; so do generated ones and runs recorded by lk.study.record"
         )
-    sizes = list(dict.fromkeys(capacities))
+    sizes = sorted({_capacity(size) for size in capacities})
     if not sizes:
         raise ValueError("capacities is empty: give at least one number of blocks")
-    cells = [_Cell(make(), size, hold) for make in map(_maker, policies) for size in sizes]
-    if not cells:
+    chosen = list(policies)
+    if not chosen:
         raise ValueError("policies is empty: give at least one, such as 'lru'")
-    total = _Total(trace.block_size)
-    if any(isinstance(cell.replay.policy, Clairvoyant) for cell in cells):
-        with Future(trace) as future:
-            for request, next_use in zip(trace, future, strict=True):
-                total.add(request)
-                for cell in cells:
-                    cell.add(request, trace.block_size, next_use)
-    else:
-        for request in trace:
-            total.add(request)
-            for cell in cells:
-                cell.add(request, trace.block_size)
-    return PrefixStudy(trace.name, total, [cell.row(total) for cell in cells], trace.excluded)
+    shape = model if model is None or isinstance(model, ModelShape) else ModelShape.of(model)
+    caches = _Caches(sizes, chosen, hold)
+    tally = Tally(len(caches.names), trace.block_size, shape)
+    with ExitStack() as open_files:
+        future = open_files.enter_context(Future(trace)) if caches.need_future else None
+        next_uses = iter(future) if future is not None else None
+        for batch in trace.columns():
+            lengths = np.diff(batch.indptr)[:, None]
+            served = np.broadcast_to(lengths <= caches.capacity if hold else True, (len(batch), len(caches.names)))
+            hits, causes = caches.add(batch, served, next_uses)
+            tally.add(batch, hits, causes, served)
+    distances = caches.stack.read()
+    rows = [
+        {"policy": name, "capacity": size, **tally.row(j), "evictions": int(caches.evicted(distances)[j]),
+         "too_long": int(caches.too_long[j]), "excluded": len(trace.excluded)}
+        for j, (name, size) in enumerate(zip(caches.names, sizes * len(chosen), strict=True))
+    ]  # fmt: skip
+    tenants = [
+        {"policy": row["policy"], "capacity": row["capacity"], **one}
+        for j, row in enumerate(rows)
+        for one in tally.tenant_rows(j)
+    ]
+    return PrefixStudy(trace.name, trace.block_size, rows, tenants, distances, caches.idle(distances), trace.excluded)
+
+
+class _Caches:
+    """A cache for each policy and capacity. Those of "lru" are read off one stack, the others replayed one by one."""
+
+    def __init__(self, sizes: list[float], policies: list[PolicyChoice], hold: bool) -> None:
+        self.sizes, self.hold = sizes, hold
+        self.names: list[str] = []
+        self.on_stack: list[int] = []  # column -> of these caches
+        self.replays: dict[int, Replay] = {}
+        for policy in policies:
+            make = _maker(policy)
+            for size in sizes:
+                if policy == "lru" and not hold:
+                    self.on_stack.append(len(self.names))
+                    self.names.append("lru")
+                    continue
+                replay = Replay(make(), size, hold=hold)
+                self.replays[len(self.names)] = replay
+                self.names.append(replay.policy.name)
+        self.capacity = np.array(sizes * len(policies))  # [caches]
+        self.need_future = any(isinstance(replay.policy, Clairvoyant) for replay in self.replays.values())
+        largest = max(sizes)
+        self.stack = new_stack(sizes, math.inf if self.need_future else max(HISTORY, 4 * largest))
+        self.too_long = np.zeros(len(self.names), np.int64)
+        self._idle = {j: np.zeros(IDLE_BINS, np.int64) for j in self.replays}
+
+    def add(
+        self, batch: Columns, served: NDArray[np.bool_], next_uses: Iterator[Any] | None
+    ) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Blocks hit [requests, caches], and for each block of a request what its hit is owed to."""
+        hits = np.zeros((len(batch), len(self.names)), np.int32)
+        on_stack, causes = self.stack.add(batch)
+        self.too_long += (np.diff(batch.indptr)[:, None] > self.capacity).sum(0)
+        if self.on_stack:
+            hits[:, self.on_stack] = np.tile(on_stack, (1, len(self.on_stack) // len(self.sizes)))
+        if not self.replays:
+            return hits, causes
+        hashes, ends, arrivals = batch.hashes.tolist(), batch.indptr.tolist(), batch.arrival.tolist()
+        requests = [hashes[begin:end] for begin, end in pairwise(ends)]
+        uses = [next(next_uses) for _ in requests] if next_uses is not None else [None] * len(requests)
+        for j, replay in self.replays.items():
+            column, asked = hits[:, j], served[:, j]
+            for i, (request, arrival, use) in enumerate(zip(requests, arrivals, uses, strict=True)):
+                if asked[i]:
+                    column[i] = replay.add(request, arrival, use)
+            self._idle[j] += idle_bins(replay.idle)
+            replay.idle.clear()
+        return hits, causes
+
+    def evicted(self, distances: Distances) -> list[int]:
+        stack = [int(count) for count in distances.evicted]
+        return [
+            self.replays[j].num_evicted if j in self.replays else stack[j % len(stack)] for j in range(len(self.names))
+        ]
+
+    def idle(self, distances: Distances) -> NDArray[np.int64]:
+        """[caches, bins] evictions by the time since the last use."""
+        num = len(self.sizes)
+        return np.array(
+            [self._idle[j] if j in self.replays else distances.idle[j % num] for j in range(len(self.names))]
+        )
+
+
+def _capacity(size: float) -> float:
+    if size != math.inf and not (size >= 1 and size == int(size)):
+        raise ValueError(f"a capacity is a whole number of blocks, at least 1, or inf, got {size!r}")
+    return size if size == math.inf else int(size)
 
 
 def _maker(choice: PolicyChoice) -> Callable[[], EvictionPolicy]:
@@ -94,108 +179,3 @@ def _maker(choice: PolicyChoice) -> Callable[[], EvictionPolicy]:
     if callable(choice):
         return lambda: Function(choice)
     raise ValueError(f"a policy is a name, a policy object or f(block) -> score, got {choice!r}")
-
-
-@dataclass
-class _Total:
-    """What all caches are asked."""
-
-    block_size: int
-    requests: int = 0
-    blocks: int = 0
-    tokens: int = 0
-
-    def add(self, request: TraceRequest) -> None:
-        self.requests += 1
-        self.blocks += len(request.hashes)
-        self.tokens += request.num_prompt
-
-
-@dataclass
-class _Cell:
-    """One cache, and what it hit."""
-
-    policy: EvictionPolicy
-    capacity: float
-    hold: bool
-    hit_blocks: int = 0
-    hit_tokens: int = 0
-    too_long: int = 0
-    left_out: list[int] = field(default_factory=lambda: [0, 0, 0])  # requests, blocks, tokens
-
-    def __post_init__(self) -> None:
-        self.replay = Replay(self.policy, self.capacity, hold=self.hold)
-
-    def add(self, request: TraceRequest, block_size: int, next_use: Sequence[float] | None = None) -> None:
-        hashes = request.hashes
-        if len(hashes) > self.capacity:
-            self.too_long += 1
-            if self.hold:
-                self.left_out[0] += 1
-                self.left_out[1] += len(hashes)
-                self.left_out[2] += request.num_prompt
-                return
-        num_hit = self.replay.add(hashes, next_use, int(request.arrival * 1e9))
-        self.hit_blocks += num_hit
-        self.hit_tokens += min(num_hit * block_size, request.num_prompt)
-
-    def row(self, total: _Total) -> dict[str, Any]:
-        requests, blocks, tokens = (
-            number - left
-            for number, left in zip((total.requests, total.blocks, total.tokens), self.left_out, strict=True)
-        )
-        return {
-            "policy": self.policy.name,
-            "capacity": self.capacity,
-            "block_hit_rate": self.hit_blocks / blocks if blocks else math.nan,
-            "token_hit_rate": self.hit_tokens / tokens if tokens else math.nan,
-            "requests": requests,
-            "blocks": blocks,
-            "hit_blocks": self.hit_blocks,
-            "tokens": tokens,
-            "hit_tokens": self.hit_tokens,
-            "evictions": self.replay.num_evicted,
-            "too_long": self.too_long,
-        }
-
-
-class PrefixStudy:
-    """The result of `prefix`: a row for each policy and capacity."""
-
-    def __init__(self, name: str, total: _Total, rows: list[dict[str, Any]], excluded: Excluded) -> None:
-        self.name, self.total, self.rows, self.excluded = name, total, rows, excluded
-
-    def __repr__(self) -> str:
-        policies, sizes = (len({row[name] for row in self.rows}) for name in ("policy", "capacity"))
-        left = f"; {self.excluded}" if self.excluded else ""
-        return (
-            f"PrefixStudy({policies} {'policy' if policies == 1 else 'policies'} x {sizes} "
-            f"{'capacity' if sizes == 1 else 'capacities'} over {self.name}: {self.total.requests:,} requests, "
-            f"{self.total.blocks:,} blocks of {self.total.block_size} tokens{left})"
-        )
-
-    def frame(self) -> pandas.DataFrame:
-        """One row for each policy and capacity."""
-        return tables.pandas().DataFrame(self.rows)
-
-    def text(self, column: str = "block_hit_rate") -> str:
-        """One column as lines of text: a line for each policy, a column for each capacity."""
-        sizes = list(dict.fromkeys(row["capacity"] for row in self.rows))
-        width = max(len(column), *(len(row["policy"]) for row in self.rows))
-        lines = [" ".join([f"{column:<{width}}", *(f"{size:>9,}" for size in sizes)])]
-        for policy in dict.fromkeys(row["policy"] for row in self.rows):
-            values = [row[column] for row in self.rows if row["policy"] == policy]
-            lines.append(" ".join([f"{policy:<{width}}", *(f"{value:>9.4f}" for value in values)]))
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        head = ["policy", "capacity", "block hit rate", "token hit rate"]
-        lines = [
-            [
-                row["policy"],
-                f"{row['capacity']:,}",
-                *(f"{row[name]:.4f}" for name in ("block_hit_rate", "token_hit_rate")),
-            ]
-            for row in self.rows
-        ]
-        return style.page(style.title(repr(self)), style.text_table(head, lines))

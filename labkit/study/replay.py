@@ -23,6 +23,7 @@ class ReplayCache:
         self.children = [0]
         self.stored_at = [0]
         self.next_use = [0.0]
+        self.used_at = [0.0]
         self.parent_of = [0]
         self.hashes: list[int | None] = [None]
         self.parent_hashes: list[int | None] = [None]
@@ -48,6 +49,7 @@ class ReplayCache:
             self.hits.append(0)
             self.children.append(0)
             self.next_use.append(0.0)
+            self.used_at.append(0.0)
             self.hashes.append(digest)
             self.depth_of.append(depth)
             self.stored_at.append(self.num_stored)
@@ -94,6 +96,7 @@ class Replay:
         self.policy, self.capacity, self.hold = policy, capacity, hold
         self.cache = ReplayCache(capacity)
         self.num_evicted = 0
+        self.idle: list[float] = []  # seconds between last use and eviction, until somebody empties it
         policy.attach(self.cache)  # type: ignore[arg-type]
         self._expired = getattr(policy, "expired", None)
 
@@ -103,12 +106,12 @@ class Replay:
     def __len__(self) -> int:
         return len(self.cache.block_of)
 
-    def add(self, hashes: Sequence[int], next_use: Sequence[float] | None = None, now: int = 0) -> int:
-        """A request with these block hashes, of which block i is used again at `next_use[i]`, at `now` (ns)."""
+    def add(self, hashes: Sequence[int], now: float = 0.0, next_use: Sequence[float] | None = None) -> int:
+        """A request with these block hashes at `now` (seconds). Block i is used again at `next_use[i]`."""
         cache, policy = self.cache, self.policy
-        if self._expired is not None and (old := self._expired(now)):
+        if self._expired is not None and (old := self._expired(int(now * 1e9))):
             policy.forget(old)
-            cache.remove(old)
+            self._remove(old, now)
         get, hits = cache.block_of.get, cache.hits
         blocks: list[int] = []
         for digest in hashes:
@@ -126,7 +129,7 @@ class Replay:
             if held:
                 policy.touched(held)
             if self.hold:
-                self._evict(len(self) + len(hashes) - len(held) - self.capacity)
+                self._evict(len(self) + len(hashes) - len(held) - self.capacity, now)
             parent = blocks[-1] if blocks else 0
             for depth, (digest, block) in enumerate(zip(rest, found, strict=True), num_hit):
                 if block is None:
@@ -141,15 +144,22 @@ class Replay:
             column = cache.next_use
             for block, when in zip(blocks, next_use, strict=True):
                 column[block] = when
+        used_at = cache.used_at
+        for block in blocks:
+            used_at[block] = now
         policy.freed(blocks[::-1])
-        self._evict(len(self) - self.capacity)
+        self._evict(len(self) - self.capacity, now)
         return num_hit
 
-    def _evict(self, num: float) -> None:
+    def _evict(self, num: float, now: float) -> None:
         if num > 0:
-            evicted = self.policy.evict(int(num))
-            self.cache.remove(evicted)
-            self.num_evicted += len(evicted)
+            self._remove(self.policy.evict(int(num)), now)
+
+    def _remove(self, blocks: list[int], now: float) -> None:
+        used_at = self.cache.used_at
+        self.idle += [now - used_at[block] for block in blocks]
+        self.cache.remove(blocks)
+        self.num_evicted += len(blocks)
 
     def check(self) -> None:
         """Every cached block is a candidate of the policy, and none is cached beyond the capacity."""

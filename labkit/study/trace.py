@@ -3,10 +3,14 @@ again; it keeps no requests in memory and does not know file formats."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from labkit.core.options import whole
 
@@ -61,6 +65,23 @@ class Excluded:
             return "nothing excluded"
         each = (f"{count:,} {reason} (first at {self.first[reason]})" for reason, count in self.counts.items())
         return f"{len(self):,} excluded: {', '.join(each)}"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Requests as columns. Request i has `hashes[indptr[i] : indptr[i + 1]]`. Sessions are numbers to compare; a
+    request without one is a session of its own."""
+
+    arrival: NDArray[np.float64]  # [requests]
+    num_prompt: NDArray[np.int64]
+    num_output: NDArray[np.int64]
+    indptr: NDArray[np.int64]  # [requests + 1]
+    hashes: NDArray[np.int64]
+    session: NDArray[np.int64]  # [requests]
+    tenant: tuple[str | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.arrival)
 
 
 Source = Callable[[], Iterator["tuple[str, TraceRequest | BadRequestError]"]]
@@ -127,6 +148,19 @@ class Trace:
             left = f" ({excluded})" if excluded else ""
             raise ValueError(f"{self.name} has no requests{left}")
 
+    def columns(self, size: int = 4096) -> Iterator[Columns]:
+        """One pass, `size` requests at a time as arrays.
+
+        >>> trace = Trace.of([TraceRequest(0.0, 40, 8, (1, 2, 3)), TraceRequest(1.5, 20, 8, (1, 4))], block_size=16)
+        >>> for columns in trace.columns():
+        ...     print(columns.num_prompt, columns.indptr, columns.hashes)
+        [40 20] [0 3 5] [1 2 3 1 4]
+        """
+        requests, begin = iter(self), 0
+        while some := list(islice(requests, size)):
+            yield _columns(some, begin)
+            begin += len(some)
+
     def head(self, num: int = 5) -> list[TraceRequest]:
         """The first requests."""
         return list(islice(self, whole("num", num, least=0)))
@@ -149,6 +183,26 @@ class Trace:
                     return
 
         return Trace(f"{self.name}, first {num}", source, block_size=self.block_size, errors=self.errors)
+
+
+def _columns(requests: list[TraceRequest], begin: int) -> Columns:
+    hashes: array[int] = array("q")
+    ends = array("q", [0])
+    for request in requests:
+        hashes.extend(request.hashes)
+        ends.append(len(hashes))
+    arrival, num_prompt, num_output, _, _, _, session, tenant, *_ = zip(*requests, strict=True)
+    alone = [-i for i in range(begin + 1, begin + len(requests) + 1)]
+    numbers = [own if name is None else hash(name) & (2**62 - 1) for name, own in zip(session, alone, strict=True)]
+    return Columns(
+        np.array(arrival, np.float64),
+        np.array(num_prompt, np.int64),
+        np.array(num_output, np.int64),
+        np.frombuffer(ends, np.int64),
+        np.frombuffer(hashes, np.int64) if hashes else np.zeros(0, np.int64),
+        np.array(numbers, np.int64),
+        tenant,
+    )
 
 
 def _check(request: TraceRequest, latest: float, block_size: int | None) -> None:

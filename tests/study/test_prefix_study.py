@@ -81,7 +81,7 @@ def test_every_policy_keeps_the_laws_of_the_cache_after_every_request(name):
     for hold in (False, True):
         replay = Replay(POLICIES[name](), 20, hold=hold)
         for request, use in zip(requests, uses, strict=True):
-            replay.add(request.hashes, use, int(request.arrival * 1e9))
+            replay.add(request.hashes, request.arrival, use)
             replay.check()
         assert replay.num_evicted
 
@@ -104,6 +104,9 @@ def test_a_policy_may_be_a_name_a_class_an_object_or_a_function():
     assert [row["policy"] for row in study.rows[::2]] == ["lru", "lru", "lru", "oldest", "slru"]
     hits = [row["hit_blocks"] for row in study.rows]
     assert hits[:2] == hits[2:4] == hits[4:6] == hits[6:8]
+    assert study.rows[0].keys() == study.rows[2].keys()
+    for one, other in zip(study.rows[:2], study.rows[4:6], strict=True):
+        assert one == pytest.approx(other, nan_ok=True), "the stack and the engine's object agree in every column"
     with pytest.raises(ValueError, match="did you mean 'lru'"):
         lk.study.prefix(trace, [10], ["lruu"])
     with pytest.raises(ValueError, match="a policy is a name"):
@@ -135,6 +138,78 @@ def test_a_trace_without_hashes_cannot_be_replayed():
 def test_the_clairvoyant_serves_no_engine():
     with pytest.raises(ValueError, match="knows the future"):
         lk.BlockManager(num_blocks=8, eviction=lk.study.Clairvoyant())
+
+
+def test_every_row_of_the_stack_equals_the_engines_lru_at_every_capacity():
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    trace = lk.study.Trace.of(tree_trace(seed, num=300, width=5), block_size=16)
+    sizes = [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 610, math.inf]
+    study = lk.study.prefix(trace, sizes, ["lru", lk.LRU()])
+    stack, objects = study.rows[: len(sizes)], study.rows[len(sizes) :]
+    for one, other in zip(stack, objects, strict=True):
+        assert one == pytest.approx(other, nan_ok=True)
+    idle = study.idle()
+    assert idle.evicted.sum() == 2 * sum(row["evictions"] for row in stack)
+    exact = study.distances.hits()
+    for row in stack[:-1]:
+        assert exact[min(row["capacity"], len(exact) - 1)] == row["hit_blocks"]
+
+
+def test_causes_of_hits_are_told_apart():
+    ask = lk.study.TraceRequest
+    requests = [
+        ask(0.0, 32, 1, (1, 2), session="a"),
+        ask(1.0, 48, 1, (1, 2, 3), session="a"),  # two blocks that only this session used
+        ask(2.0, 32, 1, (1, 2), session="b"),  # two of another session
+        ask(3.0, 32, 1, (1, 4), session="c"),  # one that is now used by three
+        ask(4.0, 48, 1, (1, 2, 3), session="a"),  # the first by three, the second by two, the third by one
+        ask(5.0, 16, 1, (1,)),  # a session of its own
+    ]
+    for policy in ("lru", lk.LRU()):
+        (row,) = lk.study.prefix(lk.study.Trace.of(requests, block_size=16), [9], [policy]).rows
+        causes = [row[f"{name}_hits"] for name in ("system_prompt", "session", "cross_user")]
+        assert causes == [3, 4, 2] and sum(causes) == row["hit_blocks"]
+
+
+def test_tenants_have_rates_of_their_own():
+    ask = lk.study.TraceRequest
+    requests = [ask(float(i), 32, 1, (1, 2), tenant="a") for i in range(4)]
+    requests += [ask(9.0, 32, 1, (7, 8), tenant="b"), ask(10.0, 16, 1, (9,))]
+    study = lk.study.prefix(lk.study.Trace.of(requests, block_size=16), [9])
+    rates = study.tenants().set_index("tenant").token_hit_rate
+    assert rates.to_dict() == {"a": 0.75, "b": 0.0}
+    assert study.rows[0]["jain_index"] == 0.5
+    with pytest.raises(ValueError, match="names no tenants"):
+        lk.study.prefix(lk.study.Trace.of(requests[-1:], block_size=16), [9]).tenants()
+
+
+def test_saved_flops_are_those_of_the_tokens_that_hit():
+    shape = lk.study.ModelShape(num_layers=2, hidden_size=8, num_heads=2, num_kv_heads=1, intermediate_size=16)
+    weights = 2 * (8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16)
+    by_hand = sum(2 * weights + 4 * 2 * 8 * (position + 1) for position in range(30))
+    assert shape.params_per_token == weights and shape.prefill_flops(30) == by_hand
+    requests = [lk.study.TraceRequest(float(i), 30, 1, (1, 2)) for i in range(4)]
+    (row,) = lk.study.prefix(lk.study.Trace.of(requests, block_size=16), [9], model=shape).rows
+    assert row["saved_flops"] == 3 * by_hand and row["saved_flops_share"] == 0.75
+    config = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    assert lk.study.ModelShape.of({**config, "intermediate_size": 16}).prefill_flops(30) == by_hand
+    with pytest.raises(ValueError, match="no intermediate_size"):
+        lk.study.ModelShape.of(config)
+
+
+def test_figures_and_picture_show_the_rows():
+    study = lk.study.prefix(lk.study.Trace.of(tree_trace(5), block_size=16), [4, 16, 64, math.inf], ["lru", "lfu"])
+    plot = study.plot("token_hit_rate")
+    assert [trace.name for trace in plot.data] == ["lru", "lfu"] and list(plot.data[0].x) == [4, 16, 64]
+    curve = study.miss_ratio().data[0]
+    assert list(curve.y) == sorted(curve.y, reverse=True)
+    (heat,) = study.heatmap().data
+    assert sum(map(sum, heat.text)) == study.distances.distances.sum() == study.reuse().blocks.sum()
+    html = study._repr_html_()
+    assert html.count("<svg") == 1 and html.count("<tr>") == 1 + len(study.rows) and "<script" not in html
+    with pytest.raises(ValueError, match="did you mean 'token_hit_rate'"):
+        study.plot("token_hitrate")
 
 
 PUBLISHED = {  # block hit rate of the Mooncake paper's synthetic trace
