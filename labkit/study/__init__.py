@@ -15,18 +15,29 @@ _HOME = {
     "prefix": "prefix_study",
     "describe": "summary",
     "read_trace": "formats",
+    "Cluster": "clusters.cluster",
+    "Disaggregated": "clusters.placement",
+    "Incoming": "clusters.view",
+    "RouterError": "clusters.cluster",
+    "View": "clusters.view",
+    "cluster": "clusters.compare",
 }
+_MODULES = {"routers": "clusters.routers"}
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOME:
+    value: object
+    if name in _MODULES:
+        value = importlib.import_module(f".{_MODULES[name]}", __name__)
+    elif name in _HOME:
+        value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    else:
         raise AttributeError(f"module 'labkit.study' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_MODULES])

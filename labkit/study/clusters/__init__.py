@@ -1,0 +1,1 @@
+"""Simulated clusters: replicas on one virtual clock behind a router, and prefill apart from decode."""
