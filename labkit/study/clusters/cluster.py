@@ -7,7 +7,7 @@ transfers begin.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -379,7 +379,7 @@ def _options_of(replicas: Any, runner: Any, options: dict[str, Any]) -> list[dic
     return [{**shared, **own} for own in replicas]
 
 
-_HANDLERS = {
+_HANDLERS: dict[int, Callable[[Cluster, Any], None]] = {
     STEP_ENDS: Cluster._step_ends,
     LINK_FREE: Cluster._link_free,
     ARRIVED: Cluster._arrived,
