@@ -10,6 +10,7 @@ import numpy as np
 from labkit.core.options import named_options, real, whole
 from labkit.core.plan import Join, Plan, Result
 from labkit.runner.base import Done, Layout
+from labkit.runner.cost import LinearCost, StepCost, StepWork
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15))
 _LUCK = np.uint64(1 << 40)  # beyond every length
@@ -17,27 +18,35 @@ _LUCK = np.uint64(1 << 40)  # beyond every length
 
 @named_options
 class SimRunner:
-    """Step seconds = `constant` + `per_token` * tokens + `per_context` * tokens read back + `per_block` * blocks moved.
+    """Takes as long for a step as `cost` says: a `LinearCost`, an `AnalyticCost` of `labkit.study`, or any object with
+    `seconds(work)`. `constant`, `per_token`, `per_context` and `per_block` are short for a `LinearCost` with these.
 
-    The defaults resemble a 0.5B model in bf16 on two CPU cores. `swap_cost` and `recompute_cost` give the cost of a
-    preemption, for a scheduler with preemption="auto". A draft is accepted with probability `acceptance`.
+    `swap_cost` and `recompute_cost` give the cost of a preemption, for a scheduler with preemption="auto". A draft is
+    accepted with probability `acceptance`.
+
+    >>> SimRunner(constant=0.002)
+    SimRunner(0.002 s + 0.0006 s a token + 2e-07 s a context token + 2e-05 s a moved block)
     """
 
     def __init__(
         self,
-        constant: float = 0.033,
-        per_token: float = 0.0006,
-        per_context: float = 2e-7,
-        per_block: float = 2e-5,
+        constant: float | None = None,
+        per_token: float | None = None,
+        per_context: float | None = None,
+        per_block: float | None = None,
         seed: int = 0,
         vocab_size: int = 32_000,
         eos_token_id: int | None = None,
         acceptance: float = 0.6,
+        cost: StepCost | None = None,
     ) -> None:
-        self.constant = real("constant", constant, least=0.0)
-        self.per_token = real("per_token", per_token, least=0.0)
-        self.per_context = real("per_context", per_context, least=0.0)
-        self.per_block = real("per_block", per_block, least=0.0)
+        named = {"constant": constant, "per_token": per_token, "per_context": per_context, "per_block": per_block}
+        named = {name: value for name, value in named.items() if value is not None}
+        if cost is not None and named:
+            raise TypeError(f"SimRunner takes cost= or {', '.join(named)}, not both")
+        if cost is not None and not hasattr(cost, "seconds"):
+            raise TypeError(f"cost must have a method seconds(work), such as LinearCost, got {cost!r}")
+        self.cost: StepCost = LinearCost(**named) if cost is None else cost
         self.acceptance = real("acceptance", acceptance, least=0.0, most=1.0)
         self.seed = whole("seed", seed, least=0)
         self.vocab_size = whole("vocab_size", vocab_size, least=1)
@@ -45,10 +54,7 @@ class SimRunner:
         self.layout: Layout | None = None
 
     def __repr__(self) -> str:
-        return (
-            f"SimRunner({self.constant:g} s + {self.per_token:g} s a token + {self.per_context:g} s a context token "
-            f"+ {self.per_block:g} s a moved block)"
-        )
+        return f"SimRunner({self.cost!r})"
 
     def open(self, layout: Layout) -> None:
         self.layout = layout
@@ -62,13 +68,7 @@ class SimRunner:
         sample, query = plan.draws()
         rows, entries = plan.sample_row[sample], np.searchsorted(ends, query, side="right")
         lengths = (end[entries] - (ends[entries] - 1 - query)).astype(np.uint64)
-        moved = len(plan.swap_out) + len(plan.swap_in) + len(plan.copies)
-        seconds = (
-            self.constant
-            + self.per_token * int(plan.count.sum())
-            + self.per_context * int(end.sum())
-            + self.per_block * moved
-        )
+        seconds = float(self.cost.seconds(StepWork.of(plan)))
         drawn = self._noise(rows, lengths)
         if len(plan.drafts):
             self._guess_right(plan, drawn, sample, query, rows, lengths)
@@ -104,7 +104,13 @@ class SimRunner:
 
     def swap_cost(self, num_tokens: int) -> float:
         size = self.layout.block_size if self.layout else 16
-        return 2 * self.per_block * -(-num_tokens // size)
+        return self._beyond_nothing(StepWork(moved=2 * -(-num_tokens // size)))
 
     def recompute_cost(self, num_tokens: int) -> float:
-        return self.per_token * num_tokens + self.per_context * num_tokens
+        pairs = num_tokens * (num_tokens + 1) // 2
+        return self._beyond_nothing(
+            StepWork(prefill=num_tokens, prefill_context=num_tokens, pairs=pairs, chunks=1, joins=1)
+        )
+
+    def _beyond_nothing(self, work: StepWork) -> float:
+        return float(self.cost.seconds(work) - self.cost.seconds(StepWork()))

@@ -1,4 +1,4 @@
-"""Experiments, traces, cache studies: serve or replay workloads under a grid of settings and collect one table. Names
+"""Experiments, simulations, traces, cache studies: serve or replay workloads under a grid of settings and collect one table. Names
 are imported on first use, so `lk.study` costs nothing until something of it is called."""
 
 from __future__ import annotations
@@ -6,10 +6,15 @@ from __future__ import annotations
 import importlib
 
 _HOME = {
+    "AnalyticCost": "analytic",
     "Clairvoyant": "foresight",
+    "Efficiency": "machines",
     "LengthAware": "foresight",
-    "ModelShape": "flops",
+    "MACHINES": "machines",
+    "Machine": "machines",
+    "ModelShape": "shapes",
     "PrefixStudy": "prefix_result",
+    "SHAPES": "shapes",
     "Trace": "trace",
     "TraceRequest": "trace",
     "prefix": "prefix_study",

@@ -17,6 +17,7 @@ from labkit.core.events.log import EventLog
 from labkit.core.events.types import Batch, Drafted, Event, Step, read
 from labkit.core.options import whole
 from labkit.engine.engine import Engine
+from labkit.runner.cost import LinearCost
 from labkit.runner.sim import SimRunner
 from labkit.study.serving import serve
 from labkit.widgets import charts, style
@@ -52,7 +53,7 @@ class Calibration:
 
     @property
     def predicted(self) -> NDArray[np.float64]:
-        return _columns(self.work) @ np.array([getattr(self.runner, name) for name in CONSTANTS])
+        return _columns(self.work) @ np.array([getattr(self.runner.cost, name) for name in CONSTANTS])
 
     @property
     def measured(self) -> NDArray[np.float64]:
@@ -81,7 +82,7 @@ class Calibration:
         near = np.flatnonzero(self.measured <= np.quantile(self.measured, 1 - OUTLIERS))
         kept = near[np.linspace(0, len(near) - 1, min(DOTS, len(near))).astype(int)]
         pairs = list(zip((self.measured[kept] * 1e3).tolist(), (self.predicted[kept] * 1e3).tolist(), strict=True))
-        rows = [(name, charts.show(getattr(self.runner, name) * 1e6)) for name in CONSTANTS]
+        rows = [(name, charts.show(getattr(self.runner.cost, name) * 1e6)) for name in CONSTANTS]
         moved = any(work.moved for work in self.work)
         notes = [] if moved else [style.note("no block was moved: per_block is the default")]
         notes.append(style.note(f"left out of the picture: the slowest {OUTLIERS:.0%} of the steps"))
@@ -102,7 +103,7 @@ def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Cal
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=512))
     >>> eng = lk.Engine(scheduler=sched, runner=lk.SimRunner(constant=0.002), clock=lk.VirtualClock())
-    >>> round(lk.calibrate(eng).runner.constant, 6)
+    >>> round(lk.calibrate(eng).runner.cost.constant, 6)
     0.002
     """
     if isinstance(source, EventLog):
@@ -258,7 +259,7 @@ def _fit(work: list[Work]) -> SimRunner:
     kept = off <= np.quantile(off, 1 - OUTLIERS)
     found = _nonnegative(columns[kept] / seconds[kept, None])
     found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds time: make the total right
-    default = SimRunner()
+    default = LinearCost()
     chosen = dict(zip(CONSTANTS, found.tolist(), strict=True))
     if not columns[:, 3].any():
         chosen["per_block"] = default.per_block

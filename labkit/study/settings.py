@@ -6,15 +6,17 @@ import copy
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from labkit.clock import VirtualClock
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.events.log import EventLog
-from labkit.core.options import check_names
+from labkit.core.options import check_names, real
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.build import Options
 from labkit.engine.engine import Engine
+from labkit.runner.cost import LinearCost
 from labkit.runner.fake import FakeRunner
 from labkit.runner.sim import SimRunner
 
@@ -113,6 +115,13 @@ def check_runner(runner: Any) -> None:
 def _changed(runner: Any, options: Mapping[str, float]) -> SimRunner:
     if not isinstance(runner, SimRunner):
         raise TypeError(f"{', '.join(options)} are options of a SimRunner, but runner is {runner!r}")
-    old = {name: getattr(runner, name) for name in (*OF_SIMULATOR, "seed", "vocab_size")}
-    old["eos_token_id"] = next(iter(runner.eos_token_ids), None)
-    return SimRunner(**{**old, **options})
+    constants = {name: value for name, value in options.items() if name != "acceptance"}
+    if constants and not isinstance(runner.cost, LinearCost):
+        raise TypeError(
+            f"{', '.join(constants)} are constants of a LinearCost, but the runner's cost is {runner.cost!r}"
+        )
+    changed = copy.copy(runner)
+    changed.acceptance = real("acceptance", options.get("acceptance", runner.acceptance), least=0.0, most=1.0)
+    if constants:
+        changed.cost = replace(runner.cost, **constants)
+    return changed

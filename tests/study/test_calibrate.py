@@ -45,7 +45,7 @@ def test_a_simulator_s_log_gives_its_constants_back(options, blocks):
     found = lk.calibrate(eng.log)
     for name in CONSTANTS:
         if name != "per_block" or any(one.moved for one in found.work):
-            assert getattr(found.runner, name) == pytest.approx(CHOSEN[name], rel=0.02), (name, found)
+            assert getattr(found.runner.cost, name) == pytest.approx(CHOSEN[name], rel=0.02), (name, found)
     assert any(one.moved for one in found.work) == (options.get("preemption") == "swap" and blocks == 90)
     assert found.error < 0.01 and found.num_unclear <= len(found.work) * 0.05
 
@@ -81,7 +81,7 @@ def test_an_engine_is_measured_and_its_simulator_takes_as_long():
         eng.check()
     assert len(found.work) > 100 and not found.num_unclear
     assert abs(found.bias) < 0.5 and found.error < 0.6, "loose: the machine may be busy"
-    assert found.runner.constant > 0 and found.runner.per_token > 0
+    assert found.runner.cost.constant > 0 and found.runner.cost.per_token > 0
     assert list(found.frame().columns) == ["step", "tokens", "context", "moved", "seconds", "predicted"]
     html = found._repr_html_()
     assert "<svg" in html and "per_block is the default" in html and "<script" not in html

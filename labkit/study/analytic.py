@@ -1,0 +1,217 @@
+"""The seconds of a step from a model's sizes and a machine's rates: bytes over bandwidth, flops over peak, kernels,
+communication. Nothing is fitted; `Efficiency` states every factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from labkit.core.options import real, whole
+from labkit.runner.cost import StepWork
+from labkit.study.machines import CPU, Efficiency, Machine
+from labkit.study.shapes import BYTES, ModelShape
+
+SMALL = 4  # kernels of a layer: two norms, rope and store, activation
+KERNELS = 4 + SMALL + 1  # with the products qkv, output, gate and up, down; and attention
+LOGIT_BYTES = 10  # a logit: written in 16 bits, read, written in 32, read by the sampler
+
+
+@dataclass(frozen=True)
+class AnalyticCost:
+    """Seconds of a step of `model` on `machine`, for a `SimRunner`.
+
+    A kernel takes a fixed time and sqrt(memory time ** 2 + compute time ** 2), a smooth maximum of both. With `tp`,
+    each of that many machines holds a share of every layer, and adds its results to the others' twice a layer. With
+    `pp`, each holds a share of the layers, and a step's rows go round in `pp` equal batches without bubbles.
+
+    >>> import labkit as lk
+    >>> cost = AnalyticCost.of("llama-3.1-8b", "H100")
+    >>> cost
+    AnalyticCost(llama-3.1-8b on H100)
+    >>> step = StepWork(decodes=64, context=64 * 1000, sampled=64)
+    >>> 0.007 < cost.seconds(step) < 0.012
+    True
+    >>> runner = lk.SimRunner(cost=cost)
+    """
+
+    model: ModelShape
+    machine: Machine
+    tp: int = 1
+    pp: int = 1
+    efficiency: Efficiency = field(default_factory=Efficiency)
+    block_size: int = 16
+
+    def __post_init__(self) -> None:
+        whole("tp", self.tp, least=1)
+        whole("pp", self.pp, least=1, most=self.model.num_layers)
+        whole("block_size", self.block_size, least=1)
+        if self.model.num_heads % self.tp:
+            raise ValueError(f"tp={self.tp} does not divide the {self.model.num_heads} heads of {self.model.name}")
+        if self.tp * self.pp > 1 and not self.machine.link:
+            raise ValueError(f"{self.machine!r} has no link to others: tp and pp must be 1, or give it link=")
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        machine: Any = "H100",
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        efficiency: Efficiency | None = None,
+        block_size: int = 16,
+    ) -> AnalyticCost:
+        """Model and machine by name, or as `ModelShape.of` and `Machine.of` take them."""
+        where = Machine.of(machine)
+        if efficiency is None:
+            efficiency = CPU if where.is_cpu else Efficiency()
+        return cls(ModelShape.of(model), where, tp, pp, efficiency, block_size)
+
+    def __repr__(self) -> str:
+        several = f"{self.tp * self.pp} x " if self.tp * self.pp > 1 else ""
+        split = "".join(f", {name}={n}" for name, n in (("tp", self.tp), ("pp", self.pp)) if n > 1)
+        return f"AnalyticCost({self.model.name} on {several}{self.machine.name}{split})"
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def kv_blocks(self, *, utilization: float = 0.9, max_num_batched_tokens: int = 8192) -> int:
+        """How many blocks of keys and values fit beside the weights and a step's activations.
+
+        >>> AnalyticCost.of("llama-3.1-8b", "H100").kv_blocks()
+        28247
+        """
+        real("utilization", utilization, least=0.0, most=1.0, open_left=True)
+        model = self.model
+        weights = model.weight_bytes / (self.tp * self.pp)
+        widest = max(2 * model.intermediate_size // self.tp, 2 * model.hidden_size)
+        activations = max_num_batched_tokens * 2 * (3 * model.hidden_size + 2 * widest)
+        left = self.machine.memory * utilization - weights - activations
+        blocks = int(left // (self._kv_bytes * -(-model.num_layers // self.pp) * self.block_size))
+        if blocks < 1:
+            raise ValueError(
+                f"{self!r} has no memory for keys and values: {weights / 2**30:.1f} GiB of weights and "
+                f"{activations / 2**30:.1f} GiB of activations, of {utilization:.0%} of "
+                f"{self.machine.memory / 2**30:.1f} GiB; use more machines (tp=, pp=), or another dtype"
+            )
+        return blocks
+
+    # -- time ----------------------------------------------------------------------------------------------------
+
+    def seconds(self, work: StepWork) -> Any:
+        """Of a step; an array for arrays. A step with prefills takes at least as long as the host launches kernels."""
+        e = self.efficiency
+        device: Any = 0.0
+        for part in self.parts(work).values():
+            device = device + part
+        eager = e.eager_launch * (self.model.num_layers * KERNELS + e.kernels_beside)
+        total = np.maximum(device, np.where(np.asarray(work.prefill) > 0, eager, 0.0)) + e.step + e.join * work.joins
+        return total if np.ndim(total) else float(total)
+
+    def parts(self, work: StepWork) -> dict[str, Any]:
+        """The device's seconds by kind of work.
+
+        >>> parts = AnalyticCost.of("qwen3-0.6b", "H100").parts(StepWork(decodes=256, context=256 * 600, sampled=256))
+        >>> max(parts, key=parts.get)
+        'decode attention'
+        """
+        e, layers = self.efficiency, self.model.num_layers
+        batch = work if self.pp == 1 else StepWork(*(field / self.pp for field in work))  # what a stage gets at once
+        return {
+            "products": layers * self._products(batch),
+            "decode attention": layers * (e.attention_kernel + self._decode_attention(batch)),
+            "prefill attention": layers * self._prefill_attention(batch),
+            "small kernels": layers * self._small(batch) + e.kernels_beside * e.small_kernel,
+            "head": self.pp * self._head(batch),  # the last stage is the slowest: it holds up each batch
+            "communication": self._communication(batch),
+            "moved blocks": self._moved(work),
+        }
+
+    @property
+    def _rate(self) -> float:
+        return self.machine.bandwidth * self.efficiency.memory
+
+    def _product(self, tokens: Any, weights: float, width: float, dtype: str, read: Any = 1) -> Any:
+        """`tokens` rows times a matrix of `weights`, of which `read` are read; `width` numbers a row go in and out."""
+        moved = (weights * read * BYTES[dtype] + 2 * width * tokens) / self._rate
+        computed = 2 * weights * tokens / (self.machine.peak(dtype) * self.efficiency.products)
+        return self.efficiency.product_kernel + np.sqrt(moved * moved + computed * computed)
+
+    def _products(self, work: StepWork) -> Any:
+        m, tokens = self.model, work.tokens
+        hidden, heads, inner = m.hidden_size, self._query_width, m.intermediate_size / self.tp
+        qkv, up = heads + 2 * self._key_width, (2 if m.gated else 1) * inner
+        experts, routed = self._experts_read(tokens), tokens * m.num_mlps
+        return (
+            self._product(tokens, hidden * qkv, hidden + qkv, m.dtype)
+            + self._product(tokens, hidden * heads, hidden + heads, m.dtype)
+            + self._product(routed, hidden * up, hidden + up, m.dtype, experts)
+            + self._product(routed, hidden * inner, hidden + inner, m.dtype, experts)
+        )
+
+    def _experts_read(self, tokens: Any) -> Any:
+        """How many experts a step reads: those that at least one of its tokens is sent to, if they are drawn evenly."""
+        m = self.model
+        if not m.num_experts:
+            return 1
+        share = m.num_experts_per_tok / m.num_experts
+        missed = np.exp(tokens * np.log1p(-share)) if share < 1 else 0.0
+        return m.num_experts * (1 - missed) + m.num_shared_experts
+
+    @property
+    def _query_width(self) -> float:
+        return self.model.num_heads * self.model.head_size / self.tp
+
+    @property
+    def _key_width(self) -> int:
+        """Every machine has a key head at least."""
+        return -(-self.model.num_kv_heads // self.tp) * self.model.head_size
+
+    @property
+    def _kv_bytes(self) -> float:
+        """Keys and values of a token in one layer on one machine."""
+        return 2 * self._key_width * BYTES[self.model.kv_dtype]
+
+    def _decode_attention(self, work: StepWork) -> Any:
+        e = self.efficiency
+        share = e.decode_attention if self.model.head_size >= 128 else e.narrow_attention
+        moved = self._kv_bytes * (work.context + work.decodes) / (self._rate * share)
+        return np.maximum(moved, self._attention_flops(work.context))
+
+    def _prefill_attention(self, work: StepWork) -> Any:
+        moved = self._kv_bytes * (work.prefill_context + work.prefill) / self._rate
+        return np.maximum(moved, self._attention_flops(work.pairs))
+
+    def _attention_flops(self, pairs: Any) -> Any:
+        """Seconds of the products of `pairs` of a query and a key; keys and values are 16 bits wide by then."""
+        return 4 * self._query_width * pairs / (self.machine.peak("bfloat16") * self.efficiency.prefill_attention)
+
+    def _small(self, work: StepWork) -> Any:
+        """Norms with residuals, rope and store, activation: numbers of 16 bits, read and written."""
+        m = self.model
+        numbers = 8 * m.hidden_size + 2 * (self._query_width + 2 * self._key_width)
+        numbers += 3 * m.intermediate_size / self.tp * m.num_mlps
+        moved = 2 * numbers * work.tokens / self._rate
+        return np.sqrt((SMALL * self.efficiency.small_kernel) ** 2 + moved * moved)
+
+    def _head(self, work: StepWork) -> Any:
+        m, rows, vocab = self.model, work.sampled, self.model.vocab_size / self.tp
+        dtype = m.dtype if BYTES[m.dtype] >= 2 else "bfloat16"  # it keeps 16 bits where layers have fewer
+        product = self._product(rows, m.hidden_size * vocab, m.hidden_size, dtype)
+        drawn = LOGIT_BYTES * vocab * rows / (self.machine.bandwidth * self.efficiency.logits)
+        return np.where(np.asarray(rows) > 0, product + drawn, 0.0)
+
+    def _communication(self, work: StepWork) -> Any:
+        """Two all-reduces a layer; between stages, one transfer."""
+        m, tp, latency = self.model, self.tp, self.machine.link_latency
+        if tp * self.pp == 1:
+            return 0.0
+        moved = 2 * m.hidden_size * work.tokens / (self.machine.link * self.efficiency.link)
+        reduces = 2 * m.num_layers * (2 * latency + 2 * (tp - 1) / tp * moved) if tp > 1 else 0.0
+        return reduces + (self.pp * (latency + moved) if self.pp > 1 else 0.0)
+
+    def _moved(self, work: StepWork) -> Any:
+        """Blocks to or from host memory, each machine its own share."""
+        moved = work.moved * self.block_size * self.model.kv_bytes / (self.tp * self.pp)
+        return moved / self.machine.host_link if self.machine.host_link else 2 * moved / self._rate

@@ -1,0 +1,198 @@
+"""Models as a simulation sees them: how many weights, and how many bytes of keys and values. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from labkit.core.options import choose, whole
+
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.53}  # int4: with scales
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a decoder. `dtype` is that of its weights, `kv_dtype` of its keys and values.
+
+    >>> ModelShape.of("llama-3.1-8b")
+    ModelShape(llama-3.1-8b: 8.03B parameters, bfloat16, 128 KiB of keys and values a token)
+    >>> ModelShape.of("llama-3.1-8b", dtype="fp8", kv_dtype="fp8").kv_bytes
+    65536
+    """
+
+    name: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    intermediate_size: int  # of one expert, if there are experts
+    vocab_size: int
+    tied: bool = True  # embedding and head are one matrix
+    gated: bool = True  # gate and up beside down
+    num_experts: int = 0  # 0: one MLP for all tokens
+    num_experts_per_tok: int = 0
+    num_shared_experts: int = 0
+    dtype: str = "bfloat16"
+    kv_dtype: str = "bfloat16"
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "intermediate_size", "vocab_size"
+        ):  # fmt: skip
+            whole(name, getattr(self, name), least=1)
+        choose("dtype", self.dtype, BYTES)
+        choose("kv_dtype", self.kv_dtype, BYTES)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads evenly")
+        if bool(self.num_experts) != bool(self.num_experts_per_tok):
+            raise ValueError("num_experts and num_experts_per_tok go together")
+
+    def __repr__(self) -> str:
+        experts = f" ({_billions(self.num_active)} active)" if self.num_experts else ""
+        kv = "" if self.kv_dtype == "bfloat16" else f" in {self.kv_dtype}"
+        return (
+            f"ModelShape({self.name}: {_billions(self.num_parameters)} parameters{experts}, {self.dtype}, "
+            f"{self.kv_bytes / 1024:,.4g} KiB of keys and values a token{kv})"
+        )
+
+    @classmethod
+    def of(cls, model: Any, **changes: Any) -> ModelShape:
+        """From a name of `SHAPES`, a Hugging Face config (object or dict), or a folder with a config.json."""
+        if isinstance(model, ModelShape):
+            found = model
+        elif isinstance(model, Mapping) or hasattr(model, "hidden_size"):
+            found = _from_config(model)
+        elif isinstance(model, (str, Path)) and (Path(model) / "config.json").is_file():
+            found = _from_config(
+                json.loads((Path(model) / "config.json").read_text(encoding="utf-8")), Path(model).name
+            )
+        elif isinstance(model, str):
+            found = choose("model", model, SHAPES)
+        else:
+            raise TypeError(f"a model is one of {', '.join(SHAPES)}, a config or a folder, got {model!r}")
+        return replace(found, **changes) if changes else found
+
+    # -- sizes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def attention_weights(self) -> int:
+        """Of one layer: query, key, value and output."""
+        return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
+
+    @property
+    def mlp_weights(self) -> int:
+        """Of one layer's MLP, or of one expert."""
+        return (3 if self.gated else 2) * self.hidden_size * self.intermediate_size
+
+    @property
+    def num_mlps(self) -> int:
+        """MLPs that a token passes in a layer."""
+        return self.num_experts_per_tok + self.num_shared_experts if self.num_experts else 1
+
+    @property
+    def head_weights(self) -> int:
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def num_parameters(self) -> int:
+        mlps = self.num_experts + self.num_shared_experts or 1
+        router = self.hidden_size * self.num_experts
+        layers = self.num_layers * (self.attention_weights + mlps * self.mlp_weights + router)
+        return layers + self.head_weights * (1 if self.tied else 2)
+
+    @property
+    def num_active(self) -> int:
+        """Parameters that one token is multiplied with, and its embedding."""
+        idle = self.num_experts - self.num_experts_per_tok
+        return self.num_parameters - self.num_layers * idle * self.mlp_weights
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all weights. Embedding and head stay in 16 bits where layers have fewer."""
+        ends = self.head_weights * (1 if self.tied else 2)
+        return (self.num_parameters - ends) * BYTES[self.dtype] + ends * max(BYTES[self.dtype], 2.0)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of keys and values: a token, all layers."""
+        return int(2 * self.num_layers * self.num_kv_heads * self.head_size * BYTES[self.kv_dtype])
+
+
+def _billions(number: int) -> str:
+    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+
+
+def _from_config(config: Any, name: str | None = None) -> ModelShape:
+    fields = config if isinstance(config, Mapping) else _Attributes(config)
+    text = fields.get("text_config")  # of models that also see images
+    if text is not None and fields.get("hidden_size") is None:
+        fields = text if isinstance(text, Mapping) else _Attributes(text)
+
+    def get(*names: str, default: Any = None) -> Any:
+        return next((value for name in names if (value := fields.get(name)) is not None), default)
+
+    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [field for field in wanted if get(field) is None]
+    if missing:
+        raise ValueError(f"the config has no {', '.join(missing)}: a ModelShape needs them")
+    experts = get("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    inner = get("moe_intermediate_size") if experts else None
+    inner = inner or get("intermediate_size", "ffn_hidden_size", default=4 * get("hidden_size"))
+    heads, kind = get("num_attention_heads"), get("model_type", default="model")
+    return ModelShape(
+        name=name or kind,
+        hidden_size=get("hidden_size"),
+        num_layers=get("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=get("num_key_value_heads", default=heads),
+        head_size=get("head_dim", default=get("hidden_size") // heads),
+        intermediate_size=inner,
+        vocab_size=get("vocab_size"),
+        tied=bool(get("tie_word_embeddings", default=True)),
+        gated=kind not in ("gpt2", "opt", "starcoder2", "gpt_neox", "gpt_bigcode", "bloom", "falcon"),
+        num_experts=experts,
+        num_experts_per_tok=get("num_experts_per_tok", default=1) if experts else 0,
+        num_shared_experts=get("n_shared_experts", default=0) if experts else 0,
+        max_model_len=get("max_position_embeddings"),
+    )
+
+
+class _Attributes:
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def get(self, name: str) -> Any:
+        return getattr(self.config, name, None)
+
+
+# name: hidden, layers, heads, key heads, head size, MLP, vocabulary
+SHAPES: dict[str, ModelShape] = {
+    shape.name: shape
+    for shape in (
+        ModelShape("tiny", 256, 8, 8, 4, 32, 688, 4096, max_model_len=2048),
+        ModelShape("qwen2.5-0.5b", 896, 24, 14, 2, 64, 4864, 151_936, max_model_len=32_768),
+        ModelShape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072, 151_936, max_model_len=40_960),
+        ModelShape("llama-3.2-1b", 2048, 16, 32, 8, 64, 8192, 128_256, max_model_len=131_072),
+        ModelShape("qwen2.5-1.5b", 1536, 28, 12, 2, 128, 8960, 151_936, max_model_len=32_768),
+        ModelShape("llama-3.2-3b", 3072, 28, 24, 8, 128, 8192, 128_256, max_model_len=131_072),
+        ModelShape("qwen3-4b", 2560, 36, 32, 8, 128, 9728, 151_936, max_model_len=40_960),
+        ModelShape("qwen3-8b", 4096, 36, 32, 8, 128, 12_288, 151_936, tied=False, max_model_len=40_960),
+        ModelShape("llama-3.1-8b", 4096, 32, 32, 8, 128, 14_336, 128_256, tied=False, max_model_len=131_072),
+        ModelShape("qwen3-14b", 5120, 40, 40, 8, 128, 17_408, 151_936, tied=False, max_model_len=40_960),
+        ModelShape("llama-3.1-70b", 8192, 80, 64, 8, 128, 28_672, 128_256, tied=False, max_model_len=131_072),
+        ModelShape("llama-3.1-405b", 16_384, 126, 128, 8, 128, 53_248, 128_256, tied=False, max_model_len=131_072),
+        ModelShape(
+            "mixtral-8x7b", 4096, 32, 32, 8, 128, 14_336, 32_000, tied=False, num_experts=8, num_experts_per_tok=2,
+            max_model_len=32_768,
+        ),
+        ModelShape(
+            "qwen3-30b-a3b", 2048, 48, 32, 4, 128, 768, 151_936, tied=False, num_experts=128, num_experts_per_tok=8,
+            max_model_len=40_960,
+        ),
+    )
+}  # fmt: skip
