@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from labkit.core.blocks.eviction import EVICTION_POLICIES, EvictionPolicy, Function
 from labkit.core.options import choose
-from labkit.study.flops import ModelShape
 from labkit.study.foresight import Clairvoyant, LengthAware
 from labkit.study.formats import read_trace
 from labkit.study.future import Future
 from labkit.study.prefix_result import PrefixStudy
 from labkit.study.replay import Replay
+from labkit.study.shapes import ModelShape
 from labkit.study.stack import IDLE_BINS, Distances, idle_bins, new_stack
 from labkit.study.tally import Tally
 from labkit.study.trace import Columns, Trace

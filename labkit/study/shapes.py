@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from labkit.core.options import choose, whole
+
+Number = TypeVar("Number", float, "np.ndarray[Any, Any]")
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.53}  # int4: with scales
 
@@ -23,14 +27,14 @@ class ModelShape:
     65536
     """
 
-    name: str
     hidden_size: int
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_size: int
     intermediate_size: int  # of one expert, if there are experts
-    vocab_size: int
+    vocab_size: int = 0  # 0: unknown, and there is no head to compute
+    head_size: int = 0  # 0: hidden_size / num_heads
+    name: str = "model"
     tied: bool = True  # embedding and head are one matrix
     gated: bool = True  # gate and up beside down
     num_experts: int = 0  # 0: one MLP for all tokens
@@ -41,10 +45,11 @@ class ModelShape:
     max_model_len: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "intermediate_size", "vocab_size"
-        ):  # fmt: skip
+        for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
             whole(name, getattr(self, name), least=1)
+        whole("vocab_size", self.vocab_size, least=0)
+        if not whole("head_size", self.head_size, least=0):
+            object.__setattr__(self, "head_size", self.hidden_size // self.num_heads)
         choose("dtype", self.dtype, BYTES)
         choose("kv_dtype", self.kv_dtype, BYTES)
         if self.num_heads % self.num_kv_heads:
@@ -112,6 +117,25 @@ class ModelShape:
         return self.num_parameters - self.num_layers * idle * self.mlp_weights
 
     @property
+    def params_per_token(self) -> int:
+        """Weights that each token is multiplied with, embedding and head excluded."""
+        return self.num_layers * (self.attention_weights + self.num_mlps * self.mlp_weights)
+
+    def prefill_flops(self, num_tokens: Number) -> Number:
+        """Operations to prefill the first `num_tokens` tokens of a prompt, without logits: two for each weight, and
+        four for each entry of a head and each token that attention looks back at.
+
+        >>> shape = ModelShape.of("qwen2.5-0.5b")
+        >>> f"{shape.prefill_flops(1000):.3g} for 1000 tokens, {shape.prefill_flops(2000):.3g} for 2000"
+        '7.59e+11 for 1000 tokens, 1.6e+12 for 2000'
+        """
+        looked_at = num_tokens * (num_tokens + 1) / 2
+        return (
+            2.0 * self.params_per_token * num_tokens
+            + 4.0 * self.num_layers * self.num_heads * self.head_size * looked_at
+        )
+
+    @property
     def weight_bytes(self) -> float:
         """Of all weights. Embedding and head stay in 16 bits where layers have fewer."""
         ends = self.head_weights * (1 if self.tied else 2)
@@ -136,13 +160,15 @@ def _from_config(config: Any, name: str | None = None) -> ModelShape:
     def get(*names: str, default: Any = None) -> Any:
         return next((value for name in names if (value := fields.get(name)) is not None), default)
 
-    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    wanted = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     missing = [field for field in wanted if get(field) is None]
+    if get("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "n_inner") is None:
+        missing.append("intermediate_size")
     if missing:
-        raise ValueError(f"the config has no {', '.join(missing)}: a ModelShape needs them")
+        raise ValueError(f"the config has no {', '.join(missing)}: give a ModelShape")
     experts = get("num_local_experts", "num_experts", "n_routed_experts", default=0)
     inner = get("moe_intermediate_size") if experts else None
-    inner = inner or get("intermediate_size", "ffn_hidden_size", default=4 * get("hidden_size"))
+    inner = inner or get("intermediate_size", "moe_intermediate_size", "ffn_hidden_size", "n_inner")
     heads, kind = get("num_attention_heads"), get("model_type", default="model")
     return ModelShape(
         name=name or kind,
@@ -150,9 +176,9 @@ def _from_config(config: Any, name: str | None = None) -> ModelShape:
         num_layers=get("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=get("num_key_value_heads", default=heads),
-        head_size=get("head_dim", default=get("hidden_size") // heads),
+        head_size=get("head_dim", default=0),
         intermediate_size=inner,
-        vocab_size=get("vocab_size"),
+        vocab_size=get("vocab_size", default=0),
         tied=bool(get("tie_word_embeddings", default=True)),
         gated=kind not in ("gpt2", "opt", "starcoder2", "gpt_neox", "gpt_bigcode", "bloom", "falcon"),
         num_experts=experts,
@@ -170,29 +196,49 @@ class _Attributes:
         return getattr(self.config, name, None)
 
 
-# name: hidden, layers, heads, key heads, head size, MLP, vocabulary
+# hidden, layers, heads, key heads, MLP, vocabulary, head size
 SHAPES: dict[str, ModelShape] = {
     shape.name: shape
     for shape in (
-        ModelShape("tiny", 256, 8, 8, 4, 32, 688, 4096, max_model_len=2048),
-        ModelShape("qwen2.5-0.5b", 896, 24, 14, 2, 64, 4864, 151_936, max_model_len=32_768),
-        ModelShape("qwen3-0.6b", 1024, 28, 16, 8, 128, 3072, 151_936, max_model_len=40_960),
-        ModelShape("llama-3.2-1b", 2048, 16, 32, 8, 64, 8192, 128_256, max_model_len=131_072),
-        ModelShape("qwen2.5-1.5b", 1536, 28, 12, 2, 128, 8960, 151_936, max_model_len=32_768),
-        ModelShape("llama-3.2-3b", 3072, 28, 24, 8, 128, 8192, 128_256, max_model_len=131_072),
-        ModelShape("qwen3-4b", 2560, 36, 32, 8, 128, 9728, 151_936, max_model_len=40_960),
-        ModelShape("qwen3-8b", 4096, 36, 32, 8, 128, 12_288, 151_936, tied=False, max_model_len=40_960),
-        ModelShape("llama-3.1-8b", 4096, 32, 32, 8, 128, 14_336, 128_256, tied=False, max_model_len=131_072),
-        ModelShape("qwen3-14b", 5120, 40, 40, 8, 128, 17_408, 151_936, tied=False, max_model_len=40_960),
-        ModelShape("llama-3.1-70b", 8192, 80, 64, 8, 128, 28_672, 128_256, tied=False, max_model_len=131_072),
-        ModelShape("llama-3.1-405b", 16_384, 126, 128, 8, 128, 53_248, 128_256, tied=False, max_model_len=131_072),
+        ModelShape(256, 8, 8, 4, 688, 4096, 32, "tiny", max_model_len=2048),
+        ModelShape(896, 24, 14, 2, 4864, 151_936, 64, "qwen2.5-0.5b", max_model_len=32_768),
+        ModelShape(1024, 28, 16, 8, 3072, 151_936, 128, "qwen3-0.6b", max_model_len=40_960),
+        ModelShape(2048, 16, 32, 8, 8192, 128_256, 64, "llama-3.2-1b", max_model_len=131_072),
+        ModelShape(1536, 28, 12, 2, 8960, 151_936, 128, "qwen2.5-1.5b", max_model_len=32_768),
+        ModelShape(3072, 28, 24, 8, 8192, 128_256, 128, "llama-3.2-3b", max_model_len=131_072),
+        ModelShape(2560, 36, 32, 8, 9728, 151_936, 128, "qwen3-4b", max_model_len=40_960),
+        ModelShape(4096, 36, 32, 8, 12_288, 151_936, 128, "qwen3-8b", tied=False, max_model_len=40_960),
+        ModelShape(4096, 32, 32, 8, 14_336, 128_256, 128, "llama-3.1-8b", tied=False, max_model_len=131_072),
+        ModelShape(5120, 40, 40, 8, 17_408, 151_936, 128, "qwen3-14b", tied=False, max_model_len=40_960),
+        ModelShape(8192, 80, 64, 8, 28_672, 128_256, 128, "llama-3.1-70b", tied=False, max_model_len=131_072),
+        ModelShape(16_384, 126, 128, 8, 53_248, 128_256, 128, "llama-3.1-405b", tied=False, max_model_len=131_072),
         ModelShape(
-            "mixtral-8x7b", 4096, 32, 32, 8, 128, 14_336, 32_000, tied=False, num_experts=8, num_experts_per_tok=2,
+            4096,
+            32,
+            32,
+            8,
+            14_336,
+            32_000,
+            128,
+            "mixtral-8x7b",
+            tied=False,
+            num_experts=8,
+            num_experts_per_tok=2,
             max_model_len=32_768,
         ),
         ModelShape(
-            "qwen3-30b-a3b", 2048, 48, 32, 4, 128, 768, 151_936, tied=False, num_experts=128, num_experts_per_tok=8,
+            2048,
+            48,
+            32,
+            4,
+            768,
+            151_936,
+            128,
+            "qwen3-30b-a3b",
+            tied=False,
+            num_experts=128,
+            num_experts_per_tok=8,
             max_model_len=40_960,
         ),
     )
-}  # fmt: skip
+}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.study.flops import ModelShape
+from labkit.study.shapes import ModelShape
 from labkit.study.stack import CROSS, SESSION, SYSTEM
 from labkit.study.trace import Columns
 
