@@ -1,5 +1,5 @@
-"""Experiments, simulations, traces, cache studies: serve or replay workloads under a grid of settings and collect one table. Names
-are imported on first use, so `lk.study` costs nothing until something of it is called."""
+"""Experiments, simulations, traces, cache studies: serve or replay workloads under a grid of settings and collect one
+table. Names are imported on first use, so `lk.study` costs nothing until something of it is called."""
 
 from __future__ import annotations
 

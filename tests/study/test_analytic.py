@@ -56,7 +56,7 @@ def test_a_shape_comes_from_a_config_a_dict_or_a_folder(tmp_path):
 def test_what_is_no_model_or_machine_is_said():
     with pytest.raises(ValueError, match=r"unknown model 'lama-3\.1-8b'; did you mean 'llama-3.1-8b'"):
         ModelShape.of("lama-3.1-8b")
-    with pytest.raises(ValueError, match="the config has no num_hidden_layers, vocab_size"):
+    with pytest.raises(ValueError, match="the config has no num_hidden_layers, intermediate_size"):
         ModelShape.of({"hidden_size": 8, "num_attention_heads": 2})
     with pytest.raises(ValueError, match="unknown machine 'H10'"):
         Machine.of("H10")
