@@ -20,6 +20,8 @@ _HOME = {
     "prefix": "prefix_study",
     "describe": "summary",
     "read_trace": "formats",
+    "record": "recording",
+    "write_trace": "formats",
     "Cluster": "clusters.cluster",
     "Disaggregated": "clusters.placement",
     "Incoming": "clusters.view",

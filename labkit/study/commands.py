@@ -35,6 +35,13 @@ def add_trace(parser: argparse.ArgumentParser) -> None:
     describe = kinds.add_parser("describe", help=what, description=what)
     _add_trace(describe)
     describe.add_argument("--json", metavar="FILE", help="write the summary to FILE as JSON (-: print only it)")
+    what = "write a trace in another format"
+    convert = kinds.add_parser("convert", help=what, description=what)
+    _add_trace(convert)
+    convert.add_argument("output", metavar="OUTPUT", help="the file to write")
+    convert.add_argument(
+        "--to", default="labkit", help="labkit (JSON lines), columns (arrays, read fastest) or mooncake"
+    )
 
 
 def _add_trace(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +64,15 @@ def run_study(args: argparse.Namespace) -> int:
 
 
 def run_trace(args: argparse.Namespace) -> int:
+    from labkit.study.formats import write_trace
     from labkit.study.summary import describe
 
+    if args.kind == "convert":
+        trace = _trace(args)
+        print(write_trace(trace, args.output, args.to))
+        if trace.excluded:
+            print(trace.excluded)
+        return 0
     found = describe(_trace(args))
     _write(args.json, found.row())
     if args.json != "-":

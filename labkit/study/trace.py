@@ -185,6 +185,14 @@ class Trace:
         return Trace(f"{self.name}, first {num}", source, block_size=self.block_size, errors=self.errors)
 
 
+def session_numbers(names: Sequence[str | None], begin: int) -> NDArray[np.int64]:
+    """A number for each session, to compare. Requests without one, of which the first is the `begin`-th of its trace,
+    have numbers of their own."""
+    if not any(names):
+        return -np.arange(begin + 1, begin + len(names) + 1)
+    return np.array([hash(name) & (2**62 - 1) if name else -i for i, name in enumerate(names, begin + 1)], np.int64)
+
+
 def _columns(requests: list[TraceRequest], begin: int) -> Columns:
     hashes: array[int] = array("q")
     ends = array("q", [0])
@@ -192,15 +200,13 @@ def _columns(requests: list[TraceRequest], begin: int) -> Columns:
         hashes.extend(request.hashes)
         ends.append(len(hashes))
     arrival, num_prompt, num_output, _, _, _, session, tenant, *_ = zip(*requests, strict=True)
-    alone = [-i for i in range(begin + 1, begin + len(requests) + 1)]
-    numbers = [own if name is None else hash(name) & (2**62 - 1) for name, own in zip(session, alone, strict=True)]
     return Columns(
         np.array(arrival, np.float64),
         np.array(num_prompt, np.int64),
         np.array(num_output, np.int64),
         np.frombuffer(ends, np.int64),
         np.frombuffer(hashes, np.int64) if hashes else np.zeros(0, np.int64),
-        np.array(numbers, np.int64),
+        session_numbers(session, begin),
         tenant,
     )
 

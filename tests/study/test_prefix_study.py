@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import labkit as lk
+from labkit.core.blocks.eviction import EVICTION_POLICIES
 from labkit.study.prefix_study import POLICIES
 from labkit.study.replay import Replay
 
@@ -84,6 +85,24 @@ def test_every_policy_keeps_the_laws_of_the_cache_after_every_request(name):
             replay.add(request.hashes, request.arrival, use)
             replay.check()
         assert replay.num_evicted
+
+
+@pytest.mark.parametrize("name", EVICTION_POLICIES)
+def test_with_hold_every_policy_hits_what_a_block_manager_hits(name):
+    """The same policy objects over the same requests: full blocks, and a last token that fills none."""
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    requests = tree_trace(seed, num=200, width=4)
+    blocks = lk.BlockManager(num_blocks=31, block_size=2, eviction=EVICTION_POLICIES[name]())  # one for the last token
+    replay = Replay(EVICTION_POLICIES[name](), 30, hold=True)
+    for i, request in enumerate(requests):
+        before = blocks.num_hit_tokens
+        tokens = [t for digest in request.hashes for t in (digest, 0)]
+        blocks.tick(int(request.arrival * 1e9))
+        blocks.allocate("a", [*tokens, 10**6 + i])
+        blocks.free("a")
+        assert replay.add(request.hashes, request.arrival) == (blocks.num_hit_tokens - before) // 2, (seed, i)
+    assert replay.num_evicted == blocks.num_evicted > 100
 
 
 def test_nothing_beats_the_clairvoyant_and_a_larger_lru_never_hits_less():
