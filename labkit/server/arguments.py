@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from labkit.core.options import closest
 from labkit.server.flags import BY_NAME, ENGINE, FLAGS, HARMLESS, PROCESS, REFUSED, SERVER, SHORT, Flag
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -55,6 +56,8 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
         found.server["log_requests"] = False
     if (template := found.server.get("chat_template")) is not None:
         found.server["chat_template"] = _template(template)
+    if "model_settings" in found.process:
+        found.process["model_settings"] = _of_models(found.process)
     return found
 
 
@@ -68,6 +71,31 @@ def _split_models(process: dict[str, Any]) -> None:
         if len(set(names)) < len(names):
             raise ValueError(f"two models have the same name: {', '.join(names)}; NAME=PATH gives each its own")
         process["models"] = models
+
+
+def _of_models(process: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """--model-settings, with flags' names as those of settings, and templates read."""
+    from labkit.server.manager import OWN_SETTINGS
+
+    given, name = process["model_settings"], "--model-settings"
+    models = [name_and_path(model)[0] for model in process.get("models", [])]
+    if not models:
+        raise ValueError(f"{name} is for several models, or for one that has a name (NAME=PATH)")
+    if not isinstance(given, dict) or not all(isinstance(own, dict) for own in given.values()):
+        raise ValueError(
+            f'{name} maps names of models to settings, such as {{"NAME": {{"tool-call-parser": "hermes"}}}}'
+        )
+    found: dict[str, dict[str, Any]] = {}
+    for model, own in given.items():
+        if model not in models:
+            raise ValueError(f"{name}: there is no model {model!r} here; there is {', '.join(models)}")
+        found[model] = {key.replace("-", "_"): value for key, value in own.items()}
+        for key in found[model]:
+            if key not in OWN_SETTINGS:
+                raise ValueError(f"{name}: {model} has no setting {key!r} of its own; {closest(key, OWN_SETTINGS)}")
+        if isinstance(template := found[model].get("chat_template"), str):
+            found[model]["chat_template"] = _template(template)
+    return found
 
 
 def name_and_path(word: str) -> tuple[str, str]:

@@ -42,7 +42,8 @@ def _level(arguments: Arguments) -> int:
 
 def _run(arguments: Arguments) -> int:
     from labkit.server.app import make_app
-    from labkit.server.running import Serving, bind, configure
+    from labkit.server.listening import listening
+    from labkit.server.running import Serving, configure
     from labkit.server.service import Service
     from labkit.server.settings import Settings
     from labkit.server.several import Several
@@ -50,21 +51,18 @@ def _run(arguments: Arguments) -> int:
     process = arguments.process
     settings = Settings(**arguments.server, default_sampling=process.get("override_generation_config", {}))
     service = Several(settings) if "models" in process or settings.model_root else Service(settings)
-    listening = bind(process.get("host", "127.0.0.1"), process.get("port", 8000))
     tls = {name: process[name] for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs") if name in process}
-    config = configure(make_app(service), service, **tls)
-    host, port = listening.getsockname()[:2]
-    url = f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
-    serving = Serving(config, service)
+    with listening(process, "https" if tls else "http") as (bound, place):
+        serving = Serving(configure(make_app(service), service, **tls), service)
 
-    def ready(engine: Any) -> None:
-        log.info("%r", engine)
-        log.info("Application startup complete.")
-        log.info("Uvicorn running on %s (Press CTRL+C to quit)", url)
+        def ready(engine: Any) -> None:
+            log.info("%r", engine)
+            log.info("Application startup complete.")
+            log.info("Uvicorn running on %s (Press CTRL+C to quit)", place)
 
-    serving.load = lambda: _load(arguments, service)
-    serving.on_ready = ready
-    serving.run(sockets=[listening])
+        serving.load = lambda: _load(arguments, service)
+        serving.on_ready = ready
+        serving.run(sockets=[bound])
     return _close(serving, service)
 
 
@@ -93,7 +91,7 @@ def _load_several(arguments: Arguments) -> Any:
     share = arguments.engine.get("gpu_memory_utilization", 0.9) / max(1, len(models))
     for i, (name, path) in enumerate(map(name_and_path, models), start=1):
         log.info("loading %s as %s", path, name)
-        manager.load(name, path, gpu_memory_utilization=share * i)
+        manager.load(name, path, gpu_memory_utilization=share * i, **process.get("model_settings", {}).get(name, {}))
     return manager
 
 

@@ -96,11 +96,13 @@ FLAGS: tuple[Flag, ...] = (
     _server("max-stored-responses", "int", "how many answers of /v1/responses are kept (1024)"),
     _server("pooler-config", "json", 'how embeddings are made, such as {"pooling_type": "MEAN", "normalize": true}'),
     _server("override-pooler-config", "json", "the same as --pooler-config", "pooler_config"),
+    _process("model-settings", "json", 'settings of one of several models: {"NAME": {"tool-call-parser": "hermes"}}'),
     _process("generation-config", "str", "auto (the model's sampling defaults), vllm (none), or a folder"),
     _process("override-generation-config", "json", "sampling defaults, as JSON"),
     # -- the process
     _process("host", "str", "address to listen on (127.0.0.1)"),
     _process("port", "int", "port to listen on (8000); 0 is any free one"),
+    _process("uds", "str", "path of a Unix domain socket to listen on, instead of host and port"),
     _process("config", "str", "a YAML file with flags; the command line goes first"),
     _process("ssl-keyfile", "str", "private key for HTTPS"),
     _process("ssl-certfile", "str", "certificate for HTTPS"),
@@ -155,7 +157,7 @@ FLAGS: tuple[Flag, ...] = (
     *_refused("download-dir", "is not read; HF_HOME says where models are kept"),
     *_refused("hf-token", "is not read; HF_TOKEN holds the token"),
     *_refused("enable-sleep-mode trust-request-chat-template enable-ssl-refresh", kind="bool"),
-    *_refused("middleware logits-processors uds log-config-file ssl-cert-reqs "
+    *_refused("middleware logits-processors log-config-file ssl-cert-reqs "
               "collect-detailed-traces kv-transfer-config kv-events-config kv-cache-memory-bytes convert "
               "logits-processor-pattern scheduler-cls worker-cls worker-extension-cls num-lookahead-slots "
               "model-loader-extra-config additional-config"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from labkit.server.errors import ApiError, clean
 from labkit.server.http import answer, read_body
-from labkit.server.manager import ModelManager
+from labkit.server.manager import OWN_SETTINGS, ModelManager
 from labkit.server.routes import Route
 from labkit.server.service import Service
 from labkit.server.several import Several
@@ -25,12 +25,19 @@ Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 class LoadRequest(BaseModel):
     """`path` is a model's folder or .gguf file below the server's model root; `model` the name for requests, by default
-    the path."""
+    the path. The other fields are settings of this model, which replace the server's."""
 
     model_config = ConfigDict(extra="forbid")
 
     path: Name
     model: Name | None = None
+    tool_call_parser: Name | None = None
+    reasoning_parser: Name | None = None
+    pooler_config: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+
+    def own(self) -> dict[str, Any]:
+        """The settings that were given. A chat template comes from the model's files or the command line only."""
+        return {name: getattr(self, name) for name in OWN_SETTINGS if name in self.model_fields_set}
 
 
 class UnloadRequest(BaseModel):
@@ -45,10 +52,12 @@ async def load_model(service: Service, request: Request) -> Response:
     path, name = _below(service.settings.model_root, body.path), body.model or body.path
     if name in service.names:
         raise ApiError(f"there is a model {name!r} already", param="model")
+    own = body.own()
     try:
-        await asyncio.to_thread(manager.load, name, str(path))
+        await asyncio.to_thread(manager.load, name, str(path), **own)
     except (ValueError, OSError) as error:
-        raise ApiError(clean(str(error)), param="path") from None
+        param = next((setting for setting in own if setting in str(error)), "path")
+        raise ApiError(clean(str(error)), param=param) from None
     return answer(_told(manager))
 
 

@@ -18,6 +18,8 @@ from labkit.engine.closing import LeakReport, held_memory
 from labkit.engine.engine import Engine
 
 WEIGHTS = ("*.safetensors", "*.gguf", "*.bin")
+# Settings of a server that a model may have of its own: how its prompts are written and its answers read.
+OWN_SETTINGS = ("chat_template", "tool_call_parser", "reasoning_parser", "pooler_config")
 
 
 class Memory(NamedTuple):
@@ -35,7 +37,8 @@ class ModelManager(Shown):
     """Loads, finds and unloads models by name. The first one is the default.
 
     With `max_bytes`, a model that would not fit beside the others is refused. `options` are those of `Engine`, for each
-    model that names none of its own.
+    model that names none of its own. `chat_template`, `tool_call_parser`, `reasoning_parser` and `pooler_config` of a
+    model replace the server's, which are those of models that name none.
 
     >>> import labkit as lk
     >>> models = lk.ModelManager(num_blocks=64)
@@ -54,6 +57,7 @@ class ModelManager(Shown):
             whole("max_bytes", max_bytes, least=1)
         self.max_bytes, self.options = max_bytes, options
         self.listeners: list[Callable[[], None]] = []  # called after a model has come, and before one goes
+        self.settings: dict[str, dict[str, Any]] = {}  # a model's own
         self._engines: dict[str, Engine] = {}
         self._owned: set[str] = set()
         self._coming: set[str] = set()
@@ -79,7 +83,17 @@ class ModelManager(Shown):
 
     def load(self, name: str, model: Any = None, **options: Any) -> Engine:
         """Load a model (a folder, org/name or a .gguf file; None is the embedded one) under a name. Takes as long as
-        `Engine(model)`; what is served goes on meanwhile."""
+        `Engine(model)`; what is served goes on meanwhile. `options` are those of `Engine`, and the model's own settings
+        in a server: with a `tool_call_parser` it may call tools of its own accord, with None it may not.
+
+        >>> models = ModelManager(num_blocks=64)
+        >>> engine = models.load("tiny", tool_call_parser="hermes")
+        >>> models.settings["tiny"]
+        {'tool_call_parser': 'hermes'}
+        >>> reports = models.close()
+        """
+        check_names("ModelManager.load", options, (*OWN_SETTINGS, *Options.__dataclass_fields__))
+        own = _own(options)
         self._reserve(name)
         try:
             self._check_room(name, _bytes_of_files(model))
@@ -90,18 +104,22 @@ class ModelManager(Shown):
                 engine.close()
                 raise
             self._owned.add(name)
+            self.settings[name] = own
             self._engines[name] = engine
         finally:
             self._coming.discard(name)
         self._tell()
         return engine
 
-    def add(self, name: str, engine: Any) -> Engine:
-        """Serve an `Engine` or `LLM` that is there already. Unloading it leaves it open."""
+    def add(self, name: str, engine: Any, **settings: Any) -> Engine:
+        """Serve an `Engine` or `LLM` that is there already, with settings of its own. Unloading it leaves it open."""
+        check_names("ModelManager.add", settings, OWN_SETTINGS)
+        own = _own(settings)
         engine = getattr(engine, "engine", engine)
         if not isinstance(engine, Engine):
             raise TypeError(f"a ModelManager takes engines, got {type(engine).__name__}")
         self._reserve(name)
+        self.settings[name] = own
         self._engines[name] = engine
         self._coming.discard(name)
         self._tell()
@@ -113,6 +131,7 @@ class ModelManager(Shown):
         engine = self.get_engine(name)
         with self._lock:
             self._engines.pop(name, None)
+            self.settings.pop(name, None)
             owned = name in self._owned
             self._owned.discard(name)
         self._tell()
@@ -150,6 +169,16 @@ class ModelManager(Shown):
     def _tell(self) -> None:
         for listener in list(self.listeners):
             listener()
+
+
+def _own(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes a model's own settings out of `options`, and checks them."""
+    own = {name: options.pop(name) for name in OWN_SETTINGS if name in options}
+    if own:
+        from labkit.server.settings import Settings  # of the extra `server`
+
+        Settings(**own)
+    return own
 
 
 def memory_of(engine: Engine) -> Memory:

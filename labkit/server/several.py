@@ -117,7 +117,10 @@ class Member(Service):
     """One of several models. Traces and stored answers are those of all."""
 
     def __init__(self, root: Several, name: str, engine: Engine) -> None:
-        super().__init__(replace(root.settings, served_model_name=(name,), otlp_traces_endpoint=None))
+        own = root.manager.settings.get(name, {}) if root.manager is not None else {}
+        if "tool_call_parser" in own:
+            own = {**own, "enable_auto_tool_choice": own["tool_call_parser"] is not None}
+        super().__init__(replace(root.settings, served_model_name=(name,), otlp_traces_endpoint=None, **own))
         self.stored, self.tracing, self.is_stopping = root.stored, root.tracing, root.is_stopping
         self.use(engine)
 

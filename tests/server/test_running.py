@@ -3,8 +3,10 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import httpx
@@ -12,6 +14,9 @@ import pytest
 
 import labkit as lk
 from labkit.cli import main
+from labkit.server import command, running
+from labkit.server.arguments import read
+from labkit.server.listening import listening
 from tests.server.talk import Gate, events, gated, post, read_all, until
 
 DIES = """
@@ -55,6 +60,60 @@ def test_a_process_says_when_it_is_ready_drains_on_sigterm_and_leaves_nothing():
     rest = process.stderr.read()
     process.stderr.close()
     assert re.search(r"cmpl-\w+ 127.0.0.1 POST '/v1/completions' 200 \d+\+500 tokens", rest) and "private" not in rest
+
+
+def test_a_unix_domain_socket_is_served_and_removed_in_the_end(tmp_path, monkeypatch, caplog):
+    path, made = tmp_path / "labkit.sock", []
+
+    class Kept(running.Serving):
+        def __init__(self, *given):
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(running, "Serving", Kept)
+    monkeypatch.setattr(command, "_load", lambda *_: gated(lk.FakeRunner(seed=0)))
+    caplog.set_level("INFO", "labkit.server")
+    statuses = []
+    arguments = read(["--uds", str(path), "--port", "1"], {})
+    thread = threading.Thread(target=lambda: statuses.append(command._run(arguments)))
+    thread.start()
+    until(lambda: f"Uvicorn running on unix:{path}" in caplog.text)
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://labkit", timeout=30) as client:
+        assert client.get("/health").status_code == 200
+        body = {"prompt": "def f(", "max_tokens": 5, "ignore_eos": True, "temperature": 0}
+        whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+        chunks = events(client.post("/v1/completions", json={**body, "stream": True}).text)[:-1]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+    assert path.stat().st_mode & 0o077 == 0o777 & ~_umask() & 0o077
+    made[0].should_exit = True
+    thread.join(20)
+    assert statuses == [0] and not path.exists()
+    assert re.search(r"cmpl-\w+ - POST '/v1/completions' 200 ", caplog.text)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_socket_that_was_left_behind_is_replaced_and_nothing_else(tmp_path, capsys):
+    path = tmp_path / "labkit.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
+        left.bind(str(path))
+    with listening({"uds": str(path)}) as (bound, place):
+        assert place == f"unix:{path}"
+        bound.listen()
+        assert main(["serve", "--uds", str(path)]) == 2
+        assert f"another process listens on {path}" in capsys.readouterr().err
+        path.unlink()
+        path.write_text("mine")  # another file of that name is not ours to remove
+    assert path.read_text() == "mine"
+    assert main(["serve", "--uds", str(path)]) == 2 and path.read_text() == "mine"
+    assert "is no socket" in capsys.readouterr().err
+    for wrong, told in ((tmp_path / "no" / "x", "No such file"), (tmp_path / ("x" * 200), "too long")):
+        assert main(["serve", "--uds", str(wrong)]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_process_whose_engine_dies_ends_by_itself():

@@ -1,9 +1,11 @@
 """Several models in one server: routed by name, loaded and unloaded while it runs, their memory counted."""
 
+import json
 import shutil
 import time
 
 import httpx
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -240,6 +242,79 @@ def test_the_command_line_takes_several_models_with_names():
     assert read(["--model", "org/a"]).process == {"model": "org/a"}
     with pytest.raises(ValueError, match="two models have the same name: org/a, org/a"):
         read(["org/a", "org/a"])
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+
+
+def test_each_model_has_its_own_template_parsers_and_pooling(root):
+    """What each model says does not matter here, but how its prompt is written and its answer read."""
+    plain = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    with lk.ModelManager(num_blocks=64, max_num_seqs=4) as models:
+        models.load("one", root / "tiny")
+        models.load("two", root / "tiny", tool_call_parser="hermes", reasoning_parser="deepseek_r1",
+                    chat_template=plain, pooler_config={"pooling_type": "MEAN", "normalize": False})  # fmt: skip
+        text = models.get_engine("two").tokenizer.encode("def f(", add_special_tokens=False)
+        with lk.serve(models, reasoning_parser=None) as server, httpx.Client(base_url=server.url, timeout=30) as http:
+            asked = {"messages": [{"role": "user", "content": "def f("}], "max_tokens": 4, "temperature": 0}
+            found = {name: http.post("/tokenize", json={**asked, "model": name}).json() for name in models.names}
+            assert found["two"]["tokens"] == text and len(found["one"]["tokens"]) > len(text)
+            said = {
+                name: http.post("/v1/chat/completions", json={**asked, "model": name}).json()["choices"][0]["message"]
+                for name in models.names
+            }
+            assert said["one"]["content"] and not said["one"].get("reasoning_content")
+            assert said["two"]["reasoning_content"] and not said["two"]["content"]  # no tag ended it
+            calling = {**asked, "tools": TOOLS, "tool_choice": "auto"}
+            statuses = [http.post("/v1/chat/completions", json={**calling, "model": name}) for name in models.names]
+            assert [answer.status_code for answer in statuses] == [400, 200]
+            vectors = [
+                np.array(
+                    http.post("/v1/embeddings", json={"model": name, "input": "def f("}).json()["data"][0]["embedding"]
+                )
+                for name in models.names
+            ]
+            assert np.linalg.norm(vectors[0]) == pytest.approx(1.0, abs=1e-3)
+            assert abs(np.linalg.norm(vectors[1]) - 1.0) > 0.1
+
+
+def test_settings_of_a_model_are_checked_before_it_is_loaded(models, root):
+    with pytest.raises(ValueError, match="unknown tool_call_parser 'hermez'; did you mean 'hermes'"):
+        models.load("mine", "/no/such/folder", tool_call_parser="hermez")
+    with pytest.raises(TypeError, match="did you mean 'tool_call_parser'"):
+        models.add("mine", fake(1), tool_cal_parser="hermes")
+    assert models.settings == {"one": {}, "two": {}}
+    with lk.serve(models, model_root=str(root), tool_call_parser="hermes", enable_auto_tool_choice=True) as server:
+        told = {"path": "tiny", "model": "mine", "tool_call_parser": None, "reasoning_parser": "qwen"}
+        answer = httpx.post(f"{server.url}/v1/load_model", json=told)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning_parser"
+        answer = httpx.post(f"{server.url}/v1/load_model", json={**told, "reasoning_parser": "qwen3"}, timeout=30)
+        assert answer.status_code == 200
+        found = server.service.of("mine").settings
+        assert (found.reads_calls, found.reasoning_parser) == (False, "qwen3")
+        assert server.service.of("one").settings.reads_calls
+    models.unload("mine")
+    assert "mine" not in models.settings
+
+
+def test_settings_of_models_come_from_the_command_line_and_from_a_file(tmp_path):
+    template = tmp_path / "plain.jinja"
+    template.write_text("{{ messages }}")
+    own = {"a": {"tool-call-parser": "hermes", "chat_template": str(template)}}
+    found = read(["a=org/a", "b=org/b", "--model-settings", json.dumps(own)], {})
+    assert found.process["model_settings"] == {"a": {"tool_call_parser": "hermes", "chat_template": "{{ messages }}"}}
+    (tmp_path / "serve.yaml").write_text("model: [a=org/a, b=org/b]\nmodel-settings:\n  b: {reasoning-parser: qwen3}\n")
+    assert read(["--config", str(tmp_path / "serve.yaml")], {}).process["model_settings"] == {
+        "b": {"reasoning_parser": "qwen3"}
+    }
+    for words, match in (
+        (["org/a", "--model-settings", "{}"], "for several models"),
+        (["a=x", "--model-settings", '{"c": {}}'], "there is no model 'c' here; there is a"),
+        (["a=x", "--model-settings", '{"a": {"tool-parser": 1}}'], "did you mean 'tool_call_parser'"),
+        (["a=x", "--model-settings", "[1]"], "maps names of models"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            read(words, {})
 
 
 def test_names_are_checked(models, capsys):

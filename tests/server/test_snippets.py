@@ -236,6 +236,35 @@ def test_curl(server):
     assert found.startswith("data: {") and found.rstrip().endswith("data: [DONE]")
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+def test_metrics_by_curl_and_parsed(server):
+    """What monitoring tutorials show: curl and grep, and prometheus-client's parser."""
+    command = f"curl -sS {server.url}/metrics | grep '^vllm:generation_tokens_total'"
+
+    def generated() -> float:
+        found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=30, check=True).stdout
+        return float(found.split()[-1])
+
+    before = generated()
+    body = {"prompt": "San Francisco is a", "max_tokens": 7, "temperature": 0, "ignore_eos": True}
+    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    assert generated() == before + 7
+
+    from prometheus_client.parser import text_string_to_metric_families
+
+    metrics = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            metrics.setdefault(sample.name, []).append((sample.labels, sample.value))
+    (labels, running), *_ = metrics["vllm:num_requests_running"]
+    assert running == 0 and labels["model_name"] == "labkit-tiny"
+    ttft = (
+        metrics["vllm:time_to_first_token_seconds_sum"][0][1] / metrics["vllm:time_to_first_token_seconds_count"][0][1]
+    )
+    assert 0 < ttft < 60
+    assert {labels["reason"] for labels, _ in metrics["labkit:requests_refused_total"]} >= {"queue_full", "loading"}
+
+
 def test_build_app_takes_an_asynchronous_engine_too():
     from labkit.server import build_app
     from tests.server.talk import gated
