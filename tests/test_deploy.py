@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,50 @@ def test_pods_are_drained_within_their_grace_and_probed_where_the_server_answers
     ]
     assert claims == [load("k8s/models.yaml")["metadata"]["name"]]
     assert container()["resources"]["limits"] and pod["securityContext"]["runAsNonRoot"]
+
+
+def test_caches_lie_in_volumes_that_the_containers_user_can_write():
+    pod = load("k8s/deployment.yaml")["spec"]["template"]["spec"]
+    assert container()["securityContext"]["readOnlyRootFilesystem"]
+    mounts = [mount["mountPath"] for mount in container()["volumeMounts"]]
+    values = {one["name"]: one.get("value", "") for one in container()["env"]}
+    for name in ("HF_HOME", "LABKIT_CACHE", "TRITON_CACHE_DIR"):
+        assert any(Path(values[name]).is_relative_to(mount) for mount in mounts), name
+    assert "/tmp" in mounts and pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsUser"]
+    lines = (DEPLOY / "Dockerfile").read_text()
+    assert "ENV HF_HOME=/models" in lines and re.search(r"chown labkit [^\n]*/models", lines)
+    cache = re.search(r"^ENV LABKIT_CACHE=(\S+)$", lines, re.MULTILINE)[1]
+    assert f"chown -R labkit {cache}" in lines  # what was built into it as root is in a folder below
+    assert lines.index("RUN labkit doctor") < lines.index("chown -R labkit") < lines.index("USER 1000")
+
+
+def test_the_image_is_built_from_what_the_build_context_lets_in():
+    lines = (DEPLOY / "Dockerfile").read_text()
+    ignored = (DEPLOY.parent / ".dockerignore").read_text().split("\n")
+    allowed = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+    copied = {name for line in re.findall(r"^COPY (.*) \S+$", lines, re.MULTILINE) for name in line.split()}
+    assert "*" in ignored and copied == allowed
+    assert all((DEPLOY.parent / name).exists() for name in copied)
+    extras = re.search(r"'\.\[(.*)\]'", lines)[1].split(",")
+    known = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras) <= set(known) and {"server", "lab", "otel"} <= set(extras)
+    assert re.search(r"^torch==", (DEPLOY.parent / "constraints.txt").read_text(), re.MULTILINE)
+    exposed = re.search(r"^EXPOSE (\d+)$", lines, re.MULTILINE)[1]
+    assert f"127.0.0.1:{exposed}/health" in lines  # of the health check
+
+
+def test_commands_in_the_dockerfile_and_the_pages_are_labkits():
+    text = "\n".join(
+        (DEPLOY.parent / name).read_text() for name in ("deploy/Dockerfile", "docs/deployment.md", "docs/install.md")
+    )
+    text = re.sub(r"\\\n[# ]*", "", text)
+    runs = re.findall(r"docker run [^\n]*? labkit(?: +([^\n#]*?))?(?: +#.*)?$", text, re.MULTILINE)
+    assert len(runs) >= 8
+    for command in filter(None, runs):
+        verb, *words = command.split()
+        assert verb in ("serve", "doctor", "lab"), command
+        if verb == "serve":
+            assert read(words, {}).process["host"] == "0.0.0.0"  # what is published must listen there
 
 
 def test_arguments_of_containers_are_flags_of_the_server():
