@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from labkit.core.blocks.tables import Tokens
 from labkit.core.plan import Outputs
@@ -51,8 +51,24 @@ class Member:
         self.ended = False
 
 
+class Line(Protocol):
+    """A connection that takes chunks of an answer without waiting."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether everything written before has left, and the client is there."""
+
+    @staticmethod
+    def write_all(chunks: Sequence[tuple[Any, bytes]], /) -> None:
+        """Write to several lines, which are free."""
+
+
 class Feed:
-    """The tokens of some requests for one reader in the event loop. Closing it aborts what has not ended."""
+    """The tokens of some requests for one reader in the event loop. Closing it aborts what has not ended.
+
+    Waking a reader for every token is dear. After `write_to(line, write)` it is woken only for an end, for an error,
+    and while the line is not free. Other tokens go through `write` to the line.
+    """
 
     def __init__(self, hub: Hub, handles: Sequence[Handle]) -> None:
         self.hub = hub
@@ -61,6 +77,8 @@ class Feed:
         self.num_open = len(handles)
         self.error: BaseException | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._line: Line | None = None
+        self._write: Callable[[list[Delta]], bytes]
         hub.add(self)
 
     async def read(self) -> list[Delta]:
@@ -70,12 +88,34 @@ class Feed:
             await self._waiter
         if self.error is not None:
             raise self.error
+        return self._take()
+
+    def _take(self) -> list[Delta]:
         found = []
         for member in self.news.values():
             found.append(Delta(member.index, member.tokens, member.ended))
             member.tokens = []
         self.news = {}
         return found
+
+    def write_to(self, line: Line | None, write: Callable[[list[Delta]], bytes]) -> None:
+        """From here on, write to the line while the reader waits."""
+        self._line, self._write = line, write
+
+    def deliver(self, is_plain: bool) -> tuple[Line, bytes] | None:
+        """There is something new: return what to write to the line, or wake the reader."""
+        line, waiter = self._line, self._waiter
+        if waiter is None or waiter.done():
+            return None
+        if line is None or not is_plain or self.error is not None or not line.is_free:
+            waiter.set_result(None)
+            return None
+        try:
+            chunk = self._write(self._take())
+        except Exception as error:
+            self.fail(error)
+            return None
+        return (line, chunk) if chunk else None
 
     @property
     def has_ended(self) -> bool:
@@ -182,7 +222,7 @@ class Hub:
 
     def _deliver(self) -> None:
         self.is_posted = False
-        woken: dict[int, Feed] = {}
+        woken: dict[Feed, bool] = {}  # and whether there is nothing but tokens
         while self.news:
             serials, tokens, ended = self.news.popleft()
             if self.fresh:
@@ -194,12 +234,13 @@ class Hub:
                     member.num_seen += 1
                     if len(member.tokens) >= self.interval or member.num_seen == 1:
                         member.feed.news[member.index] = member
-                        woken[id(member.feed)] = member.feed
+                        woken.setdefault(member.feed, True)
             for handle in ended:
                 if (feed := self._end(handle)) is not None:
-                    woken[id(feed)] = feed
-        for feed in woken.values():
-            feed.wake()
+                    woken[feed] = False
+        chunks = [found for feed, is_plain in woken.items() if (found := feed.deliver(is_plain)) is not None]
+        if chunks:
+            chunks[0][0].write_all(chunks)
 
     def _end(self, handle: Handle) -> Feed | None:
         member = self.members.pop(handle.id, None)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from labkit.core.params import SamplingParams
 from labkit.core.request import Status
 from labkit.engine.handle import Handle
-from labkit.server.bridge import Feed
+from labkit.server.bridge import Delta, Feed
 from labkit.server.errors import ApiError, clean, engine_dead, of_value, overloaded
 from labkit.server.http import NOTE
 from labkit.server.pieces import Growing
@@ -53,24 +53,24 @@ class Call:
         """The request whose prompt this answer continues: it has the prompt's logprobs and its cache hits."""
         return self.answers[index - index % self.n].handle
 
-    async def pieces(self) -> AsyncIterator[list[Piece]]:
-        """What is new, until everything has ended. Raises an ApiError if one of the requests fails."""
-        while not self.feed.has_ended:
-            found = []
-            for index, tokens, ended in await self.feed.read():
-                answer = self.answers[index]
-                if ended:
-                    check_ended(answer.handle)
-                start = len(answer.token_ids)
-                found.append(Piece(index, answer.feed(tokens, ended), tokens, start, ended))
-            yield found
-        self.note["tokens"] = self.counts()
+    def take(self, deltas: Sequence[Delta]) -> list[Piece]:
+        """New tokens as text. Raises an ApiError if one of the requests has failed."""
+        found = []
+        for index, tokens, ended in deltas:
+            answer = self.answers[index]
+            if ended:
+                check_ended(answer.handle)
+            start = len(answer.token_ids)
+            found.append(Piece(index, answer.feed(tokens, ended), tokens, start, ended))
+        if self.feed.has_ended:
+            self.note["tokens"] = self.counts()
+        return found
 
     async def texts(self) -> list[str]:
         """All answers, complete."""
         found = [""] * len(self.answers)
-        async for pieces in self.pieces():
-            for piece in pieces:
+        while not self.feed.has_ended:
+            for piece in self.take(await self.feed.read()):
                 found[piece.nth] += piece.text
         return found
 

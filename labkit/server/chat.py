@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
@@ -12,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS
+from labkit.server.bridge import Delta
 from labkit.server.calls import LONG_TEXT, Call, Piece, admit, apart, cut, encode, usage_wanted
 from labkit.server.chat_parts import delta_of, message_of
 from labkit.server.errors import ApiError
-from labkit.server.http import EventStream, answer, event, read_body, whole
+from labkit.server.http import DONE, EventStream, answer, event, read_body, whole
 from labkit.server.pieces import chat_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
 from labkit.server.sampling import FORM_FIELDS, Count, Refused, Sampling, Text
@@ -126,7 +127,7 @@ async def chat(service: Service, request: Request) -> Response:
     )  # fmt: skip
     writer = Writer(call, body, how)
     if body.stream:
-        return EventStream(call.feed, writer.stream())
+        return EventStream(call.feed, writer.write, end=writer.end)
     return answer(await whole(call.feed, request.receive, writer.whole))
 
 
@@ -239,6 +240,8 @@ class Writer:
         self.head = self._head("chat.completion.chunk")
         self.begin = b"data: " + json.dumps(self.head).encode()[:-1] + b', "choices": ['
         self.is_plain = not body.logprobs and not body.return_token_ids
+        self.begun: set[int] = set()  # answers of which a chunk was written
+        self.usage_at_end, self.continuous = usage_wanted(call.service, body)
         self.shows_reasoning = body.include_reasoning is not False
         self.role = service_role(call.service, body)
 
@@ -300,20 +303,19 @@ class Writer:
 
     # -- as chunks -----------------------------------------------------------------------------------------------
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        usage, self.continuous = usage_wanted(self.call.service, self.body)
-        begun: set[int] = set()
-        async for pieces in self.call.pieces():
-            chunks = []
-            for piece in pieces:
-                if piece.nth not in begun:
-                    begun.add(piece.nth)
-                    chunks.append(self._first(piece.nth))
-                chunks.append(self._split_chunk(piece) if self.splits else self._chunk(piece))
-            if any(chunks):
-                yield b"".join(chunks)
-        if usage:
-            yield event({**self.head, "choices": [], "usage": self.usage(), **self.call.more()})
+    def write(self, deltas: Sequence[Delta]) -> bytes:
+        chunks = []
+        for piece in self.call.take(deltas):
+            if piece.nth not in self.begun:
+                self.begun.add(piece.nth)
+                chunks.append(self._first(piece.nth))
+            chunks.append(self._split_chunk(piece) if self.splits else self._chunk(piece))
+        return b"".join(chunks)
+
+    def end(self) -> bytes:
+        if not self.usage_at_end:
+            return DONE
+        return event({**self.head, "choices": [], "usage": self.usage(), **self.call.more()}) + DONE
 
     def _first(self, index: int) -> bytes:
         choice: dict[str, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -12,9 +12,10 @@ from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS, MOST_SAMPLES
 from labkit.server.beams import search
+from labkit.server.bridge import Delta
 from labkit.server.calls import Call, Piece, admit, cut, encode, usage_wanted
 from labkit.server.errors import ApiError
-from labkit.server.http import EventStream, answer, event, read_body, whole
+from labkit.server.http import DONE, EventStream, answer, event, read_body, whole
 from labkit.server.pieces import completion_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
 from labkit.server.sampling import Refused, Sampling, Text
@@ -84,7 +85,7 @@ async def completions(service: Service, request: Request) -> Response:
     )  # fmt: skip
     writer = Writer(call, body, texts)
     if body.stream:
-        return EventStream(call.feed, writer.stream())
+        return EventStream(call.feed, writer.write, end=writer.end)
     return answer(await whole(call.feed, request.receive, writer.whole))
 
 
@@ -114,6 +115,8 @@ class Writer:
         self.head = head
         self.begin = b"data: " + json.dumps(head).encode()[:-1] + b', "choices": ['
         self.is_plain = body.logprobs is None and not body.return_token_ids
+        self.begun: set[int] = set()  # answers of which a chunk was written
+        self.usage_at_end, self.continuous = usage_wanted(call.service, body)
 
     # -- whole ---------------------------------------------------------------------------------------------------
 
@@ -178,14 +181,16 @@ class Writer:
 
     # -- as chunks -----------------------------------------------------------------------------------------------
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        usage, self.continuous = usage_wanted(self.call.service, self.body)
-        begun: set[int] = set()
-        async for pieces in self.call.pieces():
-            yield b"".join([self._chunk(piece, piece.nth not in begun) for piece in pieces])
-            begun.update(piece.nth for piece in pieces)
-        if usage:
-            yield event({**self.head, "choices": [], "usage": self.call.usage(), **self.call.more()})
+    def write(self, deltas: Sequence[Delta]) -> bytes:
+        pieces = self.call.take(deltas)
+        chunks = [self._chunk(piece, piece.nth not in self.begun) for piece in pieces]
+        self.begun.update(piece.nth for piece in pieces)
+        return b"".join(chunks)
+
+    def end(self) -> bytes:
+        if not self.usage_at_end:
+            return DONE
+        return event({**self.head, "choices": [], "usage": self.call.usage(), **self.call.more()}) + DONE
 
     def _chunk(self, piece: Piece, first: bool) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous and not (first and self.body.echo):

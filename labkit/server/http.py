@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from labkit.server.bridge import Feed
+from labkit.server.bridge import Delta, Feed
 from labkit.server.errors import ApiError, ClientGone, internal, of_validation
 
 log = logging.getLogger("labkit.server")
@@ -25,6 +25,7 @@ M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 NOTE = "labkit"  # the key in a request's scope of what the guard passes on and what the log says
+LINE = "labkit.line"  # the key in a request's extensions of its connection, on our own server
 SECONDS_TO_RECEIVE = 120.0  # a body
 _CLOSED = 499  # as nginx logs it; nobody receives it
 
@@ -104,40 +105,45 @@ async def whole(feed: Feed, receive: Receive, read: Callable[[], Awaitable[T]]) 
 
 
 class EventStream(Response):
-    """Server-sent events out of `chunks`, which reads the feed. The response starts with the first chunk, so that what
-    fails before it has a status of its own. What fails later ends the stream with an error event, as `told` writes it.
-    `done` is the last event."""
+    """Server-sent events: `write` turns new tokens into events, `end` says what follows the last token, and `failed`
+    how a stream ends that cannot go on. What fails before the first event has a status of its own.
+
+    On labkit's own server the hub writes the events of most tokens straight to the connection (`Line`). This
+    coroutine writes the first and the last ones, and all while the client reads slowly.
+    """
 
     media_type = "text/event-stream"
 
     def __init__(
         self,
         feed: Feed,
-        chunks: AsyncIterator[bytes],
+        write: Callable[[list[Delta]], bytes],
         *,
-        done: bytes = DONE,
-        told: Callable[[ApiError], bytes] | None = None,
+        end: Callable[[], bytes] = lambda: DONE,
+        failed: Callable[[ApiError], bytes] | None = None,
     ) -> None:
-        self.feed, self.chunks, self.done = feed, chunks, done
-        self.told = told if told is not None else lambda error: event(error.body)
+        self.feed, self.write, self.end = feed, write, end
+        self.failed = failed if failed is not None else lambda error: event(error.body) + DONE
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with watched(self.feed, receive):
+        feed = self.feed
+        with watched(feed, receive):
             try:
-                first = await anext(self.chunks)
+                chunk = await self._next()
             except Exception as error:
                 await failed(error)(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             send = scope[NOTE]["send"]
-            await send({"type": "http.response.body", "body": first, "more_body": True})
-            last = self.done
             try:
-                async for chunk in self.chunks:
+                feed.write_to(scope.get("extensions", {}).get(LINE), self.write)
+                while chunk:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    chunk = await self._next()
+                last = self.end()
             except ClientGone:
                 scope[NOTE]["outcome"] = "the client left"
                 last = b""
@@ -146,8 +152,15 @@ class EventStream(Response):
                     log.error("a stream failed: %s: %s", type(error).__name__, error, exc_info=error)
                     error = internal()
                 scope[NOTE]["outcome"] = f"failed: {error.status}"
-                last = self.told(error) + self.done
+                last = self.failed(error)
             await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _next(self) -> bytes:
+        """The next events; nothing once all was told."""
+        chunk = b""
+        while not chunk and not self.feed.has_ended:
+            chunk = self.write(await self.feed.read())
+        return chunk
 
 
 def event(content: Any) -> bytes:

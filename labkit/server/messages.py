@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import Message as Received
 
 from labkit.server import chat
+from labkit.server.bridge import Delta
 from labkit.server.errors import ApiError, of_validation
 from labkit.server.http import EventStream, answer, read_body
 from labkit.server.routes import Route
@@ -65,7 +66,8 @@ async def messages(service: Service, request: Request) -> Response:
     found = await chat.chat(service, _with_body(request, _chat_of(body)))
     if isinstance(found, EventStream):
         handle = found.feed.members[0].handle
-        return EventStream(found.feed, _events(found.chunks, len(handle.prompt)), told=_told)
+        events = Events(found, len(handle.prompt))
+        return EventStream(found.feed, events.write, end=events.end, failed=_told)
     return answer(_message(json.loads(bytes(found.body))))
 
 
@@ -255,25 +257,36 @@ class Growing:
         return _event("content_block_delta", index=self.index, delta=delta)
 
 
-async def _events(chunks: AsyncIterator[bytes], num_prompt: int) -> AsyncIterator[bytes]:
+class Events:
     """A chat's chunks as Anthropic's events."""
-    blocks, end, begun = Growing(), {"stop_reason": "end_turn", "stop_sequence": None}, False
-    async for chunk in chunks:
+
+    def __init__(self, chat: EventStream, num_prompt: int) -> None:
+        self.chat, self.num_prompt = chat, num_prompt
+        self.blocks = Growing()
+        self.last: dict[str, Any] = {"stop_reason": "end_turn", "stop_sequence": None}
+        self.begun = False
+
+    def write(self, deltas: Sequence[Delta]) -> bytes:
+        return self._of(self.chat.write(deltas))
+
+    def end(self) -> bytes:
+        return self._of(self.chat.end())
+
+    def _of(self, chunk: bytes) -> bytes:
         events: list[bytes] = []
         for found in _contents(chunk):
-            if not begun:
-                begun = True
-                usage = {"input_tokens": num_prompt, "output_tokens": 0}
+            if not self.begun:
+                self.begun = True
+                usage = {"input_tokens": self.num_prompt, "output_tokens": 0}
                 events.append(_event("message_start", message=_head(found, usage)))
             for choice in found["choices"]:
-                events += blocks.add(choice["delta"])
+                events += self.blocks.add(choice["delta"])
                 if choice["finish_reason"]:
-                    end = _end(choice)
+                    self.last = _end(choice)
             if not found["choices"]:
-                events += [*blocks.end(), _event("message_delta", delta=end, usage=_usage(found["usage"]))]
+                events += [*self.blocks.end(), _event("message_delta", delta=self.last, usage=_usage(found["usage"]))]
                 events.append(_event("message_stop"))
-        if events:
-            yield b"".join(events)
+        return b"".join(events)
 
 
 def _contents(chunk: bytes) -> Iterator[Any]:

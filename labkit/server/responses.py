@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS
+from labkit.server.bridge import Delta
 from labkit.server.calls import Call, admit, cut
 from labkit.server.chat import MOST_MESSAGES, Conversation, prompt_of
 from labkit.server.errors import ApiError
@@ -162,7 +163,7 @@ async def create(service: Service, request: Request) -> Response:
         raise
     writer = Writer(call, body, how, items, messages)
     if body.stream:
-        return EventStream(call.feed, writer.stream(), done=b"", told=writer.failed)
+        return EventStream(call.feed, writer.write, end=bytes, failed=writer.failed)
     return answer(await whole(call.feed, request.receive, writer.whole))
 
 
@@ -304,23 +305,20 @@ class Writer:
 
     # -- as events -----------------------------------------------------------------------------------------------
 
-    async def stream(self) -> AsyncIterator[bytes]:
-        begun = False
-        async for pieces in self.call.pieces():
-            events: list[Event] = []
-            if not begun:
-                begun = True
-                state = self.response("in_progress")
-                events += [{"type": f"response.{kind}", "response": state} for kind in ("created", "in_progress")]
-            for piece in pieces:
-                parts = self.split.feed(piece.text, piece.tokens, piece.ended)
-                events += self.output.take(parts, self._logprobs(piece.start, piece.tokens))
-                if piece.ended:
-                    events += self.output.finish(self._is_complete)
-                    response = self._keep(self.response(self._status))
-                    events.append({"type": f"response.{self._status}", "response": response})
-            if events:
-                yield b"".join(map(self._event, events))
+    def write(self, deltas: Sequence[Delta]) -> bytes:
+        pieces = self.call.take(deltas)
+        events: list[Event] = []
+        if not self.num_events:
+            state = self.response("in_progress")
+            events += [{"type": f"response.{kind}", "response": state} for kind in ("created", "in_progress")]
+        for piece in pieces:
+            parts = self.split.feed(piece.text, piece.tokens, piece.ended)
+            events += self.output.take(parts, self._logprobs(piece.start, piece.tokens))
+            if piece.ended:
+                events += self.output.finish(self._is_complete)
+                response = self._keep(self.response(self._status))
+                events.append({"type": f"response.{self._status}", "response": response})
+        return b"".join(map(self._event, events))
 
     def failed(self, error: ApiError) -> bytes:
         """The end of a stream that cannot go on."""

@@ -21,6 +21,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from labkit.core.shown import Shown
 from labkit.engine.engine import Engine
 from labkit.server.app import make_app
+from labkit.server.http import LINE
+from labkit.server.sending import Connection, library
 from labkit.server.service import Service
 from labkit.server.settings import Settings
 from labkit.server.several import service_of
@@ -64,6 +66,9 @@ class Bounded(HttpToolsProtocol):
         self.num_header_bytes, self.in_headers = 0, False
         self._stop_waiting()
         super().on_headers_complete()
+        if self.cycle is not None:
+            line = Connection(self.cycle, self.transport)
+            self.scope["extensions"] = {LINE: line}  # type: ignore[dict-item]
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -85,6 +90,7 @@ class Serving(uvicorn.Server):
         self.seconds_to_end: float | None = None  # for what runs, instead of shutdown_timeout
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        library()  # is built the first time
         await super().startup(sockets)
         if not self.started:
             return

@@ -1,12 +1,11 @@
 """Anthropic's API over chats: whole, streamed, with tools, failing."""
 
-import asyncio
 import json
 
 import pytest
 
 import labkit as lk
-from labkit.server.messages import MessagesRequest, _chat_of, _events, _message
+from labkit.server.messages import Events, MessagesRequest, _chat_of, _message
 from tests.server.talk import Gate, gated, in_process, post, read_all, until
 
 BODY = {"max_tokens": 8, "messages": [{"role": "user", "content": "What does `join` do?"}], "temperature": 0}
@@ -95,17 +94,22 @@ def test_calls_of_tools_come_back_whole_and_streamed():
     first = {"index": 0, "id": "c1", "function": {"name": "look", "arguments": ""}}
     rest = [{"index": 0, "function": {"arguments": part}} for part in ('{"at"', ": 1}")]
 
-    async def chunks():
-        yield chunk({"role": "assistant", "content": ""}) + chunk({"content": "I look."})
-        for call in (first, *rest):
-            yield chunk({"tool_calls": [call]})
-        yield chunk({}, "tool_calls")
-        yield b"data: " + json.dumps({**head, "choices": [], "usage": usage}).encode() + b"\n\n"
+    class Chat:
+        """A stream of a chat, whose deltas are its chunks."""
 
-    async def read():
-        return named(b"".join([piece async for piece in _events(chunks(), 9)]).decode())
+        write = staticmethod(b"".join)
 
-    events = asyncio.run(read())
+        def end(self):
+            return b"data: " + json.dumps({**head, "choices": [], "usage": usage}).encode() + b"\n\ndata: [DONE]\n\n"
+
+    stream = Events(Chat(), 9)
+    told = [
+        stream.write([chunk({"role": "assistant", "content": ""}), chunk({"content": "I look."})]),
+        *(stream.write([chunk({"tool_calls": [call]})]) for call in (first, *rest)),
+        stream.write([chunk({}, "tool_calls")]),
+        stream.end(),
+    ]
+    events = named(b"".join(told).decode())
     blocks = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
     assert blocks == ["text", "tool_use"] and events[-2]["delta"]["stop_reason"] == "tool_use"
     parts = [event["delta"]["partial_json"] for event in events if event.get("delta", {}).get("partial_json")]
