@@ -5,10 +5,13 @@ Its tokens are a hash of seed, request and position: only their number matters.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from labkit.core.options import named_options, real, whole
 from labkit.core.plan import Join, Plan, Result
+from labkit.core.scheduling.builder import Chunk
 from labkit.runner.base import Done, Layout
 from labkit.runner.cost import LinearCost, StepCost, StepWork
 
@@ -61,8 +64,7 @@ class SimRunner:
         self.keys = np.zeros(layout.num_rows, np.uint64)
 
     def launch(self, plan: Plan) -> Done:
-        for join in plan.joins:
-            self.keys[join.row] = self._key(join)
+        self._take(plan.joins)
         end = plan.start + plan.count
         ends = np.cumsum(plan.count)
         sample, query = plan.draws()
@@ -74,6 +76,27 @@ class SimRunner:
             self._guess_right(plan, drawn, sample, query, rows, lengths)
         stands, indptr = plan.verify(drawn)
         return Done(Result(drawn[stands], seconds, indptr=indptr))
+
+    def foresee(
+        self, decodes: int, context: int, chunks: Sequence[Chunk], sampled: int, joins: Sequence[Join], moved: int
+    ) -> float:
+        """The seconds of a step that has no plan, see `labkit.core.scheduling.ahead`."""
+        if not chunks:
+            return float(self.cost.seconds(StepWork(decodes, 0, context, 0, 0, 0, sampled, 0, moved)))
+        self._take(joins)
+        prefill = sum(chunk.count for chunk in chunks)
+        ends = sum(chunk.start + chunk.count for chunk in chunks)
+        pairs = sum(chunk.count * chunk.start + chunk.count * (chunk.count + 1) // 2 for chunk in chunks)
+        work = StepWork(decodes, prefill, context, ends, pairs, len(chunks), sampled, len(joins), moved)
+        return float(self.cost.seconds(work))
+
+    def tokens(self, rows: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """What is drawn for each of `rows` after `lengths` tokens."""
+        return self._noise(rows, lengths.astype(np.uint64))
+
+    def _take(self, joins: Sequence[Join]) -> None:
+        for join in joins:
+            self.keys[join.row] = self._key(join)
 
     def _guess_right(
         self, plan: Plan, drawn: np.ndarray, sample: np.ndarray, query: np.ndarray, rows: np.ndarray,

@@ -80,7 +80,7 @@ class RowBlocks:
         self.num_evicted = 0
         self.released: list[tuple[int, Ints, Ints]] = []  # (group, rows, indices) since the last plan: now scratch
         self._own_rows: set[int] = set()  # rows of tables made by name, not by a scheduler
-        self._full = FullBlocks(self.tables, self.prefix, self.windows)
+        self.full = FullBlocks(self.tables, self.prefix, self.windows)
         self._windowed = [(group, window) for group, window in enumerate(self.windows) if window is not None]
 
     @property
@@ -359,7 +359,7 @@ class RowBlocks:
         tables.num_computed[rows] = end
         full = (end >= tables.next_full[rows]).nonzero()[0]
         if len(full):
-            self._full.store(rows[full], end[full])
+            self.full.store(rows[full], end[full])
         for group, window in self._windowed:
             first = np.maximum(end - window + 1, 0) // self.block_size  # the first block that later queries read
             for i in (first > tables.front[group, rows]).nonzero()[0].tolist():

@@ -32,14 +32,15 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
         tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
     known = tables.num_tokens[sampled]
     if plan.num_decode < len(plan.rows):
-        _settle_prefills(s, plan, now)
+        first = plan.num_decode
+        settle_prefills(s, plan.rows[first:].tolist(), plan.sample_row[first:].tolist(), now)
     tables.flat_tokens[tables.token_base[sampled] + known] = tokens
     known = known + 1
     tables.num_tokens[sampled] = known
-    done = _is_over(s, sampled, tokens, known).nonzero()[0]
+    done = is_over(s, sampled, tokens, known).nonzero()[0]
     ended: list[Request] = []
     if len(done) or errors:
-        ended = _finish(s, sampled[done].tolist(), tokens[done].tolist(), errors, now)
+        ended = finish(s, sampled[done].tolist(), tokens[done].tolist(), errors, now)
     if several is not None:
         sampled, tokens = several
         if void is not None:
@@ -47,7 +48,7 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
     return Outputs(plan.step, now, sampled, s.serial[sampled], tokens, tuple(ended))
 
 
-def _is_over(s: SchedulerState, rows: Ints, tokens: Tokens, known: Ints) -> NDArray[np.bool_]:
+def is_over(s: SchedulerState, rows: Ints, tokens: Tokens, known: Ints) -> NDArray[np.bool_]:
     """Does this token, which makes `known` of the row, end its request?"""
     over: NDArray[np.bool_] = known >= s.limit[rows]
     for column in s.stops:
@@ -67,7 +68,7 @@ def _accept(
     sample = np.repeat(samples, counts)
     nth = np.arange(len(tokens)) - (np.cumsum(counts) - counts)[sample]
     rows = plan.sample_row[sample]
-    over = _is_over(s, rows, tokens, tables.num_tokens[rows] + nth + 1)
+    over = is_over(s, rows, tokens, tables.num_tokens[rows] + nth + 1)
     last = counts - 1  # of each sample's tokens; what follows one that ends the request is dropped
     np.minimum.at(last, sample[over], nth[over])
     kept = nth <= last[sample]
@@ -92,14 +93,14 @@ def _accept(
     return ends, (rows, tokens)
 
 
-def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
+def settle_prefills(s: SchedulerState, rows: list[int], sampled: list[int], now: int) -> None:
     """What prefills have stored is no longer pending; rows that sampled their first token decode from here on."""
     tables, size = s.tables, s.blocks.block_size
-    for row in plan.rows[plan.num_decode :].tolist():
+    for row in rows:
         num_left = int(tables.num_tokens[row]) // size - int(tables.num_computed[row]) // size
-        for request in s.pending.settle(row, num_left):
-            s.queue.push(request)
-    for row in plan.sample_row[plan.num_decode :].tolist():
+        for waiting in s.pending.settle(row, num_left):
+            s.queue.push(waiting)
+    for row in sampled:
         request = s.row_request[row]
         if request is None or request.row != row:
             continue
@@ -109,7 +110,7 @@ def _settle_prefills(s: SchedulerState, plan: Plan, now: int) -> None:
             s.log.add(("Scheduled", request.id, 1))
 
 
-def _finish(s: SchedulerState, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
+def finish(s: SchedulerState, rows: list[int], tokens: list[int], errors: dict[int, str], now: int) -> list[Request]:
     ended = []
     for row, token in zip(rows, tokens, strict=True):
         request = s.row_request[row]

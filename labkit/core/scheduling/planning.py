@@ -239,7 +239,7 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
         builder.changes[:0] = left  # first, because a row may have a new owner by now
         s.blocks.released.clear()
     if builder.chunks:
-        _settle_chunks(s, builder)
+        settle_chunks(s, builder)
     for child in s.forked:
         if child.row is not None:
             tables = s.tables
@@ -255,7 +255,7 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
     return plan
 
 
-def _settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
+def settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
     """Rows whose chunk reaches their last known token sample a token now and decode from the next step on."""
     done = []
     for chunk in builder.chunks:

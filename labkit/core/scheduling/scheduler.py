@@ -324,14 +324,15 @@ class Scheduler(SchedulerState, Shown):
             outputs = committing.apply(self, plan, result, now)  # type: ignore[arg-type]
         if self.draining:
             committing.drain(self, plan)
-        while self.host_releases and self.host_releases[0][0] <= plan.step:
-            _, free = self.host_releases.popleft()
-            self.blocks.host.free += self.blocks.host.release(np.array(free, np.int64)).tolist()
+        self.release_host_blocks(plan.step)
         try:
             if find_stops is not None:
                 outputs = self._stop_by_text(outputs, find_stops(), now)
         finally:  # it calls a tokenizer, which may raise; the step counts anyway
-            self._log_step(plan, len(outputs.tokens), round(result.seconds * 1e9), now)
+            prefill = plan.num_prefill_tokens if plan.num_decode < len(plan.rows) else 0
+            decode = plan.num_decode + plan.num_drafts if len(plan.drafts) else plan.num_decode
+            duration_ns = round(result.seconds * 1e9)
+            self.log_step(plan.step, len(plan.rows), prefill, decode, len(outputs.tokens), duration_ns, now)
         return outputs
 
     def _stop_by_text(self, outputs: Outputs, found: list[tuple[Request, int]], now: int) -> Outputs:
@@ -346,16 +347,16 @@ class Scheduler(SchedulerState, Shown):
             outputs = outputs._replace(rows=rows, serials=serials, tokens=tokens)
         return outputs._replace(ended=outputs.ended + running)
 
-    def _log_step(self, plan: Plan, num_outputs: int, duration: int, now: int) -> None:
+    def log_step(
+        self, step: int, num_rows: int, prefill: int, decode: int, num_outputs: int, duration: int, now: int
+    ) -> None:
         blocks = self.blocks
         cached = len(blocks.eviction)
         free = len(blocks.pool.free)
-        prefill = plan.num_prefill_tokens if plan.num_decode < len(plan.rows) else 0
-        decode = plan.num_decode + plan.num_drafts if len(plan.drafts) else plan.num_decode
         self.log.flush(
-            plan.step,
+            step,
             now,
-            (len(plan.rows), prefill, decode, self.cached_this_step, num_outputs, self.num_running,
+            (num_rows, prefill, decode, self.cached_this_step, num_outputs, self.num_running,
              self.num_waiting, self.num_swapped, blocks.num_blocks - free - cached, cached, free, duration),
         )  # fmt: skip
         self.cached_this_step = 0

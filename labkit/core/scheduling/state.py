@@ -264,6 +264,12 @@ class SchedulerState:
         assert request is not None
         return request.id
 
+    def release_host_blocks(self, step: int) -> None:
+        """Host blocks that the plan of `step`, now committed, has read."""
+        while self.host_releases and self.host_releases[0][0] <= step:
+            _, free = self.host_releases.popleft()
+            self.blocks.host.free += self.blocks.host.release(np.array(free, np.int64)).tolist()
+
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
