@@ -1,11 +1,12 @@
 """Calls a live labkit server with the clients that people have, and prints a line for each.
 
     python -m venv clients
-    clients/bin/pip install openai litellm langchain-openai instructor 'lm-eval[api]' transformers
+    clients/bin/pip install openai anthropic litellm langchain-openai instructor 'lm-eval[api]' transformers
     python tools/clients.py --python clients/bin/python
 
-The server runs here, in labkit's environment; each client runs in the other one, in a process of its own. Exit status 1
-if a call failed; a client that is not installed is said, and counts as no failure.
+Together in one environment some of them are held at old versions: for the newest, give each one of its own, and --only
+NAME. The server runs here, in labkit's environment; each client runs in the other one, in a process of its own. Exit
+status 1 if a call failed; a client that is not installed is said, and counts as no failure.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 MESSAGES = [{"role": "user", "content": "What does `join` do?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 CLOSENESS = 1e-4  # of loglikelihoods over HTTP and in process
+LOOK = {"type": "object", "properties": {"at": {"enum": [1, 2]}}, "required": ["at"], "additionalProperties": False}
 TEXTS = [("import os\nimport", " sys\n"), ("def add(a, b):\n    return", " a + b\n"), ("x = [1, 2", ", 3]\n")]
 
 ENVIRONMENT = {**os.environ, "LITELLM_LOCAL_MODEL_COST_MAP": "True", "HF_HUB_OFFLINE": "1"}  # no look-ups elsewhere
@@ -59,6 +61,88 @@ def openai(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
             )
 
     yield "async", lambda: asyncio.run(side_by_side())
+
+    async def streams() -> None:
+        async with AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as one:
+            chunks = await one.chat.completions.create(model=model, messages=MESSAGES, stream=True, **GREEDY)
+            _same("".join([c.choices[0].delta.content or "" async for c in chunks if c.choices]), told)
+
+    yield "async stream", lambda: asyncio.run(streams())
+    function = {"name": "look", "parameters": LOOK}
+    tools: dict[str, Any] = {"tools": [{"type": "function", "function": function}], "tool_choice": "required"}
+
+    def calls() -> None:
+        made = chat.create(model=model, messages=MESSAGES, max_tokens=60, temperature=0, **tools).choices[0].message
+        (call,) = made.tool_calls[:1]
+        assert call.function.name == "look" and json.loads(call.function.arguments)["at"] in (1, 2)
+        result = {"role": "tool", "tool_call_id": call.id, "content": "a tree"}
+        chat.create(model=model, messages=[*MESSAGES, made, result], max_tokens=4)
+
+    def streamed_calls() -> None:
+        with chat.stream(model=model, messages=MESSAGES, max_tokens=60, temperature=0, **tools) as stream:
+            for _ in stream:
+                pass
+            (call,) = stream.get_final_completion().choices[0].message.tool_calls[:1]
+        assert json.loads(call.function.arguments)["at"] in (1, 2)
+
+    yield "tools", calls
+    yield "tools stream", streamed_calls
+
+    def responses() -> None:
+        first = client.responses.create(model=model, input=MESSAGES, temperature=0, max_output_tokens=16)
+        again = client.responses.create(model=model, input="And?", previous_response_id=first.id, max_output_tokens=16)
+        assert first.output_text.startswith(told["answer"]) and again.previous_response_id == first.id
+        assert client.responses.retrieve(first.id).output_text == first.output_text
+
+    def streamed_response() -> None:
+        with client.responses.stream(model=model, input=MESSAGES, temperature=0, max_output_tokens=16) as stream:
+            text = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+            assert text == stream.get_final_response().output_text
+
+    yield "responses", responses
+    yield "responses stream", streamed_response
+    yield (
+        "responses parse",
+        lambda: (
+            client.responses.parse(
+                model=model, input=MESSAGES, text_format=Answer, max_output_tokens=40
+            ).output_parsed.yes
+        ),
+    )
+
+    def embeddings() -> None:
+        """The client asks for base64 of its own accord."""
+        one, two = client.embeddings.create(model=model, input=["def f(", "x = 1"]).data
+        plain = client.embeddings.create(model=model, input="def f(", encoding_format="float").data[0]
+        assert max(abs(a - b) for a, b in zip(one.embedding, plain.embedding, strict=True)) < 1e-4
+        assert one.embedding != two.embedding
+
+    yield "embeddings", embeddings
+
+
+def anthropic(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
+    from anthropic import Anthropic, BadRequestError, NotFoundError
+
+    client = Anthropic(base_url=url, auth_token="none", max_retries=0)
+    asked: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_tokens": 8}
+    asked["extra_body"] = {"temperature": 0}  # newer versions have no argument for it
+    yield "message", lambda: _same(client.messages.create(**asked).content[0].text, told)
+
+    def streamed() -> None:
+        with client.messages.stream(**asked) as stream:
+            _same("".join(stream.text_stream), told)
+
+    yield "stream", streamed
+    tools: dict[str, Any] = {"tools": [{"name": "look", "input_schema": LOOK}], "tool_choice": {"type": "any"}}
+
+    def called() -> None:
+        (block,) = client.messages.create(**{**asked, "max_tokens": 60}, **tools).content[:1]
+        assert block.type == "tool_use" and block.input["at"] in (1, 2)
+
+    yield "tools", called
+    yield "count tokens", lambda: client.messages.count_tokens(model=model, messages=MESSAGES).input_tokens
+    yield "error", lambda: _raises(BadRequestError, lambda: client.messages.create(**{**asked, "max_tokens": 0}))
+    yield "unknown", lambda: _raises(NotFoundError, lambda: client.messages.create(**{**asked, "model": "nobody"}))
 
 
 def litellm(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
@@ -110,17 +194,26 @@ def instructor(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
     class Answer(BaseModel):
         yes: bool
 
+    class Any_(BaseModel):
+        """JSON mode demands an object, whatever is in it."""
+
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    for mode in (instructor.Mode.JSON_SCHEMA, instructor.Mode.TOOLS):
-        patched = instructor.from_openai(client, mode=mode)
-        yield (
-            mode.name.lower(),
-            lambda patched=patched: (
-                patched.chat.completions.create(
-                    model=model, messages=MESSAGES, response_model=Answer, max_tokens=60, temperature=0, max_retries=1
-                ).yes
-            ),
-        )
+    # Without a grammar (MD_JSON, PARALLEL_TOOLS) the model has to write JSON of its own accord, which ours does not.
+    modes = {
+        "JSON_SCHEMA": Answer, "TOOLS": Answer, "TOOLS_STRICT": Answer,
+        "RESPONSES_TOOLS": Answer, "JSON": Any_,
+    }  # fmt: skip
+    for name, wanted in modes.items():
+        if not hasattr(instructor.Mode, name):
+            continue
+        asked: dict[str, Any] = {"model": model, "messages": MESSAGES, "temperature": 0, "max_retries": 1}
+        limit = "max_output_tokens" if name == "RESPONSES_TOOLS" else "max_tokens"
+
+        def made(name: str = name, wanted: Any = wanted, asked: Any = asked | {limit: 60}) -> None:
+            patched = instructor.from_openai(client, mode=instructor.Mode[name])
+            assert isinstance(patched.chat.completions.create(response_model=wanted, **asked), wanted)
+
+        yield name.lower(), made
 
 
 def lm_eval(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
@@ -139,6 +232,8 @@ def lm_eval(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
         for (got, _), expected in zip(found, told["loglikelihoods"], strict=True):
             if abs(got - expected) > CLOSENESS:
                 raise AssertionError(f"loglikelihood {got} over HTTP, {expected} in process")
+        most = max(abs(got - expected) for (got, _), expected in zip(found, told["loglikelihoods"], strict=True))
+        print(f"{'lm-eval':18} loglikelihoods differ by at most {most:.2g} from those in process")
 
     yield "loglikelihood", lambda: loglikelihood(plain)
     yield "loglikelihood, side by side", lambda: loglikelihood(side_by_side)
@@ -151,6 +246,7 @@ def lm_eval(url: str, model: str, told: dict[str, Any]) -> Iterator[Check]:
 
 CLIENTS: dict[str, tuple[str, Callable[[str, str, dict[str, Any]], Iterator[Check]]]] = {
     "openai": ("openai", openai),
+    "anthropic": ("anthropic", anthropic),
     "litellm": ("litellm", litellm),
     "langchain-openai": ("langchain-openai", langchain),
     "instructor": ("instructor", instructor),

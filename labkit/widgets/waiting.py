@@ -28,6 +28,7 @@ MEANING = {
     "prefix pending": "another row was computing the prefix that it shares",
     "parent's prompt": "the prompt it is forked from was not computed",
 }
+MOST_LINES = 8  # of holds as text; the picture and the table have more
 MOST_OTHERS = 8  # of those it was behind, with a line of their own
 _DURATION = NAMES["Step"].index("duration") - 2  # a row begins after step and now
 
@@ -79,14 +80,15 @@ class WaitingStory(Shown):
     def __repr__(self) -> str:
         why = self.why
         lines = [f"{self.request} waited {plural(why.num_waited, 'step')}, {seconds(self.seconds)}; it is {why.status}"]
-        for hold in self.holds[:20]:
+        shown = len(self.holds) if len(self.holds) <= MOST_LINES else MOST_LINES - 2
+        for hold in self.holds[:shown]:
             steps = f"step {hold.first}" if hold.first == hold.last else f"steps {hold.first}-{hold.last}"
             whom = f", behind {hold.behind!r}" if hold.behind is not None else ""
             meaning = f": {MEANING[hold.limit]}" if hold.limit in MEANING else ""
             lines.append(f"  {steps} ({seconds((hold.end - hold.begin) / 1e9)}): {hold.limit}{whom}{meaning}")
-        if len(self.holds) > 20:
-            lines.append(f"  and {len(self.holds) - 20} more")
-        lines += [f"  {preemption!r}" for preemption in why.preemptions[:20]]
+        if shown < len(self.holds):
+            lines.append(f"  and {len(self.holds) - shown} more: see holds or frame()")
+        lines += [f"  {preemption!r}" for preemption in why.preemptions[:MOST_LINES]]
         if limits := why.limits():
             most = max(limits, key=lambda limit: limits[limit])
             lines.append(f"  most of it by {most}: {limits[most]} of {plural(why.num_waited, 'step')}")
@@ -94,7 +96,8 @@ class WaitingStory(Shown):
 
 
 def waiting(log: Any, request: Any) -> WaitingStory:
-    """Why this request waited: every hold with its limit, which request it was behind, and its preemptions.
+    """Why this request waited, for a reader: every hold with its limit, its time and the request it was behind, and a
+    picture. `log.why(id)` has the same waits as data, for loops and assertions.
 
     >>> lk.explain.waiting(engine, "r5")
     r5 waited 63 steps, 63 ms; it is finished

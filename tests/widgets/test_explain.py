@@ -47,6 +47,11 @@ def test_a_wait_is_told_in_words():
         "  most of it by rows: 10 of 10 steps",
     ]
     assert explain.waiting(eng, "c").behind == ["b"]
+    many = [eng.submit([i, 1, 3], params(2), id=f"m{i}") for i in range(20)]
+    run(eng)
+    told, data = repr(explain.waiting(eng, many[-1])).splitlines(), repr(eng.log.why(many[-1])).splitlines()
+    assert len(told) == 9 and told[-2] == "  and 13 more: see holds or frame()"
+    assert len(data) == 12 and data[-1] == "  and 9 more: see waits, preemptions or limits()"
     assert repr(explain.waiting(eng, a)) == "a waited 0 steps, 0 s; it is finished"
     assert "It never waited" in html_of(explain.waiting(eng, a))
     assert "every row was taken" in html_of(explain.waiting(eng, b))

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from labkit.core.events.types import Batch
 
+MOST_LINES = 12  # of a printed `Why`
+
 
 @dataclass(frozen=True)
 class Wait:
@@ -57,7 +59,7 @@ class Preemption:
 
 @dataclass(frozen=True)
 class Why(Shown):
-    """One request's waits and preemptions, in order."""
+    """One request's waits and preemptions, in order: the data behind `lk.explain.waiting`, which shows them."""
 
     request: str
     status: str
@@ -86,7 +88,10 @@ class Why(Shown):
         )
         parts: list[tuple[int, str]] = [(wait.first, repr(wait)) for wait in self.waits]
         parts += [(preemption.step, repr(preemption)) for preemption in self.preemptions]
-        return "\n".join([head, *(f"  {text}" for _, text in sorted(parts, key=lambda part: part[0]))])
+        texts = [text for _, text in sorted(parts, key=lambda part: part[0])]
+        if len(texts) > MOST_LINES:
+            texts[MOST_LINES - 2 :] = [f"and {len(texts) - MOST_LINES + 2} more: see waits, preemptions or limits()"]
+        return "\n".join([head, *(f"  {text}" for text in texts)])
 
 
 @dataclass
