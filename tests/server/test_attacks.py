@@ -18,6 +18,16 @@ from tests.server.talk import in_process, post, read_all, until
 
 ROOT = Path(__file__).parents[2]
 BODIES = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+TURNS = [{"role": "user", "content": "x"}]
+SCHEMAS = {  # of every route with a body, and a body that is right
+    "/v1/completions": ("CompletionRequest", {"prompt": "x"}),
+    "/v1/chat/completions": ("ChatRequest", {"messages": TURNS}),
+    "/v1/responses": ("ResponsesRequest", {"input": "x"}),
+    "/v1/embeddings": ("EmbeddingRequest", {"input": "x"}),
+    "/v1/messages": ("MessagesRequest", {"messages": TURNS, "max_tokens": 1}),
+    "/tokenize": ("TokenizeRequest", {"prompt": "x"}),
+    "/detokenize": ("DetokenizeRequest", {"tokens": [1]}),
+}
 
 
 # -- slow clients ----------------------------------------------------------------------------------------------------
@@ -196,26 +206,60 @@ def test_every_number_list_and_text_of_a_request_has_an_upper_bound(schemas):
     assert not missing
 
 
-@pytest.mark.parametrize("path", BODIES)
+def test_every_route_with_a_body_is_tried(http):
+    described = http.get("/openapi.json").json()["paths"]
+    bodies = {path for path, methods in described.items() if "requestBody" in methods.get("post", {})}
+    loading = {"/v1/load_model", "/v1/unload_model"}  # names and paths: see test_several.py
+    assert bodies - loading == {*SCHEMAS, "/v1/messages/count_tokens"}
+
+
+@pytest.mark.parametrize("path", SCHEMAS)
 def test_an_oversized_number_in_any_field_is_refused_by_name(http, schemas, path):
-    bodies = {"/v1/completions": "CompletionRequest", "/v1/chat/completions": "ChatRequest",
-              "/tokenize": "TokenizeRequest", "/detokenize": "DetokenizeRequest"}  # fmt: skip
-    right = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
-    fields = schemas[bodies[path]]["properties"]
-    tried = 0
-    for name, schema in fields.items():
+    name, right = SCHEMAS[path]
+    fields, tried = schemas[name]["properties"], 0
+    for field, schema in fields.items():
         kinds = {part.get("type") for part in schema.get("anyOf", [schema])}
         if not kinds & {"integer", "number"}:
             continue
         tried += 1
         for number in (10**30, -(10**30), 1e300):
-            body = {key: value for key, value in right.items() if key in fields} | {name: number}
-            if path == "/tokenize":
-                body.pop("messages")
-            answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
-            assert answer.status_code == 400, (name, number)
-            assert answer.json()["error"]["param"].split(".")[0] == name
-    assert tried >= {"/v1/completions": 15, "/v1/chat/completions": 15}.get(path, 0)
+            content = json.dumps({**right, field: number})
+            answer = http.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400, (field, number)
+            told = answer.json()["error"]
+            assert told["message"].startswith(field) and told.get("param", field).split(".")[0] == field
+    wanted = {"/v1/completions": 15, "/v1/chat/completions": 15, "/v1/responses": 15, "/v1/embeddings": 3,
+              "/v1/messages": 4, "/tokenize": 0, "/detokenize": 0}  # fmt: skip
+    assert tried >= wanted[path]
+
+
+@pytest.mark.parametrize("path", SCHEMAS)
+def test_no_error_shows_where_or_how_the_server_runs(http, path):
+    """Whatever a body is, the error names fields and bounds: no path, no address, no source line."""
+    right = SCHEMAS[path][1]
+    bodies = [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff",
+        b'{"a": ' * 5000,
+        json.dumps({**right, "model": "/etc/passwd"}),
+    ]
+    wrong = ({}, [[]], -1, "\0", [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}])
+    fields = (*right, "stop", "n", "stream", "response_format")
+    bodies += [json.dumps({**right, field: value}) for field in fields for value in wrong]
+    seen = 0
+    for body in bodies:
+        answer = http.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (200, 400, 404), (body, answer.text)
+        if answer.status_code == 200:
+            continue
+        seen += 1
+        message = answer.json()["error"]["message"].replace("/etc/passwd", "")  # the client's own words
+        assert not re.search(r"0x[0-9a-f]{4,}|\.py\b|Traceback|line \d+, in|site-packages|(/\w+){2,}", message), message
+    assert seen >= 8
 
 
 # -- what must never happen ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import socket
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ from labkit.core.request import Status
 from labkit.server.app import make_app
 from labkit.server.service import Service
 from labkit.server.settings import Settings
-from tests.server.talk import events, gated, in_process, post, read_all, until
+from tests.server.talk import Gate, events, gated, in_process, post, read_all, until
 
 PROMPT = list(range(40))  # three steps of prefill with a budget of 16
 
@@ -50,8 +51,6 @@ PHASES = {"queued": 1, "prefill": 1, "decode": 5, "last step": 7}  # steps befor
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_client_that_leaves_takes_its_request_along(phase, stream):
-    from tests.server.talk import Gate
-
     gate = Gate()
     engine = gated(gate, max_num_seqs=1)
     with lk.serve(engine, shutdown_timeout=0.0) as server:
@@ -79,9 +78,45 @@ def test_a_client_that_leaves_takes_its_request_along(phase, stream):
     engine.close()
 
 
-def test_a_full_queue_is_answered_before_anything_else():
-    from tests.server.talk import Gate
+class Chatting(lk.ByteTokenizer):
+    def chat_text(self, messages, **more):
+        return "".join(message["content"] for message in messages)
 
+
+TURNS = {"messages": [{"role": "user", "content": "x" * 40}]}
+ROUTES = {
+    "/v1/chat/completions": {**TURNS, "max_tokens": 6},
+    "/v1/messages": {**TURNS, "max_tokens": 6},
+    "/v1/responses": {"input": "x" * 40, "max_output_tokens": 6},
+    "/v1/completions": {"prompt": ["x" * 40, "y" * 40], "max_tokens": 6, "n": 2},
+    "/invocations": {**TURNS, "max_tokens": 6},
+}
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("path", ROUTES)
+def test_a_client_that_leaves_any_route_takes_its_requests_along(path, stream):
+    gate = Gate(vocab_size=256)
+    engine = gated(gate)
+    engine.tokenizer = Chatting()
+    with lk.serve(engine, shutdown_timeout=0.0) as server:
+        for steps in (1, 4):  # in the midst of the prompt, and of the answer
+            client = post(server.port, path, {**ROUTES[path], "stream": stream, "ignore_eos": True})
+            until(lambda: server.num_open == 1 and engine.scheduler.num_running > 0)
+            gate.let(steps)
+            until(lambda: gate.num_begun > gate.num_steps)
+            asked = list(engine.scheduler.requests.values())
+            client.close()
+            until(lambda: server.num_open == 0)
+            gate.let(1)
+            until(lambda asked=asked: all(request.ended for request in asked))
+            assert {request.status for request in asked} == {Status.ABORTED}
+            at_baseline(engine, server)
+    gate.release()
+    engine.close()
+
+
+def test_a_full_queue_is_answered_before_anything_else():
     gate = Gate()
     engine = gated(gate, max_num_seqs=1)
     with lk.serve(engine, max_waiting=2, shutdown_timeout=0.0) as server:
@@ -106,8 +141,6 @@ def test_a_full_queue_is_answered_before_anything_else():
 
 
 def test_a_queue_bound_of_the_engine_is_a_503_too():
-    from tests.server.talk import Gate
-
     gate = Gate()
     engine = gated(gate, max_num_seqs=1, max_waiting=1)
     with lk.serve(engine, shutdown_timeout=0.0) as server:
@@ -151,8 +184,14 @@ def test_a_slow_reader_gets_several_tokens_at_once_and_keeps_little():
     with lk.serve(engine, shutdown_timeout=5.0) as server:
         body = {"n": 64, "max_tokens": 200, "stream": True, "temperature": 1.0, "seed": 1}
         slow = ask(server, **body)
+        until(lambda: server.num_open == 1)
+        (connection,) = server._serving.server_state.connections
+        kernels = connection.transport.get_extra_info("socket")
+        kernels.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # otherwise the kernel keeps megabytes
         until(lambda: engine.scheduler.step > 50)
         until(lambda: not engine.scheduler.has_work, 30)  # the engine does not wait for the reader
+        waiting = connection.transport.get_write_buffer_size()
+        assert 0 < waiting < 2**18, "what the client does not read fills the server"
         text = read_all(slow).decode()
         slow.close()
         found = events(text)
