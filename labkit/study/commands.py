@@ -53,7 +53,7 @@ def _add_trace(parser: argparse.ArgumentParser) -> None:
 
 
 def run_study(args: argparse.Namespace) -> int:
-    from labkit.study.prefix_study import prefix
+    from labkit.study.caches.prefix import prefix
 
     study = prefix(_trace(args), _capacities(args.capacity), args.policy.split(","), hold=args.hold)
     _write(args.json, study.rows)
@@ -64,8 +64,8 @@ def run_study(args: argparse.Namespace) -> int:
 
 
 def run_trace(args: argparse.Namespace) -> int:
-    from labkit.study.formats import write_trace
-    from labkit.study.summary import describe
+    from labkit.study.traces.formats import write_trace
+    from labkit.study.traces.summary import describe
 
     if args.kind == "convert":
         trace = _trace(args)
@@ -81,7 +81,7 @@ def run_trace(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> Any:
-    from labkit.study.formats import read_trace
+    from labkit.study.traces.formats import read_trace
 
     errors = "skip" if args.skip_errors else "raise"
     trace = read_trace(args.trace, args.format, block_size=args.block_size, errors=errors)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import IO
 
-from labkit.study.trace import Trace
+from labkit.study.traces.trace import Trace
 
 NEVER = float(2**62)
 CHUNK = 1 << 18  # entries that are read at once
@@ -18,7 +18,7 @@ CHUNK = 1 << 18  # entries that are read at once
 class Future:
     """For every request of a trace, in order, the index of the request that uses each of its blocks next.
 
-    >>> from labkit.study.trace import TraceRequest
+    >>> from labkit.study.traces.trace import TraceRequest
     >>> requests = [TraceRequest(0.0, 20, 1, (7, 8)), TraceRequest(1.0, 20, 1, (7, 9))]
     >>> with Future(Trace.of(requests, block_size=16)) as future:
     ...     [list(next_use) for next_use in future] == [[1, NEVER], [NEVER, NEVER]]

@@ -7,7 +7,7 @@ from array import array
 import pytest
 
 import labkit as lk
-from labkit.study.readers import json_array
+from labkit.study.traces.readers import json_array
 
 
 @pytest.fixture

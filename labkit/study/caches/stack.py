@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.study.trace import Columns
+from labkit.study.traces.trace import Columns
 
 IDLE_BINS = 32  # bin b > 0: idle for 2**(b - 11) to 2**(b - 10) seconds
 HEAT = (40, 24)  # powers of two of the distance, of the depth

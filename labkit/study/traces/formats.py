@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from labkit.core.options import choose
-from labkit.study import readers
-from labkit.study.columns import ColumnTrace, write_columns
-from labkit.study.readers import NAMES, Parsed, Parser, csv_lines, json_lines
-from labkit.study.trace import Trace, TraceRequest
+from labkit.study.traces import readers
+from labkit.study.traces.columns import ColumnTrace, write_columns
+from labkit.study.traces.readers import NAMES, Parsed, Parser, csv_lines, json_lines
+from labkit.study.traces.trace import Trace, TraceRequest
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def write_trace(trace: Trace, path: str | PathLike[str], format: str = "labkit")
     """Write a trace to a file: "labkit" is JSON lines, "columns" the same in arrays, read much faster, "mooncake" its
     four fields.
 
-    >>> from labkit.study.trace import TraceRequest
+    >>> from labkit.study.traces.trace import TraceRequest
     >>> trace = Trace.of([TraceRequest(0.5, 20, 3, (1, 2), session="a")], block_size=16)
     >>> write_trace(trace, "saved.jsonl")
     Written(saved.jsonl: 1 requests)

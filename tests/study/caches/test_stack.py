@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import labkit as lk
-from labkit.study.stack import PythonStack, Stack, idle_bin, idle_bins, new_stack
-from tests.study.test_prefix_study import tree_trace
+from labkit.study.caches.stack import PythonStack, Stack, idle_bin, idle_bins, new_stack
+from tests.study.caches.test_prefix import tree_trace
 
 needs_compiler = pytest.mark.skipif(not shutil.which("c++") and not shutil.which("g++"), reason="no C++ compiler")
 
@@ -54,7 +54,7 @@ def test_memory_follows_the_history_and_not_the_trace():
 def test_without_a_compiler_the_table_is_the_same(monkeypatch):
     trace = lk.study.Trace.of(tree_trace(1), block_size=16)
     expected = lk.study.prefix(trace, [5, 50]).rows
-    monkeypatch.setattr("labkit.study.stack._library", lambda: None)
+    monkeypatch.setattr("labkit.study.caches.stack._library", lambda: None)
     for row, other in zip(lk.study.prefix(trace, [5, 50]).rows, expected, strict=True):
         assert row == pytest.approx(other, nan_ok=True)
 

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from labkit.core.blocks.eviction import EVICTION_POLICIES, EvictionPolicy, Function
 from labkit.core.options import choose
-from labkit.study.foresight import Clairvoyant, LengthAware
-from labkit.study.formats import read_trace
-from labkit.study.future import Future
-from labkit.study.prefix_result import PrefixStudy
-from labkit.study.replay import Replay
+from labkit.study.caches.foresight import Clairvoyant, LengthAware
+from labkit.study.caches.future import Future
+from labkit.study.caches.replay import Replay
+from labkit.study.caches.result import PrefixStudy
+from labkit.study.caches.stack import IDLE_BINS, Distances, idle_bins, new_stack
+from labkit.study.caches.tally import Tally
 from labkit.study.shapes import ModelShape
-from labkit.study.stack import IDLE_BINS, Distances, idle_bins, new_stack
-from labkit.study.tally import Tally
-from labkit.study.trace import Columns, Trace
+from labkit.study.traces.formats import read_trace
+from labkit.study.traces.trace import Columns, Trace
 
 POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     **EVICTION_POLICIES,
@@ -52,7 +52,7 @@ def prefix(
     All caches of "lru" are computed together from stack distances, and equal `lk.LRU()` exactly. With a `model` (a
     Hugging Face config or a `ModelShape`) the table has the prefill operations that hits save.
 
-    >>> from labkit.study.trace import Trace, TraceRequest
+    >>> from labkit.study.traces.trace import Trace, TraceRequest
     >>> chat = [TraceRequest(float(i), 16 * (i % 4 + 1), 8, range(i % 4 + 1)) for i in range(8)]
     >>> study = prefix(Trace.of(chat, block_size=16), capacities=[2, 4], policies=["lru", "clairvoyant"])
     >>> study

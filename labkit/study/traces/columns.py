@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.study.trace import BadRequestError, Columns, Trace, TraceRequest, session_numbers
+from labkit.study.traces.trace import BadRequestError, Columns, Trace, TraceRequest, session_numbers
 
 VERSION = 1
 NAMES = ("id", "session", "tenant", "parent", "kind", "think")

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import IO, Any
 
-from labkit.study.hashing import token_hashes
-from labkit.study.trace import BadRequestError, TraceRequest
+from labkit.study.traces.hashing import token_hashes
+from labkit.study.traces.trace import BadRequestError, TraceRequest
 
 Row = Mapping[str, Any]
 Parser = Callable[[Row], "TraceRequest | None"]  # None: a line that is no request

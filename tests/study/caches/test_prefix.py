@@ -9,8 +9,8 @@ import pytest
 
 import labkit as lk
 from labkit.core.blocks.eviction import EVICTION_POLICIES
-from labkit.study.prefix_study import POLICIES
-from labkit.study.replay import Replay
+from labkit.study.caches.prefix import POLICIES
+from labkit.study.caches.replay import Replay
 
 NEVER = float("inf")
 

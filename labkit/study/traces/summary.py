@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from labkit.study.trace import Trace
+from labkit.study.traces.trace import Trace
 from labkit.widgets import style
 
 MOST_NAMES = 1000  # kinds and tenants that are told apart
@@ -85,7 +85,7 @@ class Summary:
 def describe(trace: Trace) -> Summary:
     """The requests of a trace in numbers, from one pass over it.
 
-    >>> from labkit.study.trace import TraceRequest
+    >>> from labkit.study.traces.trace import TraceRequest
     >>> describe(Trace.of([TraceRequest(float(i), 100, 10) for i in range(61)]))
     Summary(requests: 61 requests in 60 s)
     """

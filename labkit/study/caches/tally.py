@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.study.caches.stack import CROSS, SESSION, SYSTEM
 from labkit.study.shapes import ModelShape
-from labkit.study.stack import CROSS, SESSION, SYSTEM
-from labkit.study.trace import Columns
+from labkit.study.traces.trace import Columns
 
 CAUSES = {"system_prompt": SYSTEM, "session": SESSION, "cross_user": CROSS}
 MOST_TENANTS = 1000  # that are told apart; the others are counted together

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 import labkit.study.tables as tables
 from labkit.core.options import closest
-from labkit.study.stack import Distances
-from labkit.study.trace import Excluded
+from labkit.study.caches.stack import Distances
+from labkit.study.traces.trace import Excluded
 from labkit.widgets import charts, style
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 from labkit.core.events.types import Batch, read
 from labkit.core.request import Request
 from labkit.engine.engine import Engine
-from labkit.study.hashing import token_hashes
-from labkit.study.trace import Trace, TraceRequest
+from labkit.study.traces.hashing import token_hashes
+from labkit.study.traces.trace import Trace, TraceRequest
 
 
 def record(engine: Engine) -> Recording:

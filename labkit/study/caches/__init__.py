@@ -1,0 +1,1 @@
+"""Cache studies: traces replayed through prefix caches of many sizes and policies."""

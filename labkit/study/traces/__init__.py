@@ -1,0 +1,1 @@
+"""Traces: requests as they arrived somewhere; files of them, recordings, generators."""
