@@ -99,21 +99,25 @@ class S3FIFO(Shown):
     def evict(self, n: int) -> list[int]:
         evicted: list[int] = []
         gone: dict[int, int] = {}
-        passed = 0  # candidates skipped in a row because of their children
+        passed = {True: 0, False: 0}  # from small?, blocks skipped in a row because of their children
         while len(evicted) < n:
-            from_small = bool(self._small) and (len(self._small) > self.share * len(self) or not self._main)
+            small, main = len(self._small), len(self._main)
+            from_small = bool(small) and (small > self.share * (small + main) or not main)
+            spent = {True: passed[True] >= small, False: passed[False] >= main}
+            if spent[from_small] and not spent[not from_small]:
+                from_small = not from_small
             queue = self._small if from_small else self._main
             block, _ = queue.popitem(last=False)
-            if self.cache.children[block] > gone.get(block, 0) and passed <= len(self):
+            if self.cache.children[block] > gone.get(block, 0) and not spent[from_small]:
                 queue[block] = None
-                passed += 1
+                passed[from_small] += 1
                 continue
             if self._credit(block) > 0:
                 self._spent[block] = self._spent.get(block, 0) + 1
                 self._in_main.add(block)
                 self._main[block] = None
                 continue
-            passed = 0
+            passed = {True: 0, False: 0}
             if from_small:
                 self._ghosts[self.cache.hash_of(block)] = None
                 if len(self._ghosts) > self.cache.num_blocks:

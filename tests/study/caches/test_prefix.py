@@ -84,6 +84,8 @@ def test_every_policy_keeps_the_laws_of_the_cache_after_every_request(name):
         for request, use in zip(requests, uses, strict=True):
             replay.add(request.hashes, request.arrival, use)
             replay.check()
+            cache = replay.cache
+            assert all(cache.depth_of[block] == 0 or cache.has_parent(block) for block in cache.block_of.values())
         assert replay.num_evicted
 
 
@@ -95,6 +97,7 @@ def test_with_hold_every_policy_hits_what_a_block_manager_hits(name):
     requests = tree_trace(seed, num=200, width=4)
     blocks = lk.BlockManager(num_blocks=31, block_size=2, eviction=EVICTION_POLICIES[name]())  # one for the last token
     replay = Replay(EVICTION_POLICIES[name](), 30, hold=True)
+    replay.cache.num_blocks = 31  # the policy sizes its queues by the pool
     for i, request in enumerate(requests):
         before = blocks.num_hit_tokens
         tokens = [t for digest in request.hashes for t in (digest, 0)]
