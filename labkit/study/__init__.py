@@ -19,6 +19,7 @@ _HOME = {
     "TraceRequest": "traces.trace",
     "prefix": "caches.prefix",
     "describe": "traces.summary",
+    "to_workload": "traces.serving",
     "read_trace": "traces.formats",
     "record": "traces.recording",
     "write_trace": "traces.formats",
@@ -29,7 +30,7 @@ _HOME = {
     "View": "clusters.view",
     "cluster": "clusters.compare",
 }
-_MODULES = {"routers": "clusters.routers"}
+_MODULES = {"generate": "traces.generate", "routers": "clusters.routers"}
 
 __all__ = sorted([*_HOME, *_MODULES])
 

@@ -1,9 +1,10 @@
-"""Workloads for comparing settings: shared prefixes, conversations, bursts, two classes of requests. Everything is
-drawn from a seed; prompts are random token ids below `vocab_size`."""
+"""Workloads for comparing settings: shared prefixes, conversations, agents, bursts, two classes of requests. Everything
+is drawn from a seed; prompts are random token ids below `vocab_size`."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +22,12 @@ from labkit.bench.workload import (
     trace,
 )
 from labkit.core.options import real, whole
+from labkit.study.traces import generate
+from labkit.study.traces.serving import to_workload
 
 __all__ = [
-    "Ask", "Workload", "arriving", "bursty", "chats", "load", "mixed", "poisson", "shared_prefixes", "sharegpt",
-    "trace", "two_classes",
+    "Ask", "Workload", "agents", "arriving", "bursty", "chats", "few_shot", "load", "mixed", "poisson",
+    "prefix_repetition", "rag", "shared_prefixes", "sharegpt", "trace", "two_classes",
 ]  # fmt: skip
 
 VOCAB = 1000  # every model has that many tokens
@@ -165,6 +168,49 @@ def two_classes(
         asks.append(Ask(_drawn(rng, prompt, vocab_size), length, priority=int(not is_urgent)))
     made = arriving(Workload("two classes", tuple(asks)), rate, seed=seed)
     return replace(made, name=f"{urgent:.0%} urgent, {rate:g}/s")
+
+
+@seeded
+def prefix_repetition(num: int = 200, *, vocab_size: int = VOCAB, seed: int = 0, **options: Any) -> Workload:
+    """Every one of `prefixes` prefixes equally often, with suffixes of one length, as in vLLM's benchmark. Options are
+    those of `lk.study.generate.prefix_repetition`.
+
+    >>> prefix_repetition(100, prefixes=4)
+    Workload(4 repeated prefixes, 4/s: 100 requests, 51,200 prompt + 12,800 output tokens)
+    """
+    made = generate.prefix_repetition(num, vocab_size=vocab_size, seed=seed, **options)
+    return to_workload(made, vocab_size=vocab_size)
+
+
+@seeded
+def few_shot(num: int = 200, *, vocab_size: int = VOCAB, seed: int = 0, **options: Any) -> Workload:
+    """Tasks with examples, of which a request takes the first few. Options are those of `lk.study.generate.few_shot`.
+
+    >>> few_shot(50, tasks=3)
+    Workload(few-shot, 3 tasks, 4/s: 50 requests, 24,723 prompt + 384 output tokens)
+    """
+    return to_workload(generate.few_shot(num, vocab_size=vocab_size, seed=seed, **options), vocab_size=vocab_size)
+
+
+@seeded
+def rag(num: int = 200, *, vocab_size: int = VOCAB, seed: int = 0, **options: Any) -> Workload:
+    """Prompts with retrieved documents. Options are those of `lk.study.generate.rag`.
+
+    >>> rag(20, documents=50, retrieved=2)
+    Workload(RAG over 50 documents, 4/s: 20 requests, 16,268 prompt + 1,591 output tokens)
+    """
+    return to_workload(generate.rag(num, vocab_size=vocab_size, seed=seed, **options), vocab_size=vocab_size)
+
+
+@seeded
+def agents(num: int = 20, *, vocab_size: int = VOCAB, seed: int = 0, **options: Any) -> Workload:
+    """Agents whose steps wait for answers and tools, and which start sub-agents. Options are those of
+    `lk.study.generate.agents`.
+
+    >>> agents(5)
+    Workload(5 agents, 0.5/s: 31 requests, 13,180 prompt + 2,258 output tokens)
+    """
+    return to_workload(generate.agents(num, vocab_size=vocab_size, seed=seed, **options), vocab_size=vocab_size)
 
 
 def mixed(*workloads: Workload) -> Workload:

@@ -10,12 +10,21 @@ import labkit as lk
 from labkit.bench import workload as files
 from labkit.bench.picture import shared
 
+
+def few_agents(num, **options):
+    return lk.workloads.agents(num // 10, tools=64, **options)
+
+
 MAKERS = [
     lk.workloads.shared_prefixes,
     lk.workloads.chats,
     lk.workloads.poisson,
     lk.workloads.bursty,
     lk.workloads.two_classes,
+    lk.workloads.prefix_repetition,
+    lk.workloads.few_shot,
+    lk.workloads.rag,
+    few_agents,
 ]
 
 
