@@ -30,7 +30,7 @@ def test_one_seed_gives_one_trace_on_every_pass_and_another_seed_another(maker):
 
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
 def test_token_ids_share_what_the_hashes_share(maker):
-    trace = maker(12, seed=1, block_size=8, vocab_size=50_000)
+    trace = maker(24, seed=1, block_size=8, vocab_size=50_000)
     one, other = {}, {}
     for request in trace:
         assert len(request.tokens) == request.num_prompt and 0 <= min(request.tokens) <= max(request.tokens) < 50_000
