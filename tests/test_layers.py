@@ -72,6 +72,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
         "huggingface_hub",
         "prometheus_client",
         "opentelemetry",
+        "labkit_kernels",
     },  # fmt: skip,
     "cli": {"labkit_kernels"},
     "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},

@@ -91,10 +91,9 @@ class Guard:
         headers = dict(scope["headers"])
         known = self.admin_hashes if self.admin_hashes and scope["path"] in self.admin else self.hashes
         if known and scope["path"] not in self.open:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            given = hash_of(key.strip())
+            given = hash_of(_key(headers))
             fits = [hmac.compare_digest(given, one) for one in known]  # all, so that it takes equally long
-            if scheme.lower() != b"bearer" or not any(fits):
+            if not any(fits):
                 raise ApiError("send the server's API key: Authorization: Bearer KEY", status=401)
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.service.settings.max_body:
@@ -134,3 +133,9 @@ class Guard:
         if "outcome" in state:
             told.append(state["outcome"])
         log.info(" ".join(told))
+
+
+def _key(headers: Mapping[bytes, bytes]) -> bytes:
+    """The key as OpenAI's clients send it, or as Anthropic's do."""
+    scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"").strip()

@@ -93,6 +93,9 @@ def test_every_route_needs_a_key_but_two(locked):
                 assert (status == 401) == (path not in OPEN), (method, path)
         for key in ("first", "second"):
             assert http.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+            assert http.get("/v1/models", headers={"x-api-key": key}).status_code == 200
+        for value in ("third", "Bearer first", ""):
+            assert http.get("/v1/models", headers={"x-api-key": value}).status_code == 401, value
         for value in ("Bearer third", "Bearer", "first", "Basic first", "Bearer first second", ""):
             assert http.get("/v1/models", headers={"Authorization": value}).status_code == 401, value
 
