@@ -8,6 +8,7 @@ import sys
 from labkit.bench import commands as bench_commands
 from labkit.core.version import __version__
 from labkit.study import commands as study_commands
+from labkit.study import commands_sim
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,6 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure engines, kernels and the scheduler")
     bench_commands.add(bench)
 
+    commands_sim.add(commands.add_parser("sim", help="simulate serving a workload or a trace on a named machine"))
     study_commands.add_study(commands.add_parser("study", help="replay a trace under a grid of settings"))
     study_commands.add_trace(commands.add_parser("trace", help="describe or convert a trace of requests"))
 
@@ -64,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     run = {
         "demo": _demo,
         "bench": bench_commands.run,
+        "sim": commands_sim.run,
         "study": study_commands.run_study,
         "trace": study_commands.run_trace,
         "kernels": _kernels,

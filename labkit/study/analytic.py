@@ -4,7 +4,7 @@ communication. Nothing is fitted; `Efficiency` states every factor."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from labkit.study.shapes import BYTES, ModelShape
 
 SMALL = 4  # kernels of a layer: two norms, rope and store, activation
 KERNELS = 4 + SMALL + 1  # with the products qkv, output, gate and up, down; and attention
+MOST_SEEN = 4096  # sizes of steps whose time is remembered
 LOGIT_BYTES = 10  # a logit: written in 16 bits, read, written in 32, read by the sampler
 
 
@@ -43,7 +44,10 @@ class AnalyticCost:
     efficiency: Efficiency = field(default_factory=Efficiency)
     block_size: int = 16
 
+    _seen: ClassVar[dict[tuple[Any, Any], float]]
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_seen", {})
         whole("tp", self.tp, least=1)
         whole("pp", self.pp, least=1, most=self.model.num_layers)
         whole("block_size", self.block_size, least=1)
@@ -102,12 +106,43 @@ class AnalyticCost:
     def seconds(self, work: StepWork) -> Any:
         """Of a step; an array for arrays. A step with prefills takes at least as long as the host launches kernels."""
         e = self.efficiency
-        device: Any = 0.0
-        for part in self.parts(work).values():
-            device = device + part
-        eager = e.eager_launch * (self.model.num_layers * KERNELS + e.kernels_beside)
-        total = np.maximum(device, np.where(np.asarray(work.prefill) > 0, eager, 0.0)) + e.step + e.join * work.joins
+        fixed = self._fixed(work.tokens, work.sampled)
+        share = 1 / self.pp
+        device = fixed + self.model.num_layers * (
+            self._decode_attention(work.context * share, work.decodes * share)
+            + self._prefill_attention(work.prefill_context * share, work.prefill * share, work.pairs * share)
+        )
+        if np.any(work.moved):
+            device = device + self._moved(work.moved)
+        if np.ndim(work.prefill) or np.ndim(device):
+            device = np.maximum(device, np.where(np.asarray(work.prefill) > 0, self._eager, 0.0))
+        elif work.prefill:
+            device = max(device, self._eager)
+        total = device + (e.step + e.join * work.joins)
         return total if np.ndim(total) else float(total)
+
+    @property
+    def _eager(self) -> float:
+        """Seconds in which the host launches the kernels of a step."""
+        e = self.efficiency
+        return e.eager_launch * (self.model.num_layers * KERNELS + e.kernels_beside)
+
+    def _fixed(self, tokens: Any, sampled: Any) -> Any:
+        """Everything that does not depend on the context; few sizes occur, and often."""
+        if np.ndim(tokens) or np.ndim(sampled):
+            return self._beside_attention(tokens, sampled)
+        found = self._seen.get((tokens, sampled))
+        if found is None:
+            if len(self._seen) > MOST_SEEN:
+                self._seen.clear()
+            found = self._seen[tokens, sampled] = float(self._beside_attention(tokens, sampled))
+        return found
+
+    def _beside_attention(self, tokens: Any, sampled: Any) -> Any:
+        work = StepWork(decodes=tokens, sampled=sampled)
+        return sum(part for name, part in self.parts(work).items() if "attention" not in name) + (
+            self.model.num_layers * self.efficiency.attention_kernel
+        )
 
     def parts(self, work: StepWork) -> dict[str, Any]:
         """The device's seconds by kind of work.
@@ -116,16 +151,18 @@ class AnalyticCost:
         >>> max(parts, key=parts.get)
         'decode attention'
         """
-        e, layers = self.efficiency, self.model.num_layers
-        batch = work if self.pp == 1 else StepWork(*(field / self.pp for field in work))  # what a stage gets at once
+        e, layers, share = self.efficiency, self.model.num_layers, 1 / self.pp
+        tokens, sampled = work.tokens * share, work.sampled * share  # what a stage gets at once
+        decode = self._decode_attention(work.context * share, work.decodes * share)
+        prefill = self._prefill_attention(work.prefill_context * share, work.prefill * share, work.pairs * share)
         return {
-            "products": layers * self._products(batch),
-            "decode attention": layers * (e.attention_kernel + self._decode_attention(batch)),
-            "prefill attention": layers * self._prefill_attention(batch),
-            "small kernels": layers * self._small(batch) + e.kernels_beside * e.small_kernel,
-            "head": self.pp * self._head(batch),  # the last stage is the slowest: it holds up each batch
-            "communication": self._communication(batch),
-            "moved blocks": self._moved(work),
+            "products": layers * self._products(tokens),
+            "decode attention": layers * (e.attention_kernel + decode),
+            "prefill attention": layers * prefill,
+            "small kernels": layers * self._small(tokens) + e.kernels_beside * e.small_kernel,
+            "head": self.pp * self._head(sampled),  # the last stage is the slowest: it holds up each batch
+            "communication": self._communication(tokens),
+            "moved blocks": self._moved(work.moved),
         }
 
     @property
@@ -138,8 +175,8 @@ class AnalyticCost:
         computed = 2 * weights * tokens / (self.machine.peak(dtype) * self.efficiency.products)
         return self.efficiency.product_kernel + np.sqrt(moved * moved + computed * computed)
 
-    def _products(self, work: StepWork) -> Any:
-        m, tokens = self.model, work.tokens
+    def _products(self, tokens: Any) -> Any:
+        m = self.model
         hidden, heads, inner = m.hidden_size, self._query_width, m.intermediate_size / self.tp
         qkv, up = heads + 2 * self._key_width, (2 if m.gated else 1) * inner
         experts, routed = self._experts_read(tokens), tokens * m.num_mlps
@@ -173,45 +210,48 @@ class AnalyticCost:
         """Keys and values of a token in one layer on one machine."""
         return 2 * self._key_width * BYTES[self.model.kv_dtype]
 
-    def _decode_attention(self, work: StepWork) -> Any:
+    def _decode_attention(self, context: Any, decodes: Any) -> Any:
         e = self.efficiency
         share = e.decode_attention if self.model.head_size >= 128 else e.narrow_attention
-        moved = self._kv_bytes * (work.context + work.decodes) / (self._rate * share)
-        return np.maximum(moved, self._attention_flops(work.context))
+        return _larger(self._kv_bytes * (context + decodes) / (self._rate * share), self._attention_flops(context))
 
-    def _prefill_attention(self, work: StepWork) -> Any:
-        moved = self._kv_bytes * (work.prefill_context + work.prefill) / self._rate
-        return np.maximum(moved, self._attention_flops(work.pairs))
+    def _prefill_attention(self, context: Any, tokens: Any, pairs: Any) -> Any:
+        return _larger(self._kv_bytes * (context + tokens) / self._rate, self._attention_flops(pairs))
 
     def _attention_flops(self, pairs: Any) -> Any:
         """Seconds of the products of `pairs` of a query and a key; keys and values are 16 bits wide by then."""
         return 4 * self._query_width * pairs / (self.machine.peak("bfloat16") * self.efficiency.prefill_attention)
 
-    def _small(self, work: StepWork) -> Any:
+    def _small(self, tokens: Any) -> Any:
         """Norms with residuals, rope and store, activation: numbers of 16 bits, read and written."""
         m = self.model
         numbers = 8 * m.hidden_size + 2 * (self._query_width + 2 * self._key_width)
         numbers += 3 * m.intermediate_size / self.tp * m.num_mlps
-        moved = 2 * numbers * work.tokens / self._rate
+        moved = 2 * numbers * tokens / self._rate
         return np.sqrt((SMALL * self.efficiency.small_kernel) ** 2 + moved * moved)
 
-    def _head(self, work: StepWork) -> Any:
-        m, rows, vocab = self.model, work.sampled, self.model.vocab_size / self.tp
+    def _head(self, rows: Any) -> Any:
+        m, vocab = self.model, self.model.vocab_size / self.tp
         dtype = m.dtype if BYTES[m.dtype] >= 2 else "bfloat16"  # it keeps 16 bits where layers have fewer
         product = self._product(rows, m.hidden_size * vocab, m.hidden_size, dtype)
         drawn = LOGIT_BYTES * vocab * rows / (self.machine.bandwidth * self.efficiency.logits)
         return np.where(np.asarray(rows) > 0, product + drawn, 0.0)
 
-    def _communication(self, work: StepWork) -> Any:
+    def _communication(self, tokens: Any) -> Any:
         """Two all-reduces a layer; between stages, one transfer."""
         m, tp, latency = self.model, self.tp, self.machine.link_latency
         if tp * self.pp == 1:
             return 0.0
-        moved = 2 * m.hidden_size * work.tokens / (self.machine.link * self.efficiency.link)
+        moved = 2 * m.hidden_size * tokens / (self.machine.link * self.efficiency.link)
         reduces = 2 * m.num_layers * (2 * latency + 2 * (tp - 1) / tp * moved) if tp > 1 else 0.0
         return reduces + (self.pp * (latency + moved) if self.pp > 1 else 0.0)
 
-    def _moved(self, work: StepWork) -> Any:
+    def _moved(self, blocks: Any) -> Any:
         """Blocks to or from host memory, each machine its own share."""
-        moved = work.moved * self.block_size * self.model.kv_bytes / (self.tp * self.pp)
+        moved = blocks * self.block_size * self.model.kv_bytes / (self.tp * self.pp)
         return moved / self.machine.host_link if self.machine.host_link else 2 * moved / self._rate
+
+
+def _larger(a: Any, b: Any) -> Any:
+    """Of each pair, where one is an array; numpy takes long for two numbers."""
+    return np.maximum(a, b) if isinstance(a, np.ndarray) or isinstance(b, np.ndarray) else max(a, b)

@@ -30,6 +30,8 @@ class EventLog(Shown):
     Running summaries include trimmed events, so `why` still works for requests that have not ended.
     """
 
+    records = True
+
     def __init__(self, keep: int | None = 200_000) -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be a positive whole number or None, got {keep!r}")
@@ -240,3 +242,30 @@ def _read_header(line: str) -> int:
     except (KeyError, TypeError, ValueError):
         pass
     raise ValueError("this is not a labkit event log: its first line is no log header")
+
+
+class NoLog(EventLog):
+    """Keeps nothing and tells nobody, so that long simulations spend no time on events."""
+
+    records = False
+
+    def __init__(self) -> None:
+        super().__init__(keep=1)
+        self.add = _ignore
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.add = _ignore
+
+    def __repr__(self) -> str:
+        return "NoLog()"
+
+    def flush(self, step: int, now: int, row: tuple[int, ...] | None = None) -> None:
+        pass
+
+    def subscribe(self, subscriber: Subscriber) -> Callable[[], None]:
+        raise ValueError("a NoLog has no events to subscribe to: use an EventLog")
+
+
+def _ignore(event: tuple[Any, ...]) -> None:
+    pass

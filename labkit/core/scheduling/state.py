@@ -92,7 +92,8 @@ class SchedulerState:
         self.warnings: list[str] = []  # of functions that failed in the middle of a step, for the next one to give
         self.leaves: list[int] = []  # rows given up since the last plan
         self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
-        blocks.emit = blocks.prefix.emit = self._emit
+        blocks.emit = self._emit
+        blocks.prefix.emit = self._emit if log.records else None
 
     def _emit(self, event: tuple[Any, ...]) -> None:
         self.log.add(event)
