@@ -19,7 +19,7 @@ COLUMNS = (
     "request", "arrival", "waited", "ttft", "tpot", "e2e", "num_prompt", "num_cached", "num_output", "preemptions"
 )  # fmt: skip
 WHOLE = frozenset(("request", "num_prompt", "num_cached", "num_output", "preemptions"))
-CHUNK = 4096  # rows written at once
+CHUNK = 256  # rows written at once
 
 
 class Histogram:
