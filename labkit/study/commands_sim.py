@@ -79,7 +79,7 @@ def _source(args: argparse.Namespace) -> Any:
         return make(args.num, rate=args.rate, seed=args.seed)
     if _is_workload(args.trace):
         return workloads.load(args.trace)
-    from labkit.study.formats import read_trace
+    from labkit.study.traces.formats import read_trace
 
     trace = read_trace(args.trace, **({"format": args.format} if args.format else {}))
     return trace.first(args.first) if args.first else trace

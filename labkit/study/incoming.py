@@ -12,7 +12,7 @@ import numpy as np
 from labkit.bench.workload import Ask, Workload
 from labkit.core.blocks.tables import Tokens
 from labkit.core.request import Request
-from labkit.study.trace import Trace, TraceRequest
+from labkit.study.traces.trace import Trace, TraceRequest
 
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB), np.uint64(0x9E3779B97F4A7C15))
 

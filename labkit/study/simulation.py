@@ -28,7 +28,7 @@ from labkit.study.machines import Efficiency
 from labkit.study.served import Served
 from labkit.study.settings import NUM_BLOCKS, OF_BLOCKS, OF_SCHEDULER, SHORT
 from labkit.study.study import Run, Study
-from labkit.study.trace import Trace
+from labkit.study.traces.trace import Trace
 from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
