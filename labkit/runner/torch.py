@@ -199,6 +199,8 @@ class TorchRunner:
     # -- snapshots: the model is shared, everything else is state ------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.layout is not None:
+            self.sampler.settle()  # an event cannot be copied
         return {
             name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs", "repeats")
         }

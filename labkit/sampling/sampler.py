@@ -1,7 +1,7 @@
 """From logits to tokens, with each request's sampling parameters.
 
 Rows without special parameters share a few vector operations. Penalties are computed as one matrix over the rows that
-have them. Masks, bias and callers' functions are applied row by row. Randomness is a hash of (request's seed, sample,
+have them, and so are the masks of grammars. Bias, words and callers' functions are applied row by row. Randomness is a hash of (request's seed, sample,
 position), so a request's text depends on its seed only: not on the batch, and not on preemptions.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Join, TokenLogprobs
+from labkit.sampling.masks import Mask, MaskThreads, apply_masks
 from labkit.transfer import fetch, put
 
 Sample = Callable[..., Tensor]  # the op: (logits, temperature, top_k, top_p, min_p, key) -> tokens
@@ -82,14 +83,17 @@ class Special:
             self.forbidden = torch.ones(vocab_size, dtype=torch.bool, device=device)
             self.forbidden[put(params.allowed_token_ids, device, np.int64)] = False
         # A processor with state, such as a grammar, starts fresh for every row.
-        self.processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
-        self.needs_history = bool(params.logits_processors or params.bad_word_ids)
+        processors = [f.begin() if hasattr(f, "begin") else f for f in params.logits_processors]
+        self.masks: list[Mask] = [f for f in processors if hasattr(f, "fill")]
+        self.functions = [f for f in processors if not hasattr(f, "fill")]
+        self.needs_history = bool(processors or params.bad_word_ids)
         self.changes = bool(
-            self.needs_history or self.bias is not None or self.forbidden is not None or params.min_tokens
-        )
+            self.functions or params.bad_word_ids or self.bias is not None or self.forbidden is not None
+            or params.min_tokens
+        )  # fmt: skip
 
     def apply(self, logits: Tensor, known: int) -> Tensor:
-        """This row's logits [vocabulary], with all its parameters applied."""
+        """This row's logits [vocabulary], with all its parameters but the masks applied."""
         params = self.params
         if self.forbidden is not None:
             logits = logits.masked_fill(self.forbidden, -torch.inf)
@@ -101,7 +105,7 @@ class Special:
             logits[self.stop_ids] = -torch.inf
         if self.bias is not None:
             logits.index_add_(0, *self.bias)
-        for function in self.processors:
+        for function in self.functions:
             logits = self._call(function, logits)
         return logits
 
@@ -113,8 +117,21 @@ class Special:
         return given
 
 
+class Owed(NamedTuple):
+    """Drawn tokens on their way to the host, and the rows that need them there before their next draw."""
+
+    tokens: Tensor  # [samples], valid once `event` has completed
+    event: torch.cuda.Event | None
+    rows: list[tuple[int, Special]]  # (sample, row)
+
+
 class Sampler:
-    """Holds the parameters by row and draws the tokens."""
+    """Holds the parameters by row and draws the tokens.
+
+    What a grammar, a word or a caller's function allows depends on the tokens before, so the host has to know them. It
+    waits for them as late as it can: once the next step's forward is launched. Masks are then computed while the device
+    computes.
+    """
 
     def __init__(
         self, vocab_size: int, num_rows: int, eos_ids: tuple[int, ...], seed: int, device: torch.device
@@ -131,6 +148,8 @@ class Sampler:
         self.special: dict[int, Special] = {}
         self.penalized: dict[int, int] = {}  # row -> its place in the counts
         self.num_host_rows = 0  # rows that need every token on the host before the next draw
+        self.owed: Owed | None = None
+        self.threads = MaskThreads()
         self._places: list[int] = []
         self.in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
         self.count = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
@@ -173,8 +192,20 @@ class Sampler:
             self._places.append(self.penalized.pop(row))
 
     def reset(self) -> None:
+        self.owed = None
         for row in [*self.special, *self.penalized]:
             self.leave(row)
+
+    def settle(self) -> None:
+        """Give rows that need them the tokens of the draw before; waits until these are on the host."""
+        if self.owed is None:
+            return
+        owed, self.owed = self.owed, None
+        if owed.event is not None:
+            owed.event.synchronize()
+        on_host = owed.tokens.tolist()
+        for i, special in owed.rows:
+            special.output.append(on_host[i])
 
     def _base(self, join: Join) -> int:
         """The start of this sample's randomness: its seed or, without one, the runner's seed and the request's id."""
@@ -219,12 +250,19 @@ class Sampler:
         lines = put([i for i, _ in asking], self.device, np.int64) if asking else None
         raw = logits[lines] if lines is not None else None
         errors: dict[int, str] = {}
+        if wanted and self.num_host_rows:
+            self.settle()
         for i, row in wanted:
             if self.special[row].changes:
                 try:
                     logits[i] = self.special[row].apply(logits[i].clone(), int(known[i]))
                 except Exception as error:  # a caller's own function may raise anything
-                    errors[row] = f"logits processor failed: {type(error).__name__}: {error}"
+                    errors[row] = _failed(error)
+        masked = [(i, row) for i, row in wanted if self.special[row].masks and row not in errors]
+        if masked:
+            given = [(self.special[row].masks, self.special[row].output) for _, row in masked]
+            failed = apply_masks(logits, [i for i, _ in masked], given, self.threads)
+            errors |= {masked[i][1]: _failed(error) for i, error in failed.items()}
         if self.penalized:
             self._apply_penalties(logits, rows)
         index = put(rows, self.device, np.int64)
@@ -234,15 +272,21 @@ class Sampler:
         chosen = logits.gather(1, tokens[:, None])[:, 0]
         if self.penalized:
             self._count(tokens, rows)
-        if self.num_host_rows and any(self.special[row].needs_history for _, row in wanted):
-            on_host = tokens.tolist()
-            for i, row in wanted:
-                self.special[row].output.append(on_host[i])
+        if self.num_host_rows:
+            self._owe(tokens, [(i, self.special[row]) for i, row in wanted if self.special[row].needs_history])
         batch = None
         if raw is not None:
             numbers = [self.special[row].params.logprobs or 0 for _, row in asking]
             batch = logprobs_of(raw, tokens[lines], numbers, [row for _, row in asking]).fetched()
         return Drawn(tokens, chosen, errors, batch)
+
+    def _owe(self, tokens: Tensor, rows: list[tuple[int, Special]]) -> None:
+        if rows:
+            on_host, event = fetch(tokens), None
+            if tokens.device.type == "cuda":
+                event = torch.cuda.Event()
+                event.record()
+            self.owed = Owed(on_host, event, rows)
 
     def keys(self, rows: np.ndarray, known: np.ndarray) -> np.ndarray:
         """What each row's next draw hashes: its seed and its number of tokens."""
@@ -271,6 +315,10 @@ class Sampler:
         if (where := self._where_penalized(rows)) is not None:
             lines, places = where
             self.count.index_put_((places, tokens[lines]), self.count.new_ones(len(lines)), accumulate=True)
+
+
+def _failed(error: Exception) -> str:
+    return f"logits processor failed: {type(error).__name__}: {error}"
 
 
 def _keys(base: np.ndarray, known: np.ndarray) -> np.ndarray:

@@ -1,21 +1,24 @@
 """Structured outputs: JSON, a regular expression, a choice or a grammar. llguidance computes the allowed tokens; for
-the sampler this is a logits processor like any other."""
+the sampler they are a mask, which needs the tokens so far and no logits."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from numpy.typing import NDArray
+
+Bits: TypeAlias = NDArray[np.int32]  # one a token; token i is bit i % 32 of word i // 32
 
 # The vocabulary in llguidance form, by tokenizer. Built once, as a large one takes a second.
 _vocabularies: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
 
 
 class Grammar:
-    """A logits processor that allows only tokens that fit a form. Every sample starts at the beginning of the form.
+    """A logits processor that masks tokens which do not fit a form. Every sample starts at the beginning of the form.
 
     `form` is one of {"json": schema}, {"json_object": True}, {"regex": "..."}, {"choice": ["yes", "no"]} and
     {"grammar": "start: ..."} (Lark).
@@ -39,7 +42,7 @@ class Grammar:
         self.end_ids = list(end_ids)
         first = self.matcher.deep_copy()
         if not first.is_error():
-            _mask(first, vocab_size)  # some forms fail only here; and what is slow is slow here, not in a step
+            _fill(first, np.zeros(-(-vocab_size // 32), np.int32))  # some forms fail only here; and what is slow is slow here, not in a step
         if first.is_error():
             raise ValueError(f"structured_outputs: {self.kind} cannot be used: {_first_line(first.get_error())}")
 
@@ -63,27 +66,23 @@ class Progress:
     def __deepcopy__(self, memo: dict[int, Any]) -> Progress:
         return Progress(self.matcher.deep_copy(), self.end_ids, self.num_consumed)
 
-    def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
-        import torch
-
+    def fill(self, output: list[int], bits: Bits) -> None:
+        """Which tokens may come next, one bit for each."""
         new, self.num_consumed = output[self.num_consumed :], len(output)
         if new and not self.matcher.consume_tokens(new):
             raise ValueError(f"the text does not fit the grammar: {_first_line(self.matcher.get_error())}")
-        allowed = np.zeros(len(logits), bool)
         if self.matcher.is_stopped():
-            allowed[self.end_ids] = True
+            bits[:] = 0
+            for id in self.end_ids:
+                bits.view(np.uint32)[id // 32] |= np.uint32(1 << id % 32)
         else:
-            allowed = _mask(self.matcher, len(logits))
-        return logits.masked_fill(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+            _fill(self.matcher, bits)
 
 
-def _mask(matcher: Any, size: int) -> Any:
-    """Which tokens may come next."""
+def _fill(matcher: Any, bits: Bits) -> None:
     from llguidance.numpy import fill_next_token_bitmask
 
-    bits = np.zeros((1, -(-size // 32)), np.int32)
-    fill_next_token_bitmask(matcher, bits)
-    return np.unpackbits(bits.view(np.uint8)[0], bitorder="little")[:size].astype(bool)
+    fill_next_token_bitmask(matcher, bits[None])  # releases the interpreter
 
 
 def _source(matcher: Any, kind: str, what: Any) -> str:

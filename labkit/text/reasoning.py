@@ -60,7 +60,7 @@ REASONING = {name: ReasoningParser(name, is_open) for name, is_open in (("deepse
 
 
 class AfterReasoning:
-    """A logits processor that applies another one, such as a grammar, from the end of the reasoning on."""
+    """A logits processor that applies a mask, such as a grammar's, from the end of the reasoning on."""
 
     def __init__(self, inner: Any, tokenizer: Any) -> None:
         self.inner, self.tokenizer = inner, tokenizer
@@ -92,10 +92,12 @@ class ReasoningProgress:
         other.start = self.start
         return other
 
-    def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
+    def fill(self, output: list[int], bits: Any) -> None:
+        """Which tokens may come next: any, as long as the reasoning goes on."""
         if self.start is None:
             self._look(output)
-        return logits if self.start is None else self.inner(prompt, output[self.start :], logits)
+        if self.start is not None:
+            self.inner.fill(output[self.start :], bits)
 
     def _look(self, output: list[int]) -> None:
         for at in range(self.num_read, len(output)):

@@ -16,6 +16,7 @@ import labkit as lk
 from labkit.models import load_model
 from labkit.runner.computed import Computed
 from labkit.runner.graphs import Buffers
+from labkit.sampling.sampler import Sampler
 from tests.models.configs import VOCAB, config
 
 READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"}
@@ -126,3 +127,35 @@ def test_what_must_wait_is_seen_to(model):
     """Shows that the test above can fail: a caller's own function reads every token."""
     found, _ = watched(model, False, logits_processors=[lambda prompt, output, logits: logits])
     assert found["tolist"] > 5
+
+
+def test_what_a_mask_needs_is_waited_for_once_the_forward_is_launched(model, monkeypatch):
+    """So masks are computed while the device computes, and launching the next step does not wait for this one."""
+    happened = []
+
+    class AnyToken:
+        def begin(self):
+            return self
+
+        def fill(self, output, bits):
+            happened.append("mask")
+
+    def noting(owner, name, wrapped):
+        def call(*args):
+            happened.append(name)
+            return wrapped(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    noting(type(model), "logits", type(model).logits)
+    noting(Sampler, "settle", unwatched(Sampler.settle))
+    for asked in ({"logits_processors": [AnyToken()]}, {"bad_word_ids": [[3, 5]]}):
+        happened.clear()
+        found, steps = watched(model, False, **asked)
+        assert not found, f"in {steps} steps: {dict(found)}"
+        assert happened.count("logits") > 10
+        kept = [name for name in happened if name != "mask"]
+        assert kept == ["logits", "settle"] * (len(kept) // 2)
+        if "logits_processors" in asked:
+            masks = [i for i, name in enumerate(happened) if name == "mask"]
+            assert len(masks) > 20 and all(happened[i - 1] in ("settle", "mask") for i in masks)

@@ -56,15 +56,15 @@ def test_a_processor_begins_behind_the_reasoning():
             self.outputs = []
             return self
 
-        def __call__(self, prompt, output, logits):
+        def fill(self, output, bits):
             self.outputs.append(output)
-            return logits + 1
+            bits[:] = 0
 
     seen = Seen()
     step = AfterReasoning(seen, tokenizer).begin()
     ids = tokenizer.encode("<think>hm</think>", add_special_tokens=False)
-    logits = np.zeros(3)
-    for size in range(len(ids)):
-        assert step([], ids[:size], logits).sum() == 0
-    assert step([], ids, logits).sum() == 3 and step([], [*ids, 7, 8], logits).sum() == 3
+    for size, masked in [*((size, False) for size in range(len(ids))), (len(ids), True), (len(ids) + 2, True)]:
+        bits = np.full(3, -1, np.int32)
+        step.fill([*ids, 7, 8][:size], bits)
+        assert (bits == (0 if masked else -1)).all(), size
     assert seen.outputs == [[], [7, 8]]
