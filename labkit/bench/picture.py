@@ -14,11 +14,16 @@ from labkit.widgets import charts, style
 class Drawn(Protocol):
     """What the pictures need of one request."""
 
-    prompt: tuple[int, ...]
-    num_output: int
-    arrival: float
-    priority: int
-    after: int | None
+    @property
+    def prompt(self) -> tuple[int, ...]: ...
+    @property
+    def num_output(self) -> int: ...
+    @property
+    def arrival(self) -> float: ...
+    @property
+    def priority(self) -> int: ...
+    @property
+    def after(self) -> int | None: ...
 
 
 class Drawable(Protocol):

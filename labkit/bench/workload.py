@@ -115,7 +115,12 @@ def seeded(maker: Callable[P, Workload]) -> Callable[P, Workload]:
     def make(*args: P.args, **options: P.kwargs) -> Workload:
         whole("seed", options.get("seed", 0), least=0)
         made = maker(*args, **options)
-        return replace(made, again=lambda seed: make(*args, **{**options, "seed": seed}))
+
+        def again(seed: int) -> Workload:
+            changed: Any = {**options, "seed": seed}
+            return make(*args, **changed)
+
+        return replace(made, again=again)
 
     return make
 
@@ -237,7 +242,8 @@ def draw_whole(rng: np.random.Generator, span: Range, num: int) -> list[int]:
     low, high = span
     if not 1 <= low <= high:
         raise ValueError(f"a range of lengths must be LOW-HIGH with 1 <= LOW <= HIGH, got {low}-{high}")
-    return rng.integers(low, high + 1, num).tolist()
+    drawn: list[int] = rng.integers(low, high + 1, num).tolist()
+    return drawn
 
 
 def draw_ids(rng: np.random.Generator, num: int, vocab_size: int) -> tuple[int, ...]:

@@ -36,6 +36,7 @@ class Background(Loop):
         self.is_closed = False  # closed: nothing new may start
         self._ending: Future[Ended] | None = None
         self._num_failures = 0
+        self.num_starts = 0  # how often `start` was called
         if worker is not None:
             self._finalizer = weakref.finalize(self, Worker.stop, worker, 5.0)
 
@@ -54,6 +55,7 @@ class Background(Loop):
     def start(self) -> Self:
         """From here on, step in the background whenever there is work."""
         self._num_failures = 0
+        self.num_starts += 1
         self.own_thread().set_turn(_turn_of(weakref.ref(self)))
         return self
 

@@ -7,13 +7,18 @@ be preempted like any request. The cost is that each beam's last partial block i
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.params import SamplingParams
-from labkit.engine.intake import prompt_ids
+from labkit.engine.intake import make_grammar, prompt_ids
+from labkit.sampling.masks import Mask
+from labkit.transfer import put
 
 if TYPE_CHECKING:
     from labkit.engine.engine import Engine
@@ -26,18 +31,25 @@ MOST_BEAMS = 64
 @dataclass(frozen=True)
 class BeamSearchParams:
     """`beam_width` hypotheses of at most `max_tokens`. A hypothesis's score is its log-probability divided by length **
-    length_penalty."""
+    length_penalty. `structured_outputs`, as in SamplingParams, leaves only hypotheses that fit a form; what they score
+    is unchanged.
+
+    >>> BeamSearchParams(beam_width=2, max_tokens=8, structured_outputs={"regex": "[a-z]+"}).beam_width
+    2
+    """
 
     beam_width: int = 4
     max_tokens: int = 16
     ignore_eos: bool = False
     length_penalty: float = 1.0
+    structured_outputs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         whole("beam_width", self.beam_width, least=1, most=MOST_BEAMS)
         whole("max_tokens", self.max_tokens, least=1)
         flag("ignore_eos", self.ignore_eos)
         real("length_penalty", self.length_penalty, least=-100.0)
+        SamplingParams(structured_outputs=self.structured_outputs, ignore_eos=self.ignore_eos)  # checks it
 
 
 @dataclass(frozen=True)
@@ -48,10 +60,12 @@ class Beam:
     logprob: float = 0.0
     finish_reason: str | None = None
     text: str | None = None
+    mask: Mask | None = field(default=None, repr=False, compare=False)  # how far it has come in the form
 
     def score(self, length_penalty: float) -> float:
         length = len(self.token_ids) - (self.finish_reason == "stop")
-        return self.logprob / max(1, length) ** length_penalty
+        divisor: float = max(1, length) ** length_penalty
+        return self.logprob / divisor
 
 
 @dataclass
@@ -59,8 +73,26 @@ class Search:
     """The beams of one prompt, running and finished."""
 
     prompt: list[int]
-    beams: list[Beam] = field(default_factory=lambda: [Beam()])
+    beams: list[Beam]
     ended: list[Beam] = field(default_factory=list)
+
+
+class Ranking:
+    """A logits processor that changes nothing. It keeps the likeliest of the allowed tokens, with log-probabilities
+    among all tokens."""
+
+    def __init__(self, num: int, mask: Mask, output: Sequence[int], vocab_size: int) -> None:
+        bits = np.full(-(-vocab_size // 32), -1, np.int32)
+        mask.fill(list(output), bits)
+        self.allowed = np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(bool)
+        self.num = min(num, int(self.allowed.sum()))
+        self.best: list[tuple[int, float]] = []
+
+    def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
+        forbidden = put(~self.allowed, logits.device)
+        top = logits.log_softmax(-1).masked_fill(forbidden, -np.inf).topk(self.num)
+        self.best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return logits
 
 
 class SearchStopped(Exception):
@@ -72,41 +104,65 @@ def beam_search(
     prompts: Sequence[Any],
     params: BeamSearchParams | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    grammar: Any = None,
 ) -> list[list[Beam]]:
     """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
-    first. `should_stop` is asked before each token; when it says so, SearchStopped is raised."""
+    first. `should_stop` is asked before each token; when it says so, SearchStopped is raised. `grammar` is that of
+    `params.structured_outputs`, if it was compiled before."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")
     params = BeamSearchParams() if params is None else params
     if not isinstance(params, BeamSearchParams):
         raise ValueError(f"params must be BeamSearchParams, got {params!r}")
+    if grammar is None and params.structured_outputs is not None:
+        grammar = make_grammar(engine, params.structured_outputs)
     width = params.beam_width
-    ask = SamplingParams(max_tokens=1, temperature=0, logprobs=2 * width, ignore_eos=True, detokenize=False)
     eos = () if params.ignore_eos else engine.runner.eos_token_ids
-    searches = [Search(prompt_ids(engine, prompt)[0].tolist()) for prompt in prompts]
+    searches = []
+    for prompt in prompts:
+        first = Beam(mask=None if grammar is None else grammar.begin())
+        searches.append(Search(prompt_ids(engine, prompt)[0].tolist(), [first]))
     for _ in range(params.max_tokens):
         asked = [(search, beam) for search in searches for beam in search.beams]
         if not asked:
             break
         if should_stop():
             raise SearchStopped
-        handles = engine.generate([[*search.prompt, *beam.token_ids] for search, beam in asked], ask)
+        next_tokens = _next_tokens(engine, asked, 2 * width)
         for search in searches:
             search.beams = []
-        for (search, beam), handle in zip(asked, handles, strict=True):
-            entry = handle.raise_failure().logprobs[0]
-            for token, logprob in zip(entry.top_ids, entry.top, strict=True):
-                longer = Beam((*beam.token_ids, token), beam.logprob + logprob, "stop" if token in eos else None)
-                (search.ended if longer.finish_reason else search.beams).append(longer)
+        for (search, beam), found in zip(asked, next_tokens, strict=True):
+            for token, logprob in found:
+                ids, reason = (*beam.token_ids, token), "stop" if token in eos else None
+                longer = Beam(ids, beam.logprob + logprob, reason, mask=beam.mask)
+                (search.ended if reason else search.beams).append(longer)
         for search in searches:
-            search.beams = sorted(search.beams, key=lambda beam: -beam.logprob)[:width]
+            best = sorted(search.beams, key=lambda beam: -beam.logprob)[:width]
+            search.beams = [replace(beam, mask=copy.deepcopy(beam.mask)) for beam in best]
     return [_best(engine, search, params) for search in searches]
+
+
+def _next_tokens(engine: Engine, asked: list[tuple[Search, Beam]], num: int) -> list[list[tuple[int, float]]]:
+    """The likeliest next tokens of each beam, with their log-probabilities."""
+    plain = SamplingParams(max_tokens=1, temperature=0, logprobs=num, ignore_eos=True, detokenize=False)
+    vocab_size = engine.runner.vocab_size
+    rankings = [None if beam.mask is None else Ranking(num, beam.mask, beam.token_ids, vocab_size) for _, beam in asked]
+    params = [plain if r is None else replace(plain, logprobs=None, logits_processors=(r,)) for r in rankings]
+    handles = engine.generate([[*search.prompt, *beam.token_ids] for search, beam in asked], params)
+    found = []
+    for ranking, handle in zip(rankings, handles, strict=True):
+        handle.raise_failure()
+        if ranking is not None:
+            found.append(ranking.best)
+        else:
+            entry = handle.logprobs[0]
+            found.append(list(zip(entry.top_ids, entry.top, strict=True)))
+    return found
 
 
 def _best(engine: Engine, search: Search, params: BeamSearchParams) -> list[Beam]:
     cut = [Beam(beam.token_ids, beam.logprob, "length") for beam in search.beams]
     best = sorted((*search.ended, *cut), key=lambda beam: -beam.score(params.length_penalty))[: params.beam_width]
     tokenizer: Any = engine.tokenizer
-    if tokenizer is None:
-        return best
-    return [Beam(b.token_ids, b.logprob, b.finish_reason, tokenizer.decode(list(b.token_ids))) for b in best]
+    texts = [None if tokenizer is None else tokenizer.decode(list(beam.token_ids)) for beam in best]
+    return [replace(beam, text=text, mask=None) for beam, text in zip(best, texts, strict=True)]

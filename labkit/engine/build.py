@@ -161,7 +161,7 @@ def _choose_threads(model: Any, num_threads: int | None) -> None:
 def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
     """As many blocks as fit, but no more than could ever be used."""
     share = options.gpu_memory_utilization if runner.device.type == "cuda" else CPU_SHARE
-    fit = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
+    fit: int = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
     most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
     return min(fit, most)
 

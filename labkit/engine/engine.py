@@ -209,10 +209,10 @@ class Engine(Sleeping, Shown):
         try:
             for prompt, own in zip(batch, each, strict=True):
                 handles.append(self.submit(prompt, own, **options))
-            self.wait_for([member for handle in handles for member in (handle, *handle.samples)])
+            self.wait_for([member for handle in handles for member in handle.family])
         except BaseException:
             for handle in handles:
-                for member in (handle, *handle.samples):
+                for member in handle.family:
                     self.abort(member)
             raise
         return handles[0] if single else handles

@@ -49,6 +49,11 @@ class Handle(Request):
         self._text: Text | None = None
         self._lock = threading.Lock()
 
+    @property
+    def family(self) -> list[Handle]:
+        """This request, and its further samples."""
+        return [self, *self.samples]  # type: ignore[list-item]
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
         import copy
 

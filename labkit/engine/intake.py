@@ -10,11 +10,12 @@ import numpy as np
 
 from labkit.clock import Clock
 from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.tables import Tokens
 from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
-from labkit.core.tokens import Tokens, as_tokens
+from labkit.core.tokens import as_tokens
 from labkit.engine.handle import Handle, Owner
 from labkit.runner.base import Runner
 
@@ -141,7 +142,7 @@ def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> Samplin
     if params.bad_words:
         params = replace(params, bad_words=(), bad_word_ids=(*params.bad_word_ids, *_word_ids(engine, params)))
     if params.structured_outputs is not None:
-        grammar = _grammar(engine, params.structured_outputs)
+        grammar = make_grammar(engine, params.structured_outputs)
         params = replace(params, structured_outputs=None, logits_processors=(*params.logits_processors, grammar))
     num_layers = getattr(engine.runner, "num_layers", 0)
     for what, layers in (params.capture or {}).items():
@@ -153,7 +154,8 @@ def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> Samplin
     return params
 
 
-def _grammar(engine: Server, form: Mapping[str, Any]) -> Any:
+def make_grammar(engine: Server, form: Mapping[str, Any]) -> Any:
+    """The grammar of a form, for this engine's tokenizer."""
     from labkit.text.grammar import Grammar
     from labkit.text.tokenizer import Tokenizer
 

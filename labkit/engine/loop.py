@@ -108,7 +108,7 @@ class Loop:
             self.wakeup.ring()
             return
         if handle.params.stop:
-            self._watched |= {member.id: member for member in (handle, *handle.samples)}  # type: ignore[misc]
+            self._watched |= {member.id: member for member in handle.family}
 
     def _abort(self, handle: Handle) -> Handle:
         if handle.ended:

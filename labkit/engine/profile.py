@@ -129,7 +129,7 @@ def profile(engine: Stepped, steps: int) -> Profile:
                 break
             num_steps += 1
             num_tokens += len(outputs.tokens)
-            watch.time("text", "", "", lambda outputs=outputs: _read_text(engine))
+            watch.time("text", "", "", lambda: _read_text(engine))
         seconds = time.perf_counter() - begin
     if not num_steps:
         raise RuntimeError("there is nothing to profile: submit requests first")

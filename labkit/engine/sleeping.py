@@ -102,7 +102,7 @@ class Sleeping(Background):
 def _storages(runner: Any) -> list[tuple[Any, Any, int]]:
     """What can be freed, once each: keys and values without their contents, weights on a GPU with a copy of them."""
     found: dict[int, tuple[Any, Any, int]] = {}
-    parts = getattr(runner, "memory_parts", list)()
+    parts: list[tuple[str, Any]] = getattr(runner, "memory_parts", list)()
     for what, tensor in parts:
         storage = tensor.untyped_storage()
         on_host = tensor.device.type == "cpu"

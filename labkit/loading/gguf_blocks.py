@@ -178,7 +178,8 @@ def dequantize(type: BlockType, data: Bytes) -> Numbers:
     """[rows, bytes of whole blocks] -> [rows, elements] in float32."""
     with np.errstate(all="ignore"):  # a file's scales may be infinite or no numbers
         found = type.read(data.reshape(-1, type.num_bytes))
-        return (found.numbers() if type.groups else found).reshape(len(data), -1)
+        numbers: Numbers = found.numbers() if type.groups else found
+        return numbers.reshape(len(data), -1)
 
 
 def scaled(type: BlockType, data: Bytes) -> Scaled:

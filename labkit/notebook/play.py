@@ -36,6 +36,7 @@ class Played(Protocol):
     arriving: dict[str, Handle]
     in_flight: deque[Any]
     is_closed: bool
+    num_starts: int
 
     @property
     def blocks(self) -> BlockManager: ...
@@ -131,6 +132,7 @@ class Player:
         self.speed = real("speed", speed, least=0, open_left=True)  # virtual seconds a second
         self.real_time = isinstance(engine.clock, WallClock)
         self.was_running = engine.is_running
+        self._num_starts = engine.num_starts  # up to this player's own last one
         self.num_submitted = self.num_rejected = 0
         self.error: BaseException | None = None
         self.state = "playing" if self.was_running else "paused"
@@ -163,8 +165,9 @@ class Player:
                     target=_run, args=(weakref.ref(self), self._go, self._gone), name="labkit-player", daemon=True
                 )
                 self._thread.start()
-            if self.real_time:
+            if self.real_time and not (self._is_shared and self.engine.is_running):
                 self.engine.start()
+                self._num_starts = self.engine.num_starts
             self.state, self.error = "playing", None
             self._next = self._target = None
             self._over.clear()
@@ -202,10 +205,17 @@ class Player:
             self._thread, thread = None, self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(10.0)
-        if self.was_running and not self.engine.is_closed:
+        if self._is_shared and not self.engine.is_closed:
             self.engine.start()
         self._tell()
         return self
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether somebody else, such as a server, has started the engine."""
+        if self.engine.num_starts > self._num_starts:
+            self.was_running = True
+        return self.was_running
 
     def _hold(self, state: str) -> None:
         self._go.clear()
@@ -223,20 +233,21 @@ class Player:
     # -- waiting -------------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> Player:
-        """Wait until everything is served or the player is stopped. Ctrl-C pauses the player and is raised to the
-        caller."""
+        """Wait until everything is served or the player is stopped. Then the engine is paused, unless somebody else,
+        such as a server, had started it; so does Ctrl-C, which is raised to the caller."""
         deadline = None if timeout is None else time.monotonic() + duration("timeout", timeout)
         if timeout is None and self.load is not None and self.load.num is None and self.load.rate:
             raise ValueError(f"{self.load!r} has no end: give it num=, or use wait(timeout=)")
-        if self.state == "paused":
+        if self.state == "paused" and not (self._is_shared and self.engine.is_running):
             raise RuntimeError("the player is paused, so waiting would never end: call play() first")
-        self._num_waiting += 1
+        self._begin_wait()
         try:
             while not self._over.wait(0.1):
                 if deadline is not None and time.monotonic() > deadline:
                     raise TimeoutError(f"{self!r} has not ended after {timeout:g} s")
         except KeyboardInterrupt:
-            self.pause()
+            if not self._is_shared:
+                self.pause()
             raise
         finally:
             self._num_waiting -= 1
@@ -244,9 +255,17 @@ class Player:
             raise self.error
         return self
 
+    def _begin_wait(self) -> None:
+        with self._lock:
+            if self._is_shared and self.state == "playing":
+                self._over.clear()  # the engine went on after the last wait
+            elif self._is_shared and self.state != "stopped":
+                self.play()
+            self._num_waiting += 1
+
     def __await__(self) -> Any:
         async def until_over() -> Player:
-            self._num_waiting += 1
+            self._begin_wait()
             try:
                 while not self._over.is_set():
                     await asyncio.sleep(0.05)
@@ -318,8 +337,12 @@ class Player:
 
     def _look(self) -> float:
         self._submit_due()
-        if self._is_over and (not self.was_running or self._num_waiting):
+        if not self._is_over:
+            return TICK
+        if not self._is_shared:
             self._finish()
+        elif self._num_waiting and not self._over.is_set():
+            self._tell()
         return TICK
 
     def _keep_pace(self) -> float:

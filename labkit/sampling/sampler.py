@@ -1,8 +1,9 @@
 """From logits to tokens, with each request's sampling parameters.
 
 Rows without special parameters share a few vector operations. Penalties are computed as one matrix over the rows that
-have them, and so are the masks of grammars. Bias, words and callers' functions are applied row by row. Randomness is a hash of (request's seed, sample,
-position), so a request's text depends on its seed only: not on the batch, and not on preemptions.
+have them, and so are the masks of grammars. Bias, words and callers' functions are applied row by row. Randomness is a
+hash of (request's seed, sample, position), so a request's text depends on its seed only: not on the batch, and not on
+preemptions.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.engine.beams import MOST_BEAMS, Beam, BeamSearchParams, SearchStopped, beam_search
-from labkit.server.calls import room_for
+from labkit.server.calls import compile_form, room_for
 from labkit.server.errors import ApiError, ClientGone, clean, engine_dead, overloaded
 from labkit.server.http import answer
 from labkit.server.sampling import Sampling
@@ -32,6 +32,7 @@ async def search(
 ) -> Response:
     """`echoes` go before the answers of each prompt."""
     params = _params(service, body, prompts, 1.0 if length_penalty is None else length_penalty)
+    grammar = await compile_form(service, body)
     service.check_queue(params.beam_width * len(prompts))
     service.hub()  # starts the engine
     gone = threading.Event()
@@ -46,9 +47,11 @@ async def search(
 
     watching = asyncio.ensure_future(watch())
     try:
-        found = await asyncio.to_thread(beam_search, service.engine, prompts, params, should_stop)
+        found = await asyncio.to_thread(beam_search, service.engine, prompts, params, should_stop, grammar)
     except SearchStopped:
         raise ClientGone if gone.is_set() else overloaded("the server is shutting down", 5, "stopping") from None
+    except ValueError as error:  # the text came to where its form cannot be followed
+        raise ApiError(clean(str(error)), param=body.form_field()) from None
     except RuntimeError as error:
         raise engine_dead(clean(str(error))) from None
     finally:

@@ -220,7 +220,7 @@ def _params(
 ) -> SamplingParams:
     params = body.params(max_tokens, defaults)
     if grammar is not None:
-        params = replace(params, structured_outputs=None, logits_processors=(grammar,))  # type: ignore[arg-type]
+        params = replace(params, structured_outputs=None, logits_processors=(grammar,))
     return replace(params, **change) if change else params
 
 

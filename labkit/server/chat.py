@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from starlette.responses import Response
 
 from labkit.core.params import MOST_LOGPROBS
 from labkit.server.bridge import Delta
-from labkit.server.calls import LONG_TEXT, Call, Piece, admit, apart, cut, encode, usage_wanted
+from labkit.server.calls import Call, Piece, admit, cut, encode, usage_wanted
 from labkit.server.chat_parts import delta_of, message_of
 from labkit.server.errors import ApiError
 from labkit.server.http import DONE, EventStream, answer, event, read_body, whole
@@ -157,10 +158,9 @@ async def prompt_of(service: Service, body: Conversation, tools: list[dict[str, 
         if (value := getattr(body, name)) is not None:
             more.setdefault(name, value)
     generate = bool(body.add_generation_prompt)
-    length = sum(len(message["content"]) for message in messages)
     try:
-        text = await apart(
-            lambda: tokenizer.chat_text(messages, add_generation_prompt=generate, **more), length > LONG_TEXT
+        text = await asyncio.get_running_loop().run_in_executor(
+            service.templates, lambda: tokenizer.chat_text(messages, add_generation_prompt=generate, **more)
         )
     except ApiError:
         raise

@@ -10,6 +10,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from labkit.text.tokenizer import Tokenizer
 
 SECONDS_TO_SEND = 3.0  # what is left of traces
 SECONDS_TO_PAUSE = 2.0  # a step that takes longer ends after the server
+TEMPLATES_AT_ONCE = 4  # chat templates that are rendered, each for seconds at most
 UNNAMED = "labkit-tiny"  # the embedded model
 
 
@@ -57,6 +59,7 @@ class Service:
             self.tracing = Tracing(settings.otlp_traces_endpoint)
         self.registry: Any = None  # of prometheus-client
         self.tokenizer: Any = None
+        self.templates = _templates()
         self.stored = Stored(settings.max_stored_responses)
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
         self.names: tuple[str, ...] = tuple(settings.served_model_name)
@@ -157,9 +160,9 @@ class Service:
         loop = asyncio.get_running_loop()
         hub = self._hubs.get(loop)
         if hub is None:
-            if not self.engine.is_running and not self._hubs:
-                self.engine.start()
-                self._started_here = True
+            if not self._hubs:
+                self._started_here = self._started_here or not self.engine.is_running
+                self.engine.start()  # also if it runs: a player then knows that it is not the only one
             hub = self._hubs[loop] = Hub(self.engine, loop, self.settings.stream_interval)
         return hub
 
@@ -246,6 +249,8 @@ class Service:
             with suppress(TimeoutError, RuntimeError):  # RuntimeError: it dies now
                 self._engine.pause(SECONDS_TO_PAUSE)
         self._started_here = False
+        self.templates.shutdown(wait=False)
+        self.templates = _templates()
 
     def _stop_counting(self) -> None:
         for each in self.counted:
@@ -254,6 +259,12 @@ class Service:
     def close_engine(self, seconds: float) -> bool:
         """Whether its thread has ended within this time."""
         return self.engine.close(seconds).thread is None
+
+
+def _templates() -> ThreadPoolExecutor:
+    """Threads that render chat templates. These are programs over what clients send: other streams go on meanwhile, and
+    what else runs beside the event loop (beam searches, for minutes) does not keep them waiting."""
+    return ThreadPoolExecutor(TEMPLATES_AT_ONCE, "labkit-template")
 
 
 def new_id(prefix: str) -> str:

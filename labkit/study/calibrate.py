@@ -53,7 +53,9 @@ class Calibration:
 
     @property
     def predicted(self) -> NDArray[np.float64]:
-        return _columns(self.work) @ np.array([getattr(self.runner.cost, name) for name in CONSTANTS])
+        constants = np.array([getattr(self.runner.cost, name) for name in CONSTANTS])
+        seconds: NDArray[np.float64] = _columns(self.work) @ constants
+        return seconds
 
     @property
     def measured(self) -> NDArray[np.float64]:

@@ -45,7 +45,8 @@ class LiveCurves:
         with self.figure.batch_update():
             for trace in self.figure.data:
                 trace.x = trace.y = nothing
-        display(self.figure)
+        show: Any = display  # IPython's has no types
+        show(self.figure)
         self._stop.clear()
         self._thread = threading.Thread(target=self._follow, name="labkit-live-curves", daemon=True)
         self._thread.start()
@@ -69,7 +70,8 @@ class LiveCurves:
         with self.lock:
             self._update()
             self._now = None
-        display(HTML(self.picture()))
+        show: Any = display
+        show(HTML(self.picture()))  # type: ignore[no-untyped-call]
 
     def picture(self) -> str:
         """The current curves as a static picture."""

@@ -95,7 +95,7 @@ def make_engine(setting: Mapping[str, Any], runner: Any, model: str | None, log:
     model = options.pop("model", model)
     if model is not None:
         return Engine(None if model == "embedded" else model, **options)
-    chosen = options.pop("runner", None) or copy.deepcopy(runner) or SimRunner()
+    chosen: Any = options.pop("runner", None) or copy.deepcopy(runner) or SimRunner()
     simulator = {name: options.pop(name) for name in OF_SIMULATOR if name in options}
     if simulator:
         chosen = _changed(chosen, simulator)

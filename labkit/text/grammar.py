@@ -42,7 +42,8 @@ class Grammar:
         self.end_ids = list(end_ids)
         first = self.matcher.deep_copy()
         if not first.is_error():
-            _fill(first, np.zeros(-(-vocab_size // 32), np.int32))  # some forms fail only here; and what is slow is slow here, not in a step
+            # Some forms fail only at their first mask; and what is slow is slow here, not in a step.
+            _fill(first, np.zeros(-(-vocab_size // 32), np.int32))
         if first.is_error():
             raise ValueError(f"structured_outputs: {self.kind} cannot be used: {_first_line(first.get_error())}")
 
@@ -86,16 +87,20 @@ def _fill(matcher: Any, bits: Bits) -> None:
 
 
 def _source(matcher: Any, kind: str, what: Any) -> str:
+    source: str
     if kind == "regex":
-        return matcher.grammar_from_regex(what)
-    if kind == "choice":
-        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in what))
-    if kind == "grammar":
-        return matcher.grammar_from_lark(what)
-    schema = {"type": "object"} if kind == "json_object" else what
-    # If any amount of whitespace were allowed, a small model might write nothing else.
-    compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    return matcher.grammar_from_json_schema(schema if isinstance(schema, str) else json.dumps(schema), defaults=compact)
+        source = matcher.grammar_from_regex(what)
+    elif kind == "choice":
+        source = matcher.grammar_from_lark("start: " + " | ".join(json.dumps(choice) for choice in what))
+    elif kind == "grammar":
+        source = matcher.grammar_from_lark(what)
+    else:
+        schema = {"type": "object"} if kind == "json_object" else what
+        # If any amount of whitespace were allowed, a small model might write nothing else.
+        compact = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        source = matcher.grammar_from_json_schema(text, defaults=compact)
+    return source
 
 
 def _vocabulary(tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> Any:

@@ -26,9 +26,8 @@ def as_transformers(tokenizer: Any) -> Any:
     config = tokenizer.config
     special = {name: token for name in SPECIAL if (token := tokenizer.special(name)) is not None}
     more = {name: config[name] for name in ("model_max_length", "padding_side", "truncation_side") if name in config}
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend, clean_up_tokenization_spaces=False, **special, **more
-    )
+    kind: Any = PreTrainedTokenizerFast  # it comes without types
+    made = kind(tokenizer_object=tokenizer.backend, clean_up_tokenization_spaces=False, **special, **more)
     made.chat_template = tokenizer.template
     return made
 

@@ -173,7 +173,8 @@ class _BackendStream:
     def __init__(self, backend: Any, context: list[int], skip_special_tokens: bool) -> None:
         from tokenizers.decoders import DecodeStream
 
-        self.backend, self.make = backend, lambda: DecodeStream(skip_special_tokens=skip_special_tokens)
+        self.backend = backend
+        self.make: Any = lambda: DecodeStream(skip_special_tokens=skip_special_tokens)
         self.stream = self.make()
         if context:
             self.stream.step(backend, context)

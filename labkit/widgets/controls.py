@@ -168,7 +168,11 @@ def _plain(value: Any, names: tuple[str, ...]) -> Any:
 
 
 def _name_of(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", repr(value))
+    return (
+        value
+        if isinstance(value, str)
+        else str(getattr(value, "name", None) or getattr(value, "__name__", repr(value)))
+    )
 
 
 def _show(widget: Any, value: Any) -> None:

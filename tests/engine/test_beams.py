@@ -81,3 +81,47 @@ def test_prompts_are_a_list_and_may_be_text():
         with pytest.raises(TypeError, match="prompts is a list of prompts: write"):
             lk.beam_search(eng, wrong, params)
     eng.close()
+
+
+def test_the_best_beams_of_a_form_are_those_that_scoring_all_its_texts_finds():
+    """One by one, in every way to cut them into tokens."""
+    texts = {a + rest for a in "ab" for rest in [*"bcd", *(b + c for b in "bcd" for c in "bcd")]} | {"xyz"}
+    with lk.Engine(num_blocks=256, dtype="float32") as eng:
+        prompt, tokenizer = eng.tokenizer.encode("def f("), eng.tokenizer
+        words = {
+            i: text for i in range(6, eng.runner.vocab_size) if set(text := tokenizer.decode([i])) <= set("abcdxyz")
+        }
+
+        def cuts(text):
+            if not text:
+                return [[]]
+            heads = [(i, text[len(word) :]) for i, word in words.items() if word and text.startswith(word)]
+            return [[i, *rest] for i, left in heads for rest in cuts(left)]
+
+        answers = [(*cut, end) for text in texts for cut in cuts(text) for end in eng.runner.eos_token_ids]
+        asked = lk.SamplingParams(max_tokens=1, prompt_logprobs=0)
+        scored = eng.generate([[*prompt, *answer] for answer in answers], asked)
+        expected = {
+            answer: sum(found.prompt_logprobs[len(prompt) + i].logprob for i in range(len(answer)))
+            for answer, found in zip(answers, scored, strict=True)
+        }
+        best = sorted(expected, key=lambda answer: -expected[answer])
+        for width in (32, 1):
+            params = lk.BeamSearchParams(
+                width, 5, length_penalty=0.0, structured_outputs={"regex": "(a|b)[b-d]{1,2}|xyz"}
+            )
+            beams, again = lk.beam_search(eng, [prompt, "def f("], params)
+            assert beams == again and len(beams) == width and "mask" not in repr(beams)
+            if width > 1:
+                assert [beam.token_ids for beam in beams] == best[:width]
+            for beam in beams:
+                assert beam.finish_reason == "stop" and beam.text in texts
+                assert beam.logprob == pytest.approx(expected[beam.token_ids], abs=1e-3)
+
+
+def test_a_form_in_beam_search_is_checked_like_any():
+    for wrong, message in (({"regex": 3}, "cannot be 3"), ({"regex": "a", "json": {}}, "names one form")):
+        with pytest.raises(ValueError, match=message):
+            lk.BeamSearchParams(structured_outputs=wrong)
+    with pytest.raises(ValueError, match="cannot be combined with ignore_eos"):
+        lk.BeamSearchParams(structured_outputs={"regex": "a"}, ignore_eos=True)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 import time
+import urllib.request
 
 import pytest
 
@@ -108,6 +109,39 @@ def test_an_engine_that_ran_before_runs_after():
         player.stop()
         assert eng.is_running
         assert eng.generate([1, 2, 3], lk.SamplingParams(max_tokens=3)).num_output == 3
+
+
+@pytest.mark.parametrize("served_first", [True, False])
+def test_waiting_leaves_an_engine_running_that_somebody_else_has_started(served_first):
+    with real_time() as eng:
+        eng.pause()
+        started = lk.serve(eng) if served_first else None
+        live = eng.dashboard()
+        if not served_first:
+            live.play()
+        with started or lk.serve(eng) as server:
+
+            async def until_over():
+                await live
+
+            def asked():
+                with urllib.request.urlopen(f"{server.url}/health", timeout=20) as answer:
+                    assert answer.status == 200
+                return eng.submit([1, 2, 3], lk.SamplingParams(max_tokens=30, ignore_eos=True))
+
+            for _ in range(2):
+                handle = asked()
+                live.wait(60)
+                assert handle.ended and eng.is_running
+            handle = asked()
+            asyncio.run(until_over())
+            assert handle.ended and eng.is_running
+            live.pause()
+            assert not eng.is_running
+            live.play()
+            assert eng.is_running
+            live.close()
+            assert eng.is_running
 
 
 def test_a_step_that_fails_is_told_to_whoever_waits():

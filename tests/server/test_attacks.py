@@ -6,6 +6,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -169,6 +170,29 @@ def test_a_template_that_runs_for_long_or_writes_much_fails_its_request(server, 
         answer = in_process(server.engine, calls, chat_template=template)
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages", template
         assert time.perf_counter() - begin < 5
+
+
+def test_streams_go_on_while_a_slow_template_is_rendered(server, monkeypatch):
+    from labkit.text import limits
+
+    monkeypatch.setattr(limits.Limits.__init__, "__defaults__", (1.5, 10_000))
+    slow = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    asked = {"prompt": "x", "max_tokens": 900, "ignore_eos": True, "stream": True}
+    talk = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    with lk.serve(server.engine, chat_template=slow) as other, httpx.Client(base_url=other.url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=asked) as stream, ThreadPoolExecutor(1) as pool:
+            lines = stream.iter_lines()
+            next(lines)
+            chat = pool.submit(httpx.post, f"{other.url}/v1/chat/completions", json=talk, timeout=60)
+            begin, times = time.perf_counter(), []
+            for _ in lines:
+                times.append(time.perf_counter() - begin)
+                if chat.done():
+                    break
+            seconds = times[-1]
+        answer = chat.result()
+        assert answer.status_code == 400 and "longer than 1.5 s" in answer.json()["error"]["message"]
+        assert sum(0.3 < at < min(seconds, 1.5) - 0.1 for at in times) > 5, times
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------------

@@ -283,7 +283,12 @@ def test_beam_search_gives_the_likeliest_continuations_of_each_prompt(http, serv
     expected = [prompt + beam.text for prompt, two in zip(prompts, beams, strict=True) for beam in two]
     assert [choice["text"] for choice in found["choices"]] == expected and len(set(expected)) == 4
     assert found["usage"]["completion_tokens"] == sum(len(beam.token_ids) for two in beams for beam in two)
-    for more in ({"stream": True}, {"logprobs": 1}, {"n": 65}):
+    form = {"structured_outputs": {"choice": ["red", "green", "blue"]}, "max_tokens": 8}
+    chosen = http.post("/v1/completions", json={"prompt": "x", "n": 3, "use_beam_search": True, **form}).json()[
+        "choices"
+    ]
+    assert {choice["text"] for choice in chosen} <= {"red", "green", "blue"}
+    for more in ({"stream": True}, {"logprobs": 1}, {"n": 65}, {"ignore_eos": True, **form}):
         answer = http.post("/v1/completions", json={"prompt": "x", "use_beam_search": True, **more})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == next(iter(more))
 
