@@ -57,7 +57,8 @@ class Machine:
             if not hasattr(machine, "bandwidth") or not hasattr(machine, "peak"):
                 raise TypeError(f"a machine is a Machine or one of {', '.join(MACHINES)}, got {machine!r}")
             machine = _measured(machine)
-        return replace(machine, **changes) if changes else machine
+        found: Machine = machine
+        return replace(found, **changes) if changes else found
 
     def peak(self, dtype: str) -> float:
         """Flops a second of products with weights of this dtype; formats without units of their own compute in

@@ -116,12 +116,12 @@ def _changed(runner: Any, options: Mapping[str, float]) -> SimRunner:
     if not isinstance(runner, SimRunner):
         raise TypeError(f"{', '.join(options)} are options of a SimRunner, but runner is {runner!r}")
     constants = {name: value for name, value in options.items() if name != "acceptance"}
-    if constants and not isinstance(runner.cost, LinearCost):
-        raise TypeError(
-            f"{', '.join(constants)} are constants of a LinearCost, but the runner's cost is {runner.cost!r}"
-        )
-    changed = copy.copy(runner)
-    changed.acceptance = real("acceptance", options.get("acceptance", runner.acceptance), least=0.0, most=1.0)
+    changed, cost = copy.copy(runner), runner.cost
     if constants:
-        changed.cost = replace(runner.cost, **constants)
+        if not isinstance(cost, LinearCost):
+            raise TypeError(
+                f"{', '.join(constants)} are constants of a LinearCost, but the runner's cost is {runner.cost!r}"
+            )
+        changed.cost = replace(cost, **constants)
+    changed.acceptance = real("acceptance", options.get("acceptance", runner.acceptance), least=0.0, most=1.0)
     return changed

@@ -130,10 +130,9 @@ class ModelShape:
         '7.59e+11 for 1000 tokens, 1.6e+12 for 2000'
         """
         looked_at = num_tokens * (num_tokens + 1) / 2
-        return (
-            2.0 * self.params_per_token * num_tokens
-            + 4.0 * self.num_layers * self.num_heads * self.head_size * looked_at
-        )
+        attended = 4.0 * self.num_layers * self.num_heads * self.head_size * looked_at
+        flops: Number = 2.0 * self.params_per_token * num_tokens + attended
+        return flops
 
     @property
     def weight_bytes(self) -> float:

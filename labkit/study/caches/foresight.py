@@ -3,6 +3,8 @@ Mooncake's length-aware one. They know a cache's columns and nothing of traces."
 
 from __future__ import annotations
 
+from typing import Any
+
 from labkit.core.blocks.eviction import Scored
 
 
@@ -21,7 +23,8 @@ class Clairvoyant(Scored):
         super().attach(cache)
 
     def key(self, block: int) -> float:
-        return -self.cache.next_use[block]
+        cache: Any = self.cache  # a replay's, see attach
+        return -float(cache.next_use[block])
 
 
 class LengthAware(Scored):

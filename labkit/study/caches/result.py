@@ -159,7 +159,7 @@ class PrefixStudy:
         """A plotly figure of reuse: how many different blocks lie between two uses of a block, over the block's place
         in its prompt. Darker is more blocks. A cache of that many blocks hits everything to the left."""
         go, figure = _figure(self.name, "reuse distance [blocks]", "depth in the prompt [blocks]")
-        far, deep = (self.distances.heat.any(axis).nonzero()[0] for axis in (1, 0))
+        far, deep = (np.flatnonzero(self.distances.heat.any(axis)) for axis in (1, 0))
         if len(far):
             counts = self.distances.heat[: far[-1] + 1, : deep[-1] + 1].T
             shown = np.where(counts > 0, counts, 0)

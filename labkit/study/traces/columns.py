@@ -125,7 +125,12 @@ def _write(file: IO[bytes], batch: list[TraceRequest]) -> int:
             tokens.tobytes(),
         ]
     )
-    row = {"requests": len(batch), "blocks": len(hashes), "tokens": len(tokens), "crc": zlib.crc32(data)}
+    row: dict[str, Any] = {
+        "requests": len(batch),
+        "blocks": len(hashes),
+        "tokens": len(tokens),
+        "crc": zlib.crc32(data),
+    }
     for name in NAMES:
         values = [getattr(request, name) for request in batch]
         if any(value is not None for value in values):
