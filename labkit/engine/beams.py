@@ -17,8 +17,6 @@ import numpy as np
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.params import SamplingParams
 from labkit.engine.intake import make_grammar, prompt_ids
-from labkit.sampling.masks import Mask
-from labkit.transfer import put
 
 if TYPE_CHECKING:
     from labkit.engine.engine import Engine
@@ -60,7 +58,7 @@ class Beam:
     logprob: float = 0.0
     finish_reason: str | None = None
     text: str | None = None
-    mask: Mask | None = field(default=None, repr=False, compare=False)  # how far it has come in the form
+    mask: Any = field(default=None, repr=False, compare=False)  # how far it has come in the form
 
     def score(self, length_penalty: float) -> float:
         length = len(self.token_ids) - (self.finish_reason == "stop")
@@ -81,7 +79,7 @@ class Ranking:
     """A logits processor that changes nothing. It keeps the likeliest of the allowed tokens, with log-probabilities
     among all tokens."""
 
-    def __init__(self, num: int, mask: Mask, output: Sequence[int], vocab_size: int) -> None:
+    def __init__(self, num: int, mask: Any, output: Sequence[int], vocab_size: int) -> None:
         bits = np.full(-(-vocab_size // 32), -1, np.int32)
         mask.fill(list(output), bits)
         self.allowed = np.unpackbits(bits.view(np.uint8), count=vocab_size, bitorder="little").view(bool)
@@ -89,7 +87,9 @@ class Ranking:
         self.best: list[tuple[int, float]] = []
 
     def __call__(self, prompt: list[int], output: list[int], logits: Any) -> Any:
-        forbidden = put(~self.allowed, logits.device)
+        import torch
+
+        forbidden = torch.from_numpy(~self.allowed).to(logits.device)
         top = logits.log_softmax(-1).masked_fill(forbidden, -np.inf).topk(self.num)
         self.best = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return logits

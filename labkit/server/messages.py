@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -266,7 +266,7 @@ class Events:
         self.last: dict[str, Any] = {"stop_reason": "end_turn", "stop_sequence": None}
         self.begun = False
 
-    def write(self, deltas: Sequence[Delta]) -> bytes:
+    def write(self, deltas: list[Delta]) -> bytes:
         return self._of(self.chat.write(deltas))
 
     def end(self) -> bytes:
