@@ -21,7 +21,7 @@ class Incoming(NamedTuple):
     """A request about to arrive. `index` is its place in the workload."""
 
     arrival: float  # seconds
-    index: int
+    index: int  # type: ignore[assignment]
     prompt: Tokens
     num_output: int
     priority: int = 0
@@ -109,4 +109,5 @@ def mixed(x: Any, vocab_size: int) -> Tokens:
     """Token ids, well mixed from numbers."""
     x = (x + _MIX[2]) * _MIX[0]
     x = (x ^ (x >> np.uint64(27))) * _MIX[1]
-    return ((x ^ (x >> np.uint64(31))) % np.uint64(vocab_size)).astype(np.int32)
+    tokens: Tokens = ((x ^ (x >> np.uint64(31))) % np.uint64(vocab_size)).astype(np.int32)
+    return tokens
