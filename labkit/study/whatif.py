@@ -129,8 +129,8 @@ class WhatIf:
         columns = [run.study.runs[0].requests for run in (self.before, self.after)]
         places = [{index: at for at, index in enumerate(some["request"])} for some in columns]
         for index, name in enumerate(names):
-            at = [place.get(index) for place in places]
-            if at[0] is None or at[1] is None:
+            at = [place[index] for place in places if index in place]
+            if len(at) < 2:
                 continue  # rejected under one of the settings: `metrics["rejected"]` counts it
             one, other = ({key: some[key][i] for key in some} for some, i in zip(columns, at, strict=True))
             change = other["e2e"] - one["e2e"]
