@@ -1,5 +1,7 @@
 """Runs notebooks from top to bottom and saves their outputs, without widgets: python notebooks/execute.py [NAME ...].
 
+A name is how a file begins: 04, papers/orca.
+
 An error stops it, and the file is left unchanged.
 """
 
@@ -19,7 +21,9 @@ def execute(path: Path) -> int:
     from nbclient import NotebookClient
 
     book = nbformat.read(path, as_version=4)
-    NotebookClient(book, timeout=180, store_widget_state=False, resources={"metadata": {"path": str(HERE)}}).execute()
+    NotebookClient(
+        book, timeout=180, store_widget_state=False, resources={"metadata": {"path": str(path.parent)}}
+    ).execute()
     book.metadata.pop("widgets", None)
     for cell in book.cells:
         cell.metadata.pop("execution", None)
@@ -30,13 +34,17 @@ def execute(path: Path) -> int:
 
 
 def main(names: list[str]) -> None:
-    paths = [path for path in sorted(HERE.glob("*.ipynb")) if not names or path.name.startswith(tuple(names))]
+    every = {
+        path.relative_to(HERE).as_posix(): path
+        for path in sorted([*HERE.glob("*.ipynb"), *HERE.glob("papers/*.ipynb")])
+    }
+    paths = [path for name, path in every.items() if not names or name.startswith(tuple(names))]
     if not paths:
         raise SystemExit(f"no notebook's name begins with {' or '.join(names)}")
     root = HERE.parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     for path in paths:
-        print(f"{path.name}: {execute(path):,} bytes", flush=True)
+        print(f"{path.relative_to(HERE)}: {execute(path):,} bytes", flush=True)
 
 
 if __name__ == "__main__":

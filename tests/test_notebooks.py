@@ -7,14 +7,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LESSONS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PAPERS = sorted((ROOT / "notebooks" / "papers").glob("*.ipynb"))
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def load(path):
+    return {**json.loads(path.read_text()), "path": path}
+
+
+@pytest.fixture(params=LESSONS + PAPERS, ids=lambda path: path.stem)
 def notebook(request):
-    found = json.loads(request.param.read_text())
-    found["path"] = request.param
-    return found
+    return load(request.param)
+
+
+@pytest.fixture(params=LESSONS, ids=lambda path: path.stem)
+def lesson(request):
+    return load(request.param)
+
+
+@pytest.fixture(params=PAPERS, ids=lambda path: path.stem)
+def paper(request):
+    return load(request.param)
 
 
 def code(notebook):
@@ -22,7 +35,7 @@ def code(notebook):
 
 
 def test_there_is_one_for_each_lesson():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(1, len(NOTEBOOKS) + 1)]
+    assert [path.name[:2] for path in LESSONS] == [f"{i:02}" for i in range(1, len(LESSONS) + 1)]
 
 
 def test_it_was_run_from_top_to_bottom(notebook):
@@ -44,8 +57,8 @@ def test_nothing_in_it_failed_or_names_a_machine(notebook):
     assert not re.search(r"/home/|/root/|/work/|/tmp/", notebook["path"].read_text())
 
 
-def test_it_asserts_what_it_teaches_and_ends_in_two_exercises(notebook):
-    text = ["".join(cell["source"]) for cell in notebook["cells"]]
+def test_it_asserts_what_it_teaches_and_ends_in_two_exercises(lesson):
+    text = ["".join(cell["source"]) for cell in lesson["cells"]]
     assert sum("assert " in source for source in text) >= 4
     exercises = next(i for i, source in enumerate(text) if "## Exercise" in source)
     rest = text[exercises:]
@@ -58,3 +71,14 @@ def test_it_asserts_what_it_teaches_and_ends_in_two_exercises(notebook):
 def test_cells_are_short(notebook):
     for cell in code(notebook):
         assert "".join(cell["source"]).count("\n") < 30, "longer code belongs to labkit"
+
+
+def test_a_paper_has_a_figure_an_exercise_and_at_the_end_its_numbers_beside_ours(paper):
+    text = ["".join(cell["source"]) for cell in paper["cells"]]
+    exercise = next(i for i, source in enumerate(text) if "## Exercise" in source)
+    assert sum("assert " in source for source in text[:exercise]) >= 1, "it asserts its result"
+    assert sum("assert " in source for source in text[exercise:]) >= 1, "it checks the exercise"
+    shown = [output.get("data", {}) for cell in code(paper) for output in cell["outputs"]]
+    assert any("application/vnd.plotly.v1+json" in data and "<svg" in "".join(data["text/html"]) for data in shown)
+    table = "".join(shown[-1]["text/markdown"])
+    assert "| paper | here | why they differ |" in table and table.count("\n| ") >= 3

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = "labkit-notebooks"
+PAPERS = "papers"  # a folder of notebooks in the folder of notebooks
 RECORD = ".labkit.json"  # in the copy: what each file was when it was copied
 
 
@@ -54,18 +55,19 @@ def copy_notebooks(folder: str | Path = FOLDER, *, reset: bool = False, home: Pa
     folder.mkdir(parents=True, exist_ok=True)
     record = _read_record(folder)
     done = []
-    for source in sorted(home.glob("*.ipynb")):
-        copied = _copy(source, folder / source.name, record.get(source.name), reset)
+    for source in sorted([*home.glob("*.ipynb"), *home.glob(f"{PAPERS}/*.ipynb")]):
+        name = source.relative_to(home).as_posix()
+        copied = _copy(name, source, folder / name, record.get(name), reset)
         if copied.what != "kept":
-            record[source.name] = _digest(source)
+            record[name] = _digest(source)
         done.append(copied)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     return done
 
 
-def _copy(source: Path, target: Path, copied: str | None, reset: bool) -> Copied:
-    name = source.name
+def _copy(name: str, source: Path, target: Path, copied: str | None, reset: bool) -> Copied:
     if not target.exists():
+        target.parent.mkdir(exist_ok=True)
         shutil.copyfile(source, target)
         return Copied(name, "new")
     there, shipped = _digest(target), _digest(source)

@@ -10,6 +10,7 @@ _HOME = {
     "Clairvoyant": "caches.foresight",
     "Efficiency": "machines",
     "LengthAware": "caches.foresight",
+    "Lines": "lines",
     "MACHINES": "machines",
     "Machine": "machines",
     "ModelShape": "shapes",

@@ -49,8 +49,8 @@ def test_an_installed_wheel_s_notebooks_are_found(tmp_path):
     made = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     with zipfile.ZipFile(tmp_path / made.stdout.strip().splitlines()[-1]) as wheel:
         wheel.extractall(tmp_path / "site")
-    shipped = {path.name for path in (tmp_path / "site/labkit/notebooks").glob("*.ipynb")}
-    assert shipped == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+    shipped = {path.name for path in (tmp_path / "site/labkit/notebooks").rglob("*.ipynb")}
+    assert shipped == {path.name for path in (ROOT / "notebooks").rglob("*.ipynb")} and "orca.ipynb" in shipped
     code = (
         f"import sys; sys.path[:0] = [{str(tmp_path / 'site')!r}]\n"
         "import labkit.notebook.jupyter; print(labkit.notebook.jupyter.notebooks_home())"
@@ -90,6 +90,16 @@ def test_an_edited_copy_is_kept_and_an_untouched_one_is_updated(home, copy):
     assert (copy / "01_one.ipynb").read_text() == "mine" and (copy / "02_two.ipynb").read_text() == "newer"
     assert "--reset replaces yours" in repr(copied[0])
     assert what(lab.copy_notebooks(copy, home=home)) == {"01": "kept", "02": "same"}, "and so the next time"
+
+
+def test_notebooks_about_papers_keep_their_folder(home, copy):
+    (home / "papers").mkdir()
+    (home / "papers/orca.ipynb").write_text("{}")
+    assert [repr(one) for one in lab.copy_notebooks(copy, home=home)][2] == "new     papers/orca.ipynb"
+    (copy / "papers/orca.ipynb").write_text("mine")
+    assert lab.copy_notebooks(copy, home=home)[2].what == "kept"
+    assert lab.copy_notebooks(copy, home=home, reset=True)[2].what == "renewed"
+    assert (copy / "papers/orca-edited-1.ipynb").read_text() == "mine"
 
 
 def test_reset_renews_and_puts_the_edited_one_aside(home, copy):
@@ -168,7 +178,7 @@ def test_the_server_really_starts_and_lists_the_copies(tmp_path):
         address = _address(tmp_path / "JUPYTER_RUNTIME_DIR", process)
         with urllib.request.urlopen(f"{address}api/contents?token=secret", timeout=30) as answer:
             listed = {entry["name"] for entry in json.load(answer)["content"]}
-        assert listed == {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
+        assert listed == {"papers", *(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))}
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

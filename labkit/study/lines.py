@@ -1,0 +1,70 @@
+"""Curves of numbers from a cell: one picture that is interactive where plotly is, and a static one elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from labkit.widgets import charts, style
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+PLOTLY = "application/vnd.plotly.v1+json"
+
+
+class Lines:
+    """Named curves `{name: (xs, ys)}`. At the end of a cell it is drawn by plotly; readers without JavaScript see the
+    same curves as SVG.
+
+    >>> Lines({"lru": ([1, 2, 4], [0.1, 0.2, 0.3])}, x="capacity", y="hit rate")
+    Lines(hit rate over capacity: lru)
+    """
+
+    def __init__(
+        self, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, x: str = "x", y: str = "y"
+    ) -> None:
+        if not curves:
+            raise ValueError('there are no curves: give at least one, such as {"lru": (xs, ys)}')
+        for name, (xs, ys) in curves.items():
+            if len(xs) != len(ys):
+                raise ValueError(f"curve {name!r} has {len(xs)} x and {len(ys)} y: give as many of both")
+        self.x, self.y = x, y
+        self.curves = {
+            name: ([round(float(v), 6) for v in xs], [round(float(v), 6) for v in ys])
+            for name, (xs, ys) in curves.items()
+        }
+
+    def __repr__(self) -> str:
+        return f"Lines({self.y} over {self.x}: {', '.join(self.curves)})"
+
+    def figure(self) -> Figure:
+        """The plotly figure, to change or save."""
+        try:
+            import plotly.graph_objects as go
+        except ImportError as error:
+            raise ImportError("figure() needs plotly: pip install 'labkit[lab]'") from error
+        figure = go.Figure()
+        figure.update_layout(**charts.LAYOUT, height=340, margin={"l": 60, "r": 20, "t": 20, "b": 50})
+        figure.update_layout(xaxis_title=self.x, yaxis_title=self.y, showlegend=True)
+        for i, (name, (xs, ys)) in enumerate(self.curves.items()):
+            mode = "lines+markers" if len(xs) <= 20 else "lines"
+            figure.add_trace(go.Scatter(x=xs, y=ys, name=name, mode=mode, line_color=_hue(i)))
+        return figure
+
+    def _repr_html_(self) -> str:
+        drawn = [charts.Curve(name, _hue(i), xs, ys) for i, (name, (xs, ys)) in enumerate(self.curves.items())]
+        keys = [style.key(curve.label, curve.color) for curve in drawn]
+        return style.page(style.legend(keys), charts.curves(drawn, self.x, self.y))
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        bundle: dict[str, Any] = {"text/plain": repr(self), "text/html": self._repr_html_()}
+        with suppress(ImportError):  # the static picture is enough
+            bundle[PLOTLY] = json.loads(self.figure().to_json())
+        return bundle
+
+
+def _hue(i: int) -> str:
+    return style.HUES[i % len(style.HUES)]
