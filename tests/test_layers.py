@@ -78,9 +78,9 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},
     "notebook": {"nbformat", "torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels", "IPython", "numpy"},
     "quantization": {"torch", "pandas", "plotly", "safetensors", "tqdm"},
-    "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget"},
+    "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget", "ray"},
 }
-LAZY = {"pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}
+LAZY = {"ray", "pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}
 
 
 def modules() -> list[Path]:

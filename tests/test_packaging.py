@@ -32,6 +32,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound():
         *extras["server"],
         *extras["study"],
         *extras["otel"],
+        *extras["ray"],
         *extras["dev"][1:],
     ]:
         assert re.search(r">=[\d.]+,<[\d.]+", dependency), dependency

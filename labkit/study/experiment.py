@@ -1,7 +1,8 @@
-"""Serves the same workload under every setting of a grid, one after the other."""
+"""Serves the same workload under every setting of a grid."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from labkit.core.options import flag, real, whole
 from labkit.core.params import SamplingParams
 from labkit.engine.engine import Engine
 from labkit.study.history import CURVES, History, rolling, thin
+from labkit.study.parallel import each
 from labkit.study.serving import serve
 from labkit.study.settings import (
     Setting,
@@ -93,8 +95,23 @@ class Experiment:
         self.metrics[name] = function
         return function
 
-    def run(self, *, live: bool | str = False, speed: float | None = None, progress: bool = True) -> Study:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_live": None}  # a figure stays in its notebook
+
+    def run(
+        self,
+        *,
+        live: bool | str = False,
+        speed: float | None = None,
+        progress: bool = True,
+        workers: int | None = None,
+        ray: bool | str = False,
+    ) -> Study:
         """Serve every setting. If interrupted, returns what was measured so far.
+
+        `workers` serves so many settings at once, each in a process of its own; `ray` as tasks of Ray, on this machine
+        (True) or on a cluster by its address. Both are for simulations, and give the same numbers as one after the
+        other.
 
         `live` draws each setting's rolling hit rate while it is served, or another of "output_tokens_per_s",
         "used_blocks", "waiting", "running". `speed` limits a simulation to that many simulated seconds per second, so
@@ -105,20 +122,28 @@ class Experiment:
             real("speed", speed, least=0.0, open_left=True)
             if self.model is not None or "model" in self.grid:
                 raise ValueError("speed= needs a simulation: a model runs in real time")
+        if workers is not None or ray is not False:
+            self._check_parallel(live)
         planned = [(seed, *setting) for setting in settings_of(self.grid) for seed in range(self.repeats)]
         view = self._open_live(live, planned)
-        runs: list[Run] = []
+
+        def one(entry: tuple[int, Setting, dict[str, Any]]) -> Run:
+            seed, values, names = entry
+            history = History()
+            if view:
+                view.watch(_name_of(names), history, self._workload(values, seed))
+            return self._serve(values, names, seed, history, speed)
+
+        done: dict[int, Run] = {}
         try:
-            for seed, values, names in _progress(planned, progress and not view):
-                history = History()
-                if view:
-                    view.watch(_name_of(names), history, self._workload(values, seed))
-                runs.append(self._serve(values, names, seed, history, speed))
+            with contextlib.closing(each(one, planned, workers=workers, ray=ray)) as served:
+                done.update(_progress(served, len(planned), progress and not view))
         except KeyboardInterrupt:
             pass  # the study records that it was interrupted
         finally:
             if view:
                 view.close()
+        runs = [done[i] for i in sorted(done)]
         if failed := [run for run in runs if run.error is not None]:
             first = failed[0]
             warnings.warn(f"{len(failed)} of {len(runs)} runs failed, {first.label}: {first.error}", stacklevel=2)
@@ -129,6 +154,14 @@ class Experiment:
             runner=self._runner_name(),
             num_planned=len(planned),
         )
+
+    def _check_parallel(self, live: bool | str) -> None:
+        if self.model is not None or "model" in self.grid:
+            raise ValueError(
+                "workers= and ray= are for simulations: models that run at once would slow each other down"
+            )
+        if live is not False:
+            raise ValueError("live= follows one run after the other: leave out workers= and ray=")
 
     def _serve(self, values: Setting, names: dict[str, Any], seed: int, history: History, speed: float | None) -> Run:
         """Serve one setting, once. An error becomes its result, and the other settings are still served."""
@@ -206,9 +239,9 @@ def _curves(history: History, workload: Workload) -> dict[str, list[float | None
     return found
 
 
-def _progress(planned: list[Any], shown: bool) -> Any:
+def _progress(served: Any, total: int, shown: bool) -> Any:
     if not shown:
-        return planned
+        return served
     from tqdm.auto import tqdm  # comes with transformers
 
-    return tqdm(planned, unit="run", leave=False, delay=1.0)
+    return tqdm(served, total=total, unit="run", leave=False, delay=1.0)

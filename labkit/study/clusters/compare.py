@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from labkit.bench.workload import Workload, arriving
 from labkit.core.options import check_names, real, whole
@@ -15,6 +15,7 @@ from labkit.study.clusters.placement import Disaggregated
 from labkit.study.clusters.replica import OPTIONS
 from labkit.study.clusters.results import check_slo, columns_of, metrics_of
 from labkit.study.clusters.routers import Router, name_of, named
+from labkit.study.parallel import each
 from labkit.study.settings import labels
 from labkit.study.study import Run, Study
 
@@ -40,6 +41,8 @@ def cluster(
     repeats: int = 1,
     runner: Any = None,
     patience: float | None = None,
+    workers: int | None = None,
+    ray: bool | str = False,
     **options: Any,
 ) -> ClusterStudy:
     """Serve a workload on simulated clusters, once for each router (a name, an object or a function of yours), and
@@ -47,7 +50,8 @@ def cluster(
 
     `replicas` is a number, a list of options for each replica, a `Disaggregated(...)`, or a list of numbers and
     placements to compare. `rates` draws the arrivals again at so many requests a second. Goodput counts the requests
-    that met the `slo`, by default {"ttft": 1.0, "tpot": 0.1} seconds. Options are those of `Cluster`.
+    that met the `slo`, by default {"ttft": 1.0, "tpot": 0.1} seconds. `workers` and `ray` serve several rows at once,
+    as in `Experiment.run`. Other options are those of `Cluster`.
 
     >>> import labkit as lk
     >>> mix = lk.workloads.shared_prefixes(100, rate=20)
@@ -74,16 +78,20 @@ def cluster(
         if not checked:
             raise ValueError("rates is empty: give it at least one rate, in requests a second")
         grid.append(("rate", checked, checked))
-    runs = []
+    shared = dict(options, runner=runner, patience=patience)
+    tasks: list[_Task] = []
     for combination in itertools.product(*([*zip(values, shown, strict=True)] for _, values, shown in grid)):
         value = {name: one for (name, _, _), (one, _) in zip(grid, combination, strict=True)}
         label = {name: one for (name, _, _), (_, one) in zip(grid, combination, strict=True)}
-        for seed in range(repeats):
-            drawn = _drawn(workload, value.get("rate"), seed if repeats > 1 else None)
-            runs.append(
-                _serve(drawn, value.get("replicas", places[0]), value["router"], label, seed, objective,
-                       dict(options, runner=runner, patience=patience))
-            )  # fmt: skip
+        place = value.get("replicas", places[0])
+        tasks += [_Task(place, value["router"], value.get("rate"), label, seed) for seed in range(repeats)]
+
+    def serve(task: _Task) -> Run:
+        drawn = _drawn(workload, task.rate, task.seed if repeats > 1 else None)
+        return _serve(drawn, task, objective, shared)
+
+    done = dict(each(serve, tasks, workers=workers, ray=ray))
+    runs = [done[i] for i in range(len(tasks))]
     if failed := [run for run in runs if run.error is not None]:
         first = failed[0]
         warnings.warn(f"{len(failed)} of {len(runs)} runs failed, {first.label}: {first.error}", stacklevel=2)
@@ -93,18 +101,25 @@ def cluster(
     return ClusterStudy(runs, names=[name for name, _, _ in grid], workload=shown, runner=where, num_planned=len(runs))
 
 
-def _serve(
-    workload: Workload, place: Any, router: Router, label: dict[str, Any], seed: int, slo: Mapping[str, float],
-    options: dict[str, Any],
-) -> Run:  # fmt: skip
+class _Task(NamedTuple):
+    """What one row serves."""
+
+    place: Any
+    router: Router
+    rate: float | None
+    label: dict[str, Any]
+    seed: int
+
+
+def _serve(workload: Workload, task: _Task, slo: Mapping[str, float], options: dict[str, Any]) -> Run:
     """One row. An error becomes its result, and the others are still served."""
     try:
-        served = Cluster(place, router=copy.deepcopy(router), **options)
+        served = Cluster(task.place, router=copy.deepcopy(task.router), **options)
         served.serve(workload)
         served.check()
     except Exception as error:
-        return Run(label, seed, f"{type(error).__name__}: {error}")
-    return Run(label, seed, None, metrics_of(served, slo), columns_of(served))
+        return Run(task.label, task.seed, f"{type(error).__name__}: {error}")
+    return Run(task.label, task.seed, None, metrics_of(served, slo), columns_of(served))
 
 
 def _drawn(workload: Workload, rate: float | None, seed: int | None) -> Workload:

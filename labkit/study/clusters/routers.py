@@ -144,6 +144,8 @@ def _place(key: bytes) -> int:
 class _ByHistory(_Seeded):
     """Routers that remember what they sent where."""
 
+    most: int | None = None  # blocks of a prompt that are looked at
+
     def __init__(self, capacity: int | None, seed: int) -> None:
         super().__init__(seed)
         self.capacity = None if capacity is None else whole("capacity", capacity, least=1)
@@ -156,13 +158,15 @@ class _ByHistory(_Seeded):
         return found
 
     def send(self, request: Incoming, view: View) -> int:
-        self.index(view).sent(request.hashes)
+        self.index(view).sent(request.hashes[: self.most])
         return view.index
 
     def shares(self, request: Incoming, views: Views) -> list[float]:
-        """The share of the prompt that each replica should have cached."""
-        size = request.block_size / max(request.num_prompt, 1)
-        return [self.index(view).match(request.hashes) * size for view in views]
+        """The share of the prompt, or of its first `most` blocks, that each replica should have cached."""
+        hashes = request.hashes[: self.most]
+        num_blocks = request.num_prompt / request.block_size
+        whole_share = max(num_blocks if self.most is None else min(num_blocks, self.most), 1.0)
+        return [self.index(view).match(hashes) / whole_share for view in views]
 
 
 @named_options
@@ -245,14 +249,22 @@ class AIBrix(_ByHistory):
 class Scored(_ByHistory):
     """llm-d's scorers: `prefix` times the share of the prompt that is cached, plus `queue` times how short the queue is
     compared to the others', plus `kv` times the share of blocks that no request holds; the highest wins. A replica
-    should have cached the latest `capacity` blocks that were sent to it. `Scored(prefix=0)` is load-aware."""
+    should have cached the latest `capacity` blocks that were sent to it, where only the first `most` blocks of a prompt
+    count. `Scored(prefix=0)` is load-aware."""
 
     name = "llm_d"
 
     def __init__(
-        self, prefix: float = 3.0, queue: float = 2.0, kv: float = 2.0, capacity: int | None = 31_250, seed: int = 0
+        self,
+        prefix: float = 3.0,
+        queue: float = 2.0,
+        kv: float = 2.0,
+        capacity: int | None = 31_250,
+        most: int | None = 256,
+        seed: int = 0,
     ) -> None:
         super().__init__(capacity, seed)
+        self.most = None if most is None else whole("most", most, least=1)
         self.prefix = real("prefix", prefix, least=0.0)
         self.queue = real("queue", queue, least=0.0)
         self.kv = real("kv", kv, least=0.0)
@@ -280,7 +292,7 @@ class Precise(Scored):
     name = "precise"
 
     def __init__(self, prefix: float = 3.0, queue: float = 2.0, kv: float = 2.0, seed: int = 0) -> None:
-        super().__init__(prefix, queue, kv, None, seed)
+        super().__init__(prefix, queue, kv, None, None, seed)
 
     def shares(self, request: Incoming, views: Views) -> list[float]:
         size = request.block_size / max(request.num_prompt, 1)
