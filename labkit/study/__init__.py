@@ -33,6 +33,8 @@ _HOME = {
     "RouterError": "clusters.cluster",
     "View": "clusters.view",
     "cluster": "clusters.compare",
+    "sizing": "sizes",
+    "Sizing": "sizes",
 }
 _MODULES = {"generate": "traces.generate", "routers": "clusters.routers"}
 
