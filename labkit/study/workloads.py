@@ -27,7 +27,7 @@ from labkit.study.traces.serving import to_workload
 
 __all__ = [
     "Ask", "Workload", "agents", "arriving", "bursty", "chats", "few_shot", "load", "mixed", "poisson",
-    "prefix_repetition", "rag", "shared_prefixes", "sharegpt", "trace", "two_classes",
+    "prefix_repetition", "rag", "shared_prefixes", "sharegpt", "tenants", "trace", "two_classes",
 ]  # fmt: skip
 
 VOCAB = 1000  # every model has that many tokens
@@ -61,6 +61,39 @@ def shared_prefixes(
     lengths = zip(chosen.tolist(), draw_whole(rng, question, num), draw_whole(rng, output, num), strict=True)
     asks = tuple(Ask(systems[which] + draw_ids(rng, n, vocab_size), m) for which, n, m in lengths)
     made = Workload(f"{prefixes} shared prefixes", asks)
+    return made if rate is None else arriving(made, rate, seed=seed)
+
+
+@seeded
+def tenants(
+    num: int = 300,
+    *,
+    groups: int = 20,
+    questions: int = 3,
+    prefix: int = 800,
+    question: int = 96,
+    output: int = 60,
+    rate: float | None = None,
+    vocab_size: int = VOCAB,
+    seed: int = 0,
+) -> Workload:
+    """Customers with a long prompt each, and a few questions that come again and again: all `groups * questions`
+    prompts in random order, then in another one, as inference-perf's shared prefixes. All at once, or at `rate` a
+    second.
+
+    >>> tenants(120, groups=20, questions=3)
+    Workload(20 tenants x 3 questions: 120 requests, 107,520 prompt + 7,200 output tokens)
+    """
+    for name, number in (("num", num), ("groups", groups), ("questions", questions), ("prefix", prefix)):
+        whole(name, number, least=1)
+    rng = np.random.default_rng(seed)
+    prompts = []
+    for _ in range(groups):
+        head = draw_ids(rng, prefix, vocab_size)
+        prompts += [head + draw_ids(rng, whole("question", question, least=1), vocab_size) for _ in range(questions)]
+    order = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-num // len(prompts)))])[:num]
+    asks = tuple(Ask(prompts[i], whole("output", output, least=1)) for i in order.tolist())
+    made = Workload(f"{groups} tenants x {questions} questions", asks)
     return made if rate is None else arriving(made, rate, seed=seed)
 
 

@@ -119,3 +119,10 @@ def test_mixed_workloads_come_in_order_and_keep_their_turns():
 def test_what_a_picture_calls_shared_is_what_an_endless_cache_hits(made):
     fast = {"num_blocks": 50_000, "constant": 1e-4, "per_token": 1e-6}
     assert shared(made) == lk.Experiment(made, **fast).run(progress=False).frame().hit_rate[0]
+
+
+def test_tenants_ask_every_question_before_one_comes_again():
+    asks = lk.workloads.tenants(50, groups=5, questions=4, prefix=32, question=8).asks
+    assert len({ask.prompt for ask in asks[:20]}) == len({ask.prompt for ask in asks[20:40]}) == 20
+    assert {ask.prompt for ask in asks} == {ask.prompt for ask in asks[:20]}
+    assert len({ask.prompt[:32] for ask in asks}) == 5

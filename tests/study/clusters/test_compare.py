@@ -56,6 +56,31 @@ def test_routers_start_afresh_in_every_run():
     assert router([], [1, 2], 0.0) == 0, "the given object is not used up"
 
 
+def test_routers_come_in_the_order_that_llm_d_has_measured():
+    """Precise over approximate over load-aware, which is no better than random. As in the published setting, each
+    replica's share of the prompts fits into half of its cache, and the approximate index holds six tenths of that."""
+    workload = lk.workloads.tenants(180, groups=20, questions=3, prefix=800, question=96, output=60, rate=80)
+    routers = lk.study.routers
+    weights = {"prefix": 2.0, "queue": 1.0, "kv": 1.0}
+    study = lk.study.cluster(
+        workload,
+        4,
+        [
+            routers.Random(),
+            routers.Scored(**{**weights, "prefix": 0.0}),
+            routers.Scored(**weights, capacity=204, most=None),
+            routers.Precise(**weights),
+        ],
+        runner=lk.SimRunner(constant=0.012, per_token=1e-4, per_context=1e-7),
+        num_blocks=680,
+    )
+    measured = {run.label: run.metrics["output_tokens_per_s"] for run in study.runs}
+    assert measured["precise"] > 1.08 * measured["llm_d"] and measured["llm_d"] > 1.3 * measured["load_aware"]
+    assert 0.85 < measured["load_aware"] / measured["random"] < 1.15
+    ttft = [run.metrics["ttft_p90"] for run in study.runs]
+    assert ttft[3] < ttft[2] < min(ttft[:2]) / 2
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
