@@ -34,6 +34,7 @@ _HOME = {
     "View": "clusters.view",
     "cluster": "clusters.compare",
     "sizing": "sizes",
+    "Size": "sizes",
     "Sizing": "sizes",
 }
 _MODULES = {"generate": "traces.generate", "routers": "clusters.routers"}
