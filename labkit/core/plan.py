@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.tables import Ints, Tokens
+from labkit.core.blocks.tiers import NO_MOVES, DiskMoves
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.shown import mimebundle
@@ -56,7 +57,8 @@ NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
 
 
 class Plan(NamedTuple):
-    """One step. Applied in this order: reset, leaves, joins, table changes, swap out, copy, swap in, compute.
+    """One step. Applied in this order: reset, leaves, joins, table changes, drop from and write to disk, swap out,
+    copy, read from disk, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
     rows, one token each and `drafts[i]` draft tokens after it. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`. For
@@ -85,6 +87,7 @@ class Plan(NamedTuple):
     reset: bool = False  # a step failed: forget every row
     budget: int = 0  # the most tokens the step could have had; 0: unknown
     drafts: Ints = NO_INTS  # by decode row: how many draft tokens follow its own; empty: none (always so with `feed`)
+    disk: DiskMoves = NO_MOVES
 
     @property
     def num_tokens(self) -> int:
@@ -130,6 +133,8 @@ class Plan(NamedTuple):
         parts = [f"{self.num_decode} decode rows{drafts}", f"{prefills} prefills of {self.num_prefill_tokens} tokens"]
         also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
         parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
+        parts += [f"{len(self.disk.writes)} to disk"] * bool(self.disk.writes)
+        parts += [f"{len(self.disk.reads)} from disk"] * bool(self.disk.reads)
         return f"Plan({self.step}: {', '.join(parts)})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
@@ -161,7 +166,8 @@ class Result(NamedTuple):
     `extras` are by request id; the core passes them on unread.
 
     Sample j's tokens are `tokens[indptr[j]:indptr[j + 1]]`: one, and one more for each accepted draft; none for a row
-    that failed. Without `indptr` every sample has one token.
+    that failed. Without `indptr` every sample has one token. `read` names the disk reads of this or earlier plans that
+    are done by now, and whether the file was good; a plan without rows waits for all of them.
     """
 
     tokens: Tokens
@@ -169,6 +175,7 @@ class Result(NamedTuple):
     errors: dict[int, str] | None = None
     extras: dict[str, Extras] | None = None
     indptr: Ints | None = None
+    read: dict[bytes, bool] | None = None
 
     @property
     def num_samples(self) -> int:

@@ -155,6 +155,10 @@ class Background(Loop):
         if self.worker is not None:
             self.worker.turn = None
         aborted = self._end_all()
+        try:
+            self._spill()
+        except Exception as error:
+            warn(f"the prefix cache was not written to disk: {error}")
         memory = held_memory(self.runner)
         if (close := getattr(self.runner, "close", None)) is not None:
             close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,9 @@ class Options:
     128), "nf4", "fp8". `hybrid_kv` gives
     layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
     steps are then not captured. `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in
-    8 bits, with a scale for each token and head. All other options go to `BlockManager` and `Scheduler`.
+    8 bits, with a scale for each token and head. `kv_offloading` keeps cached blocks that are evicted in the
+    `num_host_blocks` blocks of host memory; `kv_disk_path` is a folder for those that host memory evicts, of at most
+    `kv_disk_size` GiB, whose prefixes outlive the engine. All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -51,6 +54,10 @@ class Options:
     num_blocks: int | None = None
     block_size: int = 16
     num_host_blocks: int = 0
+    kv_offloading: bool = False
+    host_eviction: Any = "lru"
+    kv_disk_path: Any = None
+    kv_disk_size: float = 10.0
     prefix_caching: bool = True
     eviction: Any = "lru"
     max_num_seqs: int = 256
@@ -63,6 +70,8 @@ class Options:
     preemption: str = "auto"
     swap_cost: Any = None
     recompute_cost: Any = None
+    kv_loading: str = "auto"
+    disk_cost: Any = None
     watermark: float = 0.01
     prefix_hold: bool = True
     max_in_flight: int | None = None
@@ -78,6 +87,12 @@ class Options:
         for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic", "hybrid_kv"):
             flag(name, getattr(self, name))
         choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        flag("kv_offloading", self.kv_offloading)
+        real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
+        if self.kv_disk_path is not None and not self.kv_offloading:
+            raise ValueError("blocks go to disk through host memory: kv_disk_path needs kv_offloading=True")
+        if self.kv_disk_path is not None and not isinstance(self.kv_disk_path, (str, PathLike)):
+            raise ValueError(f"kv_disk_path is a folder, got {self.kv_disk_path!r}")
         whole("seed", self.seed, least=0)
         whole("block_size", self.block_size, least=1, most=2**20)
         real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
@@ -90,7 +105,8 @@ class Options:
 
 SCHEDULING = (
     "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
-    "order", "preemption", "swap_cost", "recompute_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "log",
+    "order", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
+    "prefix_hold", "max_in_flight", "draft", "log",
 )  # fmt: skip
 
 
@@ -119,7 +135,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         tokenizer = _load_tokenizer(folder, options.trust_remote_code)
     runner = TorchRunner(
         loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
-        hybrid_kv=options.hybrid_kv, kv_cache_dtype=options.kv_cache_dtype,
+        hybrid_kv=options.hybrid_kv, kv_cache_dtype=options.kv_cache_dtype, kv_disk_path=options.kv_disk_path,
     )  # fmt: skip
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
@@ -128,6 +144,9 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         eviction=options.eviction,
         prefix_caching=options.prefix_caching,
         windows=runner.windows,
+        kv_offloading=options.kv_offloading,
+        host_eviction=options.host_eviction,
+        num_disk_blocks=_num_disk_blocks(runner, options),
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     if options.max_in_flight is None:
@@ -164,6 +183,17 @@ def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
     fit: int = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
     most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
     return min(fit, most)
+
+
+def _num_disk_blocks(runner: Any, options: Options) -> int:
+    if options.kv_disk_path is None:
+        return 0
+    from labkit.runner.disk import MOST_HEADER
+
+    each = runner.bytes_per_block(options.block_size) + 4 * options.block_size + MOST_HEADER
+    if (blocks := int(options.kv_disk_size * 2**30) // each) < 1:
+        raise ValueError(f"kv_disk_size={options.kv_disk_size} GiB holds no block: a block takes {each} bytes")
+    return blocks
 
 
 def _eos_ids(model: Any, folder: Path | None, tokenizer: Any) -> tuple[int, ...]:

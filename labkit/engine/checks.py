@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from labkit.core.blocks.manager import BlockManager
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.handle import Handle
 
@@ -32,6 +33,14 @@ def check_parts(scheduler: Any, runner: Any, clock: Any, tokenizer: Any) -> None
         raise ValueError(f"clock must be a WallClock() or VirtualClock(), got {clock!r}")
     if tokenizer is not None and not hasattr(tokenizer, "decode"):
         raise ValueError(f"tokenizer must have decode(ids) -> str, got {tokenizer!r}")
+
+
+def num_disk_blocks_of(blocks: BlockManager, runner: Any) -> int:
+    if blocks.offload is None or blocks.offload.disk is None:
+        return 0
+    if not hasattr(runner, "on_disk"):
+        raise ValueError(f"num_disk_blocks needs a runner that keeps files, and {runner!r} has no on_disk()")
+    return blocks.offload.disk.pool.num_blocks
 
 
 def is_ids(prompts: Any) -> bool:

@@ -24,7 +24,7 @@ from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
 from labkit.core.tokens import TokenIds
 from labkit.engine.build import Options, build
-from labkit.engine.checks import Taken, check_parts, is_ids
+from labkit.engine.checks import Taken, check_parts, is_ids, num_disk_blocks_of
 from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
 from labkit.engine.intake import make_handle
@@ -97,10 +97,13 @@ class Engine(Sleeping, Shown):
         scheduler.vocab_size = runner.vocab_size
         blocks = scheduler.blocks
         layout = Layout(
-            blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows
-        )
+            blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
+            num_disk_blocks_of(blocks, runner),
+        )  # fmt: skip
         self._call(lambda: runner.open(layout))
         blocks.attach()
+        if layout.num_disk_blocks:
+            blocks.offload.restore(runner.on_disk())  # type: ignore[union-attr, attr-defined]
         blocks.taken = Taken(weakref.ref(self))
 
     def __repr__(self) -> str:

@@ -240,6 +240,23 @@ class Loop:
             f"{s.num_waiting} requests wait and none can run: {who}, {blocks.available} are available{others}"
         )
 
+    def _spill(self) -> None:
+        """Write all cached blocks to disk, if there is one: the longest unused first, so that the latest stay."""
+        offload = self.blocks.offload
+        if offload is None or offload.disk is None:
+            return
+        cached = self.blocks.eviction.candidates()
+        while cached and offload.host.available:
+            num = offload.host.available
+            self._move(self.scheduler.spill(cached[:num], self.clock.now()))
+            cached = cached[num:]
+        if len(offload.host):
+            self._move(self.scheduler.spill([], self.clock.now()))
+
+    def _move(self, plan: Plan) -> None:
+        self.in_flight.append((plan, self.runner.launch(plan)))
+        self._commit()
+
     def drain(self) -> None:
         """Commit what is in flight without launching more."""
         while self.in_flight:

@@ -47,9 +47,9 @@ class Sleeping(Background):
         """Forget every cached prefix; returns how many blocks that frees. Requests that run keep their blocks."""
         return self._call(self._reset_prefix_cache)
 
-    def _reset_prefix_cache(self) -> int:
+    def _reset_prefix_cache(self, on_disk: bool = True) -> int:
         num = len(self.blocks.eviction)
-        self.blocks.clear_prefixes()
+        self.blocks.clear_prefixes(on_disk)
         self.log.flush(self.scheduler.step, self.clock.now())
         self.log.post()
         return num
@@ -74,7 +74,10 @@ class Sleeping(Background):
         kv = moved = 0
         if level:
             self.drain()
-            self._reset_prefix_cache()
+            self._spill()
+            self._reset_prefix_cache(on_disk=False)
+            if (disk := getattr(self.runner, "disk", None)) is not None and hasattr(disk, "settle"):
+                disk.settle()  # a read may be under way into the memory that is freed
             self._kept = tuple(_storages(self.runner))
             for storage, contents, num_bytes in self._kept:
                 kv += num_bytes if contents is None else 0

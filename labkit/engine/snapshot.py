@@ -10,6 +10,7 @@ import copy
 from typing import Any, Protocol, TypeVar
 
 from labkit.clock import Clock
+from labkit.core.blocks.tiers import Tier
 from labkit.core.events.log import EventLog
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.scheduler import Scheduler
@@ -53,10 +54,24 @@ class Snapshot(Shown):
 
 def _parts(engine: Stateful) -> list[object]:
     s, blocks = engine.scheduler, engine.scheduler.blocks
+    offload = blocks.offload
+    below = [] if offload is None else [offload, *_of_tier(offload.host)]
     return [
         engine, s, s.queue, s.pending, blocks, blocks.pool, blocks.host, blocks.tables, blocks.prefix, blocks.eviction,
-        engine.runner, engine.clock,
+        *below, engine.runner, engine.clock,
     ]  # fmt: skip
+
+
+def _of_tier(tier: Tier) -> list[object]:
+    return [tier, tier.prefix, tier.eviction]
+
+
+def refuse_disk(engine: Stateful) -> None:
+    offload = engine.scheduler.blocks.offload
+    if offload is not None and offload.disk is not None:
+        raise ValueError(
+            "snapshots and forks do not hold the files of kv_disk_path: leave it out of an engine that you want to copy"
+        )
 
 
 def _requests(engine: Stateful) -> list[Request]:
@@ -89,6 +104,7 @@ def _copy_state(things: list[object], states: list[dict[str, Any]], log: object)
 
 
 def take_snapshot(engine: Stateful) -> Snapshot:
+    refuse_disk(engine)
     unique = {id(thing): thing for thing in [*_parts(engine), *_requests(engine)]}
     things = list(unique.values())
     engine.log.flush(engine.scheduler.step, engine.clock.now())
@@ -114,6 +130,7 @@ def restore_engine(engine: Stateful, snapshot: Snapshot) -> None:
 
 
 def copy_engine(engine: E) -> E:
+    refuse_disk(engine)
     listeners, engine.listeners = engine.listeners, []
     try:
         return copy.deepcopy(engine)

@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     num_rows: int
     num_host_blocks: int = 0
     windows: tuple[int | None, ...] = (None,)  # by group of layers: the last tokens they attend to, None: all
+    num_disk_blocks: int = 0  # blocks that may be kept on disk
 
 
 class Pending(Protocol):
@@ -33,7 +34,8 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """Call `open` once, then `launch` plans in order. A launch may return before the work is done."""
+    """Call `open` once, then `launch` plans in order. A launch may return before the work is done. A runner with a disk
+    also has `on_disk()`: the blocks that it found there when it was opened, the longest unused first."""
 
     vocab_size: int
     eos_token_ids: tuple[int, ...]

@@ -27,6 +27,7 @@ class Computed:
     ) -> None:  # fmt: skip
         self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
         self.begin = begin
+        self.read: dict[bytes, bool] | None = None  # disk reads that have ended
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.event = torch.cuda.Event()
@@ -36,7 +37,8 @@ class Computed:
         if self.event is not None:
             self.event.synchronize()
         if self.host is None:
-            return Result(np.zeros(0, np.int32), time.perf_counter() - self.begin, None, self.extras or None)
+            seconds = time.perf_counter() - self.begin
+            return Result(np.zeros(0, np.int32), seconds, None, self.extras or None, read=self.read or None)
         (tokens, chosen), rows, indptr = self.host.numpy(), self.plan.sample_row, None
         if len(self.plan.drafts):
             stands, indptr = self.plan.verify(tokens)
@@ -54,4 +56,4 @@ class Computed:
                 assert name is not None
                 extras[name] = extras.get(name, Extras())._replace(logprobs=logprobs)
         seconds = time.perf_counter() - self.begin
-        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None, indptr)
+        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None, indptr, self.read or None)

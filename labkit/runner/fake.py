@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
+from labkit.core.blocks.tiers import Stub
 from labkit.core.options import duration, named_options, whole
 from labkit.core.plan import Plan, Result
 from labkit.runner.base import Done, Layout
@@ -40,6 +41,7 @@ class FakeRunner:
         most = self.vocab_size - 1
         self.eos_token_ids = () if eos_token_id is None else (whole("eos_token_id", eos_token_id, least=0, most=most),)
         self.seconds = duration("seconds", seconds)
+        self.disk: dict[bytes, tuple[Stub, np.ndarray]] = {}  # its files; given to another runner they survive it
         self.layout: Layout | None = None
 
     def __repr__(self) -> str:
@@ -57,17 +59,34 @@ class FakeRunner:
     def launch(self, plan: Plan) -> Done:
         rows, memory, host = self.rows, self.memory, self.host
         rows.apply(plan)
+        for digest in plan.disk.drops:
+            self.disk.pop(digest, None)
+        for host_block, stub in plan.disk.writes:
+            self.disk[stub.digest] = stub, host[host_block].copy()
         for block, host_block in plan.swap_out:
             host[host_block] = memory[block]
         for source, copy in plan.copies:
             memory[copy] = memory[source]
+        read = self._read(plan)
         for host_block, block in plan.swap_in:
             memory[block] = host[host_block]
         for entry in range(len(plan.rows)):
             self._write(plan, entry)
         drawn = self._sample(plan)
         stands, indptr = plan.verify(drawn)
-        return Done(Result(drawn[stands], self.seconds, indptr=indptr))
+        return Done(Result(drawn[stands], self.seconds, indptr=indptr, read=read))
+
+    def on_disk(self) -> list[Stub]:
+        return [stub for stub, _ in self.disk.values()]
+
+    def _read(self, plan: Plan) -> dict[bytes, bool] | None:
+        """What comes from disk is there at once."""
+        if not plan.disk.reads:
+            return None
+        for digest, host_block in plan.disk.reads:
+            if digest in self.disk:
+                self.host[host_block] = self.disk[digest][1]
+        return {digest: digest in self.disk for digest, _ in plan.disk.reads}
 
     def _write(self, plan: Plan, entry: int) -> None:
         assert self.layout is not None

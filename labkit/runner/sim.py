@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from labkit.core.blocks.tiers import NO_MOVES, Stub
 from labkit.core.options import named_options, real, whole
 from labkit.core.plan import Join, Plan, Result
 from labkit.core.scheduling.builder import Chunk
@@ -22,7 +23,8 @@ _LUCK = np.uint64(1 << 40)  # beyond every length
 @named_options
 class SimRunner:
     """Takes as long for a step as `cost` says: a `LinearCost`, an `AnalyticCost` of `labkit.study`, or any object with
-    `seconds(work)`. `constant`, `per_token`, `per_context` and `per_block` are short for a `LinearCost` with these.
+    `seconds(work)`. `constant`, `per_token`, `per_context` and `per_block` are short for a `LinearCost` with these. A
+    block on disk takes `per_disk_block` seconds to read or write, one after the other, while steps go on.
 
     `swap_cost` and `recompute_cost` give the cost of a preemption, for a scheduler with preemption="auto". A draft is
     accepted with probability `acceptance`.
@@ -42,6 +44,7 @@ class SimRunner:
         eos_token_id: int | None = None,
         acceptance: float = 0.6,
         cost: StepCost | None = None,
+        per_disk_block: float = 2e-4,
     ) -> None:
         named = {"constant": constant, "per_token": per_token, "per_context": per_context, "per_block": per_block}
         named = {name: value for name, value in named.items() if value is not None}
@@ -50,6 +53,7 @@ class SimRunner:
         if cost is not None and not hasattr(cost, "seconds"):
             raise TypeError(f"cost must have a method seconds(work), such as LinearCost, got {cost!r}")
         self.cost: StepCost = LinearCost(**named) if cost is None else cost
+        self.per_disk_block = real("per_disk_block", per_disk_block, least=0.0)
         self.acceptance = real("acceptance", acceptance, least=0.0, most=1.0)
         self.seed = whole("seed", seed, least=0)
         self.vocab_size = whole("vocab_size", vocab_size, least=1)
@@ -62,6 +66,8 @@ class SimRunner:
     def open(self, layout: Layout) -> None:
         self.layout = layout
         self.keys = np.zeros(layout.num_rows, np.uint64)
+        self.disk_free_at = 0.0  # virtual seconds
+        self.reading: list[tuple[float, bytes]] = []  # when each read is done
 
     def launch(self, plan: Plan) -> Done:
         self._take(plan.joins)
@@ -70,12 +76,33 @@ class SimRunner:
         sample, query = plan.draws()
         rows, entries = plan.sample_row[sample], np.searchsorted(ends, query, side="right")
         lengths = (end[entries] - (ends[entries] - 1 - query)).astype(np.uint64)
-        seconds = float(self.cost.seconds(StepWork.of(plan)))
+        seconds, read = float(self.cost.seconds(StepWork.of(plan))), None
+        if self.reading or plan.disk is not NO_MOVES:
+            seconds, read = self._use_disk(plan, seconds)
         drawn = self._noise(rows, lengths)
         if len(plan.drafts):
             self._guess_right(plan, drawn, sample, query, rows, lengths)
         stands, indptr = plan.verify(drawn)
-        return Done(Result(drawn[stands], seconds, indptr=indptr))
+        return Done(Result(drawn[stands], seconds, indptr=indptr, read=read))
+
+    def _use_disk(self, plan: Plan, seconds: float) -> tuple[float, dict[bytes, bool] | None]:
+        """The step's seconds, longer if it only waits for the disk; and the reads that are done by its end."""
+        now = plan.now / 1e9
+        if plan.reset:
+            self.reading.clear()
+        at = max(now, self.disk_free_at) + self.per_disk_block * len(plan.disk.writes)
+        for digest, _ in plan.disk.reads:
+            at += self.per_disk_block
+            self.reading.append((at, digest))
+        self.disk_free_at = at
+        if not len(plan.rows):
+            seconds = max([0.0, *(done_at - now for done_at, _ in self.reading)])
+        done = [digest for t, digest in self.reading if t <= now + seconds + 1e-9]
+        self.reading = self.reading[len(done) :]
+        return seconds, dict.fromkeys(done, True) or None
+
+    def on_disk(self) -> list[Stub]:
+        return []
 
     def foresee(
         self, decodes: int, context: int, chunks: Sequence[Chunk], sampled: int, joins: Sequence[Join], moved: int
@@ -128,6 +155,10 @@ class SimRunner:
     def swap_cost(self, num_tokens: int) -> float:
         size = self.layout.block_size if self.layout else 16
         return self._beyond_nothing(StepWork(moved=2 * -(-num_tokens // size)))
+
+    def disk_cost(self, num_tokens: int) -> float:
+        size = self.layout.block_size if self.layout else 16
+        return self.per_disk_block * -(-num_tokens // size)
 
     def recompute_cost(self, num_tokens: int) -> float:
         pairs = num_tokens * (num_tokens + 1) // 2

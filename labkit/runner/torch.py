@@ -6,6 +6,7 @@ A step is one forward over all of a plan's tokens, decode rows and prefill chunk
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,11 +17,13 @@ from labkit_kernels import copy_blocks, generation, swap_blocks
 from labkit_kernels import sample as sample_op
 from torch import Tensor
 
+from labkit.core.blocks.tiers import Stub
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.plan import Plan
 from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
+from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.extras import capture_of, extras_of, wants_prompt
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
@@ -50,12 +53,14 @@ class TorchRunner:
         graphs: bool | None = None,
         hybrid_kv: bool = False,
         kv_cache_dtype: str = "auto",
+        kv_disk_path: str | os.PathLike[str] | None = None,
     ) -> None:
         """`graphs`: replay captured decode steps. None means yes on a GPU, for models that can be captured; on a CPU it
         means that the layers' C++ calls are recorded and repeated. False means neither.
         `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
         captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
-        scale for each token and head."""
+        scale for each token and head. `kv_disk_path` is the folder of blocks that a `BlockManager` with
+        `num_disk_blocks` offloads; files in it are found again by later engines of the same model."""
         self.model, self.device = model, model.device
         self.kv_dtype = kv_dtype(model, kv_cache_dtype)
         if graphs is not None:
@@ -74,6 +79,8 @@ class TorchRunner:
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
         self.largest_input = torch.finfo(model.dtype).max
+        self.kv_disk_path = kv_disk_path
+        self.disk: DiskStore | None = None
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
         self._generation = -1
@@ -147,7 +154,16 @@ class TorchRunner:
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
         self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
         self._embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
+        if layout.num_disk_blocks:
+            if self.kv_disk_path is None:
+                raise ValueError("num_disk_blocks needs a folder: give the TorchRunner a kv_disk_path")
+            name = fingerprint(self.model, self.kv_dtype, layout.block_size)
+            self.disk = DiskStore(self.kv_disk_path, name, self.host.flat)
         self._make_repeated()
+
+    def on_disk(self) -> list[Stub]:
+        """The blocks of this model in `kv_disk_path`, the longest unused first."""
+        return [] if self.disk is None else self.disk.scan()
 
     def _make_repeated(self) -> None:
         """What repeats steps, if anything does. It knows where this runner's tensors lie."""
@@ -191,6 +207,9 @@ class TorchRunner:
 
     def close(self) -> None:
         """Release the cache and the model; the runner cannot be used afterwards."""
+        if self.disk is not None:
+            self.disk.close()
+            self.disk = None
         self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
         self.graphs = self.repeats = None
         for name in ("model", "sampler", "rows", "latest"):
@@ -202,7 +221,9 @@ class TorchRunner:
         if self.layout is not None:
             self.sampler.settle()  # an event cannot be copied
         return {
-            name: value for name, value in vars(self).items() if name not in ("model", "_sample", "graphs", "repeats")
+            name: value
+            for name, value in vars(self).items()
+            if name not in ("model", "_sample", "graphs", "repeats", "disk")
         }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchRunner:
@@ -212,7 +233,7 @@ class TorchRunner:
         other.model = self.model
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
-        other.graphs = other.repeats = None
+        other.graphs = other.repeats = other.disk = None
         other._make_repeated()
         return other
 
@@ -239,8 +260,12 @@ class TorchRunner:
         drawn = self._draw(plan, inputs, hidden)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        pending = Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device)
-        return pending if self.device.type == "cuda" else Done(pending.result())
+        return self._pending(Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device))
+
+    def _pending(self, computed: Computed) -> Pending:
+        if self.disk is not None:
+            computed.read = self.disk.done(wait=not len(computed.plan.rows))
+        return computed if self.device.type == "cuda" else Done(computed.result())
 
     def _forward(self, batch: Batch, capture: Capture | None) -> Tensor:
         if self.repeats is not None and capture is None:
@@ -283,8 +308,7 @@ class TorchRunner:
         columns[KEY] = self.sampler.keys(rows, start + 1)
         table = self.rows.tables[0, rows, : int(index.max()) + 1]
         out = graphs.run(columns, table, self._sample)[:, : len(rows)]
-        pending = Computed(plan, out, None, {}, [], begin, self.device)
-        return pending if self.device.type == "cuda" else Done(pending.result())
+        return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
 
     def _apply(self, plan: Plan) -> None:
         if plan.reset:
@@ -297,12 +321,18 @@ class TorchRunner:
             self._asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
             ends = (span.end for span in join.spans if span.embeddings is not None)
             self._embedded[join.row] = max(ends, default=0)
+        if self.disk is not None:
+            self.disk.write_all(plan, self.device)
         if len(plan.swap_out):
             self._swap(self.store, self.host, plan.swap_out)
         if len(plan.copies):
             pairs = self._put(plan.copies)
             self.store.touched[plan.copies[:, 1]] = True
             copy_blocks(self.store.flat, pairs)
+        if self.disk is not None:
+            for digest, host_block in plan.disk.reads:
+                self.host.touched[host_block] = True
+                self.disk.read(digest, host_block)
         if len(plan.swap_in):
             self._swap(self.host, self.store, plan.swap_in)
 

@@ -39,9 +39,12 @@ def _about(bm: BlockManager) -> str:
     parts += [f"{plural(bm.num_copied, 'block')} copied on write"] * bool(bm.num_copied)
     parts += [f"{bm.num_evicted} evicted"] * bool(bm.num_evicted)
     parts += [plural(len(bm.pins), "pin")] * bool(bm.pins)
-    parts += [f"{bm.host.num_blocks - len(bm.host.free)} of {bm.host.num_blocks} host blocks"] * bool(
-        bm.host.num_blocks
-    )
+    if bm.host.num_blocks:
+        parts.append(f"{int((bm.host.count > 0).sum())} of {bm.host.num_blocks} host blocks in use")
+    if bm.offload is not None:
+        parts.append(f"host cache {plural(len(bm.offload.host), 'block')}")
+        if bm.offload.disk is not None:
+            parts.append(f"disk {plural(len(bm.offload.disk), 'block')}")
     return ", ".join([*parts, f"eviction {bm.eviction.name}"])
 
 

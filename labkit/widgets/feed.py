@@ -190,7 +190,9 @@ class Feed:
             self._tokens[row] = self._rate[row] = self._cached[row] = 0
             self._changes = [change for change in self._changes if change[1] != row]
 
-    def _store(self, batch: Batch, _digests: bytes, _parents: bytes, blocks: tuple[int, ...], tokens: bytes) -> None:
+    def _store(
+        self, batch: Batch, _digests: bytes, _parents: bytes, blocks: tuple[int, ...], tokens: bytes, _medium: str
+    ) -> None:
         self.block_size = len(tokens) // 4 // len(blocks)
 
     def _rewind(self, batch: Batch) -> None:

@@ -163,8 +163,10 @@ def _then(batches: list[Batch], id: str) -> _Cache:
     ghosts: dict[bytes, tuple[int, str | None]] = {}
     for batch in batches:
         for event in batch.events:
+            if event[0] in ("Stored", "Removed") and event[-1] != "gpu":
+                continue  # offloaded copies: the lookup is told of them apart
             if event[0] == "Stored":
-                _, digests, parents, blocks, tokens = event
+                _, digests, parents, blocks, tokens, _ = event
                 width = len(tokens) // len(blocks)
                 for i, block in enumerate(blocks):
                     digest = digests[32 * i : 32 * i + 32]
@@ -172,7 +174,7 @@ def _then(batches: list[Batch], id: str) -> _Cache:
                     stored[digest] = (block, parents[32 * i : 32 * i + 32], ids)
                     ghosts.pop(digest, None)
             elif event[0] == "Removed":
-                _, digests, blocks, requests = event
+                _, digests, blocks, requests, _ = event
                 for i, request in enumerate(requests):
                     digest = digests[32 * i : 32 * i + 32]
                     stored.pop(digest, None)

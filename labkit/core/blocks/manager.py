@@ -10,7 +10,7 @@ import numpy as np
 from labkit.core.blocks.eviction import EvictionChoice
 from labkit.core.blocks.prefix import Explanation, Lookup, Span, hash_blocks, root_hash, span_keys
 from labkit.core.blocks.rows import Hit, OutOfBlocksError, RowBlocks
-from labkit.core.blocks.stats import BlockStats, filled_places
+from labkit.core.blocks.stats import BlockStats, filled_places, tier_counts
 from labkit.core.blocks.table import BlockTable, Pin
 from labkit.core.options import duration, flag, named_arguments, named_options, text, whole
 from labkit.core.shown import Shown
@@ -25,6 +25,10 @@ class BlockManager(RowBlocks, Shown):
 
     `windows` has one entry for each group of layers with blocks of its own: how many of the last tokens these layers
     attend to, None for all. Blocks that have left the window are released.
+
+    With `kv_offloading`, cached blocks that an engine evicts are kept in the host blocks, of which `host_eviction`
+    chooses the next to go, and then in `num_disk_blocks` files if the runner has a folder for them. Swapped requests
+    use the same host blocks, and go first.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> bm.allocate("a", list(range(40)))
@@ -42,7 +46,15 @@ class BlockManager(RowBlocks, Shown):
         eviction: EvictionChoice = "lru",
         prefix_caching: bool = True,
         windows: Sequence[int | None] = (None,),
+        kv_offloading: bool = False,
+        host_eviction: EvictionChoice = "lru",
+        num_disk_blocks: int = 0,
     ) -> None:
+        whole("num_disk_blocks", num_disk_blocks, least=0, most=2**31 - 2)
+        if flag("kv_offloading", kv_offloading) and not num_host_blocks:
+            raise ValueError("kv_offloading keeps evicted blocks in host memory: give it num_host_blocks")
+        if num_disk_blocks and not kv_offloading:
+            raise ValueError("blocks go to disk through host memory: num_disk_blocks needs kv_offloading=True")
         super().__init__(
             whole("num_blocks", num_blocks, least=1, most=2**31 - 2),
             whole("block_size", block_size, least=1, most=2**20),
@@ -50,6 +62,7 @@ class BlockManager(RowBlocks, Shown):
             eviction,
             flag("prefix_caching", prefix_caching),
             windows,
+            (host_eviction, num_disk_blocks) if kv_offloading else None,
         )
         self.taken: Callable[[str], bool] = _nobody  # whether a request has this name
 
@@ -83,6 +96,7 @@ class BlockManager(RowBlocks, Shown):
             num_hit_tokens=self.num_hit_tokens,
             num_evicted=self.num_evicted,
             num_copied=self.num_copied,
+            **({} if self.offload is None else tier_counts(self.offload)),
         )
 
     # -- tables by name ------------------------------------------------------------------------------------------
@@ -161,12 +175,18 @@ class BlockManager(RowBlocks, Shown):
         """What an allocation would hit. A pure peek: no count, no order, no statistic changes."""
         ids = as_tokens(tokens, "tokens")
         hit = NO_HIT
+        places: list[int | None] = []
+        num_below = 0
         if self.prefix_caching:
             hashes = hash_blocks(
                 ids, self.block_size, root_hash(salt, adapter), span_keys(spans, self.block_size, len(ids))
             )
             hit = self.hit(hashes, len(ids), spans, self._windows(window))
-        return Lookup(len(ids), hit.num_blocks * self.block_size, tuple(hit.held))
+            places, num_below = self.below(hashes, hit, spans, len(ids))
+        num_host = (len(places) - num_below) * self.block_size
+        return Lookup(
+            len(ids), hit.num_blocks * self.block_size, tuple(hit.held), num_host, num_below * self.block_size
+        )
 
     @named_arguments
     def explain(
@@ -182,7 +202,16 @@ class BlockManager(RowBlocks, Shown):
         if not self.prefix_caching:
             return Explanation(len(ids), 0, "off", "prefix caching is off")
         usable = self.usable_blocks(len(ids), spans, len(ids))
-        return self.prefix.explain(ids, usable, salt, adapter, spans)
+        found = self.prefix.explain(ids, usable, salt, adapter, spans)
+        if self.offload is None:
+            return found
+        look = self.lookup(ids, salt=salt, adapter=adapter, spans=spans)
+        parts = [(look.num_host, "in host memory"), (look.num_disk, "on disk")]
+        where = " and ".join(f"{number} {there}" for number, there in parts if number)
+        if not where:
+            return found
+        detail = f"the device has {look.num_hit} tokens of it; of the next, {where} ({found.reason}: {found.detail})"
+        return Explanation(found.num_tokens, found.num_hit, "offloaded", detail)
 
     @named_arguments
     def pin(
@@ -225,7 +254,8 @@ class BlockManager(RowBlocks, Shown):
                 self.leave_window(group, row, first)
 
     def reset(self) -> None:
-        """Forget every cached prefix. Refused while blocks are in use, as their prefixes are being shared."""
+        """Forget every cached prefix, in all tiers. Refused while blocks are in use, because their prefixes are being
+        shared."""
         if self.num_used:
             raise RuntimeError(f"{self.num_used} blocks are in use: free their tables and pins first")
         self.clear_prefixes()

@@ -72,14 +72,18 @@ def _embeddings(given: Any, length: int) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Lookup(Shown):
-    """The blocks that a prompt would get. A lookup changes nothing."""
+    """The blocks that a prompt would get. A lookup changes nothing. The prefix may go on in host memory and on disk."""
 
     num_tokens: int
     num_hit: int
     blocks: tuple[int, ...]
+    num_host: int = 0  # tokens
+    num_disk: int = 0
 
     def __repr__(self) -> str:
         where = f": blocks {' '.join(map(str, self.blocks))}" if self.blocks else ""
+        where += f"; {self.num_host} more in host memory" if self.num_host else ""
+        where += f"; {self.num_disk} more on disk" if self.num_disk else ""
         return f"Lookup({self.num_hit} of {self.num_tokens} tokens{where})"
 
 
@@ -159,11 +163,14 @@ class Changes:
 
 class PrefixCache(Shown):
     """Hash -> block; and for each stored block its hash, parent, depth and tokens. `holders` [num_blocks + 1] is the
-    pool's reference counts, used only to draw the cache."""
+    pool's reference counts, used only to draw the cache. `medium` says in its events where the blocks are."""
 
-    def __init__(self, num_blocks: int, block_size: int, holders: NDArray[np.int32] | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, holders: NDArray[np.int32] | None = None, medium: str = "gpu"
+    ) -> None:
         places = num_blocks + 1
         self.num_blocks = num_blocks
+        self.medium = medium
         self.holders = holders
         self.block_size = block_size
         self.block_of: dict[bytes, int] = {}
@@ -257,7 +264,7 @@ class PrefixCache(Shown):
                 fresh = np.delete(np.arange(len(blocks)), copies)
                 at, tokens = at[fresh], tokens[fresh]
                 joined, joined_parents = self._hash_of[at].tobytes(), self._parent_hash_of[at].tobytes()
-            self.emit(("Stored", joined, joined_parents, tuple(at.tolist()), tokens.tobytes()))
+            self.emit(("Stored", joined, joined_parents, tuple(at.tolist()), tokens.tobytes(), self.medium))
 
     def store_one(
         self, block: int, digest: bytes, parent_digest: bytes, parent: int, depth: int, tokens: Tokens
@@ -281,12 +288,17 @@ class PrefixCache(Shown):
         if self.ghost_step.pop(digest, None) is not None:
             del self.ghost_for[digest]
         if self.emit is not None:
-            self.emit(("Stored", digest, parent_digest, (block,), tokens.tobytes()))
+            self.emit(("Stored", digest, parent_digest, (block,), tokens.tobytes(), self.medium))
 
     def hash_of(self, block: int) -> bytes:
         """What a stored block is found by."""
         assert self.stored[block], f"block {block} is not stored"
         digest: bytes = self._hash_of[block].tobytes()
+        return digest
+
+    def parent_hash_of(self, block: int) -> bytes:
+        """The hash of the block before a stored block, or the root of its chain."""
+        digest: bytes = self._parent_hash_of[block].tobytes()
         return digest
 
     def has_parent(self, block: int) -> int:
@@ -331,7 +343,7 @@ class PrefixCache(Shown):
             if len(gone) < len(blocks):
                 joined = b"".join(joined[32 * i : 32 * i + 32] for i in gone)
                 blocks, requests = [blocks[i] for i in gone], [requests[i] for i in gone]
-            self.emit(("Removed", joined, tuple(blocks), tuple(requests)))
+            self.emit(("Removed", joined, tuple(blocks), tuple(requests), self.medium))
 
     def _note(self, seen: set[bytes], digests: list[bytes]) -> None:
         seen.update(digests)

@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from labkit.core.blocks.eviction import EvictionChoice, EvictionPolicy, eviction_policy
 from labkit.core.blocks.full import FullBlocks
+from labkit.core.blocks.laws import check
 from labkit.core.blocks.prefix import EventSink, PrefixCache, Span, group_key
 from labkit.core.blocks.table import Pin
 from labkit.core.blocks.tables import NEVER, BlockPool, BlockTables, Ints, Tokens
+from labkit.core.blocks.tiers import HostPool, Offloading
 from labkit.core.options import whole
 
 
@@ -52,6 +54,7 @@ class RowBlocks:
         eviction: EvictionChoice,
         prefix_caching: bool,
         windows: Sequence[int | None],
+        offload: tuple[EvictionChoice, int] | None = None,  # host memory's eviction policy, blocks on disk
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
@@ -59,12 +62,20 @@ class RowBlocks:
             raise ValueError("windows must have one entry per group of layers (None: full attention), got an empty one")
         self.num_groups = len(self.windows)
         self.pool = BlockPool(num_blocks)
-        self.host = BlockPool(num_host_blocks)
         self.tables = BlockTables(block_size, self.num_groups)
         self.prefix = PrefixCache(num_blocks, block_size, holders=self.pool.count)
         self._eviction = eviction_policy(eviction)
         self._eviction.attach(self.prefix)
         self._ages = hasattr(self._eviction, "expired")
+        self.offload: Offloading | None = None
+        self.host = BlockPool(num_host_blocks) if offload is None else HostPool(num_host_blocks)
+        if isinstance(self.host, HostPool) and offload is not None:
+            if self.windows != (None,):
+                raise ValueError(
+                    f"kv_offloading needs layers that all keep the whole context, windows is {self.windows}: "
+                    "leave out hybrid_kv, or kv_offloading"
+                )
+            self.offload = Offloading(self.prefix, self.host, *offload)
         self.prefix_caching = prefix_caching
         self.attached = False  # a runner computes these blocks: store only what it computed
         self.pins: list[Pin] = []
@@ -151,6 +162,21 @@ class RowBlocks:
             ):
                 return Hit(end, [[0] * begin + blocks[begin:end] for blocks, begin in zip(stored, first, strict=True)])
         return Hit(0, [[] for _ in windows])
+
+    def below(
+        self, hashes: list[bytes], hit: Hit, spans: Sequence[Span], num_tokens: int
+    ) -> tuple[list[int | None], int]:
+        """Where the prefix goes on below the device: host blocks, None for those that are not in host memory, and how
+        many those are. Changes nothing."""
+        if self.offload is None or hit.num_blocks >= len(hashes):
+            return [], 0
+        first = hit.num_blocks
+        places, num_below = self.offload.find(hashes[first : max(num_tokens - 1, 0) // self.block_size])
+        if spans and places:
+            end = self.usable_blocks((first + len(places)) * self.block_size, spans, num_tokens)
+            places = places[: max(end - first, 0)]
+            num_below = places.count(None)
+        return places, num_below
 
     def num_revived(self, blocks: list[int]) -> int:
         """How many of these blocks have no holder. Taking them reduces `available` by that number."""
@@ -262,6 +288,8 @@ class RowBlocks:
         if n > len(self._eviction):
             raise OutOfBlocksError(f"{wanted} blocks wanted, {self.available} available")
         evicted = self._eviction.evict(n)
+        if self.offload is not None and self.attached:  # else nobody moves their contents
+            self.offload.evicted(evicted)
         each = [names] * n if names is None or isinstance(names, str) else names[wanted - n :]
         self.prefix.remove(evicted, self.step, each)
         self.num_evicted += n
@@ -385,6 +413,9 @@ class RowBlocks:
     def tick(self, now: int) -> None:
         """Advance the time to `now` (ns): drop expired pins and blocks."""
         self.now = now
+        if self.offload is not None:
+            self.offload.step = self.step
+            self.offload.tick(now)
         if self._ages and (old := self._eviction.expired(now)):  # type: ignore[attr-defined]
             self._eviction.forget(old)
             self.prefix.remove(old, self.step, [None] * len(old))
@@ -402,46 +433,16 @@ class RowBlocks:
         self.tables.next_full[list(self._own_rows)] = NEVER
         self.attached = True
 
-    def clear_prefixes(self) -> None:
-        """Forget every hash. Blocks in use stay in use, and chains that have begun are never stored."""
+    def clear_prefixes(self, on_disk: bool = True) -> None:
+        """Forget every hash, in all tiers. Blocks in use stay in use, and chains that have begun are never stored. With
+        on_disk=False the files are kept."""
         cached = self._eviction.candidates()
         self._eviction.forget(cached)
         self.prefix.clear()
+        if self.offload is not None:
+            self.offload.clear(self.prefix.emit, on_disk)
         self.pool.free += cached
         self.tables.next_full[self.tables.num_computed > 0] = NEVER
 
-    # -- checks --------------------------------------------------------------------------------------------------
-
     def check(self) -> None:
-        """free + cached + used == total; every reference count is its tables plus its pins; no block is listed
-        twice."""
-        tables, pool = self.tables, self.pool
-        counted = np.zeros(self.num_blocks + 1, np.int64)
-        for row in tables.row_of.values():
-            blocks = [block for block in tables.held(row) if block]
-            assert len(set(blocks)) == len(blocks), f"row {row} names a block twice"
-            np.add.at(counted, blocks, 1)
-            places = tables.num_blocks[row] * self.block_size
-            assert tables.room[row] == places, f"row {row}: room and blocks disagree"
-            for group, window in self._windowed:
-                front = tables.front[group, row]
-                assert not tables.blocks[group, row, :front].any(), f"row {row} holds blocks before its window"
-                assert front * self.block_size <= max(tables.num_computed[row] - window + 1, 0), (
-                    f"row {row} has released blocks inside its window"
-                )
-            assert tables.num_computed[row] <= tables.num_tokens[row], f"row {row}: more computed than known"
-            assert tables.num_computed[row] <= tables.room[row], f"row {row}: more computed than there is room for"
-        for pin in self.pins:
-            np.add.at(counted, list(pin.blocks), 1)
-        assert (counted == pool.count).all(), f"counts are wrong: {np.flatnonzero(counted != pool.count)[:8]}"
-        candidates = self._eviction.candidates()
-        assert len(candidates) == len(self._eviction), "the eviction policy miscounts its candidates"
-        places = np.concatenate((np.flatnonzero(counted), np.array(pool.free + candidates, np.int64)))
-        assert len(places) == self.num_blocks and len(np.unique(places)) == self.num_blocks, (
-            "a block is missing or counted twice"
-        )
-        assert self.prefix.stored[candidates].all(), "a candidate for eviction is not stored"
-        assert not self.prefix.stored[pool.free].any(), "a free block still has a hash"
-        self.prefix.check()
-        host = self.host
-        assert int((host.count > 0).sum()) + len(host.free) == host.num_blocks, "a host block is missing"
+        check(self)

@@ -9,6 +9,7 @@ import numpy as np
 
 from labkit.core.blocks.table import Pin
 from labkit.core.blocks.tables import BlockPool, BlockTables, Ints
+from labkit.core.blocks.tiers import Offloading
 from labkit.core.shown import Shown
 
 
@@ -30,6 +31,13 @@ class BlockStats(Shown):
     num_hit_tokens: int
     num_evicted: int
     num_copied: int
+    host_cached_blocks: int = 0  # with kv_offloading: offloaded blocks in host memory
+    disk_cached_blocks: int = 0
+    num_host_hit_tokens: int = 0  # loaded from host memory, beyond num_hit_tokens
+    num_disk_hit_tokens: int = 0  # the same, of blocks that were read from disk for the request
+    num_offloaded: int = 0  # blocks copied from the device to host memory
+    num_loaded: int = 0  # blocks copied back
+    num_disk_missing: int = 0  # files that were gone or damaged when they were wanted
 
     @property
     def usage(self) -> float:
@@ -62,12 +70,32 @@ class BlockStats(Shown):
         places = self.num_tables * reserved_tokens
         return 1.0 - self.table_tokens / places if places else 0.0
 
+    @property
+    def total_hit_rate(self) -> float | None:
+        """`hit_rate`, with the tokens that were loaded from host memory and disk."""
+        hit = self.num_hit_tokens + self.num_host_hit_tokens + self.num_disk_hit_tokens
+        return hit / self.num_queried_tokens if self.num_queried_tokens else None
+
     def __repr__(self) -> str:
         hit = "nothing queried" if self.hit_rate is None else f"{self.hit_rate:.1%} of queried tokens hit"
+        if self.num_host_hit_tokens or self.num_disk_hit_tokens:
+            hit += f", {self.total_hit_rate:.1%} with host memory and disk"
         return (
             f"BlockStats({self.used_blocks}+{self.cached_blocks} of {self.num_blocks} blocks used+cached, "
             f"{self.used_tokens} tokens, waste {self.waste:.1%}, {hit})"
         )
+
+
+def tier_counts(offload: Offloading) -> dict[str, int]:
+    return {
+        "host_cached_blocks": len(offload.host),
+        "disk_cached_blocks": 0 if offload.disk is None else len(offload.disk),
+        "num_host_hit_tokens": offload.num_host_hit_tokens,
+        "num_disk_hit_tokens": offload.num_disk_hit_tokens,
+        "num_offloaded": offload.num_offloaded,
+        "num_loaded": offload.num_loaded,
+        "num_disk_missing": offload.num_missing,
+    }
 
 
 def filled_places(tables: BlockTables, pool: BlockPool, pins: Iterable[Pin]) -> tuple[Ints, int]:

@@ -29,6 +29,21 @@ class BlockPool:
         held = int((self.count > 0).sum())
         return f"BlockPool({self.num_blocks} blocks: {len(self.free)} hold nothing, {held} are held)"
 
+    @property
+    def available(self) -> int:
+        """Blocks that `acquire` can give."""
+        return len(self.free)
+
+    def acquire(self, n: int) -> list[int]:
+        """`n` blocks with a reference count of one."""
+        taken = self.take(n)
+        self.count[taken] = 1
+        return taken
+
+    def give_back(self, blocks: list[int]) -> None:
+        """Release blocks that were acquired."""
+        self.free += self.release(np.array(blocks, np.int64)).tolist()
+
     def take(self, n: int) -> list[int]:
         """The last `n` freed blocks; their reference counts are still 0."""
         if n > len(self.free):

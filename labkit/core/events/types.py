@@ -7,7 +7,7 @@ columns. The classes below are for *reading* a log. Times are integer nanosecond
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,22 +65,39 @@ class Held(Event):
 
 @dataclass(frozen=True)
 class Stored(Event):
+    """The first copy in `medium`: "gpu" is the device's memory (also if the device is a CPU), "cpu" host memory for
+    offloaded blocks, "disk" files. `block` is the number of the block there."""
+
     hash: str
     parent: str
     block: int
     tokens: tuple[int, ...]
+    medium: str = "gpu"
 
 
 @dataclass(frozen=True)
 class Removed(Event):
+    """The last copy in `medium` is gone."""
+
     hash: str
     block: int
     request: str | None  # for whom it was evicted
+    medium: str = "gpu"
 
 
 @dataclass(frozen=True)
 class Cleared(Event):
-    pass
+    """Nothing is stored any more, in no medium."""
+
+
+@dataclass(frozen=True)
+class Loaded(Event):
+    """Blocks of the request's prefix are brought back: from host memory to the device ("cpu"), or read from disk into
+    host memory ("disk")."""
+
+    request: str
+    num_blocks: int
+    medium: str
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,7 @@ class Step(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
-        Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Copied, Forked, Preempted,
+        Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, Copied, Forked, Preempted,
         SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, Rewound, Step,
     )
 }  # fmt: skip
@@ -216,19 +233,19 @@ def read(batch: Batch) -> Iterator[Event]:
 
 
 def _read_stored(
-    step: int, now: int, digests: bytes, parents: bytes, blocks: tuple[int, ...], tokens: bytes
+    step: int, now: int, digests: bytes, parents: bytes, blocks: tuple[int, ...], tokens: bytes, medium: str
 ) -> Iterator[Event]:
     ids_of = np.frombuffer(tokens, np.int32).reshape(len(blocks), -1).tolist()
     for i, (block, ids) in enumerate(zip(blocks, ids_of, strict=True)):
         digest = slice(32 * i, 32 * i + 32)
-        yield Stored(step, now, digests[digest].hex(), parents[digest].hex(), block, tuple(ids))
+        yield Stored(step, now, digests[digest].hex(), parents[digest].hex(), block, tuple(ids), medium)
 
 
 def _read_removed(
-    step: int, now: int, digests: bytes, blocks: tuple[int, ...], requests: tuple[str | None, ...]
+    step: int, now: int, digests: bytes, blocks: tuple[int, ...], requests: tuple[str | None, ...], medium: str
 ) -> Iterator[Event]:
     for i, (block, request) in enumerate(zip(blocks, requests, strict=True)):
-        yield Removed(step, now, digests[32 * i : 32 * i + 32].hex(), block, request)
+        yield Removed(step, now, digests[32 * i : 32 * i + 32].hex(), block, request, medium)
 
 
 _HOLDS: dict[str, Callable[[Any], bool]] = {  # an annotation, as it is written above -> may a field hold this?
@@ -252,18 +269,20 @@ def parse(record: Any) -> tuple[int, int, tuple[Any, ...]]:
         raise ValueError(f"unknown event {kind!r}")
     for column in fields(EVENTS[kind]):
         name = column.name
+        if name not in record and column.default is not MISSING:
+            record = {**record, name: column.default}  # a log from before there was this column
         if name not in record:
             raise ValueError(f"{kind} without {name!r}")
         if not _HOLDS[str(column.type)](record[name]) or (name in _COUNTS and record[name] < 0):
             raise ValueError(f"{kind} with {name} {record[name]!r}")
     step, now, *values = (record[name] for name in NAMES[kind])
     if kind == "Stored":
-        digest, parent, block, ids = values
+        digest, parent, block, ids, medium = values
         ids_of = np.array(ids, np.int32).tobytes()
-        values = [_digest("hash", digest), _digest("parent", parent), (block,), ids_of]
+        values = [_digest("hash", digest), _digest("parent", parent), (block,), ids_of, medium]
     elif kind == "Removed":
-        digest, block, request = values
-        values = [_digest("hash", digest), (block,), (request,)]
+        digest, block, request, medium = values
+        values = [_digest("hash", digest), (block,), (request,), medium]
     return step, now, (kind, *values)
 
 

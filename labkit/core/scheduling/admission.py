@@ -7,7 +7,7 @@ import numpy as np
 from labkit.core.blocks.prefix import hash_blocks, span_keys
 from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import planning
+from labkit.core.scheduling import loading, planning
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
 from labkit.core.scheduling.state import SchedulerState
 
@@ -18,7 +18,7 @@ def admit(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     while s.queue:
         request = s.queue.peek()
         limit, used = _try(s, builder, request, left, promised)
-        if limit == "prefix pending":
+        if limit == "prefix pending" or limit == "transfer":
             continue
         if limit is not None:
             note_head(s, request, limit)
@@ -71,6 +71,12 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
             s.pending.park(request, digest)
             s.log.add(("Held", request.id, "prefix pending", False))
             return "prefix pending", 0
+    loads: list[int] = []
+    if blocks.offload is not None and reads_cache(request):
+        found = loading.below(s, request, hashes, hit)
+        if found is None:
+            return "transfer", 0
+        loads = found
     needed = _needed(s, request, hit)
     reserve = 0 if alone else promised + int(s.watermark * blocks.num_blocks)
     while alone and needed > blocks.available and blocks.release_pins():
@@ -79,11 +85,11 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
     if needed + reserve > blocks.available:
         s.blocked = (request.serial, blocks.available, hashes[hit.num_blocks] if hit.num_blocks < len(hashes) else None)
         return "blocks", 0
-    gap = len(tokens) - max(hit.num_blocks * blocks.block_size, request.num_computed)
+    gap = len(tokens) - max((hit.num_blocks + len(loads)) * blocks.block_size, request.num_computed)
     if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
         return "budget", 0
     s.queue.pop()
-    return None, _place(s, builder, request, hashes, hit, left)
+    return None, _place(s, builder, request, hashes, hit, left, loads)
 
 
 def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
@@ -124,8 +130,11 @@ def peek(s: SchedulerState, request: Request, hashes: list[bytes]) -> Hit:
     return s.blocks.hit(hashes, request.num_tokens, request.spans)
 
 
-def _place(s: SchedulerState, builder: PlanBuilder, request: Request, hashes: list[bytes], hit: Hit, left: int) -> int:
-    """A row, the blocks that were hit or swapped out, and the first chunk."""
+def _place(
+    s: SchedulerState, builder: PlanBuilder, request: Request, hashes: list[bytes], hit: Hit, left: int,
+    loads: list[int],
+) -> int:  # fmt: skip
+    """A row, the blocks that were hit, loaded or swapped out, and the first chunk."""
     blocks, tables, size = s.blocks, s.tables, s.blocks.block_size
     tokens = request.tokens
     fresh = request.num_preemptions == 0
@@ -138,13 +147,17 @@ def _place(s: SchedulerState, builder: PlanBuilder, request: Request, hashes: li
     swapped = request.status is Status.SWAPPED
     if swapped:
         _swap_in(s, builder, request, row, hit.num_blocks)
+    if loads:
+        loading.load(s, builder, request, row, loads)
+    if blocks.offload is not None:
+        s.pending.from_disk.pop(request.serial, None)
     s.occupy(request, row)
-    num_hit = hit.num_blocks * size
+    num_hit = (hit.num_blocks + len(loads)) * size
     if fresh:
         request.num_cached = num_hit
         request.admitted_at = builder.now
         s.cached_this_step += num_hit
-        s.log.add(("Admitted", request.id, row, num_hit, _lookup_code(s, request, hit.num_blocks)))
+        s.log.add(("Admitted", request.id, row, num_hit, _lookup_code(s, request, num_hit // size)))
     else:
         s.log.add(("Resumed", request.id, row, int(tables.num_computed[row])))
     start = int(tables.num_computed[row])
@@ -161,7 +174,7 @@ def _place(s: SchedulerState, builder: PlanBuilder, request: Request, hashes: li
         builder.cut.append(chunk)
     s.prefilling[row] = None
     if hashes and s.prefix_hold:
-        s.pending.begin(row, hashes[start // size :])
+        s.pending.begin(row, hashes[start // size - len(loads) :])  # also what is loaded: it is not stored yet
     return count
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import preempt
+from labkit.core.scheduling import loading, preempt
 from labkit.core.scheduling.state import SchedulerState
 
 
@@ -183,6 +183,8 @@ def roll_back(s: SchedulerState, plan: Plan, failure: Failure) -> None:
             preempt.drop_host_blocks(s, request)
             request.status = Status.WAITING
     s.forked.clear()
+    if s.blocks.offload is not None:
+        loading.lost(s, s.blocks.offload.roll_back(plan.step))
 
 
 def drain(s: SchedulerState, plan: Plan) -> None:

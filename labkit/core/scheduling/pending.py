@@ -1,8 +1,9 @@
-"""Prefixes that a running row is computing now, and the requests that wait for them instead of computing them again."""
+"""Prefixes that a running row is computing now, or that are read from disk, and the requests that wait for them instead
+of computing them again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from labkit.core.request import Request
 
@@ -15,6 +16,7 @@ class PendingPrefixes:
         self.hashes_of: dict[int, list[bytes]] = {}  # row -> hashes it has yet to store, in order
         self.parked: dict[bytes, list[Request]] = {}
         self.hash_for: dict[int, bytes] = {}  # serial of a parked request -> what it waits for
+        self.from_disk: dict[int, int] = {}  # serial of a request without a row -> blocks that were read for it
 
     def __repr__(self) -> str:
         return f"PendingPrefixes({len(self.row_of)} blocks being computed, {len(self)} requests parked)"
@@ -77,7 +79,16 @@ class PendingPrefixes:
                     del self.hash_for[request.serial]
         return free
 
-    def check(self) -> None:
+    def arrived(self, digest: bytes) -> list[Request]:
+        """The block was read from disk, or could not be; returns the requests that waited for it."""
+        waiting = self.parked.pop(digest, [])
+        for request in waiting:
+            del self.hash_for[request.serial]
+        return waiting
+
+    def check(self, reading: Container[bytes] = ()) -> None:
+        """`reading`: hashes of blocks that are being read from disk."""
         assert sum(map(len, self.parked.values())) == len(self.hash_for), "the counts of parked requests disagree"
-        assert self.parked.keys() <= self.row_of.keys(), "a request waits for a prefix that no row computes"
+        alone = [digest for digest in self.parked if digest not in self.row_of and digest not in reading]
+        assert not alone, "a request waits for a prefix that no row computes and nobody reads"
         assert sum(map(len, self.hashes_of.values())) == len(self.row_of), "a pending hash has no row"

@@ -248,6 +248,10 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
     plan = builder.plan(s, rows, start)
     if builder.forks:
         s.forks[s.step] = builder.forks
+    if s.blocks.offload is not None:
+        out, disk = s.blocks.offload.moves(s.step)
+        s.swap_out += out
+        plan = plan._replace(disk=disk)
     if s.leaves or s.swap_out or s.reset_runner:
         swap_out = np.array(s.swap_out, np.int64).reshape(-1, 2)
         plan = plan._replace(leaves=tuple(s.leaves), swap_out=swap_out, reset=s.reset_runner)

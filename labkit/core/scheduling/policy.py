@@ -66,12 +66,18 @@ def _shape_of(key: Key) -> Any:
     return "n" if isinstance(key, numbers.Real) and key == key else None
 
 
+KV_LOADINGS = {"load": "load", "recompute": "recompute", "auto": "auto"}
 PREEMPTIONS = {"recompute": "recompute", "swap": "swap", "auto": "auto"}
 
 
 def default_swap_cost(num_tokens: int) -> float:
     """Seconds to move a request's KV out and back: about 100 kB a token over 12 GB/s, twice."""
     return 2 * num_tokens * 100e3 / 12e9
+
+
+def default_disk_cost(num_tokens: int) -> float:
+    """Seconds to read a prefix's KV from disk: about 100 kB a token, 4 GB/s."""
+    return num_tokens * 100e3 / 4e9
 
 
 def default_recompute_cost(num_tokens: int) -> float:

@@ -39,7 +39,7 @@ def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None)
 def cheaper(s: SchedulerState, num_computed: int) -> str:
     """recompute or swap: as configured, or whichever costs less. Never swaps if host memory is full."""
     most = s.blocks.most_blocks(num_computed, 1)
-    if s.preemption == "recompute" or not 0 < most <= len(s.blocks.host.free):
+    if s.preemption == "recompute" or not 0 < most <= s.blocks.host.available:
         return "recompute"
     if s.preemption == "swap":
         return "swap"
@@ -59,10 +59,9 @@ def vacate(s: SchedulerState, row: int, how: str) -> None:
     request.row = None
     blocks = s.tables.blocks[:, row, : s.blocks.blocks_for(num_computed)].reshape(-1)  # of every group, 0: released
     num_swapped = int((blocks > 0).sum())
-    if how == "swap" and 0 < num_swapped <= len(s.blocks.host.free):
+    if how == "swap" and 0 < num_swapped <= s.blocks.host.available:
         host = np.zeros(len(blocks), np.int64)
-        host[blocks > 0] = taken = s.blocks.host.take(num_swapped)
-        s.blocks.host.count[taken] = 1
+        host[blocks > 0] = taken = s.blocks.host.acquire(num_swapped)
         s.swap_out += zip(blocks[blocks > 0].tolist(), taken, strict=True)
         request.host_blocks, request.num_computed, request.swap_step = host.tolist(), num_computed, s.step
         request.status = Status.SWAPPED
@@ -76,6 +75,6 @@ def drop_host_blocks(s: SchedulerState, request: Request) -> None:
     """Release a swapped request's host blocks: it ended, or will be recomputed."""
     gone = {block for block in request.host_blocks if block}
     s.swap_out = [(block, host) for block, host in s.swap_out if host not in gone]
-    s.blocks.host.free += s.blocks.host.release(np.array(sorted(gone), np.int64)).tolist()
+    s.blocks.host.give_back(sorted(gone))
     request.host_blocks, request.num_computed = [], 0
     s.num_swapped -= 1

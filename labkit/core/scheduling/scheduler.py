@@ -18,13 +18,15 @@ from labkit.core.events.log import EventLog
 from labkit.core.options import choose, duration, flag, named_options, real, whole
 from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import admission, committing, planning, preempt
+from labkit.core.scheduling import admission, committing, loading, planning, preempt
 from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.policy import (
+    KV_LOADINGS,
     PREEMPTIONS,
     Cost,
     Draft,
     Order,
+    default_disk_cost,
     default_recompute_cost,
     default_swap_cost,
     name_of,
@@ -47,12 +49,13 @@ class Scheduler(SchedulerState, Shown):
     that nobody else needs go back to it. Without `chunked_prefill` a prompt waits for a step that has room for all of
     it, unless it is longer than the whole budget. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) ->
     key`. `preemption` is "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost` and `recompute_cost`
-    (tokens -> seconds). `watermark` is the share of blocks kept free when a request is admitted beside running ones.
-    With `prefix_hold`, a request waits if another row is computing its prefix. `max_in_flight` plans may be launched
-    before the first is committed. `draft` is a function `f(token_ids) -> draft token ids` for speculative
-    decoding: a step verifies the drafts beside the row's own token, with budget and blocks that are left over, and
-    accepts those that equal what would have been drawn. Requests with penalties, masks, logits processors or logprobs
-    are served without drafts.
+    (tokens -> seconds). `kv_loading` says what to do with a prefix that was offloaded: "load", "recompute", or "auto":
+    the cheaper one, where loading costs half of `swap_cost`, and `disk_cost` for what is read from disk. `watermark` is
+    the share of blocks kept free when a request is admitted beside running ones. With `prefix_hold`, a request
+    waits if another row is computing its prefix. `max_in_flight` plans may be launched before the first is
+    committed. `draft` is a function `f(token_ids) -> draft token ids` for speculative decoding: a step verifies the
+    drafts beside the row's own token, with budget and blocks that are left over, and accepts those that equal what
+    would have been drawn. Requests with penalties, masks, logits processors or logprobs are served without drafts.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -74,6 +77,8 @@ class Scheduler(SchedulerState, Shown):
         preemption: str = "auto",
         swap_cost: Cost | None = None,
         recompute_cost: Cost | None = None,
+        kv_loading: str = "auto",
+        disk_cost: Cost | None = None,
         watermark: float = 0.01,
         prefix_hold: bool = True,
         max_in_flight: int = 0,
@@ -99,7 +104,10 @@ class Scheduler(SchedulerState, Shown):
         self.watermark = real("watermark", watermark, least=0.0, most=1.0)
         self.prefix_hold = flag("prefix_hold", prefix_hold)
         self.max_in_flight = whole("max_in_flight", max_in_flight, least=0, most=16)
-        for name, cost in (("swap_cost", swap_cost), ("recompute_cost", recompute_cost)):
+        self.kv_loading = choose("kv_loading", kv_loading, KV_LOADINGS)
+        self.disk_cost = disk_cost or default_disk_cost
+        costs = {"swap_cost": swap_cost, "recompute_cost": recompute_cost, "disk_cost": disk_cost}
+        for name, cost in costs.items():
             if cost is not None and not callable(cost):
                 raise ValueError(f"{name} must be a function of a number of tokens, got {cost!r}")
         if draft is not None and not callable(draft):
@@ -260,10 +268,30 @@ class Scheduler(SchedulerState, Shown):
             left = planning.give_back(self, builder, left)
         if guesses and left > 0:
             planning.plan_drafts(self, builder, rows, left, guesses)
-        if not len(rows) and not builder.chunks and not builder.copies and not self.swap_out:
+        if not len(rows) and not builder.chunks and not builder.copies and not self.swap_out and not self._must_read():
             self.log.flush(self.step, now)
             return None
         plan = planning.build(self, builder, rows, start)
+        self.in_flight.append(plan)
+        self.step += 1
+        self.log.flush(plan.step, now)
+        return plan
+
+    def _must_read(self) -> bool:
+        """Whether a plan without rows is needed: to read from disk, or to wait for it because nothing else runs."""
+        offload = self.blocks.offload
+        return offload is not None and (bool(offload.reads) or (bool(offload.reading) and not self.in_flight))
+
+    def spill(self, cached: list[int], now: int) -> Plan:
+        """A plan that moves these device blocks to host memory, and what that displaces to disk; without blocks, all of
+        host memory to disk."""
+        offload = self.blocks.offload
+        assert offload is not None and not self.in_flight, "only an idle engine is spilled"
+        if cached:
+            offload.evicted(cached)
+        else:
+            offload.spill_host()
+        plan = planning.build(self, PlanBuilder(now), NO_INTS, NO_INTS)
         self.in_flight.append(plan)
         self.step += 1
         self.log.flush(plan.step, now)
@@ -325,6 +353,8 @@ class Scheduler(SchedulerState, Shown):
         if self.draining:
             committing.drain(self, plan)
         self.release_host_blocks(plan.step)
+        if isinstance(result, Result) and result.read and plan.step > self.void_until:
+            loading.arrived(self, result.read)
         try:
             if find_stops is not None:
                 outputs = self._stop_by_text(outputs, find_stops(), now)

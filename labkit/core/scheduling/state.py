@@ -38,6 +38,8 @@ class SchedulerState:
     preemption: str
     swap_cost: Cost
     recompute_cost: Cost
+    kv_loading: str
+    disk_cost: Cost
     watermark: float
     prefix_hold: bool
     draft: Draft | None
@@ -94,6 +96,8 @@ class SchedulerState:
         self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
         blocks.emit = self._emit
         blocks.prefix.emit = self._emit if log.records else None
+        if blocks.offload is not None:
+            blocks.offload.connect(blocks.prefix.emit)
 
     def _emit(self, event: tuple[Any, ...]) -> None:
         self.log.add(event)
@@ -122,6 +126,7 @@ class SchedulerState:
         """End a request that holds no row."""
         request.finish_reason = reason
         request.hashes = None
+        self.pending.from_disk.pop(request.serial, None)
         self._remember(request, status)
 
     def end_row(self, row: int, status: Status, reason: str, keep: int | None = None) -> None:
@@ -269,14 +274,15 @@ class SchedulerState:
         """Host blocks that the plan of `step`, now committed, has read."""
         while self.host_releases and self.host_releases[0][0] <= step:
             _, free = self.host_releases.popleft()
-            self.blocks.host.free += self.blocks.host.release(np.array(free, np.int64)).tolist()
+            self.blocks.host.give_back(free)
 
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
         """Check that requests, rows, blocks and tokens add up; raises AssertionError on the first mismatch."""
         self.blocks.check()
-        self.pending.check()
+        offload = self.blocks.offload
+        self.pending.check(() if offload is None else offload.reading)
         going_on = self.num_running + self.num_waiting + self.num_swapped
         ended = self.num_finished + self.num_aborted + self.num_rejected
         assert self.num_submitted == going_on + ended, f"{self.num_submitted} submitted, {going_on} live, {ended} ended"
@@ -300,13 +306,18 @@ class SchedulerState:
             assert scheduled <= tables.room[row], f"row {row}: {scheduled} scheduled, room for {tables.room[row]}"
         host = sum(len(request.host_blocks) - request.host_blocks.count(0) for request in self.requests.values())
         host += sum(len(blocks) for _, blocks in self.host_releases)
-        assert host == self.blocks.host.num_blocks - len(self.blocks.host.free), "a host block is missing"
+        host += 0 if offload is None else len(offload.reading)
+        held = int(self.blocks.host.count.sum())
+        assert host == held, f"{held} host blocks are held, {host} by requests and transfers"
+        live = {request.serial for request in self.requests.values()}
+        assert self.pending.from_disk.keys() <= live, "a request that ended is still read for"
 
     def check_idle(self) -> None:
         """With no requests left, every count must be zero, except for tables and pins created outside the engine."""
         self.check()
         assert not self.requests and not self.draining and not self.forks, "a request that ended is left"
         assert not self.pending.row_of and not self.held and not self.chunk_of, "state of a request that ended is left"
-        assert len(self.blocks.host.free) == self.blocks.host.num_blocks, "a host block was not freed"
+        reading = 0 if self.blocks.offload is None else len(self.blocks.offload.reading)
+        assert self.blocks.host.available == self.blocks.host.num_blocks - reading, "a host block was not freed"
         if not self.blocks.tables.row_of and not self.blocks.pins:
             assert self.blocks.num_used == 0, f"{self.blocks.num_used} blocks were not freed"
