@@ -190,7 +190,7 @@ def _num_disk_blocks(runner: Any, options: Options) -> int:
         return 0
     from labkit.runner.disk import MOST_HEADER
 
-    each = runner.bytes_per_block(options.block_size) + 4 * options.block_size + MOST_HEADER
+    each: int = runner.bytes_per_block(options.block_size) + 4 * options.block_size + MOST_HEADER
     if (blocks := int(options.kv_disk_size * 2**30) // each) < 1:
         raise ValueError(f"kv_disk_size={options.kv_disk_size} GiB holds no block: a block takes {each} bytes")
     return blocks

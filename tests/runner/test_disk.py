@@ -1,5 +1,5 @@
-"""KV offloading on a model: the same tokens with and without tiers, files that outlive an engine, and files that are not
-to be trusted."""
+"""KV offloading on a model: the same tokens with and without tiers, files that outlive an engine, and files that are
+not to be trusted."""
 
 import json
 import os
