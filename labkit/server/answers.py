@@ -60,7 +60,11 @@ COMPLETION = _object(
     model=TEXT,
     choices=_list(
         _object(
-            {"prompt_logprobs": _or_null(PROMPT_LOGPROBS), "prompt_token_ids": IDS, "token_ids": IDS},
+            {
+                "prompt_logprobs": _or_null(PROMPT_LOGPROBS),
+                "prompt_token_ids": _or_null(IDS),
+                "token_ids": _or_null(IDS),
+            },
             index=COUNT,
             text=TEXT,
             logprobs=_or_null(COMPLETION_LOGPROBS),
@@ -73,14 +77,14 @@ COMPLETION = _object(
 
 _TOKEN = {"token": TEXT, "logprob": LOGPROB, "bytes": _list({"type": "integer", "minimum": 0, "maximum": 255})}
 CHAT = _object(
-    {"prompt_logprobs": _or_null(PROMPT_LOGPROBS), "prompt_token_ids": IDS},
+    {"prompt_logprobs": _or_null(PROMPT_LOGPROBS), "prompt_token_ids": _or_null(IDS)},
     id=TEXT,
     object={"const": "chat.completion"},
     created=COUNT,
     model=TEXT,
     choices=_list(
         _object(
-            {"token_ids": IDS},
+            {"token_ids": _or_null(IDS)},
             index=COUNT,
             message=_object(role=TEXT, content=_or_null(TEXT)),
             logprobs=_or_null(_object(content=_list(_object(**_TOKEN, top_logprobs=_list(_object(**_TOKEN)))))),

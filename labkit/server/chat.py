@@ -269,7 +269,7 @@ class Writer:
         texts = await call.texts()
         choices = [self._choice(i, text) for i, text in enumerate(texts)]
         found = {**self._head("chat.completion"), "choices": choices, "usage": self.usage(), **call.more()}
-        found["prompt_logprobs"] = None
+        found |= {"prompt_logprobs": None, "prompt_token_ids": None}
         if body.prompt_logprobs is not None:
             found["prompt_logprobs"] = prompt_logprobs(call.service.texts, call.parent(0))
         if body.return_token_ids:
@@ -289,9 +289,8 @@ class Writer:
             "logprobs": self._logprobs(index, grown.token_ids, 0),
             "finish_reason": reason,
             "stop_reason": grown.stop_reason,
+            "token_ids": grown.token_ids if self.body.return_token_ids else None,
         }
-        if self.body.return_token_ids:
-            found["token_ids"] = grown.token_ids
         return found
 
     def _logprobs(self, index: int, ids: list[int], start: int) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ class Writer:
             "finish_reason": grown.finish_reason if body.max_tokens != 0 else "length",
             "stop_reason": grown.stop_reason,
         }
-        found["prompt_logprobs"] = None
+        found |= {"prompt_logprobs": None, "prompt_token_ids": None, "token_ids": None}
         if body.prompt_logprobs is not None:
             found["prompt_logprobs"] = prompt_logprobs(call.service.texts, call.parent(index))
         if body.return_token_ids:

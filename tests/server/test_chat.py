@@ -46,6 +46,8 @@ def test_an_answer_is_that_of_the_engine(http, expected):
     assert choice["message"] == {"role": "assistant", "content": expected.text}
     assert choice["token_ids"] == expected.output_ids and found["prompt_token_ids"] == expected.prompt.tolist()
     assert found["object"] == "chat.completion" and choice["finish_reason"] == expected.finish_reason
+    plain = ask(http)  # fields that are not asked for are there, and null
+    assert (plain["choices"][0]["token_ids"], plain["prompt_token_ids"]) == (None, None)
 
 
 def test_a_stream_begins_with_the_role_and_ends_with_the_reason(http, expected):

@@ -44,6 +44,8 @@ def test_text_tokens_and_counts_are_those_of_the_engine(http, server, expected):
     assert choice["finish_reason"] == "length" and choice["stop_reason"] is None
     assert found["usage"]["prompt_tokens"] == expected.num_prompt and found["usage"]["completion_tokens"] == 10
     assert found["object"] == "text_completion" and found["model"] == server.names[0]
+    (plain,) = ask(http)["choices"]  # fields that are not asked for are there, and null
+    assert (plain["token_ids"], plain["prompt_token_ids"]) == (None, None)
 
 
 def test_a_stream_is_the_same_text_in_pieces(http, expected):
