@@ -98,7 +98,7 @@ def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
     vocab_size = engine.runner.vocab_size
     if int(tokens.max()) >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise ValueError(f"prompt[{at}] is {tokens[at]}: the vocabulary ends at {vocab_size - 1}")
+        raise ValueError(f"prompt[{at}] is {tokens[at]}, out of vocabulary: the last id is {vocab_size - 1}")
     return tokens, written
 
 
@@ -138,7 +138,7 @@ def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> Samplin
     for name, given in ids.items():
         for i in given:
             if i >= vocab_size:
-                raise ValueError(f"{name} names token {i}: the vocabulary ends at {vocab_size - 1}")
+                raise ValueError(f"{name} names token {i}, out of vocabulary: the last id is {vocab_size - 1}")
     if params.bad_words:
         params = replace(params, bad_words=(), bad_word_ids=(*params.bad_word_ids, *_word_ids(engine, params)))
     if params.structured_outputs is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -15,7 +16,7 @@ from labkit.core.params import MOST_LOGPROBS
 from labkit.server.bridge import Delta
 from labkit.server.calls import Call, admit, cut
 from labkit.server.chat import MOST_MESSAGES, Conversation, prompt_of
-from labkit.server.errors import ApiError
+from labkit.server.errors import ApiError, ClientGone, internal
 from labkit.server.http import EventStream, answer, read_body, whole
 from labkit.server.items import input_items, messages_of
 from labkit.server.output import Event, Output
@@ -28,6 +29,7 @@ from labkit.server.stored import Entry
 from labkit.server.tools import MOST_TOOLS, Calling, Function, FunctionName, Named, NamedTool, Tool, calling_of
 from labkit.text.parts import settled
 
+log = logging.getLogger("labkit.server")
 LOGPROBS = "message.output_text.logprobs"
 Id = Annotated[str, Field(max_length=256)]
 
@@ -68,7 +70,6 @@ class ResponsesRequest(Sampling):
 
     refused: ClassVar[Refused] = {
         **Sampling.refused,
-        "background": "answers are made while the client waits",
         "conversation": "previous_response_id continues a conversation",
         "prompt": "prompts are not kept here",
         "max_tokens": "max_output_tokens is the field here",
@@ -80,6 +81,7 @@ class ResponsesRequest(Sampling):
     max_output_tokens: Count | None = None
     previous_response_id: Id | None = None
     store: bool | None = True
+    background: bool | None = False
     tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
     parallel_tool_calls: bool | None = True
@@ -106,6 +108,10 @@ class ResponsesRequest(Sampling):
             raise ApiError(f"top_logprobs needs include=[{LOGPROBS!r}]", param="top_logprobs")
         if self.max_output_tokens == 0:
             raise ApiError("max_output_tokens must be at least 1", param="max_output_tokens")
+        if self.background and self.store is False:
+            raise ApiError("background can only be used when `store` is true", param="background")
+        if self.background and self.stream:
+            raise ApiError("background is served without stream: ask for the answer by its id", param="background")
 
     def calling(self, service: Service) -> Calling:
         if self._calling is None:
@@ -162,6 +168,10 @@ async def create(service: Service, request: Request) -> Response:
         error.param = "max_output_tokens" if error.param == "max_tokens" else error.param
         raise
     writer = Writer(call, body, how, items, messages)
+    if body.background:
+        queued = writer.keep(writer.response("queued"))
+        service.background.start(call.id, call.feed, writer.unattended)
+        return answer(queued)
     if body.stream:
         return EventStream(call.feed, writer.write, end=bytes, failed=writer.failed)
     return answer(await whole(call.feed, request.receive, writer.whole))
@@ -171,13 +181,20 @@ def _earlier(service: Service, body: ResponsesRequest) -> list[dict[str, Any]]:
     """The conversation that this request continues."""
     if body.previous_response_id is None:
         return []
-    return _entry(service, body.previous_response_id, "previous_response_id").messages
+    found = _entry(service, body.previous_response_id, "previous_response_id")
+    if body.previous_response_id in service.background:
+        raise ApiError(
+            "the response to continue is not over: wait until its status says so", param="previous_response_id"
+        )
+    return found.messages
 
 
 def _entry(service: Service, id: str, param: str) -> Entry:
     found = service.stored.get(id)
     if found is None:
-        raise ApiError(f"there is no response {id[:200]!r} here; the oldest ones make room", status=404, param=param)
+        raise ApiError(
+            f"Response with id {id[:200]!r} not found. The oldest ones make room for others.", status=404, param=param
+        )
     return found
 
 
@@ -227,7 +244,7 @@ class Writer:
         self.split.feed(text, grown.token_ids, ended=True)
         self.output.take(settled(self.split.parts), self._logprobs(0, grown.token_ids))
         self.output.finish(self._is_complete)
-        return self._keep(self.response(self._status))
+        return self.keep(self.response(self._status))
 
     @property
     def _is_complete(self) -> bool:
@@ -237,7 +254,21 @@ class Writer:
     def _status(self) -> str:
         return "completed" if self._is_complete else "incomplete"
 
-    def _keep(self, response: dict[str, Any]) -> dict[str, Any]:
+    async def unattended(self) -> None:
+        """Make the answer while no client waits, and keep it; one that was cancelled or has failed has no output."""
+        try:
+            await self.whole()
+        except ClientGone:
+            self.output.close("incomplete")
+            self.keep(self.response("cancelled"))
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                log.error("an answer failed: %s: %s", type(error).__name__, error, exc_info=error)
+                error = internal()
+            self.output.close("incomplete")
+            self.keep(self.response("failed", {"code": "server_error", "message": error.message}))
+
+    def keep(self, response: dict[str, Any]) -> dict[str, Any]:
         """Store the answer, with the conversation up to its end."""
         if self.body.store is not False:
             messages = [*self.messages, *messages_of(self.output.messages())]
@@ -246,13 +277,13 @@ class Writer:
 
     def response(self, status: str, error: dict[str, str] | None = None) -> dict[str, Any]:
         body, params = self.body, self.call.parent(0).params
-        is_over = status != "in_progress"
+        is_over = status not in ("queued", "in_progress")
         return {
             "id": self.call.id,
             "object": "response",
             "created_at": self.created,
             "status": status,
-            "background": False,
+            "background": bool(body.background),
             "completed_at": int(time.time()) if status == "completed" else None,
             "error": error,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
@@ -316,7 +347,7 @@ class Writer:
             events += self.output.take(parts, self._logprobs(piece.start, piece.tokens))
             if piece.ended:
                 events += self.output.finish(self._is_complete)
-                response = self._keep(self.response(self._status))
+                response = self.keep(self.response(self._status))
                 events.append({"type": f"response.{self._status}", "response": response})
         return b"".join(map(self._event, events))
 
@@ -336,11 +367,24 @@ class Writer:
 
 
 async def retrieve(service: Service, request: Request) -> Response:
-    return answer(_entry(service, request.path_params["id"], "response_id").response)
+    found = _entry(service, request.path_params["id"], "response_id").response
+    if found["id"] in service.background:
+        found = {**found, "status": service.background.status(found["id"])}
+    return answer(found)
+
+
+async def cancel(service: Service, request: Request) -> Response:
+    """Ends an answer in the making. One that is over stays as it is."""
+    found = _entry(service, request.path_params["id"], "response_id").response
+    if not found["background"]:
+        raise ApiError("Cannot cancel a synchronous response.", param="response_id")
+    await service.background.stop(found["id"])
+    return answer(_entry(service, found["id"], "response_id").response)
 
 
 async def remove(service: Service, request: Request) -> Response:
     id = _entry(service, request.path_params["id"], "response_id").response["id"]
+    await service.background.stop(id)
     service.stored.remove(id)
     return answer({"id": id, "object": "response", "deleted": True})
 
@@ -356,6 +400,7 @@ async def list_input(service: Service, request: Request) -> Response:
 ROUTES = [
     Route("POST", "/v1/responses", create, ResponsesRequest, "Answer text or items", streams=True),
     Route("GET", "/v1/responses/{id}", retrieve, None, "A stored answer"),
+    Route("POST", "/v1/responses/{id}/cancel", cancel, None, "End an answer that is made in the background"),
     Route("DELETE", "/v1/responses/{id}", remove, None, "Delete a stored answer"),
     Route("GET", "/v1/responses/{id}/input_items", list_input, None, "The input of a stored answer"),
 ]

@@ -19,6 +19,7 @@ from labkit.core.scheduling.scheduler import RejectedError
 from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
+from labkit.server.background import Background
 from labkit.server.bridge import Feed, Hub, is_alive
 from labkit.server.counting import Calls, Counts
 from labkit.server.errors import ApiError, clean, engine_dead, overloaded
@@ -61,6 +62,7 @@ class Service:
         self.tokenizer: Any = None
         self.templates = _templates()
         self.stored = Stored(settings.max_stored_responses)
+        self.background = Background()
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
         self.names: tuple[str, ...] = tuple(settings.served_model_name)
         if engine is not None:

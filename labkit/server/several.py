@@ -121,7 +121,8 @@ class Member(Service):
         if "tool_call_parser" in own:
             own = {**own, "enable_auto_tool_choice": own["tool_call_parser"] is not None}
         super().__init__(replace(root.settings, served_model_name=(name,), otlp_traces_endpoint=None, **own))
-        self.stored, self.tracing, self.is_stopping = root.stored, root.tracing, root.is_stopping
+        self.stored, self.background = root.stored, root.background
+        self.tracing, self.is_stopping = root.tracing, root.is_stopping
         self.use(engine)
 
     def leave(self, message: str) -> None:

@@ -60,7 +60,7 @@ async def detokenize(service: Service, request: Request) -> Response:
         raise ApiError("this engine has no tokenizer", param="tokens")
     for at, id in enumerate(body.tokens):
         if id >= size:
-            raise ApiError(f"tokens.{at} is {id}: the vocabulary ends at {size - 1}", param=f"tokens.{at}")
+            raise ApiError(f"tokens.{at} is {id}, out of vocabulary: the last id is {size - 1}", param=f"tokens.{at}")
     more = {"skip_special_tokens": False} if hasattr(tokenizer, "chat_text") else {}
     text = await apart(lambda: tokenizer.decode(body.tokens, **more), len(body.tokens) > LONG_TEXT)
     return answer({"prompt": text})

@@ -349,7 +349,7 @@ def test_a_running_requests_table_cannot_be_freed_or_written_by_hand():
         ([], {}, "prompt is empty"),
         ([1, 2.5], {}, "prompt[1] is 2.5: token ids are whole numbers"),
         ([-1], {}, "prompt[0] is -1"),
-        ([3, 50], {}, "prompt[1] is 50: the vocabulary ends at 49"),
+        ([3, 50], {}, "prompt[1] is 50, out of vocabulary: the last id is 49"),
         ("hello", {}, "prompt must be token ids, got text"),
         ([1], {"params": {"max_tokens": 3}}, "params must be SamplingParams"),
         ([1], {"params": lk.SamplingParams(stop="x")}, "stop strings need text: give the Engine a tokenizer"),

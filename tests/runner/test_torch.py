@@ -269,7 +269,7 @@ def test_min_tokens_keeps_stop_tokens_from_being_drawn(models):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"logit_bias": {97: 1.0}}, "logit_bias names token 97: the vocabulary ends at 96"),
+        ({"logit_bias": {97: 1.0}}, "logit_bias names token 97, out of vocabulary: the last id is 96"),
         ({"allowed_token_ids": [5, 400]}, "allowed_token_ids names token 400"),
         ({"capture": {"hidden": [3]}}, "capture of 'hidden' names layer 3: this runner has 2 layers"),
         ({"bad_words": ["no"]}, "bad_words need text"),

@@ -10,7 +10,7 @@ import labkit as lk
 from labkit.server import build_app
 from labkit.server.items import messages_of
 from labkit.server.stored import Stored
-from tests.server.talk import Gate, gated, in_process
+from tests.server.talk import Gate, gated, in_process, until
 from tests.server.test_tools import CITY, HERMES, SAYS
 
 QUESTION = "What does `join` do?"
@@ -215,7 +215,8 @@ def test_items_as_messages():
         ({"input": [{"type": "reasoning", "content": 5}]}, "input.0"),
         ({"input": [{"type": "function_call_output", "call_id": "1", "output": [1]}]}, "input"),
         ({"input": [{"role": "", "content": "a"}]}, "input"),
-        ({"background": True}, "background"),
+        ({"background": True, "store": False}, "background"),
+        ({"background": True, "stream": True}, "background"),
         ({"max_tokens": 3}, "max_tokens"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"max_output_tokens": 99999}, "max_output_tokens"),
@@ -231,11 +232,61 @@ def test_what_is_wrong_is_named(http, body, param):
     assert (ask(http, 400, **body)["param"] or "").startswith(param)
 
 
-def test_a_stream_that_fails_ends_with_its_event():
+def test_an_answer_in_the_background_is_asked_for_by_its_id(http, server):
+    expected = ask(http)
+    found = ask(http, background=True)
+    assert found["status"] == "queued" and found["background"] and found["output"] == []
+    until(lambda: http.get(f"/v1/responses/{found['id']}").json()["status"] not in ("queued", "in_progress"))
+    done = http.get(f"/v1/responses/{found['id']}").json()
+    assert done["status"] == "incomplete" and text_of(done) == text_of(expected)  # it was cut at 10 tokens
+    assert http.post(f"/v1/responses/{found['id']}/cancel").json() == done
+    error = http.post(f"/v1/responses/{expected['id']}/cancel")
+    assert error.status_code == 400 and "synchronous" in error.json()["error"]["message"]
+    assert http.post("/v1/responses/resp-none/cancel").status_code == 404
+
+
+def gated_chat():
+    """An engine with the embedded model's tokenizer, whose steps a test lets pass."""
     tokenizer = lk.Tokenizer.load(lk.assets.path("tiny"))
     gate = Gate(vocab_size=tokenizer.vocab_size)
     engine = gated(gate)
     engine.tokenizer = tokenizer
+    return gate, engine
+
+
+def test_an_answer_in_the_background_is_cancelled_or_deleted_or_fails():
+    gate, engine = gated_chat()
+
+    async def main():
+        app = build_app(engine)
+        service = app.state.service
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            body = {"input": "hi", "background": True, "max_output_tokens": 50}
+            made = [(await client.post("/v1/responses", json=body)).json()["id"] for _ in range(3)]
+            await asyncio.to_thread(gate.let, 2)
+            states = [(await client.get(f"/v1/responses/{id}")).json()["status"] for id in made]
+            early = await client.post("/v1/responses", json={"input": "so?", "previous_response_id": made[0]})
+            gate.release()  # aborting needs the engine's thread
+            cancelled = (await client.post(f"/v1/responses/{made[0]}/cancel")).json()
+            deleted = await client.delete(f"/v1/responses/{made[1]}")
+            service.end_all("out of luck")
+            while made[2] in service.background:
+                await asyncio.sleep(0.005)
+            later = [await client.get(f"/v1/responses/{id}") for id in made]
+            service.close()
+            return states, early, cancelled, deleted, later
+
+    states, early, cancelled, deleted, later = asyncio.run(main())
+    assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0 and engine.close().ok
+    assert states[0] == "in_progress"
+    assert early.status_code == 400 and "not over" in early.json()["error"]["message"]
+    assert cancelled["status"] == "cancelled" and cancelled["output"] == [] and later[0].json() == cancelled
+    assert deleted.json()["deleted"] and later[1].status_code == 404
+    assert later[2].json()["error"] == {"code": "server_error", "message": "out of luck"}
+
+
+def test_a_stream_that_fails_ends_with_its_event():
+    gate, engine = gated_chat()
 
     async def main():
         app = build_app(engine)
