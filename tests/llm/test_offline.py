@@ -70,7 +70,7 @@ def test_a_shared_prefix_is_found_in_the_cache(llm):
         (lambda llm: lk.LLM("no/such/model"), ValueError, "there is no folder 'no/such/model'"),
         (lambda llm: lk.LLM(dtype="float7"), ValueError, "unknown dtype 'float7'"),
         (lambda llm: llm.generate("x", lk.SamplingParams(), n=3), TypeError, "LLM.generate has no option 'n'"),
-        (lambda llm: llm.generate([[5000]]), ValueError, r"prompt\[0\] is 5000, out of vocabulary: the last id is 4095"),
+        (lambda llm: llm.generate([[5000]]), ValueError, r"is 5000, out of vocabulary: the last id is 4095"),
         (lambda llm: llm.generate({"text": "x"}), TypeError, "a prompt has no option 'text'"),
         (lambda llm: llm.chat("hi"), ValueError, "messages is a list like"),
     ],
