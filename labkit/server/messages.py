@@ -50,6 +50,21 @@ class CountRequest(BaseModel):
     tool_choice: dict[str, Any] | None = None
 
 
+class OutputFormat(BaseModel):
+    """{"type": "json_schema", "schema": ...}"""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+    type: Literal["json_schema"]
+    form: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    format: OutputFormat | None = None
+
+
 class MessagesRequest(CountRequest):
     """A call as Anthropic's clients write it."""
 
@@ -59,6 +74,7 @@ class MessagesRequest(CountRequest):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     stream: bool | None = False
+    output_config: OutputConfig | None = None
 
 
 async def messages(service: Service, request: Request) -> Response:
@@ -103,6 +119,9 @@ def _chat_of(body: MessagesRequest) -> dict[str, Any]:
             found[name] = value
     if body.stop_sequences:
         found["stop"] = body.stop_sequences
+    if body.output_config is not None and body.output_config.format is not None:
+        schema = {"name": "answer", "schema": body.output_config.format.form}
+        found["response_format"] = {"type": "json_schema", "json_schema": schema}
     return found
 
 

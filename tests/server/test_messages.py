@@ -42,6 +42,15 @@ def test_an_answer_is_that_of_a_chat(http, server):
     assert (found["stop_reason"], found["stop_sequence"]) == ("stop_sequence", stop)
 
 
+def test_an_answer_follows_the_schema_of_its_output_config(http):
+    schema = {"type": "object", "properties": {"a": {"enum": [7]}}, "required": ["a"], "additionalProperties": False}
+    body = {**BODY, "max_tokens": 40, "output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    found = http.post("/v1/messages", json=body).json()
+    assert json.loads(found["content"][0]["text"]) == {"a": 7} and found["stop_reason"] == "end_turn"
+    error = http.post("/v1/messages", json={**body, "output_config": {"format": {"type": "yaml"}}})
+    assert error.status_code == 400 and "output_config" in error.json()["error"]["message"]
+
+
 def test_a_stream_has_anthropics_events_in_order(http):
     whole = http.post("/v1/messages", json=BODY).json()
     events = named(http.post("/v1/messages", json={**BODY, "stream": True}).text)
