@@ -72,15 +72,20 @@ class LinearCost:
     per_token: float = 0.0006
     per_context: float = 2e-7  # a key that a row attends to
     per_block: float = 2e-5  # a block that is moved
+    per_row: float = 0.0  # a row of the step, or a draft, beside its tokens
+    per_pair: float = 0.0  # a query and a key of a prefill
+    per_join: float = 0.0  # a request that is given a row
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             real(name, value, least=0.0)
 
     def __repr__(self) -> str:
+        rare = {"row": self.per_row, "prefill pair": self.per_pair, "join": self.per_join}
+        more = "".join(f" + {value:g} s a {name}" for name, value in rare.items() if value)
         return (
             f"{self.constant:g} s + {self.per_token:g} s a token + {self.per_context:g} s a context token "
-            f"+ {self.per_block:g} s a moved block"
+            f"+ {self.per_block:g} s a moved block{more}"
         )
 
     def seconds(self, work: StepWork) -> Any:
@@ -89,4 +94,7 @@ class LinearCost:
             + self.per_token * work.tokens
             + self.per_context * (work.context + work.prefill_context)
             + self.per_block * work.moved
+            + self.per_row * (work.decodes + work.chunks)
+            + self.per_pair * work.pairs
+            + self.per_join * work.joins
         )

@@ -23,8 +23,8 @@ _LUCK = np.uint64(1 << 40)  # beyond every length
 @named_options
 class SimRunner:
     """Takes as long for a step as `cost` says: a `LinearCost`, an `AnalyticCost` of `labkit.study`, or any object with
-    `seconds(work)`. `constant`, `per_token`, `per_context` and `per_block` are short for a `LinearCost` with these. A
-    block on disk takes `per_disk_block` seconds to read or write, one after the other, while steps go on.
+    `seconds(work)`. `constant` and the prices `per_...` are short for a `LinearCost` with these. A block on disk takes
+    `per_disk_block` seconds to read or write, one after the other, while steps go on.
 
     `swap_cost` and `recompute_cost` give the cost of a preemption, for a scheduler with preemption="auto". A draft is
     accepted with probability `acceptance`.
@@ -45,8 +45,12 @@ class SimRunner:
         acceptance: float = 0.6,
         cost: StepCost | None = None,
         per_disk_block: float = 2e-4,
+        per_row: float | None = None,
+        per_pair: float | None = None,
+        per_join: float | None = None,
     ) -> None:
         named = {"constant": constant, "per_token": per_token, "per_context": per_context, "per_block": per_block}
+        named |= {"per_row": per_row, "per_pair": per_pair, "per_join": per_join}
         named = {name: value for name, value in named.items() if value is not None}
         if cost is not None and named:
             raise TypeError(f"SimRunner takes cost= or {', '.join(named)}, not both")

@@ -3,6 +3,7 @@ log may come from another machine."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from labkit.widgets import charts, style
 if TYPE_CHECKING:
     import pandas
 
-CONSTANTS = ("constant", "per_token", "per_context", "per_block")
-LEAST_STEPS = 20  # steps needed to fit four constants
+CONSTANTS = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join")
+LEAST_STEPS = 20  # steps needed to fit the constants
+FOLDS = 5  # parts of the log, each predicted from the others
 OUTLIERS = 0.01  # share of the steps left out: the machine was busy with something else
 DOTS = 600
 
@@ -40,6 +42,9 @@ class Work:
     context: int  # tokens read back, summed over the rows
     moved: int  # blocks swapped or copied
     seconds: float
+    rows: int = 0  # and drafts
+    pairs: int = 0  # of a query and a key, in prefills
+    joins: int = 0  # requests that were given a row
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,7 @@ class Calibration:
 
     @property
     def predicted(self) -> NDArray[np.float64]:
-        constants = np.array([getattr(self.runner.cost, name) for name in CONSTANTS])
-        seconds: NDArray[np.float64] = _columns(self.work) @ constants
+        seconds: NDArray[np.float64] = _columns(self.work) @ _constants(self.runner.cost)
         return seconds
 
     @property
@@ -70,6 +74,30 @@ class Calibration:
     def bias(self) -> float:
         """The predicted total time over the measured one, minus one."""
         return float(self.predicted.sum() / self.measured.sum() - 1)
+
+    @functools.cached_property
+    def held_out(self) -> tuple[float, float]:
+        """Error and bias on steps that were not fitted: each fifth of the log, predicted from the rest."""
+        work, measured = list(self.work), self.measured
+        predicted = np.empty(len(work))
+        for fold in range(FOLDS):
+            begin, end = (len(work) * (fold + i) // FOLDS for i in (0, 1))
+            cost = _fit(work[:begin] + work[end:])
+            predicted[begin:end] = _columns(work[begin:end]) @ _constants(cost)
+        return float(np.median(np.abs(predicted / measured - 1))), float(predicted.sum() / measured.sum() - 1)
+
+    def report(self) -> str:
+        """How well the fit predicts steps with and without prefills, and steps that it has not seen."""
+        prefills = np.array([work.tokens > work.rows for work in self.work])
+        lines = [repr(self), f"{'steps':24} {'number':>7} {'median error':>13} {'of all time':>12}"]
+        for name, some in (("all", ~prefills | prefills), ("with prefills", prefills), ("decode only", ~prefills)):
+            if some.any():
+                one, other = self.predicted[some], self.measured[some]
+                error, bias = np.median(np.abs(one / other - 1)), one.sum() / other.sum() - 1
+                lines.append(f"{name:24} {some.sum():7} {error:13.1%} {bias:+12.1%}")
+        error, bias = self.held_out
+        lines.append(f"{'held out, five parts':24} {len(self.work):7} {error:13.1%} {bias:+12.1%}")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         how_well = f"median error of a step {self.error:.1%}, of all together {self.bias:+.1%}"
@@ -116,7 +144,7 @@ def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Cal
         raise TypeError(f"calibrate takes an Engine or an EventLog, got {source!r}")
     if len(work) < LEAST_STEPS:
         raise ValueError(f"calibrate needs {LEAST_STEPS} steps at least, and there are {len(work)}")
-    return Calibration(_fit(work), tuple(work), num_unclear)
+    return Calibration(SimRunner(cost=_fit(work)), tuple(work), num_unclear)
 
 
 def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
@@ -154,18 +182,20 @@ def work_of(events: Iterable[Event]) -> tuple[list[Work], int]:
         if not isinstance(event, Step):
             pending.append(event)
             continue
-        fold.moved = 0
+        fold.moved = fold.joins = 0
+        fold.begin = None
         for earlier in [one for one in pending if one.step <= event.step and one.now < event.now]:
             fold.apply(earlier)  # decided when the step was scheduled
         fold.guesses = {one.request: one for one in pending if isinstance(one, Drafted) and one.step == event.step}
-        tokens, context = fold.compute()
+        tokens, context, rows, pairs = fold.compute()
         for same in [one for one in pending if one.step <= event.step and one.now >= event.now]:
             fold.apply(same)  # what its result changed
         pending = [one for one in pending if one.step > event.step]
         busy = last is not None and last.running + last.waiting + last.swapped > 0
-        seconds = (event.now - last.now) / 1e9 if busy and last is not None else event.duration / 1e9
+        begin = last.now if busy and last is not None else fold.begin
+        seconds = event.duration / 1e9 if begin is None else (event.now - begin) / 1e9
         if tokens == event.prefill_tokens + event.decode_tokens and tokens and seconds > 0:
-            work.append(Work(event.step, tokens, context, fold.moved, seconds))
+            work.append(Work(event.step, tokens, context, fold.moved, seconds, rows, pairs, fold.joins))
         else:
             num_unclear += 1
         last = event
@@ -178,6 +208,7 @@ class _Row:
     known: int
     rate: int = 0
     held: bool = False
+    decodes: bool = False
 
 
 class _Fold:
@@ -186,7 +217,8 @@ class _Fold:
     def __init__(self) -> None:
         self.rows: dict[str, _Row] = {}
         self.known: dict[str, int] = {}  # of requests without a row
-        self.moved = 0
+        self.moved = self.joins = 0
+        self.begin: int | None = None  # ns: when the step's first admission was decided
         self.guesses: dict[str, Drafted] = {}  # of the step
 
     def apply(self, event: Event) -> None:
@@ -194,27 +226,35 @@ class _Fold:
         if handler is not None:
             handler(event)
 
-    def compute(self) -> tuple[int, int]:
-        """A step: (tokens, tokens read back)."""
-        tokens = context = 0
+    def compute(self) -> tuple[int, int, int, int]:
+        """A step: (tokens, tokens read back, rows, query-key pairs of prefills)."""
+        tokens = context = rows = pairs = 0
         for name, row in self.rows.items():
             count = 0 if row.held else min(row.rate, row.known - row.computed)
             if count:
+                if not row.decodes:
+                    pairs += count * row.computed + count * (count + 1) // 2
                 row.computed += count
+                rows += 1
                 tokens += count
                 context += row.computed
                 if (guess := self.guesses.get(name)) is not None:
                     tokens += guess.num_drafts
+                    rows += guess.num_drafts
                     context += guess.num_drafts
                     row.computed += guess.num_accepted
                     row.known += guess.num_accepted
-                row.known += row.computed == row.known  # the last known position gives the next token
-        return tokens, context
+                if row.computed == row.known:  # the last known position gives the next token
+                    row.known += 1
+                    row.decodes = True
+        return tokens, context, rows, pairs
 
     def _submitted(self, event: Any) -> None:
         self.known[event.request] = event.num_prompt
 
     def _admitted(self, event: Any) -> None:
+        self.joins += 1
+        self.begin = event.now if self.begin is None else self.begin
         self.rows[event.request] = _Row(event.num_cached, self.known.get(event.request, 0))
 
     _resumed = _admitted
@@ -228,8 +268,9 @@ class _Fold:
             row.held = True
 
     def _forked(self, event: Any) -> None:
+        self.joins += 1
         known = self.known.get(event.request, 0)
-        self.rows[event.request] = _Row(known, known + 1, 1)
+        self.rows[event.request] = _Row(known, known + 1, 1, decodes=True)
 
     def _preempted(self, event: Any) -> None:
         if (row := self.rows.pop(event.request, None)) is not None:
@@ -251,21 +292,27 @@ class _Fold:
 
 
 def _columns(work: Iterable[Work]) -> NDArray[np.float64]:
-    return np.array([(1.0, one.tokens, one.context, one.moved) for one in work])
+    """One column for each of CONSTANTS."""
+    return np.array(
+        [(1.0, one.tokens, one.context, one.moved, one.rows, one.pairs, one.joins) for one in work], np.float64
+    ).reshape(-1, len(CONSTANTS))
 
 
-def _fit(work: list[Work]) -> SimRunner:
+def _constants(cost: Any) -> NDArray[np.float64]:
+    return np.array([getattr(cost, name) for name in CONSTANTS])
+
+
+def _fit(work: list[Work]) -> LinearCost:
     columns, seconds = _columns(work), np.array([one.seconds for one in work])
     found = _nonnegative(columns / seconds[:, None])
     off = np.abs(columns @ found / seconds - 1)
     kept = off <= np.quantile(off, 1 - OUTLIERS)
     found = _nonnegative(columns[kept] / seconds[kept, None])
     found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds time: make the total right
-    default = LinearCost()
     chosen = dict(zip(CONSTANTS, found.tolist(), strict=True))
     if not columns[:, 3].any():
-        chosen["per_block"] = default.per_block
-    return SimRunner(**chosen)
+        chosen["per_block"] = LinearCost().per_block
+    return LinearCost(**chosen)
 
 
 def _nonnegative(columns: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ from labkit.runner.sim import SimRunner
 SHORT = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}
 OF_BLOCKS = tuple(name for name in inspect.signature(BlockManager).parameters)
 OF_SCHEDULER = tuple(name for name in inspect.signature(Scheduler).parameters if name not in ("blocks", "log"))
-OF_SIMULATOR = ("constant", "per_token", "per_context", "per_block", "acceptance")
+OF_COST = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join")
+OF_SIMULATOR = (*OF_COST, "acceptance")
 OF_MODEL = tuple(name for name in Options.__dataclass_fields__ if name not in ("log", "seed"))  # repeats have seeds
 NUM_BLOCKS = 512  # default for a simulation; with a model, as many as fit
 

@@ -5,10 +5,14 @@ import io
 import pytest
 
 import labkit as lk
+from labkit.runner.cost import StepWork
 from labkit.study.calibrate import CONSTANTS, work_of
 from tests.harness import Recording
 
-CHOSEN = {"constant": 0.004, "per_token": 0.0002, "per_context": 3e-7, "per_block": 5e-5}
+CHOSEN = {
+    "constant": 0.004, "per_token": 0.0002, "per_context": 3e-7, "per_block": 5e-5, "per_row": 0.0003, "per_pair": 2e-8,
+    "per_join": 0.001,
+}  # fmt: skip
 
 
 def simulated(blocks=512, host=0, runner=None, **options):
@@ -48,6 +52,7 @@ def test_a_simulator_s_log_gives_its_constants_back(options, blocks):
             assert getattr(found.runner.cost, name) == pytest.approx(CHOSEN[name], rel=0.02), (name, found)
     assert any(one.moved for one in found.work) == (options.get("preemption") == "swap" and blocks == 90)
     assert found.error < 0.01 and found.num_unclear <= len(found.work) * 0.05
+    assert found.held_out[0] < 0.01 and "held out" in found.report()
 
 
 def test_the_fold_knows_what_every_plan_asked_for():
@@ -61,6 +66,8 @@ def test_the_fold_knows_what_every_plan_asked_for():
     for one in work:
         plan = plans[one.step]
         assert (one.tokens, one.context) == (plan.num_tokens, int((plan.start + plan.count).sum())), one
+        work = StepWork.of(plan)
+        assert (one.rows, one.pairs, one.joins) == (work.decodes + work.chunks, work.pairs, work.joins), one
         assert one.moved == len(plan.swap_out) + len(plan.swap_in) + len(plan.copies), one
 
 
@@ -82,7 +89,9 @@ def test_an_engine_is_measured_and_its_simulator_takes_as_long():
     assert len(found.work) > 100 and not found.num_unclear
     assert abs(found.bias) < 0.5 and found.error < 0.6, "loose: the machine may be busy"
     assert found.runner.cost.constant > 0 and found.runner.cost.per_token > 0
-    assert list(found.frame().columns) == ["step", "tokens", "context", "moved", "seconds", "predicted"]
+    assert list(found.frame().columns) == [
+        "step", "tokens", "context", "moved", "seconds", "rows", "pairs", "joins", "predicted"
+    ]  # fmt: skip
     html = found._repr_html_()
     assert "<svg" in html and "per_block is the default" in html and "<script" not in html
 
