@@ -18,6 +18,7 @@ from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.scheduling.ahead import FastForward
 from labkit.core.scheduling.scheduler import RejectedError, Scheduler
+from labkit.engine.checks import num_disk_blocks_of
 from labkit.runner.base import Layout
 from labkit.runner.cost import StepCost
 from labkit.runner.sim import SimRunner
@@ -105,7 +106,12 @@ class Simulator:
         self._params: dict[int, SamplingParams] = {}
         self._mark = (0, 0, 0, 0)  # prompt, cached and output tokens and the step, when the last point was drawn
         blocks = scheduler.blocks
-        runner.open(Layout(blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks))
+        runner.open(
+            Layout(
+                blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
+                num_disk_blocks_of(blocks, runner),
+            )
+        )  # fmt: skip
         blocks.attach()
 
     def run(self, arrivals: Arrivals) -> None:
