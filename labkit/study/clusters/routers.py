@@ -325,18 +325,20 @@ class Dynamo(_Seeded):
 @named_options
 class Oracle(_Seeded):
     """Knows what no router can: exactly what is cached, and how long all answers will be. The replica with the least
-    left to compute, this request included; an output token counts as `output` prompt tokens."""
+    left to compute, this request included. A prompt token that is not cached counts `miss` times, as it also takes room
+    from other prefixes, an output token `output` times. It does not know what will arrive, so it is no upper bound."""
 
     name = "oracle"
 
-    def __init__(self, output: float = 1.0, seed: int = 0) -> None:
+    def __init__(self, miss: float = 4.0, output: float = 0.5, seed: int = 0) -> None:
         super().__init__(seed)
+        self.miss = real("miss", miss, least=0.0)
         self.output = real("output", output, least=0.0)
 
     def __call__(self, request: Incoming, views: Views, now: float) -> int:
         def cost(view: View) -> float:
-            cached = view.prefix.match(request.hashes) * view.block_size
-            return view.waiting_tokens - cached + self.output * view.output_tokens_left
+            missed = request.num_prompt - view.prefix.match(request.hashes) * view.block_size
+            return view.waiting_tokens + self.miss * missed + self.output * view.output_tokens_left
 
         return self.least(views, cost).index
 
