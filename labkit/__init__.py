@@ -62,6 +62,8 @@ _HOME = {
     "RequestError": "engine.handle",
     "Experiment": "study.experiment",
     "Study": "study.study",
+    "BlockEventPublisher": "engine.block_events",
+    "BlockEventSubscriber": "engine.block_events",
     "calibrate": "study.calibrate",
     "next_tokens": "study.next_tokens",
     "quantize": "quantization.quantize",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from .core.request import Request
     from .core.scheduling.scheduler import RejectedError, Scheduler
     from .engine.beams import BeamSearchParams, beam_search
+    from .engine.block_events import BlockEventPublisher, BlockEventSubscriber
     from .engine.engine import Engine
     from .engine.handle import Handle, RequestError
     from .engine.loop import StalledError

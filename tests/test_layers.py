@@ -60,7 +60,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "transfer": {"torch", "numpy"},
     "text": {"numpy", "tokenizers", "transformers", "jinja2", "torch", "llguidance"},
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
-    "engine": {"numpy", "torch", "pandas", "labkit_kernels", "huggingface_hub"},
+    "engine": {"numpy", "torch", "pandas", "labkit_kernels", "huggingface_hub", "zmq"},
     "lab": {"labkit_kernels", "torch", "pandas", "plotly", "ipywidgets", "IPython"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "server": {

@@ -73,10 +73,16 @@ def _load(arguments: Arguments, service: Service) -> Any:
 
     model = arguments.process.get("model")
     if "models" in arguments.process or service.settings.model_root:
+        if "kv_events_config" in arguments.process:
+            raise ValueError("--kv-events-config is served for one model at a time")
         return _load_several(arguments)
     log.info("loading %s", model or "the embedded model")
     engine = Engine(model, **arguments.engine)
     service.defaults = sampling_defaults(model, arguments.process.get("generation_config", "auto"))
+    if (config := arguments.process.get("kv_events_config")) is not None:
+        from labkit.engine.block_events import publisher_of
+
+        log.info("prefix cache events: %r", publisher_of(engine, config))
     return engine
 
 

@@ -66,7 +66,10 @@ FLAGS: tuple[Flag, ...] = (
     _engine("max-num-batched-tokens", "int", "tokens of a step"),
     _engine("block-size", "int", "tokens of a KV block"),
     _engine("num-gpu-blocks-override", "int", "number of KV blocks", "num_blocks"),
-    _engine("num-host-blocks", "int", "KV blocks in host memory, for preemption by swap"),
+    _engine("num-host-blocks", "int", "KV blocks in host memory, for preemption by swap and --kv-offloading"),
+    _engine("kv-offloading", "bool", "keep evicted prefix blocks in host memory"),
+    _engine("kv-disk-path", "str", "folder for those that host memory evicts"),
+    _engine("kv-disk-size", "float", "GiB that this folder may take (10)"),
     _engine("enable-prefix-caching", "bool", "reuse the blocks of equal prefixes (on by default)", "prefix_caching"),
     _engine("enable-chunked-prefill", "bool", "split long prompts over steps (on by default)", "chunked_prefill"),
     _engine("long-prefill-token-threshold", "int", "most prompt tokens of a request in a step", "max_prefill_chunk"),
@@ -114,6 +117,7 @@ FLAGS: tuple[Flag, ...] = (
     _server("allowed-methods", "json", "methods that these pages may use"),
     _server("allowed-headers", "json", "headers that these pages may send"),
     _server("allow-credentials", "bool", "whether these pages may send cookies"),
+    _process("kv-events-config", "json", "publish prefix cache events over ZMQ, with vLLM's keys (labkit[events])"),
     _server("otlp-traces-endpoint", "str", "OTLP over HTTP: a span for each request is sent there (labkit[otel])"),
     _server("enable-admin", "bool", "routes that pause, sleep and show events (also VLLM_SERVER_DEV_MODE=1)"),
     _server("admin-key", "list", "keys that these routes need"),
@@ -158,7 +162,7 @@ FLAGS: tuple[Flag, ...] = (
     *_refused("hf-token", "is not read; HF_TOKEN holds the token"),
     *_refused("enable-sleep-mode trust-request-chat-template enable-ssl-refresh", kind="bool"),
     *_refused("middleware logits-processors log-config-file ssl-cert-reqs "
-              "collect-detailed-traces kv-transfer-config kv-events-config kv-cache-memory-bytes convert "
+              "collect-detailed-traces kv-transfer-config kv-cache-memory-bytes convert "
               "logits-processor-pattern scheduler-cls worker-cls worker-extension-cls num-lookahead-slots "
               "model-loader-extra-config additional-config"),
 )  # fmt: skip

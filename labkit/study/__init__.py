@@ -33,6 +33,8 @@ _HOME = {
     "RouterError": "clusters.cluster",
     "View": "clusters.view",
     "cluster": "clusters.compare",
+    "Offloading": "offloading",
+    "swap_or_recompute": "offloading",
     "sizing": "sizes",
     "Size": "sizes",
     "Sizing": "sizes",

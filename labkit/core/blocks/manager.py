@@ -253,6 +253,12 @@ class BlockManager(RowBlocks, Shown):
             if first > self.tables.front[group, row]:
                 self.leave_window(group, row, first)
 
+    def evict(self) -> int:
+        """Evict every cached block now; returns how many. With kv_offloading an engine's next step moves them."""
+        evicted = self.num_cached
+        self.pool.free += self._evict(evicted, None, evicted)
+        return evicted
+
     def reset(self) -> None:
         """Forget every cached prefix, in all tiers. Refused while blocks are in use, because their prefixes are being
         shared."""
