@@ -51,7 +51,7 @@ def check_parallel(workers: int | None, ray: bool | str) -> None:
         if "fork" not in multiprocessing.get_all_start_methods():
             raise ValueError("workers= needs a system with fork, such as Linux: use ray=True instead")
     if not isinstance(ray, (bool, str)) or ray == "":
-        raise TypeError(f"ray is True or the address of a Ray cluster, such as 'ray://host:10001', got {ray!r}")
+        raise TypeError(f"ray is True or the address of a Ray cluster, such as '10.0.0.1:6379', got {ray!r}")
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------
