@@ -115,6 +115,13 @@ def _counters(found: Found) -> Iterator[CounterMetricFamily]:
             family.add_metric(labels, counts.totals[total])
         yield family
     family = CounterMetricFamily(
+        "vllm:external_prefix_cache_hits", "Tokens that were loaded from host memory or disk.", labels=LABELS
+    )
+    for labels, counts in found:
+        if (offload := counts.engine.blocks.offload) is not None:
+            family.add_metric(labels, offload.num_host_hit_tokens + offload.num_disk_hit_tokens)
+    yield family
+    family = CounterMetricFamily(
         "vllm:request_success", "Requests that have ended.", labels=[*LABELS, "finished_reason"]
     )
     for labels, counts in found:
