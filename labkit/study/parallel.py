@@ -8,7 +8,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ class LostWorkerError(RuntimeError):
 
 def each(
     function: Callable[[T], R], items: Sequence[T], *, workers: int | None = None, ray: bool | str = False
-) -> Iterator[tuple[int, R]]:
+) -> Generator[tuple[int, R]]:
     """(index, result) of every item, as they come. `workers` processes, or Ray's (True, or the address of a cluster);
     without both, one after the other in this process.
 
@@ -93,7 +93,7 @@ def _work(function: Callable[[T], R], items: Sequence[T], pipe: Connection[Any, 
             pipe.send((False, error))
 
 
-def _in_processes(function: Callable[[T], R], items: Sequence[T], workers: int) -> Iterator[tuple[int, R]]:
+def _in_processes(function: Callable[[T], R], items: Sequence[T], workers: int) -> Generator[tuple[int, R]]:
     todo = deque(range(len(items)))
     tries = [0] * len(items)
     active: dict[Any, _Worker] = {}
@@ -141,7 +141,7 @@ def _in_processes(function: Callable[[T], R], items: Sequence[T], workers: int) 
 # -- Ray -----------------------------------------------------------------------------------------------------------
 
 
-def _on_ray(function: Callable[[T], R], items: Sequence[T], address: str | None) -> Iterator[tuple[int, R]]:
+def _on_ray(function: Callable[[T], R], items: Sequence[T], address: str | None) -> Generator[tuple[int, R]]:
     try:
         import ray
     except ImportError as error:
@@ -149,7 +149,7 @@ def _on_ray(function: Callable[[T], R], items: Sequence[T], address: str | None)
     return _tasks(ray, function, items, address)
 
 
-def _tasks(ray: Any, function: Callable[[T], R], items: Sequence[T], address: str | None) -> Iterator[tuple[int, R]]:
+def _tasks(ray: Any, function: Callable[[T], R], items: Sequence[T], address: str | None) -> Generator[tuple[int, R]]:
     mine = not ray.is_initialized()
     if mine:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -280,7 +280,8 @@ def _size(asked: _Asked, machine: Machine, tp: int, rows: int) -> Size:
         served = Cluster(1, runner=SimRunner(cost=cost), **options)
         served.serve(asked.share(num_replicas))
         figures = metrics_of(served, asked.slo)
-        found = replace(size, batch=_batch(served), **{name: figures.get(name) for name in FIGURES})
+        measured: dict[str, Any] = {name: figures.get(name) for name in FIGURES}
+        found = replace(size, batch=_batch(served), **measured)
         return replace(found, replicas=int(num_replicas)) if figures["attained"] >= asked.attain else found
 
     alone = attempt(LONELY, asked.few())
