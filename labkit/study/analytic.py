@@ -1,5 +1,5 @@
 """The seconds of a step from a model's sizes and a machine's rates: bytes over bandwidth, flops over peak, kernels,
-communication. Nothing is fitted; `Efficiency` states every factor."""
+communication. `Efficiency` states every factor, and which of them were adjusted to measured runs."""
 
 from __future__ import annotations
 

@@ -108,8 +108,10 @@ MACHINES: dict[str, Machine] = {
 class Efficiency:
     """How much of a machine an engine's kernels reach, and what a step costs besides.
 
-    The defaults are labkit's on a GPU, from timings of single kernels on an H100 (2026-11-27, docs/measured.md); no
-    figure of a whole run is among them. Shares are of the machine's rates.
+    The defaults are labkit's on a GPU, most of them from timings of single kernels on an H100 (2026-11-27,
+    docs/measured.md). The gap between kernels (in `product_kernel`, `small_kernel`, `attention_kernel`) was set from a
+    measured decode step of 1.70 ms; `small_kernel`, `logits` and `step` were adjusted while looking at the whole runs
+    that docs/simulator.md compares with. Shares are of the machine's rates.
     """
 
     memory: float = 0.91  # a copy: 3.03-3.08 of 3.35 TB/s
