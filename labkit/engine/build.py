@@ -37,8 +37,9 @@ class Options:
     layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
     steps are then not captured. `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in
     8 bits, with a scale for each token and head. `kv_offloading` keeps cached blocks that are evicted in the
-    `num_host_blocks` blocks of host memory; `kv_disk_path` is a folder for those that host memory evicts, of at most
-    `kv_disk_size` GiB, whose prefixes outlive the engine. All other options go to `BlockManager` and `Scheduler`.
+    `num_host_blocks` blocks of host memory; `kv_offloading_size` does so in that many GiB. `kv_disk_path` is a folder
+    for those that host memory evicts, of at most `kv_disk_size` GiB, whose prefixes outlive the engine. All other
+    options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -55,6 +56,7 @@ class Options:
     block_size: int = 16
     num_host_blocks: int = 0
     kv_offloading: bool = False
+    kv_offloading_size: float | None = None
     host_eviction: Any = "lru"
     kv_disk_path: Any = None
     kv_disk_size: float = 10.0
@@ -89,7 +91,11 @@ class Options:
         choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         flag("kv_offloading", self.kv_offloading)
         real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
-        if self.kv_disk_path is not None and not self.kv_offloading:
+        if self.kv_offloading_size is not None:
+            real("kv_offloading_size", self.kv_offloading_size, least=0.0)
+            if self.num_host_blocks and self.kv_offloading_size:
+                raise ValueError("kv_offloading_size says how many blocks host memory has: leave out num_host_blocks")
+        if self.kv_disk_path is not None and not self.offloads:
             raise ValueError("blocks go to disk through host memory: kv_disk_path needs kv_offloading=True")
         if self.kv_disk_path is not None and not isinstance(self.kv_disk_path, (str, PathLike)):
             raise ValueError(f"kv_disk_path is a folder, got {self.kv_disk_path!r}")
@@ -101,6 +107,10 @@ class Options:
         for name, least in (("num_blocks", 1), ("max_model_len", 2), ("num_threads", 1), ("max_in_flight", 0)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=least)
+
+    @property
+    def offloads(self) -> bool:
+        return self.kv_offloading or bool(self.kv_offloading_size)
 
 
 SCHEDULING = (
@@ -140,11 +150,11 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
         options.block_size,
-        num_host_blocks=options.num_host_blocks,
+        num_host_blocks=_num_host_blocks(runner, options),
         eviction=options.eviction,
         prefix_caching=options.prefix_caching,
         windows=runner.windows,
-        kv_offloading=options.kv_offloading,
+        kv_offloading=options.offloads,
         host_eviction=options.host_eviction,
         num_disk_blocks=_num_disk_blocks(runner, options),
     )
@@ -183,6 +193,17 @@ def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
     fit: int = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
     most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
     return min(fit, most)
+
+
+def _num_host_blocks(runner: Any, options: Options) -> int:
+    if not options.kv_offloading_size:
+        return options.num_host_blocks
+    each: int = runner.bytes_per_block(options.block_size)
+    if (blocks := int(options.kv_offloading_size * 2**30) // each) < 1:
+        raise ValueError(
+            f"kv_offloading_size={options.kv_offloading_size} GiB holds no block: a block takes {each} bytes"
+        )
+    return blocks
 
 
 def _num_disk_blocks(runner: Any, options: Options) -> int:

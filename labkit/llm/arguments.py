@@ -71,9 +71,10 @@ FIXED: dict[str, Fits] = {
     ),
     "distributed_executor_backend": Fits((None, "mp", "uni"), _ONE.why),
     "worker_use_ray": Fits((None, False), _ONE.why),
+    "kv_offloading_backend": Fits((None, "native"), "is not there; blocks go to host memory, and from there to files"),
     **_all(
         "enable_expert_parallel enable_eplb enable_dbo enable_sleep_mode enable_prompt_embeds cpu_offload_gb "
-        "kv_cache_memory_bytes kv_transfer_config kv_events_config kv_offloading_size worker_cls worker_extension_cls "
+        "kv_cache_memory_bytes kv_transfer_config kv_events_config worker_cls worker_extension_cls "
         "scheduler_cls logits_processors logits_processor_pattern pooler_config override_pooler_config "
         "additional_config model_loader_extra_config ignore_patterns otlp_traces_endpoint collect_detailed_traces "
         "reasoning_parser hf_overrides rope_scaling rope_theta disable_sliding_window quantization_config "

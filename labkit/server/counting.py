@@ -81,6 +81,7 @@ class Life:
         "last",
         "max_tokens",
         "num_cached",
+        "num_loaded",
         "num_output",
         "num_prompt",
         "parent",
@@ -95,6 +96,7 @@ class Life:
         self.request: Request | None = None
         self.family: list[int] = []  # shared by the samples of a prompt: not ended, longest answer, all
         self.num_cached = self.num_output = 0
+        self.num_loaded = 0  # of the tokens that its next admission finds cached: from host memory or disk
         self.admitted: int | None = None
         self.first: int | None = None  # token
         self.end: int | None = None
@@ -194,12 +196,23 @@ class Counts:
         life.admitted, life.num_cached = batch.now, num_cached
         self._occupy(life, row, _NEVER)
         if lookup != "off":
+            on_device = num_cached - life.num_loaded
             self.totals["prefix_queries"] += life.num_prompt
-            self.totals["prefix_hits"] += num_cached
+            self.totals["prefix_hits"] += on_device
+            if self.engine.blocks.offload is not None:  # asked for what the device has not
+                self.totals["external_queries"] += life.num_prompt - on_device
+                self.totals["external_hits"] += life.num_loaded
+        life.num_loaded = 0
+
+    def _loaded(self, _batch: Batch, id: str, num_blocks: int, medium: str) -> None:
+        life = self.lives.get(id)
+        if life is not None and medium == "cpu":  # the last step of the way, also of what was on disk
+            life.num_loaded = num_blocks * self.engine.blocks.block_size
 
     def _resumed(self, batch: Batch, id: str, row: int, _cached: int) -> None:
         life = self.lives.get(id)
         if life is not None:
+            life.num_loaded = 0
             mine = self._owner.get(life.row) is life
             self._occupy(life, row, int(self._last[life.row]) if mine else life.last)
 
@@ -312,6 +325,7 @@ class Counts:
 _HANDLERS: dict[str, Callable[..., None]] = {
     "Submitted": Counts._submitted,
     "Admitted": Counts._admitted,
+    "Loaded": Counts._loaded,
     "Resumed": Counts._resumed,
     "Forked": Counts._forked,
     "Scheduled": Counts._scheduled,

@@ -51,7 +51,9 @@ COUNTERS = {  # name without _total -> (a total of Counts, help)
     "vllm:prompt_tokens_cached": ("prompt_tokens_cached", "Prompt tokens that came from the prefix cache."),
     "vllm:generation_tokens": ("generation_tokens", "Generated tokens."),
     "vllm:prefix_cache_queries": ("prefix_queries", "Tokens that were looked up in the prefix cache."),
-    "vllm:prefix_cache_hits": ("prefix_hits", "Tokens that were found in the prefix cache."),
+    "vllm:prefix_cache_hits": ("prefix_hits", "Tokens that were found in the prefix cache, on the device."),
+    "vllm:external_prefix_cache_queries": ("external_queries", "The others, looked up in host memory and on disk."),
+    "vllm:external_prefix_cache_hits": ("external_hits", "Tokens that were loaded from host memory or disk."),
     "vllm:gpu_prefix_cache_queries": ("prefix_queries", "The older name of vllm:prefix_cache_queries."),
     "vllm:gpu_prefix_cache_hits": ("prefix_hits", "The older name of vllm:prefix_cache_hits."),
     "vllm:spec_decode_num_drafts": ("drafts", "Drafts of speculative decoding."),
@@ -114,13 +116,6 @@ def _counters(found: Found) -> Iterator[CounterMetricFamily]:
         for labels, counts in found:
             family.add_metric(labels, counts.totals[total])
         yield family
-    family = CounterMetricFamily(
-        "vllm:external_prefix_cache_hits", "Tokens that were loaded from host memory or disk.", labels=LABELS
-    )
-    for labels, counts in found:
-        if (offload := counts.engine.blocks.offload) is not None:
-            family.add_metric(labels, offload.num_host_hit_tokens + offload.num_disk_hit_tokens)
-    yield family
     family = CounterMetricFamily(
         "vllm:request_success", "Requests that have ended.", labels=[*LABELS, "finished_reason"]
     )

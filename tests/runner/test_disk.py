@@ -39,6 +39,20 @@ def test_tokens_are_the_same_from_host_memory(plain):
     assert cached[5:] == [96] * 5 and stats.num_host_hit_tokens > 300
 
 
+def test_a_size_in_gib_says_how_many_host_blocks_there_are(plain):
+    eng = lk.Engine(**SMALL)
+    size = 60 * eng.runner.bytes_per_block(eng.blocks.block_size) / 2**30
+    tokens, cached, stats = answers(kv_offloading_size=size + 1e-9, kv_loading="load")
+    assert tokens == plain and cached[5:] == [96] * 5 and stats.num_host_hit_tokens > 300
+    sized = lk.Engine(**SMALL, kv_offloading_size=size + 1e-9)
+    assert sized.blocks.host.num_blocks == 60
+    assert lk.Engine(**SMALL, kv_offloading_size=0).blocks.offload is None
+    with pytest.raises(ValueError, match="leave out num_host_blocks"):
+        lk.Engine(**SMALL, kv_offloading_size=1.0, num_host_blocks=4)
+    with pytest.raises(ValueError, match="kv_offloading_size=1e-09 GiB holds no block"):
+        lk.Engine(**SMALL, kv_offloading_size=1e-9)
+
+
 def test_tokens_are_the_same_from_disk_and_after_a_restart(plain, tmp_path):
     disk = {"num_host_blocks": 16, "kv_offloading": True, "kv_loading": "load", "kv_disk_path": tmp_path}
     tokens, cached, stats = answers(**disk)

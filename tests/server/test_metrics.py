@@ -22,6 +22,8 @@ NAMES = [
     "vllm:kv_cache_usage_perc",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "vllm:external_prefix_cache_queries_total",
+    "vllm:external_prefix_cache_hits_total",
     "vllm:num_preemptions_total",
     "vllm:prompt_tokens_total",
     "vllm:prompt_tokens_cached_total",
@@ -172,6 +174,23 @@ def test_the_gap_of_a_preemption_is_one_gap_between_tokens():
     whole = sum(handle.finished_at - handle.first_token_at for handle in handles) / 1e9
     assert counts.histograms["inter_token"].sum == pytest.approx(whole)
     assert counts.totals["prefix_queries"] == 0  # there is no cache to ask
+
+
+def test_loaded_tokens_are_hits_of_the_external_cache_and_not_of_the_prefix_cache():
+    bm = lk.BlockManager(8, 4, num_host_blocks=16, kv_offloading=True)
+    sched = lk.Scheduler(bm, kv_loading="load", watermark=0.0)
+    eng = lk.Engine(scheduler=sched, runner=lk.FakeRunner(seed=1, vocab_size=50), clock=lk.VirtualClock())
+    counts = Counts(eng)
+    prompts = [list(range(i, i + 21)) for i in (1, 20, 3)]  # five full blocks each, of a pool of eight
+    cached = [eng.generate(prompt, params(2)).num_cached for prompt in [*prompts, *prompts, prompts[-1]]]
+    stats, totals = bm.stats(), counts.totals
+    assert cached[3:] == [20] * 4 and stats.num_host_hit_tokens and stats.num_hit_tokens
+    assert totals["prefix_queries"] == 7 * 21 and totals["prefix_hits"] == stats.num_hit_tokens
+    assert totals["external_hits"] == stats.num_host_hit_tokens == sum(cached) - stats.num_hit_tokens
+    assert totals["external_queries"] == 7 * 21 - stats.num_hit_tokens
+    assert totals["prompt_tokens_cached"] == sum(cached)
+    without = Counts(engine())
+    assert without.totals["external_queries"] == without.totals["external_hits"] == 0
 
 
 def test_a_log_that_keeps_little_and_drafts_are_counted_whole():
