@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from labkit.bench.metrics import Timed, latencies
 from labkit.bench.workload import Workload
+from labkit.clock import VirtualClock
 from labkit.core.params import SamplingParams
+from labkit.core.request import Request
+from labkit.core.scheduling.ahead import FastForward
 from labkit.core.scheduling.scheduler import RejectedError
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
+from labkit.runner.sim import SimRunner
 from labkit.study.history import History
 
 LOOK_EVERY = 16  # steps between two samples of block usage, as a sample has a cost
@@ -68,6 +72,35 @@ class _Conversations:
             self.submit(j, prompt, (ended.finished_at or 0) / 1e9 + ask.arrival)
 
 
+class _Steps:
+    """An engine's steps: by fast-forward on a simulator, as long as nobody looks at plans or outputs."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.forward: FastForward | None = None
+        runner, clock = cast(Any, engine.runner), cast(Any, engine.clock)
+        foreseen = type(runner) is SimRunner and type(clock) is VirtualClock
+        if foreseen and not (engine.is_running or engine.listeners or engine.scheduler.max_in_flight):
+            self.forward = FastForward(engine.scheduler, runner)
+
+    def take(self) -> tuple[int, Sequence[Request]] | None:
+        """Number of the next step, and the requests that ended in it; None if nothing is left to do."""
+        engine = self.engine
+        if self.forward is not None:
+            engine._let_arrive()
+            found = self.forward.step(engine.clock.now())
+            if found is not None:
+                engine.clock.wait_until(found[0])
+                return engine.scheduler.step - 1, found[1]
+        outputs = engine.step()
+        return None if outputs is None else (outputs.step, outputs.ended)
+
+    def settle(self) -> None:
+        """What was put off is done: tables and counts may be looked at."""
+        if self.forward is not None:
+            self.forward.settle()
+
+
 def serve(workload: Workload, engine: Engine, history: History | None = None, speed: float | None = None) -> Served:
     """Serve the whole workload on the engine's clock; a virtual clock advances at most `speed` seconds a second.
 
@@ -84,20 +117,23 @@ def serve(workload: Workload, engine: Engine, history: History | None = None, sp
     history = history if history is not None else History()
     history.begin = talks.begin
     leave = engine.log.subscribe(history)
-    start = time.perf_counter()
+    start, steps = time.perf_counter(), _Steps(engine)
     looks: list[tuple[float, float]] = []  # (share of empty places, used blocks)
     try:
         talks.open()
-        while (outputs := engine.step()) is not None:
-            for request in outputs.ended:
+        while (taken := steps.take()) is not None:
+            step, ended = taken
+            for request in ended:
                 talks.go_on(request)
-            if outputs.step % LOOK_EVERY == 0:
+            if step % LOOK_EVERY == 0:
+                steps.settle()
                 stats = blocks.stats()
                 looks.append((stats.waste, stats.used_blocks))
             if speed is not None:
                 due = start + (engine.clock.now() - talks.begin) / 1e9 / speed
                 time.sleep(max(0.0, due - time.perf_counter()))
     finally:
+        steps.settle()
         leave()
     asked = blocks.num_queried_tokens - queried
     metrics = {

@@ -1,12 +1,14 @@
 """Experiments: every setting is served, nothing is lost, and the same seed gives the same result."""
 
 import copy
+import io
 import itertools
 
 import numpy as np
 import pytest
 
 import labkit as lk
+from labkit.core.scheduling.ahead import FastForward
 from labkit.study.history import History, rolling
 from labkit.study.serving import serve
 
@@ -279,3 +281,65 @@ def test_a_simulator_s_other_options_are_kept_when_one_is_varied():
     from labkit.study.settings import _changed
 
     assert _changed(runner, {"constant": 0.1}).eos_token_ids == (3,)
+
+
+class StepByStep(lk.SimRunner):
+    """Not known to be without surprises, so that every step has a plan."""
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_steps_without_plans_give_the_same_tables_curves_and_logs(seed):
+    rng = np.random.default_rng(seed)
+    print("seed", seed)
+    workload = lk.workloads.mixed(
+        lk.workloads.chats(5, rate=6, think=0.2, output=(4, 40), seed=seed),
+        lk.workloads.shared_prefixes(
+            25, prefixes=3, prefix=64, question=(8, 40), output=(1, 60), rate=float(rng.choice([10, 80])), seed=seed
+        ),
+    )
+    settings = {
+        "num_blocks": int(rng.integers(40, 160)),
+        "rows": int(rng.integers(1, 40)),
+        "budget": int(rng.integers(16, 400)),
+        "prefix_caching": bool(rng.random() < 0.8),
+        "eviction": str(rng.choice(["lru", "lfu", "ttl", "s3-fifo"])),
+        "order": str(rng.choice(["fcfs", "sjf", "lpm", "priority"])),
+        "max_in_flight": int(rng.choice([0, 0, 1])),
+        "num_host_blocks": int(rng.choice([0, 60])),
+    }
+    settings["kv_offloading"] = bool(settings["num_host_blocks"] and rng.random() < 0.5)
+
+    def study_and_logs(kind):
+        logs = []
+        runner = kind(constant=0.004, per_token=3e-5, per_context=2e-8, per_block=1e-4)
+        exp = lk.Experiment(workload, {"block_size": [16, 5]}, runner=runner, **settings)
+
+        @exp.metric
+        def num_letters(log):
+            logs.append(io.StringIO())
+            log.save(logs[-1])
+            return len(logs[-1].getvalue())
+
+        return exp.run(progress=False), [log.getvalue() for log in logs]
+
+    (ahead, logs), (plain, plain_logs) = study_and_logs(lk.SimRunner), study_and_logs(StepByStep)
+    assert logs == plain_logs and len(logs) == 2
+    for table in ("frame", "requests", "curves"):
+        assert getattr(ahead, table)().equals(getattr(plain, table)()), table
+
+
+def test_steps_without_plans_are_taken(monkeypatch):
+    taken = []
+    step = FastForward.step
+
+    def counted(self, now):
+        found = step(self, now)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(FastForward, "step", counted)
+    lk.Experiment(lk.workloads.poisson(20), runner=lk.SimRunner()).run(progress=False)
+    assert sum(taken) > 0.5 * len(taken) > 10
+    taken.clear()
+    lk.Experiment(lk.workloads.poisson(20), runner=StepByStep()).run(progress=False)
+    assert not taken
