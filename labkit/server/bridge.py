@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from labkit.core.blocks.tables import Tokens
 from labkit.core.plan import Outputs
 from labkit.core.request import Status
@@ -227,17 +229,19 @@ class Hub:
             serials, tokens, ended = self.news.popleft()
             if self.fresh:
                 self._learn_serials()
-            for serial, token in zip(list(serials), list(tokens), strict=True):
-                member = self.by_serial.get(int(serial))
+            find = self.by_serial.get
+            for serial, token in zip(np.asarray(serials).tolist(), np.asarray(tokens).tolist(), strict=True):
+                member = find(serial)
                 if member is not None:
-                    member.tokens.append(int(token))
+                    member.tokens.append(token)
                     member.num_seen += 1
                     if len(member.tokens) >= self.interval or member.num_seen == 1:
-                        member.feed.news[member.index] = member
-                        woken.setdefault(member.feed, True)
+                        feed = member.feed
+                        feed.news[member.index] = member
+                        woken.setdefault(feed, True)
             for handle in ended:
-                if (feed := self._end(handle)) is not None:
-                    woken[feed] = False
+                if (over := self._end(handle)) is not None:
+                    woken[over] = False
         chunks = [found for feed, is_plain in woken.items() if (found := feed.deliver(is_plain)) is not None]
         if chunks:
             chunks[0][0].write_all(chunks)

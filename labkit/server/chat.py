@@ -238,7 +238,7 @@ class Writer:
         self.as_ids = bool(body.return_tokens_as_token_ids) or call.service.settings.return_tokens_as_token_ids
         self.created = int(time.time())
         self.head = self._head("chat.completion.chunk")
-        self.begin = b"data: " + json.dumps(self.head).encode()[:-1] + b', "choices": ['
+        self.begin = f'data: {json.dumps(self.head)[:-1]}, "choices": ['
         self.is_plain = not body.logprobs and not body.return_token_ids
         self.begun: set[int] = set()  # answers of which a chunk was written
         self.usage_at_end, self.continuous = usage_wanted(call.service, body)
@@ -303,6 +303,10 @@ class Writer:
     # -- as chunks -----------------------------------------------------------------------------------------------
 
     def write(self, deltas: Sequence[Delta]) -> bytes:
+        if len(deltas) == 1 and self.is_plain and not self.continuous and not self.splits:
+            ((nth, tokens, ended),) = deltas  # nearly all: a token of one answer
+            if not ended and nth in self.begun:
+                return self._plain(nth, self.call.answers[nth].feed(tokens, False))
         chunks = []
         for piece in self.call.take(deltas):
             if piece.nth not in self.begun:
@@ -329,12 +333,15 @@ class Writer:
 
     def _chunk(self, piece: Piece) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous:
-            choice = (
-                f'{{"index": {piece.nth}, "delta": {{"content": {quoted(piece.text)}}}, "logprobs": null, '
-                '"finish_reason": null}]}\n\n'
-            )
-            return self.begin + choice.encode()
+            return self._plain(piece.nth, piece.text)
         return event({**self.head, "choices": [self._part(piece)], **self._usage()})
+
+    def _plain(self, nth: int, text: str) -> bytes:
+        """json.dumps of the chunk, without building it first."""
+        return (
+            f'{self.begin}{{"index": {nth}, "delta": {{"content": {quoted(text)}}}, "logprobs": null, '
+            '"finish_reason": null}]}\n\n'
+        ).encode()
 
     def _split_chunk(self, piece: Piece) -> bytes:
         """Nothing for a piece that is kept until more is known."""

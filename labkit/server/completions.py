@@ -113,7 +113,7 @@ class Writer:
         self.offset = [0] * len(call.answers)  # characters of each answer so far
         head = {"id": call.id, "object": "text_completion", "created": _now(), "model": call.model}
         self.head = head
-        self.begin = b"data: " + json.dumps(head).encode()[:-1] + b', "choices": ['
+        self.begin = f'data: {json.dumps(head)[:-1]}, "choices": ['
         self.is_plain = body.logprobs is None and not body.return_token_ids
         self.begun: set[int] = set()  # answers of which a chunk was written
         self.usage_at_end, self.continuous = usage_wanted(call.service, body)
@@ -182,6 +182,10 @@ class Writer:
     # -- as chunks -----------------------------------------------------------------------------------------------
 
     def write(self, deltas: Sequence[Delta]) -> bytes:
+        if len(deltas) == 1 and self.is_plain and not self.continuous:  # nearly all: a token of one answer
+            ((nth, tokens, ended),) = deltas
+            if not ended and nth in self.begun:
+                return self._plain(nth, self.call.answers[nth].feed(tokens, False))
         pieces = self.call.take(deltas)
         chunks = [self._chunk(piece, piece.nth not in self.begun) for piece in pieces]
         self.begun.update(piece.nth for piece in pieces)
@@ -194,12 +198,15 @@ class Writer:
 
     def _chunk(self, piece: Piece, first: bool) -> bytes:
         if self.is_plain and not piece.ended and not self.continuous and not (first and self.body.echo):
-            choice = (
-                f'{{"index": {piece.nth}, "text": {quoted(piece.text)}, "logprobs": null, '
-                '"finish_reason": null, "stop_reason": null}]}\n\n'
-            )
-            return self.begin + choice.encode()
+            return self._plain(piece.nth, piece.text)
         return event({**self.head, "choices": [self._part(piece, first)], **self._usage()})
+
+    def _plain(self, nth: int, text: str) -> bytes:
+        """json.dumps of the chunk, without building it first."""
+        return (
+            f'{self.begin}{{"index": {nth}, "text": {quoted(text)}, "logprobs": null, '
+            '"finish_reason": null, "stop_reason": null}]}\n\n'
+        ).encode()
 
     def _usage(self) -> dict[str, Any]:
         return {"usage": self.call.usage()} if self.continuous else {}

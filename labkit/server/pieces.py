@@ -29,11 +29,12 @@ class Growing:
     def feed(self, tokens: list[int], ended: bool) -> str:
         """The text that is new."""
         self.token_ids += tokens
-        if self.text is None:
+        text = self.text
+        if text is None:
             return ""
-        if tokens and self.text.end is None:
-            self.text.feed(tokens)
-        shown = self.text.final if ended else self.text.shown
+        if tokens and text.end is None:
+            text.feed(tokens)
+        shown = text.final if ended else text.shown
         piece = shown[self.num_shown :]
         self.num_shown += len(piece)
         return piece

@@ -59,6 +59,8 @@ class Text:
     @property
     def shown(self) -> str:
         """The text without a tail that may become a stop string."""
+        if not self.longest:
+            return self.all
         if self.end is not None:
             return self.all[: self.end]
         for size in range(min(self.longest - 1, len(self.all)), 0, -1):

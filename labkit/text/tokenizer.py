@@ -181,6 +181,8 @@ class _BackendStream:
 
     def feed(self, ids: list[int]) -> str:
         try:
+            if len(ids) == 1:  # nearly always
+                return self.stream.step(self.backend, ids[0]) or ""
             return "".join(piece for id in ids if (piece := self.stream.step(self.backend, id)))
         except Exception:  # tokenizers raises a bare Exception on bytes that form no character; skip them
             self.stream = self.make()
