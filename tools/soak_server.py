@@ -219,7 +219,9 @@ def measure(server: Any, asks: Sequence[Ask], clients: int, seed: int, parts: in
     def look(outputs: Any) -> None:
         report.most_waiting = max(report.most_waiting, scheduler.num_waiting)
 
-    asyncio.run(send(server.port, asks[:1], 1, Counter(), []))  # makes what the first request makes
+    chats = [ask for ask in asks if ask.is_right and ask.path.endswith("/chat/completions")]
+    first = [asks[0], *chats[:64]]  # makes what first requests make, such as threads for chat templates
+    asyncio.run(send(server.port, first, 16, Counter(), []))
     settle(server)
     report.before = Counts.of(server)
     unlisten = server.engine.listen(look)
