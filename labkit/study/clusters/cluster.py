@@ -114,6 +114,11 @@ class Cluster:
         self.replicas = [Replica(i, own.pop("runner"), own) for i, own in enumerate(each)]
         if len({replica.blocks.block_size for replica in self.replicas}) > 1:
             raise ValueError("all replicas of a cluster need the same block_size: requests and caches share hashes")
+        if self.placement and not all(replica.blocks.prefix_caching for replica in self.replicas):
+            raise ValueError(
+                "Disaggregated hands prompts over through the prefix cache: without prefix_caching the decode replicas "
+                "would compute them again"
+            )
         num_first = self.placement.prefill if self.placement else len(self.replicas)
         self.entry = _Group(self.replicas[:num_first], named(router))
         self.docks = [Dock(replica, self.placement) for replica in self.replicas[num_first:] if self.placement]

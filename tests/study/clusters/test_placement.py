@@ -108,3 +108,8 @@ def test_prefill_apart_from_decode_meets_more_objectives():
 def test_bad_placements_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         lk.study.Disaggregated(**{"prefill": 1, "decode": 1, "bytes_per_token": 1.0, **change})
+
+
+def test_prompts_are_handed_over_through_the_prefix_cache():
+    with pytest.raises(ValueError, match="without prefix_caching the decode replicas would compute them again"):
+        lk.study.Cluster(place(), runner=STEP, num_blocks=64, prefix_caching=False)
