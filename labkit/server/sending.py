@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
@@ -41,18 +40,21 @@ class Connection:
     def write_all(chunks: Sequence[tuple[Connection, bytes]]) -> None:
         """Write a chunk of an answer to each of these free lines."""
         send = library()
-        framed = [(line, b"%x\r\n%b\r\n" % (len(chunk), chunk)) for line, chunk in chunks]
-        direct = [] if send is None else [(line, chunk) for line, chunk in framed if line.socket is not None]
-        if send is None or len(direct) < len(framed):
-            for line, chunk in framed:
-                if send is None or line.socket is None:
-                    line.transport.write(chunk)
-        if send is not None and direct:
-            sockets: Any = [line.socket for line, _ in direct]
-            sent = send(sockets, [chunk for _, chunk in direct])
-            for (line, chunk), num in zip(direct, sent, strict=True):
-                if num < len(chunk):  # full, or broken, which the transport finds out
-                    line.transport.write(chunk[num:])
+        direct: list[tuple[Connection, bytes]] = []
+        sockets: list[int] = []
+        for line, chunk in chunks:
+            framed = b"%x\r\n%b\r\n" % (len(chunk), chunk)
+            if send is None or line.socket is None:
+                line.transport.write(framed)
+            else:
+                direct.append((line, framed))
+                sockets.append(line.socket)
+        if send is None or not direct:
+            return
+        sent = send(sockets, [framed for _, framed in direct])
+        for (line, framed), num in zip(direct, sent, strict=True):
+            if num < len(framed):  # full, or broken, which the transport finds out
+                line.transport.write(framed[num:])
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,7 @@ logs; never touches a scheduler."""
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -55,6 +55,10 @@ class PrefixIndex(Protocol):
     def __len__(self) -> int: ...
 
 
+def _num_known(known: Container[bytes], hashes: Sequence[bytes]) -> int:
+    return next((i for i, digest in enumerate(hashes) if digest not in known), len(hashes))
+
+
 class Hashes:
     """The block hashes that a replica's `Stored` and `Removed` events add up to.
 
@@ -69,11 +73,7 @@ class Hashes:
         self.add, self.discard, self.clear = self._known.add, self._known.discard, self._known.clear
 
     def match(self, hashes: Sequence[bytes]) -> int:
-        known = self._known
-        for i, digest in enumerate(hashes):
-            if digest not in known:
-                return i
-        return len(hashes)
+        return _num_known(self._known, hashes)
 
     def __len__(self) -> int:
         return len(self._known)
@@ -97,11 +97,7 @@ class Routed:
         self._known: OrderedDict[bytes, None] = OrderedDict()
 
     def match(self, hashes: Sequence[bytes]) -> int:
-        known = self._known
-        for i, digest in enumerate(hashes):
-            if digest not in known:
-                return i
-        return len(hashes)
+        return _num_known(self._known, hashes)
 
     def sent(self, hashes: Sequence[bytes]) -> None:
         known = self._known
