@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit.core.plan import Extras, Plan, TokenLogprobs
 from labkit.models.base import Capture, Model
+from labkit.runner.rows import Rows
 from labkit.sampling.sampler import logprobs_of
 
 MOST_LOGITS = 2**26  # most entries of prompt logits computed at once
@@ -17,6 +18,16 @@ MOST_LOGITS = 2**26  # most entries of prompt logits computed at once
 
 def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
     return join.params.prompt_logprobs is not None and int(plan.start[entry]) < join.num_prompt - 1
+
+
+def wanted_of(plan: Plan, rows: Rows) -> list[tuple[int, Any]]:
+    """(entry, join) of the entries that want prompt logprobs or captured layers of this step."""
+    found = []
+    for entry in rows.asking[plan.rows].nonzero()[0].tolist():
+        join = rows.joins[plan.rows[entry]]
+        if join is not None and (join.params.capture or wants_prompt(plan, entry, join)):
+            found.append((entry, join))
+    return found
 
 
 def extras_of(

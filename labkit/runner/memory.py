@@ -12,9 +12,9 @@ from labkit_kernels.cache.codes import SCALE_BYTES, width
 from torch import Tensor
 
 from labkit.core.options import choose
-from labkit.models.base import KVCache, KVSpec, Model
+from labkit.models.base import Batch, KVCache, KVSpec, Model
 from labkit.runner.base import KV_CACHE_DTYPES
-from labkit.runner.groups import Groups
+from labkit.runner.groups import Groups, one_group
 
 
 class SavedBlocks(NamedTuple):
@@ -108,3 +108,21 @@ def available_memory() -> int:
         return int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def peak_of_step(model: Model, dtype: torch.dtype, most_tokens: int, most_rows: int) -> int:
+    """Peak bytes on the GPU of the largest step beyond what is allocated now, measured on a scratch cache."""
+    device = model.device
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    caches = make_caches(model, one_group(model.kv), dtype, 2, 16, device)
+    ids = torch.zeros(most_tokens, dtype=torch.int64, device=device)
+    each = torch.ones(most_tokens, dtype=torch.int32, device=device)
+    starts = torch.arange(most_tokens + 1, dtype=torch.int32, device=device)
+    batch = Batch(ids, ids, ids, each[:, None] * 0, starts, each, 1, 1)
+    with torch.inference_mode():
+        hidden = model.forward(batch, caches)
+        model.logits(hidden[:most_rows])
+    peak = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return peak

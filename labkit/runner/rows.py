@@ -9,7 +9,7 @@ from labkit.runner.base import Layout
 
 
 class Rows:
-    """Block tables and joins by row, and each row's latest sample."""
+    """Block tables and joins by row, and each row's latest sample as far as the host has it."""
 
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
@@ -17,6 +17,8 @@ class Rows:
         self.tables = np.zeros((groups, layout.num_rows, 16), np.int64)  # [groups, rows, blocks]; 0: the scratch block
         self.joins: list[Join | None] = [None] * layout.num_rows
         self.latest = np.zeros(layout.num_rows, np.int32)
+        self.asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
+        self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
 
     def apply(self, plan: Plan) -> None:
         """Leaves, joins and table changes, in the plan's order."""
@@ -27,6 +29,9 @@ class Rows:
         for join in plan.joins:
             self.joins[join.row] = join
             self.tables[:, join.row] = 0
+            self.asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
+            ends = (span.end for span in join.spans if span.embeddings is not None)
+            self.embedded[join.row] = max(ends, default=0)
         changes = plan.table_changes
         if len(changes.row):
             self._make_width(int(changes.index.max()) + 1)

@@ -9,7 +9,7 @@ import copy
 import os
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +24,14 @@ from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
-from labkit.runner.extras import capture_of, extras_of, wants_prompt
+from labkit.runner.extras import capture_of, extras_of, wanted_of
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
-from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches
+from labkit.runner.inputs import draw, inputs_of
+from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
 from labkit.runner.repeats import Repeats
 from labkit.runner.rows import Rows
-from labkit.sampling.sampler import Drawn, Sampler
+from labkit.sampling.sampler import Sampler
 from labkit.transfer import put
 
 
@@ -112,7 +113,7 @@ class TorchRunner:
         real("gpu_memory_utilization", utilization, least=0.0, most=1.0, open_left=True)
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            budget = free - (1 - utilization) * total - self._peak(most_tokens, most_rows)
+            budget = free - (1 - utilization) * total - peak_of_step(self.model, self.kv_dtype, most_tokens, most_rows)
         else:
             budget = utilization * available_memory()
         blocks = int(budget // self.bytes_per_block(block_size))
@@ -122,22 +123,6 @@ class TorchRunner:
                 f"of {most_tokens} tokens; raise gpu_memory_utilization or lower max_num_batched_tokens"
             )
         return blocks
-
-    def _peak(self, most_tokens: int, most_rows: int) -> int:
-        """Peak bytes of the largest step beyond what is allocated now, measured on a scratch cache."""
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        caches = make_caches(self.model, one_group(self.model.kv), self.kv_dtype, 2, 16, self.device)
-        ids = torch.zeros(most_tokens, dtype=torch.int64, device=self.device)
-        each = torch.ones(most_tokens, dtype=torch.int32, device=self.device)
-        starts = torch.arange(most_tokens + 1, dtype=torch.int32, device=self.device)
-        batch = Batch(ids, ids, ids, each[:, None] * 0, starts, each, 1, 1)
-        with torch.inference_mode():
-            hidden = self.model.forward(batch, caches)
-            self.model.logits(hidden[:most_rows])
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        torch.cuda.empty_cache()
-        return peak
 
     def open(self, layout: Layout) -> None:
         if self.layout is not None:
@@ -152,8 +137,6 @@ class TorchRunner:
         self.store, self.host = self._stores(layout)
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
-        self._asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
-        self._embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         if layout.num_disk_blocks:
             if self.kv_disk_path is None:
                 raise ValueError("num_disk_blocks needs a folder: give the TorchRunner a kv_disk_path")
@@ -253,11 +236,12 @@ class TorchRunner:
         self._apply(plan)
         if self.graphs is not None and self._can_replay(plan):
             return self._replay(self.graphs, plan, begin)
-        inputs = self._inputs(plan)
-        wanted = self._wanted(plan)
+        inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype)
+        self.store.touched[inputs.blocks] = True
+        wanted = wanted_of(plan, self.rows)
         capture = capture_of(wanted)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
-        drawn = self._draw(plan, inputs, hidden)
+        drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
         return self._pending(Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device))
@@ -291,8 +275,8 @@ class TorchRunner:
             and not len(plan.drafts)
             and (plan.sample_row == rows).all()
             and self.sampler.plain[rows].all()
-            and not self._asking[rows].any()
-            and not (plan.start < self._embedded[rows]).any()
+            and not self.rows.asking[rows].any()
+            and not (plan.start < self.rows.embedded[rows]).any()
         )
 
     def _replay(self, graphs: Graphs, plan: Plan, begin: float) -> Pending:
@@ -317,16 +301,12 @@ class TorchRunner:
             self.sampler.leave(row)
         self.rows.apply(plan)
         self.sampler.join(plan.joins)
-        for join in plan.joins:
-            self._asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
-            ends = (span.end for span in join.spans if span.embeddings is not None)
-            self._embedded[join.row] = max(ends, default=0)
         if self.disk is not None:
             self.disk.write_all(plan, self.device)
         if len(plan.swap_out):
             self._swap(self.store, self.host, plan.swap_out)
         if len(plan.copies):
-            pairs = self._put(plan.copies)
+            pairs = put(plan.copies, self.device)
             self.store.touched[plan.copies[:, 1]] = True
             copy_blocks(self.store.flat, pairs)
         if self.disk is not None:
@@ -340,105 +320,3 @@ class TorchRunner:
     def _swap(source: BlockStore, target: BlockStore, pairs: np.ndarray) -> None:
         target.touched[pairs[:, 1]] = True
         swap_blocks(source.flat, target.flat, torch.from_numpy(pairs))
-
-    def _inputs(self, plan: Plan) -> _Inputs:
-        """The plan's columns as one batch of tensors."""
-        assert self.layout is not None
-        size, rows, start, count = self.layout.block_size, plan.rows, plan.start, plan.count
-        query_start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(count, out=query_start[1:])
-        total = int(query_start[-1])
-        if total == len(rows):  # decode only
-            entry, positions = slice(None), start
-        else:
-            entry = np.repeat(np.arange(len(rows)), count)
-            positions = np.arange(total) - query_start[:-1][entry] + start[entry]
-        index, place = np.divmod(positions, size)
-        blocks = self.rows.tables[:, rows[entry], index]  # [groups, tokens]
-        self.store.touched[blocks] = True
-        slots = blocks * size + place
-        seq_len = start + count
-        longest = int(seq_len.max()) if len(rows) else 0
-        tables = self.rows.tables[:, rows, : max(1, -(-longest // size))].astype(np.int32)
-        ids = np.zeros(total, np.int64)
-        feed = plan.feed
-        if len(feed):
-            given = np.ones(total, bool)
-            given[query_start[feed]] = False
-            ids[given] = plan.tokens
-        else:
-            ids[:] = plan.tokens
-        token_ids = self._put(ids)
-        if len(feed):
-            token_ids[self._put(query_start[feed])] = self.latest[self._put(rows[feed])]
-        batch = Batch(
-            token_ids=token_ids,
-            positions=self._put(positions),
-            slots=self._put(slots[0]),
-            block_table=self._put(tables[0]),
-            query_start=self._put(query_start.astype(np.int32)),
-            seq_len=self._put(seq_len.astype(np.int32)),
-            max_query_len=int(count.max()) if len(rows) else 0,
-            max_seq_len=longest,
-            group_of=self.groups.group_of if len(tables) > 1 else (),
-            other_groups=tuple((self._put(slots[i]), self._put(tables[i])) for i in range(1, len(tables))),
-            embeddings=self._embeddings(plan, query_start),
-        )
-        return _Inputs(batch, query_start)
-
-    def _embeddings(self, plan: Plan, query_start: np.ndarray) -> tuple[Tensor, Tensor] | None:
-        """Inputs of this step that a request brings along: which of the step's tokens they are for, and they."""
-        places, values = [], []
-        for entry in (plan.start < self._embedded[plan.rows]).nonzero()[0].tolist():
-            start, join = int(plan.start[entry]), self.rows.joins[plan.rows[entry]]
-            for span in join.spans if join is not None else ():
-                begin, end = max(span.start, start), min(span.end, start + int(plan.count[entry]))
-                if span.embeddings is not None and begin < end:
-                    places.append(np.arange(begin, end) + query_start[entry] - start)
-                    values.append(span.embeddings[begin - span.start : end - span.start])
-        if not places:
-            return None
-        return self._put(np.concatenate(places)), self._put(np.concatenate(values)).to(self.model.dtype)
-
-    def _put(self, array: np.ndarray) -> Tensor:
-        return put(array, self.device)
-
-    def _draw(self, plan: Plan, inputs: _Inputs, hidden: Tensor) -> Drawn | None:
-        if not len(plan.sample_row):
-            return None
-        sample, queries = plan.draws()
-        rows, inverse = plan.sample_row[sample], None
-        entries = np.searchsorted(inputs.query_start, queries, side="right") - 1
-        known = plan.start[entries] + queries - inputs.query_start[entries] + 1
-        if plan.num_decode < len(plan.rows):  # n samples may share a query
-            queries, inverse = np.unique(queries, return_inverse=True)
-        hidden, again = hidden[self._put(queries)], None
-        if inverse is not None and len(inverse) > len(queries):
-            again = self._put(inverse)
-        found = self.model.greedy(hidden) if self.sampler.greedy[rows].all() else None
-        if found is not None:
-            tokens, chosen = found if again is None else (found[0][again], found[1][again])
-            self.latest[self._put(rows)] = tokens
-            return Drawn(tokens, chosen, {})
-        logits = self.model.logits(hidden)
-        if again is not None:
-            logits = logits[again]
-        drawn = self.sampler.draw(logits, rows, known, self._sample)
-        self.latest[self._put(rows)] = drawn.tokens
-        return drawn
-
-    # -- prompt logprobs and captured layers ---------------------------------------------------------------------
-
-    def _wanted(self, plan: Plan) -> list[tuple[int, Any]]:
-        """(entry, join) of rows that want prompt logprobs or captured layers."""
-        found = []
-        for entry in self._asking[plan.rows].nonzero()[0].tolist():
-            join = self.rows.joins[plan.rows[entry]]
-            if join is not None and (join.params.capture or wants_prompt(plan, entry, join)):
-                found.append((entry, join))
-        return found
-
-
-class _Inputs(NamedTuple):
-    batch: Batch
-    query_start: np.ndarray  # [entries + 1]

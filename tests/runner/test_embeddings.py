@@ -119,10 +119,10 @@ def test_captured_decode_steps_do_not_meet_embeddings(models):
     eng.run()
     assert [handle.output_ids for handle in handles] == [wanted] * 3
     runner = eng.runner
-    runner._embedded[0] = 30
+    runner.rows.embedded[0] = 30
     plan = next(iter([lk.Plan(0, 0, np.array([0]), np.array([29]), np.array([1]), 1, np.zeros(1, np.int32),
                               np.array([0, 1]), np.zeros(0, np.int64), np.array([0]), np.array([0]))]))  # fmt: skip
-    runner.sampler.plain[0], runner._asking[0] = True, False
+    runner.sampler.plain[0], runner.rows.asking[0] = True, False
     assert not runner._can_replay(plan) and runner._can_replay(plan._replace(start=np.array([30])))
 
 

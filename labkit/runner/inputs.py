@@ -1,0 +1,113 @@
+"""A plan's columns as one batch of tensors, and what is drawn after its forward. Knows no model and no memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labkit.core.plan import Plan
+from labkit.models.base import Batch, Model
+from labkit.runner.groups import Groups
+from labkit.runner.rows import Rows
+from labkit.sampling.sampler import Drawn, Sample, Sampler
+from labkit.transfer import put
+
+
+class Inputs(NamedTuple):
+    batch: Batch
+    query_start: np.ndarray  # [entries + 1]
+    blocks: np.ndarray  # [groups, tokens]: where the step writes
+
+
+def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: torch.dtype) -> Inputs:
+    """The step's inputs on the device of `latest`, which has each row's latest sample. `dtype` is of embeddings."""
+    size, entries, start, count = rows.layout.block_size, plan.rows, plan.start, plan.count
+    device = latest.device
+    query_start = np.zeros(len(entries) + 1, np.int64)
+    np.cumsum(count, out=query_start[1:])
+    total = int(query_start[-1])
+    if total == len(entries):  # decode only
+        entry, positions = slice(None), start
+    else:
+        entry = np.repeat(np.arange(len(entries)), count)
+        positions = np.arange(total) - query_start[:-1][entry] + start[entry]
+    index, place = np.divmod(positions, size)
+    blocks = rows.tables[:, entries[entry], index]  # [groups, tokens]
+    slots = blocks * size + place
+    seq_len = start + count
+    longest = int(seq_len.max()) if len(entries) else 0
+    tables = rows.tables[:, entries, : max(1, -(-longest // size))].astype(np.int32)
+    ids = np.zeros(total, np.int64)
+    feed = plan.feed
+    if len(feed):
+        given = np.ones(total, bool)
+        given[query_start[feed]] = False
+        ids[given] = plan.tokens
+    else:
+        ids[:] = plan.tokens
+    token_ids = put(ids, device)
+    if len(feed):
+        token_ids[put(query_start[feed], device)] = latest[put(entries[feed], device)]
+    batch = Batch(
+        token_ids=token_ids,
+        positions=put(positions, device),
+        slots=put(slots[0], device),
+        block_table=put(tables[0], device),
+        query_start=put(query_start.astype(np.int32), device),
+        seq_len=put(seq_len.astype(np.int32), device),
+        max_query_len=int(count.max()) if len(entries) else 0,
+        max_seq_len=longest,
+        group_of=groups.group_of if len(tables) > 1 else (),
+        other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
+        embeddings=_embeddings(plan, rows, query_start, device, dtype),
+    )
+    return Inputs(batch, query_start, blocks)
+
+
+def _embeddings(
+    plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor] | None:
+    """Inputs of this step that a request brings along: which of the step's tokens they are for, and they."""
+    places, values = [], []
+    for entry in (plan.start < rows.embedded[plan.rows]).nonzero()[0].tolist():
+        start, join = int(plan.start[entry]), rows.joins[plan.rows[entry]]
+        for span in join.spans if join is not None else ():
+            begin, end = max(span.start, start), min(span.end, start + int(plan.count[entry]))
+            if span.embeddings is not None and begin < end:
+                places.append(np.arange(begin, end) + query_start[entry] - start)
+                values.append(span.embeddings[begin - span.start : end - span.start])
+    if not places:
+        return None
+    return put(np.concatenate(places), device), put(np.concatenate(values), device).to(dtype)
+
+
+def draw(
+    plan: Plan, query_start: np.ndarray, hidden: Tensor, model: Model, sampler: Sampler, latest: Tensor, sample: Sample
+) -> Drawn | None:
+    """Draw the plan's samples from the forward's output [tokens, hidden size], and note them in `latest`."""
+    if not len(plan.sample_row):
+        return None
+    device = latest.device
+    index, queries = plan.draws()
+    rows, inverse = plan.sample_row[index], None
+    entries = np.searchsorted(query_start, queries, side="right") - 1
+    known = plan.start[entries] + queries - query_start[entries] + 1
+    if plan.num_decode < len(plan.rows):  # n samples may share a query
+        queries, inverse = np.unique(queries, return_inverse=True)
+    hidden, again = hidden[put(queries, device)], None
+    if inverse is not None and len(inverse) > len(queries):
+        again = put(inverse, device)
+    found = model.greedy(hidden) if sampler.greedy[rows].all() else None
+    if found is not None:
+        tokens, chosen = found if again is None else (found[0][again], found[1][again])
+        latest[put(rows, device)] = tokens
+        return Drawn(tokens, chosen, {})
+    logits = model.logits(hidden)
+    if again is not None:
+        logits = logits[again]
+    drawn = sampler.draw(logits, rows, known, sample)
+    latest[put(rows, device)] = drawn.tokens
+    return drawn
