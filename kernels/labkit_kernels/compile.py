@@ -28,6 +28,7 @@ from .config import ARCHS, MOST_SHARED, Config
 from .launches import language, launched
 from .registry import OPS, Op, get
 from .rows import Rows, short, write
+from .sass import multiplying
 
 MOST_REGISTERS = 255  # one thread may have
 MOST_TENSOR_MEMORY = 512  # columns of sm_100's tensor memory
@@ -49,6 +50,7 @@ class Row:
     num_warps: int = 0
     num_stages: int = 0
     seconds: float = 0.0
+    loops: tuple[dict[str, int], ...] = ()  # instructions by kind of the loops that multiply, when asked for
 
 
 @dataclass(frozen=True, repr=False)
@@ -106,18 +108,23 @@ class Report(Rows):
 
     def cells(self, row: Row) -> list[str]:
         numbers = ["" if n is None else str(n) for n in (row.registers, row.spills, row.shared, row.num_warps)]
-        last = short(row.reason or row.config)
+        said = "; ".join(f"loop of {sum(loop.values())}: {loop}" for loop in row.loops)
+        last = short(row.reason or row.config) if not row.loops else f"{row.config}\n    {said}"
         return [row.op, row.kernel, row.arch, row.status, *numbers, f"{row.seconds:.2f}", last]
 
 
-def compile_ops(ops: Sequence[str | Op] | None = None, archs: Sequence[int] = ARCHS) -> Report:
-    """Compile the default configurations of these ops (None: of all that have Triton kernels)."""
+def compile_ops(
+    ops: Sequence[str | Op] | None = None, archs: Sequence[int] = ARCHS, more: bool = False, loops: bool = False
+) -> Report:
+    """Compile the default configurations of these ops (None: of all that have Triton kernels). `more`: also those that
+    the tests leave out; `loops`: count the instructions of loops."""
     rows = []
     for op in ops if ops is not None else list(OPS.values()):
         op = get(op) if isinstance(op, str) else op
         rows += [
-            compile_config(op.name, config, arch) for config in configs(op) for arch in archs if arch in config.archs
-        ]
+            compile_config(op.name, config, arch, loops)
+            for config in configs(op, more) for arch in archs if arch in config.archs
+        ]  # fmt: skip
     return Report(tuple(rows))
 
 
@@ -144,16 +151,16 @@ def compile_variant(
     return Report(tuple(compile_config(op.name, config, arch) for config in found.values() for arch in archs))
 
 
-def configs(op: Op) -> list[Config]:
+def configs(op: Op, more: bool = False) -> list[Config]:
     """The configurations that an op's Triton module lists; of a module shared by ops, those of this op's kernels."""
     if not op.has("triton"):
         return []
     module = importlib.import_module(op.variants["triton"].function.__module__)
-    listed = module.AOT
-    return list(listed.get(op.name, ())) if isinstance(listed, dict) else list(listed)
+    lists = [module.AOT, *([module.MORE] if more and hasattr(module, "MORE") else [])]
+    return [one for listed in lists for one in (listed.get(op.name, ()) if isinstance(listed, dict) else listed)]
 
 
-def compile_config(op: str, config: Config, arch: int) -> Row:
+def compile_config(op: str, config: Config, arch: int, loops: bool = False) -> Row:
     """One row. A compiler error becomes data."""
     name = config.kernel.__name__.lstrip("_")
     said = (op, name, repr(config), f"sm_{arch}")
@@ -172,8 +179,10 @@ def compile_config(op: str, config: Config, arch: int) -> Row:
         reason = f"{shared} bytes of shared memory, more than {MOST_SHARED[arch]}"
     elif (columns := getattr(compiled.metadata, "tmem_size", 0)) > MOST_TENSOR_MEMORY:  # then all it does is trap
         reason = f"{columns} columns of tensor memory, more than {MOST_TENSOR_MEMORY}"
+    counted = multiplying(compiled.asm["cubin"]) if loops else ()
     seconds = time.perf_counter() - begin
-    return Row(*said, "FAILED" if reason else "ok", reason, registers, spills, shared, seconds=seconds, **facts)
+    status = "FAILED" if reason else "ok"
+    return Row(*said, status, reason, registers, spills, shared, seconds=seconds, loops=counted, **facts)
 
 
 def compiled_for(config: Config, arch: int) -> Any:
@@ -226,13 +235,16 @@ def _ptxas(arch: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`compile [op...] [--arch 90] [--json FILE]`; 1 when a kernel spills, does not fit or does not compile."""
+    """`compile [op...] [--arch 90] [--all] [--loops] [--json FILE]`; 1 when a kernel spills, does not fit or does not
+    compile."""
     parser = argparse.ArgumentParser("labkit kernels compile", description="compile Triton kernels ahead of time")
     parser.add_argument("ops", nargs="*", metavar="op")
     parser.add_argument("--arch", type=int, action="append", choices=ARCHS)
+    parser.add_argument("--all", action="store_true", help="also configurations that the tests leave out")
+    parser.add_argument("--loops", action="store_true", help="instructions by kind of the loops that multiply")
     parser.add_argument("--json", metavar="FILE", help="rows as JSON; - for the standard output")
     options = parser.parse_args(argv)
-    report = compile_ops(options.ops or None, options.arch or ARCHS)
+    report = compile_ops(options.ops or None, options.arch or ARCHS, options.all, options.loops)
     write(report, options.json)
     return 0 if report.ok else 1
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import re
 import sys
@@ -26,7 +27,7 @@ from .machine import Machine
 from .native import cache_folder
 from .registry import OPS
 
-Choice = dict[str, int]
+Choice = dict[str, Any]  # sizes of a tile, or the name of a kernel
 LEAST_GAIN = 0.97  # of the default's time: less is noise
 
 
@@ -111,13 +112,12 @@ def keep(path: Path, found: dict[str, Choice]) -> None:
 
 
 def tunes(names: Sequence[str] = ()) -> Iterator[Tune]:
-    """What the ops' Triton modules have to tune."""
+    """What the ops have to tune: `tunes()` of their module `tuning`, or of `triton`."""
     for home in dict.fromkeys(OPS[name].home for name in names or OPS):
-        try:
-            module = importlib.import_module(f"{home}.triton")
-        except ModuleNotFoundError:
-            continue
-        yield from getattr(module, "tunes", lambda: ())()
+        for module in (f"{home}.tuning", f"{home}.triton"):
+            if importlib.util.find_spec(module) is not None:
+                yield from getattr(importlib.import_module(module), "tunes", lambda: ())()
+                break
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -279,3 +279,51 @@ def test_triton_variant_compiles_without_spills():
 def test_triton_variant_agrees_on_the_gpu():
     report = check(paged_attention, "triton", "cuda")
     assert report.ok, report
+
+
+# (queries, keys) of each sequence, heads, key heads, size, block size, options, splits
+PAGES = [
+    ([(1, 5), (1, 131), (1, 64), (1, 1)], 7, 1, 64, 64, (), 3),  # decode, one block and none of a part's
+    ([(66, 70), (1, 67), (0, 5), (2, 3)], 1, 1, 64, 64, (), None),  # each kernel leaves the other's sequences alone
+    ([(65, 150)], 1, 1, 64, 16, ("long window", "sinks"), None),
+    ([(2, 3), (3, 140)], 2, 1, 128, 128, ("window", "sinks"), 2),
+    ([(65, 65), (1, 0)], 1, 1, 128, 3, (), 1),
+]
+
+
+@needs_triton
+def test_pages_agree_in_the_interpreter():
+    """Of what `why_not` lets pass, with every way of loading tiles; a launch leaves its counters at zero."""
+    script = f"""
+        import torch
+        from labkit_kernels.attention import make_batch, pages, reference
+        from labkit_kernels.launches import mend_interpreter
+        mend_interpreter()
+        for seed, (lengths, heads, kv_heads, size, block, wanted, splits) in enumerate({PAGES!r}):
+            generator, device = torch.Generator().manual_seed(seed), torch.device("cpu")
+            made = make_batch(device, torch.float16, generator, lengths, heads, kv_heads, size, size, block, wanted)
+            args, options = made
+            assert pages.why_not(*args[:3], options) is None
+            found = pages.attend_pages(*args, **options, splits=splits)
+            error = (found - reference.paged_attention(*args, **options)).abs().max().item()
+            assert error < 2e-3, (lengths, error)
+            assert not pages._arrivals(device).any()
+        for other in (dict(invariant=True), dict(softcap=1.0), dict(max_query_len=0)):
+            assert pages.why_not(*args[:3], options | other), other
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    env = {"PYTHONPATH": KERNELS, "TRITON_INTERPRET": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+def test_splits_of_pages_fill_a_device_once():
+    from labkit_kernels.attention.pages import decode_tile, num_splits, resident
+
+    places = 132 * resident(decode_tile(64), 16, 64, 228 << 10)
+    assert places == 528 and 132 * resident(decode_tile(128), 16, 128, 228 << 10) == 396
+    assert num_splits(512, 16, places) == 1  # all run at once
+    assert num_splits(2048, 16, 396) == 1  # many waves: parts only add starts
+    assert num_splits(32, 128, places) == 16
+    assert num_splits(4, 3, places) == 1  # parts of less than four tiles are not worth it

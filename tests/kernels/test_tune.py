@@ -75,11 +75,16 @@ def test_a_gpu_reads_what_was_kept(tmp_path, monkeypatch):
 
 
 def test_attention_has_something_to_choose(monkeypatch):
-    triton = pytest.importorskip("labkit_kernels.attention.triton")
-    monkeypatch.setattr(triton, "_device_facts", lambda index: (132, 227 << 10))
-    found = list(triton.tunes())
-    assert [one.key.split()[0] for one in found] == ["decode", "prefill", "splits"] * 3
-    assert all(len(one.candidates) > 3 for one in found)
+    tuning = pytest.importorskip("labkit_kernels.attention.tuning")
+    monkeypatch.setattr(tuning.kernels, "device_facts", lambda index: (132, 227 << 10))
+    monkeypatch.setattr(tuning.pages, "device_facts", lambda index: (132, 228 << 10, 9))
+    found = list(tuning.tunes())
+    assert [one.key.split()[0] for one in found[:9]] == ["decode", "prefill", "splits"] * 3
+    kinds = {" ".join(one.key.split()[:2]) for one in found[9:]}
+    assert kinds == {"pages decode", "pages prefill", "kernel decode", "kernel prefill"}
+    assert all(one.candidates for one in found) and len({one.key for one in found}) == len(found)
+    kernels = [one for one in found if one.key.startswith("kernel")]
+    assert kernels == found[-len(kernels) :] and all(one.default == {"kernel": "rows"} for one in kernels)
 
 
 def test_without_a_gpu_it_says_so(capsys):

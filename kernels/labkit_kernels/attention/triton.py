@@ -13,8 +13,9 @@ works. If a tile lies within one block, the block number is read once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -22,9 +23,10 @@ from torch import Tensor
 
 from labkit_kernels.cache.codes import split
 from labkit_kernels.config import MOST_SHARED, Config
-from labkit_kernels.tune import Tune, chosen
+from labkit_kernels.tune import chosen
 
 from . import paged_attention as op
+from . import pages
 from .programs import attend, combine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -67,46 +69,12 @@ def tiles(
     return {"rows": rows, "keys": keys, "num_warps": warps, "num_stages": stages}
 
 
-def _key(dtype: torch.dtype, size: int, value_size: int, decode: bool) -> str:
+def tile_key(dtype: torch.dtype, size: int, value_size: int, decode: bool) -> str:
     return f"{'decode' if decode else 'prefill'} {size} {value_size} {str(dtype)[6:]}"
 
 
-def tunes() -> Iterator[Tune]:
-    """By head size: tiles of decode at batch 64 and of prefill of 4k, and into how many parts few sequences are cut."""
-    for size, heads, kv_heads in ((128, 32, 8), (64, 14, 2), (256, 8, 4)):
-        example = partial(_example, size, heads, kv_heads)
-        for decode in (True, False):
-            found = [
-                {"rows": m, "keys": n, "num_warps": warps, "num_stages": stages}
-                for m in ((16,) if decode else (64, 128)) for n in (32, 64, 128) for warps in (4, 8)
-                for stages in (2, 3, 4)
-            ]  # fmt: skip
-            default = tiles(torch.bfloat16, size, size, decode, _device_facts(0)[1])
-            key = _key(torch.bfloat16, size, size, decode)
-            yield Tune(
-                op.name, key, default, tuple(found), partial(example, *((64, 1024, 1) if decode else (1, 4096, 4096)))
-            )
-        waves = tuple({"waves": n} for n in (1, 2, 8, 16))
-        yield Tune(op.name, f"splits {size}", WAVES, waves, partial(example, 4, 8192, 1))
-
-
-def _example(
-    size: int, heads: int, kv_heads: int, num: int, length: int, queries: int, device: str = "cuda"
-) -> Callable[[], Tensor]:
-    block = 32
-    like = {"dtype": torch.bfloat16, "device": device}
-    blocks = num * length // block
-    k, v = (torch.randn(blocks + 1, kv_heads, block, size, **like) for _ in range(2))
-    q = torch.randn(num * queries, heads, size, **like)
-    table = (torch.randperm(blocks, device=device) + 1).view(num, -1).int()
-    start = torch.arange(num + 1, device=device, dtype=torch.int32) * queries
-    lengths = torch.full((num,), length, device=device, dtype=torch.int32)
-    bounds = {"max_query_len": queries, "max_seq_len": length}
-    return lambda: paged_attention(q, k, v, table, start, lengths, scale=size**-0.5, **bounds)
-
-
 @lru_cache
-def _device_facts(index: int) -> tuple[int, int]:
+def device_facts(index: int) -> tuple[int, int]:
     facts = torch.cuda.get_device_properties(index)
     return facts.multi_processor_count, getattr(facts, "shared_memory_per_block_optin", 99 << 10)
 
@@ -119,8 +87,7 @@ def num_splits(programs: int, max_seq_len: int, wanted_programs: int) -> int:
     return 1 << (min(wanted, possible, 64).bit_length() - 1)
 
 
-@op.variant("triton", device="cuda", dtypes=DTYPES, picked=True)
-def paged_attention(
+def attend_rows(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -159,10 +126,10 @@ def paged_attention(
     chunks = -(-group // heads)
     decode = max_query_len > 0 and max_query_len * heads <= DECODE_ROWS and not invariant  # one path, one order of sums
     wide, value_wide = (max(16, triton.next_power_of_2(n)) for n in (size, value_size))
-    processors, shared = _device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
+    processors, shared = device_facts(q.device.index or 0) if q.is_cuda else (1, 163 << 10)
     tile = tiles(q.dtype, wide, value_wide, decode, shared, alibi is not None, invariant, bool(kind))
     if alibi is None and not invariant and not kind:
-        tile = dict(chosen(op.name, _key(q.dtype, wide, value_wide, decode), tile, q.device))
+        tile = dict(chosen(op.name, tile_key(q.dtype, wide, value_wide, decode), tile, q.device))
     if decode:
         block_q = max_query_len
         rows = max(16, triton.next_power_of_2(block_q * heads))
@@ -200,6 +167,31 @@ def paged_attention(
             SPLITS=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
     return out
+
+
+@op.variant("triton", device="cuda", dtypes=DTYPES, picked=True)
+def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: Tensor, **options: Any) -> Tensor:
+    """By the kernel that `labkit kernels tune` found fastest on this device for such a call; unmeasured: `rows`."""
+    kernel = chosen(op.name, kernel_key(q, k_cache, options), ROWS, q.device)["kernel"]
+    return KERNELS[kernel](q, k_cache, v_cache, *where, **options)
+
+
+@op.variant("pages", device="cuda", dtypes=DTYPES)
+def paged_attention_pages(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: Tensor, **options: Any) -> Tensor:
+    """By `decode.py` and `prefill.py`; what they do not serve goes to `rows`."""
+    served = pages.why_not(q, k_cache, v_cache, options) is None
+    return (pages.attend_pages if served else attend_rows)(q, k_cache, v_cache, *where, **options)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {"rows": attend_rows, "pages": paged_attention_pages}
+ROWS = {"kernel": "rows"}
+
+
+def kernel_key(q: Tensor, k_cache: Tensor, options: dict[str, Any]) -> str:
+    """Where the measured choice of a kernel is kept: by phase, heads and block size."""
+    group, block = q.shape[1] // k_cache.shape[1], k_cache.shape[2]
+    decode = 0 < options.get("max_query_len", 0) * group <= DECODE_ROWS
+    return f"kernel {'decode' if decode else 'prefill'} {q.shape[2]} {group} {str(q.dtype)[6:]} blocks of {block}"
 
 
 # Types of the arguments; "*q" stands for a pointer to the dtype.
@@ -266,4 +258,6 @@ AOT = [
         {"parts": "*fp32", "stats": "*fp32", "out": "*bf16", "num_heads": "i32", "num_splits": "i32"},
         {"VALUE_SIZE": 128, "DV": 128, "SPLITS": 64},
     ),
+    *pages.AOT,
 ]
+MORE = pages.MORE
