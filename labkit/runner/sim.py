@@ -138,10 +138,13 @@ class SimRunner:
         lucky = self._mixed(rows[drafted], lengths[drafted] + _LUCK) < np.uint64(self.acceptance * (2**64 - 2**12))
         drawn[drafted[lucky]] = plan.tokens[query[drafted[lucky]] + 1]
 
+    def text_of(self, request: str, seed: int | None, sample: int) -> str:
+        """What a request's tokens follow from."""
+        return f"{self.seed}:{request}:{seed}:{sample}"
+
     def _key(self, join: Join) -> int:
-        text = f"{self.seed}:{join.request}:{join.params.seed}:{join.sample}"
         value = 1469598103934665603
-        for byte in text.encode():
+        for byte in self.text_of(join.request, join.params.seed, join.sample).encode():
             value = (value ^ byte) * 1099511628211 % 2**64
         return value
 

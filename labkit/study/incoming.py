@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,11 +68,38 @@ class Arrivals:
 
     def ended(self, index: int, request: Request) -> None:
         """The answer to request `index` is there: its next turns come after a pause."""
+        if index in self._turns:
+            for turn in self.turns(index, request.tokens, request.finished_at or 0):
+                heapq.heappush(self._due, (turn.arrival, turn.index, turn))
+
+    def goes_on(self, index: int) -> bool:
+        """Whether others wait for the answer to request `index`."""
+        return index in self._turns
+
+    def turns(self, index: int, tokens: Tokens, finished_at: int) -> list[Incoming]:
+        """The requests that follow request `index`, which has ended with these tokens; for a caller who adds them."""
+        found = []
         for i in self._turns.pop(index, ()):
             ask = self._asks[i]
-            prompt = np.concatenate((request.tokens, np.asarray(ask.prompt, np.int32)))
-            at = (request.finished_at or 0) / 1e9 + ask.arrival
-            heapq.heappush(self._due, (at, i, Incoming(at, i, prompt, ask.num_output, ask.priority)))
+            prompt = np.concatenate((tokens, np.asarray(ask.prompt, np.int32)))
+            found.append(Incoming(finished_at / 1e9 + ask.arrival, i, prompt, ask.num_output, ask.priority))
+        return found
+
+    def take(self, num: int) -> list[Incoming]:
+        """At most `num` requests, without those that follow an answer; fewer if there are no more."""
+        assert not self._due
+        found: list[Incoming] = []
+        while len(found) < num and (one := self.pop()) is not None:
+            found.append(one)
+        return found
+
+    def give_back(self, stream: Iterable[Incoming], due: Iterable[Incoming]) -> None:
+        """Requests that were taken, and turns, that have not arrived."""
+        head = [] if self._head is None else [self._head]
+        self._rest = chain(stream, head, self._rest)
+        self._head = next(self._rest, None)
+        for turn in due:
+            heapq.heappush(self._due, (turn.arrival, turn.index, turn))
 
     def _of_workload(self) -> Iterator[Incoming]:
         first = [i for i, ask in enumerate(self._asks) if ask.after is None]

@@ -28,6 +28,7 @@ from labkit.study.incoming import Arrivals, Incoming
 from labkit.study.machines import Efficiency
 from labkit.study.served import Served
 from labkit.study.settings import NUM_BLOCKS, OF_BLOCKS, OF_SCHEDULER, SHORT
+from labkit.study.steps.native import AWAITED, DONE, ENDLESS, NEED, STOPPED, NativeSteps
 from labkit.study.study import Run, Study
 from labkit.study.traces.trace import Trace
 from labkit.widgets import charts, style
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 LOOK_EVERY = 8  # steps between two points of the curves
+TAKEN = 1024  # requests handed to C++ at once
 BUDGET = 8192  # tokens of a step, where a machine is named
 PARAMS: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "detokenize": False}
 
@@ -114,9 +116,12 @@ class Simulator:
         )  # fmt: skip
         blocks.attach()
 
-    def run(self, arrivals: Arrivals) -> None:
+    def run(self, arrivals: Arrivals, most_native: int = ENDLESS) -> None:
+        """Serve all of them: in C++ where it can, and after `most_native` steps in Python."""
         served = self.served
         try:
+            if most_native and (native := NativeSteps.of(self.scheduler, self.runner, LOOK_EVERY)) is not None:
+                self._run_native(native, arrivals, most_native)
             while True:
                 upcoming = arrivals.next_time()
                 while upcoming is not None and round(upcoming * 1e9) <= self.now:
@@ -145,11 +150,60 @@ class Simulator:
         finally:
             served.close()
 
+    def _run_native(self, native: NativeSteps, arrivals: Arrivals, most_steps: int) -> None:
+        """Steps in C++, and what they found in `served` and `history`."""
+        fed: dict[tuple[bool, int], Incoming] = {}  # what may not have arrived yet, by (is it a turn, its index)
+        num_fed, code = 0, NEED
+        while True:
+            if code == NEED:
+                given = arrivals.take(TAKEN)
+                fed = {(turn, index): one for (turn, index), one in fed.items() if turn}
+                fed |= {(False, one.index): one for one in given}
+                self._feed(native, arrivals, given, num_fed, exhausted=len(given) < TAKEN)
+                num_fed += len(given)
+            code = native.run(most_steps)
+            ended, points, answers = native.take()
+            self.served.add_all(*ended.T)
+            for now, step, queried, hit, output, used, waiting, running in points.tolist():
+                self._draw(now, step, (queried, hit, output), used, waiting, running)
+            if code == AWAITED:
+                for i, tokens in answers.items():
+                    turns = arrivals.turns(int(ended[i, 0]), tokens, int(ended[i, 4]))
+                    self._feed(native, arrivals, turns)
+                    fed |= {(True, one.index): one for one in turns}
+            if code in (DONE, STOPPED):
+                break
+        handover = native.hand_over()
+        handover.apply(self._params_of)
+        numbers = handover.numbers
+        self.now, self.most_used = numbers["now"], numbers["most_used"]
+        self.busy, self.used, self.waiting = numbers["busy"], numbers["used_time"], numbers["waiting_time"]
+        self.num_injected, self.num_prompt = numbers["num_submitted"], numbers["num_prompt"]
+        self.index_of = handover.index_of
+        late = [(turn, fed[turn, index]) for index, turn in handover.upcoming]
+        arrivals.give_back([one for turn, one in late if not turn], [one for turn, one in late if turn])
+        self.check()
+
+    def _feed(
+        self, native: NativeSteps, arrivals: Arrivals, given: list[Incoming], first: int | None = None,
+        exhausted: bool = False,
+    ) -> None:  # fmt: skip
+        """`first` is the place of the first one in the stream; None: they follow an answer."""
+        outputs = [one.num_output for one in given]
+        for num in set(outputs):
+            self._params_of(num)
+        awaited = [arrivals.goes_on(one.index) for one in given]
+        native.add(given, outputs, awaited, first or 0, first is None, exhausted)
+
+    def _params_of(self, num_output: int) -> SamplingParams:
+        params = self._params.get(num_output)
+        if params is None:
+            params = self._params[num_output] = SamplingParams(max_tokens=num_output, **PARAMS)
+        return params
+
     def _inject(self, given: Incoming | None) -> None:
         assert given is not None
-        params = self._params.get(given.num_output)
-        if params is None:
-            params = self._params[given.num_output] = SamplingParams(max_tokens=given.num_output, **PARAMS)
+        params = self._params_of(given.num_output)
         id = f"r{given.index}"
         arrival = max(round(given.arrival * 1e9), 0)
         self.num_injected += 1
@@ -183,13 +237,16 @@ class Simulator:
 
     def _point(self) -> None:
         s, blocks = self.scheduler, self.scheduler.blocks
-        asked, hit, made, _ = self._mark
-        now = (blocks.num_queried_tokens, blocks.num_hit_tokens, self.served.num_output)
+        counts = (blocks.num_queried_tokens, blocks.num_hit_tokens, self.served.num_output)
+        self._draw(self.now, s.step, counts, blocks.num_used, s.num_waiting, s.num_running)
+
+    def _draw(self, now: int, step: int, counts: tuple[int, int, int], used: int, waiting: int, running: int) -> None:
+        """A point of the curves; `counts` are queried, cached and output tokens so far."""
+        prompt, cached, output = (new - old for new, old in zip(counts, self._mark[:3], strict=True))
         self.history.add(
-            self.now, prompt=now[0] - asked, cached=now[1] - hit, output=now[2] - made, used_blocks=blocks.num_used,
-            waiting=s.num_waiting, running=s.num_running,
-        )  # fmt: skip
-        self._mark = (*now, s.step)
+            now, prompt=prompt, cached=cached, output=output, used_blocks=used, waiting=waiting, running=running
+        )
+        self._mark = (*counts, step)
 
     def metrics(self) -> dict[str, float]:
         s, blocks = self.scheduler, self.scheduler.blocks

@@ -1,0 +1,1 @@
+"""Whole simulations in C++, with the scheduler's Python as their reference."""
