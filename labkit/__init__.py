@@ -50,6 +50,7 @@ _HOME = {
     "kernel_lab": "lab.kernel_lab",
     "try_variant": "lab.trial",
     "divergence": "lab.divergence",
+    "train_adapter": "training.adapter",
     "TorchRunner": "runner.torch",
     "load_linear": "loading.single",
     "load_model": "models",
@@ -126,6 +127,7 @@ if TYPE_CHECKING:
     from .study.next_tokens import next_tokens
     from .study.study import Study
     from .text.tokenizer import ByteTokenizer, Tokenizer
+    from .training.adapter import train_adapter
     from .widgets import explain
     from .widgets.dashboard import Dashboard, dashboard
     from .widgets.watch import watch

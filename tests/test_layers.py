@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "server": {"core", "engine", "server", "text"},
     "widgets": {"core", "widgets"},
     "lab": {"core", "engine", "lab", "models", "widgets"},  # engines are made and watched from outside
+    "training": {"assets", "core", "models", "text", "training"},
     "study": {"bench", "clock", "core", "engine", "runner", "study", "widgets"},
     "quantization": {"assets", "core", "engine", "loading", "models", "quantization", "runner", "text", "widgets"},
     "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "runner", "text", "widgets"},
@@ -48,6 +49,7 @@ MAY_IMPORT = {
         "server",
         "study",
         "text",
+        "training",
         "widgets",
     },
 }
@@ -77,6 +79,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "cli": {"labkit_kernels"},
     "widgets": {"numpy", "pandas", "plotly", "ipywidgets", "IPython", "anywidget", "pynvml"},
     "notebook": {"nbformat", "torch", "packaging", "pynvml", "jupyter_core", "labkit_kernels", "IPython", "numpy"},
+    "training": {"torch", "safetensors", "transformers"},
     "quantization": {"torch", "pandas", "plotly", "safetensors", "tqdm"},
     "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget", "ray"},
 }
