@@ -12,7 +12,8 @@ from labkit_kernels import OPS, check, sample
 from labkit_kernels.check import interpret
 from labkit_kernels.compile import compile_ops
 from labkit_kernels.registry import Op
-from labkit_kernels.sampling import reference
+from labkit_kernels.sampling import SETTINGS as SETS
+from labkit_kernels.sampling import make_rows, reference
 
 LOGITS = [2.0, 1.5, 1.5, 0.3, 0.0, -0.2, -1.0, -1.0, -1.0, -2.5, -4.0, float("-inf")]
 SETTINGS = {
@@ -241,6 +242,23 @@ def test_check_catches(name):
 def test_triton_variant_draws_the_same_tokens_in_the_interpreter():
     report = interpret(["sample"], [torch.float32])
     assert report.ok, report
+
+
+@needs_triton
+def test_parts_of_a_row_draw_the_same_tokens():
+    """Also where the largest is at a part's edge or tied, where a part is empty, and where all are minus infinity."""
+    from labkit_kernels.launches import install
+    from labkit_kernels.sampling import triton
+    from labkit_kernels.tune import trying
+
+    install()
+    call, _ = make_rows(torch.device("cpu"), torch.bfloat16, torch.Generator().manual_seed(1), 12, 1100, tuple(SETS))
+    call[0][0], call[0][1, 512:], call[0][2, [511, 512]] = float("-inf"), float("-inf"), 40.0
+    call = (call[0].bfloat16(), *call[1:])
+    for parts in (2, 4):
+        with trying("sample", triton.parts_key(12), {"parts": parts}):
+            assert_same_draws(call, triton.draw(*call), parts)
+        assert not triton._arrivals(torch.device("cpu")).any()
 
 
 @needs_triton

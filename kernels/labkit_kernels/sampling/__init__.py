@@ -51,6 +51,12 @@ def _cases() -> Iterator[Case]:
         return make_rows(device, dtype, generator, 13, 1009, tuple(SETTINGS))
 
     yield Case("13x1009, each row its own", mixed, dtypes)
+
+    def as_they_are(device, dtype, generator):
+        (logits, *rest), options = make_rows(device, dtype, generator, 7, 517, tuple(SETTINGS))
+        return (logits.to(dtype), *rest), options
+
+    yield Case("7x517, logits of the dtype", as_they_are, (torch.bfloat16,))
     for name in SETTINGS:
 
         def make_large(device, dtype, generator, name=name):
@@ -69,7 +75,7 @@ def _tolerance(dtype: torch.dtype) -> Tolerance:
 
 
 def _traffic(logits: Tensor, *rest: Any) -> int:
-    return logits.numel() * 4
+    return logits.nbytes
 
 
 sample = Op(

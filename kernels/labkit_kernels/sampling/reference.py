@@ -10,7 +10,7 @@ MASK = 0xFFFFFFFF
 
 
 def sample(
-    logits: Tensor,  # [rows, vocabulary] float32
+    logits: Tensor,  # [rows, vocabulary]; draws are those from a float32 copy
     temperature: Tensor,  # [rows] float32; 0: the largest logit
     top_k: Tensor,  # [rows] int32; 0: off
     top_p: Tensor,  # [rows] float32; 1: off

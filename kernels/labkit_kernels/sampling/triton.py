@@ -1,13 +1,17 @@
-"""Sampling on a GPU, one program per row.
+"""Sampling on a GPU, one program per row, or several for rows without filters.
 
-A row of 152k float32 logits is 600 KB. It stays in the L2 cache while one program reads it several times, which is
+A row of 152k bfloat16 logits is 300 KB. It stays in the L2 cache while one program reads it several times, which is
 cheaper than sorting it. A filter's threshold is searched for between two integers that order like floats: each
 pass counts how many logits (or how much probability) lie above four candidate thresholds. So 32 bits take at most
 fourteen passes, and the threshold is exact, ties included. One more pass hashes the remaining tokens and picks one. A
-greedy row takes one pass, and an all-greedy batch needs nothing else.
+row without filters takes one pass: the largest logit if it is greedy, else the largest with noise. Its vocabulary may
+be cut into parts, one for each program; the last program that arrives compares their largest.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -15,11 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from labkit_kernels.config import Config
+from labkit_kernels.tune import Choice, Tune, chosen
 
 from . import sample as op
 
 LOG2E = tl.constexpr(1.4426950408889634)
 THRESHOLDS = 4  # with more of them, or fewer threads, the sums do not fit in registers
+WHOLE = {"parts": 1}  # of a row
+MOST_ROWS = 1 << 14  # that are cut
 
 
 @triton.jit
@@ -86,6 +93,30 @@ def _border(
 
 
 @triton.jit
+def _largest(
+    logits, begin, end, heat, greedy, draw_key, low, vocab_size, NOISY: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """(value, id) of the largest logit from begin to end, or of the largest with noise among those from `low` up."""
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_id = tl.zeros([BLOCK], tl.int32)
+    for start in range(begin, end, BLOCK):
+        at = start + lane
+        x = _scaled(logits, at, vocab_size, heat)
+        if NOISY:
+            kept = _ordered(x) >= low
+            if tl.max(kept.to(tl.int32), 0) > 0:  # filters leave most blocks empty
+                noisy = tl.where(kept, x + _gumbel(at, draw_key), float("-inf"))
+                best_id = tl.where(noisy > best, at, best_id)
+                best = tl.maximum(best, noisy)
+        else:
+            best_id = tl.where(x > best, at, best_id)
+            best = tl.maximum(best, x)
+    top = tl.max(best, 0)
+    return top, tl.min(tl.where(best == top, best_id, vocab_size), 0)
+
+
+@triton.jit
 def _draw(
     logits,
     temperature,
@@ -94,60 +125,74 @@ def _draw(
     min_p,
     key,
     out,
+    part_value,  # [rows, parts] float32
+    part_id,  # [rows, parts] int32
+    arrived,  # [rows] int32, zero before and after
     row_stride,
     vocab_size,
     BLOCK: tl.constexpr,
     THRESHOLDS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """One row."""
+    """One row, or a part of one that has no filters."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     heat = tl.load(temperature + row)
     greedy = heat == 0.0
     heat = tl.where(greedy, 1.0, heat)
-    lane = tl.arange(0, BLOCK)
+    least = tl.load(min_p + row)
+    k = tl.load(top_k + row)
+    p = tl.load(top_p + row)
+    cuts = (k > 0) & (k < vocab_size)
+    filtered = ((least > 0.0) | cuts | (p < 1.0)) & (not greedy)
+    draw_key = tl.load(key + row)
+    lowest = _ordered(tl.full([], float("-inf"), tl.float32)).to(tl.int64) + 1
 
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_id = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, vocab_size, BLOCK):
-        x = _scaled(logits, begin + lane, vocab_size, heat)
-        best_id = tl.where(x > best, begin + lane, best_id)
-        best = tl.maximum(best, x)
-    largest = tl.max(best, 0)
-
-    if (not greedy) & (largest > float("-inf")):
-        low = _ordered(tl.full([], float("-inf"), tl.float32)).to(tl.int64) + 1
-        least = tl.load(min_p + row)
-        if least > 0.0:
-            floor = largest + tl.log(least) + 0.0
-            low = tl.maximum(low, _ordered(floor).to(tl.int64))
-        k = tl.load(top_k + row)
-        if (k > 0) & (k < vocab_size):
-            low = _border(logits, vocab_size, heat, largest, low, k.to(tl.float32), False, BLOCK, THRESHOLDS)
-        p = tl.load(top_p + row)
-        if p < 1.0:
-            total = tl.zeros([BLOCK], tl.float32)
-            for begin in range(0, vocab_size, BLOCK):
-                x = _scaled(logits, begin + lane, vocab_size, heat)
-                total += tl.where(_ordered(x) >= low, tl.exp2((x - largest) * LOG2E), 0.0)
-            need = p * tl.sum(total, 0)
-            low = _border(logits, vocab_size, heat, largest, low, need, True, BLOCK, THRESHOLDS)
-
-        draw_key = tl.load(key + row)
-        best = tl.full([BLOCK], float("-inf"), tl.float32)
-        best_id = tl.zeros([BLOCK], tl.int32)
-        for begin in range(0, vocab_size, BLOCK):
-            at = begin + lane
-            x = _scaled(logits, at, vocab_size, heat)
-            kept = _ordered(x) >= low
-            if tl.max(kept.to(tl.int32), 0) > 0:  # filters leave most blocks empty
-                noisy = tl.where(kept, x + _gumbel(at, draw_key), float("-inf"))
-                best_id = tl.where(noisy > best, at, best_id)
-                best = tl.maximum(best, noisy)
-        largest = tl.max(best, 0)
-
-    chosen = tl.min(tl.where(best == largest, best_id, vocab_size), 0)
-    tl.store(out + row, chosen.to(tl.int64))
+    if filtered:
+        if tl.program_id(1) > 0:
+            return
+        largest, token = _largest(logits, 0, vocab_size, heat, greedy, draw_key, lowest, vocab_size, False, BLOCK)
+        if largest > float("-inf"):
+            low = lowest
+            if least > 0.0:
+                floor = largest + tl.log(least) + 0.0
+                low = tl.maximum(low, _ordered(floor).to(tl.int64))
+            if cuts:
+                low = _border(logits, vocab_size, heat, largest, low, k.to(tl.float32), False, BLOCK, THRESHOLDS)
+            if p < 1.0:
+                total = tl.zeros([BLOCK], tl.float32)
+                for begin in range(0, vocab_size, BLOCK):
+                    x = _scaled(logits, begin + tl.arange(0, BLOCK), vocab_size, heat)
+                    total += tl.where(_ordered(x) >= low, tl.exp2((x - largest) * LOG2E), 0.0)
+                need = p * tl.sum(total, 0)
+                low = _border(logits, vocab_size, heat, largest, low, need, True, BLOCK, THRESHOLDS)
+            largest, token = _largest(logits, 0, vocab_size, heat, greedy, draw_key, low, vocab_size, True, BLOCK)
+        tl.store(out + row, token.to(tl.int64))
+    else:
+        begin = 0
+        end = vocab_size
+        if PARTS > 1:
+            span = tl.cdiv(tl.cdiv(vocab_size, BLOCK), PARTS) * BLOCK
+            begin = span * tl.program_id(1)
+            end = tl.minimum(begin + span, vocab_size)
+        if greedy:
+            largest, token = _largest(logits, begin, end, heat, greedy, draw_key, lowest, vocab_size, False, BLOCK)
+        else:
+            largest, token = _largest(logits, begin, end, heat, greedy, draw_key, lowest, vocab_size, True, BLOCK)
+        last = True
+        if PARTS > 1:
+            mine = row * PARTS + tl.program_id(1)
+            tl.store(part_value + mine, largest)
+            tl.store(part_id + mine, token)
+            last = tl.atomic_add(arrived + row, 1) == PARTS - 1
+            if last:
+                parts = row * PARTS + tl.arange(0, PARTS)
+                values = tl.load(part_value + parts, cache_modifier=".cg")
+                tokens = tl.load(part_id + parts, cache_modifier=".cg")
+                token = tl.min(tl.where(values == tl.max(values, 0), tokens, vocab_size), 0)
+                tl.store(arrived + row, 0)
+        if last:
+            tl.store(out + row, tl.minimum(token, vocab_size - 1).to(tl.int64))
 
 
 def tile(vocab_size: int) -> dict[str, int]:
@@ -160,23 +205,53 @@ def draw(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_
     """One launch and no read-back, so it can be captured in a graph whatever the rows ask for."""
     num_rows, vocab_size = logits.shape
     out = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    if num_rows:
-        _draw[(num_rows,)](
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            key,
-            out,
-            logits.stride(0),
-            vocab_size,
-            **tile(vocab_size),
-        )
+    if not num_rows:
+        return out
+    parts = chosen(op.name, parts_key(num_rows), WHOLE, logits.device)["parts"] if num_rows <= MOST_ROWS else 1
+    values = ids = arrived = out
+    if parts > 1:
+        values = torch.empty(num_rows, parts, dtype=torch.float32, device=logits.device)
+        ids = torch.empty(num_rows, parts, dtype=torch.int32, device=logits.device)
+        arrived = _arrivals(logits.device)
+    _draw[(num_rows, parts)](
+        logits, temperature, top_k, top_p, min_p, key, out, values, ids, arrived, logits.stride(0), vocab_size,
+        PARTS=parts, **tile(vocab_size),
+    )  # fmt: skip
     return out
+
+
+def parts_key(num_rows: int) -> str:
+    """Where the measured number of parts is kept: by rows, rounded up to a power of two."""
+    return f"parts for {triton.next_power_of_2(num_rows)} rows"
+
+
+@lru_cache
+def _arrivals(device: torch.device) -> Tensor:
+    """Counters that a launch leaves at zero."""
+    return torch.zeros(MOST_ROWS, dtype=torch.int32, device=device)
+
+
+def tunes() -> Iterator[Tune]:
+    """How many programs share a row, by number of rows; half of them are greedy."""
+    for num_rows in (1, 8, 64, 256):
+        yield Tune(op.name, parts_key(num_rows), WHOLE, _PARTS, partial(_example, num_rows))
+
+
+_PARTS: tuple[Choice, ...] = tuple({"parts": n} for n in (2, 4, 8, 16, 32))
+
+
+def _example(num_rows: int, vocab_size: int = 151_936) -> Callable[[], Tensor]:
+    logits = torch.randn(num_rows, vocab_size, dtype=torch.bfloat16, device="cuda")
+    ones = torch.ones(num_rows, device="cuda")
+    none, keys = (torch.zeros(num_rows, dtype=kind, device="cuda") for kind in (torch.int32, torch.int64))
+    heat = torch.arange(num_rows, device="cuda") % 2 * 0.6
+    return lambda: draw(logits, heat, none, ones, 0 * ones, keys)
 
 
 _TYPES = {"logits": "*fp32", "temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
 _TYPES |= {"key": "*i64", "out": "*i64", "row_stride": "i32", "vocab_size": "i32"}
-AOT = [Config(_draw, _TYPES, tile(size), aligned=("row_stride", "vocab_size")) for size in (1024, 151_936)]
-AOT.append(Config(_draw, _TYPES | {"logits": "*bf16"}, tile(151_936)))
+_TYPES |= {"part_value": "*fp32", "part_id": "*i32", "arrived": "*i32"}
+AOT = [
+    Config(_draw, _TYPES, tile(size) | {"PARTS": 1}, aligned=("row_stride", "vocab_size")) for size in (1024, 151_936)
+]
+AOT.append(Config(_draw, _TYPES | {"logits": "*bf16"}, tile(151_936) | {"PARTS": 8}))
