@@ -5,6 +5,7 @@ from .attention import paged_attention
 from .bench import bench
 from .cache import copy_blocks, store_kv, swap_blocks
 from .check import Case, Report, Tolerance, check
+from .inputs import step_inputs
 from .integer import Integers, integer_argmax, integer_linear, integer_mlp
 from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
 from .norm import layer_norm, rms_norm
@@ -49,6 +50,7 @@ __all__ = [
     "rope_kv",
     "sample",
     "silu_mul",
+    "step_inputs",
     "store_kv",
     "swap_blocks",
     "watched",

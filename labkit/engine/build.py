@@ -30,7 +30,9 @@ class Options:
     `dtype` "auto" is the checkpoint's own dtype. `device` None is a GPU if there is one. `num_blocks` None is as many
     as fit into `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len`
     limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
-    GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight. `deterministic`
+    GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight; "all" captures
+    steps with prefills, drafts and special sampling, too. A size is captured when it first comes, or with
+    `capture_at_start` before the first request. `deterministic`
     computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `quantization`
     rounds a dense checkpoint's weights while they are loaded: "int8", "int4" (or "int4-g32": groups of 32 inputs, not
     128), "nf4", "fp8". `hybrid_kv` gives
@@ -78,7 +80,8 @@ class Options:
     prefix_hold: bool = True
     max_in_flight: int | None = None
     draft: Any = None
-    graphs: bool | None = None
+    graphs: bool | str | None = None
+    capture_at_start: bool = False
     deterministic: bool = False
     quantization: str | None = None
     hybrid_kv: bool = False
@@ -86,7 +89,14 @@ class Options:
     log: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("trust_remote_code", "skip_tokenizer_init", "prefix_caching", "deterministic", "hybrid_kv"):
+        for name in (
+            "trust_remote_code",
+            "skip_tokenizer_init",
+            "prefix_caching",
+            "deterministic",
+            "hybrid_kv",
+            "capture_at_start",
+        ):
             flag(name, getattr(self, name))
         choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         flag("kv_offloading", self.kv_offloading)
@@ -146,6 +156,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     runner = TorchRunner(
         loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
         hybrid_kv=options.hybrid_kv, kv_cache_dtype=options.kv_cache_dtype, kv_disk_path=options.kv_disk_path,
+        capture=(loaded.max_model_len, options.max_num_batched_tokens) if options.capture_at_start else None,
     )  # fmt: skip
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),

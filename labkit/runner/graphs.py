@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from labkit.models.base import Batch, KVCache, Model
+from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 1025, 32))
@@ -102,12 +103,10 @@ class Buffers:
 class Graphs:
     """Captured decode steps of one runner."""
 
-    def __init__(
-        self, model: Model, caches: list[KVCache], sampler: Sampler, latest: Tensor, block_size: int, num_rows: int
-    ) -> None:
+    def __init__(self, model: Model, caches: list[KVCache], sampler: Sampler, latest: Tensor, rows: Rows) -> None:
         self.model, self.caches, self.sampler, self.latest = model, caches, sampler, latest
-        self.block_size, self.num_rows, self.device = block_size, num_rows, model.device
-        self.sizes = [size for size in SIZES if size < num_rows] + [num_rows]
+        self.block_size, self.num_rows, self.device = rows.layout.block_size, rows.layout.num_rows, model.device
+        self.sizes = [size for size in SIZES if size < self.num_rows] + [self.num_rows]
         self.memory = 0  # bytes that captured graphs hold
         self._made: dict[tuple[int, int], tuple[Buffers, Callable[[], Any]]] = {}
         self._pool: Any = None
@@ -120,13 +119,13 @@ class Graphs:
     def num_captured(self) -> int:
         return len(self._made)
 
-    def capture(self, rows: int, blocks: int, sample: Callable[..., Tensor]) -> None:
-        """Capture every batch size up to this many rows and blocks per row, so that no later step has to."""
+    def capture(self, most_tokens: int, budget: int, sample: Callable[..., Tensor]) -> None:
+        """Capture every batch size, for contexts up to this many tokens, so that no later decode step has to."""
         width = LEAST_WIDTH
         while True:
-            for size in self.sizes[: bisect.bisect_left(self.sizes, rows) + 1]:
+            for size in self.sizes:
                 self._graph(size, width, sample)
-            if width >= blocks:
+            if width * self.block_size >= most_tokens:
                 return
             width *= 2
 
@@ -170,25 +169,42 @@ class Graphs:
             max_query_len=1,
             max_seq_len=buffers.width * self.block_size,
         )
-        logits = self.model.logits(self.model.forward(batch, self.caches))
-        tokens = sample(logits, *(column[rows] for column in self.sampler.columns), columns[KEY])
+        hidden = self.model.forward(batch, self.caches)
+        tokens, chosen = sampled(self.model, self.sampler, hidden, rows, columns[KEY], sample)
         self.latest.index_copy_(0, rows, tokens)
-        chosen = logits.gather(1, tokens[:, None])[:, 0]
         buffers.out.index_copy_(1, columns[PLACE], torch.stack((tokens.double(), chosen.double())))
 
     def _capture(self, buffers: Buffers, sample: Callable[..., Tensor]) -> Callable[[], Any]:
-        if self._stream is None:
-            return lambda: self._step(buffers, sample)
-        buffers.pad(self.num_rows)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):  # warm-up: compiles kernels, and libraries choose theirs
-            self._step(buffers, sample)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(self.device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            self._step(buffers, sample)
-        self._pool = graph.pool()
-        self.memory += max(0, free - torch.cuda.mem_get_info(self.device)[0])
-        return graph.replay
+        if self._stream is not None:
+            buffers.pad(self.num_rows)
+        replay, self._pool, taken = capture(lambda: self._step(buffers, sample), self._stream, self._pool, self.device)
+        self.memory += taken
+        return replay
+
+
+def sampled(
+    model: Model, sampler: Sampler, hidden: Tensor, rows: Tensor, keys: Tensor, sample: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """A token for each line of `hidden` by its row's parameters, and the token's logit."""
+    logits = model.logits(hidden)
+    tokens = sample(logits, *(column[rows] for column in sampler.columns), keys)
+    return tokens, logits.gather(1, tokens[:, None])[:, 0]
+
+
+def capture(
+    step: Callable[[], None], stream: Any, pool: Any, device: torch.device
+) -> tuple[Callable[[], Any], Any, int]:
+    """Capture `step` on this stream: what replays it, the pool of its memory, and the bytes that it took. Without a
+    stream it is the function itself."""
+    if stream is None:
+        return step, None, 0
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):  # warm-up: compiles kernels, and libraries choose theirs
+        step()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        step()
+    return graph.replay, graph.pool(), max(0, free - torch.cuda.mem_get_info(device)[0])

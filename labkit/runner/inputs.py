@@ -19,7 +19,6 @@ from labkit.transfer import put
 class Inputs(NamedTuple):
     batch: Batch
     query_start: np.ndarray  # [entries + 1]
-    blocks: np.ndarray  # [groups, tokens]: where the step writes
 
 
 def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: torch.dtype) -> Inputs:
@@ -64,7 +63,7 @@ def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: tor
         other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
         embeddings=_embeddings(plan, rows, query_start, device, dtype),
     )
-    return Inputs(batch, query_start, blocks)
+    return Inputs(batch, query_start)
 
 
 def _embeddings(
@@ -84,30 +83,39 @@ def _embeddings(
     return put(np.concatenate(places), device), put(np.concatenate(values), device).to(dtype)
 
 
+def draws_of(plan: Plan, query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """By draw: the row that it is for, the token whose logits it is drawn from, and how many tokens the row has."""
+    index, queries = plan.draws()
+    entries = np.searchsorted(query_start, queries, side="right") - 1
+    return plan.sample_row[index], queries, plan.start[entries] + queries - query_start[entries] + 1
+
+
 def draw(
     plan: Plan, query_start: np.ndarray, hidden: Tensor, model: Model, sampler: Sampler, latest: Tensor, sample: Sample
 ) -> Drawn | None:
     """Draw the plan's samples from the forward's output [tokens, hidden size], and note them in `latest`."""
     if not len(plan.sample_row):
         return None
-    device = latest.device
-    index, queries = plan.draws()
-    rows, inverse = plan.sample_row[index], None
-    entries = np.searchsorted(query_start, queries, side="right") - 1
-    known = plan.start[entries] + queries - query_start[entries] + 1
+    rows, queries, known = draws_of(plan, query_start)
+    again = None
     if plan.num_decode < len(plan.rows):  # n samples may share a query
         queries, inverse = np.unique(queries, return_inverse=True)
-    hidden, again = hidden[put(queries, device)], None
-    if inverse is not None and len(inverse) > len(queries):
-        again = put(inverse, device)
+        again = put(inverse, latest.device) if len(inverse) > len(queries) else None
+    return draw_from(hidden[put(queries, latest.device)], rows, known, model, sampler, latest, sample, again)
+
+
+def draw_from(
+    hidden: Tensor, rows: np.ndarray, known: np.ndarray, model: Model, sampler: Sampler, latest: Tensor,
+    sample: Sample, again: Tensor | None = None,
+) -> Drawn:  # fmt: skip
+    """Draw one token for each of `rows`, which have `known` tokens, from its line of `hidden`; or from the line that
+    `again` names."""
     found = model.greedy(hidden) if sampler.greedy[rows].all() else None
     if found is not None:
         tokens, chosen = found if again is None else (found[0][again], found[1][again])
-        latest[put(rows, device)] = tokens
-        return Drawn(tokens, chosen, {})
-    logits = model.logits(hidden)
-    if again is not None:
-        logits = logits[again]
-    drawn = sampler.draw(logits, rows, known, sample)
-    latest[put(rows, device)] = drawn.tokens
+        drawn = Drawn(tokens, chosen, {})
+    else:
+        logits = model.logits(hidden)
+        drawn = sampler.draw(logits if again is None else logits[again], rows, known, sample)
+    latest[put(rows, latest.device)] = drawn.tokens
     return drawn

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from labkit.core.blocks.tiers import Stub
 from labkit.core.options import flag, named_options, real, whole
-from labkit.core.plan import Plan
+from labkit.core.plan import Extras, Plan
 from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
@@ -27,11 +27,12 @@ from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.extras import capture_of, extras_of, wanted_of
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
-from labkit.runner.inputs import draw, inputs_of
+from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
 from labkit.runner.repeats import Repeats
 from labkit.runner.rows import Rows
-from labkit.sampling.sampler import Sampler
+from labkit.runner.steps import Steps
+from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
 
 
@@ -51,26 +52,33 @@ class TorchRunner:
         *,
         eos_token_ids: Sequence[int] = (),
         seed: int = 0,
-        graphs: bool | None = None,
+        graphs: bool | str | None = None,
         hybrid_kv: bool = False,
         kv_cache_dtype: str = "auto",
         kv_disk_path: str | os.PathLike[str] | None = None,
+        capture: tuple[int, int] | None = None,
     ) -> None:
         """`graphs`: replay captured decode steps. None means yes on a GPU, for models that can be captured; on a CPU it
-        means that the layers' C++ calls are recorded and repeated. False means neither.
+        means that the layers' C++ calls are recorded and repeated. False means neither. "all" captures every step, also
+        those with prefills, drafts and rows with penalties or masks (see `labkit.runner.steps`). A size is captured
+        when it first comes; `capture` (longest context, tokens a step) captures all up to these when the runner is
+        opened.
         `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
         captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
         scale for each token and head. `kv_disk_path` is the folder of blocks that a `BlockManager` with
         `num_disk_blocks` offloads; files in it are found again by later engines of the same model."""
         self.model, self.device = model, model.device
         self.kv_dtype = kv_dtype(model, kv_cache_dtype)
-        if graphs is not None:
+        if graphs is not None and graphs != "all":
+            if isinstance(graphs, str):
+                raise ValueError(f'graphs must be True or False or "all", got {graphs!r}')
             flag("graphs", graphs)
-        self.graphs: Graphs | None = None
+        self.graphs: Graphs | Steps | None = None
+        self._kind = Steps if graphs == "all" else Graphs
         self.repeats: Repeats | None = None
         self.groups = by_window(model.kv) if flag("hybrid_kv", hybrid_kv) else one_group(model.kv)
         self._wants_graphs = (
-            model.capturable and not hybrid_kv and (model.device.type == "cuda" if graphs is None else graphs)
+            model.capturable and not hybrid_kv and (model.device.type == "cuda" if graphs is None else bool(graphs))
         )
         self._wants_repeats = (
             graphs is None and self.device.type == "cpu" and model.capturable and hasattr(model, "through")
@@ -80,7 +88,7 @@ class TorchRunner:
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
         self.largest_input = torch.finfo(model.dtype).max
-        self.kv_disk_path = kv_disk_path
+        self.kv_disk_path, self.capture = kv_disk_path, capture
         self.disk: DiskStore | None = None
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
@@ -143,6 +151,8 @@ class TorchRunner:
             name = fingerprint(self.model, self.kv_dtype, layout.block_size)
             self.disk = DiskStore(self.kv_disk_path, name, self.host.flat)
         self._make_repeated()
+        if self.capture is not None:
+            self.capture_all(*self.capture)
 
     def on_disk(self) -> list[Stub]:
         """The blocks of this model in `kv_disk_path`, the longest unused first."""
@@ -153,18 +163,18 @@ class TorchRunner:
         if self.layout is None:
             return
         if self._wants_graphs:
-            size, rows = self.layout.block_size, self.layout.num_rows
-            self.graphs = Graphs(self.model, self.store.caches, self.sampler, self.latest, size, rows)
+            parts = self.model, self.store.caches, self.sampler, self.latest
+            self.graphs = self._kind(*parts, self.rows)
         if self._wants_repeats:
             self.repeats = Repeats(self.model, self.caches)  # type: ignore[arg-type]
 
     @torch.inference_mode()
-    def capture_all(self, most_tokens: int) -> None:
-        """Capture decode steps for every number of rows, with contexts up to `most_tokens`. Does nothing if steps are
-        not captured."""
-        if self.graphs is not None and self.layout is not None:
+    def capture_all(self, most_tokens: int, budget: int = 0) -> None:
+        """Capture steps of every size, with contexts up to `most_tokens` and, if steps with prefills are captured, up
+        to `budget` tokens a step. Does nothing if steps are not captured."""
+        if self.graphs is not None:
             self._pick()
-            self.graphs.capture(self.layout.num_rows, -(-most_tokens // self.layout.block_size), self._sample)
+            self.graphs.capture(most_tokens, budget, self._sample)
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
@@ -234,17 +244,30 @@ class TorchRunner:
         begin = time.perf_counter()
         self._pick()
         self._apply(plan)
-        if self.graphs is not None and self._can_replay(plan):
+        if isinstance(self.graphs, Steps) and self.graphs.can_run(plan):
+            return self._run_captured(self.graphs, plan, begin)
+        if isinstance(self.graphs, Graphs) and self._can_replay(plan):
             return self._replay(self.graphs, plan, begin)
         inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype)
-        self.store.touched[inputs.blocks] = True
         wanted = wanted_of(plan, self.rows)
         capture = capture_of(wanted)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
+        return self._drawn(plan, drawn, extras, begin)
+
+    def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Pending:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
         return self._pending(Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device))
+
+    def _run_captured(self, steps: Steps, plan: Plan, begin: float) -> Pending:
+        tokens, hidden = steps.run(plan, self._sample)
+        if hidden is None:
+            out = tokens if len(plan.sample_row) else None
+            return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
+        rows, _, known = draws_of(plan, np.concatenate(([0], np.cumsum(plan.count))))
+        drawn = draw_from(hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
+        return self._drawn(plan, drawn, {}, begin)
 
     def _pending(self, computed: Computed) -> Pending:
         if self.disk is not None:
@@ -284,7 +307,6 @@ class TorchRunner:
         rows, start, size = plan.rows, plan.start, self.layout.block_size
         index, place = np.divmod(start, size)
         blocks = self.rows.tables[0, rows, index]
-        self.store.touched[blocks] = True
         columns = np.zeros((7, len(rows)), np.int64)
         columns[FED, plan.feed] = 1
         columns[GIVEN, columns[FED] == 0] = plan.tokens
@@ -300,6 +322,9 @@ class TorchRunner:
         for row in plan.leaves:
             self.sampler.leave(row)
         self.rows.apply(plan)
+        self.store.touched[plan.table_changes.block] = True
+        if isinstance(self.graphs, Steps):
+            self.graphs.note(plan)
         self.sampler.join(plan.joins)
         if self.disk is not None:
             self.disk.write_all(plan, self.device)

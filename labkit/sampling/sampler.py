@@ -146,6 +146,7 @@ class Sampler:
             torch.zeros(num_rows + 1, dtype=dtype, device=device)
             for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
         ]
+        self.seeds = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)  # `base`, for keys made there
         self.special: dict[int, Special] = {}
         self.penalized: dict[int, int] = {}  # row -> its place in the counts
         self.num_host_rows = 0  # rows that need every token on the host before the next draw
@@ -175,6 +176,7 @@ class Sampler:
             if join.params.penalizes:
                 self._penalize(join)
         rows = put([join.row for join in joins], self.device, np.int64)
+        self.seeds[rows] = put(self.base[[join.row for join in joins]].view(np.int64), self.device)
         params = [join.params for join in joins]
         values = (
             ([p.temperature for p in params], np.float32),

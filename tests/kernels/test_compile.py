@@ -10,7 +10,17 @@ from labkit_kernels.compile import compile_config, compile_ops, configs
 from labkit_kernels.compile import main as compile_main
 from labkit_kernels.config import ARCHS, MOST_SHARED, Config
 
-OPS_HERE = ["rms_norm", "layer_norm", "rope", "rope_kv", "silu_mul", "gelu_mul", "store_kv", "copy_blocks"]
+OPS_HERE = [
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "rope_kv",
+    "silu_mul",
+    "gelu_mul",
+    "store_kv",
+    "copy_blocks",
+    "step_inputs",
+]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 

@@ -31,6 +31,7 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
         "quantize_rows",
         "rope_kv",
         "sample",
+        "step_inputs",
     } == set(OPS)
     for name, op in OPS.items():
         assert getattr(labkit_kernels, name) is op is get(name)

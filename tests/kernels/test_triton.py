@@ -7,7 +7,17 @@ import torch
 from labkit_kernels import check
 from labkit_kernels.check import interpret
 
-OPS_HERE = ["rms_norm", "layer_norm", "rope", "rope_kv", "silu_mul", "gelu_mul", "store_kv", "copy_blocks"]
+OPS_HERE = [
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "rope_kv",
+    "silu_mul",
+    "gelu_mul",
+    "store_kv",
+    "copy_blocks",
+    "step_inputs",
+]
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
 

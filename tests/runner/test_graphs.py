@@ -8,7 +8,9 @@ import torch
 
 import labkit as lk
 from labkit.models import load_model
+from labkit.runner.base import Layout
 from labkit.runner.graphs import Graphs
+from labkit.runner.rows import Rows
 from tests.models.configs import VOCAB, config
 
 
@@ -64,7 +66,7 @@ def test_a_tight_pool_preempts_and_still_agrees(model):
 
 
 def test_batches_are_padded_to_the_next_size_and_tables_to_the_next_width(model):
-    graphs = Graphs(model, [], None, torch.zeros(41), 4, 40)
+    graphs = Graphs(model, [], None, torch.zeros(41), Rows(Layout(8, 4, 40)))
     assert graphs.sizes == [1, 2, 4, 8, 16, 32, 40]
     eng = engine(model, True, size=1, blocks=200, max_num_seqs=6)
     for i in range(3):

@@ -16,6 +16,7 @@ import labkit as lk
 from labkit.models import load_model
 from labkit.runner.computed import Computed
 from labkit.runner.graphs import Buffers
+from labkit.runner.steps import Staging
 from labkit.sampling.sampler import Sampler
 from tests.models.configs import VOCAB, config
 
@@ -55,7 +56,7 @@ class Waits(TorchFunctionMode):
 @pytest.fixture(autouse=True)
 def what_may_read(monkeypatch):
     """Results, which a CPU has at once; and buffers on the host, when they are made."""
-    for owner, name in ((Computed, "result"), (Buffers, "__init__")):
+    for owner, name in ((Computed, "result"), (Buffers, "__init__"), (Staging, "__init__")):
         monkeypatch.setattr(owner, name, unwatched(getattr(owner, name)))
 
 
@@ -77,7 +78,7 @@ def model():
     return loaded
 
 
-def watched(model, graphs: bool, **asked) -> tuple[Counter[str], int]:
+def watched(model, graphs: bool | str, **asked) -> tuple[Counter[str], int]:
     """What launches of an engine that always has one step in flight call, and how many steps those were."""
     eng = lk.Engine(
         scheduler=lk.Scheduler(lk.BlockManager(80, 4), max_num_seqs=6, max_num_batched_tokens=12, max_in_flight=1),
@@ -104,7 +105,7 @@ def watched(model, graphs: bool, **asked) -> tuple[Counter[str], int]:
     return found, steps
 
 
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("graphs", [False, True, "all"])
 @pytest.mark.parametrize(
     "asked",
     [
