@@ -8,6 +8,7 @@ from .check import Case, Report, Tolerance, check
 from .inputs import step_inputs
 from .integer import Integers, integer_argmax, integer_linear, integer_mlp
 from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
+from .lora import lora_expand, lora_shrink
 from .norm import layer_norm, rms_norm
 from .quantized import Grouped, Scaled, linear_grouped, linear_scaled, quantize_rows
 from .registry import OPS, Op, Variant, generation, get, watched
@@ -40,6 +41,8 @@ __all__ = [
     "linear_grouped",
     "linear_invariant",
     "linear_scaled",
+    "lora_expand",
+    "lora_shrink",
     "matmul",
     "matmul_add",
     "mlp",

@@ -36,6 +36,7 @@ class Join(NamedTuple):
     sample: int
     adapter: str | None
     spans: tuple[Span, ...]
+    slot: int | None = None  # where its adapter is, see `Plan.adapters`
 
     def __repr__(self) -> str:
         return f"Join({self.request!r} takes row {self.row} with {len(self.tokens)} tokens)"
@@ -57,7 +58,7 @@ NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
 
 
 class Plan(NamedTuple):
-    """One step. Applied in this order: reset, leaves, joins, table changes, drop from and write to disk, swap out,
+    """One step. Applied in this order: reset, leaves, load adapters, joins, table changes, drop from and write to disk, swap out,
     copy, read from disk, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
@@ -88,6 +89,7 @@ class Plan(NamedTuple):
     budget: int = 0  # the most tokens the step could have had; 0: unknown
     drafts: Ints = NO_INTS  # by decode row: how many draft tokens follow its own; empty: none (always so with `feed`)
     disk: DiskMoves = NO_MOVES
+    adapters: tuple[tuple[int, str], ...] = ()  # (slot, adapter): load it, in place of the one that is there
 
     @property
     def num_tokens(self) -> int:
@@ -133,6 +135,7 @@ class Plan(NamedTuple):
         parts = [f"{self.num_decode} decode rows{drafts}", f"{prefills} prefills of {self.num_prefill_tokens} tokens"]
         also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
         parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
+        parts += [f"{len(self.adapters)} adapters to load"] * bool(self.adapters)
         parts += [f"{len(self.disk.writes)} to disk"] * bool(self.disk.writes)
         parts += [f"{len(self.disk.reads)} from disk"] * bool(self.disk.reads)
         return f"Plan({self.step}: {', '.join(parts)})"

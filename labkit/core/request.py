@@ -39,6 +39,7 @@ class Request(Shown):
 
     __slots__ = (
         "adapter",
+        "adapter_key",
         "admitted_at",
         "arrival",
         "cached_tokens",
@@ -79,6 +80,7 @@ class Request(Shown):
         priority: int = 0,
         salt: str | None = None,
         adapter: str | None = None,
+        adapter_key: str | None = None,
         spans: Sequence[Span] = (),
         stop_ids: tuple[int, ...] = (),
         parent: Request | None = None,
@@ -91,6 +93,7 @@ class Request(Shown):
         self.priority = priority  # a smaller number goes first
         self.salt = salt
         self.adapter = adapter
+        self.adapter_key = adapter_key or adapter  # its name, and which weights: what the prefix cache tells apart
         self.spans = tuple(spans)
         self.stop_ids = stop_ids  # stop ids and, unless ignored, eos
         self.parent = parent

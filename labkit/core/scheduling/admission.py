@@ -18,8 +18,8 @@ def admit(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     while s.queue:
         request = s.queue.peek()
         limit, used = _try(s, builder, request, left, promised)
-        if limit == "prefix pending" or limit == "transfer":
-            continue
+        if limit in ("prefix pending", "transfer", "adapter"):
+            continue  # it left the queue
         if limit is not None:
             note_head(s, request, limit)
             break
@@ -58,6 +58,11 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
         return "blocks", 0
     if not s.free_rows or s.num_running >= s.max_num_seqs:
         return "rows", 0
+    if s.slots is not None and request.adapter_key is not None and s.slots.place(request.adapter_key) is None:
+        s.queue.pop()
+        s.slots.park(request)
+        s.log.add(("Held", request.id, "adapter", False))
+        return "adapter", 0
     alone = not s.num_running and not s.draining
     if not alone and _still_blocked(s, request):
         return "blocks", 0
@@ -119,7 +124,7 @@ def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:
         return []
     size = s.blocks.block_size
     if request.hashes is None or len(request.hashes) != request.num_tokens // size:
-        root = s.blocks.prefix.root(request.salt, request.adapter)
+        root = s.blocks.prefix.root(request.salt, request.adapter_key)
         request.hashes = hash_blocks(request.tokens, size, root, span_keys(request.spans, size))
     return request.hashes
 
@@ -139,7 +144,9 @@ def _place(
     tokens = request.tokens
     fresh = request.num_preemptions == 0
     row = s.free_rows.pop()
-    root = blocks.prefix.root(request.salt, request.adapter)
+    if s.slots is not None and request.adapter_key is not None:
+        s.slots.take(request.adapter_key, row)
+    root = blocks.prefix.root(request.salt, request.adapter_key)
     blocks.open(request.id, root, hashes or None, span_keys(request.spans, size), row)
     blocks.join(row, tokens, hit)
     if fresh and blocks.prefix_caching and reads_cache(request):
@@ -165,7 +172,7 @@ def _place(
     contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
     count = planning.chunk_size(s, gap, left, contended)
     blocks.grow(row, start + count, request.id)
-    builder.join(request, row)
+    builder.join(request, row, s.slot_of(row))
     builder.change(row, 0, tables.blocks[:, row, : tables.num_blocks[row]])
     s.scheduled[row] = start
     chunk = Chunk(row, start, count, gap)

@@ -36,7 +36,7 @@ class Foreseen(Protocol):
 class FastForward:
     """Takes the steps of `scheduler` on a simulator, with the same result as `schedule` and `commit`.
 
-    `step` returns None where it cannot: with drafts, shared blocks, sliding windows, offloaded blocks, stop ids, forks,
+    `step` returns None where it cannot: with drafts, shared blocks, sliding windows, offloaded blocks, adapters, stop ids, forks,
     pins, plans in flight, or too few blocks. Then the state is settled, and the caller takes the step as usual.
 
     >>> import labkit as lk
@@ -205,7 +205,7 @@ class FastForward:
         if (
             s.in_flight or s.draining or s.forks or s.forked or s.reset_runner or s.matches.active
             or s.draft is not None or hasattr(blocks.eviction, "expired") or blocks.windows != (None,)
-            or blocks.offload is not None
+            or blocks.offload is not None or s.slots is not None
         ):  # fmt: skip
             return False
         if s.stops and self._stopping(rows):

@@ -37,12 +37,12 @@ class PlanBuilder:
     drafts: list[Tokens] = field(default_factory=list)  # by decode row: guesses of its next tokens; empty: no drafts
     preempted: bool = False
 
-    def join(self, request: Request, row: int) -> None:
-        """Tells the runner that `request` has this row from here on."""
+    def join(self, request: Request, row: int, slot: int | None) -> None:
+        """Tells the runner that `request` has this row from here on, and in which slot its adapter is."""
         self.joins.append(
             Join(
                 row, request.id, request.tokens, request.num_prompt, request.params, request.sample, request.adapter,
-                request.spans,
+                request.spans, slot,
             )
         )  # fmt: skip
 

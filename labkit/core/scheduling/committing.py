@@ -162,8 +162,7 @@ def _fork(s: SchedulerState, forks: list[tuple[int, int, Request]], errors: dict
 
 
 def break_promise(s: SchedulerState, child_row: int, child: Request) -> None:
-    s.free_rows.append(child_row)
-    s.leaves.append(child_row)
+    s.give_up_row(child_row)
     if not child.ended:
         s.detach(child)
 
@@ -174,6 +173,8 @@ def roll_back(s: SchedulerState, plan: Plan, failure: Failure) -> None:
     s.log.add(("Failed", f"{type(failure.error).__name__}: {failure.error}", len(plan.rows)))
     s.void_until = s.step - 1
     s.reset_runner = True
+    if s.slots is not None:
+        s.slots.lost()
     for row in [*s.decoding.tolist(), *s.prefilling]:
         preempt.preempt(s, row, "", how="recompute")
     for row, how in s.draining.items():

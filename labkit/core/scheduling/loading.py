@@ -75,7 +75,7 @@ def hashes_before(s: SchedulerState, request: Request, depth: int) -> bytes:
     if depth:
         assert request.hashes is not None
         return request.hashes[depth - 1]
-    return s.blocks.prefix.root(request.salt, request.adapter)
+    return s.blocks.prefix.root(request.salt, request.adapter_key)
 
 
 def load(s: SchedulerState, builder: PlanBuilder, request: Request, row: int, places: list[int]) -> None:

@@ -252,6 +252,9 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
         out, disk = s.blocks.offload.moves(s.step)
         s.swap_out += out
         plan = plan._replace(disk=disk)
+    if s.slots is not None and s.slots.loads:
+        plan = plan._replace(adapters=tuple(s.slots.loads))
+        s.slots.loads = []
     if s.leaves or s.swap_out or s.reset_runner:
         swap_out = np.array(s.swap_out, np.int64).reshape(-1, 2)
         plan = plan._replace(leaves=tuple(s.leaves), swap_out=swap_out, reset=s.reset_runner)
@@ -291,6 +294,8 @@ def _promise_forks(s: SchedulerState, builder: PlanBuilder, row: int) -> None:
         if s.free_rows and s.num_running + len(builder.forks) + 1 < s.max_num_seqs:
             child_row = s.free_rows.pop()
             builder.forks.append((row, child_row, child))
-            builder.join(child, child_row)
+            if s.slots is not None:
+                s.slots.share(row, child_row)
+            builder.join(child, child_row, s.slot_of(child_row))
         else:
             s.detach(child)

@@ -32,6 +32,7 @@ from labkit.core.scheduling.policy import (
     name_of,
     order_of,
 )
+from labkit.core.scheduling.slots import AdapterSlots
 from labkit.core.scheduling.state import SchedulerState
 from labkit.core.shown import Shown
 
@@ -55,7 +56,9 @@ class Scheduler(SchedulerState, Shown):
     waits if another row is computing its prefix. `max_in_flight` plans may be launched before the first is
     committed. `draft` is a function `f(token_ids) -> draft token ids` for speculative decoding: a step verifies the
     drafts beside the row's own token, with budget and blocks that are left over, and accepts those that equal what
-    would have been drawn. Requests with penalties, masks, logits processors or logprobs are served without drafts.
+    would have been drawn. `max_adapters` is the number of adapters that the runner holds at a time: see `AdapterSlots`;
+    None means that adapters are only names. Requests with penalties, masks, logits processors or logprobs are served
+    without drafts.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -83,6 +86,7 @@ class Scheduler(SchedulerState, Shown):
         prefix_hold: bool = True,
         max_in_flight: int = 0,
         draft: Draft | None = None,
+        max_adapters: int | None = None,
         log: EventLog | None = None,
     ) -> None:
         if not isinstance(blocks, BlockManager):
@@ -115,6 +119,7 @@ class Scheduler(SchedulerState, Shown):
         if draft is not None and self.max_in_flight:
             raise ValueError("a draft continues tokens that are known: it needs max_in_flight=0")
         self.draft = draft
+        self.slots = None if max_adapters is None else AdapterSlots(max_adapters)
         if log is not None and not isinstance(log, EventLog):
             raise ValueError(f"log must be an EventLog, got {log!r}")
         super().__init__(blocks, self.max_num_seqs, order_of(order), log if log is not None else EventLog())
@@ -236,6 +241,8 @@ class Scheduler(SchedulerState, Shown):
             self.queue.remove(request)
         elif request in self.pending:
             self.pending.unpark(request)
+        elif self.slots is not None and request in self.slots:
+            self.slots.unpark(request)
         else:
             self.num_attached -= 1
         request.output = request.output[:keep]
@@ -252,6 +259,9 @@ class Scheduler(SchedulerState, Shown):
         blocks = self.blocks
         blocks.step = self.step
         blocks.tick(now)
+        if self.slots is not None and self.slots.num_waiting:
+            for request in self.slots.ready():
+                self.queue.push(request)
         if self.queue and self.free_rows and blocks.available and self.queue.dynamic:
             self._refresh_order(now)
         elif self.matches.active and not self.queue.dynamic:

@@ -19,6 +19,7 @@ from labkit.core.request import Request, Status
 from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
 from labkit.core.scheduling.policy import Cost, Draft, Order, WaitingQueue, name_of
+from labkit.core.scheduling.slots import AdapterSlots
 
 MOST_REMEMBERED = 4096  # ended requests that can still be found by id
 
@@ -43,6 +44,7 @@ class SchedulerState:
     watermark: float
     prefix_hold: bool
     draft: Draft | None
+    slots: AdapterSlots | None  # None: adapters are only names
     vocab_size: int | None = None  # the runner's; drafts are cut at the first id beyond
 
     def __init__(self, blocks: BlockManager, num_rows: int, order: Order, log: EventLog) -> None:
@@ -109,18 +111,28 @@ class SchedulerState:
     @property
     def num_waiting(self) -> int:
         going_on = sum(how is not None for how in self.draining.values()) if self.draining else 0
-        return len(self.queue) - self.num_swapped + len(self.pending) + self.num_attached + going_on
+        parked = len(self.pending) + (len(self.slots) if self.slots is not None else 0)
+        return len(self.queue) - self.num_swapped + parked + self.num_attached + going_on
 
     @property
     def has_work(self) -> bool:
         return bool(
             self.num_running or self.queue or self.pending or self.in_flight or self.draining or self.num_attached
-        )
+            or self.slots
+        )  # fmt: skip
 
     # -- ending requests, freeing rows -----------------------------------------------------------------------------
 
     def is_attached(self, sample: Request) -> bool:
-        return sample.row is None and sample not in self.queue and sample not in self.pending
+        return sample.row is None and sample not in self.queue and not self.is_parked(sample)
+
+    def is_parked(self, request: Request) -> bool:
+        """Whether it left the queue until a prefix is computed, or its adapter has a slot."""
+        return request in self.pending or (self.slots is not None and request in self.slots)
+
+    def slot_of(self, row: int) -> int | None:
+        """Where the adapter of the row's request is."""
+        return None if self.slots is None else self.slots.of_row.get(row)
 
     def end_unplaced(self, request: Request, status: Status, reason: str) -> None:
         """End a request that holds no row."""
@@ -193,6 +205,11 @@ class SchedulerState:
         self.dropped[row] = False
         self.held.pop(row, None)
         self.chunk_of.pop(row, None)
+        self.give_up_row(row)
+
+    def give_up_row(self, row: int) -> None:
+        if self.slots is not None:
+            self.slots.release(row)
         self.leaves.append(row)
         self.free_rows.append(row)
 
@@ -283,6 +300,8 @@ class SchedulerState:
         self.blocks.check()
         offload = self.blocks.offload
         self.pending.check(() if offload is None else offload.reading)
+        if self.slots is not None:
+            self.slots.check()
         going_on = self.num_running + self.num_waiting + self.num_swapped
         ended = self.num_finished + self.num_aborted + self.num_rejected
         assert self.num_submitted == going_on + ended, f"{self.num_submitted} submitted, {going_on} live, {ended} ended"
@@ -317,6 +336,7 @@ class SchedulerState:
         self.check()
         assert not self.requests and not self.draining and not self.forks, "a request that ended is left"
         assert not self.pending.row_of and not self.held and not self.chunk_of, "state of a request that ended is left"
+        assert self.slots is None or not any(self.slots.users), "an adapter's slot is held by nobody"
         reading = 0 if self.blocks.offload is None else len(self.blocks.offload.reading)
         assert self.blocks.host.available == self.blocks.host.num_blocks - reading, "a host block was not freed"
         if not self.blocks.tables.row_of and not self.blocks.pins:
