@@ -58,8 +58,8 @@ NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
 
 
 class Plan(NamedTuple):
-    """One step. Applied in this order: reset, leaves, load adapters, joins, table changes, drop from and write to disk, swap out,
-    copy, read from disk, swap in, compute.
+    """One step. Applied in this order: reset, leaves, load adapters, joins, table changes, drop from and write to disk,
+    swap out, copy, read from disk, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
     rows, one token each and `drafts[i]` draft tokens after it. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`. For

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any, NamedTuple
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
+from labkit.engine.adapters import checked
 from labkit.runner.base import KV_CACHE_DTYPES
 
 SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
+MAX_ADAPTERS = 8  # on the device at a time, unless the caller says
 CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
 
 
@@ -40,7 +43,10 @@ class Options:
     steps are then not captured. `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in
     8 bits, with a scale for each token and head. `kv_offloading` keeps cached blocks that are evicted in the
     `num_host_blocks` blocks of host memory; `kv_offloading_size` does so in that many GiB. `kv_disk_path` is a folder
-    for those that host memory evicts, of at most `kv_disk_size` GiB, whose prefixes outlive the engine. All other
+    for those that host memory evicts, of at most `kv_disk_size` GiB, whose prefixes outlive the engine. `adapters` are
+    LoRA adapters by name ({"sql": "folder"}), of which `max_adapters` (8) are on the device at a time, with ranks to
+    `max_adapter_rank` (None: 16, or the largest of `adapters`); either option makes room for `engine.adapters.load`.
+    `max_cpu_adapters` limits how many are kept in host memory; others are read again. All other
     options go to `BlockManager` and `Scheduler`.
     """
 
@@ -86,6 +92,10 @@ class Options:
     quantization: str | None = None
     hybrid_kv: bool = False
     kv_cache_dtype: str = "auto"
+    adapters: Any = None
+    max_adapters: int | None = None
+    max_adapter_rank: int | None = None
+    max_cpu_adapters: int | None = None
     log: Any = None
 
     def __post_init__(self) -> None:
@@ -109,6 +119,12 @@ class Options:
             raise ValueError("blocks go to disk through host memory: kv_disk_path needs kv_offloading=True")
         if self.kv_disk_path is not None and not isinstance(self.kv_disk_path, (str, PathLike)):
             raise ValueError(f"kv_disk_path is a folder, got {self.kv_disk_path!r}")
+        checked(self.adapters)
+        for name, most in (("max_adapters", 4096), ("max_adapter_rank", 256), ("max_cpu_adapters", None)):
+            if (given := getattr(self, name)) is not None:
+                whole(name, given, least=1, **({} if most is None else {"most": most}))
+        if not self.has_adapters and (self.max_adapter_rank or self.max_cpu_adapters):
+            raise ValueError("max_adapter_rank and max_cpu_adapters need adapters= or max_adapters=")
         whole("seed", self.seed, least=0)
         whole("block_size", self.block_size, least=1, most=2**20)
         real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
@@ -117,6 +133,10 @@ class Options:
         for name, least in (("num_blocks", 1), ("max_model_len", 2), ("num_threads", 1), ("max_in_flight", 0)):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=least)
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.adapters is not None or self.max_adapters is not None
 
     @property
     def offloads(self) -> bool:
@@ -149,6 +169,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
         quantization=options.quantization,
     )  # fmt: skip
+    if options.has_adapters:
+        _make_room(loaded, options)
     if device.type == "cpu":
         _choose_threads(loaded, options.num_threads)
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
@@ -172,8 +194,25 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     if options.max_in_flight is None:
         scheduling["max_in_flight"] = int(device.type == "cuda" and options.draft is None)
+    scheduling["max_adapters"] = None if loaded.adapters is None else loaded.adapters.num_slots
     scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
     return Parts(scheduler, runner, tokenizer)
+
+
+def _make_room(model: Any, options: Options) -> None:
+    from labkit.loading.peft import read_rank
+    from labkit.models.lora import make_room
+
+    given = checked(options.adapters)
+    rank = options.max_adapter_rank or max([16, *(_of(name, read_rank, path) for name, path in given.items())])
+    make_room(model, options.max_adapters or MAX_ADAPTERS, rank)
+
+
+def _of(name: str, read: Callable[[Any], Any], path: Any) -> Any:
+    try:
+        return read(path)
+    except ValueError as error:
+        raise ValueError(f"adapter {name!r}: {error}") from error
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:

@@ -23,6 +23,8 @@ from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
 from labkit.core.tokens import TokenIds
+from labkit.engine.adapters import Adapters
+from labkit.engine.adapters import checked as checked_adapters
 from labkit.engine.build import Options, build
 from labkit.engine.checks import Taken, check_parts, is_ids, num_disk_blocks_of
 from labkit.engine.closing import LeakReport
@@ -93,18 +95,21 @@ class Engine(Sleeping, Shown):
         self.model_name = str(model) if isinstance(model, (str, PathLike)) else None
         self._num_made = 0
         self.lock = threading.Lock()  # held while ids are assigned
+        self.adapters = Adapters(self, options.get("max_cpu_adapters"))
         self.closed: LeakReport | None = None  # the report of close()
         scheduler.vocab_size = runner.vocab_size
         blocks = scheduler.blocks
         layout = Layout(
             blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
-            num_disk_blocks_of(blocks, runner),
+            num_disk_blocks_of(blocks, runner), 0 if scheduler.slots is None else scheduler.slots.num_slots,
         )  # fmt: skip
         self._call(lambda: runner.open(layout))
         blocks.attach()
         if layout.num_disk_blocks:
             blocks.offload.restore(runner.on_disk())  # type: ignore[union-attr, attr-defined]
         blocks.taken = Taken(weakref.ref(self))
+        for name, path in checked_adapters(options.get("adapters")).items():
+            self.adapters.load(name, path)
 
     def __repr__(self) -> str:
         s = self.scheduler
@@ -130,8 +135,9 @@ class Engine(Sleeping, Shown):
         """Submit a prompt. `arrival` delays it to that time (seconds) on the engine's clock. Errors are raised here and
         change nothing.
 
-        A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. While the engine runs in the
-        background, the request is handled between two steps: if the queue is full by then, its status is `rejected`.
+        A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `adapter` names one of
+        `engine.adapters`. While the engine runs in the background, the request is handled between two steps: if the
+        queue is full by then, its status is `rejected`.
         """
         self._check_open()
         handle = make_handle(
@@ -142,6 +148,8 @@ class Engine(Sleeping, Shown):
             for name in family:
                 if self.is_taken(name):
                     raise ValueError(f"id {name!r} was submitted before, or names a table: use a new id")
+            if adapter is not None and not self.adapters.is_current(adapter, handle.adapter_key or ""):
+                raise ValueError(f"adapter {adapter!r} was unloaded or replaced just now: submit again")
             self.arriving |= family  # type: ignore[arg-type]
         try:
             if handle.arrival > self.clock.now():
@@ -398,10 +406,11 @@ class Engine(Sleeping, Shown):
         other = object.__new__(Engine)
         memo[id(self)] = other
         for name, value in vars(self).items():
-            if name not in ("worker", "listeners", "wakeup", "lock", "_finalizer", "tokenizer"):
+            if name not in ("worker", "listeners", "wakeup", "lock", "_finalizer", "tokenizer", "adapters"):
                 setattr(other, name, copy.deepcopy(value, memo))
         other.worker, other.listeners, other.tokenizer = None, [], self.tokenizer
         other.wakeup, other.lock = Wakeup(), threading.Lock()
+        other.adapters = self.adapters.for_engine(other)
         other.blocks.taken = Taken(weakref.ref(other))
         return other
 

@@ -16,6 +16,7 @@ from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.tokens import as_tokens
+from labkit.engine.adapters import Adapters
 from labkit.engine.handle import Handle, Owner
 from labkit.runner.base import Runner
 
@@ -26,6 +27,9 @@ class Server(Owner, Protocol):
     scheduler: Scheduler
     runner: Runner
     clock: Clock
+
+    @property
+    def adapters(self) -> Adapters: ...
 
     def new_id(self) -> str: ...
 
@@ -64,6 +68,7 @@ def make_handle(
     when = engine.clock.now()
     if arrival is not None:
         when = max(when, round(duration("arrival", arrival) * 1e9))
+    key = None if adapter is None else engine.adapters.key_for(adapter)
     eos = () if params.ignore_eos else engine.runner.eos_token_ids
     stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
     each = replace(params, n=1)
@@ -71,7 +76,8 @@ def make_handle(
     def make(id: str, sample: int, parent: Request | None) -> Handle:
         return Handle(
             id, tokens, each, arrival=when, priority=priority, salt=salt, adapter=adapter,
-            spans=spans, stop_ids=stop_ids, parent=parent, sample=sample, engine=engine, prompt_text=prompt_text,
+            adapter_key=key, spans=spans, stop_ids=stop_ids, parent=parent, sample=sample, engine=engine,
+            prompt_text=prompt_text,
         )  # fmt: skip
 
     first = make(id or engine.new_id(), 0, None)

@@ -34,7 +34,19 @@ class Stateful(Protocol):
 
 E = TypeVar("E", bound=Stateful)
 KEPT = frozenset(
-    {"listeners", "scheduler", "runner", "clock", "tokenizer", "worker", "wakeup", "lock", "closed", "_finalizer"}
+    {
+        "listeners",
+        "scheduler",
+        "runner",
+        "clock",
+        "tokenizer",
+        "worker",
+        "wakeup",
+        "lock",
+        "closed",
+        "_finalizer",
+        "adapters",
+    }
 )  # attributes of the engine itself that a restore keeps
 
 

@@ -176,6 +176,8 @@ class Linear(Shown):
     `multiply` and `tensors`, and overrides the rest where it has something faster."""
 
     name = ""  # of the stored layers that it consists of
+    pieces: Sequence[Piece] = ()  # what this rank read of them
+    adapted = False  # whether adapters change what it gives for the current rows
     bias: Tensor | None = None
 
     @property

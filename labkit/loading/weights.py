@@ -92,7 +92,8 @@ class Weights:
     def linear(self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None) -> Linear:
         """One linear layer of several stored ones: see `LinearSpec`."""
         before = self.num_parameters
-        layer = self.format.linear(self, LinearSpec(outputs, inputs, split), self.shard)
-        layer.name = ", ".join(outputs)
+        spec = LinearSpec(outputs, inputs, split)
+        layer = self.format.linear(self, spec, self.shard)
+        layer.name, layer.pieces = ", ".join(outputs), spec.pieces(self.shard)
         self.num_parameters = before + layer.num_parameters  # not the packed words that it read
         return layer

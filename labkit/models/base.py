@@ -6,9 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from labkit_kernels.lora import Groups
 from torch import Tensor
 
 # Keys and values of a layer: [blocks, key heads, block size, size]. In 8 bits the last is size + 4: scales are in the
@@ -41,6 +42,7 @@ class Batch:
     group_of: tuple[int, ...] = ()  # by layer, where layers keep different blocks; else all are in group 0
     other_groups: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and block table of groups 1, 2, ..
     embeddings: tuple[Tensor, Tensor] | None = None  # (which tokens [n], inputs [n, size] for them)
+    adapters: Groups | None = None  # which tokens go through which adapter; None: none does
 
     def places(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""
@@ -75,6 +77,7 @@ class Model(Protocol):
     device: torch.device
     folder: Path | None  # whose checkpoint it was loaded from
     capturable: bool  # its forward never reads from the device, so it can be captured in a graph
+    adapters: Any  # `labkit.models.lora.Slots`, once `make_room` was called
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""

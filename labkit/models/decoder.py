@@ -8,7 +8,7 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,13 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.format import Linear, Units
+from labkit.loading.format import Linear, LinearSpec, Piece, Shard, Units
 from labkit.loading.formats import format_of
 from labkit.loading.integers import IntegerLinear
 from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.experts import Experts
+from labkit.models.lora import Slots
 from labkit.models.mlp import MLP
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
@@ -32,6 +33,9 @@ FAMILIES = {
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
     "olmo2", "starcoder2", "granite", "smollm3",
 }  # fmt: skip
+
+
+EMBEDDING = "model.embed_tokens"
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,8 @@ def _maybe(norm: Norm | None, x: Tensor) -> Tensor:
 class Decoder:
     """Embeddings, layers, a norm and a head; see `labkit.models.base.Model`."""
 
+    adapters: Slots | None = None
+
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
         deterministic: bool = False, quantization: Any = None,
@@ -232,7 +238,7 @@ class Decoder:
         self.ops = Ops(device, dtype, deterministic)
         weights = Weights(source, dtype, device, format_of(config, deterministic, quantization, source))
         weights.check()
-        embedding = weights.embedding("model.embed_tokens", self.vocab_size, self.hidden_size)
+        embedding = weights.embedding(EMBEDDING, self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
             Layer(weights, f"model.layers.{i}", i, shape, self.tables[shape.layer_types[i]] if rope else None, self.ops)
@@ -269,13 +275,29 @@ class Decoder:
         """Every weight once."""
         if isinstance(self.embedding, Tensor):
             yield self.embedding
-        elif self.embedding is not self.head:
+        elif self.embedding is not getattr(self.head, "base", self.head):
             yield from self.embedding.tensors()
         for part in (*self.layers, self.norm):
             yield from part.tensors()
         for tensor in self.head.tensors():
             if tensor is not self.embedding:
                 yield tensor  # also of a tied head, where its weight is stored in another order
+
+    def linear_places(self) -> Iterator[tuple[Any, str, Sequence[Piece], bool]]:
+        """Where adapters can be: (owner, its attribute, what the layer there was read from, whether it is the head)."""
+        for layer in self.layers:
+            mlps: list[Any] = [(layer.mlp, "up"), (layer.mlp, "down")]
+            if isinstance(layer.mlp, Experts):
+                mlp = layer.mlp
+                mlps = [(mlp, "router"), (mlp, "shared_gate"), (mlp.shared, "up"), (mlp.shared, "down")]
+            for owner, name in ((layer.attention, "qkv"), (layer.attention, "out"), *mlps):
+                if owner is not None and (linear := getattr(owner, name)) is not None:
+                    yield owner, name, linear.pieces, False
+        whole = LinearSpec({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size)).pieces(Shard())
+        yield self, "head", self.head.pieces or whole, True
+
+    def embedding_places(self) -> dict[str, tuple[int, int]]:
+        return {EMBEDDING: (self.vocab_size, self.hidden_size)}
 
     def refresh_ops(self) -> None:
         self.ops.pick()
@@ -292,6 +314,9 @@ class Decoder:
     def inputs(self, batch: Batch) -> Tensor:
         """What goes into the first layer: [tokens, hidden size]."""
         x = self.embed(batch.token_ids)
+        if self.adapters is not None and batch.adapters is not None:
+            self.adapters.use(batch.adapters)
+            x = self.adapters.embeddings[EMBEDDING].add(x, batch.token_ids)
         scale = torch.tensor(self.shape.embed_scale, dtype=self.dtype) if self.shape.embed_scale != 1.0 else None
         if scale is not None and not self.shape.scales_inputs:
             x = x * scale
@@ -303,6 +328,8 @@ class Decoder:
 
     def through(self, x: Tensor, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Through all layers and the last norm."""
+        if self.adapters is not None:
+            self.adapters.use(batch.adapters)
         _keep(capture, -1, x)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)

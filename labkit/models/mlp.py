@@ -54,7 +54,7 @@ class MLP:
         self.whole = gated_mlp(self.up, self.down, self.activation)
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        if self.whole is not None:
+        if self.whole is not None and not (self.up.adapted or self.down.adapted):
             return self.whole(x, norm, residual)
         x = self.up(x, norm)
         if self.gated:

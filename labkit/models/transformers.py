@@ -10,7 +10,7 @@ import copy
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from labkit.loading.checkpoint import Source
 from labkit.loading.dense import Dense, DenseLinear
-from labkit.loading.format import Format, Linear
+from labkit.loading.format import Format, Linear, Piece
 from labkit.loading.formats import declared
 from labkit.loading.online import Online
 from labkit.models import hf
 from labkit.models.adapters import adapt
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
+from labkit.models.lora import Slots
+from labkit.models.modules import ModulePlace, is_linear
 from labkit.models.ops import Ops
-from labkit.models.quantized import empty, load_quantized
+from labkit.models.quantized import OF_EXPERTS, empty, load_quantized
 from labkit.models.rotary import rope_parameters
 
 NAME = "labkit_paged"
@@ -115,6 +117,7 @@ class TransformersModel:
     """See `labkit.models.base.Model`."""
 
     capturable = False  # transformers' own code may not be capturable
+    adapters: Slots | None = None
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
@@ -204,11 +207,25 @@ class TransformersModel:
         yield from (parameter for parameter in self.causal.parameters() if any(parameter.stride()))
         yield from (tensor for swapped in self.linears for tensor in swapped.tensors())
 
+    def linear_places(self) -> Iterator[tuple[Any, str, Sequence[Piece], bool]]:
+        """Where adapters can be: see `Decoder.linear_places`."""
+        head = self.causal.get_output_embeddings()
+        for name, module in self.causal.named_modules():
+            if is_linear(module) and OF_EXPERTS not in f".{name}.":
+                place = ModulePlace(module)
+                inner, out = place.layer.shape
+                yield place, "layer", [Piece(name, (out, inner), slice(0, out), slice(0, inner))], module is head
+
+    def embedding_places(self) -> dict[str, tuple[int, int]]:
+        return {}
+
     def refresh_ops(self) -> None:
         self.ops.pick()
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         step = _step
+        if self.adapters is not None:
+            self.adapters.use(batch.adapters)
         step.batch, step.caches, step.ops, step.capture, step.layer = batch, caches, self.ops, capture, 0
         wants_hidden = capture is not None and bool(capture.hidden_layers)
         try:

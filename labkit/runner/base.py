@@ -25,6 +25,7 @@ class Layout(NamedTuple):
     num_host_blocks: int = 0
     windows: tuple[int | None, ...] = (None,)  # by group of layers: the last tokens they attend to, None: all
     num_disk_blocks: int = 0  # blocks that may be kept on disk
+    num_adapters: int = 0  # that the device holds at a time
 
 
 class Pending(Protocol):

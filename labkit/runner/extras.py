@@ -45,20 +45,23 @@ def extras_of(
         start = int(plan.start[entry])
         prompt = None
         if wants_prompt(plan, entry, join):
-            prompt = prompt_logprobs(model, hidden[begin:end], start, join)
+            prompt = prompt_logprobs(model, hidden[begin:end], begin, start, join)
         captured = _captured(capture, join.params.capture, entry, begin, end, start) if capture else None
         found[join.request] = Extras(None, prompt, captured)
     return found
 
 
-def prompt_logprobs(model: Model, hidden: Tensor, start: int, join: Any) -> dict[int, TokenLogprobs]:
-    """Logprobs of the prompt tokens that follow positions start .. start + len(hidden)."""
+def prompt_logprobs(model: Model, hidden: Tensor, at: int, start: int, join: Any) -> dict[int, TokenLogprobs]:
+    """Logprobs of the prompt tokens that follow positions start .. start + len(hidden), which are the batch's tokens
+    from `at` on."""
     end = min(start + len(hidden), join.num_prompt - 1)
     targets = torch.from_numpy(join.tokens[start + 1 : end + 1].astype(np.int64)).to(model.device)
     wanted, found = join.params.prompt_logprobs, {}
     piece = max(1, MOST_LOGITS // model.vocab_size)
     for first in range(0, end - start, piece):
         of = targets[first : first + piece]
+        if model.adapters is not None:
+            model.adapters.select(torch.arange(at + first, at + first + len(of), device=model.device))
         logits = model.logits(hidden[first : first + len(of)])
         lines = list(range(start + 1 + first, start + 1 + first + len(of)))
         found |= logprobs_of(logits, of, [wanted] * len(of), lines).by_row()

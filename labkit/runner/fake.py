@@ -14,9 +14,10 @@ from labkit.runner.base import Done, Layout
 from labkit.runner.rows import Rows
 
 
-def next_token(seed: int, sample_seed: int, context: np.ndarray, vocab_size: int) -> int:
-    """The fake model: a pure function of its seed, the sample's seed and all previous tokens."""
-    key = f"{seed}:{sample_seed}".encode()
+def next_token(seed: int, sample_seed: int, context: np.ndarray, vocab_size: int, adapter: str | None = None) -> int:
+    """The fake model: a pure function of its seed, the sample's seed, all previous tokens, and what is in the adapter's
+    slot."""
+    key = f"{seed}:{sample_seed}{'' if adapter is None else f':{adapter}'}".encode()
     digest = blake2b(np.ascontiguousarray(context, np.int32).tobytes(), digest_size=8, key=key[:64]).digest()
     return int.from_bytes(digest, "little") % vocab_size
 
@@ -111,7 +112,9 @@ class FakeRunner:
             context = self._context(int(plan.rows[entry]), length)
             join = self.rows.joins[row]
             assert join is not None, f"row {row} samples but never joined"
-            tokens[i] = next_token(self.seed, (join.params.seed or 0) + join.sample, context, self.vocab_size)
+            adapter = None if join.slot is None else self.rows.adapters[join.slot]
+            seed = (join.params.seed or 0) + join.sample
+            tokens[i] = next_token(self.seed, seed, context, self.vocab_size, adapter)
         self.rows.latest[rows] = tokens
         return tokens
 

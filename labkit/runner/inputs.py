@@ -10,6 +10,7 @@ from torch import Tensor
 
 from labkit.core.plan import Plan
 from labkit.models.base import Batch, Model
+from labkit.runner.adapters import groups_of
 from labkit.runner.groups import Groups
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Drawn, Sample, Sampler
@@ -62,6 +63,7 @@ def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: tor
         group_of=groups.group_of if len(tables) > 1 else (),
         other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
         embeddings=_embeddings(plan, rows, query_start, device, dtype),
+        adapters=groups_of(plan, rows, device),
     )
     return Inputs(batch, query_start)
 
@@ -101,7 +103,10 @@ def draw(
     if plan.num_decode < len(plan.rows):  # n samples may share a query
         queries, inverse = np.unique(queries, return_inverse=True)
         again = put(inverse, latest.device) if len(inverse) > len(queries) else None
-    return draw_from(hidden[put(queries, latest.device)], rows, known, model, sampler, latest, sample, again)
+    at = put(queries, latest.device)
+    if model.adapters is not None:
+        model.adapters.select(at)
+    return draw_from(hidden[at], rows, known, model, sampler, latest, sample, again)
 
 
 def draw_from(

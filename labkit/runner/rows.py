@@ -19,11 +19,16 @@ class Rows:
         self.latest = np.zeros(layout.num_rows, np.int32)
         self.asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
         self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
+        self.adapters: list[str | None] = [None] * layout.num_adapters  # by slot
+        self.slot_of = np.full(layout.num_rows, layout.num_adapters)  # by row; the number of slots means no adapter
+        self.num_adapted = 0  # rows with an adapter
 
     def apply(self, plan: Plan) -> None:
         """Leaves, joins and table changes, in the plan's order."""
         if plan.reset:
             self.joins = [None] * self.layout.num_rows
+        for slot, key in plan.adapters:
+            self.adapters[slot] = key
         for row in plan.leaves:
             self.joins[row] = None
         for join in plan.joins:
@@ -32,10 +37,22 @@ class Rows:
             self.asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
             ends = (span.end for span in join.spans if span.embeddings is not None)
             self.embedded[join.row] = max(ends, default=0)
+        if self.adapters:
+            self._place_adapters(plan)
         changes = plan.table_changes
         if len(changes.row):
             self._make_width(int(changes.index.max()) + 1)
             self.tables[changes.group, changes.row, changes.index] = changes.block
+
+    def _place_adapters(self, plan: Plan) -> None:
+        none = len(self.adapters)
+        if plan.reset:
+            self.slot_of[:] = none
+        self.slot_of[list(plan.leaves)] = none
+        for join in plan.joins:
+            self.slot_of[join.row] = none if join.slot is None else join.slot
+        if plan.joins or plan.leaves or plan.reset:
+            self.num_adapted = int((self.slot_of < none).sum())
 
     def _make_width(self, num_blocks: int) -> None:
         width = self.tables.shape[2]

@@ -93,6 +93,7 @@ class TorchRunner:
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
         self._generation = -1
+        self._version = 0  # of the model's adapters
 
     def __repr__(self) -> str:
         if "model" not in vars(self):
@@ -139,6 +140,11 @@ class TorchRunner:
             raise ValueError(
                 f"the BlockManager was made for windows {layout.windows}, the layers of this runner have "
                 f"{self.windows}: make it with windows=runner.windows"
+            )
+        if layout.num_adapters != (room := 0 if self.model.adapters is None else self.model.adapters.num_slots):
+            raise ValueError(
+                f"the scheduler counts {layout.num_adapters} adapters, the model has room for {room}: call "
+                f"make_room(model, {layout.num_adapters}) of labkit.models.lora before the TorchRunner is made"
             )
         self.layout = layout
         self.rows = Rows(layout)
@@ -299,6 +305,7 @@ class TorchRunner:
             and (plan.sample_row == rows).all()
             and self.sampler.plain[rows].all()
             and not self.rows.asking[rows].any()
+            and not (self.rows.num_adapted and (self.rows.slot_of[rows] < self.rows.layout.num_adapters).any())
             and not (plan.start < self.rows.embedded[rows]).any()
         )
 
@@ -326,6 +333,8 @@ class TorchRunner:
         if isinstance(self.graphs, Steps):
             self.graphs.note(plan)
         self.sampler.join(plan.joins)
+        if self.rows.adapters:
+            self._load_adapters()
         if self.disk is not None:
             self.disk.write_all(plan, self.device)
         if len(plan.swap_out):
@@ -340,6 +349,14 @@ class TorchRunner:
                 self.disk.read(digest, host_block)
         if len(plan.swap_in):
             self._swap(self.host, self.store, plan.swap_in)
+
+    def _load_adapters(self) -> None:
+        """What is in the model's slots may be of another engine, which shares the model."""
+        slots = self.model.adapters
+        slots.load(self.rows.adapters)
+        if slots.version != self._version:  # layers matter that captured steps lack
+            self._version, self._generation = slots.version, -1
+            self._pick()
 
     @staticmethod
     def _swap(source: BlockStore, target: BlockStore, pairs: np.ndarray) -> None:

@@ -87,7 +87,9 @@ def _expand_case(name: str, timed: bool = False) -> Case:
 def _used(groups: Groups, ranks: Tensor) -> tuple[int, int]:
     """Summed over tokens, and over adapters that any token uses: their ranks."""
     tiles, rank = groups.tiles.tolist(), ranks.tolist()
-    return sum(rank[s] * (end - first) for s, first, end in tiles), sum(rank[s] for s in {s for s, f, e in tiles if e > f})
+    return sum(rank[s] * (end - first) for s, first, end in tiles), sum(
+        rank[s] for s in {s for s, f, e in tiles if e > f}
+    )
 
 
 def _shrink_traffic(x: Tensor, a: Tensor, ranks: Tensor, parts: int, groups: Groups, splits: int = 1) -> int:

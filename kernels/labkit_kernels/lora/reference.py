@@ -11,10 +11,10 @@ from labkit_kernels.lora.groups import Groups
 
 
 def lora_shrink(x: Tensor, a: Tensor, ranks: Tensor, parts: int, groups: Groups, splits: int = 1) -> Tensor:
-    """x [tokens, inputs], a [slots, parts * rank, inputs] -> summands [splits, grouped tokens, parts * rank] in float32.
+    """x [tokens, inputs], a [slots, parts * rank, inputs] -> float32 summands [splits, grouped tokens, parts * rank].
 
-    `ranks` [slots] int32 are the ranks in use, of every part; beyond them `a` is zero. A variant may cut the inputs into
-    `splits` ranges, whose sums the expansion adds: a step of few tokens then keeps more of a device busy.
+    `ranks` [slots] int32 are the ranks in use, of every part; beyond them `a` is zero. A variant may cut the inputs
+    into `splits` ranges, whose sums the expansion adds: a step of few tokens then keeps more of a device busy.
     """
     out = torch.zeros(splits, len(groups.tokens), a.shape[1], device=x.device)
     for slot, first, end in groups.tiles.tolist():

@@ -58,7 +58,9 @@ def _shrink(
             for k in range(begin, min(begin + share, inputs), DEPTH):
                 depth = k + tl.arange(0, DEPTH)
                 real = depth < inputs
-                left = tl.load(x + row[:, None] * x_row + depth[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+                left = tl.load(
+                    x + row[:, None] * x_row + depth[None, :], mask=inside[:, None] & real[None, :], other=0.0
+                )
                 right = tl.load(weights + depth[:, None], mask=real[:, None], other=0.0)
                 total = tl.dot(left, right, total, input_precision="ieee" if EXACT else "tf32")
         line = split.to(tl.int64) * num_tokens + at
@@ -175,8 +177,8 @@ AOT = {
     "lora_shrink": [
         _configs(
             _shrink, {"x": f"*{kind}", "a": f"*{kind}", **_INDEX, "out": "*fp32"},
-            ("num_tokens", "x_row", "inputs", "share"), RANK=rank, WIDTH=3 * rank, TILE=TILE, BLOCK=block_of(rank, kind == "fp32"),
-            DEPTH=DEPTH, EXACT=kind == "fp32", num_warps=4, num_stages=3,
+            ("num_tokens", "x_row", "inputs", "share"), RANK=rank, WIDTH=3 * rank, TILE=TILE,
+            BLOCK=block_of(rank, kind == "fp32"), DEPTH=DEPTH, EXACT=kind == "fp32", num_warps=4, num_stages=3,
         )
         for kind, rank in KINDS
     ],

@@ -36,8 +36,9 @@ class Foreseen(Protocol):
 class FastForward:
     """Takes the steps of `scheduler` on a simulator, with the same result as `schedule` and `commit`.
 
-    `step` returns None where it cannot: with drafts, shared blocks, sliding windows, offloaded blocks, adapters, stop ids, forks,
-    pins, plans in flight, or too few blocks. Then the state is settled, and the caller takes the step as usual.
+    `step` returns None where it cannot: with drafts, shared blocks, sliding windows, offloaded blocks, adapters, stop
+    ids, forks, pins, plans in flight, or too few blocks. Then the state is settled, and the caller takes the step as
+    usual.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=64), log=lk.EventLog())
