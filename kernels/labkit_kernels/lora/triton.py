@@ -172,7 +172,7 @@ def _configs(kernel: object, pointers: dict[str, str], integers: Sequence[str], 
 
 
 _INDEX = {"ranks": "*i32", "tokens": "*i32", "tiles": "*i32"}
-KINDS = (("bf16", 16), ("bf16", 64), ("fp16", 16), ("fp32", 64))
+KINDS = (("bf16", 16), ("bf16", 64), ("fp32", 64))
 AOT = {
     "lora_shrink": [
         _configs(
