@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,21 +197,3 @@ def _delta(folder: Path, config: dict[str, Any], name: str, part: dict[str, Tens
         a.to(dtype).contiguous(), (b.float() * scale).to(dtype).contiguous(), of("magnitude"), of("bias"),
         of("added_bias", scale), embedding,
     )  # fmt: skip
-
-
-def write_adapter(folder: str | Path, tensors: dict[str, Tensor], *, r: int, alpha: float, **config: Any) -> Path:
-    """Write matrices as PEFT would: `tensors` are named "model.layers.0.self_attn.q_proj.lora_A.weight" and so on. For
-    adapters that were trained or made without PEFT."""
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": _modules(tensors), "bias": "none"}
-    (folder / CONFIG).write_text(json.dumps(fields | config, indent=2), encoding="utf-8")
-    named = {f"{PREFIX}{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / WEIGHTS)
-    return folder
-
-
-def _modules(names: Iterable[str]) -> list[str]:
-    return sorted({_split(f"{PREFIX}{name}")[0].rpartition(".")[2] for name in names})

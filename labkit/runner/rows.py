@@ -54,6 +54,10 @@ class Rows:
         if plan.joins or plan.leaves or plan.reset:
             self.num_adapted = int((self.slot_of < none).sum())
 
+    def is_adapted(self, rows: np.ndarray) -> bool:
+        """Whether any of these rows has an adapter."""
+        return bool(self.num_adapted) and bool((self.slot_of[rows] < len(self.adapters)).any())
+
     def _make_width(self, num_blocks: int) -> None:
         width = self.tables.shape[2]
         if num_blocks > width:

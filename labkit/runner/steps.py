@@ -179,6 +179,7 @@ class Steps:
             len(plan.rows)
             and plan.num_tokens <= MOST_TOKENS
             and not rows.asking[plan.rows].any()
+            and not rows.is_adapted(plan.rows)
             and not (plan.start < rows.embedded[plan.rows]).any()
         )
 

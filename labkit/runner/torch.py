@@ -305,7 +305,7 @@ class TorchRunner:
             and (plan.sample_row == rows).all()
             and self.sampler.plain[rows].all()
             and not self.rows.asking[rows].any()
-            and not (self.rows.num_adapted and (self.rows.slot_of[rows] < self.rows.layout.num_adapters).any())
+            and not self.rows.is_adapted(rows)
             and not (plan.start < self.rows.embedded[rows]).any()
         )
 

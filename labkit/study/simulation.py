@@ -111,7 +111,7 @@ class Simulator:
         runner.open(
             Layout(
                 blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
-                num_disk_blocks_of(blocks, runner),
+                num_disk_blocks_of(blocks, runner), 0 if scheduler.slots is None else scheduler.slots.num_slots,
             )
         )  # fmt: skip
         blocks.attach()

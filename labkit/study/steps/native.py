@@ -105,6 +105,8 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "swapping"
     if s.draft is not None:
         return "drafts"
+    if s.slots is not None:
+        return "adapters"
     if s.max_num_seqs > s.max_num_batched_tokens:
         return "rows that take turns"
     used = s.num_submitted or s.step or blocks.num_used or len(blocks.prefix) or blocks.pins or s.in_flight
