@@ -22,6 +22,10 @@ _HOME = {
     "CostAware": "core.blocks.eviction",
     "Scheduler": "core.scheduling.scheduler",
     "RejectedError": "core.scheduling.scheduler",
+    "FunctionDraft": "sampling.drafts",
+    "NGramDraft": "sampling.drafts",
+    "SuffixDraft": "sampling.drafts",
+    "ModelDraft": "sampling.drafts",
     "SamplingParams": "core.params",
     "Request": "core.request",
     "Plan": "core.plan",
@@ -119,6 +123,7 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
+    from .sampling.drafts import FunctionDraft, ModelDraft, NGramDraft, SuffixDraft
     from .server import serve
     from .server.manager import ModelManager
     from .study import workloads

@@ -90,6 +90,7 @@ class Plan(NamedTuple):
     drafts: Ints = NO_INTS  # by decode row: how many draft tokens follow its own; empty: none (always so with `feed`)
     disk: DiskMoves = NO_MOVES
     adapters: tuple[tuple[int, str], ...] = ()  # (slot, adapter): load it, in place of the one that is there
+    fill_drafts: bool = False  # the runner makes the drafts: their ids in `tokens` only keep the place
 
     @property
     def num_tokens(self) -> int:
@@ -113,6 +114,18 @@ class Plan(NamedTuple):
         sample = np.repeat(samples, counts)
         nth = np.arange(len(sample)) - (np.cumsum(counts) - counts)[sample]
         return sample, self.sample_query[sample] + nth
+
+    def filled(self, guesses: Tokens) -> Plan:
+        """This plan with the drafts that the runner made, in the order of their places."""
+        tokens = self.tokens.copy()
+        tokens[self.draft_places()] = guesses
+        return self._replace(tokens=tokens, fill_drafts=False)
+
+    def draft_places(self) -> Ints:
+        """Where in `tokens` the drafts are."""
+        row = np.repeat(np.arange(self.num_decode), self.drafts)
+        nth = np.arange(len(row)) - (np.cumsum(self.drafts) - self.drafts)[row]
+        return self.indptr[:-1][row] + 1 + nth
 
     def verify(self, drawn: Tokens) -> tuple[NDArray[np.bool_], Ints | None]:
         """Which of the drawn tokens stand, one for each of `draws`: those before which every guess was right. And where
@@ -159,7 +172,7 @@ class TokenLogprobs(NamedTuple):
 class Extras(NamedTuple):
     """What a request asked for besides tokens."""
 
-    logprobs: TokenLogprobs | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of the step's tokens, in order
     prompt_logprobs: dict[int, TokenLogprobs] | None = None  # by position in the prompt
     captured: dict[tuple[str, int], tuple[int, Any]] | None = None  # (what, layer) -> first position, array
 

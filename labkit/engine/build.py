@@ -12,6 +12,7 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
+from labkit.engine.speculation import load_draft, speculation
 from labkit.runner.base import KV_CACHE_DTYPES
 
 SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
@@ -46,8 +47,9 @@ class Options:
     for those that host memory evicts, of at most `kv_disk_size` GiB, whose prefixes outlive the engine. `adapters` are
     LoRA adapters by name ({"sql": "folder"}), of which `max_adapters` (8) are on the device at a time, with ranks to
     `max_adapter_rank` (None: 16, or the largest of `adapters`); either option makes room for `engine.adapters.load`.
-    `max_cpu_adapters` limits how many are kept in host memory; others are read again. All other
-    options go to `BlockManager` and `Scheduler`.
+    `max_cpu_adapters` limits how many are kept in host memory; others are read again. `draft` or
+    `speculative_config` ({"method": "ngram", "suffix" or "draft_model", "num_speculative_tokens": 4, ...}) decodes
+    speculatively. All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -86,6 +88,7 @@ class Options:
     prefix_hold: bool = True
     max_in_flight: int | None = None
     draft: Any = None
+    speculative_config: Any = None
     graphs: bool | str | None = None
     capture_at_start: bool = False
     deterministic: bool = False
@@ -110,6 +113,7 @@ class Options:
             flag(name, getattr(self, name))
         choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         flag("kv_offloading", self.kv_offloading)
+        speculation(self.speculative_config, self.draft)
         real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
         if self.kv_offloading_size is not None:
             real("kv_offloading_size", self.kv_offloading_size, least=0.0)
@@ -146,7 +150,7 @@ class Options:
 SCHEDULING = (
     "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
     "order", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
-    "prefix_hold", "max_in_flight", "draft", "log",
+    "prefix_hold", "max_in_flight", "log",
 )  # fmt: skip
 
 
@@ -175,10 +179,16 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         _choose_threads(loaded, options.num_threads)
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
         tokenizer = _load_tokenizer(folder, options.trust_remote_code)
+    draft = speculation(options.speculative_config, options.draft)
+    draft_model = load_draft(
+        draft, loaded, folder, tokenizer, dtype=options.dtype, load_format=options.load_format, seed=options.seed,
+        trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
+    )  # fmt: skip
     runner = TorchRunner(
         loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
         hybrid_kv=options.hybrid_kv, kv_cache_dtype=options.kv_cache_dtype, kv_disk_path=options.kv_disk_path,
         capture=(loaded.max_model_len, options.max_num_batched_tokens) if options.capture_at_start else None,
+        draft_model=draft_model,
     )  # fmt: skip
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
@@ -193,9 +203,9 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     if options.max_in_flight is None:
-        scheduling["max_in_flight"] = int(device.type == "cuda" and options.draft is None)
+        scheduling["max_in_flight"] = int(device.type == "cuda" and draft is None)
     scheduling["max_adapters"] = None if loaded.adapters is None else loaded.adapters.num_slots
-    scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, **scheduling)
+    scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, draft=draft, **scheduling)
     return Parts(scheduler, runner, tokenizer)
 
 

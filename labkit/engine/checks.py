@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from labkit.clock import ProcessClock, WallClock
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.handle import Handle
@@ -63,3 +65,16 @@ class Taken:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Taken:
         return self
+
+
+def connect_draft(scheduler: Scheduler, runner: Any, clock: Any) -> None:
+    """A draft that the runner makes needs its model there; the lengths of drafts go by the clock's own seconds."""
+    drafting = scheduler.drafting
+    if drafting is None:
+        return
+    if drafting.draft.by_runner and getattr(runner, "draft_model", runner) is None:
+        raise ValueError(f"{drafting.draft!r} is made by the runner: TorchRunner(model, draft_model=...)")
+    if isinstance(clock, WallClock):
+        drafting.lengths.timer = time.perf_counter
+    elif isinstance(clock, ProcessClock):
+        drafting.lengths.timer = time.process_time

@@ -26,7 +26,7 @@ from labkit.core.tokens import TokenIds
 from labkit.engine.adapters import Adapters
 from labkit.engine.adapters import checked as checked_adapters
 from labkit.engine.build import Options, build
-from labkit.engine.checks import Taken, check_parts, is_ids, num_disk_blocks_of
+from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, num_disk_blocks_of
 from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
 from labkit.engine.intake import make_handle
@@ -98,6 +98,7 @@ class Engine(Sleeping, Shown):
         self.adapters = Adapters(self, options.get("max_cpu_adapters"))
         self.closed: LeakReport | None = None  # the report of close()
         scheduler.vocab_size = runner.vocab_size
+        connect_draft(scheduler, runner, self.clock)
         blocks = scheduler.blocks
         layout = Layout(
             blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,

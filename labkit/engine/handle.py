@@ -128,8 +128,7 @@ class Handle(Request):
 
     def take(self, extras: Extras) -> None:
         """Store what the runner returned besides a token."""
-        if extras.logprobs is not None and len(self.logprobs) < self.num_output:
-            self.logprobs.append(extras.logprobs)
+        self.logprobs += extras.logprobs[: max(0, self.num_output - len(self.logprobs))]
         if extras.prompt_logprobs:
             self.prompt_logprobs |= extras.prompt_logprobs
         for key, (start, array) in (extras.captured or {}).items():

@@ -55,7 +55,7 @@ _ONE = Fits((None, 1), "serves on one device and in one process here")
 _NO = Fits((None, False, 0, "", (), [], {}), "is not served by labkit")
 _LORA = Fits((None, False), "needs adapters, which labkit does not load")
 _LORA_SIZE = Fits((None, *range(1, 513)), "sets a bound of adapters, which labkit does not load")
-_DRAFT = Fits((None,), "is not an option here; draft=function decodes speculatively (see lk.Engine)")
+_DRAFT = Fits((None,), "is not an option here; speculative_config={'method': ..., ...} holds it (see lk.Engine)")
 _FILES = Fits((None,), "is not read; give a local folder with the files that you want")
 
 
@@ -84,7 +84,7 @@ FIXED: dict[str, Fits] = {
     **_all("enable_lora enable_lora_bias lora_modules fully_sharded_loras default_mm_loras lora_target_modules", _LORA),
     **_all("max_loras max_lora_rank max_cpu_loras", _LORA_SIZE),
     "lora_dtype": Fits((None, "auto"), _LORA_SIZE.why),
-    **_all("speculative_config speculative_model num_speculative_tokens spec_method spec_model spec_tokens", _DRAFT),
+    **_all("speculative_model num_speculative_tokens spec_method spec_model spec_tokens", _DRAFT),
     **_all("revision code_revision tokenizer_revision hf_config_path", _FILES),
     "download_dir": Fits((None,), "is not read; HF_HOME says where models are kept"),
     "hf_token": Fits((None, True), "is not read; HF_TOKEN holds the token"),

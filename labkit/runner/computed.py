@@ -39,11 +39,20 @@ class Computed:
         if self.host is None:
             seconds = time.perf_counter() - self.begin
             return Result(np.zeros(0, np.int32), seconds, None, self.extras or None, read=self.read or None)
-        (tokens, chosen), rows, indptr = self.host.numpy(), self.plan.sample_row, None
-        if len(self.plan.drafts):
-            stands, indptr = self.plan.verify(tokens)
-            tokens, chosen, rows = tokens[stands], chosen[stands], rows[self.plan.draws()[0][stands]]
-        errors = dict(self.drawn.errors) if self.drawn is not None else {}
+        plan = self.plan
+        tokens, chosen = self.host.numpy()
+        draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
+        if len(plan.drafts):
+            stands, indptr = plan.verify(tokens)
+            draws, tokens, chosen = stands.nonzero()[0], tokens[stands], chosen[stands]
+            rows = rows[plan.draws()[0][stands]]
+        row_of: dict[int, int] = {}
+        if self.drawn is not None and (self.drawn.errors or self.drawn.logprobs):
+            row_of = dict(zip(draws.tolist(), rows.tolist(), strict=True))
+        errors: dict[int, str] = {}
+        for draw, text in self.drawn.errors.items() if self.drawn is not None else ():
+            if draw in row_of:
+                errors.setdefault(row_of[draw], text)
         for row, value in zip(rows.tolist(), chosen.tolist(), strict=True) if not np.isfinite(chosen).all() else ():
             if value == float("-inf"):
                 errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
@@ -51,9 +60,11 @@ class Computed:
                 errors.setdefault(row, "the model gave nan for its next token")
         extras = dict(self.extras)
         if self.drawn is not None and self.drawn.logprobs is not None:
-            for row, logprobs in self.drawn.logprobs.by_row().items():
-                name = self.names[row]
-                assert name is not None
-                extras[name] = extras.get(name, Extras())._replace(logprobs=logprobs)
+            for draw, logprobs in sorted(self.drawn.logprobs.by_row().items()):
+                if draw in row_of:
+                    name = self.names[row_of[draw]]
+                    assert name is not None
+                    own = extras.get(name, Extras())
+                    extras[name] = own._replace(logprobs=(*own.logprobs, logprobs))
         seconds = time.perf_counter() - self.begin
         return Result(tokens.astype(np.int32), seconds, errors or None, extras or None, indptr, self.read or None)

@@ -47,7 +47,7 @@ def extras_of(
         if wants_prompt(plan, entry, join):
             prompt = prompt_logprobs(model, hidden[begin:end], begin, start, join)
         captured = _captured(capture, join.params.capture, entry, begin, end, start) if capture else None
-        found[join.request] = Extras(None, prompt, captured)
+        found[join.request] = Extras((), prompt, captured)
     return found
 
 

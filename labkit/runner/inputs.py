@@ -106,11 +106,11 @@ def draw(
     at = put(queries, latest.device)
     if model.adapters is not None:
         model.adapters.select(at)
-    return draw_from(hidden[at], rows, known, model, sampler, latest, sample, again)
+    return draw_from(plan, hidden[at], rows, known, model, sampler, latest, sample, again)
 
 
 def draw_from(
-    hidden: Tensor, rows: np.ndarray, known: np.ndarray, model: Model, sampler: Sampler, latest: Tensor,
+    plan: Plan, hidden: Tensor, rows: np.ndarray, known: np.ndarray, model: Model, sampler: Sampler, latest: Tensor,
     sample: Sample, again: Tensor | None = None,
 ) -> Drawn:  # fmt: skip
     """Draw one token for each of `rows`, which have `known` tokens, from its line of `hidden`; or from the line that
@@ -121,6 +121,7 @@ def draw_from(
         drawn = Drawn(tokens, chosen, {})
     else:
         logits = model.logits(hidden)
-        drawn = sampler.draw(logits if again is None else logits[again], rows, known, sample)
+        drafted = plan if len(plan.drafts) else None
+        drawn = sampler.draw(logits if again is None else logits[again], rows, known, sample, drafted)
     latest[put(rows, latest.device)] = drawn.tokens
     return drawn

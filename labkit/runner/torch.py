@@ -24,6 +24,7 @@ from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
+from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.extras import capture_of, extras_of, wanted_of
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
@@ -57,6 +58,7 @@ class TorchRunner:
         kv_cache_dtype: str = "auto",
         kv_disk_path: str | os.PathLike[str] | None = None,
         capture: tuple[int, int] | None = None,
+        draft_model: Model | None = None,
     ) -> None:
         """`graphs`: replay captured decode steps. None means yes on a GPU, for models that can be captured; on a CPU it
         means that the layers' C++ calls are recorded and repeated. False means neither. "all" captures every step, also
@@ -66,8 +68,11 @@ class TorchRunner:
         `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
         captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
         scale for each token and head. `kv_disk_path` is the folder of blocks that a `BlockManager` with
-        `num_disk_blocks` offloads; files in it are found again by later engines of the same model."""
+        `num_disk_blocks` offloads; files in it are found again by later engines of the same model. `draft_model`
+        guesses tokens for a scheduler with `draft=lk.ModelDraft(...)`."""
         self.model, self.device = model, model.device
+        self.draft_model = check_draft(draft_model, model, hybrid_kv, kv_disk_path)
+        self.drafter: Drafter | None = None
         self.kv_dtype = kv_dtype(model, kv_cache_dtype)
         if graphs is not None and graphs != "all":
             if isinstance(graphs, str):
@@ -110,7 +115,9 @@ class TorchRunner:
 
     def bytes_per_block(self, block_size: int) -> int:
         """Bytes per block: keys and values of all layers in a group, with their scales."""
-        return bytes_per_block(self.model, self.groups, self.kv_dtype, block_size)
+        return bytes_per_block(self.model, self.groups, self.kv_dtype, block_size) + draft_bytes(
+            self.draft_model, block_size
+        )
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -157,8 +164,14 @@ class TorchRunner:
             name = fingerprint(self.model, self.kv_dtype, layout.block_size)
             self.disk = DiskStore(self.kv_disk_path, name, self.host.flat)
         self._make_repeated()
+        self._make_drafter()
         if self.capture is not None:
             self.capture_all(*self.capture)
+
+    def _make_drafter(self) -> None:
+        if self.draft_model is not None and self.layout is not None:
+            caches = self.store.caches[self.groups.size :]
+            self.drafter = Drafter(self.draft_model, caches, self.layout, self.sampler, self._wants_repeats)
 
     def on_disk(self) -> list[Stub]:
         """The blocks of this model in `kv_disk_path`, the longest unused first."""
@@ -169,8 +182,7 @@ class TorchRunner:
         if self.layout is None:
             return
         if self._wants_graphs:
-            parts = self.model, self.store.caches, self.sampler, self.latest
-            self.graphs = self._kind(*parts, self.rows)
+            self.graphs = self._kind(self.model, self.caches, self.sampler, self.latest, self.rows)
         if self._wants_repeats:
             self.repeats = Repeats(self.model, self.caches)  # type: ignore[arg-type]
 
@@ -184,11 +196,15 @@ class TorchRunner:
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
-        kind, size = (self.model, self.groups, self.kv_dtype), layout.block_size
-        here = make_caches(*kind, layout.num_blocks + 1, size, self.device)
-        if not layout.num_host_blocks:
-            return BlockStore(here), BlockStore([])
-        return BlockStore(here), BlockStore(make_caches(*kind, layout.num_host_blocks + 1, size, cpu, pinned))
+        kinds, size = [(self.model, self.groups, self.kv_dtype)], layout.block_size
+        if self.draft_model is not None:
+            kinds.append((self.draft_model, one_group(self.draft_model.kv), self.draft_model.dtype))
+
+        def stored(num: int, *where: Any) -> BlockStore:
+            return BlockStore([cache for kind in kinds for cache in make_caches(*kind, num + 1, size, *where)])
+
+        host = stored(layout.num_host_blocks, cpu, pinned) if layout.num_host_blocks else BlockStore([])
+        return stored(layout.num_blocks, self.device), host
 
     @property
     def caches(self) -> list[KVCache]:
@@ -202,7 +218,8 @@ class TorchRunner:
     def memory_parts(self) -> list[tuple[str, Tensor]]:
         """Every tensor that must be freed by closing."""
         kv = [("kv", tensor) for tensor in (*self.store.flat, *self.host.flat)]
-        return [*kv, *(("weights", tensor) for tensor in self.model.tensors())]
+        draft = () if self.draft_model is None else self.draft_model.tensors()
+        return [*kv, *(("weights", tensor) for tensor in (*self.model.tensors(), *draft))]
 
     def close(self) -> None:
         """Release the cache and the model; the runner cannot be used afterwards."""
@@ -210,7 +227,7 @@ class TorchRunner:
             self.disk.close()
             self.disk = None
         self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
-        self.graphs = self.repeats = None
+        self.graphs = self.repeats = self.drafter = self.draft_model = None
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
@@ -219,21 +236,22 @@ class TorchRunner:
     def __getstate__(self) -> dict[str, Any]:
         if self.layout is not None:
             self.sampler.settle()  # an event cannot be copied
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name not in ("model", "_sample", "graphs", "repeats", "disk")
-        }
+        left_out = ("model", "draft_model", "_sample", "graphs", "repeats", "disk", "drafter")
+        state = {name: value for name, value in vars(self).items() if name not in left_out}
+        return state | {"_drafted": None if self.drafter is None else self.drafter.state()}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TorchRunner:
         other = object.__new__(TorchRunner)
         memo[id(self)] = other
         state = copy.deepcopy(self.__getstate__(), memo)
-        other.model = self.model
+        other.model, other.draft_model = self.model, self.draft_model
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
         other.graphs = other.repeats = other.disk = None
         other._make_repeated()
+        other._make_drafter()
+        if other.drafter is not None:
+            other.drafter.load(state["_drafted"])
         return other
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -242,6 +260,9 @@ class TorchRunner:
         vars(self).update({name: value for name, value in state.items() if name not in ("store", "host")})
         if "graphs" in vars(self):  # what there was reads the tensors that were replaced
             self._make_repeated()
+            self._make_drafter()
+            if self.drafter is not None:
+                self.drafter.load(state["_drafted"])
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -250,6 +271,10 @@ class TorchRunner:
         begin = time.perf_counter()
         self._pick()
         self._apply(plan)
+        if self.drafter is not None:
+            self.drafter.follow(plan, self.rows.tables[0])
+            if plan.fill_drafts:
+                plan = self.drafter.fill(plan, self.rows.tables[0], self._sample)
         if isinstance(self.graphs, Steps) and self.graphs.can_run(plan):
             return self._run_captured(self.graphs, plan, begin)
         if isinstance(self.graphs, Graphs) and self._can_replay(plan):
@@ -272,7 +297,7 @@ class TorchRunner:
             out = tokens if len(plan.sample_row) else None
             return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
         rows, _, known = draws_of(plan, np.concatenate(([0], np.cumsum(plan.count))))
-        drawn = draw_from(hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
+        drawn = draw_from(plan, hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
         return self._drawn(plan, drawn, {}, begin)
 
     def _pending(self, computed: Computed) -> Pending:
@@ -291,7 +316,9 @@ class TorchRunner:
             self._generation = generation()
             self._sample = sample_op.pick(self.device, torch.float32, vocab=self.vocab_size)
             self.model.refresh_ops()
-            for repeated in (self.graphs, self.repeats):
+            if self.draft_model is not None:
+                self.draft_model.refresh_ops()
+            for repeated in (self.graphs, self.repeats, self.drafter and self.drafter.repeats):
                 if repeated is not None:
                     repeated.forget()
 

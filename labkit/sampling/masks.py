@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Mask(Protocol):
 
     `fill` is given the output so far and clears the bits of tokens that may not come next; all are set before. It may
     raise, which ends the request. It runs beside other rows' masks, in any thread, and should release the interpreter.
+    The processor of a mask that can also go back says so with `can_rewind = True`. Then its requests may have drafts:
+    `fill` is called for outputs that end in drafts, and `rewind` with the length of the output that is certain.
     """
 
     def fill(self, output: list[int], bits: Bits) -> None: ...
@@ -75,21 +77,64 @@ def _fill(
     return errors
 
 
+class RowMasks(NamedTuple):
+    """One draw's masks, its row's output, and the drafts that it assumes after that."""
+
+    masks: Sequence[Any]
+    output: list[int]
+    before: list[int]
+    stops: frozenset[int]  # a draft that ends the request
+
+
+def fill_ahead(rows: Sequence[RowMasks], bits: NDArray[np.int32]) -> dict[int, Exception]:
+    """Masks of a step with drafts, into the lines of `bits`. Draws of a row follow one another, the one without drafts
+    first. After a draft that its mask forbids, or that ends the request, nothing is masked: no such draw will stand."""
+    errors: dict[int, Exception] = {}
+    given = False  # whether the draw before was masked
+    for line, row in enumerate(rows):
+        if row.before:
+            last = row.before[-1]
+            if not given or last in row.stops or not bits[line - 1, last // 32] >> last % 32 & 1:
+                given = False
+                continue
+        one = _fill([(row.masks, row.output + row.before)], bits[line : line + 1], range(1))
+        given = not one
+        if one:
+            errors[line] = one[0]
+    for row in rows:
+        if row.before:
+            for mask in row.masks:
+                mask.rewind(len(row.output))
+    return errors
+
+
+def apply_ahead(logits: Tensor, lines: list[int], rows: Sequence[RowMasks]) -> dict[int, Exception]:
+    """`apply_masks` of a step with drafts."""
+    bits = np.full((len(lines), -(-logits.shape[1] // 32)), -1, np.int32)
+    errors = fill_ahead(rows, bits)
+    _forbid(logits, lines, bits)
+    return errors
+
+
 def apply_masks(
     logits: Tensor, lines: list[int], given: Sequence[tuple[Sequence[Mask], list[int]]], threads: MaskThreads
 ) -> dict[int, Exception]:
     """Set the logits of forbidden tokens to -inf, in these lines of `logits` [samples, vocabulary]. Nothing waits for
     the logits. Returns the errors by place in `lines`."""
-    vocab_size = logits.shape[1]
-    bits = np.full((len(lines), -(-vocab_size // 32)), -1, np.int32)
+    bits = np.full((len(lines), -(-logits.shape[1] // 32)), -1, np.int32)
     errors = threads.fill(given, bits)
+    _forbid(logits, lines, bits)
+    return errors
+
+
+def _forbid(logits: Tensor, lines: list[int], bits: NDArray[np.int32]) -> None:
+    vocab_size = logits.shape[1]
     allowed = unpack(bits, vocab_size, logits.device)
     if len(lines) == len(logits):
         logits.masked_fill_(allowed.logical_not_(), -torch.inf)
     else:
         at = put(lines, logits.device, np.int64)
         logits[at] = logits[at].masked_fill(allowed.logical_not_(), -torch.inf)
-    return errors
 
 
 def unpack(bits: NDArray[np.int32], vocab_size: int, device: torch.device) -> Tensor:

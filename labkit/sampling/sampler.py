@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from labkit.core.params import SamplingParams
-from labkit.core.plan import Join, TokenLogprobs
-from labkit.sampling.masks import Mask, MaskThreads, apply_masks
+from labkit.core.plan import Join, Plan, TokenLogprobs
+from labkit.sampling.masks import Mask, MaskThreads, RowMasks, apply_ahead, apply_masks
 from labkit.transfer import fetch, put
 
 Sample = Callable[..., Tensor]  # the op: (logits, temperature, top_k, top_p, min_p, key) -> tokens
@@ -29,12 +29,12 @@ class Drawn(NamedTuple):
 
     tokens: Tensor  # [samples] int64
     chosen: Tensor  # [samples]: the drawn token's logit; nan or -inf tells that the row could not be sampled
-    errors: dict[int, str]  # row -> the error of the caller's function
+    errors: dict[int, str]  # which sample -> the error of the caller's function
     logprobs: LogprobBatch | None = None
 
 
 class LogprobBatch(NamedTuple):
-    rows: list[int]
+    rows: list[int]  # what each line is of: any numbers
     wanted: list[int]  # how many of the top entries each row asked for
     chosen: Tensor  # [rows]
     rank: Tensor  # [rows]
@@ -74,7 +74,8 @@ class Special:
         self.num_prompt = join.num_prompt
         self.prompt: list[int] = join.tokens[: join.num_prompt].tolist()
         self.output: list[int] = join.tokens[join.num_prompt :].tolist()
-        self.stop_ids = put([i for i in stop_ids if i < vocab_size], device, np.int64)
+        self.stops = frozenset(i for i in stop_ids if i < vocab_size)
+        self.stop_ids = put(sorted(self.stops), device, np.int64)
         self.bias = None
         if params.logit_bias:
             ids, values = zip(*params.logit_bias.items(), strict=True)
@@ -93,25 +94,25 @@ class Special:
             or params.min_tokens
         )  # fmt: skip
 
-    def apply(self, logits: Tensor, known: int) -> Tensor:
-        """This row's logits [vocabulary], with all its parameters but the masks applied."""
+    def apply(self, logits: Tensor, known: int, output: list[int]) -> Tensor:
+        """This row's logits [vocabulary] after `output`, with all its parameters but the masks applied."""
         params = self.params
         if self.forbidden is not None:
             logits = logits.masked_fill(self.forbidden, -torch.inf)
         for word in params.bad_word_ids:
             *before, last = word
-            if not before or self.output[-len(before) :] == before:
+            if not before or output[-len(before) :] == before:
                 logits[last] = -torch.inf
         if known - self.num_prompt < params.min_tokens:
             logits[self.stop_ids] = -torch.inf
         if self.bias is not None:
             logits.index_add_(0, *self.bias)
         for function in self.functions:
-            logits = self._call(function, logits)
+            logits = self._call(function, output, logits)
         return logits
 
-    def _call(self, function: Callable[..., Any], logits: Tensor) -> Tensor:
-        given = function(self.prompt, self.output, logits)
+    def _call(self, function: Callable[..., Any], output: list[int], logits: Tensor) -> Tensor:
+        given = function(self.prompt, output, logits)
         if not isinstance(given, Tensor) or given.shape != logits.shape:
             what = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
             raise TypeError(f"it must return logits of shape {tuple(logits.shape)}, it returned {what}")
@@ -124,6 +125,25 @@ class Owed(NamedTuple):
     tokens: Tensor  # [samples], valid once `event` has completed
     event: torch.cuda.Event | None
     rows: list[tuple[int, Special]]  # (sample, row)
+
+
+class Guessed:
+    """The drafts of a step, for draws that depend on the tokens before them: each draw assumes the drafts before it."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sample, query = plan.draws()
+        self.own = plan.sample_query[self.sample]  # where the sample's own token is
+        self.nth = query - self.own
+
+    def before(self, i: int) -> list[int]:
+        """The drafts that draw i assumes."""
+        own = int(self.own[i])
+        found: list[int] = self.plan.tokens[own + 1 : own + 1 + int(self.nth[i])].tolist()
+        return found
+
+    def stands(self, tokens: Tensor) -> np.ndarray:
+        return self.plan.verify(tokens.cpu().numpy())[0]
 
 
 class Sampler:
@@ -142,6 +162,7 @@ class Sampler:
         self.base = np.zeros(num_rows, np.uint64)
         self.plain = np.zeros(num_rows, bool)  # rows without special parameters
         self.greedy = np.zeros(num_rows, bool)  # those of them that are greedy
+        self.cold = np.zeros(num_rows, bool)  # all rows that are
         self.columns = [  # temperature, top_k, top_p, min_p; one line more than rows, for padding
             torch.zeros(num_rows + 1, dtype=dtype, device=device)
             for dtype in (torch.float32, torch.int32, torch.float32, torch.float32)
@@ -168,6 +189,7 @@ class Sampler:
             self.base[join.row] = self._base(join)
             special = self._is_special(join.params)
             self.plain[join.row] = join.params.is_plain
+            self.cold[join.row] = join.params.temperature == 0
             self.greedy[join.row] = self.plain[join.row] and join.params.temperature == 0
             if special:
                 stop_ids = (*join.params.stop_token_ids, *(() if join.params.ignore_eos else self.eos_ids))
@@ -245,43 +267,66 @@ class Sampler:
 
     # -- sampling -----------------------------------------------------------------------------------------------
 
-    def draw(self, logits: Tensor, rows: np.ndarray, known: np.ndarray, sample: Sample) -> Drawn:
+    def draw(
+        self, logits: Tensor, rows: np.ndarray, known: np.ndarray, sample: Sample, plan: Plan | None = None
+    ) -> Drawn:
         """One token for each of `rows` from its row of `logits` [samples, vocabulary] float32, which may be modified.
-        `known` are the tokens that each row has before the draw."""
+        `known` are the tokens that each row has before the draw. With the `plan` of a step that verifies drafts, a row
+        is there once for each of its draws: what depends on its tokens is computed as if the drafts were right."""
         wanted = [(i, row) for i, row in enumerate(rows.tolist()) if row in self.special] if self.special else []
         asking = [(i, row) for i, row in wanted if self.special[row].params.logprobs is not None]
         lines = put([i for i, _ in asking], self.device, np.int64) if asking else None
         raw = logits[lines] if lines is not None else None
+        guessed = Guessed(plan) if plan is not None and (wanted or self.penalized) else None
         errors: dict[int, str] = {}
         if wanted and self.num_host_rows:
             self.settle()
         for i, row in wanted:
-            if self.special[row].changes:
+            special = self.special[row]
+            if special.changes:
+                output = special.output if guessed is None else special.output + guessed.before(i)
                 try:
-                    logits[i] = self.special[row].apply(logits[i].clone(), int(known[i]))
+                    logits[i] = special.apply(logits[i].clone(), int(known[i]), output)
                 except Exception as error:  # a caller's own function may raise anything
-                    errors[row] = _failed(error)
-        masked = [(i, row) for i, row in wanted if self.special[row].masks and row not in errors]
-        if masked:
-            given = [(self.special[row].masks, self.special[row].output) for _, row in masked]
-            failed = apply_masks(logits, [i for i, _ in masked], given, self.threads)
-            errors |= {masked[i][1]: _failed(error) for i, error in failed.items()}
+                    errors[i] = _failed(error)
+        if masked := [(i, row) for i, row in wanted if self.special[row].masks and i not in errors]:
+            errors |= {i: _failed(error) for i, error in self._mask(logits, masked, guessed).items()}
         if self.penalized:
-            self._apply_penalties(logits, rows)
+            self._apply_penalties(logits, rows, guessed)
         index = put(rows, self.device, np.int64)
         keys = put(self.keys(rows, known), self.device)
         columns = [column[index] for column in self.columns]
         tokens = sample(logits, *columns, keys)
         chosen = logits.gather(1, tokens[:, None])[:, 0]
-        if self.penalized:
-            self._count(tokens, rows)
-        if self.num_host_rows:
-            self._owe(tokens, [(i, self.special[row]) for i, row in wanted if self.special[row].needs_history])
+        waiting = [(i, self.special[row]) for i, row in wanted if self.special[row].needs_history]
+        if guessed is None:
+            if self.penalized:
+                self._count(tokens, rows)
+            if self.num_host_rows:
+                self._owe(tokens, waiting)
+        elif self.penalized or waiting:  # only tokens that stand count
+            stands = guessed.stands(tokens)
+            self._count(tokens[torch.from_numpy(stands).to(self.device)], rows[stands])
+            self._owe(tokens, [(i, special) for i, special in waiting if stands[i]])
         batch = None
         if raw is not None:
             numbers = [self.special[row].params.logprobs or 0 for _, row in asking]
-            batch = logprobs_of(raw, tokens[lines], numbers, [row for _, row in asking]).fetched()
+            batch = logprobs_of(raw, tokens[lines], numbers, [i for i, _ in asking]).fetched()
         return Drawn(tokens, chosen, errors, batch)
+
+    def _mask(
+        self, logits: Tensor, masked: list[tuple[int, int]], guessed: Guessed | None
+    ) -> dict[int, Exception]:  # fmt: skip
+        """Forbid what masks forbid; the errors of those that failed."""
+        given = [(self.special[row].masks, self.special[row].output) for _, row in masked]
+        lines = [i for i, _ in masked]
+        if guessed is None:
+            failed = apply_masks(logits, lines, given, self.threads)
+        else:
+            rows = [RowMasks(self.special[row].masks, self.special[row].output, guessed.before(i), stops)
+                    for i, row in masked for stops in (self.special[row].stops,)]  # fmt: skip
+            failed = apply_ahead(logits, lines, rows)
+        return {lines[i]: error for i, error in failed.items()}
 
     def _owe(self, tokens: Tensor, rows: list[tuple[int, Special]]) -> None:
         if rows:
@@ -302,11 +347,16 @@ class Sampler:
         pairs = put(lines, self.device, np.int64)
         return pairs[:, 0], pairs[:, 1]
 
-    def _apply_penalties(self, logits: Tensor, rows: np.ndarray) -> None:
+    def _apply_penalties(self, logits: Tensor, rows: np.ndarray, guessed: Guessed | None) -> None:
         if (where := self._where_penalized(rows)) is None:
             return
         lines, places = where
         count, wide = self.count[places], logits[lines]
+        if guessed is not None:
+            assumed = [(at, id) for at, i in enumerate(lines.tolist()) for id in guessed.before(i)]
+            if assumed:
+                pairs = put(assumed, self.device, np.int64)
+                count.index_put_((pairs[:, 0], pairs[:, 1]), count.new_ones(len(assumed)), accumulate=True)
         presence, frequency, repetition = self.penalties[places].unbind(1)
         seen = self.in_prompt[places] | (count > 0)
         repeated = torch.where(wide > 0, wide / repetition[:, None], wide * repetition[:, None])

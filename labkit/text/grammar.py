@@ -24,6 +24,8 @@ class Grammar:
     {"grammar": "start: ..."} (Lark).
     """
 
+    can_rewind = True  # so that drafts can be verified
+
     def __init__(self, form: Mapping[str, Any], tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
         try:
             from llguidance import LLMatcher
@@ -78,6 +80,12 @@ class Progress:
                 bits.view(np.uint32)[id // 32] |= np.uint32(1 << id % 32)
         else:
             _fill(self.matcher, bits)
+
+    def rewind(self, num_output: int) -> None:
+        """Go back to the first `num_output` tokens."""
+        if num_output < self.num_consumed:
+            self.matcher.rollback(self.num_consumed - num_output)
+            self.num_consumed = num_output
 
 
 def _fill(matcher: Any, bits: Bits) -> None:

@@ -255,7 +255,7 @@ class Feed:
             nothing, pairs = np.zeros(0, np.float32), np.zeros((0, 2), np.float32)
             pace = Pace(nothing, nothing, nothing, pairs, pairs, nothing)
             return Window(nothing, lines[:, 0], dict.fromkeys(COLUMNS, nothing), pace)
-        begins = lines[:, 1] - lines[:, 1 + len(COLUMNS)]
+        begins = lines[:, 1] - lines[:, 2 + COLUMNS.index("duration")]
         before = int(self._steps[(begin - 1) % self.keep, 1]) if begin > self._first else begins[0]
         idle = np.maximum(begins - np.concatenate([[before], lines[:-1, 1]]), 0)
         idle[idle <= IDLE * (lines[-1, 1] - before)] = 0

@@ -108,13 +108,17 @@ def test_drafts_take_no_budget_and_no_block_that_somebody_else_needs():
     assert waiting and not waiting[0].num_drafts  # the prompts took what there was
 
 
+class Stateful:
+    """A processor whose samples have state that cannot go back."""
+
+    def begin(self):
+        return lambda prompt, output, logits: logits
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{"presence_penalty": 1.0}, {"logprobs": 1}, {"min_tokens": 3}, {"logit_bias": {1: 2.0}}, {"bad_word_ids": [[1]]},
-     {"capture": {"hidden": [0]}}, {"allowed_token_ids": [1, 2]}],
-    ids=lambda options: next(iter(options)),
-)  # fmt: skip
-def test_requests_whose_draws_depend_on_one_another_are_served_without(options):
+    "options", [{"capture": {"hidden": [0]}}, {"logits_processors": [Stateful()]}], ids=["capture", "state"]
+)
+def test_requests_whose_drafts_cannot_be_taken_back_are_served_without(options):
     runner = lk.FakeRunner(seed=1, vocab_size=50)
     runner.num_layers = 1
     eng = engine(draft=lookup, runner=runner)
@@ -243,7 +247,9 @@ def test_a_runner_that_knows_no_drafts_draws_one_token_and_all_is_well():
 
 def test_what_cannot_be_is_refused():
     bm = lk.BlockManager(8, 4)
-    with pytest.raises(ValueError, match="draft must be a function of token ids, got 'ngram'"):
+    with pytest.raises(
+        ValueError, match=r"draft must be a function of token ids or an object with propose.*, got 'ngram'"
+    ):
         lk.Scheduler(bm, draft="ngram")
     with pytest.raises(ValueError, match="it needs max_in_flight=0"):
         lk.Scheduler(bm, draft=lookup, max_in_flight=1)

@@ -35,7 +35,7 @@ def test_every_argument_of_tutorials_is_accepted_and_takes_effect():
     [
         ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: tensor_parallel_size serves on one device"),
         ({"enable_lora": True}, "enable_lora needs adapters"),
-        ({"speculative_config": {"method": "ngram"}}, "draft=function decodes speculatively"),
+        ({"num_speculative_tokens": 4}, "speculative_config={'method': ..., ...} holds it"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode='auto' is accepted"),
         ({"tokenizer": "org/other"}, "tokenizer='org/other' is not read"),
         ({"task": "embed"}, "generates text only"),

@@ -132,22 +132,42 @@ def test_a_request_gets_the_same_text_whatever_is_served_beside_it(models):
 
 
 def test_drafts_change_no_token_that_is_drawn_at_random(models):
-    """A draft counts if it is what would have been drawn, with the same seed at the same place."""
+    """A draft counts if it is what would have been drawn, with the same seed at the same place; also where masks,
+    penalties and bias depend on the drafts before it. Logprobs are those without drafts."""
     ours, _ = models("llama")
-    found = []
+
+    def never_twice(prompt, output, logits):
+        if output:
+            logits[output[-1]] = -torch.inf
+        return logits
+
+    asked = [lk.SamplingParams(max_tokens=60, ignore_eos=True, seed=i, temperature=0.3 * i, top_k=8) for i in range(4)]
+    special = {"max_tokens": 24, "ignore_eos": True, "seed": 1, "top_k": 4, "temperature": 0.5}
+    asked += [
+        lk.SamplingParams(**special, **more)
+        for more in (
+            {"repetition_penalty": 1.3, "logprobs": 2}, {"frequency_penalty": 0.7, "presence_penalty": -0.5},
+            {"logprobs": 0}, {"logit_bias": {7: 3.0}, "min_tokens": 9, "stop_token_ids": [7]},
+            {"bad_word_ids": [[7, 8], [3]], "n": 2}, {"logits_processors": [never_twice]},
+            {"allowed_token_ids": list(range(40))},
+        )
+    ]  # fmt: skip
+    found, values = [], []
     for draft in (None, lookup):
-        eng = engine(ours, draft=draft)
-        asked = [
-            lk.SamplingParams(max_tokens=60, ignore_eos=True, seed=i, temperature=0.3 * i, top_k=8) for i in range(4)
-        ]
+        eng = engine(ours, draft=draft, size=4)
         handles = [eng.submit([5, 6, 7], one) for one in asked]
-        other = eng.submit([5, 6], lk.SamplingParams(max_tokens=20, seed=1, repetition_penalty=1.3, logprobs=2))
         eng.run()
-        found.append([handle.output_ids for handle in (*handles, other)])
+        eng.check()
+        assert not eng.scheduler.requests and eng.blocks.num_used == 0
+        members = [member for handle in handles for member in handle.family]
+        found.append([(member.output_ids, [entry.rank for entry in member.logprobs]) for member in members])
+        numbers = [entry.logprob for member in members for entry in member.logprobs]
+        values = values or numbers
+        assert numbers == pytest.approx(values, abs=1e-4)
         events = eng.log.events("Drafted")
     assert found[0] == found[1]
     assert 0 < sum(event.num_accepted for event in events) < sum(event.num_drafts for event in events)
-    assert all(event.request != other.id for event in events)
+    assert {event.request for event in events} == {member.id for member in members}
 
 
 def test_samples_of_one_request_differ_and_repeat(models):

@@ -192,6 +192,8 @@ class Step(Event):
     cached_blocks: int
     free_blocks: int
     duration: int
+    draft_tokens: int = 0  # of decode_tokens: guesses that were verified
+    accepted_tokens: int = 0  # of output_tokens: guesses that were right
 
 
 EVENTS: dict[str, type[Event]] = {

@@ -205,7 +205,7 @@ class FastForward:
         rows = s.decoding
         if (
             s.in_flight or s.draining or s.forks or s.forked or s.reset_runner or s.matches.active
-            or s.draft is not None or hasattr(blocks.eviction, "expired") or blocks.windows != (None,)
+            or s.drafting is not None or hasattr(blocks.eviction, "expired") or blocks.windows != (None,)
             or blocks.offload is not None or s.slots is not None
         ):  # fmt: skip
             return False

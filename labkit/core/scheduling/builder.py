@@ -35,6 +35,7 @@ class PlanBuilder:
     cut: list[Chunk] = field(default_factory=list)  # those that got less than they could use
     forks: list[tuple[int, int, Request]] = field(default_factory=list)  # parent row, child row, child
     drafts: list[Tokens] = field(default_factory=list)  # by decode row: guesses of its next tokens; empty: no drafts
+    fill_drafts: bool = False
     preempted: bool = False
 
     def join(self, request: Request, row: int, slot: int | None) -> None:
@@ -119,6 +120,7 @@ class PlanBuilder:
             swap_in=_pairs(self.swap_in),
             budget=s.max_num_batched_tokens,
             drafts=drafts,
+            fill_drafts=self.fill_drafts,
         )
 
     def _decode_tokens(self, s: SchedulerState, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:

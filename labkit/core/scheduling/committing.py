@@ -82,6 +82,12 @@ def _accept(
     if len(plan.drafts):
         end[:num_decode] -= plan.drafts - num_right[:num_decode]
         s.scheduled[plan.rows[:num_decode]] = end[:num_decode]
+        drafted = plan.drafts > 0
+        s.drafts_this_step = plan.num_drafts, int(num_right[:num_decode][drafted].sum())
+        if s.drafting is not None:
+            s.drafting.lengths.learn(
+                plan.rows[:num_decode][drafted], plan.drafts[drafted], num_right[:num_decode][drafted]
+            )
         for i in plan.drafts.nonzero()[0].tolist():
             row = int(plan.rows[i])
             s.blocks.shrink(row, int(tables.num_tokens[row]) + 1)  # rejected drafts keep no block from others

@@ -12,9 +12,8 @@ from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Plan
 from labkit.core.scheduling import preempt
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
+from labkit.core.scheduling.drafting import NO_GUESS, Asked
 from labkit.core.scheduling.state import SchedulerState
-
-NO_GUESS: Tokens = np.zeros(0, np.int32)
 
 
 def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
@@ -186,19 +185,28 @@ def grow(s: SchedulerState, builder: PlanBuilder, row: int, num_tokens: int) -> 
 
 
 def guess(s: SchedulerState) -> dict[int, Tokens]:
-    """Draft tokens of decode rows, by row. The draft function is the user's and may raise: it is asked before the step
-    changes anything. It is not asked when prefills will use the budget."""
-    left = s.max_num_batched_tokens - len(s.decoding)
+    """Draft tokens of decode rows, by row. A draft is the user's and may raise: it is asked before the step changes
+    anything. It is not asked when prefills will use the budget."""
+    drafting, rows = s.drafting, s.decoding
+    if drafting is None or drafting.is_off or not len(rows):
+        return {}
+    left = s.max_num_batched_tokens - len(rows)
     for row in s.prefilling:
         gap = int(s.tables.num_tokens[row] - s.scheduled[row])
         left -= min(gap, s.max_prefill_chunk or gap)
-    found = {}
-    for row in s.decoding.tolist():
-        most = min(left, int(s.limit[row] - s.tables.num_tokens[row]) - 1)
-        if most > 0 and s.can_draft(row) and len(drafts := s.guess(row)[:most]):
-            found[row] = drafts
-            left -= len(drafts)
-    return found
+    num_decode = len(rows)
+    lengths = s.tables.num_tokens[rows]
+    most = np.minimum(left, s.limit[rows] - lengths - 1)
+    if (longest := getattr(drafting.draft, "max_model_len", None)) is not None:
+        most = np.minimum(most, longest - lengths)
+    able = (most > 0) & s.may_draft[rows]
+    if not able.any():
+        return {}
+    if not able.all():
+        rows, lengths, most = rows[able], lengths[able], most[able]
+    asked = Asked(rows, s.serial[rows], lengths, most, s.tables.tokens)
+    found = drafting.guess(asked, num_decode, s.vocab_size, s.id_of)
+    return {row: guess for row, guess in zip(rows.tolist(), found, strict=False) if len(guess)}
 
 
 def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int, guesses: dict[int, Tokens]) -> None:
@@ -217,7 +225,8 @@ def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int, 
             grow(s, builder, row, known + len(drafts))
             s.scheduled[row] += len(drafts)
     if any(map(len, chosen)):
-        builder.drafts = chosen
+        assert s.drafting is not None
+        builder.drafts, builder.fill_drafts = chosen, s.drafting.draft.by_runner
 
 
 def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:

@@ -17,7 +17,6 @@ from labkit.core.request import Request
 Key: TypeAlias = Any
 Order: TypeAlias = Callable[[Request, int], Key]
 Cost: TypeAlias = Callable[[int], float]
-Draft: TypeAlias = Callable[[Any], Any]  # a request's token ids -> guesses of its next ones
 
 
 def fcfs(request: Request, now: int) -> Key:

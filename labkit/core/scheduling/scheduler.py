@@ -20,11 +20,11 @@ from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import admission, committing, loading, planning, preempt
 from labkit.core.scheduling.builder import PlanBuilder
+from labkit.core.scheduling.drafting import DraftChoice, Drafting, draft_of
 from labkit.core.scheduling.policy import (
     KV_LOADINGS,
     PREEMPTIONS,
     Cost,
-    Draft,
     Order,
     default_disk_cost,
     default_recompute_cost,
@@ -54,10 +54,11 @@ class Scheduler(SchedulerState, Shown):
     the cheaper one, where loading costs half of `swap_cost`, and `disk_cost` for what is read from disk. `watermark` is
     the share of blocks kept free when a request is admitted beside running ones. With `prefix_hold`, a request
     waits if another row is computing its prefix. `max_in_flight` plans may be launched before the first is
-    committed. `draft` is a function `f(token_ids) -> draft token ids` for speculative decoding: a step verifies the
-    drafts beside the row's own token, with budget and blocks that are left over, and accepts those that equal what
-    would have been drawn. `max_adapters` is the number of adapters that the runner holds at a time: see `AdapterSlots`;
-    None means that adapters are only names. Requests with penalties, masks, logits processors or logprobs are served
+    committed. `draft` guesses next tokens for speculative decoding: a function `f(token_ids) -> draft token ids`, or an
+    object such as `lk.NGramDraft`. A step verifies the drafts beside the row's own token, with budget and blocks that
+    are left over, and accepts those that equal what would have been drawn. `max_adapters` is the number of adapters
+    that the runner holds at a time: see `AdapterSlots`; None means that adapters are only names. Requests that capture
+    layers are served
     without drafts.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
@@ -85,7 +86,7 @@ class Scheduler(SchedulerState, Shown):
         watermark: float = 0.01,
         prefix_hold: bool = True,
         max_in_flight: int = 0,
-        draft: Draft | None = None,
+        draft: DraftChoice | None = None,
         max_adapters: int | None = None,
         log: EventLog | None = None,
     ) -> None:
@@ -114,15 +115,15 @@ class Scheduler(SchedulerState, Shown):
         for name, cost in costs.items():
             if cost is not None and not callable(cost):
                 raise ValueError(f"{name} must be a function of a number of tokens, got {cost!r}")
-        if draft is not None and not callable(draft):
-            raise ValueError(f"draft must be a function of token ids, got {draft!r}")
-        if draft is not None and self.max_in_flight:
+        guesser = draft_of(draft)
+        if guesser is not None and self.max_in_flight:
             raise ValueError("a draft continues tokens that are known: it needs max_in_flight=0")
-        self.draft = draft
         self.slots = None if max_adapters is None else AdapterSlots(max_adapters)
         if log is not None and not isinstance(log, EventLog):
             raise ValueError(f"log must be an EventLog, got {log!r}")
         super().__init__(blocks, self.max_num_seqs, order_of(order), log if log is not None else EventLog())
+        if guesser is not None:
+            self.drafting = Drafting(guesser, self.num_rows, self.log.add)
 
     def __repr__(self) -> str:
         return (
@@ -266,7 +267,10 @@ class Scheduler(SchedulerState, Shown):
             self._refresh_order(now)
         elif self.matches.active and not self.queue.dynamic:
             self.matches.stop(self.queue)
-        guesses = planning.guess(self) if self.draft is not None else {}
+        guesses = {}
+        if self.drafting is not None:
+            self.drafting.lengths.begin()
+            guesses = planning.guess(self)
         builder = PlanBuilder(now)
         rows, start = planning.plan_decodes(self, builder)
         left = self.max_num_batched_tokens - len(rows)
@@ -372,6 +376,14 @@ class Scheduler(SchedulerState, Shown):
             prefill = plan.num_prefill_tokens if plan.num_decode < len(plan.rows) else 0
             decode = plan.num_decode + plan.num_drafts if len(plan.drafts) else plan.num_decode
             duration_ns = round(result.seconds * 1e9)
+            if self.drafting is not None:
+                self.drafting.lengths.end(
+                    plan.num_decode,
+                    plan.num_drafts,
+                    len(outputs.tokens),
+                    result.seconds,
+                    not prefill and not plan.joins,
+                )
             self.log_step(plan.step, len(plan.rows), prefill, decode, len(outputs.tokens), duration_ns, now)
         return outputs
 
@@ -397,7 +409,8 @@ class Scheduler(SchedulerState, Shown):
             step,
             now,
             (num_rows, prefill, decode, self.cached_this_step, num_outputs, self.num_running,
-             self.num_waiting, self.num_swapped, blocks.num_blocks - free - cached, cached, free, duration),
+             self.num_waiting, self.num_swapped, blocks.num_blocks - free - cached, cached, free, duration,
+             *self.drafts_this_step),
         )  # fmt: skip
-        self.cached_this_step = 0
+        self.cached_this_step, self.drafts_this_step = 0, (0, 0)
         self.log.post()

@@ -5,23 +5,31 @@ The modules for admission, planning, preemption and commit work on this state. I
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict, deque
 from typing import Any
 
 import numpy as np
 
 from labkit.core.blocks.manager import BlockManager
-from labkit.core.blocks.tables import Ints, Tokens
+from labkit.core.blocks.tables import Ints
 from labkit.core.events.log import EventLog
+from labkit.core.params import SamplingParams
 from labkit.core.plan import NO_INTS, Plan
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.drafting import Drafting
 from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
-from labkit.core.scheduling.policy import Cost, Draft, Order, WaitingQueue, name_of
+from labkit.core.scheduling.policy import Cost, Order, WaitingQueue
 from labkit.core.scheduling.slots import AdapterSlots
 
 MOST_REMEMBERED = 4096  # ended requests that can still be found by id
+
+
+def can_draft(params: SamplingParams) -> bool:
+    """Whether drafts of a request can be taken back: not what it captured of them, and not the state of a processor
+    that cannot go back."""
+    begins = (f for f in params.logits_processors if hasattr(f, "begin"))
+    return not params.capture and all(getattr(f, "can_rewind", False) for f in begins)
 
 
 class SchedulerState:
@@ -43,8 +51,8 @@ class SchedulerState:
     disk_cost: Cost
     watermark: float
     prefix_hold: bool
-    draft: Draft | None
     slots: AdapterSlots | None  # None: adapters are only names
+    drafting: Drafting | None = None
     vocab_size: int | None = None  # the runner's; drafts are cut at the first id beyond
 
     def __init__(self, blocks: BlockManager, num_rows: int, order: Order, log: EventLog) -> None:
@@ -61,6 +69,7 @@ class SchedulerState:
         self.scheduled = np.zeros(places, np.int64)  # tokens launched
         self.limit = np.zeros(places, np.int64)  # tokens at which it ends by length
         self.no_stop_before = np.zeros(places, np.int64)  # below this many tokens stop ids and eos are ignored
+        self.may_draft = np.zeros(places, bool)
         self.has_min_tokens = False  # of any request so far
         self.stops: list[Ints] = []  # one array over rows for each stop id that any request had so far
         self.serial = np.zeros(places, np.int64)
@@ -88,6 +97,7 @@ class SchedulerState:
         self.num_submitted = self.num_finished = self.num_aborted = self.num_rejected = 0
         self.num_swapped = self.num_preempted = self.num_attached = 0
         self.cached_this_step = 0
+        self.drafts_this_step = 0, 0  # verified, right
         self.last_head: tuple[str, str] | None = None
         self.blocked: tuple[int, int, bytes | None] | None = None  # serial, blocks available, first hash it missed
         self.pending = PendingPrefixes()
@@ -249,28 +259,8 @@ class SchedulerState:
         self.limit[row] = request.num_prompt + params.max_tokens
         self.no_stop_before[row] = request.num_prompt + params.min_tokens
         self.has_min_tokens |= params.min_tokens > 0
+        self.may_draft[row] = can_draft(params)
         self.set_stops(row, request.stop_ids)
-
-    def can_draft(self, row: int) -> bool:
-        """Tokens drawn ahead must depend on logits alone, not on what is drawn before them."""
-        request = self.row_request[row]
-        return request is not None and request.params.is_plain and not request.params.capture
-
-    def guess(self, row: int) -> Tokens:
-        """What the draft function makes of a row's tokens; nothing, with a warning, if it fails."""
-        assert self.draft is not None
-        try:
-            given = self.draft(self.tables.row_tokens(row).copy())
-            guess = np.zeros(0, np.int32) if given is None else np.asarray(given)
-            if not guess.size:
-                return np.zeros(0, np.int32)
-            if guess.ndim != 1 or guess.dtype.kind not in "iu":
-                raise ValueError(f"a draft is a sequence of token ids, got {guess!r}")
-        except Exception as error:  # anything: it is the user's function
-            warnings.warn(f"draft {name_of(self.draft)} failed for {self.id_of(row)!r}: {error!r}", stacklevel=2)
-            return np.zeros(0, np.int32)
-        bad = (guess < 0) | (guess >= (self.vocab_size or 2**31))
-        return guess[: bad.argmax() if bad.any() else None].astype(np.int32)
 
     def hold(self, row: int, limit: str) -> None:
         """A running row computes nothing in this step; logged when the reason changes."""

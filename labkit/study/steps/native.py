@@ -103,7 +103,7 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "offloading or windows"
     if blocks.host.num_blocks and s.preemption != "recompute":
         return "swapping"
-    if s.draft is not None:
+    if s.drafting is not None:
         return "drafts"
     if s.slots is not None:
         return "adapters"
