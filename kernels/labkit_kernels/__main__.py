@@ -1,4 +1,4 @@
-"""The command line: `python -m labkit_kernels list|check|bench|compile|tune [op...] [--json FILE]`."""
+"""The command line: `python -m labkit_kernels list|check|bench|compile|tune|overhead [op...] [--json FILE]`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "bench": "time variants that pass their check",
     "compile": "compile Triton kernels for sm_80, sm_90 and sm_100; no GPU needed",
     "tune": "measure and keep the best tiles of this GPU",
+    "overhead": "host time of launches, through Triton and repeated; no GPU needed",
 }
 
 

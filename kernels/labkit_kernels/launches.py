@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from .config import Config
+from .prepared import paused
 
 LAUNCHES = 64  # most launches recorded per call: stops a launcher that loops until it sees a result
 
@@ -232,7 +233,8 @@ def recorded() -> Iterator[list[Launch]]:
         run, tune = JITFunction.run, Autotuner.run
         JITFunction.run, Autotuner.run = note, first
         try:
-            yield found
+            with paused():
+                yield found
         finally:
             JITFunction.run, Autotuner.run = run, tune
 

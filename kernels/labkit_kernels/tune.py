@@ -25,6 +25,7 @@ import torch
 
 from .machine import Machine
 from .native import cache_folder
+from .prepared import forget, paused
 from .registry import OPS
 
 Choice = dict[str, Any]  # sizes of a tile, or the name of a kernel
@@ -59,7 +60,8 @@ def chosen(op: str, key: str, default: Choice, device: torch.device) -> Choice:
 def trying(op: str, key: str, choice: Choice) -> Iterator[None]:
     _trying[op, key] = choice
     try:
-        yield
+        with paused():
+            yield
     finally:
         del _trying[op, key]
 
@@ -109,6 +111,7 @@ def keep(path: Path, found: dict[str, Choice]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_kept(str(path)) | found, indent=1, sort_keys=True) + "\n")
     _kept.cache_clear()
+    forget()
 
 
 def tunes(names: Sequence[str] = ()) -> Iterator[Tune]:

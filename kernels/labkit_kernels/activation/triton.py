@@ -15,9 +15,11 @@ from torch import Tensor
 from labkit_kernels.activation import gelu_mul, silu_mul
 from labkit_kernels.config import Config
 from labkit_kernels.layout import dense_rows
+from labkit_kernels.prepared import Launches
 
 SILU, GELU = 0, {"tanh": 1, "none": 2}
 BLOCK = 1024
+_launches = Launches()
 
 
 @triton.jit
@@ -38,13 +40,17 @@ def _gated(x, out, inner, x_outer, x_inner, SIZE: tl.constexpr, ACT: tl.constexp
 
 
 def _launch(x: Tensor, act: int) -> Tensor:
+    key, given = (x.get_device(), x.dtype, x.shape, x.stride(), act), x
+    out = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+    if (ready := _launches.get(key)) is not None and ready(x, out):
+        return out
     x, (outer, inner, x_outer, x_inner) = dense_rows(x)
-    size = x.shape[-1] // 2
-    out = x.new_empty(*x.shape[:-1], size)
+    size = out.shape[-1]
     if count := outer * inner:
-        _gated[(count, triton.cdiv(size, BLOCK))](
-            x, out, inner, x_outer, x_inner, SIZE=size, ACT=act, BLOCK=BLOCK, num_warps=4
-        )
+        _launches.launch(
+            key if x is given else None, _gated, (count, triton.cdiv(size, BLOCK)), (x, out),
+            (inner, x_outer, x_inner), SIZE=size, ACT=act, BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
     return out
 
 

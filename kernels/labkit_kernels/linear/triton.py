@@ -13,10 +13,12 @@ from torch import Tensor
 
 from labkit_kernels.config import Config
 from labkit_kernels.linear import linear_invariant
+from labkit_kernels.prepared import Launches
 
 ROWS, COLUMNS, DEPTH = 64, 64, 64
 WARPS, STAGES = 4, 4
 TOGETHER = 8  # row tiles that go through a column of weights side by side: they read it once from memory
+_launches = Launches()
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,10 +54,15 @@ def linear_invariant_triton(x: Tensor, weight: Tensor, bias: Tensor | None = Non
     if x.stride(-1) != 1:
         x = x.contiguous()
     out = x.new_empty(len(x), len(weight))
-    if len(x):
-        _multiply[(triton.cdiv(len(weight), COLUMNS) * triton.cdiv(len(x), ROWS),)](
-            x, weight, out if bias is None else bias, out, len(x), len(weight), x.shape[1], x.stride(0),
-            weight.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, TOGETHER=TOGETHER, BIAS=bias is not None,
+    kind = bias is None or bias.dtype
+    key = (x.get_device(), x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), kind)
+    ready = _launches.get(key)
+    if len(x) and (ready is None or not ready(x, weight, out if bias is None else bias, out)):
+        _launches.launch(
+            key, _multiply, (triton.cdiv(len(weight), COLUMNS) * triton.cdiv(len(x), ROWS),),
+            (x, weight, out if bias is None else bias, out),
+            (len(x), len(weight), x.shape[1], x.stride(0), weight.stride(0)),
+            ROWS=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH, TOGETHER=TOGETHER, BIAS=bias is not None,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out

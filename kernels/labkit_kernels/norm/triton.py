@@ -16,8 +16,10 @@ from torch import Tensor
 from labkit_kernels.config import Config
 from labkit_kernels.layout import dense_like, dense_rows, rows
 from labkit_kernels.norm import layer_norm, reference, rms_norm
+from labkit_kernels.prepared import Launches
 
 TILE = 1024  # numbers a program holds at least
+_launches = Launches()
 MOST = 1 << 15  # numbers a program holds at most, 64 a thread: with 128 the compiler spills
 
 
@@ -97,8 +99,14 @@ def tile(size: int) -> dict[str, int]:
 
 @rms_norm.variant("triton", device="cuda", picked=True)
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    kind = residual is None or (residual.dtype, residual.shape, residual.stride())
+    key = (x.get_device(), x.dtype, weight.dtype, x.shape, x.stride(), weight.stride(), eps, kind)
+    if (ready := _launches.get(key)) is not None:
+        out = dense_like(x)
+        if ready(x, weight, out if residual is None else residual, out):
+            return out
     size = x.shape[-1]
-    lies = None if residual is None else _views(residual, x)
+    lies, given = None if residual is None else _views(residual, x), (x, weight)
     if size > MOST or (residual is not None and (lies is None or residual.dtype != x.dtype)):
         return reference.rms_norm(x, weight, eps, residual)
     if lies is None:
@@ -109,9 +117,11 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     out = dense_like(x)
     if count := outer * inner:
         how = tile(size)
-        _rms_norm[(triton.cdiv(count, how["ROWS"]),)](
-            x, weight.contiguous(), out if residual is None else residual, out, count, inner,
-            *x_strides, *r_strides, eps, SIZE=size, RESIDUAL=residual is not None, **how,
+        weight = weight.contiguous()
+        _launches.launch(
+            key if given[0] is x and given[1] is weight else None, _rms_norm, (triton.cdiv(count, how["ROWS"]),),
+            (x, weight, out if residual is None else residual, out), (count, inner, *x_strides, *r_strides, eps),
+            SIZE=size, RESIDUAL=residual is not None, **how,
         )  # fmt: skip
     return out
 
