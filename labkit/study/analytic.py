@@ -45,6 +45,7 @@ class AnalyticCost:
     block_size: int = 16
 
     _seen: ClassVar[dict[tuple[Any, Any], float]]
+    _numbers: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_seen", {})
@@ -55,6 +56,13 @@ class AnalyticCost:
             raise ValueError(f"tp={self.tp} does not divide the {self.model.num_heads} heads of {self.model.name}")
         if self.tp * self.pp > 1 and not self.machine.link:
             raise ValueError(f"{self.machine!r} has no link to others: tp and pp must be 1, or give it link=")
+        e = self.efficiency
+        wide = e.decode_attention if self.model.head_size >= 128 else e.narrow_attention
+        numbers = (
+            self.model.num_layers, 1 / self.pp, self._kv_bytes, self._rate * wide, self._rate, 4 * self._query_width,
+            self.machine.peak("bfloat16") * e.prefill_attention, self._eager, e.step, e.join,
+        )  # fmt: skip
+        object.__setattr__(self, "_numbers", numbers)
 
     @classmethod
     def of(
@@ -105,6 +113,8 @@ class AnalyticCost:
 
     def seconds(self, work: StepWork) -> Any:
         """Of a step; an array for arrays. A step with prefills takes at least as long as the host launches kernels."""
+        if set(map(type, work)) == {int}:
+            return self._seconds_of_one(work)
         e = self.efficiency
         fixed = self._fixed(work.tokens, work.sampled)
         share = 1 / self.pp
@@ -120,6 +130,23 @@ class AnalyticCost:
             device = max(device, self._eager)
         total = device + (e.step + e.join * work.joins)
         return total if np.ndim(total) else float(total)
+
+    def _seconds_of_one(self, work: StepWork) -> float:
+        """`seconds` of whole numbers, which is what a simulation asks for in every step: without arrays, and with what
+        does not depend on the work computed once."""
+        layers, share, kv, decode_rate, rate, flops, flop_rate, eager, step, join = self._numbers
+        decodes, prefill, context, read, pairs, _, sampled, joins, moved = work
+        fixed = self._seen.get((decodes + prefill, sampled)) or self._fixed(decodes + prefill, sampled)
+        keys = context * share
+        attention = max(kv * (keys + decodes * share) / decode_rate, flops * keys / flop_rate)
+        if prefill:
+            attention += max(kv * (read * share + prefill * share) / rate, flops * (pairs * share) / flop_rate)
+        device = fixed + layers * attention
+        if moved:
+            device += self._moved(moved)
+        if prefill and device < eager:
+            device = eager
+        return float(device + (step + join * joins))
 
     @property
     def _eager(self) -> float:

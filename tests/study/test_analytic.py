@@ -90,9 +90,10 @@ def test_more_work_takes_longer_and_no_step_beats_the_roofline(machine, model, w
 def test_arrays_give_what_single_steps_give():
     contexts = np.arange(1000, 200_000, 997)
     for cost in (AnalyticCost.of("qwen3-0.6b", "H100", tp=2, pp=2), LinearCost(), AnalyticCost.of("mixtral-8x7b")):
-        together = cost.seconds(DECODE._replace(context=contexts))
-        alone = [cost.seconds(DECODE._replace(context=int(c))) for c in contexts]
-        assert together.tolist() == alone
+        for work in (DECODE, PREFILL, DECODE._replace(moved=3), PREFILL._replace(decodes=30, sampled=31, joins=1)):
+            together = cost.seconds(work._replace(context=contexts))
+            alone = [cost.seconds(work._replace(context=int(c))) for c in contexts]
+            assert together.tolist() == alone
 
 
 def test_more_machines_share_the_work_and_pay_for_it():

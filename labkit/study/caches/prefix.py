@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -17,9 +16,9 @@ from labkit.core.blocks.eviction import EVICTION_POLICIES, EvictionPolicy, Funct
 from labkit.core.options import choose
 from labkit.study.caches.foresight import Clairvoyant, LengthAware
 from labkit.study.caches.future import Future
-from labkit.study.caches.replay import Replay
+from labkit.study.caches.replaying import Batch, NativeReplay, PythonReplay, new_replay
 from labkit.study.caches.result import PrefixStudy
-from labkit.study.caches.stack import IDLE_BINS, Distances, idle_bins, new_stack
+from labkit.study.caches.stack import Distances, new_stack
 from labkit.study.caches.tally import Tally
 from labkit.study.shapes import ModelShape
 from labkit.study.traces.formats import read_trace
@@ -105,7 +104,8 @@ class _Caches:
         self.sizes, self.hold = sizes, hold
         self.names: list[str] = []
         self.on_stack: list[int] = []  # column -> of these caches
-        self.replays: dict[int, Replay] = {}
+        self.need_future = False
+        self.replays: dict[int, NativeReplay | PythonReplay] = {}
         for policy in policies:
             make = _maker(policy)
             for size in sizes:
@@ -113,15 +113,14 @@ class _Caches:
                     self.on_stack.append(len(self.names))
                     self.names.append("lru")
                     continue
-                replay = Replay(make(), size, hold=hold)
-                self.replays[len(self.names)] = replay
-                self.names.append(replay.policy.name)
+                chosen = make()
+                self.need_future |= isinstance(chosen, Clairvoyant)
+                self.replays[len(self.names)] = new_replay(chosen, size, hold)
+                self.names.append(chosen.name)
         self.capacity = np.array(sizes * len(policies))  # [caches]
-        self.need_future = any(isinstance(replay.policy, Clairvoyant) for replay in self.replays.values())
         largest = max(sizes)
         self.stack = new_stack(sizes, math.inf if self.need_future else max(HISTORY, 4 * largest))
         self.too_long = np.zeros(len(self.names), np.int64)
-        self._idle = {j: np.zeros(IDLE_BINS, np.int64) for j in self.replays}
 
     def add(
         self, batch: Columns, served: NDArray[np.bool_], next_uses: Iterator[Any] | None
@@ -134,16 +133,9 @@ class _Caches:
             hits[:, self.on_stack] = np.tile(on_stack, (1, len(self.on_stack) // len(self.sizes)))
         if not self.replays:
             return hits, causes
-        hashes, ends, arrivals = batch.hashes.tolist(), batch.indptr.tolist(), batch.arrival.tolist()
-        requests = [hashes[begin:end] for begin, end in pairwise(ends)]
-        uses = [next(next_uses) for _ in requests] if next_uses is not None else [None] * len(requests)
+        given = Batch(batch, None if next_uses is None else [next(next_uses) for _ in range(len(batch))])
         for j, replay in self.replays.items():
-            column, asked = hits[:, j], served[:, j]
-            for i, (request, arrival, use) in enumerate(zip(requests, arrivals, uses, strict=True)):
-                if asked[i]:
-                    column[i] = replay.add(request, arrival, use)
-            self._idle[j] += idle_bins(replay.idle)
-            replay.idle.clear()
+            hits[:, j] = replay.add(given, served[:, j])
         return hits, causes
 
     def evicted(self, distances: Distances) -> list[int]:
@@ -156,7 +148,7 @@ class _Caches:
         """[caches, bins] evictions by the time since the last use."""
         num = len(self.sizes)
         return np.array(
-            [self._idle[j] if j in self.replays else distances.idle[j % num] for j in range(len(self.names))]
+            [self.replays[j].idle if j in self.replays else distances.idle[j % num] for j in range(len(self.names))]
         )
 
 
