@@ -139,7 +139,7 @@ class AnalyticCost:
         fixed = self._seen.get((decodes + prefill, sampled)) or self._fixed(decodes + prefill, sampled)
         keys = context * share
         attention = max(kv * (keys + decodes * share) / decode_rate, flops * keys / flop_rate)
-        if prefill:
+        if prefill or read or pairs:
             attention += max(kv * (read * share + prefill * share) / rate, flops * (pairs * share) / flop_rate)
         device = fixed + layers * attention
         if moved:
