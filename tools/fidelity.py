@@ -1,72 +1,189 @@
 """How well a simulator, calibrated to one workload on the embedded model, predicts others: python tools/fidelity.py
 
-Time is the processor time of this process, so that other work on the machine counts little (--wall: real time, on a
-machine that is otherwise idle). Each round makes an engine, calibrates to one workload, then serves the others; the
-table has the median error of the rounds, and how far the real figures of the rounds are apart.
+Each workload has an engine of its own. Time is the processor time of the engine's thread, and the engines take turns
+every 0.2 s of it, so that other work on the machine slows all of them alike (--wall: real time, one after the other, on
+a machine that is otherwise idle). The rates follow the speed of the machine, measured first. The table has the median
+error of the rounds, and how far the real figures of the rounds are apart.
 """
 
 import argparse
+import io
+import pickle
 import statistics
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import labkit as lk
-from labkit.clock import ProcessClock
+from labkit.clock import Clock
 from labkit.engine.build import build
-from labkit.study.serving import serve
+from labkit.study.serving import Served, serve
 
 SETTINGS = {"num_blocks": 800, "max_num_seqs": 32, "max_num_batched_tokens": 512}
 NAMES = ("output_tokens_per_s", "ttft_p50", "ttft_p90", "tpot_p50", "tpot_p90", "e2e_p50", "hit_rate", "preemptions")
+FITTED = "fitted"
+TURN = 200_000_000  # ns
+RATED = 2700.0  # output tokens/s of the machine for which the rates below were chosen
 
 
-def fitted(seed: int) -> lk.Workload:
-    chats = lk.workloads.chats(24, rate=8, think=0.3, output=(16, 64), seed=seed)
-    return lk.workloads.mixed(chats, lk.workloads.poisson(80, rate=15, output=(16, 96), seed=seed))
-
-
-def held_out() -> dict[str, lk.Workload]:
-    chats = lk.workloads.chats(20, rate=8, think=0.3, output=(16, 64))
-    return {
-        "chats and requests": lk.workloads.mixed(chats, lk.workloads.poisson(40, rate=12, output=(16, 64))),
-        "requests, 25 a second": lk.workloads.poisson(150, rate=25, prompt=(16, 200), output=(16, 64), seed=3),
+def workloads(seed: int, speed: float) -> dict[str, lk.Workload]:
+    """The first one is calibrated to; `speed` multiplies all rates."""
+    poisson, chats, mixed = lk.workloads.poisson, lk.workloads.chats, lk.workloads.mixed
+    found = {
+        FITTED: mixed(
+            chats(24, rate=8, think=0.3, output=(16, 64), seed=seed), poisson(80, rate=15, output=(16, 96), seed=seed)
+        ),
+        "chats and requests": mixed(
+            chats(20, rate=8, think=0.3, output=(16, 64)), poisson(40, rate=12, output=(16, 64))
+        ),
+        "requests, 25 a second": poisson(150, rate=25, prompt=(16, 200), output=(16, 64), seed=3),
         "shared prefixes": lk.workloads.shared_prefixes(100, prefixes=4, prefix=256, rate=20, seed=2),
+    }
+    return {
+        name: lk.Workload(name, tuple(replace(ask, arrival=ask.arrival / speed) for ask in workload.asks))
+        for name, workload in found.items()
     }
 
 
-def engine(wall: bool) -> lk.Engine:
-    parts = build(None, **SETTINGS)
+class Turns:
+    """Threads that run one at a time, each until it has used `TURN` of processor time."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.waiting = list(names)
+        self.changed = threading.Condition()
+
+    def begin(self, name: str) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting[0] == name)
+
+    def hand_on(self, name: str, again: bool) -> None:
+        with self.changed:
+            self.waiting.remove(name)
+            if again:
+                self.waiting.append(name)
+            self.changed.notify_all()
+
+
+class ThreadClock:
+    """The processor time of the thread that reads it; waiting is skipped. Hands the turn on when it is used up."""
+
+    def __init__(self, name: str, turns: Turns) -> None:
+        self.name, self.turns = name, turns
+        self.skipped = self.turn_ends = 0
+
+    def now(self) -> int:
+        return time.thread_time_ns() + self.skipped
+
+    def advance(self, seconds: float) -> None:
+        if time.thread_time_ns() > self.turn_ends:
+            self.turns.hand_on(self.name, again=True)
+            self.turns.begin(self.name)
+            self.turn_ends = time.thread_time_ns() + TURN
+
+    def wait_until(self, when: int) -> None:
+        self.skipped += max(0, when - self.now())
+
+
+def engine(clock: Clock, dtype: str) -> lk.Engine:
+    parts = build(None, **SETTINGS, dtype=dtype, log=lk.EventLog(keep=None))
     torch.set_num_threads(1)
-    clock = lk.WallClock() if wall else ProcessClock()
-    return lk.Engine(scheduler=parts.scheduler, runner=parts.runner, tokenizer=parts.tokenizer, clock=clock)
-
-
-def one_round(seed: int, wall: bool) -> tuple[object, dict[str, tuple[dict, dict]]]:
-    """The calibration, and for each held-out workload its real and its simulated figures."""
-    eng = engine(wall)
+    eng = lk.Engine(scheduler=parts.scheduler, runner=parts.runner, tokenizer=parts.tokenizer, clock=clock)
     eng.generate([[1, 2, 3]] * 4, lk.SamplingParams(max_tokens=8, ignore_eos=True))  # first steps are slow
-    serve(fitted(seed), eng)
-    found = lk.calibrate(eng.log)
-    figures = {}
-    for name, workload in held_out().items():
+    return eng
+
+
+def by_turns(works: dict[str, lk.Workload], dtype: str) -> dict[str, tuple[Served, lk.EventLog]]:
+    turns = Turns(list(works))
+    found = {}
+
+    def run(name: str) -> None:
+        turns.begin(name)
+        try:
+            eng = engine(ThreadClock(name, turns), dtype)
+            eng.blocks.reset()
+            found[name] = serve(works[name], eng), eng.log
+            eng.close()
+        finally:
+            turns.hand_on(name, again=False)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {name: found[name] for name in works}
+
+
+def one_after_another(works: dict[str, lk.Workload], dtype: str) -> dict[str, tuple[Served, lk.EventLog]]:
+    found = {}
+    for name, workload in works.items():
+        eng = engine(lk.WallClock(), dtype)
         eng.blocks.reset()
-        real = serve(workload, eng).metrics
-        figures[name] = real, lk.study.simulate(workload, cost=found.runner.cost, **SETTINGS).metrics
+        found[name] = serve(workload, eng), eng.log
+        eng.close()
+    return found
+
+
+def measured_speed(dtype: str) -> float:
+    """This machine's output tokens a processor second, of 32 requests at once."""
+    turns = Turns(["speed"])
+    eng = engine(ThreadClock("speed", turns), dtype)
+    found = serve(lk.workloads.poisson(32, rate=1e6, prompt=(100, 100), output=(64, 64)), eng).metrics
     eng.close()
-    return found, figures
+    return found["output_tokens_per_s"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--wall", action="store_true")
+    parser.add_argument("--speed", type=float, help="multiplies the rates; measured if not given")
+    parser.add_argument("--dtype", help="of the model: bfloat16 where the processor multiplies it, else float32")
+    parser.add_argument("--keep", type=Path, help="a file for the logs and figures, to look at with --look")
+    parser.add_argument("--look", type=Path, help="a file written by --keep, instead of serving")
     args = parser.parse_args()
-    rounds = [one_round(seed, args.wall) for seed in range(args.rounds)]
-    print(rounds[0][0].report())
-    print(f"\n{'median error (spread of the real figure)':42}" + "".join(f"{name:>22}" for name in held_out()))
+    if args.look:
+        rounds = pickle.loads(args.look.read_bytes())
+    else:
+        dtype = args.dtype or ("bfloat16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32")
+        speed = args.speed or measured_speed(dtype) / RATED
+        print(f"{dtype}, rates times {speed:.2f}", flush=True)
+        run = one_after_another if args.wall else by_turns
+        rounds = []
+        for seed in range(args.rounds):
+            works = workloads(seed, speed)
+            found = run(works, dtype)
+            rounds.append({name: (works[name], served.metrics, saved(log)) for name, (served, log) in found.items()})
+            if args.keep:
+                args.keep.write_bytes(pickle.dumps(rounds))
+    show(rounds)
+
+
+def saved(log: lk.EventLog) -> str:
+    log.save(file := io.StringIO())
+    return file.getvalue()
+
+
+def show(rounds: list) -> None:
+    figures = []
+    for i, found in enumerate(rounds):
+        calibration = lk.calibrate(lk.EventLog.load(io.StringIO(found[FITTED][2])))
+        if not i:
+            print(calibration.report())
+        figures.append(
+            {
+                name: (real, lk.study.simulate(work, cost=calibration.runner.cost, **SETTINGS).metrics)
+                for name, (work, real, _) in found.items()
+            }
+        )
+    print(f"\n{'median error (spread of the real figure)':42}" + "".join(f"{name:>22}" for name in figures[0]))
     for metric in NAMES:
         cells = []
-        for name in held_out():
-            pairs = [figures[name] for _, figures in rounds]
+        for name in figures[0]:
+            pairs = [found[name] for found in figures]
             real = [one[metric] for one, _ in pairs]
             if not any(real):
                 cells.append("none" if not any(other[metric] for _, other in pairs) else "0, not simulated so")

@@ -79,6 +79,7 @@ class Options:
     max_prefill_chunk: int | None = None
     prefill_share: float = 0.5
     order: Any = "fcfs"
+    victim: Any = "latest"
     preemption: str = "auto"
     swap_cost: Any = None
     recompute_cost: Any = None
@@ -149,7 +150,7 @@ class Options:
 
 SCHEDULING = (
     "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
-    "order", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
+    "order", "victim", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
     "prefix_hold", "max_in_flight", "log",
 )  # fmt: skip
 

@@ -362,7 +362,7 @@ class Engine(Sleeping, Shown):
     def control(self, **settings: Any) -> None:
         """Change settings of the running engine. Each change is logged as a Control event.
 
-        budget, rows, order, eviction, preemption, prefix_caching, prefill_share, max_prefill_chunk, watermark.
+        budget, rows, order, eviction, victim, preemption, prefix_caching, prefill_share, max_prefill_chunk, watermark.
         """
         values = checked(self.scheduler, settings)
         self._call(lambda: apply(self.scheduler, settings, values, self.clock.now()))

@@ -7,7 +7,7 @@ from typing import Any
 
 from labkit.core.blocks.eviction import eviction_policy
 from labkit.core.options import check_names, choose, flag, real, whole
-from labkit.core.scheduling.policy import PREEMPTIONS, name_of, order_of
+from labkit.core.scheduling.policy import PREEMPTIONS, name_of, order_of, victim_of
 from labkit.core.scheduling.scheduler import Scheduler
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
@@ -15,6 +15,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "rows": lambda x: whole("rows", x, least=1),
     "order": order_of,
     "eviction": eviction_policy,
+    "victim": victim_of,
     "preemption": lambda x: choose("preemption", x, PREEMPTIONS),
     "prefix_caching": lambda x: flag("prefix_caching", x),
     "prefill_share": lambda x: real("prefill_share", x, least=0, most=1, open_left=True),

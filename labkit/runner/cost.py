@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from labkit.core.options import real
+import numpy as np
+
+from labkit.core.options import real, whole
 from labkit.core.plan import Plan
 
 Count = Any  # a whole number, or an array of them: one for each of several steps
@@ -64,8 +66,14 @@ class StepCost(Protocol):
 class LinearCost:
     """A constant, and a price for each kind of work. The defaults resemble a 0.5B model in bf16 on two CPU cores.
 
+    `first_tokens` are other prices for a step's first tokens, as a product of few rows costs more per row than one of
+    many: `((4, 0.002), (16, 0.0004))` are 2 ms for each token up to the 4th and 0.4 ms up to the 16th; `per_token` is
+    the price of those beyond.
+
     >>> LinearCost(constant=0.01, per_token=0.001).seconds(StepWork(decodes=5))
     0.015
+    >>> LinearCost(constant=0.01, per_token=0.001, first_tokens=((4, 0.002),)).seconds(StepWork(decodes=5))
+    0.019
     """
 
     constant: float = 0.033
@@ -75,26 +83,47 @@ class LinearCost:
     per_row: float = 0.0  # a row of the step, or a draft, beside its tokens
     per_pair: float = 0.0  # a query and a key of a prefill
     per_join: float = 0.0  # a request that is given a row
+    per_prefill: float = 0.0  # a step with prefills, however many
+    first_tokens: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            real(name, value, least=0.0)
+            if name != "first_tokens":
+                real(name, value, least=0.0)
+        last = 0
+        for bound, price in self.first_tokens:
+            last = whole("first_tokens: each bound", bound, least=last + 1)
+            real("first_tokens: each price", price, least=0.0)
 
     def __repr__(self) -> str:
         rare = {"row": self.per_row, "prefill pair": self.per_pair, "join": self.per_join}
+        rare["step with prefills"] = self.per_prefill
         more = "".join(f" + {value:g} s a {name}" for name, value in rare.items() if value)
+        first = "".join(f"{price:g} up to {bound}, " for bound, price in self.first_tokens)
         return (
-            f"{self.constant:g} s + {self.per_token:g} s a token + {self.per_context:g} s a context token "
-            f"+ {self.per_block:g} s a moved block{more}"
+            f"{self.constant:g} s + {self.per_token:g} s a token{first and f' ({first[:-2]})'} "
+            f"+ {self.per_context:g} s a context token + {self.per_block:g} s a moved block{more}"
         )
 
     def seconds(self, work: StepWork) -> Any:
-        return (
+        tokens = work.tokens
+        seconds = (
             self.constant
-            + self.per_token * work.tokens
+            + self.per_token * tokens
             + self.per_context * (work.context + work.prefill_context)
             + self.per_block * work.moved
             + self.per_row * (work.decodes + work.chunks)
             + self.per_pair * work.pairs
             + self.per_join * work.joins
+            + self.per_prefill * (work.chunks > 0)
         )
+        begin = 0
+        for bound, price in self.first_tokens:
+            within = (
+                min(max(tokens - begin, 0), bound - begin)
+                if isinstance(tokens, int)
+                else np.clip(tokens - begin, 0, bound - begin)
+            )
+            seconds += (price - self.per_token) * within
+            begin = bound
+        return seconds

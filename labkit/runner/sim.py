@@ -48,9 +48,11 @@ class SimRunner:
         per_row: float | None = None,
         per_pair: float | None = None,
         per_join: float | None = None,
+        per_prefill: float | None = None,
     ) -> None:
         named = {"constant": constant, "per_token": per_token, "per_context": per_context, "per_block": per_block}
         named |= {"per_row": per_row, "per_pair": per_pair, "per_join": per_join}
+        named["per_prefill"] = per_prefill
         named = {name: value for name, value in named.items() if value is not None}
         if cost is not None and named:
             raise TypeError(f"SimRunner takes cost= or {', '.join(named)}, not both")

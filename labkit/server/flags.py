@@ -75,6 +75,7 @@ FLAGS: tuple[Flag, ...] = (
     _engine("enable-chunked-prefill", "bool", "split long prompts over steps (on by default)", "chunked_prefill"),
     _engine("long-prefill-token-threshold", "int", "most prompt tokens of a request in a step", "max_prefill_chunk"),
     _engine("scheduling-policy", "str", "fcfs, priority, sjf or lpm", "order"),
+    _engine("victim", "str", "who is preempted: latest, order, least_computed or most_computed"),
     _engine("preemption", "str", "recompute, swap or auto"),
     _engine("eviction", "str", "lru, fifo, lfu, slru, s3-fifo, ttl or cost"),
     _process("enforce-eager", "bool", "no captured CUDA graphs"),

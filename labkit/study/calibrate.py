@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +26,15 @@ from labkit.widgets import charts, style
 if TYPE_CHECKING:
     import pandas
 
-CONSTANTS = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join")
+CONSTANTS = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join", "per_prefill")
+BOUNDS = (4, 16, 64)  # tokens of a step, up to which each has a price of its own
+BETTER = 0.05  # by so much these prices must predict steps better that were not fitted; else there is one price
+LEAST_ERROR = 0.001  # of a step: an exact fit is not improved
 LEAST_STEPS = 20  # steps needed to fit the constants
 FOLDS = 5  # parts of the log, each predicted from the others
-OUTLIERS = 0.01  # share of the steps left out: the machine was busy with something else
+OUTLIERS = 0.01  # share of the steps left out of the fit: the machine was busy with something else
+HOPELESS = 10.0  # times the predicted time, and a step does not count at all
+ROUNDS = 3  # of the fit, each weighted by the times that the last one predicts
 DOTS = 600
 
 
@@ -58,8 +63,7 @@ class Calibration:
 
     @property
     def predicted(self) -> NDArray[np.float64]:
-        seconds: NDArray[np.float64] = _columns(self.work) @ _constants(self.runner.cost)
-        return seconds
+        return _predicted(self.work, self.runner.cost)
 
     @property
     def measured(self) -> NDArray[np.float64]:
@@ -75,6 +79,10 @@ class Calibration:
         """The predicted total time over the measured one, minus one."""
         return float(self.predicted.sum() / self.measured.sum() - 1)
 
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        return tuple(bound for bound, _ in self.runner.cost.first_tokens)  # type: ignore[attr-defined]
+
     @functools.cached_property
     def held_out(self) -> tuple[float, float]:
         """Error and bias on steps that were not fitted: each fifth of the log, predicted from the rest."""
@@ -82,8 +90,8 @@ class Calibration:
         predicted = np.empty(len(work))
         for fold in range(FOLDS):
             begin, end = (len(work) * (fold + i) // FOLDS for i in (0, 1))
-            cost = _fit(work[:begin] + work[end:])
-            predicted[begin:end] = _columns(work[begin:end]) @ _constants(cost)
+            cost = _fit(work[:begin] + work[end:], self.bounds)
+            predicted[begin:end] = _predicted(work[begin:end], cost)
         return float(np.median(np.abs(predicted / measured - 1))), float(predicted.sum() / measured.sum() - 1)
 
     def report(self) -> str:
@@ -128,7 +136,8 @@ class Calibration:
 def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Calibration:
     """Fit SimRunner's constants to the steps of a log, or of an engine, which serves `num` requests for it.
 
-    A least squares fit over relative errors, with no constant below zero, scaled so that the total time is right.
+    A least squares fit over relative errors, with no price below zero, scaled so that the total time is right. The
+    first tokens of a step have prices of their own if that predicts steps better that were not fitted.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=512))
@@ -144,7 +153,7 @@ def calibrate(source: Engine | EventLog, *, num: int = 48, seed: int = 0) -> Cal
         raise TypeError(f"calibrate takes an Engine or an EventLog, got {source!r}")
     if len(work) < LEAST_STEPS:
         raise ValueError(f"calibrate needs {LEAST_STEPS} steps at least, and there are {len(work)}")
-    return Calibration(SimRunner(cost=_fit(work)), tuple(work), num_unclear)
+    return Calibration(SimRunner(cost=_choose(work)), tuple(work), num_unclear)
 
 
 def _measure(engine: Engine, num: int, seed: int) -> tuple[list[Work], int]:
@@ -291,43 +300,71 @@ class _Fold:
         self.moved += 1
 
 
-def _columns(work: Iterable[Work]) -> NDArray[np.float64]:
-    """One column for each of CONSTANTS."""
-    return np.array(
-        [(1.0, one.tokens, one.context, one.moved, one.rows, one.pairs, one.joins) for one in work], np.float64
+def _columns(work: Iterable[Work], bounds: tuple[int, ...] = ()) -> NDArray[np.float64]:
+    """One column for each of CONSTANTS, then the tokens up to each of `bounds`; "tokens" are those beyond."""
+    plain = np.array(
+        [(1.0, one.tokens, one.context, one.moved, one.rows, one.pairs, one.joins, one.pairs > 0) for one in work],
+        np.float64,
     ).reshape(-1, len(CONSTANTS))
+    tokens = plain[:, 1].copy()
+    spans = [np.clip(tokens - begin, 0, end - begin) for begin, end in zip((0, *bounds), bounds, strict=False)]
+    plain[:, 1] = tokens - sum(spans)
+    return np.column_stack([plain, *spans])
 
 
-def _constants(cost: Any) -> NDArray[np.float64]:
-    return np.array([getattr(cost, name) for name in CONSTANTS])
+def _predicted(work: Sequence[Work], cost: Any) -> NDArray[np.float64]:
+    bounds = tuple(bound for bound, _ in cost.first_tokens)
+    prices = [getattr(cost, name) for name in CONSTANTS] + [price for _, price in cost.first_tokens]
+    seconds: NDArray[np.float64] = _columns(work, bounds) @ np.array(prices)
+    return seconds
 
 
-def _fit(work: list[Work]) -> LinearCost:
-    columns, seconds = _columns(work), np.array([one.seconds for one in work])
-    found = _nonnegative(columns / seconds[:, None])
-    off = np.abs(columns @ found / seconds - 1)
-    kept = off <= np.quantile(off, 1 - OUTLIERS)
-    found = _nonnegative(columns[kept] / seconds[kept, None])
-    found *= seconds[kept].sum() / (columns[kept] @ found).sum()  # noise only ever adds time: make the total right
-    chosen = dict(zip(CONSTANTS, found.tolist(), strict=True))
+def _choose(work: list[Work]) -> LinearCost:
+    """One price for all tokens, or more where that predicts steps better that were not fitted."""
+    straight, bent = (Calibration(SimRunner(cost=_fit(work, bounds)), tuple(work)) for bounds in ((), BOUNDS))
+    better = bent.held_out[0] < straight.held_out[0] * (1 - BETTER) - LEAST_ERROR
+    return (bent if better else straight).runner.cost  # type: ignore[return-value]
+
+
+def _fit(work: Sequence[Work], bounds: tuple[int, ...]) -> LinearCost:
+    """A least squares fit over relative errors, with no price below zero."""
+    columns, seconds = _columns(work, bounds), np.array([one.seconds for one in work])
+    expected, kept = seconds, np.ones(len(seconds), bool)
+    for _ in range(ROUNDS):  # weighted by what is expected: by what was measured, slow steps would count too little
+        scale = expected[kept]
+        found = _nonnegative(columns[kept] / scale[:, None], seconds[kept] / scale)
+        expected = np.maximum(columns @ found, 1e-9)
+        off = np.abs(seconds / expected - 1)
+        kept = off <= np.quantile(off, 1 - OUTLIERS)
+    counts = seconds < HOPELESS * expected
+    found *= seconds[counts].sum() / expected[counts].sum()  # rare slow steps belong to the total
+    chosen = dict(zip(CONSTANTS, found.tolist(), strict=False))
     if not columns[:, 3].any():
         chosen["per_block"] = LinearCost().per_block
-    return LinearCost(**chosen)
+    first = zip(bounds, found[len(CONSTANTS) :].tolist(), strict=True)
+    return LinearCost(**chosen, first_tokens=tuple(first))
 
 
-def _nonnegative(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Least squares of columns @ x = 1 with no x below zero: the best over all choices of which are zero."""
-    best, least = np.zeros(columns.shape[1]), np.inf
+def _nonnegative(columns: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The x without entries below zero for which columns @ x is closest to `values` (Lawson and Hanson)."""
     scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
-    there = [i for i in range(columns.shape[1]) if columns[:, i].any()]
-    for size in range(1, len(there) + 1):
-        for chosen in itertools.combinations(there, size):
-            some = list(chosen)
-            x, *_ = np.linalg.lstsq(columns[:, some] / scale[some], np.ones(len(columns)), rcond=None)
-            if (x < 0).any():
-                continue
-            rest = float(((columns[:, some] / scale[some] @ x - 1) ** 2).sum())
-            if rest < least - 1e-12:
-                best, least = np.zeros(columns.shape[1]), rest
-                best[some] = x / scale[some]
-    return best
+    columns = columns / scale
+    x, free = np.zeros(columns.shape[1]), np.zeros(columns.shape[1], bool)
+    for _ in range(10 * len(x)):
+        gain = columns.T @ (values - columns @ x)
+        gain[free] = -np.inf
+        if gain.max() <= 1e-9 * len(values):
+            break
+        free[gain.argmax()] = True
+        while True:
+            target = np.zeros(len(x))
+            target[free] = np.linalg.lstsq(columns[:, free], values, rcond=None)[0]
+            if (target[free] > 0).all():
+                break
+            below = free & (target <= 0)  # go towards it as far as all stay positive
+            x += (x[below] / (x[below] - target[below])).min() * (target - x)
+            free &= x > 1e-12
+            x[~free] = 0.0
+        x = target
+    found: NDArray[np.float64] = x / scale
+    return found

@@ -7,7 +7,7 @@ import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from labkit.clock import VirtualClock
 from labkit.core.blocks.manager import BlockManager
@@ -23,7 +23,7 @@ from labkit.runner.sim import SimRunner
 SHORT = {"budget": "max_num_batched_tokens", "rows": "max_num_seqs"}
 OF_BLOCKS = tuple(name for name in inspect.signature(BlockManager).parameters)
 OF_SCHEDULER = tuple(name for name in inspect.signature(Scheduler).parameters if name not in ("blocks", "log"))
-OF_COST = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join")
+OF_COST = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join", "per_prefill")
 OF_SIMULATOR = (*OF_COST, "acceptance")
 OF_MODEL = tuple(name for name in Options.__dataclass_fields__ if name not in ("log", "seed"))  # repeats have seeds
 NUM_BLOCKS = 512  # default for a simulation; with a model, as many as fit
@@ -123,6 +123,6 @@ def _changed(runner: Any, options: Mapping[str, float]) -> SimRunner:
             raise TypeError(
                 f"{', '.join(constants)} are constants of a LinearCost, but the runner's cost is {runner.cost!r}"
             )
-        changed.cost = replace(cost, **constants)
+        changed.cost = replace(cost, **cast(Any, constants))
     changed.acceptance = real("acceptance", options.get("acceptance", runner.acceptance), least=0.0, most=1.0)
     return changed

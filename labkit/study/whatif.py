@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SHOWN = 12  # requests in the picture
 COLUMNS = ("request", "arrival", "ttft", "ttft_after", "e2e", "e2e_after", "change", "reason")
 OF_RUN = (
-    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "max_prefill_chunk", "prefill_share", "preemption",
-    "watermark", "prefix_hold",
+    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "max_prefill_chunk", "prefill_share", "victim",
+    "preemption", "watermark", "prefix_hold",
 )  # fmt: skip
 
 

@@ -124,7 +124,7 @@ def _settings(s: Scheduler) -> str:
              "max_prefill_chunk", "prefill_share", "preemption", "watermark", "prefix_hold",
              "max_in_flight")  # fmt: skip
     lines = [[name, short(getattr(s, name))] for name in names]
-    lines.append(["order", short(name_of(s.queue.order))])
+    lines += [["order", short(name_of(s.queue.order))], ["victim", short(name_of(s.victim))]]
     return section("settings", table([], lines, align="ll"))
 
 

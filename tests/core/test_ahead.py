@@ -12,6 +12,10 @@ from labkit.core.scheduling.ahead import FastForward
 COLUMNS = ("num_blocks", "room", "num_tokens", "num_computed")
 
 
+def crowd(request, now):
+    return len(request.id) + now % 7
+
+
 def random_settings(rng):
     """A pool and a scheduler of a random kind, tight more often than not."""
     size = int(rng.choice([1, 3, 8, 16]))
@@ -31,6 +35,7 @@ def random_settings(rng):
         "preemption": str(rng.choice(["recompute", "swap", "auto"])),
         "order": str(rng.choice(["fcfs", "fcfs", "priority", "sjf", "lpm"])),
         "watermark": float(rng.choice([0.0, 0.05])),
+        "victim": [str(rng.choice(["latest", "order", "least_computed", "most_computed"])), crowd][rng.random() < 0.3],
         "prefix_hold": bool(rng.random() < 0.7),
     }
     return blocks, scheduler

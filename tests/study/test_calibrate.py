@@ -11,7 +11,7 @@ from tests.harness import Recording
 
 CHOSEN = {
     "constant": 0.004, "per_token": 0.0002, "per_context": 3e-7, "per_block": 5e-5, "per_row": 0.0003, "per_pair": 2e-8,
-    "per_join": 0.001,
+    "per_join": 0.001, "per_prefill": 0.0005,
 }  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def simulated(blocks=512, host=0, runner=None, **options):
 def crowd(eng, n=24, samples=1):
     for i in range(n):
         params = lk.SamplingParams(max_tokens=30 + i, ignore_eos=True, n=samples)
-        eng.submit([i % 3] * 40 + list(range(i, 100 + 5 * i)), params, arrival=0.05 * i)
+        eng.submit([i % 3] * 40 + list(range(i, 100 + 5 * i)), params, arrival=0.11 * (i * i % 11))
     eng.run()
 
 
@@ -58,7 +58,7 @@ def test_a_simulator_s_log_gives_its_constants_back(options, blocks):
 def test_the_fold_knows_what_every_plan_asked_for():
     recording = Recording(lk.SimRunner(**CHOSEN))
     eng = simulated(90, host=200, runner=recording, preemption="swap")
-    crowd(eng, 12, samples=2)
+    crowd(eng, 16, samples=2)
     assert eng.scheduler.num_preempted > 0
     work, num_unclear = work_of(eng.log)
     plans = {plan.step: plan for plan in recording.plans}

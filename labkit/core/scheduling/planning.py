@@ -64,7 +64,7 @@ def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Int
             rows = _hold_those_without(s, rows, short, copies)
         else:
             needy = copies[0] if copies else int(rows[short[0]])
-            victim = preempt.victim(s)
+            victim = preempt.victim(s, builder.now)
             preempt.preempt(s, victim, s.id_of(needy))
             builder.preempted = True
             rows = rows[rows != victim]
@@ -168,7 +168,7 @@ def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, cou
         others = [r for r in s.prefilling if r not in planned and s.seniority(r) > s.seniority(row)]
         if not others or _num_coming_back(s):
             break
-        victim = max(others, key=s.seniority)
+        victim = preempt.choose(s, np.array(others), builder.now)
         preempt.preempt(s, victim, s.id_of(row))
         builder.preempted = True
     count = min(count, room + blocks.available // groups * size - start)

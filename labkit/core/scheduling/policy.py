@@ -1,7 +1,10 @@
-"""Queue orders, and how a victim is preempted.
+"""Queue orders, who is preempted, and how.
 
 An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is called once, at
 submission. If it has an attribute `dynamic = True`, it is called again in each step that has a free row.
+
+A victim policy is a function `f(request, now) -> key` too. It is called for each running request when one must be
+preempted: the largest key is, ties by the default.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from labkit.core.request import Request
 
 Key: TypeAlias = Any
 Order: TypeAlias = Callable[[Request, int], Key]
+Victim: TypeAlias = Callable[[Request, int], Key]
 Cost: TypeAlias = Callable[[int], float]
 
 
@@ -51,6 +55,52 @@ def order_of(choice: str | Order) -> Order:
     if callable(choice):
         return choice
     raise ValueError(f"order must be a name or f(request, now) -> key, got {choice!r}")
+
+
+def latest(request: Request, now: int) -> Key:
+    """The lowest priority, then the latest arrival, then the one submitted last. The scheduler reads the same from
+    columns, without calling this."""
+    return (request.priority, request.arrival, request.serial)
+
+
+def least_computed(request: Request, now: int) -> Key:
+    """The fewest tokens: the least to compute again, or to swap."""
+    return -request.num_tokens
+
+
+def most_computed(request: Request, now: int) -> Key:
+    """The most tokens: it frees the most blocks, so that fewer requests are preempted."""
+    return request.num_tokens
+
+
+def last_in_order(request: Request, now: int) -> Key:
+    """The one that the queue's order would serve last. The scheduler replaces this by the order of its queue."""
+    raise AssertionError("the scheduler asks its order instead")
+
+
+VICTIMS: dict[str, Victim] = {
+    "latest": latest, "order": last_in_order, "least_computed": least_computed, "most_computed": most_computed,
+}  # fmt: skip
+
+
+def victim_of(choice: str | Victim) -> Victim:
+    if isinstance(choice, str):
+        return choose("victim", choice, VICTIMS)
+    if callable(choice):
+        return choice
+    raise ValueError(f"victim must be a name or f(request, now) -> key, got {choice!r}")
+
+
+def largest(victim: Victim, requests: list[Request], now: int) -> list[Request]:
+    """Those with the largest key; a ValueError that names the policy if keys cannot be compared."""
+    keys = [victim(request, now) for request in requests]
+    shapes = list(map(_shape_of, keys))
+    for request, key, shape in zip(requests, keys, shapes, strict=True):
+        if shape is None or shape != shapes[0]:
+            what = "keys are numbers, or tuples of them" if shape is None else f"for {requests[0].id!r} {keys[0]!r}"
+            raise ValueError(f"{key!r} for {request.id!r}: {what}")
+    most = max(keys)
+    return [request for request, key in zip(requests, keys, strict=True) if key == most]
 
 
 def name_of(function: object) -> str:
@@ -134,6 +184,10 @@ class WaitingQueue:
                 f"earlier keys: all keys need the same form"
             )
         return key
+
+    def last(self, request: Request, now: int) -> Key:
+        """The key with which it would be queued now."""
+        return self.key(request, now) if self.dynamic else self._keys[request.serial]
 
     def set_key(self, request: Request, key: Key) -> None:
         """Compute the key that a request keeps for its lifetime, also when it returns to the queue."""

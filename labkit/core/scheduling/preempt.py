@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import numpy as np
 
+from labkit.core.blocks.tables import Ints
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.policy import largest, last_in_order, latest, name_of
 from labkit.core.scheduling.state import SchedulerState
 
 
-def victim(s: SchedulerState) -> int:
-    """The running row of the lowest priority, then of the latest arrival, then submitted last."""
+def victim(s: SchedulerState, now: int) -> int:
+    """The row to preempt, of all that run."""
     rows = np.concatenate((s.decoding, np.fromiter(s.prefilling, np.int64, len(s.prefilling))))
+    return choose(s, rows, now)
+
+
+def choose(s: SchedulerState, rows: Ints, now: int) -> int:
+    """The row to preempt, of these: by the policy, then of the lowest priority, the latest arrival, submitted last."""
+    if s.victim is not latest:
+        rows = _by_policy(s, rows, now)
     for column in s.rank:
         key = column[rows]
         rows = rows[key == key.max()]
     return int(rows[0])
+
+
+def _by_policy(s: SchedulerState, rows: Ints, now: int) -> Ints:
+    policy = s.queue.last if s.victim is last_in_order else s.victim
+    requests = [s.row_request[row] for row in rows.tolist()]
+    try:
+        return np.array([r.row for r in largest(policy, requests, now)], np.int64)
+    except Exception as error:  # a user's function may raise anything, and the step must go on
+        s.warnings.append(f"victim policy {name_of(s.victim)!r} gave no key to compare: {error}; took the latest")
+        return rows
 
 
 def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None) -> None:

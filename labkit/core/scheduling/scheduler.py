@@ -26,11 +26,13 @@ from labkit.core.scheduling.policy import (
     PREEMPTIONS,
     Cost,
     Order,
+    Victim,
     default_disk_cost,
     default_recompute_cost,
     default_swap_cost,
     name_of,
     order_of,
+    victim_of,
 )
 from labkit.core.scheduling.slots import AdapterSlots
 from labkit.core.scheduling.state import SchedulerState
@@ -49,17 +51,17 @@ class Scheduler(SchedulerState, Shown):
     `max_prefill_chunk` tokens a step, and while others compete at most `prefill_share` of the remaining budget; tokens
     that nobody else needs go back to it. Without `chunked_prefill` a prompt waits for a step that has room for all of
     it, unless it is longer than the whole budget. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) ->
-    key`. `preemption` is "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost` and `recompute_cost`
-    (tokens -> seconds). `kv_loading` says what to do with a prefix that was offloaded: "load", "recompute", or "auto":
-    the cheaper one, where loading costs half of `swap_cost`, and `disk_cost` for what is read from disk. `watermark` is
-    the share of blocks kept free when a request is admitted beside running ones. With `prefix_hold`, a request
-    waits if another row is computing its prefix. `max_in_flight` plans may be launched before the first is
-    committed. `draft` guesses next tokens for speculative decoding: a function `f(token_ids) -> draft token ids`, or an
-    object such as `lk.NGramDraft`. A step verifies the drafts beside the row's own token, with budget and blocks that
-    are left over, and accepts those that equal what would have been drawn. `max_adapters` is the number of adapters
-    that the runner holds at a time: see `AdapterSlots`; None means that adapters are only names. Requests that capture
-    layers are served
-    without drafts.
+    key`. `victim` says who is preempted: "latest" (the lowest priority, then the latest arrival), "order" (whom `order`
+    would serve last), "least_computed", "most_computed" or `f(request, now) -> key`, the largest. `preemption` is
+    "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost` and `recompute_cost` (tokens -> seconds).
+    `kv_loading` says what to do with a prefix that was offloaded: "load", "recompute", or "auto": the cheaper one,
+    where loading costs half of `swap_cost`, and `disk_cost` for what is read from disk. `watermark` is the share of
+    blocks kept free when a request is admitted beside running ones. With `prefix_hold`, a request waits if another row
+    is computing its prefix. `max_in_flight` plans may be launched before the first is committed. `draft` guesses next
+    tokens for speculative decoding: a function `f(token_ids) -> draft token ids`, or an object such as `lk.NGramDraft`.
+    A step verifies the drafts beside the row's own token, with budget and blocks that are left over, and accepts those
+    that equal what would have been drawn. `max_adapters` is the number of adapters that the runner holds at a time: see
+    `AdapterSlots`; None means that adapters are only names. Requests that capture layers are served without drafts.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -78,6 +80,7 @@ class Scheduler(SchedulerState, Shown):
         max_prefill_chunk: int | None = None,
         prefill_share: float = 0.5,
         order: str | Order = "fcfs",
+        victim: str | Victim = "latest",
         preemption: str = "auto",
         swap_cost: Cost | None = None,
         recompute_cost: Cost | None = None,
@@ -104,6 +107,7 @@ class Scheduler(SchedulerState, Shown):
         self.chunked_prefill = flag("chunked_prefill", chunked_prefill)
         self.prefill_share = real("prefill_share", prefill_share, least=0.0, most=1.0, open_left=True)
         self.preemption = choose("preemption", preemption, PREEMPTIONS)
+        self.victim = victim_of(victim)
         self.swap_cost = swap_cost or default_swap_cost
         self.recompute_cost = recompute_cost or default_recompute_cost
         self.watermark = real("watermark", watermark, least=0.0, most=1.0)

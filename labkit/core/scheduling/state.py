@@ -19,7 +19,7 @@ from labkit.core.request import Request, Status
 from labkit.core.scheduling.drafting import Drafting
 from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
-from labkit.core.scheduling.policy import Cost, Order, WaitingQueue
+from labkit.core.scheduling.policy import Cost, Order, Victim, WaitingQueue
 from labkit.core.scheduling.slots import AdapterSlots
 
 MOST_REMEMBERED = 4096  # ended requests that can still be found by id
@@ -44,6 +44,7 @@ class SchedulerState:
     max_prefill_chunk: int | None
     chunked_prefill: bool
     prefill_share: float
+    victim: Victim
     preemption: str
     swap_cost: Cost
     recompute_cost: Cost
