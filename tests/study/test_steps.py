@@ -65,7 +65,8 @@ def random_world(seed):
                 int(rng.integers(0, 3)), after=after,
             )
         )  # fmt: skip
-    cost = LinearCost(2e-3, 1e-5, 1e-7, 1e-5, 1e-6, 1e-9, 1e-5) if rng.random() < 0.7 else Odd()
+    bent = ((4, 3e-4), (16, 5e-5)) if rng.random() < 0.5 else ()
+    cost = LinearCost(2e-3, 1e-5, 1e-7, 1e-5, 1e-6, 1e-9, 1e-5, 3e-4, bent) if rng.random() < 0.7 else Odd()
     return blocks, scheduler, Workload("random", tuple(asks)), cost, int(rng.integers(1, 200))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from labkit.core.blocks.eviction import LRU
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.blocks.prefix import DIGEST
-from labkit.core.scheduling.policy import fcfs, priority, sjf
+from labkit.core.scheduling.policy import fcfs, latest, priority, sjf
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.runner.cost import LinearCost, StepWork
 from labkit.runner.sim import SimRunner
@@ -37,6 +37,7 @@ ENDED = (
 )  # fmt: skip
 POINT = ("now", "step", "queried", "hit", "output", "used", "waiting", "running")
 DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN = range(7)  # why `run` returned
+PRICES = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join", "per_prefill")
 ORDERS = (fcfs, priority, sjf)
 ENDLESS = 2**62
 
@@ -97,6 +98,8 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "a log"
     if s.queue.order not in ORDERS:
         return "the order"
+    if s.victim is not latest:
+        return "the victim policy"
     if type(blocks.eviction) is not LRU:
         return "the eviction policy"
     if blocks.offload is not None or blocks.windows != (None,):
@@ -182,9 +185,12 @@ class NativeSteps:
         cost = self.runner.cost
         self._callback = _COST(self._cost)  # kept: C++ holds its address
         prices = None
-        if type(cost) is LinearCost:
-            names = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join")
-            prices = np.array([getattr(cost, name) for name in names], np.float64)
+        if type(cost) is LinearCost and len(cost.first_tokens) <= 8:
+            prices = np.zeros(25)  # the struct Prices
+            prices[:8] = [getattr(cost, name) for name in PRICES]
+            prices[8] = num = len(cost.first_tokens)
+            prices[9 : 9 + num] = [bound for bound, _ in cost.first_tokens]
+            prices[17 : 17 + num] = [price - cost.per_token for _, price in cost.first_tokens]
         self.library.steps_prices(self._handle, None if prices is None else prices.ctypes.data, self._callback)
 
     def _cost(self, work: Any) -> float:

@@ -15,7 +15,9 @@ enum Code : i64 { DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN };
 constexpr size_t MOST = 4096;  // ended requests and points kept until Python takes them
 
 struct Prices {  // of a LinearCost, in the order of its fields
-    double constant, token, context, block, row, pair, join;
+    double constant, token, context, block, row, pair, join, prefill;
+    double num_first;  // bounds of first_tokens, and what each costs beyond per_token
+    double bound[8], more[8];
 };
 
 // One rounding an operation, as in Python: no fused multiply-add.
@@ -51,7 +53,14 @@ struct Simulation {
         sum += times(p.block, 0.0);
         sum += times(p.row, (double)(work[0] + work[5]));
         sum += times(p.pair, (double)work[4]);
-        return sum + times(p.join, (double)work[7]);
+        sum += times(p.join, (double)work[7]);
+        sum += times(p.prefill, (double)(work[5] > 0));
+        double tokens = (double)(work[0] + work[1]), begin = 0;
+        for (size_t i = 0; i < (size_t)p.num_first; i++) {
+            sum += times(p.more[i], std::min(std::max(tokens - begin, 0.0), p.bound[i] - begin));
+            begin = p.bound[i];
+        }
+        return sum;
     }
 
     // Until `most_steps` were taken in all, or something is to be done in Python.
