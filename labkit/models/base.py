@@ -95,6 +95,10 @@ class Model(Protocol):
         """[rows, hidden size] -> [rows, vocabulary], float32."""
         ...
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The same numbers to draw from, in 16 bits where the head's product leaves no more."""
+        ...
+
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Each row's argmax and largest logit without writing all logits; None if there is no faster way than the
         logits."""

@@ -338,8 +338,14 @@ class Decoder:
         _keep(capture, len(self.layers), x)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        logits = self.head(hidden, dtype=torch.float32)
+    def scores(self, hidden: Tensor) -> Tensor:
+        shape = self.shape
+        if self.device.type != "cuda" or shape.logit_divisor != 1.0 or shape.logit_softcap:
+            return self.logits(hidden)
+        return self.logits(hidden, None)  # a copy in float32 takes as long as the product
+
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        logits = self.head(hidden, dtype=dtype)
         if self.shape.logit_divisor != 1.0:
             logits = logits / self.shape.logit_divisor
         if self.shape.logit_softcap:

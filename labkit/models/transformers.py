@@ -256,6 +256,9 @@ class TransformersModel:
         del self.given.hidden
         return logits[0].float()
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        return self.logits(hidden)
+
     def greedy(self, hidden: Tensor) -> None:
         return None
 

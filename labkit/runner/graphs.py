@@ -186,7 +186,7 @@ def sampled(
     model: Model, sampler: Sampler, hidden: Tensor, rows: Tensor, keys: Tensor, sample: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
     """A token for each line of `hidden` by its row's parameters, and the token's logit."""
-    logits = model.logits(hidden)
+    logits = model.scores(hidden)
     tokens = sample(logits, *(column[rows] for column in sampler.columns), keys)
     return tokens, logits.gather(1, tokens[:, None])[:, 0]
 

@@ -120,8 +120,9 @@ def draw_from(
         tokens, chosen = found if again is None else (found[0][again], found[1][again])
         drawn = Drawn(tokens, chosen, {})
     else:
-        logits = model.logits(hidden)
         drafted = plan if len(plan.drafts) else None
+        plain = drafted is None and sampler.plain[rows].all()  # nothing is computed on the logits before the draw
+        logits = (model.scores if plain else model.logits)(hidden)
         drawn = sampler.draw(logits if again is None else logits[again], rows, known, sample, drafted)
     latest[put(rows, latest.device)] = drawn.tokens
     return drawn

@@ -96,3 +96,16 @@ def test_dummy_weights_depend_on_the_seed_alone():
     for a, b in zip(first.tensors(), same.tensors(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.embedding, other.embedding)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_scores_are_the_logits_without_a_copy_in_float32(kind):
+    """On a GPU; a soft cap is computed in float32."""
+    model = load_model(config(kind), load_format="dummy", seed=1, dtype="float16")
+    hidden = torch.randn(3, model.hidden_size, generator=torch.Generator().manual_seed(1)).half()
+    expected = model.logits(hidden)
+    assert torch.equal(model.scores(hidden), expected) and expected.dtype == torch.float32
+    model.device = torch.device("cuda")
+    scores = model.scores(hidden)
+    assert scores.dtype == (torch.float16 if kind == "llama" else torch.float32)
+    assert torch.equal(scores.float(), expected)
