@@ -190,6 +190,7 @@ def by_arrival(request, now):
     [
         ("log", lk.EventLog(), "a log"),
         ("order", by_arrival, "the order"),
+        ("victim", "order", "the victim policy"),
         ("eviction", "fifo", "the eviction policy"),
         ("num_host_blocks", 9, "swapping"),
         ("budget", 7, "rows that take turns"),
