@@ -327,3 +327,25 @@ def test_splits_of_pages_fill_a_device_once():
     assert num_splits(2048, 16, 396) == 1  # many waves: parts only add starts
     assert num_splits(32, 128, places) == 16
     assert num_splits(4, 3, places) == 1  # parts of less than four tiles are not worth it
+
+
+@needs_triton
+def test_cudnn_takes_whole_prompts_and_names_what_it_needs(monkeypatch):
+    """On a CPU: torch's own kernel in cuDNN's place. Captured steps and other options are not whole prompts."""
+    from labkit_kernels.attention import library
+
+    args, options = batch([(37, 37)], 6, 2, 64, dtype=torch.bfloat16)
+    found = library.attend_whole(*args[:4], scale=options["scale"])
+    expected = reference.paged_attention(*args, **options)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+    assert not library.is_whole_prompt(args[0], args[1], args[5], options), "it is not on a GPU"
+    monkeypatch.setattr(library, "plain", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert library.is_whole_prompt(args[0], args[1], args[5], options)
+    past, bounds = batch([(37, 50)], 6, 2, 64)
+    assert not library.is_whole_prompt(past[0], past[1], past[5], bounds)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not library.is_whole_prompt(args[0], args[1], args[5], options)
+    monkeypatch.setitem(sys.modules, "cudnn", None)
+    with pytest.raises(ImportError, match=r"pip install 'labkit\[gpu\]'"):
+        library.frontend()

@@ -26,8 +26,8 @@ from labkit_kernels.config import MOST_SHARED, Config
 from labkit_kernels.prepared import Launches, Ready, launch
 from labkit_kernels.tune import chosen
 
+from . import library, pages
 from . import paged_attention as op
-from . import pages
 from .programs import attend, combine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -233,7 +233,33 @@ def paged_attention_pages(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: T
     return (pages.attend_pages if served else attend_rows)(q, k_cache, v_cache, *where, **options)
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {"rows": attend_rows, "pages": paged_attention_pages}
+@op.variant("sdpa", device="cuda", dtypes=DTYPES)
+def paged_attention_sdpa(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
+) -> Tensor:
+    """Whole prompts without a past by torch's cuDNN backend; all else as `pages` does it."""
+    if library.is_whole_prompt(q, k_cache, seq_len, options):
+        return library.attend_whole(q, k_cache, v_cache, table, scale=options["scale"])
+    return paged_attention_pages(q, k_cache, v_cache, table, start, seq_len, **options)
+
+
+@op.variant("cudnn", device="cuda", dtypes=DTYPES)
+def paged_attention_cudnn(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
+) -> Tensor:
+    """By cuDNN's frontend; options that it lacks, and caches in 8 bits, whose scales are of tokens, as `pages` does."""
+    if library.plain(q, k_cache, options) and options.get("max_query_len", 0) > 0 and len(q):
+        bounds = {"scale": options["scale"], "max_query_len": options["max_query_len"]}
+        return library.attend_frontend(q, k_cache, v_cache, table, start, seq_len, **bounds)
+    return paged_attention_pages(q, k_cache, v_cache, table, start, seq_len, **options)
+
+
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "rows": attend_rows,
+    "pages": paged_attention_pages,
+    "sdpa": paged_attention_sdpa,
+    "cudnn": paged_attention_cudnn,
+}
 ROWS = {"kernel": "rows"}
 
 
