@@ -56,6 +56,7 @@ _HOME = {
     "divergence": "lab.divergence",
     "train_adapter": "training.adapter",
     "TorchRunner": "runner.torch",
+    "Workers": "parallel.processes",
     "load_linear": "loading.single",
     "load_model": "models",
     "FakeRunner": "runner.fake",
@@ -116,6 +117,7 @@ if TYPE_CHECKING:
     from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player
+    from .parallel.processes import Workers
     from .quantization.quantize import quantize
     from .quantization.report import quantization_report
     from .quantization.sensitivity import sensitivity

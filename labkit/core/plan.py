@@ -208,10 +208,12 @@ class Result(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The whole step failed. Its requests go back to the queue and keep their tokens."""
+    """The whole step failed. Its requests go back to the queue and keep their tokens. `memory_is_lost`: so is
+    everything that was ever computed."""
 
     error: BaseException
     seconds: float = 0.0
+    memory_is_lost: bool = False
 
 
 class Outputs(NamedTuple):

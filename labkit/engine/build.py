@@ -15,7 +15,6 @@ from labkit.engine.adapters import checked
 from labkit.engine.speculation import load_draft, speculation
 from labkit.runner.base import KV_CACHE_DTYPES
 
-SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
 MAX_ADAPTERS = 8  # on the device at a time, unless the caller says
 CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
 
@@ -49,7 +48,11 @@ class Options:
     `max_adapter_rank` (None: 16, or the largest of `adapters`); either option makes room for `engine.adapters.load`.
     `max_cpu_adapters` limits how many are kept in host memory; others are read again. `draft` or
     `speculative_config` ({"method": "ngram", "suffix" or "draft_model", "num_speculative_tokens": 4, ...}) decodes
-    speculatively. All other options go to `BlockManager` and `Scheduler`.
+    speculatively.
+    `tensor_parallel_size` processes split every layer among them, and `pipeline_parallel_size` stages have some of the
+    layers each; `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart`
+    starts ranks again that have ended, and serves their requests again. `workers` are processes that run already, see
+    `lk.Workers`. All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"
@@ -100,6 +103,11 @@ class Options:
     max_adapters: int | None = None
     max_adapter_rank: int | None = None
     max_cpu_adapters: int | None = None
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    restart: bool = False
+    workers: Any = None
     log: Any = None
 
     def __post_init__(self) -> None:
@@ -115,6 +123,7 @@ class Options:
         choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         flag("kv_offloading", self.kv_offloading)
         speculation(self.speculative_config, self.draft)
+        self._check_parallel()
         real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
         if self.kv_offloading_size is not None:
             real("kv_offloading_size", self.kv_offloading_size, least=0.0)
@@ -139,6 +148,27 @@ class Options:
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=least)
 
+    def _check_parallel(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+            whole(name, getattr(self, name), least=1)
+        flag("restart", self.restart)
+        if self.distributed_executor_backend is not None:
+            choose("distributed_executor_backend", self.distributed_executor_backend, {"mp": None, "uni": None})
+        if self.distributed_executor_backend == "uni" and self.has_workers:
+            raise ValueError("distributed_executor_backend='uni' is one process: several ranks need 'mp'")
+        if self.has_workers and self.kv_disk_path is not None:
+            raise ValueError(
+                "kv_disk_path is for one process: leave it out, kv_offloading_size works with several ranks"
+            )
+        if self.has_workers and self.pipeline_parallel_size > 1 and self.hybrid_kv:
+            raise ValueError("hybrid_kv is not there with pipeline_parallel_size > 1: leave out one of them")
+
+    @property
+    def has_workers(self) -> bool:
+        """Is the model computed by other processes?"""
+        several = self.tensor_parallel_size > 1 or self.pipeline_parallel_size > 1
+        return several or self.workers is not None or self.distributed_executor_backend == "mp"
+
     @property
     def has_adapters(self) -> bool:
         return self.adapters is not None or self.max_adapters is not None
@@ -153,6 +183,11 @@ SCHEDULING = (
     "order", "victim", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
     "prefix_hold", "max_in_flight", "log",
 )  # fmt: skip
+LOADING = (
+    "dtype", "load_format", "path", "max_model_len", "seed", "trust_remote_code", "deterministic", "quantization",
+    "num_threads", "graphs", "hybrid_kv", "kv_cache_dtype", "kv_disk_path",
+)  # fmt: skip
+OF_DRAFT = ("dtype", "load_format", "seed", "trust_remote_code", "deterministic")
 
 
 def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts:
@@ -162,37 +197,30 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
 
     from labkit.assets import path
     from labkit.loading.checkpoint import resolve
-    from labkit.models import load_model
-    from labkit.runner.torch import TorchRunner
+    from labkit.parallel.load import load, load_tokenizer
 
     source = path("tiny") if model is None else model
     folder = resolve(source) if isinstance(source, (str, Path)) else None
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = load_model(
-        folder if folder is not None else source, dtype=options.dtype, device=device, load_format=options.load_format,
-        path=options.path, max_model_len=options.max_model_len, seed=options.seed,
-        trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
-        quantization=options.quantization,
-    )  # fmt: skip
-    if options.has_adapters:
-        _make_room(loaded, options)
-    if device.type == "cpu":
-        _choose_threads(loaded, options.num_threads)
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:
-        tokenizer = _load_tokenizer(folder, options.trust_remote_code)
+        tokenizer = load_tokenizer(folder, options.trust_remote_code)
     draft = speculation(options.speculative_config, options.draft)
-    draft_model = load_draft(
-        draft, loaded, folder, tokenizer, dtype=options.dtype, load_format=options.load_format, seed=options.seed,
-        trust_remote_code=options.trust_remote_code, deterministic=options.deterministic,
-    )  # fmt: skip
-    runner = TorchRunner(
-        loaded, eos_token_ids=_eos_ids(loaded, folder, tokenizer), seed=options.seed, graphs=options.graphs,
-        hybrid_kv=options.hybrid_kv, kv_cache_dtype=options.kv_cache_dtype, kv_disk_path=options.kv_disk_path,
-        capture=(loaded.max_model_len, options.max_num_batched_tokens) if options.capture_at_start else None,
-        draft_model=draft_model,
-    )  # fmt: skip
+    loading: dict[str, Any] = {name: getattr(options, name) for name in LOADING}
+    loading |= {
+        "source": folder if folder is not None else source, "device": device,
+        "eos_token_id": getattr(tokenizer, "eos_token_id", None), "adapter_room": _adapter_room(options),
+        "capture": options.max_num_batched_tokens if options.capture_at_start else None,
+    }  # fmt: skip
+    if options.has_workers:
+        if draft is not None and draft.by_runner:
+            raise ValueError("a draft model is not served by several processes yet: use one, or an n-gram draft")
+        runner: Any = _parallel(options, loading)
+    else:
+        draft_options = {name: getattr(options, name) for name in OF_DRAFT}
+        runner = load(loading, with_draft=lambda made: load_draft(draft, made, folder, tokenizer, **draft_options))
+    length: int = runner.max_model_len
     blocks = BlockManager(
-        options.num_blocks or _num_blocks(runner, options, loaded.max_model_len),
+        options.num_blocks or _num_blocks(runner, options, length),
         options.block_size,
         num_host_blocks=_num_host_blocks(runner, options),
         eviction=options.eviction,
@@ -203,20 +231,24 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         num_disk_blocks=_num_disk_blocks(runner, options),
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
+    scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1
     if options.max_in_flight is None:
-        scheduling["max_in_flight"] = int(device.type == "cuda" and draft is None)
-    scheduling["max_adapters"] = None if loaded.adapters is None else loaded.adapters.num_slots
-    scheduler = Scheduler(blocks, max_model_len=loaded.max_model_len, draft=draft, **scheduling)
+        busy = stages if stages > 1 else int(device.type == "cuda")
+        scheduling["max_in_flight"] = busy if draft is None else 0
+    scheduling["max_adapters"] = loading["adapter_room"][0] if loading["adapter_room"] else None
+    scheduler = Scheduler(blocks, max_model_len=length, draft=draft, **scheduling)
     return Parts(scheduler, runner, tokenizer)
 
 
-def _make_room(model: Any, options: Options) -> None:
+def _adapter_room(options: Options) -> tuple[int, int] | None:
+    """How many adapters of which rank the device holds at a time."""
+    if not options.has_adapters:
+        return None
     from labkit.loading.peft import read_rank
-    from labkit.models.lora import make_room
 
     given = checked(options.adapters)
     rank = options.max_adapter_rank or max([16, *(_of(name, read_rank, path) for name, path in given.items())])
-    make_room(model, options.max_adapters or MAX_ADAPTERS, rank)
+    return options.max_adapters or MAX_ADAPTERS, rank
 
 
 def _of(name: str, read: Callable[[Any], Any], path: Any) -> Any:
@@ -226,31 +258,31 @@ def _of(name: str, read: Callable[[Any], Any], path: Any) -> Any:
         raise ValueError(f"adapter {name!r}: {error}") from error
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
-    from labkit.loading.checkpoint import is_gguf
+def _parallel(options: Options, loading: dict[str, Any]) -> Any:
+    """A runner whose model other processes compute."""
+    from labkit.parallel.load import sendable
+    from labkit.parallel.processes import Workers
+    from labkit.parallel.runner import ParallelRunner
 
-    if is_gguf(folder):
-        from labkit.loading.gguf import metadata
-        from labkit.text.gguf import tokenizer_of
-
-        return tokenizer_of(metadata(folder), str(folder))
-    from labkit.text.tokenizer import Tokenizer
-
-    return Tokenizer.load(folder, trust_remote_code=trust_remote_code)
-
-
-def _choose_threads(model: Any, num_threads: int | None) -> None:
-    """The number of cores that share the calling thread's work."""
-    import torch
-
-    small = sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()) < SMALL
-    if num_threads is not None or small:
-        torch.set_num_threads(num_threads or 1)
+    sent = sendable(loading)
+    if options.workers is not None:
+        if not isinstance(options.workers, Workers):
+            raise ValueError(f"workers are lk.Workers(...), got {options.workers!r}")
+        return ParallelRunner(options.workers, sent, owns_workers=False)
+    workers = Workers(
+        tensor_parallel_size=options.tensor_parallel_size, pipeline_parallel_size=options.pipeline_parallel_size,
+        device=loading["device"].type, restart=options.restart, num_threads=options.num_threads,
+    )  # fmt: skip
+    try:
+        return ParallelRunner(workers, sent)
+    except BaseException:
+        workers.close()
+        raise
 
 
 def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
     """As many blocks as fit, but no more than could ever be used."""
-    share = options.gpu_memory_utilization if runner.device.type == "cuda" else CPU_SHARE
+    share = options.gpu_memory_utilization if str(runner.device).startswith("cuda") else CPU_SHARE
     fit: int = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
     most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
     return min(fit, most)
@@ -276,18 +308,3 @@ def _num_disk_blocks(runner: Any, options: Options) -> int:
     if (blocks := int(options.kv_disk_size * 2**30) // each) < 1:
         raise ValueError(f"kv_disk_size={options.kv_disk_size} GiB holds no block: a block takes {each} bytes")
     return blocks
-
-
-def _eos_ids(model: Any, folder: Path | None, tokenizer: Any) -> tuple[int, ...]:
-    """The model's end tokens, from its generation config, its config, or its tokenizer."""
-    import json
-
-    found: list[Any] = [getattr(model.config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    generation = folder / "generation_config.json" if folder is not None and folder.is_dir() else None
-    if generation is not None and generation.exists():
-        try:
-            found.append(json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id"))
-        except ValueError as error:
-            raise ValueError(f"{generation} is not JSON: {error}") from error
-    flat = [i for given in found for i in (given if isinstance(given, list) else [given]) if i is not None]
-    return tuple(i for i in dict.fromkeys(flat) if 0 <= i < model.vocab_size)

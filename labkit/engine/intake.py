@@ -155,6 +155,8 @@ def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> Samplin
         for layer in layers:
             if layer >= num_layers + (what == "hidden" and num_layers > 0):
                 raise ValueError(f"capture of {what!r} names layer {layer}: this runner has {num_layers} layers")
+    if (check := getattr(engine.runner, "check_params", None)) is not None:
+        check(params)
     if params.max_tokens is None:
         params = replace(params, max_tokens=max(1, engine.scheduler.room_for(num_prompt)))
     return params

@@ -194,8 +194,9 @@ class Loop:
         raised to the caller, who may continue stepping."""
         flying = [launched for launched, _ in self.in_flight]
         self.in_flight.clear()
+        failure = Failure(error, memory_is_lost=getattr(error, "memory_is_lost", False))
         for failed in flying if plan in flying else [*flying, plan]:
-            self.scheduler.commit(failed, Failure(error), self.clock.now())
+            self.scheduler.commit(failed, failure, self.clock.now())
 
     def _tell(self, listener: Listener, outputs: Outputs) -> None:
         try:

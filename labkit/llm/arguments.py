@@ -51,7 +51,7 @@ class Fits(NamedTuple):
     why: str
 
 
-_ONE = Fits((None, 1), "serves on one device and in one process here")
+_ONE = Fits((None, 1), "has one engine here, on one host")
 _NO = Fits((None, False, 0, "", (), [], {}), "is not served by labkit")
 _LORA = Fits((None, False), "needs adapters, which labkit does not load")
 _LORA_SIZE = Fits((None, *range(1, 513)), "sets a bound of adapters, which labkit does not load")
@@ -65,11 +65,9 @@ def _all(names: str, fits: Fits) -> dict[str, Fits]:
 
 FIXED: dict[str, Fits] = {
     **_all(
-        "tensor_parallel_size pipeline_parallel_size data_parallel_size nnodes prefill_context_parallel_size "
-        "decode_context_parallel_size",
+        "data_parallel_size nnodes prefill_context_parallel_size decode_context_parallel_size",
         _ONE,
     ),
-    "distributed_executor_backend": Fits((None, "mp", "uni"), _ONE.why),
     "worker_use_ray": Fits((None, False), _ONE.why),
     "kv_offloading_backend": Fits((None, "native"), "is not there; blocks go to host memory, and from there to files"),
     **_all(
@@ -119,7 +117,7 @@ def read(given: Mapping[str, Any], owner: str = "LLM") -> Asked:
     """vLLM's arguments as options. A TypeError names an unknown argument and the closest one, a ValueError a value that
     labkit cannot follow.
 
-    >>> read({"enable_prefix_caching": False, "tensor_parallel_size": 1, "enforce_eager": True}).engine
+    >>> read({"enable_prefix_caching": False, "data_parallel_size": 1, "enforce_eager": True}).engine
     {'prefix_caching': False, 'graphs': False}
     """
     engine: dict[str, Any] = {}

@@ -25,12 +25,14 @@ Split = Literal["column", "row"]
 class Units:
     """The outputs or inputs of a layer as units that no split cuts through: `Units(heads, head_size)`.
 
-    `shared` units are held by several ranks when there are fewer of them than ranks, as key heads are.
+    `shared` units are held by several ranks when there are fewer of them than ranks, as key heads are. `uneven` units
+    need not divide: the last ranks have fewer, as of a vocabulary.
     """
 
     count: int
     size: int = 1
     shared: bool = False
+    uneven: bool = False
 
     @property
     def total(self) -> int:
@@ -54,6 +56,12 @@ class Shard:
         >>> Shard(1, 2).part("q_proj", Units(6, 16))
         slice(48, 96, None)
         """
+        if units.uneven:
+            count = most_units(units.count, self.ranks)
+            begin, end = (min((self.rank + more) * count, units.count) for more in (0, 1))
+            if begin == end:
+                raise ValueError(f"{name!r} cannot be split among {self.ranks} ranks: it has only {units.count} parts")
+            return slice(begin * units.size, end * units.size)
         if units.count % self.ranks == 0:
             count = units.count // self.ranks
             return slice(self.rank * count * units.size, (self.rank + 1) * count * units.size)
@@ -70,6 +78,11 @@ class Shard:
     def size(self, name: str, units: Units) -> int:
         part = self.part(name, units)
         return part.stop - part.start
+
+
+def most_units(count: int, ranks: int) -> int:
+    """How many of `count` uneven units the first rank has. A multiple of 8, which AWQ packs into a word."""
+    return -(-count // (8 * ranks)) * 8
 
 
 def _fits(units: Units, ranks: int) -> bool:

@@ -40,11 +40,11 @@ class GGUFBlocks:
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return self.dense.layer(weight, bias)
 
-    def embedding(self, tensors: Tensors, name: str) -> IntegerLinear | None:
+    def embedding(self, tensors: Tensors, name: str, shard: Shard) -> IntegerLinear | None:
         """Rows are looked up in the blocks that the file has, and a tied head multiplies by them."""
         rows, size = tensors.size(f"{name}.weight")
-        spec = LinearSpec({name: (Units(rows),)}, Units(size))
-        [piece] = spec.pieces(Shard())
+        spec = LinearSpec({name: (Units(rows, uneven=True),)}, Units(size), "column")
+        [piece] = spec.pieces(shard)
         if not _has_kernels(tensors) or self._kind(piece) is None:
             return None
         return self._read(tensors, [piece], False)

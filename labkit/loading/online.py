@@ -71,9 +71,9 @@ class Online:
 
     def linear(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Linear:
         weight, bias = self.dense.read(tensors, spec, shard)
-        if spec.split is not None:
-            return self.round(weight, bias)
-        return self.layer(weight, bias) if list(spec.outputs) == ["lm_head"] else self.dense.layer(weight, bias)
+        if list(spec.outputs) == ["lm_head"]:
+            return self.layer(weight, bias)
+        return self.dense.layer(weight, bias) if spec.split is None else self.round(weight, bias)
 
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """The head: a layer of 8 bits."""

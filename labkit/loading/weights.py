@@ -75,13 +75,15 @@ class Weights:
         return tensor
 
     def embedding(self, name: str, rows: int, size: int) -> Tensor | Linear:
-        """A table of rows that are looked up; a layer, where the format keeps one that `outputs` looks them up in."""
+        """A table of rows that are looked up, this rank's part of them; a layer, where the format keeps one that
+        `outputs` looks them up in."""
         keep = getattr(self.format, "embedding", None)
+        part = self.shard.part(name, Units(rows, uneven=True)) if self.shard.ranks > 1 else slice(0, rows)
         if keep is None or self.size(f"{name}.weight") != (rows, size):
-            return self.get(f"{name}.weight", rows, size)
-        layer = keep(self, name)
+            return self.get(f"{name}.weight", rows, size, part=(part,))
+        layer = keep(self, name, self.shard)
         if layer is None:
-            return self.get(f"{name}.weight", rows, size)
+            return self.get(f"{name}.weight", rows, size, part=(part,))
         self.num_parameters += layer.num_parameters
         return layer
 

@@ -9,6 +9,7 @@ from labkit.core.options import choose, whole
 
 if TYPE_CHECKING:
     from labkit.models.base import Model
+    from labkit.models.place import Place
 
 LOAD_FORMATS = {"auto": "safetensors", "dummy": "random weights"}
 PATHS = {"auto": None, "native": None, "transformers": None}
@@ -26,6 +27,7 @@ def load_model(
     trust_remote_code: bool = False,
     deterministic: bool = False,
     quantization: str | None = None,
+    place: Place | None = None,
 ) -> Model:
     """Load a model from a folder, a .gguf file, a hub name, or a transformers config (which needs
     load_format="dummy").
@@ -33,7 +35,8 @@ def load_model(
     `path` is "native" (our decoder), "transformers" (any causal model that uses its attention interface) or "auto":
     native if possible. `max_model_len` limits the positions that tables are made for. With `deterministic`, a request's
     result does not depend, bit for bit, on what else is computed with it. `quantization` rounds the weights of linear
-    layers while they are loaded: see `labkit.loading.online`.
+    layers while they are loaded: see `labkit.loading.online`. `place` is the part of the model that
+    this process computes, None is all of it.
     """
     import torch
 
@@ -59,7 +62,9 @@ def load_model(
             raise ValueError('load_format="dummy" makes dense weights, and the config has a quantization_config')
         weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
     try:
-        return _build(config, weights, dtype, device, length, path, trust_remote_code, deterministic, quantization)
+        return _build(
+            config, weights, dtype, device, length, path, trust_remote_code, deterministic, quantization, place
+        )
     finally:
         weights.close()
 
@@ -82,15 +87,21 @@ def _open(folder: Path, load_format: str, path: str, trust_remote_code: bool) ->
 
 def _build(
     config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
-    deterministic: bool, quantization: Any,
+    deterministic: bool, quantization: Any, place: Place | None,
 ) -> Model:  # fmt: skip
     from labkit.models.decoder import FAMILIES, Decoder
+    from labkit.models.place import WHOLE
 
     native = config.model_type in FAMILIES
     if path == "native" and not native:
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
-        return Decoder(config, weights, dtype, device, length, deterministic, quantization)
+        return Decoder(config, weights, dtype, device, length, deterministic, quantization, place or WHOLE)
+    if place is not None and (place.shard.ranks > 1 or place.stages > 1):
+        raise ValueError(
+            f"{config.model_type!r} cannot be split among processes: it has no native decoder, or path= rules it out; "
+            f"native are {', '.join(sorted(FAMILIES))}"
+        )
     if deterministic:
         raise ValueError(
             f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or path= rules it out"

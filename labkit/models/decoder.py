@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from labkit.models.experts import Experts
 from labkit.models.lora import Slots
 from labkit.models.mlp import MLP
 from labkit.models.ops import Ops
+from labkit.models.place import WHOLE, Collectives, Place, add, check_ranks, numbers_of, stages_of
 from labkit.models.rotary import rope_table
+from labkit.models.vocabulary import Vocabulary
 
 FAMILIES = {
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
@@ -121,8 +124,14 @@ class Norm:
 
 
 class Attention:
-    def __init__(self, weights: Weights, name: str, index: int, shape: Shape, table: Tensor | None, ops: Ops) -> None:
-        self.shape, self.ops, self.index, self.table = shape, ops, index, table
+    """`index` counts the layers of this process, which are some of the model's."""
+
+    def __init__(
+        self, weights: Weights, name: str, index: int, shape: Shape, window: int, table: Tensor | None, ops: Ops,
+        group: Collectives | None,
+    ) -> None:  # fmt: skip
+        self.shape, self.ops, self.index, self.window, self.table = shape, ops, index, window, table
+        self.group = group
         q, kv = Units(shape.num_heads, shape.head_size), Units(shape.num_kv_heads, shape.head_size, shared=True)
         hidden, fused = Units(shape.hidden_size), f"{name}.qkv_proj"
         separate = {f"{name}.{part}_proj": (units,) for part, units in zip("qkv", (q, kv, kv), strict=True)}
@@ -133,8 +142,9 @@ class Attention:
         self.q_norm = Norm(weights, f"{name}.q_norm", shape, ops) if weights.has(f"{name}.q_norm.weight") else None
         self.k_norm = Norm(weights, f"{name}.k_norm", shape, ops) if self.q_norm else None
         self.per_head = self.q_norm is not None and len(self.q_norm.weight) == shape.head_size
-        if self.q_norm is not None and not self.per_head and weights.shard.ranks > 1:
-            raise ValueError(f"'{name}.q_norm' is a norm over all heads: it cannot be split among ranks")
+        if group is not None and self.q_norm is not None and self.k_norm is not None and not self.per_head:
+            for norm, units in ((self.q_norm, q), (self.k_norm, kv)):
+                norm.weight = norm.weight[weights.shard.part(name, units)].clone()
 
     def __call__(
         self, x: Tensor, norm: Norm | None, residual: Tensor | None, batch: Batch, cache: KVCache,
@@ -143,7 +153,7 @@ class Attention:
         shape, ops = self.shape, self.ops
         q, k, v = self.qkv(x, norm).split(self.sizes, -1)  # [tokens, heads * head size]
         if self.q_norm is not None and self.k_norm is not None and not self.per_head:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._norms_over_heads(q, k, self.q_norm, self.k_norm)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
         norms = {}
         slots, block_table = batch.places(self.index)
@@ -158,13 +168,33 @@ class Attention:
                 q, k = self.q_norm(q), self.k_norm(k)
             ops.store_kv(k, v, *cache, slots)
         where = (block_table, batch.query_start, batch.seq_len)
-        options: dict[str, Any] = {"scale": shape.scale, "window": shape.windows[self.index], "softcap": shape.softcap}
+        options: dict[str, Any] = {"scale": shape.scale, "window": self.window, "softcap": shape.softcap}
         if capture is not None and self.index in capture.attention_layers:
-            capture.attention[self.index] = attention_weights(q, cache[0], *where, **options)
+            found = attention_weights(q, cache[0], *where, **options)
+            if self.group is not None:
+                found = [self.group.all_gather(heads).flatten(0, 1) for heads in found]
+            capture.attention[self.index] = found
         seen = ops.paged_attention(
             q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
         )
-        return self.out(seen.flatten(1), None, residual)
+        if self.group is None:
+            return self.out(seen.flatten(1), None, residual)
+        return add(self.group, self.out(seen.flatten(1)), residual)
+
+    def _norms_over_heads(self, q: Tensor, k: Tensor, q_norm: Norm, k_norm: Norm) -> tuple[Tensor, Tensor]:
+        """Norms over all heads, of which this rank has some: one sum of squares goes round for both."""
+        if self.group is None:
+            return q_norm(q), k_norm(k)
+        shape, wide = self.shape, (q.float(), k.float())
+        copies = max(1, self.group.ranks // shape.num_kv_heads)  # ranks that hold the same key heads
+        squares = [part.square().sum(-1) for part in wide]
+        mean = self.group.all_reduce(torch.stack((squares[0], squares[1] / copies), -1))  # [tokens, 2]
+        mean /= torch.tensor([shape.num_heads, shape.num_kv_heads], device=q.device) * shape.head_size
+        scale = torch.rsqrt(mean + shape.eps)
+        found = [part * scale[:, i : i + 1] for i, part in enumerate(wide)]
+        norms = (q_norm, k_norm)
+        q, k = ((part * norm.weight.float()).to(q.dtype) for part, norm in zip(found, norms, strict=True))
+        return q, k
 
     def tensors(self) -> list[Tensor]:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
@@ -174,14 +204,17 @@ class Attention:
 class Layer:
     """Attention and MLP, each with a norm before it, behind it, or both."""
 
-    def __init__(self, weights: Weights, name: str, index: int, shape: Shape, table: Tensor | None, ops: Ops) -> None:
+    def __init__(
+        self, weights: Weights, name: str, index: int, shape: Shape, window: int, table: Tensor | None, ops: Ops,
+        group: Collectives | None,
+    ) -> None:  # fmt: skip
         def norm(part: str) -> Norm | None:
             return Norm(weights, f"{name}.{part}", shape, ops) if weights.has(f"{name}.{part}.weight") else None
 
         self.scale = shape.residual_scale
-        self.attention = Attention(weights, f"{name}.self_attn", index, shape, table, ops)
+        self.attention = Attention(weights, f"{name}.self_attn", index, shape, window, table, ops, group)
         mlp = f"{name}.block_sparse_moe" if weights.has(f"{name}.block_sparse_moe.gate.weight") else f"{name}.mlp"
-        self.mlp = (Experts if weights.has(f"{mlp}.gate.weight") else MLP)(weights, mlp, shape, ops)
+        self.mlp = (Experts if weights.has(f"{mlp}.gate.weight") else MLP)(weights, mlp, shape, ops, group)
         self.before_attention = norm("input_layernorm")
         sandwich = weights.has(f"{name}.pre_feedforward_layernorm.weight")
         if sandwich or self.before_attention is None:  # gemma2, gemma3: both sides; olmo2: behind
@@ -224,38 +257,72 @@ class Decoder:
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
-        deterministic: bool = False, quantization: Any = None,
+        deterministic: bool = False, quantization: Any = None, place: Place = WHOLE,
     ) -> None:  # fmt: skip
+        self.place, self.is_last = place, place.is_last
         self.name = config.architectures[0] if config.architectures else config.model_type
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.folder = getattr(source, "folder", None)
         self.shape = shape = Shape.of(config)
         self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
         self.embedding_size = config.hidden_size
-        self.kv = tuple(
-            KVSpec(shape.num_kv_heads, shape.head_size, shape.head_size, window or None) for window in shape.windows
-        )
+        if place.shard.ranks > 1:
+            named = ("moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size")
+            widths = [width for field in named if (width := getattr(config, field, None))]
+            check_ranks(place.shard.ranks, shape.num_heads, shape.num_kv_heads, widths, self.name)
         self.ops = Ops(device, dtype, deterministic)
-        weights = Weights(source, dtype, device, format_of(config, deterministic, quantization, source))
+        format = format_of(config, deterministic, quantization, source)
+        weights = Weights(source, dtype, device, format, place.shard)
         weights.check()
-        embedding = weights.embedding(EMBEDDING, self.vocab_size, self.hidden_size)
+        self.numbers = self._numbers(weights, config)
+        kv_heads = Units(shape.num_kv_heads, shared=True)
+        held = place.shard.size("the key heads", kv_heads)
+        self.kv = tuple(KVSpec(held, shape.head_size, shape.head_size, shape.windows[i] or None) for i in self.numbers)
+        self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
+        needed = place.is_first or (self.tied and place.is_last)
+        embedding: Tensor | Linear | None = None
+        if needed:
+            embedding = weights.embedding(EMBEDDING, self.vocab_size, self.hidden_size)
         self.tables = self._tables(config, shape)
         self.layers = [
-            Layer(weights, f"model.layers.{i}", i, shape, self.tables[shape.layer_types[i]] if rope else None, self.ops)
-            for i, rope in enumerate(shape.ropes)
-        ]
+            Layer(
+                weights, f"model.layers.{number}", i, shape, shape.windows[number],
+                self.tables[shape.layer_types[number]] if shape.ropes[number] else None, self.ops, place.group,
+            )
+            for i, number in enumerate(self.numbers)
+        ]  # fmt: skip
         self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
-        self.norm = Norm(weights, "model.norm", shape, self.ops)
-        self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
-        if not self.tied:
-            self.head = weights.linear({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size))
-        else:
+        self.norm = Norm(weights, "model.norm", shape, self.ops) if place.is_last else None
+        self.head: Linear | None = None
+        if place.is_last and not self.tied:
+            split, units = ("column" if place.group else None), Units(self.vocab_size, uneven=place.group is not None)
+            self.head = weights.linear({"lm_head": (units,)}, Units(self.hidden_size), split)  # type: ignore[arg-type]
+        elif place.is_last:
             self.head = weights.format.layer(embedding) if isinstance(embedding, Tensor) else embedding
         if self.tied and isinstance(self.head, IntegerLinear):
             embedding = self.head  # half of the memory or less, and once instead of twice
-        self.embedding: Tensor | Linear = embedding
+        self.embedding: Tensor | Linear | None = embedding if place.is_first else None
+        self.vocabulary = Vocabulary(self.vocab_size, place)
         self.num_parameters = weights.num_parameters
         check_taken(source, weights.taken, repr(source))
+
+    def _numbers(self, weights: Weights, config: Any) -> range:
+        """The layers of this stage. What other stages read is marked as read."""
+        place, num = self.place, config.num_hidden_layers
+        if place.stages == 1:
+            return range(num)
+        layer_of = numbers_of(weights.names(), "model.layers.")
+        costs = [0.0] * num
+        for name, number in layer_of.items():
+            if number < num:
+                costs[number] += prod(weights.size(name))
+        mine = stages_of(costs, float(self.vocab_size * self.hidden_size), place.stages)[place.stage]
+        for name in weights.names():
+            if layer_of.get(name, mine.start) not in mine or name.startswith(
+                ("model.embed_tokens.", "model.norm.", "lm_head.")
+            ):
+                weights.skip(name)
+        return mine
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
         """One rope table a kind of layer; kinds that share their parameters share the table."""
@@ -275,11 +342,11 @@ class Decoder:
         """Every weight once."""
         if isinstance(self.embedding, Tensor):
             yield self.embedding
-        elif self.embedding is not getattr(self.head, "base", self.head):
+        elif self.embedding is not None and self.embedding is not getattr(self.head, "base", self.head):
             yield from self.embedding.tensors()
         for part in (*self.layers, self.norm):
-            yield from part.tensors()
-        for tensor in self.head.tensors():
+            yield from part.tensors() if part is not None else ()
+        for tensor in self.head.tensors() if self.head is not None else ():
             if tensor is not self.embedding:
                 yield tensor  # also of a tied head, where its weight is stored in another order
 
@@ -293,8 +360,10 @@ class Decoder:
             for owner, name in ((layer.attention, "qkv"), (layer.attention, "out"), *mlps):
                 if owner is not None and (linear := getattr(owner, name)) is not None:
                     yield owner, name, linear.pieces, False
-        whole = LinearSpec({"lm_head": (Units(self.vocab_size),)}, Units(self.hidden_size)).pieces(Shard())
-        yield self, "head", self.head.pieces or whole, True
+        if self.head is not None:
+            tokens = Units(self.vocab_size, uneven=self.place.group is not None)
+            spec = LinearSpec({"lm_head": (tokens,)}, Units(self.hidden_size), "column")
+            yield self, "head", self.head.pieces or spec.pieces(self.place.shard), True
 
     def embedding_places(self) -> dict[str, tuple[int, int]]:
         return {EMBEDDING: (self.vocab_size, self.hidden_size)}
@@ -304,15 +373,21 @@ class Decoder:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[tokens] -> [tokens, hidden size]."""
+        return self.vocabulary.embed(token_ids, self._rows)
+
+    def _rows(self, token_ids: Tensor) -> Tensor:
         if isinstance(self.embedding, Tensor):
             return F.embedding(token_ids, self.embedding)
-        return self.embedding.outputs(token_ids)  # type: ignore[attr-defined]
+        return self.embedding.outputs(token_ids)  # type: ignore[union-attr]
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         return self.through(self.inputs(batch), batch, caches, capture)
 
     def inputs(self, batch: Batch) -> Tensor:
         """What goes into the first layer: [tokens, hidden size]."""
+        if not self.place.is_first:
+            assert self.place.pipe is not None
+            return self.place.pipe.receive((len(batch.token_ids), self.hidden_size), self.dtype)
         x = self.embed(batch.token_ids)
         if self.adapters is not None and batch.adapters is not None:
             self.adapters.use(batch.adapters)
@@ -334,6 +409,10 @@ class Decoder:
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)
             _keep(capture, i, x)
+        if self.norm is None:
+            assert self.place.pipe is not None
+            self.place.pipe.send(x)
+            return x
         x = self.norm(x)
         _keep(capture, len(self.layers), x)
         return x
@@ -345,7 +424,8 @@ class Decoder:
         return self.logits(hidden, None)  # a copy in float32 takes as long as the product
 
     def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        logits = self.head(hidden, dtype=dtype)
+        assert self.head is not None
+        logits = self.vocabulary.gather(self.head(hidden, dtype=dtype))
         if self.shape.logit_divisor != 1.0:
             logits = logits / self.shape.logit_divisor
         if self.shape.logit_softcap:
@@ -353,7 +433,9 @@ class Decoder:
         return logits
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        return self.head.argmax(hidden)  # caps and divisors keep order
+        """Caps and divisors keep order."""
+        assert self.head is not None
+        return self.vocabulary.argmax(hidden, self.head)
 
 
 def _keep(capture: Capture | None, layer: int, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from labkit.loading.format import RMSNorm, Units
 from labkit.loading.weights import Weights
 from labkit.models.mlp import MLP, MLPShape
 from labkit.models.ops import Ops
+from labkit.models.place import Collectives, add
 
 
 class ExpertsShape(MLPShape, Protocol):
@@ -24,10 +25,13 @@ class ExpertsShape(MLPShape, Protocol):
 
 
 class Experts:
-    """Each token goes through its few best experts, and through the shared one where there is one."""
+    """Each token goes through its few best experts, and through the shared one where there is one. Ranks split every
+    expert, so that their sums are added up once."""
 
-    def __init__(self, weights: Weights, name: str, shape: ExpertsShape, ops: Ops) -> None:
-        self.shape = shape
+    def __init__(
+        self, weights: Weights, name: str, shape: ExpertsShape, ops: Ops, group: Collectives | None = None
+    ) -> None:
+        self.shape, self.group = shape, group
         hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
         self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
         self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops) for i in range(num)]
@@ -54,7 +58,7 @@ class Experts:
                 at += count
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
-        return out if residual is None else residual + out
+        return add(self.group, out, residual)
 
     def tensors(self) -> list[Tensor]:
         shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []

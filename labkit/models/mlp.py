@@ -12,6 +12,7 @@ from labkit.loading.format import RMSNorm, Units
 from labkit.loading.gated import gated_mlp
 from labkit.loading.weights import Weights
 from labkit.models.ops import Ops
+from labkit.models.place import Collectives, add
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
 LLAMA, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
@@ -28,10 +29,12 @@ class MLPShape(Protocol):
 
 
 class MLP:
-    """Gated (gate and up merged), or plain."""
+    """Gated (gate and up merged), or plain. Without a `group` that adds them up, a shard gives a summand."""
 
-    def __init__(self, weights: Weights, name: str, shape: MLPShape, ops: Ops) -> None:
-        self.ops, self.activation = ops, shape.activation
+    def __init__(
+        self, weights: Weights, name: str, shape: MLPShape, ops: Ops, group: Collectives | None = None
+    ) -> None:
+        self.ops, self.activation, self.group = ops, shape.activation, group
         hidden = Units(shape.hidden_size)
         self.gated = not weights.has_layer(f"{name}.c_fc")
         if not self.gated:
@@ -54,6 +57,11 @@ class MLP:
         self.whole = gated_mlp(self.up, self.down, self.activation)
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
+        if self.group is None:
+            return self._compute(x, norm, residual)
+        return add(self.group, self._compute(x, norm, None), residual)
+
+    def _compute(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None) -> Tensor:
         if self.whole is not None and not (self.up.adapted or self.down.adapted):
             return self.whole(x, norm, residual)
         x = self.up(x, norm)

@@ -92,6 +92,8 @@ class TorchRunner:
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
+        self.max_model_len = model.max_model_len
+        self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture
         self.disk: DiskStore | None = None
@@ -283,6 +285,8 @@ class TorchRunner:
         wanted = wanted_of(plan, self.rows)
         capture = capture_of(wanted)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
+        if not self.draws:
+            return self._pending(Computed(plan, None, None, {}, [], begin, self.device))
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
         return self._drawn(plan, drawn, extras, begin)

@@ -59,6 +59,10 @@ FLAGS: tuple[Flag, ...] = (
     _engine("device", "str", "cpu, cuda, cuda:1, ...; without it a GPU if there is one"),
     _engine("num-threads", "int", "CPU threads of the engine"),
     _engine("deterministic", "bool", "same bits whatever else is in the batch"),
+    _engine("tensor-parallel-size", "int", "processes (GPUs) that split every layer"),
+    _engine("pipeline-parallel-size", "int", "stages of processes that have some of the layers each"),
+    _engine("distributed-executor-backend", "str", "mp: processes on this host; uni: one process", fits=("mp", "uni")),
+    _engine("restart", "bool", "start ranks that have ended again, and serve their requests again"),
     # -- memory and scheduling
     _engine("max-model-len", "int", "most tokens of a request, prompt and answer"),
     _engine("gpu-memory-utilization", "float", "share of a GPU's memory"),
@@ -138,8 +142,7 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless("cuda-graph-sizes cudagraph-capture-sizes", "list", "graphs are captured as needed"),
     *_harmless("compilation-config structured-outputs-config attention-config", "json", "labkit has other parts"),
     *_harmless("optimization-level guided-decoding-backend attention-backend", "str", "labkit has other parts"),
-    *_harmless("distributed-executor-backend", "str", "one process serves", ("mp", "uni")),
-    *_harmless("disable-custom-all-reduce", "bool", "one process serves"),
+    *_harmless("disable-custom-all-reduce", "bool", "NCCL on GPUs, shared memory on CPUs"),
     *_harmless("h11-max-incomplete-event-size h11-max-header-count", "int", "headers have a bound of their own"),
     *_harmless("tokenizer-mode config-format model-impl", "str", "the checkpoint decides", ("auto", "hf")),
     *_harmless("runner", "str", "text is generated and embedded", ("auto", "generate", "pooling")),
@@ -147,8 +150,7 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless("chat-template-content-format", "str", "templates get text", ("auto", "string")),
     # -- refused by name
     *_refused(
-        "tensor-parallel-size pipeline-parallel-size data-parallel-size api-server-count",
-        "serves on one device and in one process here", ("1",),
+        "data-parallel-size api-server-count", "has one engine and one server here", ("1",),
     ),
     *_refused("enable-expert-parallel enable-eplb enable-dbo headless data-parallel-backend", kind="bool"),
     *_refused("enable-lora max-loras max-lora-rank lora-modules fully-sharded-loras lora-dtype",

@@ -32,6 +32,7 @@ class Grammar:
         except ImportError as error:
             raise ValueError("structured_outputs need llguidance: pip install 'labkit[structured]'") from error
         ((self.kind, what),) = form.items()
+        self.form = dict(form)
         if not end_ids:
             raise ValueError(
                 "structured_outputs need an end-of-sequence token: this model has none, or ignore_eos is set"

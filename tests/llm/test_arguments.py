@@ -33,7 +33,7 @@ def test_every_argument_of_tutorials_is_accepted_and_takes_effect():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2: tensor_parallel_size serves on one device"),
+        ({"data_parallel_size": 2}, "data_parallel_size=2: data_parallel_size has one engine here"),
         ({"enable_lora": True}, "enable_lora needs adapters"),
         ({"num_speculative_tokens": 4}, "speculative_config={'method': ..., ...} holds it"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode='auto' is accepted"),

@@ -186,12 +186,14 @@ def roll_back(s: SchedulerState, plan: Plan, failure: Failure) -> None:
     for row, how in s.draining.items():
         s.draining[row] = how and "recompute"
     for request in list(s.requests.values()):
-        if request.status is Status.SWAPPED and request.swap_step >= plan.step:
+        if request.status is Status.SWAPPED and (failure.memory_is_lost or request.swap_step >= plan.step):
             preempt.drop_host_blocks(s, request)
             request.status = Status.WAITING
     s.forked.clear()
     if s.blocks.offload is not None:
         loading.lost(s, s.blocks.offload.roll_back(plan.step))
+    if failure.memory_is_lost:
+        s.blocks.clear_prefixes(on_disk=False)
 
 
 def drain(s: SchedulerState, plan: Plan) -> None:

@@ -23,6 +23,8 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
         rows = s.decoding
         if s.in_flight:  # rows whose last token is already in flight need no further step
             rows = rows[s.scheduled[rows] + 1 < s.limit[rows]]
+        if s.pipeline_stages > 1:
+            rows = _deal(s, rows)
         if len(rows) > s.max_num_batched_tokens:
             rows = _take_turns(s, rows)
         start = s.scheduled[rows]
@@ -39,6 +41,17 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
         for row in [row for row in rows.tolist() if row in s.held]:
             s.release_hold(row, 1)
     return rows, start
+
+
+def _deal(s: SchedulerState, rows: Ints) -> Ints:
+    """This plan's share of the decode rows, so that each stage of a pipeline has a batch to work on: a row that is in
+    flight waits for its token, and of the others those that waited longest go."""
+    if s.in_flight:
+        rows = rows[s.last_plan[rows] < s.in_flight[0].step]
+    most = -(-len(s.decoding) // s.pipeline_stages)
+    if len(rows) > most:
+        rows = rows[np.sort(np.argsort(s.last_plan[rows], kind="stable")[:most])]
+    return rows
 
 
 def _take_turns(s: SchedulerState, rows: Ints) -> Ints:

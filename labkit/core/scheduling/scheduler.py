@@ -62,6 +62,7 @@ class Scheduler(SchedulerState, Shown):
     A step verifies the drafts beside the row's own token, with budget and blocks that are left over, and accepts those
     that equal what would have been drawn. `max_adapters` is the number of adapters that the runner holds at a time: see
     `AdapterSlots`; None means that adapters are only names. Requests that capture layers are served without drafts.
+    With several `pipeline_stages`, decode rows are dealt evenly to as many plans in flight, a row to one at most.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -91,6 +92,7 @@ class Scheduler(SchedulerState, Shown):
         max_in_flight: int = 0,
         draft: DraftChoice | None = None,
         max_adapters: int | None = None,
+        pipeline_stages: int = 1,
         log: EventLog | None = None,
     ) -> None:
         if not isinstance(blocks, BlockManager):
@@ -119,6 +121,7 @@ class Scheduler(SchedulerState, Shown):
         for name, cost in costs.items():
             if cost is not None and not callable(cost):
                 raise ValueError(f"{name} must be a function of a number of tokens, got {cost!r}")
+        self.pipeline_stages = whole("pipeline_stages", pipeline_stages, least=1)
         guesser = draft_of(draft)
         if guesser is not None and self.max_in_flight:
             raise ValueError("a draft continues tokens that are known: it needs max_in_flight=0")

@@ -40,6 +40,7 @@ class SchedulerState:
     """
 
     max_num_seqs: int
+    pipeline_stages: int
     max_num_batched_tokens: int
     max_prefill_chunk: int | None
     chunked_prefill: bool

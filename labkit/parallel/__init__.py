@@ -1,0 +1,1 @@
+"""Several processes serve one model: ranks, what they tell each other, and the runner that drives them."""

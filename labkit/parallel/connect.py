@@ -1,0 +1,127 @@
+"""How a rank reaches the others: shared memory on one host, or torch.distributed (NCCL on GPUs, Gloo on CPUs)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labkit.loading.format import Shard
+from labkit.models.place import Collectives, Neighbours, Place
+from labkit.parallel.ranks import Lost, Ranks
+from labkit.parallel.shared import Segment, SharedGroup, SharedPipe
+
+
+class Peers:
+    """The other ranks, as one of them sees them."""
+
+    def __init__(
+        self, ranks: Ranks, rank: int, segment: Segment, group: Any | None, pipe: Any | None, backend: str
+    ) -> None:
+        self.ranks, self.rank, self.segment, self.group, self.pipe, self.backend = (
+            ranks, rank, segment, group, pipe, backend,
+        )  # fmt: skip
+
+    @property
+    def waited(self) -> float:
+        """Seconds spent waiting for other ranks."""
+        return sum(part.waited for part in (self.group, self.pipe) if part is not None)
+
+    @property
+    def place(self) -> Place:
+        stage, rank = self.ranks.place(self.rank)
+        group: Collectives | None = self.group
+        pipe: Neighbours | None = self.pipe
+        return Place(Shard(rank, self.ranks.tensor), group, stage, self.ranks.stages, pipe)
+
+    def beat(self) -> None:
+        self.segment.beat(self.rank)
+
+
+def connect(settings: dict[str, Any]) -> Peers:
+    """`settings` are those of `labkit.parallel.processes`."""
+    ranks, rank, timeout = Ranks(*settings["ranks"]), settings["rank"], settings["timeout"]
+    backend = settings["backend"]
+    segment = Segment(ranks, settings["memory"])
+    stage, inner = ranks.place(rank)
+    segment.beat(rank)
+    group: Any = None
+    pipe: Any = None
+    if backend == "shared":
+        group = SharedGroup(segment, stage, inner, timeout) if ranks.tensor > 1 else None
+        pipe = SharedPipe(segment, stage, inner, settings["step_timeout"]) if ranks.stages > 1 else None
+    elif ranks.num > 1:
+        group, pipe = _distributed(ranks, rank, backend, settings)
+    return Peers(ranks, rank, segment, group, pipe, backend)
+
+
+def _distributed(ranks: Ranks, rank: int, backend: str, settings: dict[str, Any]) -> tuple[Any, Any]:
+    import torch.distributed as dist
+
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(settings["store"], ranks.num)  # no port that others could connect to
+    timeout = timedelta(seconds=settings["timeout"])
+    device = torch.device("cuda", rank) if backend == "nccl" else None
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks.num, timeout=timeout, device_id=device)
+    stage, inner = ranks.place(rank)
+    group = None
+    for number in range(ranks.stages):  # every rank makes every group
+        members = list(range(number * ranks.tensor, (number + 1) * ranks.tensor))
+        made = dist.new_group(members, timeout=timeout) if ranks.tensor > 1 else None
+        group = made if number == stage else group
+    return (
+        TorchGroup(group, inner, ranks.tensor) if group is not None else None,
+        TorchPipe(rank - ranks.tensor, rank + ranks.tensor, device) if ranks.stages > 1 else None,
+    )
+
+
+class TorchGroup:
+    """The ranks of a stage in a process group of torch; see `labkit.models.place.Collectives`."""
+
+    def __init__(self, group: Any, rank: int, ranks: int) -> None:
+        import torch.distributed as dist
+
+        self.dist, self.group, self.rank, self.ranks = dist, group, rank, ranks
+        self.waited = 0.0  # not told apart from the exchange itself
+
+    def all_reduce(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = x.contiguous()
+        _raising(lambda: self.dist.all_reduce(x, group=self.group))
+        return x if residual is None else residual + x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty((self.ranks, *x.shape))
+        _raising(lambda: self.dist.all_gather_into_tensor(out, x.contiguous(), group=self.group))
+        return out
+
+
+class TorchPipe:
+    """The same rank of the stages before and after; see `labkit.models.place.Neighbours`."""
+
+    waited = 0.0
+
+    def __init__(self, before: int, after: int, device: torch.device | None) -> None:
+        import torch.distributed as dist
+
+        self.dist, self.before, self.after, self.device = dist, before, after, device
+
+    def send(self, x: Tensor) -> None:
+        _raising(lambda: self.dist.send(x.contiguous(), self.after))
+
+    def receive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        x = torch.empty(tuple(shape), dtype=dtype, device=self.device)
+        _raising(lambda: self.dist.recv(x, self.before))
+        return x
+
+
+def _raising(call: Any) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        raise Lost(f"a collective failed: {error}") from error

@@ -1,0 +1,46 @@
+"""Which processes there are: `tensor` ranks hold the shards of a stage's layers, `stages` stages follow each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from labkit.core.options import whole
+
+
+class Ranks(NamedTuple):
+    """
+    >>> Ranks.of(2, 3).num
+    6
+    """
+
+    tensor: int = 1
+    stages: int = 1
+
+    @classmethod
+    def of(cls, tensor: int, stages: int) -> Ranks:
+        whole("tensor_parallel_size", tensor, least=1, most=32)
+        whole("pipeline_parallel_size", stages, least=1, most=32)
+        return cls(tensor, stages)
+
+    @property
+    def num(self) -> int:
+        return self.tensor * self.stages
+
+    def place(self, rank: int) -> tuple[int, int]:
+        """(stage, rank within the stage)."""
+        return divmod(rank, self.tensor)
+
+    @property
+    def answering(self) -> int:
+        """The rank whose results count: the last stage's first."""
+        return (self.stages - 1) * self.tensor
+
+    def __str__(self) -> str:
+        parts = [f"{self.tensor} shards"] * (self.tensor > 1) + [f"{self.stages} stages"] * (self.stages > 1)
+        return " x ".join(parts) or "1 rank"
+
+
+class Lost(RuntimeError):
+    """Ranks no longer answer. What they had in memory is gone: no block that was computed can be read."""
+
+    memory_is_lost = True

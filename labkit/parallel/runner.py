@@ -1,0 +1,205 @@
+"""A runner whose model is computed by other processes: it sends them plans and takes the results of one."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from labkit.core.options import real
+from labkit.core.params import SamplingParams
+from labkit.core.plan import Plan, Result
+from labkit.parallel.processes import SECONDS_OTHERS, Workers, error_of, step_of
+from labkit.parallel.ranks import Lost
+from labkit.parallel.wire import Reported, form_of, plan_bytes, read_result
+from labkit.runner.base import Layout
+
+
+class Failed(NamedTuple):
+    """A rank raised an error in a step."""
+
+    step: int
+    error: Exception
+
+
+class ParallelRunner:
+    """See `labkit.runner.base.Runner`. `facts` are what all ranks say of the model."""
+
+    def __init__(self, workers: Workers, options: Mapping[str, Any], owns_workers: bool = True) -> None:
+        if workers.user is not None and workers.user() is not None:
+            raise ValueError(f"{workers!r} already serve an engine: close it, or make others")
+        self.workers, self.options, self.owns_workers = workers, dict(options), owns_workers
+        self.layout: Layout | None = None
+        self.sent: deque[int] = deque()  # steps without an answer, in order
+        self.results: deque[Reported] = deque()  # of the rank that answers
+        self.errors: list[deque[Failed]] = [deque() for _ in range(workers.ranks.num)]
+        self._void_until = -1  # nobody asks for the answers to these steps
+        self.busy = [0.0] * workers.ranks.num
+        self.waited = [0.0] * workers.ranks.num
+        self._load()
+        workers.user = weakref.ref(self)
+
+    def _load(self) -> None:
+        self.facts = self.workers.call("load", **self.options)
+        first = self.facts[self.workers.ranks.answering]
+        self.vocab_size: int = first["vocab_size"]
+        self.eos_token_ids: tuple[int, ...] = tuple(first["eos_token_ids"])
+        self.windows: tuple[int | None, ...] = tuple(first["windows"])
+        self.num_layers = sum(facts["num_layers"] for facts in self.facts[:: self.workers.ranks.tensor])
+        self.embedding_size: int | None = first["embedding_size"]
+        self.largest_input: float = first["largest_input"]
+        self.max_model_len: int = first["max_model_len"]
+        self.device, self.name, self.dtype = self.workers.device, first["name"], first["dtype"]
+
+    def __repr__(self) -> str:
+        where = "not open" if self.layout is None else f"{self.layout.num_blocks}x{self.layout.block_size}"
+        return f"ParallelRunner({self.name} on {self.workers.ranks}, {self.device}, {self.dtype}, {where})"
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """Of the rank that needs most."""
+        return max(self._bytes_per_block(block_size))
+
+    def _bytes_per_block(self, block_size: int) -> list[int]:
+        return [facts["bytes_per_token"] * block_size for facts in self.facts]
+
+    def fitting_blocks(self, block_size: int, utilization: float, most_tokens: int, most_rows: int) -> int:
+        """As many as fit on the rank where fewest do."""
+        real("gpu_memory_utilization", utilization, least=0.0, most=1.0, open_left=True)
+        if self.device != "cpu":
+            found = self.workers.call(
+                "fitting_blocks", block_size=block_size, utilization=utilization, most_tokens=most_tokens,
+                most_rows=most_rows,
+            )  # fmt: skip
+            return min(found)
+        from labkit.runner.memory import available_memory
+
+        return max(1, int(utilization * available_memory() // sum(self._bytes_per_block(block_size))))
+
+    def open(self, layout: Layout) -> None:
+        if self.layout is not None:
+            raise ValueError("this ParallelRunner already serves an engine: close that one, or make another runner")
+        self.workers.call("open", layout=layout)
+        self.layout = layout
+
+    def capture_all(self, most_tokens: int) -> None:
+        self.workers.call("capture_all", most_tokens=most_tokens)
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse what cannot be sent."""
+        for processor in params.logits_processors:
+            form_of(processor)
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def launch(self, plan: Plan) -> Waiting:
+        if self.workers.ensure():
+            self._begin_again()
+        if plan.reset:  # whatever is in flight was rolled back
+            self._void_until = plan.step - 1
+            self._forget()
+        if not self.sent:
+            self._read(0.0)
+        self.workers.send("P", plan_bytes(plan))
+        self.sent.append(plan.step)
+        return Waiting(self, plan.step)
+
+    def _begin_again(self) -> None:
+        """Other processes have taken the place of those that were lost."""
+        self._forget()
+        layout, self.layout = self.layout, None
+        self._load()
+        assert layout is not None
+        self.open(layout)
+
+    def _forget(self) -> None:
+        self.sent.clear()
+        self.results.clear()
+        for errors in self.errors:
+            errors.clear()
+
+    def result(self, step: int) -> Result:
+        """Wait for the answer to the oldest plan."""
+        if self.workers.lost is not None:
+            raise Lost(self.workers.lost)
+        if not self.sent or self.sent[0] != step:
+            raise RuntimeError(f"step {step} is not the oldest that was launched")
+        end = time.monotonic() + self.workers.step_timeout
+        while not self.results:
+            if (failed := self._failed(step)) is not None:
+                self._fail(failed, step)
+            if time.monotonic() > end:
+                raise self.workers.lose(f"step {step} has not ended after {self.workers.step_timeout:g} s")
+            self._read(1.0)
+        self.sent.popleft()
+        found = self.results.popleft()
+        if found.step != step:
+            raise self.workers.lose(f"a rank answered step {found.step}, asked was step {step}")
+        return found.result
+
+    def _failed(self, step: int) -> int | None:
+        """A rank that has failed in this step, or in one that the answering rank took for good."""
+        return next((rank for rank, errors in enumerate(self.errors) if errors and errors[0].step <= step), None)
+
+    def _fail(self, rank: int, step: int) -> NoReturn:
+        """A rank failed. If all do, the step has failed and they go on together; else they are no longer in step."""
+        failed = self.errors[rank][0]
+        end = time.monotonic() + SECONDS_OTHERS
+        while not all(self.errors) and not self.results and time.monotonic() < end:
+            self._read(0.5)
+        if not all(errors and errors[0].step == failed.step == step for errors in self.errors):
+            raise self.workers.lose(f"rank {rank} of {self.workers.ranks.num}: {failed.error}")
+        self.sent.popleft()
+        for errors in self.errors:
+            errors.popleft()
+        raise failed.error
+
+    def _read(self, timeout: float) -> None:
+        """Take what the ranks have sent."""
+        workers = self.workers
+        ready = workers.wait(timeout)
+        if not ready:
+            workers.check()
+        for rank in ready:
+            while (message := workers.take(rank)) is not None:
+                if message.kind == "R":
+                    found = read_result(message.data)
+                    self.busy[rank], self.waited[rank] = found.busy, found.waited
+                    if rank == workers.ranks.answering and found.step > self._void_until:
+                        self.results.append(found)
+                else:
+                    failed = Failed(step_of(message), error_of(rank, workers.ranks, message))
+                    if failed.step > self._void_until:
+                        self.errors[rank].append(failed)
+
+    # -- the end -------------------------------------------------------------------------------------------------
+
+    def memory_parts(self) -> list[tuple[str, Any]]:
+        """None in this process."""
+        return []
+
+    def close(self) -> None:
+        self.workers.user = None
+        if self.owns_workers:
+            self.workers.close()
+        elif self.workers.lost is None and not self.workers.is_closed:
+            self.workers.call("close")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise ValueError("snapshots and forks do not hold the memory of other processes: use one rank")
+
+    def __getstate__(self) -> NoReturn:
+        self.__deepcopy__({})
+
+
+class Waiting:
+    """A launched plan; see `labkit.runner.base.Pending`."""
+
+    def __init__(self, runner: ParallelRunner, step: int) -> None:
+        self.runner, self.step = runner, step
+
+    def result(self) -> Result:
+        return self.runner.result(self.step)

@@ -1,0 +1,181 @@
+"""One rank: a process that loads its part of a model, is sent plans, and answers with results.
+
+It ends when the engine's process ends or closes its socket. Read `Worker.serve` first.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from labkit.core.messagepack import pack, unpack
+from labkit.core.version import __version__
+from labkit.parallel.channel import Channel, Closed
+from labkit.parallel.ranks import Lost, Ranks
+
+SECONDS_BEAT = 0.25
+
+
+class Worker:
+    """Serves one engine. All of its torch work is done in the main thread."""
+
+    def __init__(self, channel: Channel, settings: dict[str, Any]) -> None:
+        from labkit.parallel.connect import connect
+
+        self.channel, self.settings = channel, settings
+        self.rank, self.ranks = settings["rank"], Ranks(*settings["ranks"])
+        if settings["version"] != __version__:
+            raise ValueError(f"this process runs labkit {__version__}, the engine's runs {settings['version']}")
+        self.peers = connect(settings)
+        self.runner: Any = None
+        self.options: dict[str, Any] = {}
+        self.tokenizer: Any = None
+        self.answers = self.rank == self.ranks.answering
+        self._busy = 0.0
+
+    # -- messages ------------------------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        while (message := self.channel.receive()) is not None:
+            if message.kind == "P":
+                self._step(message.data)
+            elif message.kind == "Q":
+                return
+            else:
+                self._call(message.data)
+
+    def _call(self, data: bytes) -> None:
+        """A call by name: its value, or its error."""
+        from labkit.parallel.wire import pack_any, unpack_any
+
+        name, given = unpack(data)
+        try:
+            value = getattr(self, f"do_{name}")(**{key: unpack_any(one) for key, one in given.items()})
+            self.channel.send("V", pack(pack_any(value)))
+        except Lost:
+            raise
+        except Exception as error:
+            self.channel.send("E", error_bytes(-1, error))
+
+    def _step(self, data: bytes) -> None:
+        from labkit.parallel.wire import read_plan, result_bytes
+
+        begin, before = time.perf_counter(), self.peers.waited
+        plan = read_plan(data)
+        try:
+            if any(join.params.logits_processors for join in plan.joins):
+                plan = plan._replace(joins=tuple(map(self._with_grammars, plan.joins)))
+            result = self.runner.launch(plan).result()
+            if not self.answers:
+                result = result._replace(tokens=result.tokens[:0], extras=None, indptr=None, errors=None)
+            waited = self.peers.waited - before
+            self._busy += time.perf_counter() - begin - waited
+            self.channel.send("R", result_bytes(plan.step, result, self._busy, self.peers.waited))
+        except (Lost, Closed):
+            raise
+        except Exception as error:
+            self.channel.send("E", error_bytes(plan.step, error))
+
+    def _with_grammars(self, join: Any) -> Any:
+        from dataclasses import replace
+
+        from labkit.text.grammar import Grammar
+
+        if self.tokenizer is None:
+            from labkit.parallel.load import load_tokenizer
+
+            self.tokenizer = load_tokenizer(Path(self.options["source"]), self.options["trust_remote_code"])
+        runner = self.runner
+        made = [
+            Grammar(form.form, self.tokenizer, runner.vocab_size, runner.eos_token_ids)
+            for form in join.params.logits_processors
+        ]
+        return join._replace(params=replace(join.params, logits_processors=tuple(made)))
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def do_load(self, **options: Any) -> dict[str, Any]:
+        from labkit.parallel.load import facts_of, load
+
+        self.runner = None
+        self.options, self.tokenizer = options, None
+        if isinstance(options["source"], dict):
+            from transformers import AutoConfig
+
+            options["source"] = AutoConfig.for_model(**options["source"])
+        if self.peers.backend == "nccl":
+            options["device"] = f"cuda:{self.rank}"
+        self.runner = load(options, self.peers.place)
+        return facts_of(self.runner)
+
+    def do_open(self, layout: Any) -> None:
+        self.runner.open(layout)
+
+    def do_capture_all(self, most_tokens: int) -> None:
+        self.runner.capture_all(most_tokens)
+
+    def do_fitting_blocks(self, **given: Any) -> int:
+        found: int = self.runner.fitting_blocks(**given)
+        return found
+
+    def do_close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
+            self.runner = None
+            import gc
+
+            gc.collect()
+
+    def do_memory(self) -> dict[str, int]:
+        found = {"weights": 0, "kv": 0}
+        for what, tensor in self.runner.memory_parts() if self.runner is not None else ():
+            found[what] += tensor.numel() * tensor.element_size()
+        return found
+
+
+def error_bytes(step: int, error: BaseException) -> bytes:
+    return pack([step, type(error).__name__, str(error)])
+
+
+def watch(parent: int, beat: Any) -> None:
+    """Tell that this process lives, and end it when the engine's has ended."""
+    while True:
+        if os.getppid() != parent:
+            os._exit(3)
+        beat()
+        time.sleep(SECONDS_BEAT)
+
+
+def main(fd: int, parent: int) -> None:
+    channel = Channel(socket.socket(fileno=fd))
+    try:
+        message = channel.receive()
+    except Closed:
+        return
+    assert message is not None
+    settings = unpack(message.data)
+    try:
+        worker = Worker(channel, settings)
+        threading.Thread(target=watch, args=(parent, worker.peers.beat), daemon=True).start()
+        channel.send("V", pack(os.getpid()))
+        worker.serve()
+    except Closed:
+        pass
+    except BaseException as error:
+        if not isinstance(error, (Lost, KeyboardInterrupt, ValueError)):
+            traceback.print_exc()
+        with suppress(Closed):
+            channel.send("L", error_bytes(-1, error))
+        sys.stderr.flush()
+        os._exit(1)  # not through destructors, which may wait for others
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

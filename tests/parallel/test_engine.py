@@ -1,0 +1,192 @@
+"""The engine on ranks in other processes: greedy tokens are those of one process, whatever is done with requests and
+blocks. One pair of workers serves all cases of this file."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import labkit as lk
+from tests.models.configs import VOCAB, config, reference_model
+
+PARAMS = {"temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with lk.Workers(tensor_parallel_size=2, num_threads=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def get(kind: str, seed: int = 0):
+        if (kind, seed) not in made:
+            made[kind, seed] = tmp_path_factory.mktemp(kind)
+            reference_model(config(kind, seed), seed).save_pretrained(made[kind, seed])
+        return made[kind, seed]
+
+    return get
+
+
+def engine(folder, **options) -> lk.Engine:
+    options = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "skip_tokenizer_init": True, **options}
+    return lk.Engine(folder, **options)
+
+
+def prompts_of(seed: int, number: int = 6) -> list[list[int]]:
+    rng = random.Random(seed)
+    start = [rng.randrange(VOCAB) for _ in range(20)]
+    return [start[: rng.choice([5, 16, 20])] + [rng.randrange(VOCAB) for _ in range(rng.choice([1, 7, 30]))]
+            for _ in range(number)]  # fmt: skip
+
+
+def tokens_of(eng: lk.Engine, prompts, **options) -> list[list[int]]:
+    handles = eng.generate(prompts, lk.SamplingParams(**{"max_tokens": 12, **PARAMS, **options}))
+    found = [list(one.output_ids) for handle in handles for one in handle.family]
+    eng.check()
+    return found
+
+
+def same(folder, workers, *, prompts=None, params=None, **options):
+    """The tokens of one process and of the workers."""
+    prompts = prompts_of(1) if prompts is None else prompts
+    expected, found = [], []
+    for ranks, tokens in (({}, expected), ({"workers": workers}, found)):
+        eng = engine(folder, **options, **ranks)
+        tokens += tokens_of(eng, prompts, **(params or {}))
+        last = eng
+        assert eng.close().ok
+    assert found == expected
+    return last
+
+
+def greedy(theirs, prompt: list[int], num: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num, do_sample=False, eos_token_id=None,
+            pad_token_id=2,
+        )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text", "mixtral", "phi3"])
+def test_greedy_tokens_are_those_of_transformers(kind, folders, workers):
+    theirs = reference_model(config(kind))
+    prompts = prompts_of(2, 4)
+    eng = engine(folders(kind), workers=workers, max_num_batched_tokens=16)
+    assert tokens_of(eng, prompts) == [greedy(theirs, prompt, 12) for prompt in prompts]
+    eng.close()
+
+
+CASES = {
+    "chunks": {"max_num_batched_tokens": 9, "max_prefill_chunk": 5},
+    "preemption": {"num_blocks": 24, "preemption": "recompute", "watermark": 0.0},
+    "swap": {"num_blocks": 24, "num_host_blocks": 64, "preemption": "swap", "watermark": 0.0},
+    "steps in flight": {"max_in_flight": 2},
+    "host memory": {"num_blocks": 24, "num_host_blocks": 64, "kv_offloading": True},
+    "windows": {"hybrid_kv": True},
+    "8 bits": {"quantization": "int8"},
+    "keys of 8 bits": {"kv_cache_dtype": "int8"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_do_not_depend_on_the_number_of_ranks(case, folders, workers):
+    same(folders("gemma3_text"), workers, **CASES[case])
+
+
+SAMPLING = {
+    "samples": {"n": 3, "temperature": 1.0, "seed": 7},
+    "draws": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3},
+    "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.3},
+    "bias": {"logit_bias": {3: 5.0}, "bad_word_ids": [[3, 3], [4]], "min_tokens": 2},
+    "allowed": {"allowed_token_ids": [5, 6, 90, 91, 96]},
+}
+
+
+@pytest.mark.parametrize("case", SAMPLING)
+def test_what_is_drawn_does_not_depend_on_the_number_of_ranks(case, folders, workers):
+    same(folders("qwen2"), workers, params=SAMPLING[case])
+
+
+def test_logprobs_captured_layers_and_embeddings_are_those_of_one_process(folders, workers):
+    prompt = [3, 1, 4, 1, 5, 9, 2]
+    rows = np.random.default_rng(0).normal(size=(2, 48)).astype(np.float32)
+    params = lk.SamplingParams(
+        max_tokens=3, logprobs=2, prompt_logprobs=1, capture={"hidden": [0, 2], "attention": [1]}, **PARAMS
+    )
+    found = []
+    for ranks in ({}, {"workers": workers}):
+        eng = engine(folders("llama"), **ranks)
+        handle = eng.submit(prompt, params, spans=[lk.Span(1, 2, embeddings=rows)])
+        eng.wait_for([handle])
+        found.append(handle)
+        eng.close()
+    one, two = found
+    assert one.output_ids == two.output_ids
+    for ours, theirs in zip(two.logprobs, one.logprobs, strict=True):
+        assert ours.top_ids == theirs.top_ids and ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+    assert two.prompt_logprobs[3].logprob == pytest.approx(one.prompt_logprobs[3].logprob, abs=1e-4)
+    for what in (("hidden", 0), ("hidden", 2), ("attention", 1)):
+        torch.testing.assert_close(two.captured(*what), one.captured(*what), rtol=1e-4, atol=1e-4)
+
+
+def test_a_grammar_is_followed_on_all_ranks(workers):
+    pytest.importorskip("llguidance")
+    params = lk.SamplingParams(max_tokens=12, structured_outputs={"regex": "[a-c]{3,8}"}, seed=1)
+    eng = lk.Engine(dtype="float32", workers=workers, num_blocks=64)
+    text = eng.generate("x = ", params).text
+    eng.close()
+    assert text.strip("abc") == "" and 3 <= len(text) <= 8
+
+
+def test_functions_and_snapshots_are_refused(folders, workers):
+    eng = engine(folders("llama"), workers=workers)
+    with pytest.raises(ValueError, match="logits_processors are functions of this process"):
+        eng.submit([1, 2], lk.SamplingParams(logits_processors=[lambda prompt, output, logits: logits]))
+    with pytest.raises(ValueError, match="snapshots and forks do not hold the memory of other processes"):
+        eng.snapshot()
+    with pytest.raises(ValueError, match="snapshots and forks"):
+        eng.fork()
+    assert len(tokens_of(eng, [[1, 2, 3]])[0]) == 12
+    eng.close()
+
+
+def test_a_step_that_fails_on_all_ranks_is_rolled_back_and_taken_again(folders, workers):
+    eng = engine(folders("llama"), workers=workers)
+    expected = tokens_of(eng, [[1, 2, 3]])
+    handle, launch = eng.submit([1, 2, 3], lk.SamplingParams(max_tokens=12, **PARAMS)), eng.runner.launch
+    eng.step()
+    eng.runner.launch = lambda plan: launch(plan._replace(rows=plan.rows + 10_000))
+    with pytest.raises(RuntimeError, match="IndexError: index"):
+        eng.step()
+    eng.runner.launch = launch
+    eng.run()
+    assert list(handle.output_ids) == expected[0] and workers.lost is None
+    eng.check()
+    eng.close()
+
+
+def test_errors_of_loading_name_what_is_wrong_and_the_workers_go_on(folders, workers, tmp_path):
+    with pytest.raises(ValueError, match="has no native decoder"):
+        engine(folders("gpt2"), workers=workers)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 does not divide"):
+        engine(folders("olmo2"), workers=workers)  # 3 key heads
+    eng = engine(folders("llama"), workers=workers)
+    with pytest.raises(ValueError, match="already serve an engine: close it"):
+        engine(folders("llama"), workers=workers)
+    assert tokens_of(eng, [[1, 2, 3]])
+    eng.close()
+
+
+def test_memory_is_split_evenly(folders, workers):
+    eng = engine(folders("llama"), workers=workers)
+    each = workers.call("memory")
+    assert max(one["weights"] for one in each) <= 1.1 * min(one["weights"] for one in each)
+    assert each[0]["kv"] == each[1]["kv"]
+    eng.close()
