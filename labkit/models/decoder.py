@@ -128,7 +128,7 @@ class Attention:
 
     def __init__(
         self, weights: Weights, name: str, index: int, shape: Shape, window: int, table: Tensor | None, ops: Ops,
-        group: Collectives | None,
+        group: Collectives | None = None,
     ) -> None:  # fmt: skip
         self.shape, self.ops, self.index, self.window, self.table = shape, ops, index, window, table
         self.group = group
@@ -206,7 +206,7 @@ class Layer:
 
     def __init__(
         self, weights: Weights, name: str, index: int, shape: Shape, window: int, table: Tensor | None, ops: Ops,
-        group: Collectives | None,
+        group: Collectives | None = None,
     ) -> None:  # fmt: skip
         def norm(part: str) -> Norm | None:
             return Norm(weights, f"{name}.{part}", shape, ops) if weights.has(f"{name}.{part}.weight") else None

@@ -160,21 +160,23 @@ def main(fd: int, parent: int) -> None:
     except Closed:
         return
     assert message is not None
-    settings = unpack(message.data)
+    settings, code = unpack(message.data), 0
     try:
         worker = Worker(channel, settings)
         threading.Thread(target=watch, args=(parent, worker.peers.beat), daemon=True).start()
         channel.send("V", pack(os.getpid()))
         worker.serve()
     except Closed:
-        pass
+        pass  # the engine's process has ended, or has ended this one
     except BaseException as error:
         if not isinstance(error, (Lost, KeyboardInterrupt, ValueError)):
             traceback.print_exc()
         with suppress(Closed):
             channel.send("L", error_bytes(-1, error))
-        sys.stderr.flush()
-        os._exit(1)  # not through destructors, which may wait for others
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not through destructors, which take time and may wait for others
 
 
 if __name__ == "__main__":

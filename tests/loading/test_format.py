@@ -173,18 +173,10 @@ def test_a_models_mlp_is_the_sum_over_its_ranks(kind, ranks):
     assert split and all(n == source.tensors[name].numel() for name, n in split.items())
 
 
-def test_a_norm_over_all_heads_cannot_be_split():
-    options = config("olmo2")
-    source = Tensors(tensors_of(options))
-    weights = shards(source, 3)[0]
-    with pytest.raises(ValueError, match=r"q_norm' is a norm over all heads: it cannot be split among ranks"):
-        Attention(weights, "model.layers.0.self_attn", 0, Shape.of(options), None, Ops(CPU, torch.float32))
-
-
 def test_a_heads_attention_is_one_ranks():
     options = config("llama")  # 6 heads, 2 key heads
     weights = shards(Tensors(tensors_of(options)), 6)[5]
-    attention = Attention(weights, "model.layers.0.self_attn", 0, Shape.of(options), None, Ops(CPU, torch.float32))
+    attention = Attention(weights, "model.layers.0.self_attn", 0, Shape.of(options), 0, None, Ops(CPU, torch.float32))
     size = Shape.of(options).head_size
     assert attention.sizes == [size, size, size] and attention.qkv.shape == (48, 3 * size)
     assert attention.out.shape == (size, 48)

@@ -64,7 +64,7 @@ def test_flags_of_tutorials_set_options_of_the_engine_and_the_server():
         "dtype": "half", "max_model_len": 4096, "gpu_memory_utilization": 0.8, "max_num_seqs": 16,
         "max_num_batched_tokens": 2000, "quantization": "int8", "kv_cache_dtype": "fp8", "prefix_caching": False,
         "trust_remote_code": True, "seed": 3, "order": "priority", "graphs": False,
-        "kv_offloading_size": 1.5,
+        "kv_offloading_size": 1.5, "tensor_parallel_size": 1,
     }  # fmt: skip
     assert found.remarks == ["--swap-space has no effect here: labkit's flag for it is --num-host-blocks"]
 
