@@ -299,6 +299,14 @@ class Engine(Sleeping, Shown):
             raise RuntimeError("the engine steps by itself in the background: pause() it first")
         return self._call(lambda: profile(self, steps))
 
+    def balance(self) -> Any:
+        """Each rank's memory, busy time and time waiting for others, where several processes compute the model."""
+        balance = getattr(self.runner, "balance", None)
+        if balance is None:
+            raise ValueError(f"{self.runner!r} is one process: balance() is for tensor_parallel_size > 1 and the like")
+        self._check_open()
+        return self._call(balance)
+
     def dashboard(
         self,
         *,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 from labkit.core.options import real
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result
+from labkit.parallel.balance import Balance, RankLoad
 from labkit.parallel.processes import SECONDS_OTHERS, Workers, error_of, step_of
 from labkit.parallel.ranks import Lost
 from labkit.parallel.wire import Reported, form_of, plan_bytes, read_result
@@ -174,6 +175,19 @@ class ParallelRunner:
                     failed = Failed(step_of(message), error_of(rank, workers.ranks, message))
                     if failed.step > self._void_until:
                         self.errors[rank].append(failed)
+
+    def balance(self) -> Balance:
+        """Each rank's memory, and where its time went since the model was loaded."""
+        memory, ranks = self.workers.call("memory"), self.workers.ranks
+        return Balance(
+            [
+                RankLoad(
+                    rank, ranks.place(rank)[0], pid, self.facts[rank]["num_layers"], memory[rank]["weights"],
+                    memory[rank]["kv"], memory[rank]["busy"], memory[rank]["waited"],
+                )
+                for rank, pid in enumerate(self.workers.pids)
+            ]
+        )  # fmt: skip
 
     # -- the end -------------------------------------------------------------------------------------------------
 

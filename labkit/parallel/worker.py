@@ -38,7 +38,7 @@ class Worker:
         self.options: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.answers = self.rank == self.ranks.answering
-        self._busy = 0.0
+        self._busy = self._before = 0.0  # seconds: computing; waiting, before the model was loaded
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -106,6 +106,7 @@ class Worker:
 
         self.runner = None
         self.options, self.tokenizer = options, None
+        self._busy, self._before = 0.0, self.peers.waited
         if isinstance(options["source"], dict):
             from transformers import AutoConfig
 
@@ -133,8 +134,9 @@ class Worker:
 
             gc.collect()
 
-    def do_memory(self) -> dict[str, int]:
-        found = {"weights": 0, "kv": 0}
+    def do_memory(self) -> dict[str, float]:
+        waited = self.peers.waited - self._before
+        found: dict[str, float] = {"weights": 0, "kv": 0, "busy": self._busy, "waited": waited}
         for what, tensor in self.runner.memory_parts() if self.runner is not None else ():
             found[what] += tensor.numel() * tensor.element_size()
         return found
@@ -177,7 +179,3 @@ def main(fd: int, parent: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not through destructors, which take time and may wait for others
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
