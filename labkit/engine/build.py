@@ -160,6 +160,8 @@ class Options:
             raise ValueError(
                 "kv_disk_path is for one process: leave it out, kv_offloading_size works with several ranks"
             )
+        if self.has_workers and self.has_adapters:
+            raise ValueError("adapters are not served by several processes yet: use one, or merge them into the model")
         if self.has_workers and self.pipeline_parallel_size > 1 and self.hybrid_kv:
             raise ValueError("hybrid_kv is not there with pipeline_parallel_size > 1: leave out one of them")
 

@@ -19,7 +19,7 @@ from labkit_kernels.attention.reference import attention_weights
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
-from labkit.loading.format import Linear, LinearSpec, Piece, Shard, Units
+from labkit.loading.format import Linear, LinearSpec, Piece, Units
 from labkit.loading.formats import format_of
 from labkit.loading.integers import IntegerLinear
 from labkit.loading.weights import Weights
