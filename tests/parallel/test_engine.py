@@ -91,6 +91,7 @@ CASES = {
     "host memory": {"num_blocks": 24, "num_host_blocks": 64, "kv_offloading": True},
     "windows": {"hybrid_kv": True},
     "8 bits": {"quantization": "int8"},
+    "drafts": {"draft": lambda ids: ids[-3:]},
     "keys of 8 bits": {"kv_cache_dtype": "int8"},
 }
 
