@@ -70,6 +70,11 @@ def up(count: int) -> int:
     return -(-count // step) * step
 
 
+def _is_decode(plan: Plan) -> bool:
+    """Whether every row has one token, its latest."""
+    return plan.num_decode == len(plan.rows) and not len(plan.drafts)
+
+
 def lines_of(flat: Any, size: Size, changes: int) -> Lines:
     """Views of one int32 array or tensor, each aligned to 16 bytes, because kernels read them."""
     at, found = 0, []
@@ -138,6 +143,7 @@ class Steps:
         self._made: dict[Size, tuple[Staging, Callable[[], Any]]] = {}
         self._pool: Any = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._arange = np.arange(self.num_rows, dtype=np.int32)
         self._order: tuple[np.ndarray, np.ndarray] | None = None  # of the latest decode step: rows, longest first
         self._changed: list[np.ndarray] = []  # places in the host's tables that the device does not have yet
         self._inputs = step_inputs.pick(self.device, torch.float32)
@@ -177,7 +183,7 @@ class Steps:
         rows = self.rows
         return bool(
             len(plan.rows)
-            and plan.num_tokens <= MOST_TOKENS
+            and (_is_decode(plan) or plan.num_tokens <= MOST_TOKENS)
             and not rows.asking[plan.rows].any()
             and not rows.is_adapted(plan.rows)
             and not (plan.start < rows.embedded[plan.rows]).any()
@@ -185,14 +191,14 @@ class Steps:
 
     def size_of(self, plan: Plan) -> Size:
         """The size of the graph that serves this plan."""
-        seqs, tokens = len(plan.rows), plan.num_tokens
-        samples = len(plan.sample_row) + plan.num_drafts
+        seqs, samples = len(plan.rows), len(plan.sample_row)
         draws = bool(self.sampler.plain[plan.sample_row].all())
-        longest = int((plan.start + plan.count).max())
-        queries = int(plan.count.max())
-        if tokens == samples and not np.array_equal(plan.sample_row, plan.rows):
-            queries = max(queries, 2)  # samples are in another order than their rows
-        return self._size(seqs, tokens, samples, plan.num_decode == seqs, queries, longest, draws)
+        if _is_decode(plan):
+            queries = 1 if samples == seqs and (plan.sample_row == plan.rows).all() else 2  # 2: samples are looked up
+            return self._size(seqs, seqs, samples, True, queries, int(plan.start.max()) + 1, draws)
+        longest, queries = int((plan.start + plan.count).max()), int(plan.count.max())
+        samples += plan.num_drafts
+        return self._size(seqs, plan.num_tokens, samples, plan.num_decode == seqs, queries, longest, draws)
 
     def _size(
         self, seqs: int, tokens: int, samples: int, decode: bool, queries: int, longest: int, draws: bool
@@ -238,25 +244,27 @@ class Steps:
         """Write this step's numbers, and padding behind them; the number of samples."""
         rows, start, count = plan.rows, plan.start, plan.count
         size, at = staging.size, staging.next()
-        num, tokens = len(rows), plan.num_tokens
+        num = len(rows)
         if size.queries == 1:
-            order = self._longest_first(rows, start) if size.draws else np.arange(num)
-            samples = num
-            ids = np.full(num, -1, np.int32)
+            order = self._longest_first(rows, start) if size.draws else self._arange[:num]
+            samples = tokens = num
+            at.ids[:num] = -1
             if len(plan.feed) < num:
+                ids = np.full(num, -1, np.int32)
                 given = np.ones(num, bool)
                 given[plan.feed] = False
                 ids[given] = plan.tokens
-            at.ids[:num] = ids[order]
-            at.rows[:num] = at.sample_row[:num] = rows[order]
+                at.ids[:num] = ids[order]
+            at.rows[:num] = rows[order]
+            at.sample_row[:num] = at.rows[:num]
             at.start[:num] = start[order]
-            at.query_start[:num] = at.sample_query[:num] = np.arange(num)
+            at.query_start[:num] = at.sample_query[:num] = self._arange[:num]
             at.sample_place[:num] = order
         else:
             query_start = np.zeros(num + 1, np.int64)
             np.cumsum(count, out=query_start[1:])
             drawn, queries, _ = draws_of(plan, query_start)
-            samples = len(drawn)
+            samples, tokens = len(drawn), int(query_start[-1])
             if len(plan.feed):
                 given = np.ones(tokens, bool)
                 given[query_start[plan.feed]] = False
@@ -266,11 +274,11 @@ class Steps:
                 at.ids[:tokens] = plan.tokens
             at.rows[:num], at.start[:num], at.query_start[:num] = rows, start, query_start[:-1]
             at.sample_query[:samples], at.sample_row[:samples] = queries, drawn
-            at.sample_place[:samples] = np.arange(samples)
         at.ids[tokens:] = 0
         at.rows[num:], at.start[num:], at.query_start[num:] = self.num_rows, 0, tokens
         at.sample_query[samples:], at.sample_row[samples:] = 0, self.num_rows
-        at.sample_place[samples:] = np.arange(samples, size.samples)
+        places = samples if size.queries == 1 else 0
+        at.sample_place[places:] = np.arange(places, size.samples)
         self._fill_changes(at)
         return samples
 

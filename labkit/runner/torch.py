@@ -249,7 +249,7 @@ class TorchRunner:
         other.model, other.draft_model = self.model, self.draft_model
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
-        other.graphs = other.repeats = other.disk = None
+        other.graphs = other.repeats = other.disk = other.drafter = None
         other._make_repeated()
         other._make_drafter()
         if other.drafter is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labkit.bench.gpu import attention, checks, quantized, serving, steps
+from labkit.bench.gpu import attention, checks, host, quantized, serving, steps
 from labkit.bench.gpu.timing import LimitTooLow
 from labkit.bench.gpu.where import Where
 
@@ -44,6 +44,7 @@ PARTS = (
     Part("8 bits", "int8 and float8 weights and inputs, against bf16", 120, quantized.eight_bits),
     Part("70b in 4 bits", "memory on this card, and the products of one layer", 60, quantized.large),
     Part("launches", "host time of one eager call", 30, steps.launches),
+    Part("host", "host work of a step of 256 rows, beside a device that does nothing", 60, host.host),
     Part("decode step", "256 rows of Qwen2.5-0.5B: wall, host, idle, by kernel", 60, steps.decode),
     Part("eager step", "64 rows, captured and not", 60, steps.eager),
     Part("mixed step", "decodes and prefills of Qwen3-0.6B", 60, steps.mixed),
