@@ -42,6 +42,7 @@ _HOME = {
     "Engine": "engine.engine",
     "StalledError": "engine.loop",
     "LLM": "llm",
+    "LoRARequest": "llm",
     "AsyncLLMEngine": "llm",
     "AsyncEngineArgs": "llm",
     "RequestOutputKind": "core.params",
@@ -113,7 +114,7 @@ if TYPE_CHECKING:
     from .lab.divergence import divergence
     from .lab.kernel_lab import kernel_lab
     from .lab.trial import try_variant
-    from .llm import LLM, AsyncEngineArgs, AsyncLLMEngine
+    from .llm import LLM, AsyncEngineArgs, AsyncLLMEngine, LoRARequest
     from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player

@@ -30,6 +30,7 @@ from labkit.llm import (
     EngineArgs,
     LLMEngine,
     Logprob,
+    LoRARequest,
     RequestMetrics,
     RequestOutput,
     RequestOutputKind,
@@ -61,6 +62,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "vllm.beam_search": ("BeamSearchOutput", "BeamSearchSequence"),
     "vllm.entrypoints": (),
     "vllm.entrypoints.llm": ("LLM",),
+    "vllm.lora": (),
+    "vllm.lora.request": ("LoRARequest",),
     "vllm.engine": (),
     "vllm.engine.arg_utils": ("EngineArgs", "AsyncEngineArgs"),
     "vllm.engine.async_llm_engine": ("AsyncLLMEngine",),
@@ -106,7 +109,7 @@ if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
 
 __all__ = [
     "LLM", "AsyncEngineArgs", "AsyncLLM", "AsyncLLMEngine", "BeamSearchOutput", "BeamSearchParams",
-    "BeamSearchSequence", "CompletionOutput", "EngineArgs", "LLMEngine", "Logprob", "RequestMetrics", "RequestOutput",
+    "BeamSearchSequence", "CompletionOutput", "EngineArgs", "LLMEngine", "LoRARequest", "Logprob", "RequestMetrics", "RequestOutput",
     "RequestOutputKind", "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt", "__version__",
     "random_uuid",
 ]  # fmt: skip

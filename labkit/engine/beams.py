@@ -105,9 +105,10 @@ def beam_search(
     params: BeamSearchParams | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     grammar: Any = None,
+    adapter: str | None = None,
 ) -> list[list[Beam]]:
     """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
-    first. `should_stop` is asked before each token; when it says so, SearchStopped is raised. `grammar` is that of
+    first, with an adapter of `engine.adapters` if one is named. `should_stop` is asked before each token; when it says so, SearchStopped is raised. `grammar` is that of
     `params.structured_outputs`, if it was compiled before."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")
@@ -128,7 +129,7 @@ def beam_search(
             break
         if should_stop():
             raise SearchStopped
-        next_tokens = _next_tokens(engine, asked, 2 * width)
+        next_tokens = _next_tokens(engine, asked, 2 * width, adapter)
         for search in searches:
             search.beams = []
         for (search, beam), found in zip(asked, next_tokens, strict=True):
@@ -142,13 +143,16 @@ def beam_search(
     return [_best(engine, search, params) for search in searches]
 
 
-def _next_tokens(engine: Engine, asked: list[tuple[Search, Beam]], num: int) -> list[list[tuple[int, float]]]:
+def _next_tokens(
+    engine: Engine, asked: list[tuple[Search, Beam]], num: int, adapter: str | None
+) -> list[list[tuple[int, float]]]:
     """The likeliest next tokens of each beam, with their log-probabilities."""
     plain = SamplingParams(max_tokens=1, temperature=0, logprobs=num, ignore_eos=True, detokenize=False)
     vocab_size = engine.runner.vocab_size
     rankings = [None if beam.mask is None else Ranking(num, beam.mask, beam.token_ids, vocab_size) for _, beam in asked]
     params = [plain if r is None else replace(plain, logprobs=None, logits_processors=(r,)) for r in rankings]
-    handles = engine.generate([[*search.prompt, *beam.token_ids] for search, beam in asked], params)
+    prompts = [[*search.prompt, *beam.token_ids] for search, beam in asked]
+    handles = engine.generate(prompts, params, adapter=adapter)
     found = []
     for ranking, handle in zip(rankings, handles, strict=True):
         handle.raise_failure()

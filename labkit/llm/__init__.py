@@ -5,6 +5,7 @@ from labkit.engine.beams import BeamSearchParams
 from labkit.llm.arguments import AsyncEngineArgs, EngineArgs
 from labkit.llm.asynchronous import AsyncLLMEngine
 from labkit.llm.inputs import StructuredOutputsParams, TextPrompt, TokensPrompt
+from labkit.llm.lora import LoRARequest
 from labkit.llm.offline import LLM
 from labkit.llm.outputs import (
     BeamSearchOutput,
@@ -19,6 +20,6 @@ from labkit.llm.stepwise import LLMEngine
 
 __all__ = [
     "LLM", "AsyncEngineArgs", "AsyncLLMEngine", "BeamSearchOutput", "BeamSearchParams", "BeamSearchSequence",
-    "CompletionOutput", "EngineArgs", "LLMEngine", "Logprob", "RequestMetrics", "RequestOutput",
+    "CompletionOutput", "EngineArgs", "LLMEngine", "LoRARequest", "Logprob", "RequestMetrics", "RequestOutput",
     "RequestOutputKind", "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt", "output_of",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from labkit.engine import lora_names
 from labkit.engine.build import Options
 
 RENAMED = {
@@ -53,8 +54,6 @@ class Fits(NamedTuple):
 
 _ONE = Fits((None, 1), "has one engine here, on one host")
 _NO = Fits((None, False, 0, "", (), [], {}), "is not served by labkit")
-_LORA = Fits((None, False), "needs adapters, which labkit does not load")
-_LORA_SIZE = Fits((None, *range(1, 513)), "sets a bound of adapters, which labkit does not load")
 _DRAFT = Fits((None,), "is not an option here; speculative_config={'method': ..., ...} holds it (see lk.Engine)")
 _FILES = Fits((None,), "is not read; give a local folder with the files that you want")
 
@@ -79,9 +78,9 @@ FIXED: dict[str, Fits] = {
         "return_sampling_mask enable_return_routed_experts enable_trace_replay",
         _NO,
     ),
-    **_all("enable_lora enable_lora_bias lora_modules fully_sharded_loras default_mm_loras lora_target_modules", _LORA),
-    **_all("max_loras max_lora_rank max_cpu_loras", _LORA_SIZE),
-    "lora_dtype": Fits((None, "auto"), _LORA_SIZE.why),
+    **_all("enable_lora_bias default_mm_loras lora_target_modules", _NO),
+    "fully_sharded_loras": Fits((None, False), "is not served; adapters are sharded as the layers they belong to"),
+    "lora_dtype": Fits((None, "auto"), "cannot be chosen; adapters have the model's dtype"),
     **_all("speculative_model num_speculative_tokens spec_method spec_model spec_tokens", _DRAFT),
     **_all("revision code_revision tokenizer_revision hf_config_path", _FILES),
     "download_dir": Fits((None,), "is not read; HF_HOME says where models are kept"),
@@ -120,7 +119,7 @@ def read(given: Mapping[str, Any], owner: str = "LLM") -> Asked:
     >>> read({"enable_prefix_caching": False, "data_parallel_size": 1, "enforce_eager": True}).engine
     {'prefix_caching': False, 'graphs': False}
     """
-    engine: dict[str, Any] = {}
+    engine: dict[str, Any] = lora_names.lora_options({name: given[name] for name in lora_names.NAMES if name in given})
     own: dict[str, Any] = {}
     for name, value in given.items():
         if name == "runner" and not (value is None or isinstance(value, str)):
@@ -131,7 +130,7 @@ def read(given: Mapping[str, Any], owner: str = "LLM") -> Asked:
             _here(name, value, engine, own)
         elif name in RENAMED or name in OWN:
             _option(RENAMED.get(name, name), value, engine)
-        elif name not in HARMLESS:
+        elif name not in HARMLESS and name not in lora_names.NAMES:
             raise TypeError(f"{owner} has no option {name!r}{_closest(name)}")
     return Asked(engine, **own)
 
@@ -169,7 +168,7 @@ def _check_fits(name: str, value: Any) -> None:
 
 
 def _closest(name: str) -> str:
-    known = [*OWN, *RENAMED, *HERE, *FIXED, *sorted(HARMLESS)]
+    known = [*OWN, *RENAMED, *HERE, *FIXED, *lora_names.NAMES, *sorted(HARMLESS)]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else " (help(lk.Engine) lists all)"
 

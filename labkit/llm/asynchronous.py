@@ -10,7 +10,8 @@ from labkit.core.params import SamplingParams
 from labkit.engine.closing import LeakReport
 from labkit.engine.engine import Engine
 from labkit.llm.arguments import EngineArgs, read
-from labkit.llm.inputs import job, no_adapter
+from labkit.llm.inputs import job
+from labkit.llm.lora import adapter_of
 from labkit.llm.outputs import Reader, RequestOutput
 from labkit.llm.stepwise import reset_prefix_cache
 from labkit.text.huggingface import as_transformers
@@ -56,9 +57,13 @@ class AsyncLLMEngine:
     ) -> AsyncIterator[RequestOutput]:
         """Outputs as they come: everything so far, or what is new, as `sampling_params.output_kind` says. Leaving the
         loop early aborts the request. Several steps may come as one output if the reader is slow."""
-        no_adapter(lora_request)
         params = SamplingParams() if sampling_params is None else sampling_params
-        made = job(self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs)
+        adapter = None
+        if lora_request is not None:
+            adapter = await asyncio.to_thread(adapter_of, self.engine, lora_request)  # it may read files
+        made = job(
+            self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs, adapter=adapter
+        )
         if not self.engine.is_running:
             self.engine.start()
         handle = made.submit(self.engine, request_id)
@@ -108,7 +113,7 @@ class AsyncLLMEngine:
     # -- the engine ----------------------------------------------------------------------------------------------
 
     async def get_tokenizer(self, lora_request: Any = None) -> Any:
-        no_adapter(lora_request)
+        """The model's. Tokenizers of adapters are not read."""
         if self._tokenizer is None:
             self._tokenizer = as_transformers(self.engine.tokenizer)
         return self._tokenizer

@@ -96,16 +96,25 @@ class Job(NamedTuple):
     params: SamplingParams
     salt: str | None
     priority: int
+    adapter: str | None = None
 
     def submit(self, engine: Engine, id: str | None = None) -> Handle:
-        handle = engine.submit(self.ids, self.params, id=id, priority=self.priority, salt=self.salt)
+        handle = engine.submit(
+            self.ids, self.params, id=id, priority=self.priority, salt=self.salt, adapter=self.adapter
+        )
         for member in (handle, *handle.samples):
             member.prompt_text = self.text  # type: ignore[attr-defined]
         return handle
 
 
 def job(
-    engine: Engine, prompt: Any, params: SamplingParams, *, priority: int = 0, max_logprobs: int | None = None
+    engine: Engine,
+    prompt: Any,
+    params: SamplingParams,
+    *,
+    priority: int = 0,
+    max_logprobs: int | None = None,
+    adapter: str | None = None,
 ) -> Job:
     """Checks a prompt and its parameters. As in vLLM, `max_tokens` beyond the maximum length is cut to it."""
     if not isinstance(params, SamplingParams):
@@ -121,7 +130,7 @@ def job(
     _check_logprobs(params, max_logprobs)
     if params.max_tokens is not None and params.max_tokens > room:
         params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-    return Job(ids.tolist(), text, params, salt, priority)
+    return Job(ids.tolist(), text, params, salt, priority, adapter)
 
 
 def _check_logprobs(params: SamplingParams, most: int | None) -> None:
@@ -159,8 +168,3 @@ def each(name: str, given: Any, num: int, single: tuple[type, ...]) -> list[Any]
         length = len(given) if isinstance(given, Sequence) else repr(given)
         raise ValueError(f"{num} prompts and {length} {name}: give one, or as many as prompts")
     return list(given)
-
-
-def no_adapter(given: Any) -> None:
-    if given:
-        raise ValueError("lora_request: labkit does not load adapters")

@@ -13,7 +13,8 @@ from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine, Prompt
 from labkit.engine.intake import prompt_ids
 from labkit.llm.arguments import read
-from labkit.llm.inputs import Job, each, job, no_adapter, several
+from labkit.llm.inputs import Job, each, job, several
+from labkit.llm.lora import LoRARequest, adapter_of
 from labkit.llm.outputs import BeamSearchOutput, RequestOutput, beam_of, output_of
 from labkit.llm.stepwise import LLMEngine
 from labkit.text.huggingface import as_transformers, with_template
@@ -82,10 +83,10 @@ class LLM:
         **more: Any,
     ) -> list[RequestOutput]:
         """Continue one prompt or many: text, {"prompt": text}, {"prompt_token_ids": ids} or token ids. If one of them
-        cannot be served, none is."""
+        cannot be served, none is. `lora_request` is one `LoRARequest` for all prompts, or a list with one or None for
+        each."""
         check_names("LLM.generate", more, ("use_tqdm", "lora_request", "priority"))
-        no_adapter(lora_request)
-        return self._run(several(prompts), sampling_params, priority)
+        return self._run(several(prompts), sampling_params, priority, lora_request)
 
     def chat(
         self,
@@ -105,7 +106,6 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation, or a list of them."""
         check_names("LLM.chat", more, _CHAT)
-        no_adapter(lora_request)
         conversations = messages if messages and isinstance(messages[0], (list, tuple)) else [messages]
         kwargs = dict(chat_template_kwargs or {}) | ({"tools": tools} if tools else {})
         tokenizer: Any = self.engine.tokenizer
@@ -122,15 +122,16 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self._run([{"prompt_token_ids": ids} for ids in prompts], sampling_params, priority)
+        return self._run([{"prompt_token_ids": ids} for ids in prompts], sampling_params, priority, lora_request)
 
-    def _run(self, prompts: list[Any], params: Any, priority: Any) -> list[RequestOutput]:
+    def _run(self, prompts: list[Any], params: Any, priority: Any, lora_request: Any) -> list[RequestOutput]:
         given = each("sampling_params", params, len(prompts), (SamplingParams,))
         urgency = each("priority", priority, len(prompts), (int,))
+        loras = each("lora_request", lora_request, len(prompts), (LoRARequest,))
         jobs = [
             job(self.engine, prompt, one or self.get_default_sampling_params(), priority=first or 0,
-                max_logprobs=self.max_logprobs)
-            for prompt, one, first in zip(prompts, given, urgency, strict=True)
+                max_logprobs=self.max_logprobs, adapter=adapter_of(self.engine, lora))
+            for prompt, one, first, lora in zip(prompts, given, urgency, loras, strict=True)
         ]  # fmt: skip
         return [output_of(handle) for handle in _served(self.engine, jobs)]
 
@@ -139,8 +140,8 @@ class LLM:
     ) -> list[BeamSearchOutput]:
         """The likeliest continuations of each prompt, the best first."""
         check_names("LLM.beam_search", more, ("use_tqdm", "lora_request", "concurrency_limit"))
-        no_adapter(more.get("lora_request"))
-        found = beam_search(self.engine, prompts, params)
+        adapter = adapter_of(self.engine, more.get("lora_request"))
+        found = beam_search(self.engine, prompts, params, adapter=adapter)
         tokenizer = self.engine.tokenizer
         outputs = []
         for prompt, beams in zip(prompts, found, strict=True):

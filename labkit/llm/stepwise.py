@@ -8,7 +8,8 @@ from typing import Any
 from labkit.core.params import SamplingParams
 from labkit.engine.engine import Engine
 from labkit.llm.arguments import EngineArgs, read
-from labkit.llm.inputs import job, no_adapter
+from labkit.llm.inputs import job
+from labkit.llm.lora import adapter_of
 from labkit.llm.outputs import Reader, RequestOutput
 from labkit.text.huggingface import as_transformers
 
@@ -41,8 +42,10 @@ class LLMEngine:
     def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams, *, lora_request: Any = None, priority: int = 0
     ) -> None:
-        no_adapter(lora_request)
-        made = job(self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs)
+        adapter = adapter_of(self.engine, lora_request)
+        made = job(
+            self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs, adapter=adapter
+        )
         self._readers[request_id] = Reader(made.submit(self.engine, request_id), params.output_kind)
 
     def abort_request(self, request_id: str | list[str]) -> None:

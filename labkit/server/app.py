@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
 from labkit.server import (
+    adapters,
     admin,
     chat,
     completions,
@@ -34,7 +35,7 @@ from labkit.server.routes import Route
 from labkit.server.service import Service
 
 FAMILIES = (
-    completions, chat, responses, messages, embeddings, invocations, tokens, health, metrics, loading
+    completions, chat, responses, messages, embeddings, invocations, tokens, health, metrics, loading, adapters
 )  # fmt: skip
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from labkit.core.options import closest
+from labkit.engine import lora_names
 from labkit.server.flags import BY_NAME, ENGINE, FLAGS, HARMLESS, PROCESS, REFUSED, SERVER, SHORT, Flag
 
 KEY_VARIABLE = "VLLM_API_KEY"
 ADMIN_VARIABLE = "VLLM_SERVER_DEV_MODE"
+LORA_VARIABLE = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 _SIZES = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -48,8 +50,11 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
     if "api_key" not in found.server and (key := _key(environment, Path(folder))):
         found.server["api_key"] = [key]
     _split_models(found.process)
+    _adapters(found)
     if (os.environ if environment is None else environment).get(ADMIN_VARIABLE) == "1":
         found.server.setdefault("enable_admin", True)
+    if _is_on((os.environ if environment is None else environment).get(LORA_VARIABLE)):
+        found.server.setdefault("lora_root", "/")
     if found.process.pop("enforce_eager", False):
         found.engine["graphs"] = False
     if found.process.pop("disable_log_requests", False):
@@ -59,6 +64,24 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
     if "model_settings" in found.process:
         found.process["model_settings"] = _of_models(found.process)
     return found
+
+
+def _adapters(found: Arguments) -> None:
+    given = {name: found.process.pop(name) for name in lora_names.NAMES if name in found.process}
+    try:
+        found.engine |= lora_names.lora_options(given)
+    except ValueError as error:
+        raise ValueError(re.sub(r"\b(lora_modules|enable_lora)\b", _as_flag, str(error))) from None
+    if "adapters" in found.engine and "models" in found.process:
+        raise ValueError("--lora-modules is served for one model; load those of several over HTTP (--lora-root)")
+
+
+def _is_on(given: str | None) -> bool:
+    return given is not None and given.strip().lower() in ("1", "true")
+
+
+def _as_flag(name: re.Match[str]) -> str:
+    return "--" + name[0].replace("_", "-")
 
 
 def _split_models(process: dict[str, Any]) -> None:

@@ -45,9 +45,10 @@ async def search(
     def should_stop() -> bool:
         return gone.is_set() or service.is_dead or service.is_stopping
 
+    adapter = service.adapter_of(service.check_model(body.model))
     watching = asyncio.ensure_future(watch())
     try:
-        found = await asyncio.to_thread(beam_search, service.engine, prompts, params, should_stop, grammar)
+        found = await asyncio.to_thread(beam_search, service.engine, prompts, params, should_stop, grammar, adapter)
     except SearchStopped:
         raise ClientGone if gone.is_set() else overloaded("the server is shutting down", 5, "stopping") from None
     except ValueError as error:  # the text came to where its form cannot be followed

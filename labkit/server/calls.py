@@ -201,7 +201,10 @@ async def admit(
         id, names = _names(request, body, prefix, len(prompts))
         own = [made[most] for most in each]
         with service.traced(names, request.headers):
-            feed = service.submit(prompts, own, ids=names, priority=body.priority or 0, salt=body.cache_salt)
+            feed = service.submit(
+                prompts, own, ids=names, priority=body.priority or 0, salt=body.cache_salt,
+                adapter=service.adapter_of(model),
+            )  # fmt: skip
     except ValueError as error:
         raise of_value(error, type(body).model_fields, {"prompt": param}) from None
     except RuntimeError as error:

@@ -106,7 +106,8 @@ def _submit(
     request.scope[NOTE]["id"] = id
     ids = [id] if len(prompts) == 1 else [f"{id}-{i}" for i in range(len(prompts))]
     try:
-        return service.submit(prompts, [params] * len(prompts), ids=ids, priority=body.priority or 0)
+        each, adapter = [params] * len(prompts), service.adapter_of(body.model)
+        return service.submit(prompts, each, ids=ids, priority=body.priority or 0, adapter=adapter)
     except ValueError as error:
         raise of_value(error, EmbeddingRequest.model_fields, {"prompt": "input"}) from None
     except RuntimeError as error:

@@ -34,11 +34,16 @@ async def load(service: Service, request: Request) -> Response:
 
 async def models(service: Service, request: Request) -> Response:
     _ = service.engine
-    return answer({"object": "list", "data": [_card(service, name) for name in service.names]})
+    adapters = [(one, name) for one in service.services for name in one.adapters]
+    found = [*(_card(service, name) for name in service.names), *(_adapter_card(one, name) for one, name in adapters)]
+    return answer({"object": "list", "data": found})
 
 
 async def model(service: Service, request: Request) -> Response:
-    return answer(_card(service, service.check_model(request.path_params["model"])))
+    name = service.check_model(request.path_params["model"])
+    if name in service.names:
+        return answer(_card(service, name))
+    return answer(_adapter_card(service.of(name), name))
 
 
 def _card(service: Service, name: str) -> dict[str, Any]:
@@ -51,6 +56,11 @@ def _card(service: Service, name: str) -> dict[str, Any]:
         "parent": None,
         "max_model_len": service.of(name).room,
     }
+
+
+def _adapter_card(service: Service, name: str) -> dict[str, Any]:
+    """An adapter is a model whose parent is its base. Where it lies is the operator's business."""
+    return {**_card(service, service.name), "id": name, "root": name, "parent": service.name}
 
 
 ROUTES = [

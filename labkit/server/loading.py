@@ -6,7 +6,6 @@ Models are loaded from folders and files below `model_root` only; nothing is dow
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from labkit.server.errors import ApiError, clean
+from labkit.server.folders import below
 from labkit.server.http import answer, read_body
 from labkit.server.manager import OWN_SETTINGS, ModelManager
 from labkit.server.routes import Route
@@ -49,7 +49,8 @@ class UnloadRequest(BaseModel):
 async def load_model(service: Service, request: Request) -> Response:
     manager = _manager(service)
     body = await read_body(request, LoadRequest)
-    path, name = _below(service.settings.model_root, body.path), body.model or body.path
+    root, name = service.settings.model_root or "", body.model or body.path
+    path = below(root, body.path, param="path", what="model below the server's model root")
     if name in service.names:
         raise ApiError(f"there is a model {name!r} already", param="model")
     own = body.own()
@@ -74,20 +75,6 @@ def _manager(service: Service) -> ModelManager:
     if service.settings.model_root is None or not isinstance(service, Several) or service.manager is None:
         raise ApiError("models are not loaded over HTTP here: start the server with --model-root", status=404)
     return service.manager
-
-
-def _below(root: str | None, given: str) -> Path:
-    """The path, if it lies below the root and is there; links are followed first."""
-    assert root is not None
-    folder = Path(root).resolve()
-    try:
-        path = (folder / given).resolve()
-        is_there = path != folder and path.is_relative_to(folder) and path.exists()
-    except (OSError, ValueError):
-        is_there = False
-    if not is_there:
-        raise ApiError("there is no such model below the server's model root", status=404, param="path")
-    return path
 
 
 def _told(manager: ModelManager) -> dict[str, object]:

@@ -165,12 +165,13 @@ def _cache_config(counts: Counts) -> dict[str, str]:
 
 
 def _adapters(counts: Counts) -> dict[str, str]:
+    slots = counts.engine.scheduler.slots
     with counts.lock:
         live = [(life.request, life.admitted) for life in counts.lives.values()]
     running = {r.adapter for r, admitted in live if r is not None and r.adapter and admitted is not None}
     waiting = {r.adapter for r, admitted in live if r is not None and r.adapter and admitted is None}
     return {
-        "max_lora": str(len(running | waiting)),
+        "max_lora": str(0 if slots is None else slots.num_slots),
         "running_lora_adapters": ",".join(sorted(running)),
         "waiting_lora_adapters": ",".join(sorted(waiting)),
     }

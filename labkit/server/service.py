@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from labkit.core.params import MOST_LOGPROBS, SamplingParams
 from labkit.core.scheduling.scheduler import RejectedError
+from labkit.engine.adapters import Adapters
 from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
@@ -133,13 +134,24 @@ class Service:
         _ = self.engine
         if not name:
             return self.names[0]
-        if name not in self.names:
+        if name not in self.names and name not in self.adapters:
+            known = [*self.names, *self.adapters]
+            more = f" and {len(known) - 20} more" if len(known) > 20 else ""
             raise ApiError(
-                f"the model {name[:200]!r} does not exist here; there is {', '.join(self.names)}",
+                f"the model {name[:200]!r} does not exist here; there is {', '.join(known[:20])}{more}",
                 status=404,
                 param="model",
             )
         return name
+
+    @property
+    def adapters(self) -> Adapters:
+        """The adapters of the engine, which are models to clients."""
+        return self.engine.adapters
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a body's `model` names; None for the model itself."""
+        return name if name and name not in self.names and name in self.adapters else None
 
     # -- one of several models: see several.py -------------------------------------------------------------------
 
@@ -176,6 +188,7 @@ class Service:
         ids: Sequence[str],
         priority: int = 0,
         salt: str | None = None,
+        adapter: str | None = None,
     ) -> Feed:
         """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's
         samples, then the second's, and so on."""
@@ -186,11 +199,13 @@ class Service:
             raise engine_dead()
         self.check_queue(sum(each.n for each in params))
 
+        shared: dict[str, Any] = {"priority": priority, "salt": salt, "adapter": adapter}
+
         def make() -> list[Handle]:
             made: list[Handle] = []
             try:
                 for prompt, each, id in zip(prompts, params, ids, strict=True):
-                    made.append(engine.submit(prompt, each, id=id, priority=priority, salt=salt))
+                    made.append(engine.submit(prompt, each, id=id, **shared))
             except BaseException:
                 for handle in made:
                     for member in (handle, *handle.samples):

@@ -25,7 +25,7 @@ class Settings:
     token; more are answered 503. `max_logprobs` bounds logprobs and top_logprobs, `max_body` the bytes of a body,
     `max_prompts` the prompts of a call. A stream's chunks hold `stream_interval` tokens, but the first has one. When
     the server is stopped, what runs has `shutdown_timeout` seconds to end. With `model_root`, models below that folder
-    are loaded and unloaded over HTTP. `enable_admin` opens the routes that pause the engine, put it to sleep and show
+    are loaded and unloaded over HTTP, and adapters below `lora_root`. `enable_admin` opens the routes that pause the engine, put it to sleep and show
     its events; with `admin_key` they need that key. `default_sampling` holds sampling parameters for requests that name
     none. With `otlp_traces_endpoint` a span for each request goes to that OpenTelemetry collector. `chat_template`
     replaces the model's. `tool_call_parser` reads tool calls as one family of models writes them, if
@@ -43,6 +43,7 @@ class Settings:
     max_seconds_to_compile: float = 10.0
     shutdown_timeout: float = 20.0
     model_root: str | None = None
+    lora_root: str | None = None
     default_sampling: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -48,6 +48,8 @@ class Several(Service):
 
     def of(self, name: str) -> Service:
         member = self._members.get(name)
+        if member is None:
+            member = next((one for one in self.services if name in one.adapters), None)
         if member is None:  # unloaded a moment ago
             raise ApiError(f"the model {name[:200]!r} does not exist here", status=404, param="model")
         return member
@@ -60,6 +62,11 @@ class Several(Service):
         found = self.of(self.check_model(_model_of(body)))
         request.scope[NOTE]["model"] = found.name
         return found
+
+    @property
+    def adapters(self) -> Any:
+        """Adapters of all models. Where two have one of the same name, the first has it."""
+        return {name: None for one in self.services for name in one.adapters}
 
     # -- all of them ---------------------------------------------------------------------------------------------
 
