@@ -109,7 +109,7 @@ if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
 
 __all__ = [
     "LLM", "AsyncEngineArgs", "AsyncLLM", "AsyncLLMEngine", "BeamSearchOutput", "BeamSearchParams",
-    "BeamSearchSequence", "CompletionOutput", "EngineArgs", "LLMEngine", "LoRARequest", "Logprob", "RequestMetrics", "RequestOutput",
-    "RequestOutputKind", "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt", "__version__",
-    "random_uuid",
+    "BeamSearchSequence", "CompletionOutput", "EngineArgs", "LLMEngine", "LoRARequest", "Logprob", "RequestMetrics",
+    "RequestOutput", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt",
+    "__version__", "random_uuid",
 ]  # fmt: skip

@@ -77,7 +77,7 @@ class _Entry:
     used: int = 0  # the number of the latest use
 
 
-class Adapters(Shown):
+class Adapters(Shown, Mapping[str, AdapterInfo]):
     """`engine.adapters`: a mapping from names to what is known of each.
 
     >>> eng = lk.Engine(adapters={"sql": "path/to/sql"}, max_adapters=4)

@@ -108,8 +108,8 @@ def beam_search(
     adapter: str | None = None,
 ) -> list[list[Beam]]:
     """For each of a list of prompts (text, token ids, or anything `Engine.submit` takes) its best continuations, best
-    first, with an adapter of `engine.adapters` if one is named. `should_stop` is asked before each token; when it says so, SearchStopped is raised. `grammar` is that of
-    `params.structured_outputs`, if it was compiled before."""
+    first. `should_stop` is asked before each token; when it says so, SearchStopped is raised. `grammar` is that of
+    `params.structured_outputs`, if it was compiled before. `adapter` names one of `engine.adapters`."""
     if isinstance(prompts, (str, Mapping)) or (len(prompts) and isinstance(prompts[0], int)):
         raise TypeError(f"prompts is a list of prompts: write [{prompts!r}]")
     params = BeamSearchParams() if params is None else params

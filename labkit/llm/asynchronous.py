@@ -61,9 +61,7 @@ class AsyncLLMEngine:
         adapter = None
         if lora_request is not None:
             adapter = await asyncio.to_thread(adapter_of, self.engine, lora_request)  # it may read files
-        made = job(
-            self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs, adapter=adapter
-        )
+        made = job(self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs, adapter=adapter)
         if not self.engine.is_running:
             self.engine.start()
         handle = made.submit(self.engine, request_id)

@@ -48,14 +48,14 @@ def adapter_of(engine: Engine, given: Any) -> str | None:
             f"enable_lora=True"
         )
     name, adapters = given.lora_name, engine.adapters
-    known = adapters[name] if name in adapters else None
+    known = adapters.get(name)
     if known is None or given.load_inplace:
         if not given.lora_path:
             raise ValueError(f"lora_request {name!r} has no lora_path, and no adapter of this name is loaded")
         adapters.load(name, given.lora_path)
     elif given.lora_path and given.lora_path != known.path:
         raise ValueError(
-            f"lora_request {name!r} is at {given.lora_path}, but the adapter of this name was loaded from {known.path}: "
-            f"use another name, or load_inplace=True"
+            f"lora_request {name!r} is at {given.lora_path}, but the adapter of this name was loaded from "
+            f"{known.path}: use another name, or load_inplace=True"
         )
     return name

@@ -43,9 +43,7 @@ class LLMEngine:
         self, request_id: str, prompt: Any, params: SamplingParams, *, lora_request: Any = None, priority: int = 0
     ) -> None:
         adapter = adapter_of(self.engine, lora_request)
-        made = job(
-            self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs, adapter=adapter
-        )
+        made = job(self.engine, prompt, params, priority=priority, max_logprobs=self.max_logprobs, adapter=adapter)
         self._readers[request_id] = Reader(made.submit(self.engine, request_id), params.output_kind)
 
     def abort_request(self, request_id: str | list[str]) -> None:

@@ -159,6 +159,8 @@ ANSWERS: dict[str, Schema] = {
     "/tokenizer_info": {"type": "object", "minProperties": 1},
     "/v1/load_model": {"type": "object", "minProperties": 1},
     "/v1/unload_model": {"type": "object", "minProperties": 1},
+    "/v1/load_lora_adapter": _object(lora_name=TEXT, rank=COUNT, bytes=COUNT),
+    "/v1/unload_lora_adapter": _object(lora_name=TEXT),
     "/tokenize": _object({"token_strs": _or_null(_list(TEXT))}, count=COUNT, max_model_len=COUNT, tokens=IDS),
     "/detokenize": _object(prompt=TEXT),
 }

@@ -85,11 +85,11 @@ FLAGS: tuple[Flag, ...] = (
     _process("enforce-eager", "bool", "no captured CUDA graphs"),
     # -- adapters
     _process("enable-lora", "bool", "serve LoRA adapters beside the model"),
-    _process("lora-modules", "list", "adapters, as NAME=PATH or {\"name\": ..., \"path\": ...}; a name is a model to clients"),
+    _process("lora-modules", "list", 'adapters: NAME=PATH or {"name": ..., "path": ...}; clients name them as model'),
     _process("max-loras", "int", "adapters on the device at a time (8)"),
     _process("max-lora-rank", "int", "largest rank of an adapter (16, or that of --lora-modules)"),
     _process("max-cpu-loras", "int", "adapters that are kept in host memory"),
-    _server("lora-root", "str", "opens /v1/load_lora_adapter and /v1/unload_lora_adapter, for adapters below this folder"),
+    _server("lora-root", "str", "opens /v1/load_lora_adapter and /v1/unload_lora_adapter, for folders below this one"),
     # -- what clients see
     _server("served-model-name", "list", "names that requests may use as model"),
     _server("model-root", "str", "opens /v1/load_model and /v1/unload_model, for models below this folder"),

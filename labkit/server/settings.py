@@ -25,12 +25,12 @@ class Settings:
     token; more are answered 503. `max_logprobs` bounds logprobs and top_logprobs, `max_body` the bytes of a body,
     `max_prompts` the prompts of a call. A stream's chunks hold `stream_interval` tokens, but the first has one. When
     the server is stopped, what runs has `shutdown_timeout` seconds to end. With `model_root`, models below that folder
-    are loaded and unloaded over HTTP, and adapters below `lora_root`. `enable_admin` opens the routes that pause the engine, put it to sleep and show
-    its events; with `admin_key` they need that key. `default_sampling` holds sampling parameters for requests that name
-    none. With `otlp_traces_endpoint` a span for each request goes to that OpenTelemetry collector. `chat_template`
-    replaces the model's. `tool_call_parser` reads tool calls as one family of models writes them, if
-    `enable_auto_tool_choice` lets models call; `reasoning_parser` splits reasoning off. At most `max_stored_responses`
-    of /v1/responses are kept. `pooler_config` says how embeddings are made.
+    are loaded and unloaded over HTTP, and adapters below `lora_root`. `enable_admin` opens the routes that pause the
+    engine, put it to sleep and show its events; with `admin_key` they need that key. `default_sampling` holds sampling
+    parameters for requests that name none. With `otlp_traces_endpoint` a span for each request goes to that
+    OpenTelemetry collector. `chat_template` replaces the model's. `tool_call_parser` reads tool calls as one family of
+    models writes them, if `enable_auto_tool_choice` lets models call; `reasoning_parser` splits reasoning off. At most
+    `max_stored_responses` of /v1/responses are kept. `pooler_config` says how embeddings are made.
     """
 
     served_model_name: tuple[str, ...] | list[str] | str = ()

@@ -47,7 +47,7 @@ class Several(Service):
             self.tokenizer, self.texts = first.tokenizer, first.texts
 
     def of(self, name: str) -> Service:
-        member = self._members.get(name)
+        member: Service | None = self._members.get(name)
         if member is None:
             member = next((one for one in self.services if name in one.adapters), None)
         if member is None:  # unloaded a moment ago

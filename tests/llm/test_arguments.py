@@ -34,8 +34,8 @@ def test_every_argument_of_tutorials_is_accepted_and_takes_effect():
     ("given", "message"),
     [
         ({"data_parallel_size": 2}, "data_parallel_size=2: data_parallel_size has one engine here"),
-        ({"enable_lora": True}, "enable_lora needs adapters"),
         ({"num_speculative_tokens": 4}, "speculative_config={'method': ..., ...} holds it"),
+        ({"default_mm_loras": {"a": "b"}}, "default_mm_loras is not served"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode='auto' is accepted"),
         ({"tokenizer": "org/other"}, "tokenizer='org/other' is not read"),
         ({"task": "embed"}, "generates text only"),

@@ -84,7 +84,7 @@ def test_mistakes_are_raised_where_the_stream_begins(engine):
         ("", {}, "prompt is empty"),
         ("x " * 3000, {}, "maximum context length is"),
         ({"prompt": "x", "multi_modal_data": {"image": 1}}, {}, "multi_modal_data: the models served here take text"),
-        ("x", {"lora_request": object()}, "lora_request: labkit does not load adapters"),
+        ("x", {"lora_request": object()}, "lora_request must be a LoRARequest"),
     ]
     for prompt, more, message in cases:
         with pytest.raises(ValueError, match=message):

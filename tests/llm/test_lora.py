@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     model = hf.AutoModelForCausalLM.from_pretrained(lk.assets.path("tiny"))
     for seed in (0, 1):
-        save(model, root / str(seed), rank=4, seed=seed, kinds=("q_proj", "down_proj"), size=0.5)
+        save(model, root / str(seed), rank=4, seed=seed, kinds=("q_proj", "down_proj"), size=3.0)
     return root
 
 
@@ -52,7 +52,8 @@ def test_a_request_that_names_no_adapter_fails_alone(llm, folder):
     for given, message in (
         (lk.LoRARequest("other", 3), "no lora_path"),
         (lk.LoRARequest("other", 3, "/nowhere"), "other"),
-        ("sql", "must be a LoRARequest"),
+        (["sql"], "must be a LoRARequest"),
+        ("sql", "give one, or as many as prompts"),
         ([lk.LoRARequest("a0", 1, path)] * 3, "1 prompts and 3 lora_request"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -8,6 +8,8 @@ import labkit as lk
 from labkit.server.arguments import read
 from tests.adapters import save
 
+LONG = {"prompt": "def f(x):\n", "model": "sql", "max_tokens": 400, "ignore_eos": True, "stream": True}
+GREEDY = lk.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 ASK = {"prompt": "def f(x):\n", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 
 
@@ -19,7 +21,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     model = hf.AutoModelForCausalLM.from_pretrained(lk.assets.path("tiny"))
     for seed, name in enumerate(("sql", "law")):
-        save(model, root / name, rank=4, seed=seed, kinds=("q_proj", "down_proj"), size=0.5)
+        save(model, root / name, rank=4, seed=seed, kinds=("q_proj", "down_proj"), size=3.0)
     save(model, root / "wide", rank=32, kinds=("q_proj",))
     (root / "empty").mkdir()
     return root
@@ -64,7 +66,7 @@ def test_an_adapter_is_a_model_with_its_base_as_parent(http, server):
 
 def test_the_model_field_chooses_the_adapter_on_every_route(http, server):
     engine = server.engine
-    expected = engine.generate(ASK["prompt"], lk.SamplingParams(max_tokens=6, ignore_eos=True), adapter="sql").text
+    expected = engine.generate(ASK["prompt"], GREEDY, adapter="sql").text
     base = text_of(http, server.names[0])
     assert text_of(http, "sql") == expected != base
     assert text_of(http, server.names[0]) == base
@@ -117,8 +119,11 @@ def test_what_cannot_be_loaded_is_refused_with_its_field(http, folder, body, sta
 
 
 def test_one_in_use_is_not_unloaded(http, server):
-    with http.stream("POST", "/v1/completions", json=ASK | {"model": "sql", "max_tokens": 400, "stream": True}) as answer:
-        next(answer.iter_lines())
+    with http.stream(
+        "POST", "/v1/completions", json=ASK | {"model": "sql", "max_tokens": 400, "stream": True}
+    ) as answer:
+        lines = answer.iter_lines()
+        next(lines)
         busy = unload(http, "sql")
         assert busy.status_code == 409 and "requests use it" in busy.json()["error"]["message"]
     assert "sql" in server.engine.adapters
@@ -139,8 +144,16 @@ def test_without_a_root_or_room_nothing_is_loaded(tmp_path):
 
 
 def test_the_flags_are_vllms():
-    words = ["org/model", "--enable-lora", "--lora-modules", "sql=/a", '{"name": "law", "path": "/b"}', "--max-loras", "3"]
-    found = read([*words, "--max-lora-rank", "64", "--max-cpu-loras", "9"], {})
+    words = [
+        "org/model",
+        "--enable-lora",
+        "--lora-modules",
+        "sql=/a",
+        '{"name": "law", "path": "/b"}',
+        "--max-loras",
+        "3",
+    ]
+    found = read([*words, "--max-loras", "3", "--max-lora-rank", "64", "--max-cpu-loras", "9"], {})
     assert found.engine == {
         "adapters": {"sql": "/a", "law": "/b"}, "max_adapters": 3, "max_adapter_rank": 64, "max_cpu_adapters": 9,
     }  # fmt: skip

@@ -233,7 +233,8 @@ def test_every_number_list_and_text_of_a_request_has_an_upper_bound(schemas):
 def test_every_route_with_a_body_is_tried(http):
     described = http.get("/openapi.json").json()["paths"]
     bodies = {path for path, methods in described.items() if "requestBody" in methods.get("post", {})}
-    loading = {"/v1/load_model", "/v1/unload_model"}  # names and paths: see test_several.py
+    loading = {"/v1/load_model", "/v1/unload_model"}  # names and paths: see test_several.py and test_adapters.py
+    loading |= {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
     assert bodies - loading == {*SCHEMAS, "/v1/messages/count_tokens"}
 
 

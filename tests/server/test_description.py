@@ -16,7 +16,8 @@ KEPT = {
 }  # else an answer may fill the model's room
 PLAIN = {"/v1/responses": {"input": "def f("}}  # every other time: hardly a list of items would be right
 ENDS = ("event: response.completed", "event: response.incomplete", "event: message_stop")
-CLOSED = {"/tokenizer_info", "/v1/load_model", "/v1/unload_model"}  # unless a flag opens them
+ADAPTERS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
+CLOSED = {"/tokenizer_info", "/v1/load_model", "/v1/unload_model", *ADAPTERS}  # unless a flag opens them
 SHORT = {"/v1/responses": {"max_output_tokens": 16}}
 NUM = 60  # requests of a route
 
