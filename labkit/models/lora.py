@@ -91,6 +91,11 @@ class Slots(Shown):
         )  # without asking the device
         self.now = Groups(each, tiles, slots)
 
+    @property
+    def computes_in_torch(self) -> bool:
+        """Whether an adapter with DoRA or biases was loaded: its layers are more than two products."""
+        return any(layer.gain is not None for layer in self.layers)
+
     def place_of(self) -> dict[str, tuple[AdaptedLinear, int]]:
         """Where each module's matrices go: the layer, and which of its parts."""
         return {part.name: (layer, i) for layer in self.layers for i, part in enumerate(layer.parts)}

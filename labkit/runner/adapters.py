@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from labkit_kernels.lora import Groups, grouped
+from labkit_kernels.lora import Groups, grouped, most_tiles
 
 from labkit.core.plan import Plan
 from labkit.runner.rows import Rows
@@ -28,10 +28,10 @@ def groups_of(plan: Plan, rows: Rows, device: torch.device) -> Groups | None:
 class FixedGroups:
     """Groups of a fixed number of rows in memory of its own, for steps that are captured or recorded."""
 
-    def __init__(self, num_rows: int, num_tiles: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, num_slots: int, device: torch.device) -> None:
         self.groups = Groups(
             torch.zeros(num_rows, dtype=torch.int32, device=device),
-            torch.zeros(num_tiles, 3, dtype=torch.int32, device=device),
+            torch.zeros(most_tiles(num_rows, num_slots), 3, dtype=torch.int32, device=device),
             torch.zeros(num_rows, dtype=torch.int64, device=device),
         )
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from labkit_kernels.lora import Groups, grouped, most_tiles
 from torch import Tensor
 
 from labkit.models.base import Batch, KVCache, Model
@@ -33,17 +34,28 @@ class Lines(NamedTuple):
     columns: Any  # [7, size] int64: the seven below
     tables: Any  # [size, width] int32
     lengths: Any  # [size] int32
+    adapters: Groups | None = None  # arrays or tensors, if rows have adapters
 
 
 GIVEN, POSITION, SLOT, ROW, KEY, FED, PLACE = range(7)  # columns
 
 
-def lines_of(flat: Any, size: int, width: int) -> Lines:
+def lines_of(flat: Any, size: int, width: int, num_slots: int = 0) -> Lines:
     """Views of one int32 array or tensor, each contiguous and aligned to 16 bytes, because kernels read them."""
-    ends = np.cumsum([_whole(14 * size), _whole(size * width), size])
-    columns = flat[: 14 * size].view(np.int64 if isinstance(flat, np.ndarray) else torch.int64).reshape(7, size)
-    tables = flat[ends[0] : ends[0] + size * width].reshape(size, width)
-    return Lines(columns, tables, flat[ends[1] : ends[2]])
+    counts = [14 * size, size * width, size, size, 3 * most_tiles(size, num_slots), 2 * size]
+    begin = np.cumsum([0, *map(_whole, counts)])
+    columns, tables, lengths, tokens, tiles, slots = (
+        flat[at : at + count] for at, count in zip(begin, counts, strict=False)
+    )
+    wide = np.int64 if isinstance(flat, np.ndarray) else torch.int64
+    lines = Lines(columns.view(wide).reshape(7, size), tables.reshape(size, width), lengths)
+    return lines._replace(adapters=Groups(tokens, tiles.reshape(-1, 3), slots.view(wide))) if num_slots else lines
+
+
+def numbers_of(size: int, width: int, num_slots: int = 0) -> int:
+    """How many int32 that takes."""
+    more = (size, 3 * most_tiles(size, num_slots), 2 * size) if num_slots else ()
+    return sum(map(_whole, (14 * size, size * width, size, *more)))
 
 
 def _whole(count: int) -> int:
@@ -51,30 +63,31 @@ def _whole(count: int) -> int:
 
 
 class Buffers:
-    """For one (size, width): the input buffers, the pinned memory they are filled from in turns, and the outputs."""
+    """For one (size, width): the input buffers, the pinned memory they are filled from in turns, and the outputs. With
+    `num_slots`, for steps that have adapters."""
 
-    def __init__(self, size: int, width: int, device: torch.device) -> None:
-        self.size, self.width, self.device = size, width, device
-        total = _whole(14 * size) + _whole(size * width) + size
+    def __init__(self, size: int, width: int, device: torch.device, num_slots: int = 0) -> None:
+        self.size, self.width, self.device, self.num_slots = size, width, device, num_slots
+        total = numbers_of(size, width, num_slots)
         self.flat = torch.zeros(total, dtype=torch.int32, device=device)
-        self.lines = lines_of(self.flat, size, width)
+        self.lines = lines_of(self.flat, size, width, num_slots)
         self.query_start = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.out = torch.zeros(2, size, dtype=torch.float64, device=device)  # tokens, and their logits
         pinned = device.type == "cuda"
         self._turn = 0
         self._staged = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(TURNS)]
-        self._filled = [lines_of(staged.numpy(), size, width) for staged in self._staged]
+        self._filled = [lines_of(staged.numpy(), size, width, num_slots) for staged in self._staged]
         self._out = [torch.zeros(2, size, dtype=torch.float64, pin_memory=pinned) for _ in range(TURNS)]
         self._free = [torch.cuda.Event() for _ in range(TURNS)] if pinned else None
 
-    def fill(self, columns: np.ndarray, tables: np.ndarray, scratch_row: int) -> None:
-        """Write this step's rows, the longest first, and padding after them."""
+    def fill(self, columns: np.ndarray, tables: np.ndarray, scratch_row: int, slots: np.ndarray | None = None) -> None:
+        """Write this step's rows, the longest first, and padding after them. `slots` are those of their adapters."""
         self._turn = (self._turn + 1) % TURNS
         if self._free is not None:
             self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
         num, wide = tables.shape
         order = np.argsort(-columns[POSITION], kind="stable")
-        at, table, lengths = self._filled[self._turn]
+        at, table, lengths, adapters = self._filled[self._turn]
         at[:, :num] = columns[:, order]
         at[PLACE, :num] = order
         at[PLACE, num:] = np.arange(num, self.size)
@@ -85,6 +98,13 @@ class Buffers:
         table[num:] = 0
         lengths[:num] = at[POSITION, :num] + 1
         lengths[num:] = 1  # a padded line reads one key, of the scratch block
+        if adapters is not None:
+            adapters.slots[:] = self.num_slots
+            adapters.tiles[:] = 0
+            if slots is not None:
+                adapters.slots[:num] = slots[order]
+                tokens, tiles = grouped(slots[order], self.num_slots)
+                adapters.tokens[: len(tokens)], adapters.tiles[: len(tiles)] = tokens, tiles
         self.flat.copy_(self._staged[self._turn], non_blocking=True)
 
     def pad(self, scratch_row: int) -> None:
@@ -108,7 +128,7 @@ class Graphs:
         self.block_size, self.num_rows, self.device = rows.layout.block_size, rows.layout.num_rows, model.device
         self.sizes = [size for size in SIZES if size < self.num_rows] + [self.num_rows]
         self.memory = 0  # bytes that captured graphs hold
-        self._made: dict[tuple[int, int], tuple[Buffers, Callable[[], Any]]] = {}
+        self._made: dict[tuple[int, ...], tuple[Buffers, Callable[[], Any]]] = {}
         self._pool: Any = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -129,21 +149,27 @@ class Graphs:
                 return
             width *= 2
 
-    def _graph(self, size: int, width: int, sample: Callable[..., Tensor]) -> tuple[Buffers, Callable[[], Any]]:
-        if (size, width) not in self._made:
-            buffers = Buffers(size, width, self.device)
-            self._made[size, width] = buffers, self._capture(buffers, sample)
-        return self._made[size, width]
+    def _graph(
+        self, size: int, width: int, sample: Callable[..., Tensor], num_slots: int = 0
+    ) -> tuple[Buffers, Callable[[], Any]]:
+        key = (size, width, num_slots) if num_slots else (size, width)
+        if key not in self._made:
+            buffers = Buffers(size, width, self.device, num_slots)
+            self._made[key] = buffers, self._capture(buffers, sample)
+        return self._made[key]
 
-    def run(self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor]) -> Tensor:
+    def run(
+        self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor], slots: np.ndarray | None = None
+    ) -> Tensor:
         """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream has got
-        there."""
+        there. `slots` are those of the rows' adapters, if any row has one."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(tables))]
         width = LEAST_WIDTH
         while width < tables.shape[1]:
             width *= 2
-        buffers, replay = self._graph(size, width, sample)
-        buffers.fill(columns, tables, self.num_rows)
+        num_slots = 0 if slots is None else self.model.adapters.num_slots
+        buffers, replay = self._graph(size, width, sample, num_slots)
+        buffers.fill(columns, tables, self.num_rows, slots)
         replay()
         return buffers.read()
 
@@ -157,7 +183,7 @@ class Graphs:
 
     def _step(self, buffers: Buffers, sample: Callable[..., Tensor]) -> None:
         """The work that a graph captures."""
-        columns, tables, lengths = buffers.lines
+        columns, tables, lengths, adapters = buffers.lines
         rows = columns[ROW]
         batch = Batch(
             token_ids=torch.where(columns[FED] > 0, self.latest[rows], columns[GIVEN]),
@@ -168,6 +194,7 @@ class Graphs:
             seq_len=lengths,
             max_query_len=1,
             max_seq_len=buffers.width * self.block_size,
+            adapters=adapters,
         )
         hidden = self.model.forward(batch, self.caches)
         tokens, chosen = sampled(self.model, self.sampler, hidden, rows, columns[KEY], sample)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from labkit_kernels.recording import Recording, record
@@ -17,6 +17,9 @@ from labkit_kernels.registry import is_plain
 from torch import Tensor
 
 from labkit.models.base import Batch, KVCache
+from labkit.runner.adapters import FixedGroups
+
+Key: TypeAlias = tuple[int, int, int, bool]
 
 MOST_ROWS = 16  # of a step that is repeated
 MOST_KEPT = 16  # sizes; the one that was not used for longest goes first
@@ -27,6 +30,7 @@ class Repeatable(Protocol):
     """A model whose forward is an embedding, then layers that do the same for every step of a size."""
 
     capturable: bool
+    adapters: Any
 
     def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor: ...
     def inputs(self, batch: Batch) -> Tensor: ...
@@ -38,6 +42,7 @@ class Made(NamedTuple):
 
     x: Tensor
     batch: Batch
+    adapters: FixedGroups | None
     out: Tensor
     recording: Recording
 
@@ -48,17 +53,20 @@ class Made(NamedTuple):
         mine.slots.copy_(batch.slots)
         mine.block_table[:, : batch.block_table.shape[1]].copy_(batch.block_table)
         mine.seq_len.copy_(batch.seq_len)
+        if self.adapters is not None and batch.adapters is not None:
+            self.adapters.fill(batch.adapters)
         self.recording.repeat()
         return self.out
 
 
 class Repeats:
-    """Recorded steps of one runner, by number of rows, width of the block table and number of threads."""
+    """Recorded steps of one runner, by number of rows, width of the block table, number of threads, and whether rows
+    have adapters."""
 
     def __init__(self, model: Repeatable, caches: list[KVCache]) -> None:
         self.model, self.caches = model, caches
         self.works = is_plain()
-        self.made: OrderedDict[tuple[int, int, int], Made] = OrderedDict()
+        self.made: OrderedDict[Key, Made] = OrderedDict()
 
     def __repr__(self) -> str:
         return f"Repeats({len(self.made)} steps recorded)" if self.works else "Repeats(off)"
@@ -71,18 +79,26 @@ class Repeats:
         width = LEAST_WIDTH
         while width < batch.block_table.shape[1]:
             width *= 2
-        key = (rows, width, torch.get_num_threads())
+        adapted = batch.adapters is not None
+        if adapted and self.model.adapters.computes_in_torch:
+            return self.model.forward(batch, self.caches)
+        key = (rows, width, torch.get_num_threads(), adapted)
         x = self.model.inputs(batch)
         if (made := self.made.get(key)) is not None:
             self.made.move_to_end(key)
             return made.run(x, batch)
         return self._record(key, x.clone(), batch)
 
-    def _record(self, key: tuple[int, int, int], x: Tensor, batch: Batch) -> Tensor:
+    def _record(self, key: Key, x: Tensor, batch: Batch) -> Tensor:
         table = batch.block_table.new_zeros(key[0], key[1])
         table[:, : batch.block_table.shape[1]] = batch.block_table
+        adapters = None
+        if batch.adapters is not None:
+            adapters = FixedGroups(key[0], self.model.adapters.num_slots, batch.slots.device)
+            adapters.fill(batch.adapters)
         mine = replace(
             batch,
+            adapters=None if adapters is None else adapters.groups,
             positions=batch.positions.clone(),
             slots=batch.slots.clone(),
             block_table=table,
@@ -93,7 +109,7 @@ class Repeats:
         if recording.other is not None:
             self.works = False  # its layers compute in torch, too
         else:
-            self.made[key] = Made(x, mine, out, recording)
+            self.made[key] = Made(x, mine, adapters, out, recording)
             if len(self.made) > MOST_KEPT:
                 self.made.popitem(last=False)
         return out

@@ -336,7 +336,6 @@ class TorchRunner:
             and (plan.sample_row == rows).all()
             and self.sampler.plain[rows].all()
             and not self.rows.asking[rows].any()
-            and not self.rows.is_adapted(rows)
             and not (plan.start < self.rows.embedded[rows]).any()
         )
 
@@ -351,7 +350,8 @@ class TorchRunner:
         columns[POSITION], columns[SLOT], columns[ROW] = start, blocks * size + place, rows
         columns[KEY] = self.sampler.keys(rows, start + 1)
         table = self.rows.tables[0, rows, : int(index.max()) + 1]
-        out = graphs.run(columns, table, self._sample)[:, : len(rows)]
+        slots = self.rows.slot_of[rows] if self.rows.is_adapted(rows) else None
+        out = graphs.run(columns, table, self._sample, slots)[:, : len(rows)]
         return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
 
     def _apply(self, plan: Plan) -> None:

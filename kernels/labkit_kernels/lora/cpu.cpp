@@ -7,7 +7,7 @@
 
 #include "../simd.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 

@@ -9,6 +9,8 @@ waiting request may pass it. Nobody starves: the slot becomes free after the row
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from labkit.core.options import whole
 from labkit.core.request import Request
 from labkit.core.shown import Shown
@@ -140,9 +142,10 @@ class AdapterSlots(Shown):
         self.num_waiting += 1
         self._reserve(key)
 
-    def _reserve(self, key: str) -> None:
+    def _reserve(self, key: str, promised: Container[int] = ()) -> None:
         """Let the slot with the fewest rows drain for this adapter, if there is one that drains for none yet."""
-        if key not in self.reserved and key not in self.slot_of and (slots := self._unreserved()):
+        slots = [slot for slot in self._unreserved() if slot not in promised]
+        if slots and key not in self.reserved and key not in self.slot_of:
             self.reserved[key] = min(slots, key=lambda slot: (self.users[slot], self.used_at[slot]))
 
     def unpark(self, request: Request) -> None:
@@ -158,7 +161,7 @@ class AdapterSlots(Shown):
         found: list[Request] = []
         promised: set[int] = set()
         for key in list(self.waiting):
-            self._reserve(key)
+            self._reserve(key, promised)
             slot = self.place(key)
             if slot is not None and slot not in promised:
                 promised.add(slot)
