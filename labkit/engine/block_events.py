@@ -161,7 +161,8 @@ class BlockEventPublisher(Shown):
                 {
                     "type": "BlockStored", "block_hashes": [digest],
                     "parent_block_hash": None if parent in roots else parent, "token_ids": list(ids),
-                    "block_size": width // 4, "lora_id": None, "medium": MEDIA[medium], "lora_name": adapter,
+                    "block_size": width // 4, "lora_id": None, "medium": MEDIA[medium],
+                    "lora_name": adapter and adapter.partition("@")[0],
                 }
             )  # fmt: skip
         return found

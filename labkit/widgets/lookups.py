@@ -107,7 +107,7 @@ def lookup(
     if isinstance(what, str) and hasattr(where, "request"):
         what = _request_or_text(where, what)
     if isinstance(what, Request):
-        salt, adapter, spans, tokens = what.salt, what.adapter, what.spans, what.prompt
+        salt, adapter, spans, tokens = what.salt, what.adapter_key, what.spans, what.prompt
         batches = getattr(where, "log", None) and _until_admitted(where.log.batches(), what.id)
         if batches is not None and not where.log.num_trimmed:
             asked = f"{what.id}, when it was admitted at step {batches[-1].step}"

@@ -45,6 +45,7 @@ _LIMIT_COLOR = {
     "budget": COLORS["sky"],
     "order": COLORS["grey"],
     "prefix pending": COLORS["green"],
+    "adapter": COLORS["blue"],
     "parent's prompt": COLORS["purple"],
 }
 STATUS_COLOR = {

@@ -26,6 +26,7 @@ MEANING = {
     "budget": "the step's tokens were given to others",
     "order": "others were before it",
     "prefix pending": "another row was computing the prefix that it shares",
+    "adapter": "no slot was free for its adapter",
     "parent's prompt": "the prompt it is forked from was not computed",
 }
 MOST_LINES = 8  # of holds as text; the picture and the table have more

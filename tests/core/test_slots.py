@@ -60,6 +60,8 @@ def test_a_request_waits_for_a_slot_and_others_pass_until_the_reserved_slot_has_
     run(eng)
     assert_right(eng, *long, waits, base, on_a, on_b)
     assert waits.finished_at < on_a.finished_at
+    loads = [(event.adapter, event.slot) for event in eng.log if type(event).__name__ == "AdapterLoaded"]
+    assert loads[:3] == [("a", 0), ("b", 1), ("c", 0)]
     assert "adapter" in str(eng.log.why(waits))
 
 

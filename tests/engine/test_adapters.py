@@ -131,7 +131,7 @@ def test_adapters_for_another_model_are_refused_by_what_differs(base, tmp_path):
     cases = [
         (
             adapters.save(wide, tmp_path / "wide", rank=2),
-            "is for another model: its 'model.layers.*LlamaForCausalLM's has 48 and ",
+            "is for another model: its '.*LlamaForCausalLM's has",
         ),
         (
             adapters.save(reference_model(config("gpt2")), tmp_path / "gpt2", rank=2),

@@ -101,6 +101,14 @@ class Loaded(Event):
 
 
 @dataclass(frozen=True)
+class AdapterLoaded(Event):
+    """This plan brings the adapter's weights into this slot of the device, in place of what is there."""
+
+    adapter: str
+    slot: int
+
+
+@dataclass(frozen=True)
 class Copied(Event):
     source: int
     copy: int
@@ -199,8 +207,8 @@ class Step(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
-        Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, Copied, Forked, Preempted,
-        SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, Rewound, Step,
+        Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, AdapterLoaded, Copied, Forked,
+        Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}

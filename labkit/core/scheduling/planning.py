@@ -276,6 +276,8 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
         plan = plan._replace(disk=disk)
     if s.slots is not None and s.slots.loads:
         plan = plan._replace(adapters=tuple(s.slots.loads))
+        for slot, key in s.slots.loads:
+            s.log.add(("AdapterLoaded", key.partition("@")[0], slot))
         s.slots.loads = []
     if s.leaves or s.swap_out or s.reset_runner:
         swap_out = np.array(s.swap_out, np.int64).reshape(-1, 2)
