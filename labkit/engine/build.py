@@ -30,7 +30,8 @@ class Parts(NamedTuple):
 class Options:
     """How to load and serve a model.
 
-    `dtype` "auto" is the checkpoint's own dtype. `device` None is a GPU if there is one. `num_blocks` None is as many
+    `dtype` "auto" is the checkpoint's own dtype. `block_size` None is 16, or what `labkit kernels tune` found fastest
+    on this GPU. `device` None is a GPU if there is one. `num_blocks` None is as many
     as fit into `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len`
     limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
     GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight; "all" captures
@@ -66,7 +67,7 @@ class Options:
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
     num_blocks: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
     num_host_blocks: int = 0
     kv_offloading: bool = False
     kv_offloading_size: float | None = None
@@ -140,7 +141,8 @@ class Options:
         if not self.has_adapters and (self.max_adapter_rank or self.max_cpu_adapters):
             raise ValueError("max_adapter_rank and max_cpu_adapters need adapters= or max_adapters=")
         whole("seed", self.seed, least=0)
-        whole("block_size", self.block_size, least=1, most=2**20)
+        if self.block_size is not None:
+            whole("block_size", self.block_size, least=1, most=2**20)
         real("gpu_memory_utilization", self.gpu_memory_utilization, least=0.0, most=1.0, open_left=True)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             whole(name, getattr(self, name), least=1)
@@ -196,6 +198,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     """Load the model, size the cache, make the scheduler. None is the embedded model."""
     options = Options(**settings)
     import torch
+    from labkit_kernels.attention import default_block_size
 
     from labkit.assets import path
     from labkit.loading.checkpoint import resolve
@@ -221,16 +224,17 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         draft_options = {name: getattr(options, name) for name in OF_DRAFT}
         runner = load(loading, with_draft=lambda made: load_draft(draft, made, folder, tokenizer, **draft_options))
     length: int = runner.max_model_len
+    size = options.block_size or default_block_size(runner.head_size, device)
     blocks = BlockManager(
-        options.num_blocks or _num_blocks(runner, options, length),
-        options.block_size,
-        num_host_blocks=_num_host_blocks(runner, options),
+        options.num_blocks or _num_blocks(runner, options, size, length),
+        size,
+        num_host_blocks=_num_host_blocks(runner, options, size),
         eviction=options.eviction,
         prefix_caching=options.prefix_caching,
         windows=runner.windows,
         kv_offloading=options.offloads,
         host_eviction=options.host_eviction,
-        num_disk_blocks=_num_disk_blocks(runner, options),
+        num_disk_blocks=_num_disk_blocks(runner, options, size),
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1
@@ -282,18 +286,18 @@ def _parallel(options: Options, loading: dict[str, Any]) -> Any:
         raise
 
 
-def _num_blocks(runner: Any, options: Options, max_model_len: int) -> int:
+def _num_blocks(runner: Any, options: Options, size: int, max_model_len: int) -> int:
     """As many blocks as fit, but no more than could ever be used."""
     share = options.gpu_memory_utilization if str(runner.device).startswith("cuda") else CPU_SHARE
-    fit: int = runner.fitting_blocks(options.block_size, share, options.max_num_batched_tokens, options.max_num_seqs)
-    most = options.max_num_seqs * -(-max_model_len // options.block_size) * len(runner.windows)
+    fit: int = runner.fitting_blocks(size, share, options.max_num_batched_tokens, options.max_num_seqs)
+    most = options.max_num_seqs * -(-max_model_len // size) * len(runner.windows)
     return min(fit, most)
 
 
-def _num_host_blocks(runner: Any, options: Options) -> int:
+def _num_host_blocks(runner: Any, options: Options, size: int) -> int:
     if not options.kv_offloading_size:
         return options.num_host_blocks
-    each: int = runner.bytes_per_block(options.block_size)
+    each: int = runner.bytes_per_block(size)
     if (blocks := int(options.kv_offloading_size * 2**30) // each) < 1:
         raise ValueError(
             f"kv_offloading_size={options.kv_offloading_size} GiB holds no block: a block takes {each} bytes"
@@ -301,12 +305,12 @@ def _num_host_blocks(runner: Any, options: Options) -> int:
     return blocks
 
 
-def _num_disk_blocks(runner: Any, options: Options) -> int:
+def _num_disk_blocks(runner: Any, options: Options, size: int) -> int:
     if options.kv_disk_path is None:
         return 0
     from labkit.runner.disk import MOST_HEADER
 
-    each: int = runner.bytes_per_block(options.block_size) + 4 * options.block_size + MOST_HEADER
+    each: int = runner.bytes_per_block(size) + 4 * size + MOST_HEADER
     if (blocks := int(options.kv_disk_size * 2**30) // each) < 1:
         raise ValueError(f"kv_disk_size={options.kv_disk_size} GiB holds no block: a block takes {each} bytes")
     return blocks

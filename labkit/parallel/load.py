@@ -91,7 +91,7 @@ def facts_of(runner: Any) -> dict[str, Any]:
     model = runner.model
     return {
         "name": model.name, "dtype": str(model.dtype)[6:], "max_model_len": model.max_model_len,
-        "num_layers": len(model.kv), "num_parameters": model.num_parameters,
+        "head_size": model.kv[0].key_size, "num_layers": len(model.kv), "num_parameters": model.num_parameters,
         "vocab_size": runner.vocab_size, "eos_token_ids": runner.eos_token_ids, "windows": runner.windows,
         "bytes_per_token": runner.bytes_per_block(1), "embedding_size": runner.embedding_size,
         "largest_input": runner.largest_input,

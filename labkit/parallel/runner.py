@@ -52,6 +52,7 @@ class ParallelRunner:
         self.embedding_size: int | None = first["embedding_size"]
         self.largest_input: float = first["largest_input"]
         self.max_model_len: int = first["max_model_len"]
+        self.head_size: int = first["head_size"]
         self.device, self.name, self.dtype = self.workers.device, first["name"], first["dtype"]
 
     def __repr__(self) -> str:

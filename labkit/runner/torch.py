@@ -92,7 +92,7 @@ class TorchRunner:
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
-        self.max_model_len = model.max_model_len
+        self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from labkit_kernels import tune
+from labkit_kernels import get, tune
 from labkit_kernels.tune import Tune, chosen, search, trying
 
 CPU = torch.device("cpu")
@@ -81,10 +81,22 @@ def test_attention_has_something_to_choose(monkeypatch):
     found = list(tuning.tunes())
     assert [one.key.split()[0] for one in found[:9]] == ["decode", "prefill", "splits"] * 3
     kinds = {" ".join(one.key.split()[:2]) for one in found[9:]}
-    assert kinds == {"pages decode", "pages prefill", "kernel decode", "kernel prefill"}
+    assert kinds == {"pages decode", "pages prefill", "kernel decode", "kernel prefill", "block size"}
     assert all(one.candidates for one in found) and len({one.key for one in found}) == len(found)
-    kernels = [one for one in found if one.key.startswith("kernel")]
-    assert kernels == found[-len(kernels) :] and all(one.default == {"kernel": "rows"} for one in kernels)
+    order = [one.key.split()[0] for one in found]
+    assert order.index("kernel") > order.index("pages") and order[-2:] == ["block", "block"]  # each builds on the last
+
+
+def test_block_sizes_are_compared_on_the_same_keys_and_kept_for_engines(monkeypatch):
+    tuning = pytest.importorskip("labkit_kernels.attention.tuning")
+    monkeypatch.setattr(tuning.kernels, "paged_attention", get("paged_attention").pick("cpu", torch.bfloat16))
+    call, key = tuning.both(64, 2, 1, device="cpu"), tuning.block_size_key(64)
+    expected = call()
+    for block in tuning.BLOCKS:
+        with trying("paged_attention", key, {"block_size": block}):
+            torch.testing.assert_close(call(), expected, rtol=1e-2, atol=1e-2)
+            assert tuning.default_block_size(64, CPU) == block
+    assert tuning.default_block_size(64, CPU) == 16
 
 
 def test_without_a_gpu_it_says_so(capsys):

@@ -11,9 +11,11 @@ from torch import Tensor
 from labkit_kernels.cache.codes import encode, split, vector_size, width
 from labkit_kernels.check import Case, Tolerance
 from labkit_kernels.registry import Op
+from labkit_kernels.tune import chosen
 
 from . import reference
 
+BLOCK_SIZE = 16
 EXTRAS = ("window", "softcap", "sinks", "alibi")
 
 # (name, [(queries, keys)], query heads, key heads, head size, value size, block size, options)
@@ -165,6 +167,16 @@ def _flops(
         seen = torch.arange(length - count + 1, length + 1)
         total += int((seen.clamp(max=window) if window else seen).sum())
     return 2 * total * q.shape[1] * (q.shape[2] + vector_size(v_cache))
+
+
+def default_block_size(head_size: int, device: torch.device) -> int:
+    """Tokens a block of the cache: 16, or what `labkit kernels tune` measured as fastest for such heads on this GPU."""
+    found: int = chosen("paged_attention", block_size_key(head_size), {"block_size": BLOCK_SIZE}, device)["block_size"]
+    return found
+
+
+def block_size_key(head_size: int) -> str:
+    return f"block size for heads of {head_size}"
 
 
 paged_attention = Op(
