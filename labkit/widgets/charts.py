@@ -32,6 +32,7 @@ class Curve:
     color: str
     xs: Sequence[float]
     ys: Sequence[float]
+    dash: str = ""  # as in SVG's stroke-dasharray
 
 
 def bars(rows: Sequence[Bar], width: int = 430, most: float = 0.0) -> str:
@@ -87,11 +88,12 @@ def curves(
             f"{show(end * i / 4)}</text>"
         )
     for line in lines:
+        dash = f'stroke-dasharray="{line.dash}" ' if line.dash else ""
         for piece in _pieces(line):
             places = " ".join(at(x, y) for x, y in piece)
             shapes.append(
                 f'<polyline points="{places}" fill="none" stroke="{line.color}" stroke-width="1.8" '
-                f'stroke-linejoin="round"><title>{escape(line.label)}</title></polyline>'
+                f'{dash}stroke-linejoin="round"><title>{escape(line.label)}</title></polyline>'
             )
     shapes.append(
         f'<text x="{left - 48}" y="11" class="dim">{escape(y_name)}</text>'

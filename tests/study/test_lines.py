@@ -16,6 +16,17 @@ def test_a_cell_shows_plotly_and_the_same_curves_without_it():
     assert bundle["text/html"].count("<polyline") == 2 and "<b>" not in bundle["text/html"]
 
 
+def test_names_with_a_common_part_have_its_color_and_differ_in_dashes():
+    names = ("lru, paper", "lru", "lfu", "lfu, paper")
+    bundle = Lines({name: ([1, 2], [3, 4]) for name in names})._repr_mimebundle_()
+    lines = {trace["name"]: trace["line"] for trace in bundle["application/vnd.plotly.v1+json"]["data"]}
+    assert lines["lru"]["color"] == lines["lru, paper"]["color"] != lines["lfu"]["color"]
+    assert [lines[name]["dash"] for name in names] == ["dash", "solid", "solid", "dash"]
+    assert bundle["text/html"].count("stroke-dasharray") == 2
+    plain = Lines({"a, b": ([1], [2]), "c, d": ([1], [2])})
+    assert [trace.line.dash for trace in plain.figure().data] == ["solid", "solid"]
+
+
 def test_without_plotly_the_static_picture_is_left(monkeypatch):
     lines = Lines({"a": ([1, 2], [0.5, 1.0])})
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
