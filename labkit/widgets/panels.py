@@ -103,10 +103,25 @@ def _gpus() -> list[Any]:
 
 
 def _gpu(handle: Any) -> str:
+    """Utilisation, memory and power, as far as this GPU reports them."""
     import pynvml
 
-    memory, busy = pynvml.nvmlDeviceGetMemoryInfo(handle), pynvml.nvmlDeviceGetUtilizationRates(handle)
-    return f"GPU {busy.gpu}%, {num_bytes(memory.used)} of {num_bytes(memory.total)}"
+    def memory() -> str:
+        found = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        return f"{num_bytes(found.used)} of {num_bytes(found.total)}"
+
+    def power() -> str:
+        used, limit = pynvml.nvmlDeviceGetPowerUsage(handle), pynvml.nvmlDeviceGetEnforcedPowerLimit(handle)
+        return f"{used / 1000:.0f} of {limit / 1000:.0f} W"  # both are in milliwatts
+
+    asked = (lambda: f"{pynvml.nvmlDeviceGetUtilizationRates(handle).gpu}%", memory, power)
+    parts = []
+    for ask in asked:
+        try:
+            parts.append(ask())
+        except pynvml.NVMLError:  # a part of a GPU (MIG), or an older one
+            continue
+    return f"GPU {', '.join(parts)}" if parts else "GPU"
 
 
 def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:

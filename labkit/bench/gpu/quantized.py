@@ -153,7 +153,7 @@ def serve(where: Where) -> dict[str, Any]:
             eng = engine(where, "llama-3.1-8b", work, len(work.asks))
             if kind == "int4":
                 quantize(eng, where)
-            seconds, _ = settled_pass(where, eng, work, 0.0)
+            seconds = settled_pass(where, eng, work, 0.0).seconds
             out[f"{label} {kind}: output tok/s"] = work.num_output / seconds
             eng.close()
         out[f"{label}: ratio"] = out[f"{label} int4: output tok/s"] / out[f"{label} bf16: output tok/s"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labkit.bench.gpu import attention, checks, host, quantized, serving, steps
+from labkit.bench.gpu import attention, checks, host, quantized, serving, steps, table
 from labkit.bench.gpu.timing import LimitTooLow
 from labkit.bench.gpu.where import Where
 
@@ -33,41 +33,47 @@ def _small(**options: Any) -> Callable[[Where], dict[str, Any]]:
     return lambda where: serving.serve(where, "qwen2.5-0.5b", 64, (100, 128), **options)
 
 
-PARTS = (
+def _poisson(**options: Any) -> Callable[[Where], dict[str, Any]]:
+    return lambda where: serving.poisson(where, "qwen3-0.6b", 40.0, 240, (512, 128), **options)
+
+
+PARTS = (  # what the table needs comes first
     Part("check", "every kernel against its reference, on the device", 150, checks.kernels),
     Part("gate", "the embedded model against transformers", 60, checks.gate),
     Part("limits", "bandwidth and GEMM peak of this device, on random data", 30, checks.limits),
     Part("decode attention", "in a captured graph and eagerly, of the bandwidth", 60, attention.decode),
     Part("prefill attention", "8k tokens, of the GEMM peak; torch SDPA beside it", 60, attention.prefill),
     Part("head", "product, cast and draw of a greedy step", 30, steps.head),
-    Part("weight-only", "weights of 4 and 8 bits: of the bandwidth, and against bf16", 150, quantized.weight_only),
-    Part("8 bits", "int8 and float8 weights and inputs, against bf16", 120, quantized.eight_bits),
-    Part("70b in 4 bits", "memory on this card, and the products of one layer", 60, quantized.large),
     Part("launches", "host time of one eager call", 30, steps.launches),
-    Part("host", "host work of a step of 256 rows, beside a device that does nothing", 60, host.host),
     Part("decode step", "256 rows of Qwen2.5-0.5B: wall, host, idle, by kernel", 60, steps.decode),
     Part("eager step", "64 rows, captured and not", 60, steps.eager),
-    Part("mixed step", "decodes and prefills of Qwen3-0.6B", 60, steps.mixed),
+    Part("mixed step", "decodes and prefills of Qwen3-0.6B, prefills captured and not", 90, steps.mixed),
     Part("qwen3-0.6b", "workload N", 90, lambda where: serving.serve(where, "qwen3-0.6b", 256)),
     Part(
         "qwen2.5-0.5b", "workload N, greedy and at temperature 0.6", 90,
         lambda where: serving.serve(where, "qwen2.5-0.5b", 256, temperatures=(0.0, 0.6)),
     ),
     Part(
+        "qwen2.5-0.5b all steps", "the same, every step captured", 90,
+        lambda where: serving.serve(where, "qwen2.5-0.5b", 256, temperatures=(0.0, 0.6), graphs="all"),
+    ),
+    Part(
         "all at once", "500 requests of 512 in and 128 out, Qwen3-0.6B", 90,
         lambda where: serving.serve(where, "qwen3-0.6b", 500, (512, 128), rows=256),
     ),
-    Part(
-        "poisson", "40 requests a second of 512 in and 128 out, Qwen3-0.6B", 90,
-        lambda where: serving.poisson(where, "qwen3-0.6b", 40.0, 240, (512, 128)),
-    ),
     Part("fast", "64 requests of 100 in and 128 out", 60, _small()),
     Part("deterministic", "the same", 60, _small(deterministic=True)),
-    Part("transformers", "generate, on the same requests", 90, serving.transformers_generate),
     Part(
         "llama-3.1-8b", "256 requests of 1024 in and 1024 out", 150,
         lambda where: serving.serve(where, "llama-3.1-8b", 256, (1024, 1024)),
     ),
+    Part("poisson", "40 requests a second of 512 in and 128 out, Qwen3-0.6B", 90, _poisson()),
+    Part("poisson all steps", "the same, every step captured", 120, _poisson(graphs="all")),
+    Part("host", "host work of a step of 256 rows, beside a device that does nothing", 60, host.host),
+    Part("transformers", "generate, on the same requests", 90, serving.transformers_generate),
+    Part("weight-only", "weights of 4 and 8 bits: of the bandwidth, and against bf16", 150, quantized.weight_only),
+    Part("8 bits", "int8 and float8 weights and inputs, against bf16", 120, quantized.eight_bits),
+    Part("70b in 4 bits", "memory on this card, and the products of one layer", 60, quantized.large),
     Part("llama-3.1-8b int4", "one stream and 64 requests, beside bf16", 120, quantized.serve),
 )  # fmt: skip
 
@@ -92,6 +98,10 @@ def run(where: Where, names: Sequence[str], file: str | None, budget: float = 42
         if part.name in ("check", "gate") and found.get("ok") is False:
             print("nothing is timed, because this check failed")
             break
+    result["table"] = table.rows(result["parts"])
+    if file:
+        Path(file).write_text(json.dumps(result, indent=1) + "\n")
+    print(table.text(result["table"]), flush=True)
     return result
 
 

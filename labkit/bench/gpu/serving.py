@@ -4,7 +4,7 @@ repeated."""
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,8 +41,16 @@ def work_of(where: Where, shape: str, num: int, lengths: tuple[int, int] | None)
     return workload.random_lengths(num, (lengths[0],) * 2, (lengths[1],) * 2, vocab_size=config.vocab_size)
 
 
-def one_pass(where: Where, eng: Engine, work: workload.Workload, temperature: float) -> tuple[float, list[Any], int]:
-    """Seconds to serve everything at once, the number of steps, and how many graphs were captured during the pass."""
+class Pass(NamedTuple):
+    """One pass over a workload, everything submitted at once."""
+
+    seconds: float
+    steps: list[Any]
+    captured: int  # graphs, during the pass
+    tpot: float  # median seconds a token after the first
+
+
+def one_pass(where: Where, eng: Engine, work: workload.Workload, temperature: float) -> Pass:
     before, captured = len(eng.log.events(Step)), num_captured(eng)
     params = [SamplingParams(temperature=temperature, max_tokens=a.num_output, ignore_eos=True) for a in work.asks]
     where.sync()
@@ -53,16 +61,17 @@ def one_pass(where: Where, eng: Engine, work: workload.Workload, temperature: fl
     where.sync()
     seconds = time.perf_counter() - begin
     assert all(h.num_output == a.num_output for h, a in zip(handles, work.asks, strict=True))
-    return seconds, eng.log.events(Step)[before:], num_captured(eng) - captured
+    each = [(h.finished_at - h.first_token_at) / 1e9 / max(1, h.num_output - 1) for h in handles]
+    return Pass(seconds, eng.log.events(Step)[before:], num_captured(eng) - captured, float(np.median(each)))
 
 
-def settled_pass(where: Where, eng: Engine, work: workload.Workload, temperature: float) -> tuple[float, list[Any]]:
+def settled_pass(where: Where, eng: Engine, work: workload.Workload, temperature: float) -> Pass:
     """The first pass without a graph capture, after a warm-up pass."""
     one_pass(where, eng, work, temperature)
     for _ in range(MOST_PASSES):
-        seconds, steps, captured = one_pass(where, eng, work, temperature)
-        if not captured:
-            return seconds, steps
+        found = one_pass(where, eng, work, temperature)
+        if not found.captured:
+            return found
     raise RuntimeError(f"graphs were still being captured in pass {MOST_PASSES + 1}")
 
 
@@ -80,13 +89,14 @@ def serve(
     sheet = limit.datasheet(where.device)
     out: dict[str, Any] = {}
     for temperature in temperatures:
-        seconds, steps = settled_pass(where, eng, work, temperature)
+        seconds, steps, _, tpot = settled_pass(where, eng, work, temperature)
         batches = [(s.prefill_tokens, s.decode_tokens, s.output_tokens, s.used_blocks, s.duration / 1e9) for s in steps]
         block_size = eng.blocks.block_size
         found = {
             "output_tokens_per_second": work.num_output / seconds,
             "requests_per_second": len(work.asks) / seconds,
             "seconds": seconds,
+            "tpot_ms_p50": tpot * 1e3,
             "steps": len(steps),
             "of_limit_as_run": cost.batches(machine, batches, block_size) / seconds,
             "of_limit_ideal": cost.ideal(machine, work.asks) / seconds,
@@ -104,15 +114,18 @@ def serve(
     return out
 
 
-def poisson(where: Where, shape: str, rate: float, num: int, lengths: tuple[int, int]) -> dict[str, Any]:
+def poisson(
+    where: Where, shape: str, rate: float, num: int, lengths: tuple[int, int], budget: int = 4096, **options: Any
+) -> dict[str, Any]:
     """Requests that arrive at random, `rate` a second, so most steps contain prefills. Every graph is captured
     first."""
     work = work_of(where, shape, num, lengths)
-    eng = engine(where, shape, work, min(256, len(work.asks)))
+    budget = budget if not where.quick else 64
+    eng = engine(where, shape, work, min(256, len(work.asks)), max_num_batched_tokens=budget, **options)
     one_pass(where, eng, work, 0.0)
     graphs = getattr(eng.runner, "graphs", None)
     if graphs is not None:
-        eng.runner.capture_all(work.longest())  # type: ignore[attr-defined]
+        eng.runner.capture_all(work.longest(), budget)  # type: ignore[attr-defined]
     captured = num_captured(eng)
     gaps = np.random.default_rng(0).exponential(1 / rate, len(work.asks))
     at = eng.clock.now() / 1e9 + 0.2 + np.cumsum(gaps)
@@ -136,6 +149,7 @@ def poisson(where: Where, shape: str, rate: float, num: int, lengths: tuple[int,
         "steps": len(steps),
         "steps_with_prefills": sum(s.prefill_tokens > 0 for s in steps),
         "captured_meanwhile": num_captured(eng) - captured,
+        "graphs": repr(graphs),
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from labkit.bench.gpu.attention import paged
 from labkit.bench.gpu.timing import graph_seconds, launch_seconds, profiled
 from labkit.bench.gpu.where import Where, make_config
 from labkit.core.params import SamplingParams
@@ -119,33 +120,35 @@ def eager(where: Where) -> dict[str, Any]:
 
 
 def mixed(where: Where) -> dict[str, Any]:
-    """128 rows of Qwen3-0.6B's shape decode while prompts of 512 tokens arrive, two per step."""
+    """128 rows of Qwen3-0.6B's shape decode while prompts of 512 tokens arrive, two per step: prefills eager, as by
+    default, and captured."""
+    out: dict[str, Any] = {}
+    for name, graphs in (("eager", True), ("captured", "all")):
+        found = _mixed(where, graphs)
+        out |= {f"{name}_{key}": found[key] for key in ("wall_ms", "host_cpu_ms", "busy_ms", "idle_ms", "graphs")}
+        out[f"{name}_kernels"] = found["kernels"]
+    out["ratio"] = out["eager_wall_ms"] / out["captured_wall_ms"]
+    return out
+
+
+def _mixed(where: Where, graphs: bool | str) -> dict[str, Any]:
     rows = 128 if not where.quick else 4
-    eng = filled(where, "qwen3-0.6b", rows, 256, 60)
-    num, length, steps = (40, 512, 20) if not where.quick else (3, 8, 3)
-    eng.control(rows=eng.scheduler.width)
+    eng = filled(where, "qwen3-0.6b", rows, 256, 400, graphs=graphs)
+    num, length, steps = (80, 512, 16) if not where.quick else (8, 8, 3)
     for request in list(eng.scheduler.requests.values())[: rows // 2]:
         eng.abort(request)
     eng.control(budget=rows + 2 * length if not where.quick else 16)
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    params = SamplingParams(temperature=0, max_tokens=90 if not where.quick else 12, ignore_eos=True)
     for i in range(num):
         eng.submit([10 + (i * 11 + j) % 400 for j in range(length)], params)
     for _ in range(3):
         eng.step()
-
-    def timed() -> list[float]:
-        each = []
-        for _ in range(steps // 2):
-            begin = time.perf_counter()
-            eng._step()
-            each.append(time.perf_counter() - begin)
-        return each
-
-    each = in_engine(eng, timed)
-    found = in_engine(
-        eng, lambda: profiled(where, lambda: [eng._step() for _ in range(steps // 4 or 1)], steps // 4 or 1)
-    )
-    return {"wall_ms": sorted(each)[len(each) // 2] * 1e3, **found}
+    if graphs == "all":  # rows that join change the sizes: all of them are captured before the timing
+        eng.runner.capture_all(256 + 400, rows + 2 * length)  # type: ignore[attr-defined]
+    try:
+        return {**measured(where, eng, steps), "graphs": repr(getattr(eng.runner, "graphs", None))}
+    finally:
+        eng.close()
 
 
 def head(where: Where) -> dict[str, Any]:
@@ -181,10 +184,17 @@ def launches(where: Where) -> dict[str, Any]:
     x = torch.randn(rows, size, dtype=where.dtype, device=where.device)
     weight = torch.ones(size, dtype=where.dtype, device=where.device)
     wide = torch.randn(rows, 4 * size, dtype=where.dtype, device=where.device)
-    norm, gate = (get(name).pick(where.device, where.dtype) for name in ("rms_norm", "silu_mul"))
+    norm, gate, rope = (get(name).pick(where.device, where.dtype) for name in ("rms_norm", "silu_mul", "rope_kv"))
+    q, k, v = torch.randn(rows, 18, 64, dtype=where.dtype, device=where.device).split([14, 2, 2], 1)
+    caches = [torch.zeros(rows, 2, 32, 64, dtype=where.dtype, device=where.device) for _ in range(2)]
+    table = torch.zeros(64, 64, device=where.device)
+    at = torch.zeros(rows, dtype=torch.int64, device=where.device)
+    attention = paged(where, (14, 2, 64), rows, 64, 1, 32)
     calls = {
         "rms_norm": lambda: norm(x, weight, 1e-6),
         "silu_mul": lambda: gate(wide),
+        "rope_kv": lambda: rope(q, k, v, table, at, *caches, at),
+        "paged_attention": attention,
         "torch linear": lambda: torch.nn.functional.linear(x, x),
         "torch add": lambda: x + x,
     }
