@@ -1,5 +1,7 @@
 """Simulated steps in C++ leave behind what `schedule` and `commit` leave behind: at any moment, and at the end."""
 
+import inspect
+
 import numpy as np
 import pytest
 
@@ -201,6 +203,25 @@ def test_what_cpp_does_not_know_is_left_to_python(name, value, reason):
     assert native.why_not(found.scheduler, lk.SimRunner()) == reason
     plain = lk.study.simulate(few(), **SMALL).metrics
     assert found.metrics == plain if name in ("log", "order") else found.metrics["requests"] == plain["requests"]
+
+
+KNOWN = {
+    lk.Scheduler: {
+        "blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "chunked_prefill",
+        "max_prefill_chunk", "prefill_share", "order", "preemption", "swap_cost", "recompute_cost", "kv_loading",
+        "disk_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "max_adapters", "log",
+    },
+    lk.BlockManager: {
+        "num_blocks", "block_size", "num_host_blocks", "eviction", "prefix_caching", "windows", "kv_offloading",
+        "host_eviction", "num_disk_blocks",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_cpp_knows_every_setting_or_leaves_it_to_python(kind):
+    """A new setting: take it into account in labkit/study/steps, or name it in `why_not`; then list it here."""
+    assert set(inspect.signature(kind.__init__).parameters) - {"self"} == KNOWN[kind]
 
 
 def test_without_a_compiler_a_warning_and_the_same_figures(monkeypatch):
