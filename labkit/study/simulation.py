@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 LOOK_EVERY = 8  # steps between two points of the curves
-TAKEN = 1024  # requests handed to C++ at once
+TAKEN = 256  # requests handed to C++ at once
 BUDGET = 8192  # tokens of a step, where a machine is named
 PARAMS: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "detokenize": False}
 
@@ -104,6 +104,7 @@ class Simulator:
         self.num_injected = self.num_prompt = 0
         self.now = 0  # ns
         self.most_used = 0  # blocks
+        self.rows = 0  # of all steps together
         self.busy = self.waiting = self.used = 0.0  # seconds of steps, of steps with a queue, blocks * seconds
         self._params: dict[int, SamplingParams] = {}
         self._mark = (0, 0, 0, 0)  # prompt, cached and output tokens and the step, when the last point was drawn
@@ -176,7 +177,7 @@ class Simulator:
         handover = native.hand_over()
         handover.apply(self._params_of)
         numbers = handover.numbers
-        self.now, self.most_used = numbers["now"], numbers["most_used"]
+        self.now, self.most_used, self.rows = numbers["now"], numbers["most_used"], numbers["rows"]
         self.busy, self.used, self.waiting = numbers["busy"], numbers["used_time"], numbers["waiting_time"]
         self.num_injected, self.num_prompt = numbers["num_submitted"], numbers["num_prompt"]
         self.index_of = handover.index_of
@@ -218,6 +219,7 @@ class Simulator:
         scheduler = self.scheduler
         used = scheduler.blocks.num_used
         self.busy += seconds
+        self.rows += self.forward.num_rows
         self.used += used * seconds
         if used > self.most_used:
             self.most_used = used
@@ -257,6 +259,7 @@ class Simulator:
             "rejected": s.num_rejected,
             **self.served.metrics(),
             "steps": s.step,
+            "batch": self.rows / s.step if s.step else 0.0,
             "hit_rate": blocks.num_hit_tokens / asked if asked else 0.0,
             "evictions": blocks.num_evicted,
             "preemptions": s.num_preempted,

@@ -6,25 +6,22 @@ more replicas. Step times are those of `AnalyticCost`.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import labkit.study.tables as tables
 from labkit.bench.workload import Workload, arriving
-from labkit.core.events.types import Step
 from labkit.core.options import check_names, real, whole
-from labkit.runner.sim import SimRunner
 from labkit.study.analytic import AnalyticCost
-from labkit.study.clusters.cluster import Cluster
 from labkit.study.clusters.replica import OPTIONS
-from labkit.study.clusters.results import check_slo, metrics_of
+from labkit.study.clusters.results import check_slo
 from labkit.study.machines import Efficiency, Machine
 from labkit.study.parallel import each
 from labkit.study.shapes import ModelShape
+from labkit.study.simulation import simulate
 from labkit.widgets import charts, style
 
 if TYPE_CHECKING:
@@ -35,7 +32,7 @@ MOST_REPLICAS = 1024
 BUDGET = 8192
 LONELY = 1e5  # so many replicas that every request is alone
 FEW = 32  # requests that tell whether one alone is fast enough
-FIGURES = ("attained", "ttft_p90", "tpot_p90", "e2e_p90", "output_tokens_per_s", "hit_rate", "preemptions")
+FIGURES = ("ttft_p90", "tpot_p90", "e2e_p90", "batch", "output_tokens_per_s", "hit_rate", "preemptions")
 
 
 @dataclass(frozen=True)
@@ -277,12 +274,13 @@ def _size(asked: _Asked, machine: Machine, tp: int, rows: int) -> Size:
     def attempt(num_replicas: float, asked: _Asked = asked) -> Size:
         options = {"budget": budget, **asked.options, "num_blocks": num_blocks, "rows": rows}
         options.pop("max_num_batched_tokens", None)
-        served = Cluster(1, runner=SimRunner(cost=cost), **options)
-        served.serve(asked.share(num_replicas))
-        figures = metrics_of(served, asked.slo)
+        options = copy.deepcopy(options)  # an eviction policy serves one cache
+        figures = simulate(asked.share(num_replicas), cost=cost, slo=asked.slo, **options).metrics
+        num_good = round(figures["within_slo"] * figures["requests"])
+        attained = num_good / (figures["requests"] + figures["rejected"])
         measured: dict[str, Any] = {name: figures.get(name) for name in FIGURES}
-        found = replace(size, batch=_batch(served), **measured)
-        return replace(found, replicas=int(num_replicas)) if figures["attained"] >= asked.attain else found
+        found = replace(size, attained=attained, **measured)
+        return replace(found, replicas=int(num_replicas)) if attained >= asked.attain else found
 
     alone = attempt(LONELY, asked.few())
     if alone.replicas is None:
@@ -320,8 +318,3 @@ def _too_slow(alone: Size, slo: Mapping[str, float]) -> str:
         if value > slo[name]
     ]
     return f"too slow even for one request at a time: {'; '.join(missed) or f'{alone.attained:.0%} meet all limits'}"
-
-
-def _batch(served: Cluster) -> float:
-    steps = [event.num_rows for event in served.replicas[0].log.events("Step") if isinstance(event, Step)]
-    return float(np.mean(steps)) if steps else 0.0

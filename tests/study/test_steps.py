@@ -123,7 +123,7 @@ def everything(made):
         "leaves": s.leaves,
         "counts": (s.num_submitted, s.num_finished, s.num_rejected, s.num_waiting),
         "simulator": (
-            made.now, made.num_injected, made.num_prompt, made.most_used, made.busy, made.waiting, made.used,
+            made.now, made.num_injected, made.num_prompt, made.most_used, made.busy, made.waiting, made.used, made.rows,
             made.index_of,
         ),
         "served": {name: repr(column.tolist()) for name, column in made.served.columns.items()},  # of nan, too

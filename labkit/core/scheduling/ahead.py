@@ -62,6 +62,7 @@ class FastForward:
         self._written = np.zeros(scheduler.num_rows, np.int64)  # its tokens in the tables
         self._sum_base = 0
         self._within = np.arange(size)
+        self.num_rows = 0  # of the last step
 
     def __repr__(self) -> str:
         return f"FastForward({self.scheduler!r}{', columns behind' if self._open else ''})"
@@ -74,6 +75,7 @@ class FastForward:
         plan = self.scheduler.schedule(now)
         if plan is None:
             return None
+        self.num_rows = len(plan.rows)
         result = self.runner.launch(plan).result()  # type: ignore[attr-defined]
         now += round(result.seconds * 1e9)
         return now, list(self.scheduler.commit(plan, result, now).ended)
@@ -114,6 +116,7 @@ class FastForward:
             num, context, chunks, num + len(done), builder.joins if builder else (), moved
         )  # fmt: skip
         now += round(seconds * 1e9)
+        self.num_rows = num + len(chunks)
         ended = self._commit(step, num, chunks, done, now)
         prefill = sum(chunk.count for chunk in chunks)
         s.log_step(step, num + len(chunks), prefill, num, num + len(done), round(seconds * 1e9), now)

@@ -93,6 +93,7 @@ class Steps : public Planning {
         used_time += product;
         most_used = std::max(most_used, blocks.used());
         if (!queue.empty()) waiting_time += seconds;
+        num_rows += (i64)(num_decode + chunks.size());
         if (step - marked < s.look_every) return;
         points.push_back({now, step, queried, hit_tokens, num_output, blocks.used(), num_waiting(), num_running()});
         marked = step;

@@ -30,7 +30,7 @@ SETTINGS = (
 NUMBERS = (
     "now", "step", "num_submitted", "num_finished", "num_rejected", "num_preempted", "num_queries", "num_hit_queries",
     "num_queried_tokens", "num_hit_tokens", "num_evicted", "num_stored", "num_prompt", "most_used", "running",
-    "waiting", "width", "ended", "points", "answers", "stream", "used", "marked",
+    "waiting", "width", "ended", "points", "answers", "stream", "used", "rows",
 )  # fmt: skip
 ENDED = (
     "index", "arrival", "admitted", "first", "end", "num_prompt", "num_cached", "num_output", "preemptions",

@@ -81,7 +81,7 @@ class State {
     i64 stream = 0, exhausted = 0;  // requests of the stream among `upcoming`; whether no more will come
 
     i64 now = 0, step = 0, num_parked = 0, num_submitted = 0, num_finished = 0, num_rejected = 0, num_preempted = 0;
-    i64 num_queries = 0, num_hit_queries = 0, queried = 0, hit_tokens = 0, num_output = 0, num_prompt = 0, marked = 0;
+    i64 num_queries = 0, num_hit_queries = 0, queried = 0, hit_tokens = 0, num_output = 0, num_prompt = 0, marked = 0, num_rows = 0;
     i64 most_used = 0, placed = 0, head_index = -1, head_limit = NOTHING, blocked_serial = -1, blocked_available = 0, blocked_missing = 0;
     Digest blocked_hash{};
     double busy = 0, used_time = 0, waiting_time = 0;

@@ -12,7 +12,7 @@
 namespace {
 
 enum Code : i64 { DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN };
-constexpr size_t MOST = 4096;  // ended requests and points kept until Python takes them
+constexpr size_t MOST = 1024;  // ended requests and points kept until Python takes them
 
 struct Prices {  // of a LinearCost, in the order of its fields
     double constant, token, context, block, row, pair, join, prefill;
@@ -211,7 +211,7 @@ void steps_numbers(Simulation* one, i64* numbers, double* times) {
     i64 all[] = {s.now, s.step, s.num_submitted, s.num_finished, s.num_rejected, s.num_preempted, s.num_queries,
                  s.num_hit_queries, s.queried, s.hit_tokens, s.blocks.num_evicted, s.blocks.num_stored, s.num_prompt,
                  s.most_used, s.num_running(), s.num_waiting(), s.width(), (i64)s.ended.size(), (i64)s.points.size(),
-                 (i64)s.answers.size(), s.stream, s.blocks.used(), s.marked};
+                 (i64)s.answers.size(), s.stream, s.blocks.used(), s.num_rows};
     memcpy(numbers, all, sizeof(all));
     times[0] = s.busy;
     times[1] = s.used_time;
