@@ -196,6 +196,7 @@ def by_arrival(request, now):
         ("eviction", "fifo", "the eviction policy"),
         ("num_host_blocks", 9, "swapping"),
         ("budget", 7, "rows that take turns"),
+        ("pipeline_stages", 2, "rows that take turns"),
     ],
 )
 def test_what_cpp_does_not_know_is_left_to_python(name, value, reason):
@@ -208,8 +209,9 @@ def test_what_cpp_does_not_know_is_left_to_python(name, value, reason):
 KNOWN = {
     lk.Scheduler: {
         "blocks", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "chunked_prefill",
-        "max_prefill_chunk", "prefill_share", "order", "preemption", "swap_cost", "recompute_cost", "kv_loading",
-        "disk_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "max_adapters", "log",
+        "max_prefill_chunk", "prefill_share", "order", "victim", "preemption", "swap_cost", "recompute_cost",
+        "kv_loading", "disk_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "max_adapters",
+        "pipeline_stages", "log",
     },
     lk.BlockManager: {
         "num_blocks", "block_size", "num_host_blocks", "eviction", "prefix_caching", "windows", "kv_offloading",

@@ -110,7 +110,7 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "drafts"
     if s.slots is not None:
         return "adapters"
-    if s.max_num_seqs > s.max_num_batched_tokens:
+    if s.pipeline_stages > 1 or s.max_num_seqs > s.max_num_batched_tokens:
         return "rows that take turns"
     used = s.num_submitted or s.step or blocks.num_used or len(blocks.prefix) or blocks.pins or s.in_flight
     if used or blocks.tables.row_of or s.free_rows != list(range(s.num_rows - 1, s.num_rows - s.width - 1, -1)):
