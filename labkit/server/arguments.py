@@ -13,6 +13,7 @@ from typing import Any
 
 from labkit.core.options import closest
 from labkit.engine import lora_names
+from labkit.engine.speculation import speculation
 from labkit.server.flags import BY_NAME, ENGINE, FLAGS, HARMLESS, PROCESS, REFUSED, SERVER, SHORT, Flag
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -51,6 +52,7 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
         found.server["api_key"] = [key]
     _split_models(found.process)
     _adapters(found)
+    _drafts(found)
     if (os.environ if environment is None else environment).get(ADMIN_VARIABLE) == "1":
         found.server.setdefault("enable_admin", True)
     if _is_on((os.environ if environment is None else environment).get(LORA_VARIABLE)):
@@ -74,6 +76,20 @@ def _adapters(found: Arguments) -> None:
         raise ValueError(re.sub(r"\b(lora_modules|enable_lora)\b", _as_flag, str(error))) from None
     if "adapters" in found.engine and "models" in found.process:
         raise ValueError("--lora-modules is served for one model; load those of several over HTTP (--lora-root)")
+
+
+def _drafts(found: Arguments) -> None:
+    """Say what is wrong with --speculative-config before a model is loaded."""
+    given, name = found.engine.get("speculative_config"), "--speculative-config"
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise ValueError(f'{name} takes a JSON object, such as {{"method": "ngram"}}, got {json.dumps(given)}')
+    try:
+        speculation(given, None)
+    except ValueError as error:
+        told = str(error).replace("speculative_config", name)
+        raise ValueError(told if name in told else f"{name}: {told}") from None
 
 
 def _is_on(given: str | None) -> bool:

@@ -118,6 +118,7 @@ class Counts:
         self.lock = threading.Lock()  # held while a step is counted, and while all is read
         room = engine.scheduler.room_for(0)
         self.totals: Counter[str] = Counter()
+        self.drafts: Counter[int] = Counter()  # how many there were, by how many of their tokens were accepted
         self.reasons: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
         self.histograms = {
             "time_to_first_token": Histogram(UNTIL_TOKEN),
@@ -252,6 +253,7 @@ class Counts:
         self.totals["drafts"] += 1
         self.totals["draft_tokens"] += num_drafts
         self.totals["accepted_tokens"] += num_accepted
+        self.drafts[num_accepted] += 1
 
     def _failed(self, batch: Batch, *_: Any) -> None:
         self.totals["failed_steps"] += 1

@@ -83,6 +83,7 @@ FLAGS: tuple[Flag, ...] = (
     _engine("preemption", "str", "recompute, swap or auto"),
     _engine("eviction", "str", "lru, fifo, lfu, slru, s3-fifo, ttl or cost"),
     _process("enforce-eager", "bool", "no captured CUDA graphs"),
+    _engine("speculative-config", "json", 'drafts: {"method": "ngram" | "suffix" | "draft_model", "model": ..., ...}'),
     # -- adapters
     _process("enable-lora", "bool", "serve LoRA adapters beside the model"),
     _process("lora-modules", "list", 'adapters: NAME=PATH or {"name": ..., "path": ...}; clients name them as model'),
@@ -162,8 +163,8 @@ FLAGS: tuple[Flag, ...] = (
     *_refused("enable-expert-parallel enable-eplb enable-dbo headless data-parallel-backend", kind="bool"),
     *_refused("fully-sharded-loras", kind="bool"),
     *_refused("lora-dtype", "cannot be chosen; adapters have the model's dtype", ("auto",)),
-    *_refused("speculative-config speculative-model num-speculative-tokens",
-              "is not a flag here; lk.Engine(draft=...) decodes speculatively with a function"),
+    *_refused("speculative-model num-speculative-tokens",
+              'is a key of --speculative-config, such as {"method": "ngram", "num_speculative_tokens": 4}'),
     *_refused("tool-parser-plugin reasoning-parser-plugin", "would run code of its own in the server"),
     *_refused("tool-server", "would call tools in the server"),
     *_refused("limit-mm-per-prompt mm-processor-kwargs allowed-local-media-path allowed-media-domains media-io-kwargs",

@@ -123,6 +123,19 @@ def _counters(found: Found) -> Iterator[CounterMetricFamily]:
         for reason, number in list(counts.reasons.items()):
             family.add_metric([*labels, reason], number)
     yield family
+    yield _by_position(found)
+
+
+def _by_position(found: Found) -> CounterMetricFamily:
+    """Accepted tokens by their place in a draft; places that no draft has reached are left out."""
+    name, help = "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted tokens of drafts, by their place in it."
+    family = CounterMetricFamily(name, help, labels=[*LABELS, "position"])
+    for labels, counts in found:
+        with counts.lock:
+            drafts = dict(counts.drafts)
+        for place in range(max(drafts, default=0)):
+            family.add_metric([*labels, str(place)], sum(n for num, n in drafts.items() if num > place))
+    return family
 
 
 def _histograms(found: Found) -> Iterator[HistogramMetricFamily]:

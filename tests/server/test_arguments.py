@@ -79,7 +79,13 @@ def test_flags_of_tutorials_set_options_of_the_engine_and_the_server():
         ("--data-parallel-size 2", "--data-parallel-size 1 is accepted"),
         ("--distributed-executor-backend ray", "--distributed-executor-backend takes mp or uni"),
         ("--fully-sharded-loras", "--fully-sharded-loras is not served"),
-        ("--speculative-config {}", "lk.Engine(draft=...)"),
+        ("--speculative-config ngram", "--speculative-config takes JSON, got 'ngram'"),
+        ("--speculative-config []", "--speculative-config takes a JSON object"),
+        ("--speculative-config {}", "--speculative-config needs a method, one of ngram, suffix, draft_model"),
+        ('--speculative-config={"method":"ngram","num_spec":3}', "--speculative-config has no 'num_spec'"),
+        ('--speculative-config={"method":"eagle9"}', "method of --speculative-config"),
+        ('--speculative-config={"method":"ngram","num_speculative_tokens":0}', "--speculative-config: num_spec"),
+        ("--num-speculative-tokens 4", "is a key of --speculative-config"),
         ("--kv-offloading-backend lmcache", "--kv-offloading-backend takes native"),
         ("--task score", "--task takes auto or generate"),
         ("--trust-remote-code=maybe", "takes no value"),
@@ -105,6 +111,12 @@ def test_every_flag_sets_an_option_that_exists_or_says_why_not():
         else:
             assert flag.where in (PROCESS, HARMLESS, REFUSED)
         assert f"--{flag.name}" in help_text() or flag.name in help_text()
+
+
+def test_drafts_are_configured_as_for_an_engine():
+    found = read(["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 4}'], {})
+    assert found.engine == {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4}}
+    assert read(["--speculative-config", "null"], {}).engine == {"speculative_config": None}
 
 
 def test_a_refused_flag_is_accepted_where_it_asks_for_nothing():

@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import labkit as lk
+from labkit.server.arguments import read
 from labkit.server.counting import Counts, Histogram, one_two_five
 from tests.harness import engine, params, run
 
@@ -116,6 +117,28 @@ def test_each_name_holds_what_the_run_gives(server):
     assert f'num_gpu_blocks="{server.engine.blocks.num_blocks}"' in text and f'block_size="{size}"' in text
     assert found["http_requests_total"][("/v1/completions", "POST", "2xx")] == 2
     assert one["process_resident_memory_bytes"] > 2**20
+
+
+def test_a_server_with_drafts_gives_the_same_text_and_counts_what_was_accepted(server):
+    body = {"prompt": "x = 1\n" * 12, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    plain = post(server.url, "/v1/completions", body)
+    given = read(["--speculative-config", '{"method": "ngram", "num_speculative_tokens": 3, "adaptive": false}'], {})
+    eng = lk.Engine(num_blocks=64, **given.engine)
+    with lk.serve(eng) as drafting:
+        answer = post(drafting.url, "/v1/completions", body)
+        found = samples(get(drafting.url))
+    assert answer["choices"][0]["text"] == plain["choices"][0]["text"]
+    assert answer["usage"]["completion_tokens"] == 40
+    drafts, drafted, accepted = (
+        found[f"vllm:spec_decode_num_{name}_total"][()] for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    events = eng.log.events("Drafted")
+    assert (drafts, drafted) == (len(events), sum(event.num_drafts for event in events))
+    assert 0 < accepted <= drafted <= 3 * drafts
+    places = found["vllm:spec_decode_num_accepted_tokens_per_pos_total"]
+    assert sum(places.values()) == accepted
+    assert places[("0",)] == sum(event.num_accepted > 0 for event in events) >= places[("2",)] > 0
+    assert eng.close().ok
 
 
 def test_unknown_paths_do_not_make_series_and_names_keep_their_colon(server):
