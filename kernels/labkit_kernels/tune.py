@@ -1,9 +1,11 @@
-"""Tunes launch parameters (tiles, warps, stages) by measurement, once per device, and keeps the result on disk.
+"""Tunes what launches use (kernels, tiles, warps, stages) by measurement, once per device, and keeps it on disk.
 
     python -m labkit_kernels tune                 # takes minutes; later runs on this machine use the result
 
 A launcher calls `chosen("paged_attention", key, default, device)` and gets the default if nothing was measured. The
-file name holds device, capability and Triton version; the file is in the cache folder (LABKIT_CACHE).
+file name holds device, capability and Triton version; the file is in the cache folder (LABKIT_CACHE). `--table FILE`
+writes what was measured to FILE, too: put into the folder `tuned` of this package, under the name that the command
+prints, it serves every machine with that device and version that has not measured for itself.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from .prepared import forget, paused
 from .registry import OPS
 
 Choice = dict[str, Any]  # sizes of a tile, or the name of a kernel
+SHIPPED = Path(__file__).with_name("tuned")  # tables that were measured elsewhere
 LEAST_GAIN = 0.97  # of the default's time: less is noise
 
 
@@ -52,7 +55,8 @@ def chosen(op: str, key: str, default: Choice, device: torch.device) -> Choice:
         return _trying[op, key]
     if device.type != "cuda":
         return default
-    found: Choice = _kept(str(_file(device.index or 0))).get(f"{op} {key}", default)
+    own, name = _file(device.index or 0), f"{op} {key}"
+    found: Choice = _kept(str(own)).get(name) or _kept(str(SHIPPED / own.name)).get(name, default)
     return found
 
 
@@ -126,6 +130,7 @@ def tunes(names: Sequence[str] = ()) -> Iterator[Tune]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("labkit kernels tune", description="measure and keep the best tiles of this GPU")
     parser.add_argument("ops", nargs="*", metavar="op")
+    parser.add_argument("--table", metavar="FILE", help="write what was measured to this file, too")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("labkit kernels tune: no GPU is visible to torch; defaults by capability are used", file=sys.stderr)
@@ -137,4 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if best is not one.default:
             found[f"{one.op} {one.key}"] = best
         keep(_file(0), found)
+    if options.table is not None:
+        keep(Path(options.table), found)
+        print(f"{options.table} may be shipped as {SHIPPED.name}/{_file(0).name}")
     return 0

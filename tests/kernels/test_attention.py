@@ -347,5 +347,9 @@ def test_cudnn_takes_whole_prompts_and_names_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not library.is_whole_prompt(args[0], args[1], args[5], options)
     monkeypatch.setitem(sys.modules, "cudnn", None)
-    with pytest.raises(ImportError, match=r"pip install 'labkit\[gpu\]'"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    needs = r"pip install 'labkit\[gpu\]'"
+    with pytest.raises(ImportError, match=needs):
         library.frontend()
+    with paged_attention.use("cudnn"), pytest.raises(ValueError, match=needs):
+        paged_attention.pick("cuda", torch.bfloat16)

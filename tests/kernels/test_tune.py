@@ -74,6 +74,15 @@ def test_a_gpu_reads_what_was_kept(tmp_path, monkeypatch):
     assert chosen("op", "other", DEFAULT, torch.device("cuda")) is DEFAULT
 
 
+def test_a_table_that_was_shipped_serves_where_nothing_was_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "_file", lambda index: tmp_path / "own" / "gpu.json")
+    monkeypatch.setattr(tune, "SHIPPED", tmp_path / "shipped")
+    tune.keep(tmp_path / "shipped" / "gpu.json", {"op k": {"tile": 5}, "op l": {"tile": 6}})
+    tune.keep(tmp_path / "own" / "gpu.json", {"op k": {"tile": 7}})
+    found = [chosen("op", key, DEFAULT, torch.device("cuda")) for key in "klm"]
+    assert found == [{"tile": 7}, {"tile": 6}, DEFAULT]
+
+
 def test_attention_has_something_to_choose(monkeypatch):
     tuning = pytest.importorskip("labkit_kernels.attention.tuning")
     monkeypatch.setattr(tuning.kernels, "device_facts", lambda index: (132, 227 << 10))

@@ -8,6 +8,7 @@ cuDNN backend reached 546, 594 and 368 TFLOP/s on prompts of 8k with 16/8 and 32
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -49,14 +50,19 @@ def attend_whole(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tenso
     return out[0].transpose(0, 1).contiguous()
 
 
+NEEDS = "it needs nvidia-cudnn-frontend: pip install 'labkit[gpu]'"
+
+
+def why_no_frontend(**facts: Any) -> str | None:
+    return None if importlib.util.find_spec("cudnn") is not None else NEEDS
+
+
 def frontend() -> Any:
     """The module `cudnn` of nvidia-cudnn-frontend."""
     try:
         return importlib.import_module("cudnn")
     except ImportError as error:
-        raise ImportError(
-            "the 'cudnn' variant of paged_attention needs nvidia-cudnn-frontend: pip install 'labkit[gpu]'"
-        ) from error
+        raise ImportError(f"variant 'cudnn' of paged_attention: {NEEDS}") from error
 
 
 def attend_frontend(

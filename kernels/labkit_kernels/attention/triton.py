@@ -243,7 +243,7 @@ def paged_attention_sdpa(
     return paged_attention_pages(q, k_cache, v_cache, table, start, seq_len, **options)
 
 
-@op.variant("cudnn", device="cuda", dtypes=DTYPES)
+@op.variant("cudnn", device="cuda", dtypes=DTYPES, accepts=library.why_no_frontend)
 def paged_attention_cudnn(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
 ) -> Tensor:

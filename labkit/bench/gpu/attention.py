@@ -15,9 +15,10 @@ from labkit.bench.gpu.where import HEADS, Where
 
 
 def paged(
-    where: Where, heads: tuple[int, int, int], batch: int, context: int, queries: int, block: int
+    where: Where, heads: tuple[int, int, int], batch: int, context: int, queries: int, block: int, variant: str = ""
 ) -> Callable[[], Any]:
-    """One call of labkit's paged attention over `batch` sequences of `context` tokens, with `queries` queries each."""
+    """One call of labkit's paged attention over `batch` sequences of `context` tokens, with `queries` queries each; by
+    the kernel that is chosen on this device, or by a variant."""
     num_heads, keys, size = heads
     blocks = batch * -(-context // block)
     like: dict[str, Any] = {"dtype": where.dtype, "device": where.device}
@@ -27,6 +28,8 @@ def paged(
     start = torch.arange(batch + 1, device=where.device, dtype=torch.int32) * queries
     length = torch.full((batch,), context, device=where.device, dtype=torch.int32)
     function = paged_attention.pick(where.device, where.dtype)
+    if variant and where.on_gpu:
+        function = paged_attention.get(variant).function
     options = {"scale": size**-0.5, "max_query_len": queries, "max_seq_len": context}
     return lambda: function(q, *caches, table, start, length, **options)
 
@@ -38,11 +41,12 @@ def decode(where: Where) -> dict[str, Any]:
     shapes = {"256x1024": (256, 1024), "16x8192": (16, 8192)} if not where.quick else {"2x64": (2, 64)}
     for name, heads in HEADS.items():
         for label, (batch, context) in shapes.items():
-            for block in (32, 64) if not where.quick else (8,):
+            for block, variant in ((32, ""), (64, ""), (64, "pages")) if not where.quick else ((8, ""),):
                 moved = 2 * batch * context * heads[1] * heads[2] * where.dtype.itemsize
-                calls = [paged(where, heads, batch, context, 1, block) for _ in range(copies_needed(where, moved))]
+                sizes = (heads, batch, context, 1, block, variant)
+                calls = [paged(where, *sizes) for _ in range(copies_needed(where, moved))]
                 seconds = graph_seconds(where, calls)
-                key = f"{name} {label} blocks of {block}"
+                key = " ".join(filter(None, (name, label, variant, f"blocks of {block}")))
                 out[f"{key}: us"] = seconds * 1e6
                 out[f"{key}: of bandwidth"] = share(moved / seconds, machine.bandwidth)
             out[f"{name} {label} eager us"] = eager_seconds(where, calls[0]) * 1e6
@@ -59,11 +63,19 @@ def prefill(where: Where) -> dict[str, Any]:
     for name, heads in HEADS.items():
         num_heads, keys, size = heads
         flops = 4 * num_heads * size * length * (length + 1) // 2
-        for block in (32, 64, 128) if not where.quick else (8,):
-            call = paged(where, heads, 1, length, length, block)
-            seconds = graph_seconds(where, [call], times=3)
-            out[f"{name} blocks of {block}: TFLOP/s"] = flops / seconds / 1e12
-            out[f"{name} blocks of {block}: of peak"] = share(flops / seconds, machine.peak)
+        others = [(block, variant) for block in (64, 128) for variant in ("pages", "cudnn")]
+        for block, variant in ((32, ""), (64, ""), *others) if not where.quick else ((8, ""),):
+            call = paged(where, heads, 1, length, length, block, variant)
+            key = " ".join(filter(None, (name, variant, f"blocks of {block}")))
+            try:
+                seconds = graph_seconds(where, [call], times=3)
+            except Exception as error:  # a variant that this machine lacks, or that fails, is a line of the report
+                if not variant:
+                    raise
+                out[key] = str(error).splitlines()[0][:100]
+                continue
+            out[f"{key}: TFLOP/s"] = flops / seconds / 1e12
+            out[f"{key}: of peak"] = share(flops / seconds, machine.peak)
         out[f"{name} eager us"] = eager_seconds(where, call, 9) * 1e6
         like: dict[str, Any] = {"dtype": where.dtype, "device": where.device}
         q, k, v = (torch.randn(1, n, length, size, **like) for n in (num_heads, keys, keys))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -152,7 +153,8 @@ def _mixed(where: Where, graphs: bool | str) -> dict[str, Any]:
 
 
 def head(where: Where) -> dict[str, Any]:
-    """The end of a greedy step of 256 rows: the LM head's product, the cast to float32, the sampling."""
+    """The end of a step of 256 rows: the LM head's product and the draw from its 16 bits. The cast to float32, and the
+    draw from that, for comparison."""
     from labkit_kernels import get
 
     config = make_config(where.shape("qwen2.5-0.5b"))
@@ -170,10 +172,12 @@ def head(where: Where) -> dict[str, Any]:
         out = {
             "product_us": graph_seconds(where, [lambda: hidden @ weight.T]) * 1e6,
             "cast_us": graph_seconds(where, [lambda: logits.float()]) * 1e6,
-            "greedy_draw_us": graph_seconds(where, [lambda: sample(wide, zeros, none, ones, zeros, keys)]) * 1e6,
-            "draw_at_0.6_us": graph_seconds(where, [lambda: sample(wide, 0.6 * ones, none, ones, zeros, keys)]) * 1e6,
         }
-    return {**out, "greedy_us": out["product_us"] + out["cast_us"] + out["greedy_draw_us"]}
+        for name, given in (("", logits), ("_from_float32", wide)):
+            for heat, column in (("greedy_draw", zeros), ("draw_at_0.6", 0.6 * ones)):
+                call = partial(sample, given, column, none, ones, zeros, keys)
+                out[f"{heat}{name}_us"] = graph_seconds(where, [call]) * 1e6
+    return {**out, "greedy_us": out["product_us"] + out["greedy_draw_us"]}
 
 
 def launches(where: Where) -> dict[str, Any]:
