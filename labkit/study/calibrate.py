@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     import pandas
 
 CONSTANTS = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join", "per_prefill")
-BOUNDS = (4, 16, 64)  # tokens of a step, up to which each has a price of its own
-BETTER = 0.05  # by so much these prices must predict steps better that were not fitted; else there is one price
+BOUNDS = (2, 8, 32, 128)  # tokens of a step, up to which each has a price of its own
+BETTER = 0.02  # by so much these prices must predict steps better that were not fitted; else there is one price
 LEAST_ERROR = 0.001  # of a step: an exact fit is not improved
 LEAST_STEPS = 20  # steps needed to fit the constants
 FOLDS = 5  # parts of the log, each predicted from the others
 OUTLIERS = 0.01  # share of the steps left out of the fit: the machine was busy with something else
-HOPELESS = 10.0  # times the predicted time, and a step does not count at all
+HOPELESS = 3.0  # times the predicted time, and a step does not count at all
 ROUNDS = 3  # of the fit, each weighted by the times that the last one predicts
 DOTS = 600
 
@@ -321,9 +321,20 @@ def _predicted(work: Sequence[Work], cost: Any) -> NDArray[np.float64]:
 
 def _choose(work: list[Work]) -> LinearCost:
     """One price for all tokens, or more where that predicts steps better that were not fitted."""
-    straight, bent = (Calibration(SimRunner(cost=_fit(work, bounds)), tuple(work)) for bounds in ((), BOUNDS))
-    better = bent.held_out[0] < straight.held_out[0] * (1 - BETTER) - LEAST_ERROR
-    return (bent if better else straight).runner.cost  # type: ignore[return-value]
+    straight, bent = (_spread(work, bounds) for bounds in ((), BOUNDS))
+    return _fit(work, BOUNDS if bent < straight * (1 - BETTER) - LEAST_ERROR**2 else ())
+
+
+def _spread(work: list[Work], bounds: tuple[int, ...]) -> float:
+    """The mean square of the relative errors of every fifth step, predicted from the other four fifths; taken from all
+    over the log, because a machine's speed may drift."""
+    errors: list[float] = []
+    for fold in range(FOLDS):
+        others = [one for i, one in enumerate(work) if i % FOLDS != fold]
+        some = work[fold::FOLDS]
+        expected = _predicted(some, _fit(others, bounds))
+        errors += np.minimum(np.abs([one.seconds for one in some] / expected - 1), 1.0).tolist()
+    return float(np.mean(np.square(errors)))
 
 
 def _fit(work: Sequence[Work], bounds: tuple[int, ...]) -> LinearCost:

@@ -2,11 +2,12 @@
 
 import io
 
+import numpy as np
 import pytest
 
 import labkit as lk
-from labkit.runner.cost import StepWork
-from labkit.study.calibrate import CONSTANTS, work_of
+from labkit.runner.cost import LinearCost, StepWork
+from labkit.study.calibrate import CONSTANTS, _fit, work_of
 from tests.harness import Recording
 
 CHOSEN = {
@@ -78,6 +79,37 @@ def test_a_saved_log_does_as_well():
     eng.log.save(file)
     file.seek(0)
     assert repr(lk.calibrate(lk.EventLog.load(file))) == repr(lk.calibrate(eng.log))
+
+
+class Measured:
+    """Decode steps of the embedded model in float32 on two cores with AVX2, in ms by rows: a line fits them badly."""
+
+    rows = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+    took = (5.8, 7.5, 8.2, 9.1, 10.2, 11.6, 12.4, 14.0, 16.2, 18.0)
+
+    def seconds(self, work):
+        first = np.interp(work.tokens, self.rows, self.took) * 1e-3
+        more = 1.9e-4 * max(work.tokens - 32, 0) + 1.2e-3 * (work.chunks > 0)
+        return float(first + more + 8e-7 * (work.context + work.prefill_context) + 2.5e-7 * work.pairs)
+
+
+def test_steps_whose_price_bends_are_predicted_at_another_load():
+    settings = {"num_blocks": 800, "max_num_seqs": 32, "max_num_batched_tokens": 512}
+    busy = lk.workloads.poisson(150, rate=9, output=(16, 96), seed=1)
+    quiet = lk.workloads.poisson(150, rate=5, output=(16, 64), seed=2)
+    log = lk.EventLog(keep=None)
+    lk.study.simulate(busy, cost=Measured(), log=log, **settings)
+    real = lk.study.simulate(quiet, cost=Measured(), **settings).metrics
+    found = lk.calibrate(log)
+    straight = _fit(found.work, ())
+    errors = {}
+    for name, cost in {"bent": found.runner.cost, "straight": straight}.items():
+        simulated = lk.study.simulate(quiet, cost=cost, **settings).metrics
+        errors[name] = [abs(simulated[which] / real[which] - 1) for which in ("tpot_p50", "tpot_p90", "ttft_p50")]
+    assert found.bounds and "up to 8" in repr(found.runner.cost)
+    assert max(errors["bent"]) < 0.05 < max(errors["straight"]), errors
+    with pytest.raises(ValueError, match="first_tokens: each bound"):
+        LinearCost(first_tokens=((4, 0.1), (4, 0.2)))
 
 
 @pytest.mark.alone
