@@ -84,6 +84,8 @@ FLAGS: tuple[Flag, ...] = (
     _engine("eviction", "str", "lru, fifo, lfu, slru, s3-fifo, ttl or cost"),
     _process("enforce-eager", "bool", "no captured CUDA graphs"),
     _engine("speculative-config", "json", 'drafts: {"method": "ngram" | "suffix" | "draft_model", "model": ..., ...}'),
+    _engine("graphs", "str", "all: capture steps with prefills, too, not only decode steps", fits=("all",)),
+    _engine("capture-at-start", "bool", "capture every size before the first request"),
     # -- adapters
     _process("enable-lora", "bool", "serve LoRA adapters beside the model"),
     _process("lora-modules", "list", 'adapters: NAME=PATH or {"name": ..., "path": ...}; clients name them as model'),

@@ -62,11 +62,12 @@ def test_a_tight_pool_preempts_and_still_agrees(model, preemption):
     assert captured == eager and eng.scheduler.num_preempted > 0
 
 
-def test_drafts_are_captured_too(model):
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_drafts_are_captured_too(model, temperature):
     def run(graphs):
         eng = engine(model, graphs, max_num_batched_tokens=24, draft=lambda tokens: [*tokens[:2], 3])
         prompts = [[5, 6, 7, 8] * 4, [9, 2] * 7, [1, 2, 3]]
-        params = lk.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+        params = lk.SamplingParams(max_tokens=12, temperature=temperature, seed=5, ignore_eos=True)
         handles = [eng.submit(prompt, params) for prompt in prompts]
         eng.run()
         return [handle.output_ids for handle in handles], eng
