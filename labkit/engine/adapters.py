@@ -121,7 +121,8 @@ class Adapters(Shown, Mapping[str, AdapterInfo]):
     @property
     def _memory(self) -> Any:
         """The model's `Slots`; None for a runner without weights, to which adapters are names."""
-        return getattr(getattr(self.engine.runner, "model", None), "adapters", None)
+        runner = self.engine.runner
+        return getattr(getattr(runner, "model", runner), "adapters", None)
 
     # -- loading and unloading -------------------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class Adapters(Shown, Mapping[str, AdapterInfo]):
         """What a request of this adapter is told apart by. Its weights are in host memory from here on; a ValueError if
         there is no such adapter, or its files have changed."""
         if self.engine.scheduler.slots is None:
-            if hasattr(self.engine.runner, "model"):
+            if hasattr(self.engine.runner, "model") or hasattr(self.engine.runner, "workers"):
                 self.slots  # noqa: B018  # raises
             return name  # a fake or simulated model: adapters are names
         if self._memory is None and name not in self._entries:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -16,6 +17,8 @@ from labkit.engine.speculation import load_draft, speculation
 from labkit.runner.base import KV_CACHE_DTYPES
 
 MAX_ADAPTERS = 8  # on the device at a time, unless the caller says
+log = logging.getLogger("labkit.engine")
+
 CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
 
 
@@ -162,8 +165,8 @@ class Options:
             raise ValueError(
                 "kv_disk_path is for one process: leave it out, kv_offloading_size works with several ranks"
             )
-        if self.has_workers and self.has_adapters:
-            raise ValueError("adapters are not served by several processes yet: use one, or merge them into the model")
+        if self.pipeline_parallel_size > 1 and self.has_adapters:
+            raise ValueError("adapters are not there with pipeline_parallel_size > 1: use tensor_parallel_size")
         if self.has_workers and self.pipeline_parallel_size > 1 and self.hybrid_kv:
             raise ValueError("hybrid_kv is not there with pipeline_parallel_size > 1: leave out one of them")
 
@@ -224,6 +227,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         draft_options = {name: getattr(options, name) for name in OF_DRAFT}
         runner = load(loading, with_draft=lambda made: load_draft(draft, made, folder, tokenizer, **draft_options))
     length: int = runner.max_model_len
+    if device.type == "cpu" and runner.dtype_name == "float16":
+        log.warning("float16 is slow on CPUs: bfloat16 is as small and faster")
     size = options.block_size or default_block_size(runner.head_size, device)
     blocks = BlockManager(
         options.num_blocks or _num_blocks(runner, options, size, length),

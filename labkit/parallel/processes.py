@@ -205,7 +205,7 @@ class Workers(Shown):
             except Closed:
                 raise self._died(rank) from None
 
-    def call(self, name: str, **given: Any) -> list[Any]:
+    def call(self, name: str, /, **given: Any) -> list[Any]:
         """Call `do_<name>` of every rank; their values by rank."""
         from labkit.parallel.wire import pack_any
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
 from labkit.core.options import real
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result
+from labkit.parallel.adapters import RemoteSlots
 from labkit.parallel.balance import Balance, RankLoad
 from labkit.parallel.processes import SECONDS_OTHERS, Workers, error_of, step_of
 from labkit.parallel.ranks import Lost
 from labkit.parallel.wire import Reported, form_of, plan_bytes, read_result
 from labkit.runner.base import Layout
+
+log = logging.getLogger("labkit.engine")
 
 
 class Failed(NamedTuple):
@@ -40,6 +45,8 @@ class ParallelRunner:
         self.busy = [0.0] * workers.ranks.num
         self.waited = [0.0] * workers.ranks.num
         self._load()
+        room = options["adapter_room"]
+        self.adapters = RemoteSlots(workers, room[0], self.dtype_name) if room is not None else None
         workers.user = weakref.ref(self)
 
     def _load(self) -> None:
@@ -53,11 +60,11 @@ class ParallelRunner:
         self.largest_input: float = first["largest_input"]
         self.max_model_len: int = first["max_model_len"]
         self.head_size: int = first["head_size"]
-        self.device, self.name, self.dtype = self.workers.device, first["name"], first["dtype"]
+        self.device, self.name, self.dtype_name = self.workers.device, first["name"], first["dtype"]
 
     def __repr__(self) -> str:
         where = "not open" if self.layout is None else f"{self.layout.num_blocks}x{self.layout.block_size}"
-        return f"ParallelRunner({self.name} on {self.workers.ranks}, {self.device}, {self.dtype}, {where})"
+        return f"ParallelRunner({self.name} on {self.workers.ranks}, {self.device}, {self.dtype_name}, {where})"
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -100,6 +107,10 @@ class ParallelRunner:
     def launch(self, plan: Plan) -> Waiting:
         if self.workers.ensure():
             self._begin_again()
+            if self.adapters is not None:
+                plan = plan._replace(adapters=(*self.adapters.begin_again(), *plan.adapters))
+        if self.adapters is not None:
+            self.adapters.in_slot |= dict(plan.adapters)
         if plan.reset:  # whatever is in flight was rolled back
             self._void_until = plan.step - 1
             self._forget()
@@ -198,6 +209,9 @@ class ParallelRunner:
 
     def close(self) -> None:
         self.workers.user = None
+        if self.workers.lost is None and not self.workers.is_closed and self.layout is not None:
+            with suppress(Lost):
+                log.info("%r", self.balance())
         if self.owns_workers:
             self.workers.close()
         elif self.workers.lost is None and not self.workers.is_closed:

@@ -126,6 +126,39 @@ class Worker:
         found: int = self.runner.fitting_blocks(**given)
         return found
 
+    def do_check_adapter(self, folder: str, name: str) -> None:
+        self._adapters.check(self._read_adapter(folder), name)
+
+    def do_add_adapter(self, key: str, folder: str, digest: str | None) -> None:
+        found = self._read_adapter(folder)
+        if digest is not None and found.digest != digest:
+            raise ValueError(f"adapter {key!r}: {folder} has changed while it was loaded: load it again")
+        self._adapters.known[key] = found
+
+    def do_drop_adapter(self, key: str) -> None:
+        self._adapters.known.pop(key, None)
+
+    @property
+    def _adapters(self) -> Any:
+        return self.runner.model.adapters
+
+    def _read_adapter(self, folder: str) -> Any:
+        from labkit.loading.peft import read_adapter
+
+        return read_adapter(folder, self._adapters.dtype)
+
+    def do_exchange(self, rows: int, width: int, dtype: str, repeats: int) -> float:
+        """Seconds of an all-reduce of [rows, width]: the lower quartile of so many."""
+        import torch
+
+        x, times = torch.ones(rows, width, dtype=getattr(torch, dtype)), []
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            self.peers.group.all_reduce(x)
+            times.append(time.perf_counter() - begin)
+            x.fill_(1.0)
+        return sorted(times)[repeats // 4]
+
     def do_close(self) -> None:
         if self.runner is not None:
             self.runner.close()

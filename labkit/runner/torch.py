@@ -93,6 +93,7 @@ class TorchRunner:
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
         self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
+        self.dtype_name = str(model.dtype)[6:]
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture

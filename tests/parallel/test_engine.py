@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import labkit as lk
+from tests import adapters
 from tests.models.configs import VOCAB, config, reference_model
 
 PARAMS = {"temperature": 0, "ignore_eos": True}
@@ -113,6 +114,26 @@ SAMPLING = {
 @pytest.mark.parametrize("case", SAMPLING)
 def test_what_is_drawn_does_not_depend_on_the_number_of_ranks(case, folders, workers):
     same(folders("qwen2"), workers, params=SAMPLING[case])
+
+
+def test_adapters_are_split_like_the_layers_that_they_change(folders, workers, tmp_path):
+    theirs = reference_model(config("llama"))
+    paths = {
+        "a": adapters.save(theirs, tmp_path / "a", rank=4, seed=1, kinds=("lm_head", "q_proj", "v_proj", "down_proj")),
+        "b": adapters.save(theirs, tmp_path / "b", rank=3, seed=2, kinds=("k_proj", "o_proj", "up_proj")),
+    }
+    found, params = [], lk.SamplingParams(max_tokens=8, **PARAMS)
+    for ranks in ({}, {"workers": workers}):
+        eng = engine(folders("llama"), max_adapters=1, adapters={"a": paths["a"]}, **ranks)
+        eng.adapters.load("b", paths["b"])
+        handles = [eng.submit([3, 1, 4, i], params, adapter=name) for i, name in enumerate(("a", None, "b", "a"))]
+        eng.run()
+        found.append([list(handle.output_ids) for handle in handles])
+        eng.adapters.unload("b")
+        with pytest.raises(ValueError, match="has rank 40, above max_adapter_rank"):
+            eng.adapters.load("c", adapters.save(theirs, tmp_path / "c", rank=40, seed=2))
+        eng.close()
+    assert found[0] == found[1] and len({tuple(tokens) for tokens in found[0]}) > 2
 
 
 def test_logprobs_captured_layers_and_embeddings_are_those_of_one_process(folders, workers):

@@ -1,0 +1,127 @@
+"""What several processes cost and bring: the executor's overhead, two ranks beside one process, exchanges among ranks.
+
+    python tools/parallel_cost.py overhead    # one rank in a process of its own, against none
+    python tools/parallel_cost.py ranks       # two ranks, two stages and one process with two threads, 0.5B shape
+    python tools/parallel_cost.py exchange    # all-reduce through shared memory and Gloo
+
+Turns alternate, and of each the fastest counts. Needs a quiet machine with two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import labkit as lk
+
+SHAPE = {  # of Qwen2.5-0.5B
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def shape(layers: int = 24) -> Any:
+    from transformers import Qwen2Config
+
+    return Qwen2Config(**{**SHAPE, "num_hidden_layers": layers})
+
+
+def decode(engine: lk.Engine, rows: int, steps: int, prompt: int = 16) -> float:
+    """Seconds of a decode step with so many rows: the fastest of `steps`."""
+    params = lk.SamplingParams(max_tokens=steps + 4, temperature=0, ignore_eos=True)
+    vocab = engine.runner.vocab_size
+    handles = [engine.submit([(7 * i + j) % vocab for j in range(prompt)], params) for i in range(rows)]
+    while any(not handle.num_output for handle in handles):
+        engine.step()
+    times = []
+    while not all(handle.ended for handle in handles):
+        begin = time.perf_counter()
+        engine.step()
+        times.append(time.perf_counter() - begin)
+    times.sort()
+    return times[len(times) // 4]
+
+
+def overhead(args: argparse.Namespace) -> None:
+    """The lower quartile of 200 steps of the embedded model with 64 rows."""
+    options = {"num_blocks": 1024, "prefix_caching": False, "num_threads": 1, "dtype": "float32"}
+    one = lk.Engine(**options, graphs=False)
+    other = lk.Engine(**options, graphs=False, distributed_executor_backend="mp")
+    found: dict[str, list[float]] = {"one": [], "other": []}
+    for _ in range(args.rounds):
+        found["one"].append(decode(one, 64, 200))
+        found["other"].append(decode(other, 64, 200))
+    best = {name: 1e3 * min(times) for name, times in found.items()}
+    pairs = [1e3 * (b - a) for a, b in zip(found["one"], found["other"], strict=True)]
+    print(f"64 rows: in this process {best['one']:.3f} ms a step, in another {best['other']:.3f} ms")
+    print(
+        f"overhead {best['other'] - best['one']:.3f} ms (least against least); by pair {[round(p, 3) for p in pairs]}"
+    )
+    one.close(), other.close()
+
+
+def ranks(args: argparse.Namespace) -> None:
+    """Output tokens a second, and prompts, of the 0.5B shape in bfloat16 with random weights."""
+    options = {"load_format": "dummy", "dtype": args.dtype, "num_blocks": 512, "prefix_caching": False}
+    cases = {
+        "one process, two threads": {"num_threads": 2},
+        "two shards": {"tensor_parallel_size": 2, "num_threads": 1},
+        "two stages": {"pipeline_parallel_size": 2, "num_threads": 1},
+    }
+    for rows in args.rows:
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+        for _ in range(args.rounds):
+            for name, case in cases.items():
+                engine = lk.Engine(shape(args.layers), **options, **case)
+                found[name].append(throughput(engine, rows))
+                if case.get("num_threads") == 1:
+                    print(engine.balance())
+                engine.close()
+        base = [max(each) for each in zip(*found["one process, two threads"], strict=True)]
+        for name, each in found.items():
+            out, prefill = (max(values) for values in zip(*each, strict=True))
+            print(
+                f"{rows} rows, {name}: {out:.1f} output tok/s ({out / base[0]:.2f}x), prefill {prefill:.0f} tok/s "
+                f"({prefill / base[1]:.2f}x)"
+            )
+
+
+def throughput(engine: lk.Engine, rows: int, prompt: int = 128, tokens: int = 24) -> tuple[float, float]:
+    params = lk.SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+    engine.generate([[1, 2, 3]] * 2, lk.SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
+    handles = [engine.submit([(7 * i + j) % 1000 for j in range(prompt)], params) for i in range(rows)]
+    begin = time.perf_counter()
+    while any(not handle.num_output for handle in handles):
+        engine.step()
+    first, given = time.perf_counter(), sum(handle.num_output for handle in handles)
+    engine.run()
+    end = time.perf_counter()
+    return (rows * tokens - given) / (end - first), rows * prompt / (first - begin)
+
+
+def exchange(args: argparse.Namespace) -> None:
+    """Microseconds of an all-reduce between two ranks, the lower quartile of many."""
+    for backend in ("shared", "gloo"):
+        with lk.Workers(tensor_parallel_size=2, backend=backend, num_threads=1) as workers:
+            for dtype in ("bfloat16", "float32"):
+                for tokens in (1, 64, 2048):
+                    seconds = max(workers.call("exchange", rows=tokens, width=896, dtype=dtype, repeats=200))
+                    print(f"{backend:7} {dtype:9} [{tokens}, 896]: {1e6 * seconds:.0f} us")
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["overhead", "ranks", "exchange"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 48])
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args(argv)
+    {"overhead": overhead, "ranks": ranks, "exchange": exchange}[args.what](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
