@@ -32,11 +32,18 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
     known = (
         sum(float(window.columns[name].sum()) for name in ("prefill_tokens", "cached_tokens")) if len(window) else 0.0
     )
+    drafted, accepted = (
+        float(window.columns[name].sum()) if len(window) else 0.0 for name in ("draft_tokens", "accepted_tokens")
+    )
+    drafts = (
+        {"drafted/s": f"{drafted / span:,.0f}", "accepted/s": f"{accepted / span:,.0f}"} if drafted and span else {}
+    )
     hit = float(window.columns["cached_tokens"].sum()) / known if known else None
     return {
         "step": f"{steps:,}",
         "time": seconds(feed.now(upto) / 1e9),
         "tokens/s": f"{made / span:,.0f}" if span else "\u2013",
+        **drafts,
         "TTFT p50": _time(pace.ttft, 0),
         "ITL p50": _time(pace.itl, 0),
         "KV in use": f"{last['used_blocks'] / blocks:.0%}" if blocks else "\u2013",

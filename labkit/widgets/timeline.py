@@ -107,6 +107,8 @@ class _Track:
     base: dict[str, int] | None = None  # the queue clock when this segment began to follow it; None: it does not
     limit: str | None = None  # what holds it on its own
     since: int = 0
+    drafted: int = 0  # guesses that were verified in this segment
+    accepted: int = 0
 
 
 class _QueueClock:
@@ -215,6 +217,7 @@ class Timeline:
         if now > track.begin:
             self._closed.append((track.order, self._segment(name, track, now, track.waited)))
         track.waited = {}
+        track.drafted = track.accepted = 0
 
     def _open(self, name: str, track: _Track) -> Segment:
         waited = dict(track.waited)
@@ -223,9 +226,13 @@ class Timeline:
 
     def _segment(self, name: str, track: _Track, end: int, waited: dict[str, int], is_open: bool = False) -> Segment:
         limits: tuple[tuple[str, int], ...] = ()
+        why = track.why
+        if track.drafted:
+            share = f"{track.accepted:,} of {track.drafted:,} drafted tokens accepted"
+            why = f"{why}; {share}" if why else share
         if waited:
             limits = tuple(sorted((item for item in waited.items() if item[1] > 0), key=lambda item: -item[1]))
-        return Segment(name, track.kind, track.begin, end, track.why, track.step, limits, is_open)
+        return Segment(name, track.kind, track.begin, end, why, track.step, limits, is_open)
 
     def _end(self, name: str, kind: str, batch: Batch, why: str) -> None:
         track = self._track(name, batch, "decode")
@@ -306,6 +313,11 @@ class Timeline:
         elif track.kind == "held":
             self._turn(name, track.before, batch)
 
+    def _drafted(self, batch: Batch, name: str, num_drafts: int, num_accepted: int) -> None:
+        track = self._track(name, batch, "decode")
+        track.drafted += num_drafts
+        track.accepted += num_accepted
+
     def _preempted(self, batch: Batch, name: str, how: str, needed_by: str, num_tokens: int) -> None:
         whom = (
             f"for {needed_by!r}" if needed_by and needed_by != name else "for itself" if needed_by else "a step failed"
@@ -343,6 +355,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
     "Admitted": Timeline._admitted,
     "Resumed": Timeline._resumed,
     "Forked": Timeline._forked,
+    "Drafted": Timeline._drafted,
     "Preempted": Timeline._preempted,
     "SwappedOut": Timeline._swapped_out,
     "Finished": Timeline._finished,

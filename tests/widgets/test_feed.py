@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import labkit as lk
-from labkit.widgets import figure
+from labkit.widgets import figure, panels
 from labkit.widgets.feed import Feed
 from labkit.widgets.figure import cells, lanes
 
@@ -170,3 +170,23 @@ def test_lanes_are_the_latest_requests_and_hostile_names_are_harmless():
     said = [text for trace in drawn.data if trace.type == "bar" for text in trace.hovertext]
     said += drawn.layout.yaxis7.ticktext
     assert len(said) > 16 and not any("<script" in text for text in said)
+
+
+def test_drafted_and_accepted_tokens_are_shown():
+    sched = lk.Scheduler(lk.BlockManager(num_blocks=64, block_size=16), draft=lambda ids: [7, 7, 7])
+    runner = lk.SimRunner(acceptance=0.6, seed=3)
+    eng = lk.Engine(scheduler=sched, runner=runner, clock=lk.VirtualClock())
+    for id in ("a", "b"):
+        eng.submit([1] * 20, lk.SamplingParams(max_tokens=60), id=id)
+    eng.run()
+    feed, events = Feed(eng.log), eng.log.events("Drafted")
+    for id in ("a", "b"):
+        mine = [event for event in events if event.request == id]
+        drafted, accepted = sum(e.num_drafts for e in mine), sum(e.num_accepted for e in mine)
+        assert 0 < accepted < drafted
+        (decode,) = (s for s in feed.segments() if s.request == id and s.kind == "decode")
+        assert decode.why == f"a token a step; {accepted} of {drafted} drafted tokens accepted"
+    shown = panels.figures(feed)
+    seconds = sum(step.duration for step in eng.log.events("Step")) / 1e9
+    assert shown["accepted/s"] == f"{sum(e.num_accepted for e in events) / seconds:,.0f}"
+    assert "drafted/s" in shown and "drafted/s" not in panels.figures(Feed(engine(1).log))
