@@ -73,6 +73,7 @@ class _Entry:
     modules: tuple[str, ...]
     num_bytes: int
     digest: str
+    has_files: bool = True  # it can be read again
     pinned: bool = False
     used: int = 0  # the number of the latest use
 
@@ -126,27 +127,29 @@ class Adapters(Shown, Mapping[str, AdapterInfo]):
 
     # -- loading and unloading -------------------------------------------------------------------------------------
 
-    def load(self, name: str, path: str | os.PathLike[str], *, pin: bool = False) -> AdapterInfo:
+    def load(self, name: str, path: str | os.PathLike[str] | Any, *, pin: bool = False) -> AdapterInfo:
         """Read an adapter from a folder (adapter_config.json, adapter_model.safetensors), or from a hub, and serve it
-        under this name from now on. If the name exists, its weights are replaced; that is refused with an
+        under this name from now on. `path` may also be an `Adapter` of `labkit.loading.peft`, made in memory. If the
+        name exists, its weights are replaced; that is refused with an
         `AdapterInUseError` while requests use it. `pin` keeps it on the device once it is there."""
         text("an adapter's name", name)
         if "@" in name:
             raise ValueError(f"an adapter's name has no '@', got {name!r}")
-        if not isinstance(path, (str, os.PathLike)):
+        if not isinstance(path, (str, os.PathLike)) and not hasattr(path, "deltas"):
             raise ValueError(f"adapter {name!r} is a folder or a hub's name, got {path!r}")
         flag("pin", pin)
         self.engine._check_open()
-        return self.engine._call(lambda: self._load(name, str(path), pin))
+        return self.engine._call(lambda: self._load(name, path, pin))
 
-    def _load(self, name: str, path: str, pin: bool) -> AdapterInfo:
+    def _load(self, name: str, path: Any, pin: bool) -> AdapterInfo:
         slots, memory, before = self.slots, self._memory, self._entries.get(name)
         if memory is None:
-            entry = _Entry(path, name, 0, (), 0, "")
+            entry = _Entry(str(path), name, 0, (), 0, "")
         else:
             weights = self._read(name, path)
-            digest = weights.digest
-            entry = _Entry(path, f"{name}@{digest}", weights.rank, tuple(weights.kinds), weights.num_bytes, digest)
+            digest, where = weights.digest, str(getattr(path, "folder", path))
+            entry = _Entry(where, f"{name}@{digest}", weights.rank, tuple(weights.kinds), weights.num_bytes, digest)
+            entry.has_files = not hasattr(path, "deltas")
         if before is not None and before.key != entry.key:
             self._drop(name, "replaced")
         elif before is not None:
@@ -163,11 +166,11 @@ class Adapters(Shown, Mapping[str, AdapterInfo]):
             self._log("load", name)
         return self._info(name)
 
-    def _read(self, name: str, path: str) -> Any:
-        from labkit.loading.peft import read_adapter
+    def _read(self, name: str, path: Any) -> Any:
+        from labkit.loading.peft import Adapter, read_adapter
 
         try:
-            weights = read_adapter(path, self._memory.dtype)
+            weights = path if isinstance(path, Adapter) else read_adapter(path, self._memory.dtype)
         except ValueError as error:
             raise ValueError(f"adapter {name!r}: {error}") from error
         self._memory.check(weights, name)
@@ -249,11 +252,13 @@ class Adapters(Shown, Mapping[str, AdapterInfo]):
     def _shrink(self) -> None:
         """Drop the weights that were not used for longest; those of live requests and pinned ones stay."""
         known = self._memory.known
+        busy = {request.adapter for request in self._live()}
         latest = max(entry.used for entry in self._entries.values())
-        for name, entry in sorted(self._entries.items(), key=lambda item: item[1].used):
+        there = [(name, entry) for name, entry in self._entries.items() if entry.key in known]
+        for name, entry in sorted(there, key=lambda item: item[1].used):
             if len(known) <= (self.max_cpu_adapters or 0):
                 return
-            if entry.key in known and not entry.pinned and entry.used < latest and not self._live(name):
+            if not (entry.pinned or entry.used == latest or name in busy or not entry.has_files):
                 del known[entry.key]
 
     def is_current(self, name: str, key: str) -> bool:
@@ -261,9 +266,13 @@ class Adapters(Shown, Mapping[str, AdapterInfo]):
         entry = self._entries.get(name)
         return entry.key == key if entry is not None else self._memory is None
 
-    def _live(self, name: str) -> list[Request]:
+    def _live(self, name: str | None = None) -> list[Request]:
+        """Requests that use this adapter; None: any."""
         every = [*self.engine.scheduler.requests.values(), *self.engine.arriving.values()]
-        return [request for request in every if request.adapter == name and not request.ended]
+        return [
+            request for request in every
+            if request.adapter is not None and name in (None, request.adapter) and not request.ended
+        ]  # fmt: skip
 
     # -- what there is ---------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Adapters give what the merged model gives, on every architecture and beside any others in a batch."""
 
+import copy
 import random
 
 import pytest
@@ -181,15 +182,38 @@ def _delta(generator, out, inner):
     return Delta(torch.randn(3, inner, generator=generator), torch.randn(out, 3, generator=generator))
 
 
+@pytest.mark.filterwarnings("ignore")  # of peft's, for transformers' newest version
 def test_peft_itself_reads_these_files_and_merges_them_alike(tmp_path):
     peft = pytest.importorskip("peft")
     reference = reference_model(config("llama"))
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
     for how in ({}, {"dora": True}, {"use_rslora": True, "embedding": "model.embed_tokens"}, {"ranks": {"q_proj": 2}}):
         path = adapters.save(reference, tmp_path / "a", rank=4, **how)
-        import copy
-
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(reference), str(path)).merge_and_unload()
         with torch.inference_mode():
             expected, found = theirs(ids).logits, adapters.merged(reference, path)(ids).logits
         assert torch.allclose(expected, found, atol=1e-4), how
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_peft_writes_is_served_as_peft_computes_it(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    reference = reference_model(config(kind))
+    reference.save_pretrained(tmp_path / "base")
+    eng = engine(tmp_path / "base", max_adapters=2)
+    for i, how in enumerate(
+        (
+            {"use_dora": True},
+            {"use_rslora": True, "bias": "lora_only"},
+            {"lora_bias": True},
+            {"rank_pattern": {"q_proj": 2}},
+        )
+    ):
+        settings = peft.LoraConfig(r=4, lora_alpha=7, target_modules="all-linear", init_lora_weights=False, **how)
+        torch.manual_seed(i)
+        theirs = peft.get_peft_model(copy.deepcopy(reference), settings).eval()
+        theirs.save_pretrained(tmp_path / f"a{i}")
+        eng.adapters.load(f"a{i}", tmp_path / f"a{i}")
+        params = lk.SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
+        adapters.assert_greedy(theirs, eng.generate([3, 1, 4, 1, 5], params, adapter=f"a{i}"))

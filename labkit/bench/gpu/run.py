@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labkit.bench.gpu import attention, checks, host, quantized, serving, steps, table
+from labkit.bench.gpu import adapters, attention, checks, host, quantized, serving, steps, table
 from labkit.bench.gpu.timing import LimitTooLow
 from labkit.bench.gpu.where import Where
 
@@ -47,6 +47,7 @@ PARTS = (  # what the table needs comes first
     Part("launches", "host time of one eager call", 30, steps.launches),
     Part("decode step", "256 rows of Qwen2.5-0.5B: wall, host, idle, by kernel", 60, steps.decode),
     Part("eager step", "64 rows, captured and not", 60, steps.eager),
+    Part("adapters", "captured decode steps of an 8B shape, with 8 adapters and none", 120, adapters.decode),
     Part("mixed step", "decodes and prefills of Qwen3-0.6B, prefills captured and not", 90, steps.mixed),
     Part("qwen3-0.6b", "workload N", 90, lambda where: serving.serve(where, "qwen3-0.6b", 256)),
     Part(

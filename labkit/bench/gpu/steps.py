@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from labkit.bench.adapters import load_random
 from labkit.bench.gpu.attention import paged
 from labkit.bench.gpu.timing import graph_seconds, launch_seconds, profiled
 from labkit.bench.gpu.where import Where, make_config
@@ -17,8 +18,11 @@ from labkit.core.params import SamplingParams
 from labkit.engine.engine import Engine
 
 
-def filled(where: Where, shape: str, rows: int, context: int, steps: int, **options: Any) -> Engine:
-    """An engine with `rows` decoding requests, from about `context` tokens on, for at least `steps` more steps."""
+def filled(
+    where: Where, shape: str, rows: int, context: int, steps: int, num_adapters: int = 0, **options: Any
+) -> Engine:  # fmt: skip
+    """An engine with `rows` decoding requests, from about `context` tokens on, for at least `steps` more steps. With
+    `num_adapters`, rows have random adapters in turn."""
     if where.quick:
         rows, context, steps = 4, 12, 12
     longest = context + steps + 16
@@ -29,8 +33,11 @@ def filled(where: Where, shape: str, rows: int, context: int, steps: int, **opti
         max_num_batched_tokens=max(8192, rows) if not where.quick else 64, **options,
     )  # fmt: skip
     params = SamplingParams(temperature=0, max_tokens=steps + 12, ignore_eos=True)
+    names: list[str | None] = [None]
+    if num_adapters:
+        names = [*load_random(eng, num_adapters, options["max_adapter_rank"])]
     for i in range(rows):
-        eng.submit([10 + (i * 7 + j) % 400 for j in range(context)], params)
+        eng.submit([10 + (i * 7 + j) % 400 for j in range(context)], params, adapter=names[i % len(names)])
     while eng.scheduler.num_running < rows or eng.scheduler.prefilling:
         eng.step()
     for _ in range(4):
