@@ -39,9 +39,9 @@ def batches(seed):
 
 
 @pytest.mark.parametrize("name", MADE)
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_replay_in_cpp_is_that_of_the_object(name, seed):
-    for capacity in (7, 20, 60, math.inf):
+    for capacity in (7, 40, math.inf):
         for hold in (False, True):
             fast, slow = new_replay(MADE[name](), capacity, hold), PythonReplay(MADE[name](), capacity, hold)
             assert type(fast) is NativeReplay
