@@ -4,7 +4,7 @@ A step of B rows that verifies x guesses takes T(B, x) seconds and gives B token
 length that gives the most tokens a second is chosen in every step. T is measured, as an average for each (B, x) that
 occurred, and interpolated between them; what a row accepts is taken as a chance for each guess, estimated from the
 row's own guesses and, at first, from those of all rows. Guesses that cost more than they bring are not made. Then one
-step in sixteen, later one in 256, tries again, because text and load change.
+step in sixteen, later one in 128, tries again, because text and load change.
 
 It knows no clock: seconds are those of results, or of a timer that it is given.
 """
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from labkit.core.blocks.tables import Ints
 
 MARGIN = 1.02  # guesses must promise this much
-TRUST = 4.0  # a row's estimate starts as if it had this many guesses of the average row
+TRUST = 8.0  # a row's estimate starts as if it had this many guesses of the average row
 MEMORY = 64.0  # guesses that a row's estimate remembers
-FIRST_WAIT, LONGEST_WAIT = 16, 256  # steps without guesses before the next try
+FIRST_WAIT, LONGEST_WAIT = 16, 128  # steps without guesses before the next try
+LEAST = 3  # steps with guesses say what guesses cost
 TRIAL, RETRIAL = 8, 3  # steps with guesses at least, at first and later, before they are given up
 PLAIN_EVERY = 64  # of steps with guesses, one is made without, so that both are measured
 MOST_AT_ONCE = 32  # guesses for one row, of a draft that sets no bound
@@ -36,12 +37,21 @@ class StepTimes:
         self.places: list[int] = []  # numbers of guesses, ascending
         self.means: dict[int, tuple[float, int]] = {}  # -> seconds, steps
 
+    @property
+    def num_drafted(self) -> int:
+        return sum(num for guesses, (_, num) in self.means.items() if guesses)
+
     def add(self, guesses: int, seconds: float) -> None:
         mean, num = self.means.get(guesses, (0.0, 0))
         if not num:
             insort(self.places, guesses)
-        elif num >= 4:
+        elif num >= 4 and mean:
             seconds = min(seconds, 1.5 * mean)  # a step that was disturbed says little
+            all_faster = (max(seconds, 0.5 * mean) / mean) ** 0.0625
+            for place in self.places:  # a busier machine, or longer texts, slow down all steps
+                other, count = self.means[place]
+                self.means[place] = other * all_faster, count
+            mean *= all_faster
         self.means[guesses] = mean + (seconds - mean) / min(num + 1, 16), num + 1
 
     def at(self, guesses: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -68,6 +78,9 @@ class DraftLengths:
         self.timer: Callable[[], float] | None = None  # of an engine on a wall clock
         self._begin: float | None = None
         self._asked = False  # in this step
+        self._declined = False  # in this step: there were guesses, and none seemed to pay
+        self._forced = False  # the first try after a pause is made also if it seems not to pay
+        self._is_first = False  # for a row of this step: it costs more than later ones
         self._num_asked = 0  # since guesses were last given up
         self._trial = TRIAL
         self._wait = FIRST_WAIT
@@ -89,7 +102,7 @@ class DraftLengths:
     # -- what a step does ----------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        self._asked = False
+        self._asked = self._is_first = self._declined = False
         if self.timer is not None:
             self._begin = self.timer()
 
@@ -98,12 +111,15 @@ class DraftLengths:
         new = rows[self.serial[rows] != serials]
         if len(new):
             self.right[new] = self.tried[new] = 0.0
+            if 2 * len(new) >= len(rows):
+                self._idle = min(self._idle, FIRST_WAIT)  # other texts
         self.serial[rows] = serials
 
     def wants(self, num_rows: int) -> bool:
         """Whether this step asks for guesses at all."""
         if self._idle > 0:
             self._idle -= 1
+            self._forced = self._idle == 0
             return False
         times = self._base(num_rows)
         if times is None or times.places[0]:
@@ -129,6 +145,7 @@ class DraftLengths:
     def uniform(self, num_rows: int, rows: Ints, most: Ints) -> Ints:
         """The same number for all rows, at most `most` of each: for a draft whose time grows with the longest guess."""
         most = np.minimum(most, MOST_AT_ONCE)
+        self._is_first = bool((self.tried[rows] == 0).any())
         depth = np.arange(1, int(most.max()) + 1)
         within = depth <= most[:, None]
         gain = np.cumsum((self._chances(rows)[:, None] ** depth * within).sum(0))
@@ -138,15 +155,20 @@ class DraftLengths:
     def _best(self, num_rows: int, gain: NDArray[np.float64], guesses: Ints) -> int:
         """Which of these numbers of guesses gives the most tokens a second; 0: none is better than no guesses."""
         times = self._base(num_rows)
-        if times is None or len(times.places) < 2:
-            measured = [b for b, found in self.times.items() if len(found.places) > 1]
+        if times is None or times.num_drafted < LEAST:
+            measured = [b for b, found in self.times.items() if found.num_drafted >= LEAST]
             if not measured:
                 return len(gain)  # nothing is known of what guesses cost: measure it
             times = self.times[min(measured, key=lambda b: abs(b - _bucket(num_rows)))]
         seconds = times.at(np.concatenate(([0.0], guesses)))
         rate = np.concatenate(([0.0], gain)) / num_rows + 1.0
+        if self._forced:
+            rate[0], seconds = 0.0, seconds[0] + (seconds - seconds[0]) / 2  # what was measured may be out of date
+            self._forced = False
         rate[0] *= MARGIN
-        return int(np.argmax(rate / np.maximum(seconds, 1e-12)))
+        best = int(np.argmax(rate / np.maximum(seconds, 1e-12)))
+        self._declined = not best
+        return best
 
     def _chances(self, rows: Ints) -> NDArray[np.float64]:
         found: NDArray[np.float64] = (self.right[rows] + TRUST * self.acceptance) / (self.tried[rows] + TRUST)
@@ -176,6 +198,8 @@ class DraftLengths:
             seconds = self.timer() - self._begin
         if not pure or not num_rows:
             return
+        if self._is_first and drafts:
+            return  # the draft's model computed a prompt
         times = self.times.setdefault(_bucket(num_rows), StepTimes())
         if drafts or not self._asked:
             times.add(_round(drafts), seconds)
@@ -184,7 +208,7 @@ class DraftLengths:
         plain = times.means[0][0]
         self._tokens = 0.95 * self._tokens + tokens / num_rows
         self._seconds = 0.95 * self._seconds + min(seconds / plain if plain else 1.0, 8.0)
-        if self._num_asked >= self._trial and self._tokens < self._seconds:
+        if self._declined or (self._num_asked >= self._trial and self._tokens < self._seconds):
             self._give_up()
         elif self._num_asked > 2 * TRIAL:
             self._wait = FIRST_WAIT
