@@ -36,6 +36,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     scheduler.add_argument("--python", metavar="PATH", help="an interpreter that has vLLM, to time its scheduler too")
     scheduler.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     scheduler.add_argument("--quick", action="store_true", help="a twentieth of the steps")
+    guesses = kinds.add_parser("speculation", help="speedup and acceptance of drafts, in under four minutes")
+    guesses.add_argument("--dtype", default="auto", help="of the embedded model's weights (default %(default)s)")
+    guesses.add_argument("--threads", type=int, help="cores to use")
+    guesses.add_argument("--quick", action="store_true", help="a small run, to see that it works")
+    guesses.add_argument("--only", metavar="A,B", default="", help="some cases: code, edit, streams, shape")
+    guesses.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")
     gpu = kinds.add_parser("gpu", help="all measurements on one GPU, in under eight minutes")
     gpu.add_argument("--json", metavar="FILE", help="written after every part")
     gpu.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
@@ -101,7 +107,7 @@ def _add_engine(parser: argparse.ArgumentParser, kind: str) -> None:
 def run(args: argparse.Namespace) -> int:
     return {
         "throughput": _beside, "latency": _beside, "serve": _serve, "scheduler": _scheduler, "kernels": _kernels,
-        "gpu": _gpu, "report": _report,
+        "gpu": _gpu, "speculation": _speculation, "report": _report,
     }[args.kind](args)  # fmt: skip
 
 
@@ -165,6 +171,12 @@ def _kernels(args: argparse.Namespace) -> int:
 
 def _gpu(args: argparse.Namespace) -> int:
     from labkit.bench.gpu.run import command
+
+    return command(args)
+
+
+def _speculation(args: argparse.Namespace) -> int:
+    from labkit.bench.speculation import command
 
     return command(args)
 

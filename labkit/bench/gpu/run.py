@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from labkit.bench.gpu import adapters, attention, checks, host, quantized, serving, steps, table
+from labkit.bench.gpu import adapters, attention, checks, host, quantized, serving, speculation, steps, table
 from labkit.bench.gpu.timing import LimitTooLow
 from labkit.bench.gpu.where import Where
 
@@ -76,6 +76,7 @@ PARTS = (  # what the table needs comes first
     Part("8 bits", "int8 and float8 weights and inputs, against bf16", 120, quantized.eight_bits),
     Part("70b in 4 bits", "memory on this card, and the products of one layer", 60, quantized.large),
     Part("llama-3.1-8b int4", "one stream and 64 requests, beside bf16", 120, quantized.serve),
+    Part("speculation", "the 8B shape with scripted guesses, against plain decoding", 180, speculation.scripted),
 )  # fmt: skip
 
 
