@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "training": {"assets", "core", "models", "text", "training"},
     "study": {"bench", "clock", "core", "engine", "runner", "study", "widgets"},
     "quantization": {"assets", "core", "engine", "loading", "models", "quantization", "runner", "text", "widgets"},
-    "bench": {"", "assets", "bench", "core", "engine", "loading", "models", "runner", "text", "widgets"},
+    "bench": {"", "assets", "bench", "clock", "core", "engine", "loading", "models", "runner", "text", "widgets"},
     "notebook": {"", "bench", "clock", "core", "engine", "notebook", "runner", "widgets"},
     "cli": {"", "bench", "core", "notebook", "server", "study"},
     "__init__": {

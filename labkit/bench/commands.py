@@ -39,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     guesses = kinds.add_parser("speculation", help="speedup and acceptance of drafts, in under four minutes")
     guesses.add_argument("--dtype", default="auto", help="of the embedded model's weights (default %(default)s)")
     guesses.add_argument("--threads", type=int, help="cores to use")
+    guesses.add_argument("--processor-time", action="store_true", help="of this process, where others use the machine")
     guesses.add_argument("--quick", action="store_true", help="a small run, to see that it works")
     guesses.add_argument("--only", metavar="A,B", default="", help="some cases: code, edit, streams, shape")
     guesses.add_argument("--json", metavar="FILE", help="write the figures to FILE as well")

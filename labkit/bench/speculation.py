@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.clock import Clock, ProcessClock, WallClock
 from labkit.core.events.types import Step
 from labkit.core.params import SamplingParams
 from labkit.core.scheduling.drafting import Asked
@@ -55,17 +55,24 @@ class Scripted:
         return guess
 
 
-def once(eng: Engine, prompts: Sequence[Any], length: int, sync: Callable[[], None]) -> tuple[float, list[Any], int]:
-    """Seconds to answer all prompts, submitted at once; the answers; and how many graphs were captured meanwhile."""
+def once(
+    eng: Engine, prompts: Sequence[Any], length: int, sync: Callable[[], None], alone: bool
+) -> tuple[float, list[Any], int]:
+    """Seconds to answer all prompts, submitted at once or each `alone`; the answers; and how many graphs were captured
+    meanwhile."""
     params = SamplingParams(max_tokens=length, temperature=0, ignore_eos=True)
     graphs = getattr(eng.runner, "graphs", None)
     captured = getattr(graphs, "num_captured", 0)
     sync()
-    begin = time.perf_counter()
-    handles = [eng.submit(prompt, params) for prompt in prompts]
+    begin = eng.clock.now()
+    handles = []
+    for prompt in prompts:
+        handles.append(eng.submit(prompt, params))
+        if alone:
+            eng.run()
     eng.run()
     sync()
-    return time.perf_counter() - begin, handles, getattr(graphs, "num_captured", 0) - captured
+    return (eng.clock.now() - begin) / 1e9, handles, getattr(graphs, "num_captured", 0) - captured
 
 
 def nothing() -> None:
@@ -73,20 +80,26 @@ def nothing() -> None:
 
 
 def compare(
-    plain: Engine, drafted: Engine, prompts: Sequence[Any], length: int, pairs: int, sync: Callable[[], None] = nothing
+    plain: Engine,
+    drafted: Engine,
+    prompts: Sequence[Any],
+    length: int,
+    pairs: int,
+    sync: Callable[[], None] = nothing,
+    alone: bool = False,
 ) -> dict[str, Any]:
     """Runs of two engines in turn, after one of each that does not count."""
-    _, expected, _ = once(plain, prompts, length, sync)
+    _, expected, _ = once(plain, prompts, length, sync, alone)
     if isinstance(draft := drafted.scheduler.drafting.draft, Scripted):  # type: ignore[union-attr]
         draft.learn(expected)
-    _, found, _ = once(drafted, prompts, length, sync)
+    _, found, _ = once(drafted, prompts, length, sync, alone)
     same = sum(a.output_ids == b.output_ids for a, b in zip(expected, found, strict=True))
     begin = len(drafted.log.events(Step))
     times = np.zeros((pairs, 2))
     for pair in range(pairs):
         for which in (0, 1) if pair % 2 else (1, 0):
             for _ in range(4):
-                times[pair, which], _, captured = once((plain, drafted)[which], prompts, length, sync)
+                times[pair, which], _, captured = once((plain, drafted)[which], prompts, length, sync, alone)
                 if not captured:
                     break
     steps = [step for step in drafted.log.events(Step)[begin:] if step.decode_tokens]
@@ -137,27 +150,32 @@ DRAFTS: dict[str, dict[str, Any]] = {
 }
 
 
-def on_cpu(dtype: str, quick: bool, only: Sequence[str], threads: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def on_cpu(
+    dtype: str, quick: bool, only: Sequence[str], threads: int | None, clock: Callable[[], Clock]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The cases one after the other."""
-    length, pairs = (24, 1) if quick else (160, 5)
+    length, pairs = (24, 1) if quick else (128, 3)
     cases = {
-        "code": ("code, one stream", code(1)),
+        "code": ("code, one stream", code(1 if quick else 32)[::8]),
         "edit": ("edit this file", edit()),
         "streams": ("32 streams", code(4 if quick else 32)),
     }
     options: dict[str, Any] = {"prefix_caching": False, "num_blocks": 3000, "dtype": dtype, "num_threads": threads}
     for case, (name, prompts) in cases.items():
         for draft in list(DRAFTS)[: 1 if quick else None] if not only or case in only else ():
-            plain, drafted = Engine(**options), Engine(**options, speculative_config=DRAFTS[draft])
-            yield f"{name}: {draft}", compare(plain, drafted, prompts, length, pairs)
+            plain = Engine(**options, clock=clock())
+            drafted = Engine(**options, clock=clock(), speculative_config=DRAFTS[draft])
+            yield f"{name}: {draft}", compare(plain, drafted, prompts, length, pairs, alone=case != "streams")
             plain.close()
             drafted.close()
     if not only or "shape" in only:
         for quantization in (None,) if quick else (None, "int4"):
-            yield f"0.5B shape {quantization or dtype}", scripted_cpu(quantization, dtype, quick, threads)
+            yield f"0.5B shape {quantization or dtype}", scripted_cpu(quantization, dtype, quick, threads, clock)
 
 
-def scripted_cpu(quantization: str | None, dtype: str, quick: bool, threads: int | None) -> dict[str, Any]:
+def scripted_cpu(
+    quantization: str | None, dtype: str, quick: bool, threads: int | None, clock: Callable[[], Clock]
+) -> dict[str, Any]:
     """One stream of Qwen2.5-0.5B's shape with random weights: 8 guesses a step, 90% of them right, as n-grams' are
     where text is copied."""
     from labkit.bench.gpu.where import make_config
@@ -167,7 +185,8 @@ def scripted_cpu(quantization: str | None, dtype: str, quick: bool, threads: int
         "load_format": "dummy", "dtype": "bfloat16" if dtype == "auto" else dtype, "quantization": quantization,
         "num_blocks": 60, "prefix_caching": False, "device": "cpu", "num_threads": threads,
     }  # fmt: skip
-    plain, drafted = Engine(config, **options), Engine(config, draft=Scripted(8, 0.9), **options)
+    plain = Engine(config, clock=clock(), **options)
+    drafted = Engine(config, clock=clock(), draft=Scripted(8, 0.9), **options)
     found = compare(plain, drafted, [list(range(20, 84))], 12 if quick else 64, 1 if quick else 3)
     plain.close()
     drafted.close()
@@ -177,7 +196,8 @@ def scripted_cpu(quantization: str | None, dtype: str, quick: bool, threads: int
 def command(args: Any) -> int:
     print(__doc__.splitlines()[0])  # type: ignore[union-attr]
     found = {}
-    for name, one in on_cpu(args.dtype, args.quick, [x for x in args.only.split(",") if x], args.threads):
+    clock: Callable[[], Clock] = ProcessClock if args.processor_time else WallClock
+    for name, one in on_cpu(args.dtype, args.quick, [x for x in args.only.split(",") if x], args.threads, clock):
         found[name] = one
         print(
             f"{name:28} {one['speedup']:5.2f}x ({one['of fastest runs']:.2f}x of the fastest), "
