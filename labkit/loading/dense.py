@@ -108,6 +108,9 @@ class InvariantLinear(DenseLinear):
     def multiply(self, x: Tensor) -> Tensor:
         return picked("linear_invariant", x.dtype, x.device)(x, self.weight, self.bias)
 
+    def add(self, residual: Tensor, x: Tensor) -> Tensor:
+        return picked("linear_invariant", x.dtype, x.device)(x, self.weight, self.bias, residual)
+
 
 def linear(weight: Tensor, bias: Tensor | None = None, *, deterministic: bool = False) -> Linear:
     """The layer that multiplies this weight fastest where it is; `deterministic` if rows may not depend on each other

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from labkit_kernels import Packed, check, get
+from labkit_kernels.launches import install
 from labkit_kernels.linear import cpu
+from labkit_kernels.tune import trying
 
 OPS = ("linear", "linear_argmax", "mlp")
 
@@ -34,6 +36,28 @@ def test_variants_agree_with_their_reference(name):
 def test_the_invariant_product_agrees_in_the_interpreter():
     report = check("linear_invariant", "triton")
     assert report.ok, report
+
+
+def test_parts_of_an_invariant_product_are_added_in_one_order():
+    """A row's result, to the bit, whether its parts have programs of their own or one program; within tolerance."""
+    triton = pytest.importorskip("labkit_kernels.linear.triton")
+    install()
+    generator = torch.Generator().manual_seed(4)
+    x, residual = (torch.randn(9, n, generator=generator) for n in (200, 70))
+    weight = torch.randn(70, 200, generator=generator)
+    with trying("linear_invariant", "span", {"least": 64}):
+        assert triton.span_of(70, 200, 64) == 128  # rounded up to whole tiles: two parts
+        apart = triton.linear_invariant_triton(x, weight, None, residual)
+        assert not triton._arrivals(x.device).any()
+        most, triton.MOST_APART = triton.MOST_APART, 0
+        try:
+            one = triton.linear_invariant_triton(x[3:5], weight, None, residual[3:5])
+        finally:
+            triton.MOST_APART = most
+    assert torch.equal(apart[3:5], one)
+    torch.testing.assert_close(apart, residual + x @ weight.T, rtol=1e-5, atol=1e-4)
+    spans = {(896, 4864): 1216, (4096, 14336): 7168, (1152, 896): 896, (151_936, 896): 896}
+    assert {shape: triton.span_of(*shape, 1024) for shape in spans} == spans
 
 
 def test_rows_of_an_invariant_product_are_their_own():

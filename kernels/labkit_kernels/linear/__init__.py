@@ -54,7 +54,7 @@ def _product(rows: int, depth: int, columns: int) -> Case:
     return Case(f"{rows}x{depth} -> {columns}", make, timed=True)
 
 
-def _product_traffic(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> int:
+def _product_traffic(x: Tensor, weight: Tensor, *rest: Tensor | None) -> int:
     return x.element_size() * (x.numel() + weight.numel() + len(x) * len(weight))
 
 
@@ -69,6 +69,16 @@ def _invariant_cases() -> Iterator[Case]:
         yield Case(f"{rows}x{depth} -> {columns}", make)
 
     yield _product(256, 4096, 4096)
+
+
+def _residual_cases() -> Iterator[Case]:
+    yield from _invariant_cases()
+
+    def added(device, dtype, generator):
+        x, weight = randn(generator, 5, 200, dtype=dtype), randn(generator, 70, 200, dtype=dtype, scale=0.07)
+        return (x, weight, None, randn(generator, 5, 80, dtype=dtype)[:, :70]), {}
+
+    yield Case("5x200 -> 70, and a residual that is a view", added)
 
 
 def _add_cases() -> Iterator[Case]:
@@ -187,10 +197,10 @@ matmul_add = Op(
 linear_invariant = Op(
     "linear_invariant",
     reference=reference.linear_invariant,
-    cases=_invariant_cases,
+    cases=_residual_cases,
     tolerance=_invariant_tolerance,
     traffic=_product_traffic,
-    flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
+    flops=lambda x, weight, *rest: 2 * x.numel() * len(weight),
     sized=_product,
     home=__name__,
     sources={"cuda": ("triton",)},

@@ -40,11 +40,12 @@ def linear(
     return out.to(out_dtype or x.dtype)
 
 
-def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, row by row: no row's result, to the bit, depends on the others."""
+def linear_invariant(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias + residual, row by row: no row's result, to the bit, depends on the others."""
     if not len(x):
         return x.new_empty(0, len(weight))
-    return torch.stack([F.linear(row[None], weight, bias)[0] for row in x])
+    out = torch.stack([F.linear(row[None], weight, bias)[0] for row in x])
+    return out if residual is None else residual + out
 
 
 def linear_argmax(
