@@ -380,7 +380,7 @@ class Steps:
             max_seq_len=size.width * self.block_size,
         )
         hidden = self.model.forward(batch, self.caches)
-        hidden = hidden if size.queries == 1 else hidden.index_select(0, at.sample_query)
+        hidden = hidden.index_select(0, at.sample_query)  # of padding: the first token's, which is finite
         if not size.draws:
             staging.hidden = hidden
             return

@@ -32,7 +32,7 @@ from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
 from labkit.runner.repeats import Repeats
 from labkit.runner.rows import Rows
-from labkit.runner.steps import Steps
+from labkit.runner.steps import MOST_TOKENS, Steps
 from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
 
@@ -132,7 +132,10 @@ class TorchRunner:
         real("gpu_memory_utilization", utilization, least=0.0, most=1.0, open_left=True)
         if self.device.type == "cuda":
             free, total = torch.cuda.mem_get_info(self.device)
-            budget = free - (1 - utilization) * total - peak_of_step(self.model, self.kv_dtype, most_tokens, most_rows)
+            peak = peak_of_step(self.model, self.kv_dtype, most_tokens, most_rows)
+            if self._kind is Steps and self._wants_graphs:  # captured steps have memory of their own
+                peak += peak_of_step(self.model, self.kv_dtype, min(most_tokens, MOST_TOKENS), most_rows)
+            budget = free - (1 - utilization) * total - peak
         else:
             budget = utilization * available_memory()
         blocks = int(budget // self.bytes_per_block(block_size))
