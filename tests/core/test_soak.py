@@ -20,6 +20,16 @@ def guess(tokens):
     return [rng.randrange(3) for _ in range(rng.randrange(6))]
 
 
+DRAFTS = [
+    lambda: None,
+    lambda: guess,
+    lambda: lk.FunctionDraft(guess, adaptive=True),
+    lambda: lk.NGramDraft(4, lookup_min=1),
+    lambda: lk.SuffixDraft(5, num_texts=4, num_entries=64, adaptive=False),
+    lambda: lk.ModelDraft(num_tokens=3),  # the fake runner leaves zeros, which are right one time in five
+]
+
+
 def random_engine(rng: random.Random, seed: int, lag: int) -> lk.Engine:
     size = rng.choice([1, 2, 3, 4, 16])
     windows = rng.choice([(None,), (None,), (None, 3), (None, None), (None, 9, 2)])
@@ -43,7 +53,7 @@ def random_engine(rng: random.Random, seed: int, lag: int) -> lk.Engine:
         watermark=rng.choice([0.0, 0.05]),
         max_in_flight=lag,
         max_waiting=rng.choice([None, 8]),
-        draft=None if lag else rng.choice([None, guess]),
+        draft=None if lag else rng.choice(DRAFTS)(),
     )
     runner = Flaky(rng, rng.choice([0.0, 0.005]), seed=seed, vocab_size=5, eos_token_id=3)
     return lk.Engine(scheduler=sched, runner=runner, clock=lk.VirtualClock())
