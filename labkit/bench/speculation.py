@@ -106,7 +106,7 @@ def compare(
     tried, right = (sum(getattr(step, name) for step in steps) for name in ("draft_tokens", "accepted_tokens"))
     rows = sum(step.decode_tokens - step.draft_tokens for step in steps)
     return {
-        "speedup": round(median(times[:, 0] / times[:, 1]), 2),
+        "speedup": round(float(median(times[:, 0] / times[:, 1])), 2),
         "of fastest runs": round(float(times[:, 0].min() / times[:, 1].min()), 2),
         "accepted": round(right / tried, 2) if tried else None,
         "tokens a step": round((rows + right) / max(1, rows), 2),
