@@ -97,7 +97,9 @@ class TorchGroup:
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.ranks, *x.shape))
-        _raising(lambda: self.dist.all_gather_into_tensor(out, x.contiguous(), group=self.group))
+        flat = x.contiguous().view(-1)  # Gloo does not take another dimension in front
+        gather = getattr(self.dist, "all_gather_single", None) or self.dist.all_gather_into_tensor  # its older name
+        _raising(lambda: gather(out.view(-1), flat, group=self.group))
         return out
 
 

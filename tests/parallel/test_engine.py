@@ -52,17 +52,14 @@ def tokens_of(eng: lk.Engine, prompts, **options) -> list[list[int]]:
     return found
 
 
-def same(folder, workers, *, prompts=None, params=None, **options):
-    """The tokens of one process and of the workers."""
-    prompts = prompts_of(1) if prompts is None else prompts
-    expected, found = [], []
-    for ranks, tokens in (({}, expected), ({"workers": workers}, found)):
+def same(folder, workers, **options):
+    """The tokens of one process are those of the workers."""
+    found = []
+    for ranks in ({}, {"workers": workers}):
         eng = engine(folder, **options, **ranks)
-        tokens += tokens_of(eng, prompts, **(params or {}))
-        last = eng
+        found.append(tokens_of(eng, prompts_of(1)))
         assert eng.close().ok
-    assert found == expected
-    return last
+    assert found[0] == found[1]
 
 
 def greedy(theirs, prompt: list[int], num: int) -> list[int]:
@@ -75,26 +72,25 @@ def greedy(theirs, prompt: list[int], num: int) -> list[int]:
     return out[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma3_text", "mixtral", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_greedy_tokens_are_those_of_transformers(kind, folders, workers):
     theirs = reference_model(config(kind))
-    prompts = prompts_of(2, 4)
+    prompts = prompts_of(2, 3)
     eng = engine(folders(kind), workers=workers, max_num_batched_tokens=16)
     assert tokens_of(eng, prompts) == [greedy(theirs, prompt, 12) for prompt in prompts]
     eng.close()
 
 
 CASES = {
-    "chunks": {"max_num_batched_tokens": 9, "max_prefill_chunk": 5},
-    "preemption": {"num_blocks": 24, "preemption": "recompute", "watermark": 0.0},
-    "swap": {"num_blocks": 24, "num_host_blocks": 64, "preemption": "swap", "watermark": 0.0},
-    "steps in flight": {"max_in_flight": 2},
-    "host memory": {"num_blocks": 24, "num_host_blocks": 64, "kv_offloading": True},
-    "windows": {"hybrid_kv": True},
-    "8 bits": {"quantization": "int8"},
+    "chunks, recompute": {
+        "max_num_batched_tokens": 9, "max_prefill_chunk": 5, "num_blocks": 24, "preemption": "recompute",
+        "watermark": 0.0,
+    },
+    "swap": {"num_blocks": 24, "num_host_blocks": 64, "preemption": "swap", "watermark": 0.0, "kv_offloading": True},
+    "steps in flight, windows": {"max_in_flight": 2, "hybrid_kv": True},
+    "8 bits": {"quantization": "int8", "kv_cache_dtype": "int8"},
     "drafts": {"draft": lambda ids: ids[-3:]},
-    "keys of 8 bits": {"kv_cache_dtype": "int8"},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,18 +98,35 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(case, folders, workers):
     same(folders("gemma3_text"), workers, **CASES[case])
 
 
-SAMPLING = {
-    "samples": {"n": 3, "temperature": 1.0, "seed": 7},
-    "draws": {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3},
-    "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.3},
-    "bias": {"logit_bias": {3: 5.0}, "bad_word_ids": [[3, 3], [4]], "min_tokens": 2},
-    "allowed": {"allowed_token_ids": [5, 6, 90, 91, 96]},
-}
+def test_stages_and_gloo_give_the_same_tokens():
+    prompts = [[5 + i, 7, 9] * (i + 1) for i in range(5)]
+    with engine(None) as one:  # the embedded model, whose config needs no transformers
+        expected = tokens_of(one, prompts)
+    with lk.Workers(pipeline_parallel_size=2, backend="gloo", num_threads=1) as stages:
+        eng = engine(None, workers=stages)
+        assert tokens_of(eng, prompts) == expected
+        assert eng.scheduler.pipeline_stages == eng.scheduler.max_in_flight == 2
+        assert [rank.layers for rank in eng.balance().ranks] == [5, 3]
+        eng.close()
 
 
-@pytest.mark.parametrize("case", SAMPLING)
-def test_what_is_drawn_does_not_depend_on_the_number_of_ranks(case, folders, workers):
-    same(folders("qwen2"), workers, params=SAMPLING[case])
+SAMPLING = [
+    {"n": 3, "temperature": 1.0, "seed": 7},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3},
+    {"temperature": 0.0, "presence_penalty": 0.5, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "logit_bias": {3: 5.0}, "bad_word_ids": [[3, 3], [4]], "min_tokens": 2},
+    {"temperature": 0.0, "allowed_token_ids": [5, 6, 90, 91, 96]},
+]
+
+
+def test_what_is_drawn_does_not_depend_on_the_number_of_ranks(folders, workers):
+    found = []
+    for ranks in ({}, {"workers": workers}):
+        eng = engine(folders("qwen2"), **ranks)
+        handles = eng.generate(prompts_of(1, 5), [lk.SamplingParams(max_tokens=12, **own) for own in SAMPLING])
+        found.append([list(one.output_ids) for handle in handles for one in handle.family])
+        eng.close()
+    assert found[0] == found[1]
 
 
 def test_adapters_are_split_like_the_layers_that_they_change(folders, workers, tmp_path):

@@ -55,7 +55,7 @@ def wait_until(condition, seconds: float = 10.0) -> bool:
     return False
 
 
-def test_a_killed_rank_is_noticed_its_requests_run_again_and_nothing_is_left():
+def test_a_killed_rank_is_noticed_its_requests_run_again_and_nothing_is_left(monkeypatch):
     before = shared_memory()
     with lk.Engine(**OPTIONS) as one:
         expected = one.generate(PROMPT, PARAMS).output_ids
@@ -77,23 +77,24 @@ def test_a_killed_rank_is_noticed_its_requests_run_again_and_nothing_is_left():
     eng.run()
     assert handle.output_ids == expected and other.num_output == 24
     assert eng.runner.workers.num_starts == 2
-    second = eng.runner.workers.pids
-    assert eng.close().ok
-    assert not any(map(is_alive, second)) and shared_memory() <= before
+    stopped_ranks_without_restart(eng, monkeypatch)
+    assert shared_memory() <= before
 
 
-def test_without_restart_requests_end_with_the_reason_and_a_stopped_rank_counts_as_lost(monkeypatch):
+def stopped_ranks_without_restart(eng, monkeypatch):
+    """A rank that is stopped counts as lost; requests end with the reason, and nothing is left."""
     monkeypatch.setattr(processes, "SECONDS_SILENT", 1.5)
     monkeypatch.setattr(processes, "SECONDS_END", 0.5)
-    eng = lk.Engine(tensor_parallel_size=2, **OPTIONS)
+    eng.runner.workers.restart = False
     pids = eng.runner.workers.pids
-    with pytest.warns(UserWarning, match="a step failed: Lost: rank 1 .process .* gave no sign of life"), eng:
+    with pytest.warns(UserWarning, match=r"a step failed: Lost: rank 1 .process .* gave no sign of life"), eng:
         handle = eng.submit(PROMPT, lk.SamplingParams(max_tokens=400, ignore_eos=True))
         assert wait_until(lambda: handle.num_output > 2)
         os.kill(pids[1], signal.SIGSTOP)
         assert wait_until(lambda: handle.ended, 15), "nobody noticed"
         assert "gave no sign of life" in handle.error and "restart=True" in handle.error
-        assert wait_until(lambda: not any(map(is_alive, pids)))
+    assert eng.close().ok
+    assert wait_until(lambda: not any(map(is_alive, pids)))
 
 
 def test_ranks_end_with_the_engines_process():
