@@ -24,6 +24,8 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
         "linear_grouped",
         "linear_invariant",
         "linear_scaled",
+        "lora_expand",
+        "lora_shrink",
         "matmul",
         "matmul_add",
         "mlp",
