@@ -34,10 +34,11 @@ class Rebuilt:
     names: list[str]
     settings: dict[str, Any]
     num_partial: int
+    roots: list[str | None] = field(default_factory=list)  # of each request's chain, with its salt and adapter
 
 
-def rebuild(log: EventLog, vocab_size: int = 32_000) -> Rebuilt:
-    """All requests of the log that finished, and the settings that it shows."""
+def rebuild(log: EventLog, vocab_size: int = 32_000, *, aborted: bool = False) -> Rebuilt:
+    """All requests of the log that finished (or also those that were `aborted`), and the settings that it shows."""
     known: dict[str, _Known] = {}
     filling: dict[str, _Known] = {}  # admitted, prompt blocks yet to be stored
     depth: dict[str, int] = {}
@@ -58,7 +59,7 @@ def rebuild(log: EventLog, vocab_size: int = 32_000) -> Rebuilt:
             depth[e.hash] = depth.get(e.parent, ROOT) + 1
             parent[e.hash], tokens[e.hash] = e.parent, e.tokens
             _assign(filling, e.hash, e.parent, depth, size)
-        elif kind == "Finished" and e.request in known:
+        elif (kind == "Finished" or (aborted and kind == "Aborted")) and e.request in known:
             known[e.request].num_output = e.num_output
             filling.pop(e.request, None)
             finished.add(e.request)
@@ -66,7 +67,7 @@ def rebuild(log: EventLog, vocab_size: int = 32_000) -> Rebuilt:
             seen["num_blocks"] = e.used_blocks + e.cached_blocks + e.free_blocks
             seen["max_num_seqs"] = max(seen["max_num_seqs"], e.running)
             seen["max_num_batched_tokens"] = max(seen["max_num_batched_tokens"], e.prefill_tokens + e.decode_tokens)
-    chosen = [(name, one) for name, one in known.items() if name in finished and one.num_output]
+    chosen = [(name, one) for name, one in known.items() if name in finished and (one.num_output or aborted)]
     if not chosen:
         raise ValueError(f"{log!r} has no finished request: nothing to replay")
     begin = min(one.arrival for _, one in chosen)
@@ -75,8 +76,9 @@ def rebuild(log: EventLog, vocab_size: int = 32_000) -> Rebuilt:
         prompt, whole = _prompt(one, parent, tokens, seen["block_size"], vocab_size)
         num_partial += not whole
         made.append(Incoming((one.arrival - begin) / 1e9, i, prompt, one.num_output, one.priority))
-    names = [name for name, _ in sorted(chosen, key=lambda entry: entry[1].arrival)]
-    return Rebuilt(made, names, dict(seen), num_partial)
+    ordered = sorted(chosen, key=lambda entry: entry[1].arrival)
+    roots = [_root(one.tip, parent) for _, one in ordered]
+    return Rebuilt(made, [name for name, _ in ordered], dict(seen), num_partial, roots)
 
 
 def _assign(filling: dict[str, _Known], digest: str, before: str, depth: dict[str, int], size: int) -> None:
@@ -90,6 +92,12 @@ def _assign(filling: dict[str, _Known], digest: str, before: str, depth: dict[st
             if (at + 2) * size > one.num_prompt:
                 del filling[name]
             return
+
+
+def _root(digest: str | None, parent: dict[str, str]) -> str | None:
+    while digest in parent:
+        digest = parent[digest]
+    return digest
 
 
 def _prompt(

@@ -93,6 +93,11 @@ def read_trace(
     if name == "labkit":
         size = size or _block_size(path)
         return Trace(path.name, _source(path, _lines(lambda: readers.Own(size))), block_size=size, errors=errors)
+    if name == "events":
+        with open(path, encoding="utf-8", errors="replace") as file:
+            size = readers.stored_block_size(file)
+        if block_size not in (None, size):
+            raise ValueError(f"{path.name} says itself how many tokens a block has: leave out block_size")
     assert chosen.read is not None
     return Trace(path.name, _source(path, chosen.read), block_size=size, errors=errors)
 

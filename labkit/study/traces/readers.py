@@ -4,6 +4,7 @@ open files, and what all formats have in common is checked by the trace."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 from array import array
 from collections import OrderedDict, deque
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import IO, Any
 
+from labkit.core.events.log import EventLog
+from labkit.study.rebuild import rebuild
 from labkit.study.traces.hashing import token_hashes
 from labkit.study.traces.trace import BadRequestError, TraceRequest
 
@@ -158,8 +161,11 @@ class Own:
 
 
 def events(file: IO[str]) -> Parsed:
-    """A saved event log: when requests came, how long they and their answers were. A log does not say which tokens a
-    prompt had, so there are no hashes."""
+    """A saved event log: when requests came, how long they and their answers were. Prompts are rebuilt from the blocks
+    that the log shows being stored, and have tokens of their own elsewhere; with the prefix cache off there are no
+    hashes. The whole log is read at once."""
+    lines = list(file)
+    prompts = _prompts(lines)
     waiting: deque[list[Any]] = deque()  # [place, id, fields, answer], in order of submission
     of: dict[str, list[Any]] = {}
 
@@ -173,7 +179,8 @@ def events(file: IO[str]) -> Parsed:
                 yield place, answer
             else:
                 now, num_prompt, parent = fields
-                yield place, TraceRequest(now / 1e9, num_prompt, answer, id=id, parent=parent)
+                own, tokens = prompts.get(id, ((), None))
+                yield place, TraceRequest(now / 1e9, num_prompt, answer, own, tokens, id=id, parent=parent)
 
     def read(row: Row) -> None:
         kind = row.get("event")
@@ -186,7 +193,7 @@ def events(file: IO[str]) -> Parsed:
         elif kind == "Rejected" and row["request"] in of:
             of[row["request"]][3] = BadRequestError("rejected", f"request {row['request']!r}")
 
-    for at, line in enumerate(file, 1):
+    for at, line in enumerate(lines, 1):
         place = f"line {at}"
         try:
             read(json.loads(line))
@@ -194,6 +201,41 @@ def events(file: IO[str]) -> Parsed:
             yield place, BadRequestError("not an event", f"{error}")
         yield from out()
     yield from out(final=True)
+
+
+def stored_block_size(file: IO[str]) -> int | None:
+    """Tokens of a block in a saved event log; None if nothing was stored."""
+    for line in file:
+        if '"Stored"' in line:
+            try:
+                return len(json.loads(line)["tokens"])
+            except (ValueError, KeyError, TypeError):
+                continue
+    return None
+
+
+def _prompts(lines: list[str]) -> dict[str, tuple[array[int], array[int]]]:
+    """The hashes and tokens of each request's prompt; nothing if no blocks were stored."""
+    size = stored_block_size(iter(lines))  # type: ignore[arg-type]
+    if size is None:
+        return {}
+    events = filter(_is_event, lines[1:])
+    try:
+        found = rebuild(EventLog.load(io.StringIO("".join([*lines[:1], *events]))), aborted=True)
+    except ValueError:  # no request ended, or a damaged event: the lines say so themselves
+        return {}
+    prompts = {}
+    for name, request, root in zip(found.names, found.requests, found.roots, strict=True):
+        tokens = array("i", request.prompt.tobytes())
+        prompts[name] = token_hashes(tokens, size, salt=root), tokens
+    return prompts
+
+
+def _is_event(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line).get("event"), str)
+    except (ValueError, AttributeError):
+        return False
 
 
 def sharegpt(file: IO[str], tokenizer: Any, block_size: int) -> Parsed:

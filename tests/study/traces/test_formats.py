@@ -244,3 +244,32 @@ def test_a_saved_event_log_is_a_trace_of_lengths(tmp_path):
     cut = next(i for i, line in enumerate(lines) if '"Finished"' in line and '"r2"' in line)
     (tmp_path / "run.jsonl").write_text("\n".join(lines[:cut]))
     assert len(list(trace)) == 2 and trace.excluded.counts["never ended"] == 1
+
+
+def test_a_saved_event_log_shares_what_was_shared(tmp_path):
+    def served(**options):
+        sched = lk.Scheduler(lk.BlockManager(300, **options), max_num_seqs=8, log=lk.EventLog(keep=None))
+        eng = lk.Engine(scheduler=sched, runner=lk.SimRunner(), clock=lk.VirtualClock())
+        asks = lk.workloads.shared_prefixes(30, prefixes=3, prefix=70, rate=30).asks
+        with lk.study.record(eng) as recording:
+            for i, ask in enumerate(asks):
+                params = lk.SamplingParams(max_tokens=ask.num_output, ignore_eos=True)
+                eng.submit(ask.prompt, params, arrival=ask.arrival, salt=[None, "other"][i % 2])
+            eng.run()
+        eng.log.save(tmp_path / "log.jsonl")
+        return recording.trace(), lk.study.read_trace(tmp_path / "log.jsonl")
+
+    recorded, loaded = served()
+    rates = [
+        [row["token_hit_rate"] for row in lk.study.prefix(trace, [40, 100, 300]).rows] for trace in (recorded, loaded)
+    ]
+    assert rates[0] == rates[1] and rates[0][-1] > 0.4
+    assert [(r.id, r.num_prompt, r.num_output) for r in loaded] == [
+        (r.id, r.num_prompt, r.num_output) for r in recorded
+    ]
+    with pytest.raises(ValueError, match="says itself how many tokens a block has"):
+        lk.study.read_trace(tmp_path / "log.jsonl", block_size=8)
+    _, without = served(prefix_caching=False)
+    assert without.block_size is None and len(list(without)) == 30
+    with pytest.raises(ValueError, match="event logs of engines with the prefix cache on"):
+        lk.study.prefix(without, [40])
