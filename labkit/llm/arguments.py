@@ -7,11 +7,15 @@ same with it; or fits with some values only, and is refused by name with any oth
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.engine import lora_names
 from labkit.engine.build import Options
+
+if TYPE_CHECKING:
+    from labkit.engine.block_events import BlockEventPublisher
 
 RENAMED = {
     "enable_prefix_caching": "prefix_caching",
@@ -71,7 +75,7 @@ FIXED: dict[str, Fits] = {
     "kv_offloading_backend": Fits((None, "native"), "is not there; blocks go to host memory, and from there to files"),
     **_all(
         "enable_expert_parallel enable_eplb enable_dbo enable_sleep_mode enable_prompt_embeds cpu_offload_gb "
-        "kv_cache_memory_bytes kv_transfer_config kv_events_config worker_cls worker_extension_cls "
+        "kv_cache_memory_bytes kv_transfer_config worker_cls worker_extension_cls "
         "scheduler_cls logits_processors logits_processor_pattern pooler_config override_pooler_config "
         "additional_config model_loader_extra_config ignore_patterns otlp_traces_endpoint collect_detailed_traces "
         "reasoning_parser hf_overrides rope_scaling rope_theta disable_sliding_window quantization_config "
@@ -99,6 +103,7 @@ HERE = (
     "override_generation_config",
     "chat_template",
     "load_format",
+    "kv_events_config",
 )
 
 
@@ -110,6 +115,18 @@ class Asked(NamedTuple):
     generation_config: str = "auto"
     override_generation_config: Mapping[str, Any] = {}
     chat_template: str | None = None
+    kv_events_config: Any = None  # a dict, vLLM's object with these fields, or JSON
+
+    def publisher(self, engine: Any) -> BlockEventPublisher | None:
+        """Publishes the engine's block events, if it was asked for; to be closed before the engine."""
+        config = self.kv_events_config
+        if config is None:
+            return None
+        from labkit.engine.block_events import publisher_of
+
+        if isinstance(config, str):
+            config = json.loads(config)
+        return publisher_of(engine, config if isinstance(config, Mapping) else vars(config))
 
 
 def read(given: Mapping[str, Any], owner: str = "LLM") -> Asked:

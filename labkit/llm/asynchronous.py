@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from labkit.core.params import SamplingParams
+from labkit.engine.block_events import BlockEventPublisher
 from labkit.engine.closing import LeakReport
 from labkit.engine.engine import Engine
 from labkit.llm.arguments import EngineArgs, read
@@ -33,6 +34,7 @@ class AsyncLLMEngine:
 
     def __init__(self, engine: Engine, *, max_logprobs: int | None = None) -> None:
         self.engine, self.max_logprobs = engine, max_logprobs
+        self.block_events: BlockEventPublisher | None = None
         self._readers: dict[str, Reader] = {}
         self._tokenizer: Any = None
 
@@ -43,7 +45,9 @@ class AsyncLLMEngine:
     def from_engine_args(cls, engine_args: EngineArgs, **more: Any) -> AsyncLLMEngine:
         """Load the model; the engine's thread starts with the first request."""
         asked = read(engine_args.options, type(engine_args).__name__)
-        return cls(Engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
+        made = cls(Engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
+        made.block_events = asked.publisher(made.engine)
+        return made
 
     async def generate(
         self,
@@ -142,6 +146,8 @@ class AsyncLLMEngine:
 
     def shutdown(self) -> LeakReport:
         """End all requests and the engine's thread, and free the model."""
+        if self.block_events is not None:
+            self.block_events.close()
         return self.engine.close()
 
     shutdown_background_loop = shutdown

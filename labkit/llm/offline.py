@@ -35,6 +35,7 @@ class LLM:
     def __init__(self, model: Any = None, **options: Any) -> None:
         asked = read(options)
         self.engine = Engine(model, **asked.engine)
+        self.block_events = asked.publisher(self.engine)
         self.max_logprobs = asked.max_logprobs
         self._defaults = {**sampling_defaults(self.engine.model_name, asked.generation_config),
                           **asked.override_generation_config}  # fmt: skip
@@ -52,6 +53,8 @@ class LLM:
         self.close()
 
     def close(self) -> LeakReport:
+        if self.block_events is not None:
+            self.block_events.close()
         return self.engine.close()
 
     @property

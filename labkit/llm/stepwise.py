@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from labkit.core.params import SamplingParams
+from labkit.engine.block_events import BlockEventPublisher
 from labkit.engine.engine import Engine
 from labkit.llm.arguments import EngineArgs, read
 from labkit.llm.inputs import job
@@ -29,6 +30,7 @@ class LLMEngine:
 
     def __init__(self, engine: Engine, *, max_logprobs: int | None = None) -> None:
         self.engine, self.max_logprobs = engine, max_logprobs
+        self.block_events: BlockEventPublisher | None = None
         self._readers: dict[str, Reader] = {}
 
     def __repr__(self) -> str:
@@ -37,7 +39,9 @@ class LLMEngine:
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **more: Any) -> LLMEngine:
         asked = read(engine_args.options, type(engine_args).__name__)
-        return cls(Engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
+        made = cls(Engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
+        made.block_events = asked.publisher(made.engine)
+        return made
 
     def add_request(
         self, request_id: str, prompt: Any, params: SamplingParams, *, lora_request: Any = None, priority: int = 0

@@ -191,3 +191,17 @@ def test_the_config_has_vllms_keys():
     with pytest.raises(ValueError, match="publisher is zmq or null"):
         publisher_of(eng, {"publisher": "kafka"})
     assert (-1).to_bytes(8, "big", signed=True) == END
+
+
+def test_llm_takes_vllms_kv_events_config():
+    config = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": ANY, "replay_endpoint": ANY}
+    with lk.LLM(num_blocks=64, kv_events_config=config) as llm:
+        publisher = llm.block_events
+        reader = connect(publisher)
+        llm.generate(["def f(x):\n    return x + 1\n" * 3], lk.SamplingParams(max_tokens=4))
+        catch_up(reader, publisher)
+        assert_mirrors(reader, llm.engine)
+        reader.close()
+    assert not publisher._thread.is_alive()
+    with lk.LLM(num_blocks=64, kv_events_config='{"enable_kv_cache_events": false}') as llm:
+        assert llm.block_events is None

@@ -64,8 +64,8 @@ def prefix(
     if trace.block_size is None:
         raise ValueError(
             f"{trace.name} has no block hashes, so nothing in it is known to be shared. Mooncake and Bailian traces "
-            f"have them; so do generated ones, runs recorded by lk.study.record, and event logs of engines with the prefix "
-            f"cache on"
+            f"have them; so do generated ones, runs recorded by lk.study.record, and event logs of engines with the "
+            f"prefix cache on"
         )
     sizes = sorted({_capacity(size) for size in capacities})
     if not sizes:
