@@ -219,3 +219,21 @@ def test_simulated_models_know_adapters_by_name():
     assert eng.scheduler.slots.slot_of == {"any": 0}
     assert eng.adapters.load("sql", "nowhere at all").rank == 0
     eng.adapters.unload("sql")
+
+
+def test_drafts_of_requests_with_adapters_change_no_token(base):
+    """A batch of adapters and none; guesses are verified by each request's own adapter."""
+    folder, _ = base
+    known = {f"a{i}": folder / f"a{i}" for i in range(3)}
+    asked = [lk.SamplingParams(max_tokens=24, temperature=t, seed=1, top_k=4, ignore_eos=True) for t in (0, 0.7)]
+    found = []
+    for draft in (None, lk.NGramDraft(4, lookup_min=1, adaptive=False)):
+        eng = engine(folder, adapters=known, max_adapters=2, draft=draft)
+        handles = [eng.submit(PROMPT, p, adapter=name) for p in asked for name in (None, *known)]
+        eng.run()
+        eng.check()
+        found.append([handle.output_ids for handle in handles])
+        steps = eng.log.events("Step")
+        eng.close()
+    assert found[0] == found[1]
+    assert 0 < sum(step.accepted_tokens for step in steps) < sum(step.draft_tokens for step in steps)
