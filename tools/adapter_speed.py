@@ -21,11 +21,15 @@ from labkit.bench.adapters import LINEAR, load_random, random_adapter
 from labkit.bench.gpu.where import make_config
 
 RANK, NUM = 16, 8
+SETTINGS = {"layers": 24, "dtype": "bfloat16"}
 
 
 def engine(**options):
+    config = make_config("qwen2.5-0.5b")
+    config.num_hidden_layers = SETTINGS["layers"]
+    config.layer_types = config.layer_types[: SETTINGS["layers"]]
     return lk.Engine(
-        make_config("qwen2.5-0.5b"), load_format="dummy", dtype="bfloat16", num_blocks=512, prefix_caching=False,
+        config, load_format="dummy", dtype=SETTINGS["dtype"], num_blocks=512, prefix_caching=False,
         max_num_batched_tokens=256, max_model_len=512, num_threads=torch.get_num_threads(), **options,
     )  # fmt: skip
 
@@ -118,7 +122,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="room,batch,load,many")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=24, help="fewer are quicker, and the head then counts for more")
+    parser.add_argument("--dtype", default="bfloat16", help="float32 where a processor has no products of bfloat16")
     args = parser.parse_args()
+    SETTINGS.update(layers=args.layers, dtype=args.dtype)
     parts = {"room": room, "batch": batch, "load": load, "many": many}
     for name in args.only.split(","):
         parts[name](args.pairs)

@@ -217,3 +217,17 @@ def test_what_peft_writes_is_served_as_peft_computes_it(kind, tmp_path):
         eng.adapters.load(f"a{i}", tmp_path / f"a{i}")
         params = lk.SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
         adapters.assert_greedy(theirs, eng.generate([3, 1, 4, 1, 5], params, adapter=f"a{i}"))
+
+
+def test_drafts_are_verified_with_each_rows_adapter(tmp_path):
+    reference = reference_model(config("llama"))
+    reference.save_pretrained(tmp_path / "base")
+    paths = {f"a{i}": adapters.save(reference, tmp_path / f"a{i}", rank=3 + i, seed=i) for i in range(3)}
+    eng = engine(tmp_path / "base", adapters=paths, max_adapters=2, draft=lambda ids: ids[-4:])
+    params = lk.SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
+    handles = [eng.submit([5 + i] * 7, params, adapter=name) for i, name in enumerate((None, "a0", "a1", "a2", "a0"))]
+    eng.run()
+    assert any(type(event).__name__ == "Drafted" for event in eng.log)
+    models = {name: adapters.merged(reference, path) for name, path in paths.items()} | {None: reference}
+    for handle in handles:
+        adapters.assert_greedy(models[handle.adapter], handle)
