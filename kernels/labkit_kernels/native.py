@@ -34,6 +34,24 @@ CODES = {torch.float32: 0, torch.bfloat16: 1}  # how a source is told a dtype
 _warned: set[str] = set()
 
 
+@lru_cache
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that the processor can do; nothing elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    found = (line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(found, ()))
+
+
+def multiplies_16_bits() -> bool:
+    """Whether products of bfloat16 are as fast as those of float32: with AVX-512, with the conversions of newer small
+    processors, on ARM with bf16, and where nothing is known."""
+    flags = cpu_flags()
+    return not flags or bool(flags & {"avx512f", "avx_ne_convert", "bf16"})
+
+
 class BuildError(RuntimeError):
     """There is no compiler, or the build failed."""
 

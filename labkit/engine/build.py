@@ -33,30 +33,28 @@ class Parts(NamedTuple):
 class Options:
     """How to load and serve a model.
 
-    `dtype` "auto" is the checkpoint's own dtype. `block_size` None is 16, or what `labkit kernels tune` found fastest
-    on this GPU. `device` None is a GPU if there is one. `num_blocks` None is as many
-    as fit into `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len`
-    limits prompt plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a
-    GPU, `graphs` None replays captured decode steps and `max_in_flight` None keeps one step in flight; "all" captures
-    steps with prefills, drafts and special sampling, too. A size is captured when it first comes, or with
-    `capture_at_start` before the first request. `deterministic`
-    computes each request in the same way, bit for bit, whatever is served beside it; this is slower. `quantization`
-    rounds a dense checkpoint's weights while they are loaded: "int8", "int4" (or "int4-g32": groups of 32 inputs, not
-    128), "nf4", "fp8". `hybrid_kv` gives
-    layers with a sliding window blocks of their own, which are freed as soon as the window has passed them; decode
-    steps are then not captured. `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in
-    8 bits, with a scale for each token and head. `kv_offloading` keeps cached blocks that are evicted in the
-    `num_host_blocks` blocks of host memory; `kv_offloading_size` does so in that many GiB. `kv_disk_path` is a folder
-    for those that host memory evicts, of at most `kv_disk_size` GiB, whose prefixes outlive the engine. `adapters` are
-    LoRA adapters by name ({"sql": "folder"}), of which `max_adapters` (8) are on the device at a time, with ranks to
-    `max_adapter_rank` (None: 16, or the largest of `adapters`); either option makes room for `engine.adapters.load`.
-    `max_cpu_adapters` limits how many are kept in host memory; others are read again. `draft` or
-    `speculative_config` ({"method": "ngram", "suffix" or "draft_model", "num_speculative_tokens": 4, ...}) decodes
-    speculatively.
-    `tensor_parallel_size` processes split every layer among them, and `pipeline_parallel_size` stages have some of the
-    layers each; `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart`
-    starts ranks again that have ended, and serves their requests again. `workers` are processes that run already, see
-    `lk.Workers`. All other options go to `BlockManager` and `Scheduler`.
+    `dtype` "auto" is the checkpoint's own (see `lk.load_model`). `block_size` None is 16, or what `labkit kernels tune`
+    found fastest on this GPU. `device` None is a GPU if there is one. `num_blocks` None is as many as fit into
+    `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len` limits prompt
+    plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a GPU, `graphs`
+    None replays captured decode steps and `max_in_flight` None keeps one step in flight; "all" captures steps with
+    prefills, drafts and special sampling, too. A size is captured when it first comes, or with `capture_at_start`
+    before the first request. `deterministic` computes each request in the same way, bit for bit, whatever is served
+    beside it; this is slower. `quantization` rounds a dense checkpoint's weights while they are loaded: "int8", "int4"
+    (or "int4-g32": groups of 32 inputs, not 128), "nf4", "fp8". `hybrid_kv` gives layers with a sliding window blocks
+    of their own, which are freed as soon as the window has passed them; decode steps are then not captured.
+    `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in 8 bits, with a scale for each
+    token and head. `kv_offloading` keeps cached blocks that are evicted in the `num_host_blocks` blocks of host memory;
+    `kv_offloading_size` does so in that many GiB. `kv_disk_path` is a folder for those that host memory evicts, of at
+    most `kv_disk_size` GiB, whose prefixes outlive the engine. `adapters` are LoRA adapters by name ({"sql":
+    "folder"}), of which `max_adapters` (8) are on the device at a time, with ranks to `max_adapter_rank` (None: 16, or
+    the largest of `adapters`); either option makes room for `engine.adapters.load`. `max_cpu_adapters` limits how many
+    are kept in host memory; others are read again. `draft` or `speculative_config` ({"method": "ngram", "suffix" or
+    "draft_model", "num_speculative_tokens": 4, ...}) decodes speculatively. `tensor_parallel_size` processes split
+    every layer among them, and `pipeline_parallel_size` stages have some of the layers each;
+    `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart` starts ranks
+    again that have ended, and serves their requests again. `workers` are processes that run already, see `lk.Workers`.
+    All other options go to `BlockManager` and `Scheduler`.
     """
 
     dtype: Any = "auto"

@@ -251,13 +251,9 @@ def cpu() -> Iterator[Row]:
 
 
 def cpu_flags() -> frozenset[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(
-        next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), ())
-    )
+    from labkit_kernels import native
+
+    return native.cpu_flags()
 
 
 def memory() -> Iterator[Row]:
