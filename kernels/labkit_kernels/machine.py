@@ -14,6 +14,7 @@ SECONDS = 0.2  # seconds per measurement
 LEAST = 3  # samples per measurement
 FLUSH = 256 << 20  # bytes that push everything else out of a GPU's cache
 MEMORY = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of a probe, so that no cache helps
+SLOW = 5e9  # flop/s: a larger product would take seconds and show no more
 UNKNOWN_CACHE = 32 << 20  # bytes, if the system does not report it
 
 
@@ -86,11 +87,18 @@ class Machine:
         return size / min(reading, min(self.times(lambda: target.copy_(half))))
 
     def _measure_flops(self, dtype: torch.dtype) -> float:
-        rates = []
-        for size in (8192,) if self.device == "cuda" else (512, 1024):
-            a: Tensor = torch.randn(size, size, device=self.device).to(dtype)
-            rates.append(2 * size**3 / min(self.times(lambda a=a: a @ a)))
+        if self.device == "cuda":
+            return self._product(8192, dtype)
+        rates = [self._product(512, dtype)]
+        if rates[0] > SLOW:
+            rates.append(self._product(1024, dtype))
+        if dtype.itemsize == 2:  # kernels may compute in float32, which is faster where 16 bits are emulated
+            rates.append(self.flops_per_second(torch.float32))
         return max(rates)
+
+    def _product(self, size: int, dtype: torch.dtype) -> float:
+        a: Tensor = torch.randn(size, size, device=self.device).to(dtype)
+        return 2 * size**3 / min(self.times(lambda: a @ a))
 
     def _times_on_cpu(self, run: Callable[[], Any]) -> list[float]:
         run()
