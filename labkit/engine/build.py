@@ -33,7 +33,7 @@ class Parts(NamedTuple):
 class Options:
     """How to load and serve a model.
 
-    `dtype` "auto" is the checkpoint's own (see `lk.load_model`). `block_size` None is 16, or what `labkit kernels tune`
+    `dtype` "auto" is the checkpoint's own dtype. `block_size` None is 16, or what `labkit kernels tune`
     found fastest on this GPU. `device` None is a GPU if there is one. `num_blocks` None is as many as fit into
     `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len` limits prompt
     plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a GPU, `graphs`

@@ -4,10 +4,10 @@ compressed-tensors' packed weights are once they are loaded."""
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.loading.bits import unpack
+from labkit.loading.dense import picked
 from labkit.loading.format import Linear
 
 ROWS = 1024  # dequantised at a time, so that temporaries stay small
@@ -45,7 +45,7 @@ class GroupedLinear(Linear):
         )
 
     def multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(x.dtype), self.bias)
+        return picked("matmul", x.dtype, x.device)(x, self.dense(x.dtype), self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in], computed in float32."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from labkit.loading.dense import picked
 from labkit.loading.format import Linear, Piece, Tensors
 
 ROWS = 1024  # dequantised at a time, so that temporaries stay small
@@ -46,7 +46,7 @@ class ScaledLinear(Linear):
         return f"{type(self).__name__}({inner} -> {out}, {kind}, a scale for {rows} x {columns}{extras})"
 
     def multiply(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dense(x.dtype), self.bias)
+        return picked("matmul", x.dtype, x.device)(x, self.dense(x.dtype), self.bias)
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight [out, in], computed in float32."""

@@ -33,11 +33,10 @@ def load_model(
     load_format="dummy").
 
     `path` is "native" (our decoder), "transformers" (any causal model that uses its attention interface) or "auto":
-    native if possible. `dtype` "auto" is the checkpoint's, but float32 on a CPU without products of 16 bits, if that
-    takes at most a quarter of its memory. `max_model_len` limits the positions that tables are made for. With
-    `deterministic`, a request's result does not depend, bit for bit, on what else is computed with it. `quantization`
-    rounds the weights of linear layers while they are loaded: see `labkit.loading.online`. `place` is the part of the
-    model that this process computes, None is all of it.
+    native if possible. `max_model_len` limits the positions that tables are made for. With `deterministic`, a request's
+    result does not depend, bit for bit, on what else is computed with it. `quantization` rounds the weights of linear
+    layers while they are loaded: see `labkit.loading.online`. `place` is the part of the model that
+    this process computes, None is all of it.
     """
     import torch
 
@@ -55,13 +54,13 @@ def load_model(
         if load_format != "dummy":
             raise ValueError('a config has no weights: load_format="dummy" makes random ones')
     device = torch.device(device)
+    dtype = _dtype(dtype, config)
     longest = getattr(config, "max_position_embeddings", None) or 2048
     length = longest if max_model_len is None else whole("max_model_len", max_model_len, least=2)
     if weights is None:
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError('load_format="dummy" makes dense weights, and the config has a quantization_config')
         weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
-    dtype = _dtype(dtype, config, device, weights)
     try:
         return _build(
             config, weights, dtype, device, length, path, trust_remote_code, deterministic, quantization, place
@@ -116,7 +115,7 @@ def _build(
     )  # fmt: skip
 
 
-def _dtype(name: Any, config: Any, device: Any, weights: Any) -> Any:
+def _dtype(name: Any, config: Any) -> Any:
     import torch
 
     if isinstance(name, torch.dtype):
@@ -125,21 +124,5 @@ def _dtype(name: Any, config: Any, device: Any, weights: Any) -> Any:
     aliases = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
     if name == "auto":
         given = getattr(config, "dtype", None) or vars(config).get("torch_dtype") or torch.float32
-        found = kinds.get(given, torch.float32) if isinstance(given, str) else given
-        return torch.float32 if found.itemsize == 2 and _wider_is_faster(device, weights) else found
+        return kinds.get(given, torch.float32) if isinstance(given, str) else given
     return choose("dtype", aliases.get(name, name), {"auto": None, **kinds})
-
-
-def _wider_is_faster(device: Any, weights: Any) -> bool:
-    """Without such instructions a product of several rows in 16 bits takes two to five times as long as in float32."""
-    import os
-
-    import torch
-    from labkit_kernels.native import multiplies_16_bits
-
-    from labkit.loading.checkpoint import num_bytes
-
-    if device.type != "cpu" or multiplies_16_bits():
-        return False
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return num_bytes(weights, torch.float32) <= memory // 4

@@ -65,3 +65,17 @@ def test_rows_of_an_invariant_product_are_their_own():
     x, weight = torch.randn(37, 50), torch.randn(23, 50)
     together = function(x, weight)
     assert all(torch.equal(together[i], function(x[i : i + 1], weight)[0]) for i in range(len(x)))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 70])
+def test_products_in_float32_round_once(rows):
+    from labkit_kernels.linear import widened
+
+    x, weight, bias, residual = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        for shape in ((rows, 96), (40, 96), (40,), (rows, 40))
+    )
+    exact = x.double() @ weight.double().T + bias.double()
+    assert (widened.matmul_float32(x, weight, bias) - exact).abs().max() <= 2**-7 * exact.abs().max()
+    summed = widened.matmul_add_float32(residual.clone(), x, weight)
+    assert (summed - (residual.double() + exact - bias.double())).abs().max() <= 2**-6 * exact.abs().max()

@@ -162,16 +162,3 @@ def test_a_gguf_file_of_a_hub_is_named_by_its_type(monkeypatch, tmp_path):
     assert resolve("org/m:Q6_K").name == "m-Q6_K-00001-of-00002.gguf"
     with pytest.raises(ValueError, match="'org/m:Q5_K_M': one GGUF file of type 'Q5_K_M' is wanted, the hub has none"):
         resolve("org/m:Q5_K_M")
-
-
-def test_auto_is_float32_on_a_cpu_that_multiplies_no_16_bits(monkeypatch):
-    from labkit_kernels import native
-
-    for flags, dtype in (
-        (("sse2", "avx2"), torch.float32),
-        (("avx2", "avx512f"), torch.bfloat16),
-        ((), torch.bfloat16),
-    ):
-        monkeypatch.setattr(native, "cpu_flags", lambda flags=flags: frozenset(flags))
-        assert load_model(lk.assets.path("tiny")).dtype == dtype
-        assert load_model(lk.assets.path("tiny"), dtype="bfloat16").dtype == torch.bfloat16

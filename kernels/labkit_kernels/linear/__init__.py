@@ -183,6 +183,7 @@ matmul = Op(
     flops=lambda x, weight, bias=None: 2 * x.numel() * len(weight),
     sized=_product,
     home=__name__,
+    sources={"cpu": ("widened",)},
 )
 matmul_add = Op(
     "matmul_add",
@@ -192,7 +193,7 @@ matmul_add = Op(
     traffic=lambda residual, x, weight: x.element_size() * (x.numel() + weight.numel() + 2 * residual.numel()),
     flops=lambda residual, x, weight: 2 * x.numel() * len(weight),
     home=__name__,
-    sources={"cuda": ("cuda",)},
+    sources={"cpu": ("widened",), "cuda": ("cuda",)},
 )
 linear_invariant = Op(
     "linear_invariant",
