@@ -29,10 +29,11 @@ def report():
 @pytest.mark.parametrize("name", OPS_HERE)
 def test_the_triton_variant_agrees_with_the_reference_in_the_interpreter(report, name):
     rows = [row for row in report if row.op == name]
-    assert len(rows) >= 12
+    kinds = {"float32"} if name == "step_inputs" else {"float32", "bfloat16", "float16"}  # it moves whole numbers
+    assert len(rows) >= 4 * len(kinds)
     assert {row.device for row in rows} == {"interpreter"}
     assert not [row for row in rows if row.status != "ok"]
-    assert {row.dtype for row in rows} == {"float32", "bfloat16", "float16"}
+    assert {row.dtype for row in rows} == kinds
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
