@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from labkit_kernels import Integers, Packed, get, pages
+from labkit_kernels import Integers, Packed, get, native, pages
 from labkit_kernels.cache.codes import width
 
 DATASHEET = {"H200": (4.8e12, 989e12), "H100": (3.35e12, 989e12), "A100": (2.0e12, 312e12)}  # bytes/s, bf16 flop/s
@@ -112,7 +112,8 @@ def measure(device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Machine
     if function.name == "reference":
         weight = torch.ones(16384, 4096, dtype=dtype)
         bandwidth = weight.numel() * weight.element_size() / _best(lambda: weight.view(torch.int32).max())
-        a, b = torch.ones(512, 4096, dtype=dtype), torch.ones(4096, 4096, dtype=dtype)
+        kind = dtype if native.multiplies_16_bits() else torch.float32  # in which `matmul` computes there
+        a, b = torch.ones(512, 4096, dtype=kind), torch.ones(4096, 4096, dtype=kind)
         return Machine(name, bandwidth, 2 * a.numel() * len(b) / _best(lambda: a @ b.T))
     shape = (131072 // 16, 128, 16, 16, 2)  # 1 GB: more than a cache
     wide = Packed(pages.zeros(shape, dtype).fill_(1), 131072, 4096)

@@ -42,7 +42,7 @@ class UnloadLora(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     lora_name: Name
-    lora_int_id: int | None = None
+    lora_int_id: Annotated[int, Field(ge=0, le=2**53)] | None = None
     model: Name | None = None
 
 

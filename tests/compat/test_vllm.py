@@ -17,6 +17,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.inputs import TextPrompt, TokensPrompt
 from vllm.utils import random_uuid
+from vllm.lora.request import LoRARequest
 import vllm, labkit as lk
 assert LLM is lk.LLM and AsyncLLM is AsyncLLMEngine is lk.AsyncLLMEngine and vllm.__version__ == lk.__version__
 assert random_uuid() != random_uuid()
@@ -27,7 +28,7 @@ except ImportError as error:
 else:
     raise AssertionError
 try:
-    import vllm.lora.request
+    import vllm.distributed
 except ModuleNotFoundError:
     print("fine")
 """

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from labkit_kernels import native
 from transformers import CONFIG_MAPPING, AutoConfig
 
 from labkit.models import load_model
@@ -35,7 +36,8 @@ def test_swapped_linears_give_what_transformers_gives_in_bfloat16(kind, tmp_path
     for prompt, found in zip(prompts, paged_logits(model, prompts, 16, random.Random(4)), strict=True):
         with torch.inference_mode():
             expected = reference(torch.tensor([prompt])).logits[0].float()
-        assert (found - expected).abs().mean() <= 0.02 * expected.abs().mean(), f"{kind}: {len(model.linears)} swapped"
+        slack = 0.02 if native.multiplies_16_bits() else 0.06  # transformers' own products are emulated there
+        assert (found - expected).abs().mean() <= slack * expected.abs().mean(), f"{kind}: {len(model.linears)} swapped"
 
 
 @pytest.mark.parametrize("kind", sorted(NATIVE))
