@@ -107,7 +107,7 @@ class Slots(Shown):
                 f"adapter {name!r} has rank {adapter.rank}, above max_adapter_rank={self.max_rank}: raise it"
             )
         places = self.place_of()
-        for module, delta in adapter.deltas.items():
+        for module, delta in sorted(adapter.deltas.items()):  # an error names the first
             if delta.embedding:
                 self._check_embedding(name, module, delta)
                 continue
