@@ -46,7 +46,7 @@ class Cost:
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, kv_dtype: torch.dtype | None = None) -> Cost:
         """`kv_dtype`: of keys and values, if it is another one."""
-        from labkit.models.decoder import Shape
+        from labkit.models.shape import Shape
 
         shape = Shape.of(config)
         hidden, size, heads, keys = shape.hidden_size, shape.head_size, shape.num_heads, shape.num_kv_heads

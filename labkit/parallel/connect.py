@@ -29,7 +29,7 @@ class Peers:
     @property
     def waited(self) -> float:
         """Seconds spent waiting for other ranks."""
-        return sum(part.waited for part in (self.group, self.pipe) if part is not None)
+        return float(sum(part.waited for part in (self.group, self.pipe) if part is not None))
 
     @property
     def place(self) -> Place:
@@ -60,8 +60,9 @@ def connect(settings: dict[str, Any]) -> Peers:
 
 
 def _distributed(ranks: Ranks, rank: int, backend: str, settings: dict[str, Any]) -> tuple[Any, Any]:
-    import torch.distributed as dist
+    from torch import distributed
 
+    dist: Any = distributed  # its stores are not declared
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.FileStore(settings["store"], ranks.num)  # no port that others could connect to
     timeout = timedelta(seconds=settings["timeout"])

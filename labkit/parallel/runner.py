@@ -83,7 +83,7 @@ class ParallelRunner:
                 "fitting_blocks", block_size=block_size, utilization=utilization, most_tokens=most_tokens,
                 most_rows=most_rows,
             )  # fmt: skip
-            return min(found)
+            return int(min(found))
         from labkit.runner.memory import available_memory
 
         return max(1, int(utilization * available_memory() // sum(self._bytes_per_block(block_size))))

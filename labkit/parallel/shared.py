@@ -40,7 +40,7 @@ def library() -> Any:
     except (BuildError, OSError) as error:
         raise Unavailable(str(error)) from error
     pointer, number, whole, seconds = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-    group = [pointer, whole, whole, number, pointer]
+    group: list[Any] = [pointer, whole, whole, number, pointer]
     found.all_reduce.argtypes = [*group, whole, pointer, pointer, pointer, number, seconds, pointer, pointer]
     found.all_gather.argtypes = [*group, pointer, pointer, number, seconds, pointer, pointer]
     found.pipe_send.argtypes = found.pipe_receive.argtypes = [

@@ -23,7 +23,8 @@ COLUMNS = ("rows", "start", "count", "indptr", "feed", "sample_query", "sample_r
 CHANGES = TableChanges._fields
 HEAD = struct.Struct(f"<{len(NUMBERS) + len(COLUMNS) + len(CHANGES) + 1}q")
 RESULT = struct.Struct("<qdddqq")  # step, seconds, busy, waited, tokens, indptr
-EMPTY = Plan(0, 0, *(np.zeros(0, np.int64),) * 3, 0, *(np.zeros(0, np.int64),) * 5)
+_NONE: Any = np.zeros(0, np.int64)
+EMPTY = Plan(0, 0, *(_NONE,) * 3, 0, *(_NONE,) * 5)
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
@@ -125,7 +126,8 @@ def pack_any(value: Any) -> Any:
     if isinstance(value, SamplingParams):
         return [kind, _params(value)]
     if kind in KINDS and isinstance(value, KINDS[kind]):
-        names = value._fields if isinstance(value, tuple) else [field.name for field in fields(value)]
+        known: Any = value
+        names = known._fields if isinstance(value, tuple) else [field.name for field in fields(known)]
         return [kind, {name: pack_any(getattr(value, name)) for name in names}]
     if isinstance(value, (tuple, list)):
         return ["tuple" if isinstance(value, tuple) else "list", *map(pack_any, value)]

@@ -151,10 +151,12 @@ class Worker:
         """Seconds of an all-reduce of [rows, width]: the lower quartile of so many."""
         import torch
 
-        x, times = torch.ones(rows, width, dtype=getattr(torch, dtype)), []
+        x, times, group = torch.ones(rows, width, dtype=getattr(torch, dtype)), [], self.peers.group
+        if group is None:
+            raise ValueError("an exchange needs tensor_parallel_size > 1")
         for _ in range(repeats):
             begin = time.perf_counter()
-            self.peers.group.all_reduce(x)
+            group.all_reduce(x)
             times.append(time.perf_counter() - begin)
             x.fill_(1.0)
         return sorted(times)[repeats // 4]

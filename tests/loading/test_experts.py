@@ -16,9 +16,9 @@ from labkit.loading.scaled import ScaledLinear
 from labkit.loading.table import TableLinear
 from labkit.loading.weights import Weights
 from labkit.models import load_model
-from labkit.models.decoder import Shape
 from labkit.models.experts import Experts
 from labkit.models.ops import Ops
+from labkit.models.shape import Shape
 from tests.loading.packers import (
     bitsandbytes4,
     bitsandbytes8,

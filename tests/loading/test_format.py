@@ -9,8 +9,9 @@ from labkit.loading.dense import Dense
 from labkit.loading.format import Shard, Units
 from labkit.loading.weights import Weights
 from labkit.models import load_model
-from labkit.models.decoder import MLP, Attention, Decoder, Experts, Shape
+from labkit.models.decoder import MLP, Attention, Decoder, Experts
 from labkit.models.ops import Ops
+from labkit.models.shape import Shape
 from tests.models.configs import config, reference_model
 
 CPU = torch.device("cpu")
