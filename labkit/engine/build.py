@@ -13,13 +13,12 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
+from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, partition, pool_of
 from labkit.engine.speculation import load_draft, speculation
 from labkit.runner.base import KV_CACHE_DTYPES
 
 MAX_ADAPTERS = 8  # on the device at a time, unless the caller says
 log = logging.getLogger("labkit.engine")
-
-CPU_SHARE = 0.25  # share of the free memory that a CPU uses for keys and values
 
 
 class Parts(NamedTuple):
@@ -35,7 +34,8 @@ class Options:
 
     `dtype` "auto" is the checkpoint's own dtype. `block_size` None is 16, or what `labkit kernels tune`
     found fastest on this GPU. `device` None is a GPU if there is one. `num_blocks` None is as many as fit into
-    `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory. `max_model_len` limits prompt
+    `gpu_memory_utilization` of a GPU's memory, or into a quarter of a CPU's free memory.
+    `memory_size` limits the GiB of weights, keys and values that a process may hold. `max_model_len` limits prompt
     plus output. `num_threads` None is one thread for a small model on a CPU, else torch's default. On a GPU, `graphs`
     None replays captured decode steps and `max_in_flight` None keeps one step in flight; "all" captures steps with
     prefills, drafts and special sampling, too. A size is captured when it first comes, or with `capture_at_start`
@@ -51,7 +51,8 @@ class Options:
     the largest of `adapters`); either option makes room for `engine.adapters.load`. `max_cpu_adapters` limits how many
     are kept in host memory; others are read again. `draft` or `speculative_config` ({"method": "ngram", "suffix" or
     "draft_model", "num_speculative_tokens": 4, ...}) decodes speculatively. `tensor_parallel_size` processes split
-    every layer among them, and `pipeline_parallel_size` stages have some of the layers each;
+    every layer among them, and `pipeline_parallel_size` stages have some of the layers each, as evenly as can be or as
+    `pp_layer_partition` says ("15,15,16,15");
     `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart` starts ranks
     again that have ended, and serves their requests again. `workers` are processes that run already, see `lk.Workers`.
     All other options go to `BlockManager` and `Scheduler`.
@@ -67,6 +68,7 @@ class Options:
     num_threads: int | None = None
     max_model_len: int | None = None
     gpu_memory_utilization: float = 0.9
+    memory_size: float | None = None
     num_blocks: int | None = None
     block_size: int | None = None
     num_host_blocks: int = 0
@@ -107,6 +109,7 @@ class Options:
     max_cpu_adapters: int | None = None
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    pp_layer_partition: Any = None
     distributed_executor_backend: str | None = None
     restart: bool = False
     workers: Any = None
@@ -127,6 +130,8 @@ class Options:
         speculation(self.speculative_config, self.draft)
         self._check_parallel()
         real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
+        if self.memory_size is not None:
+            real("memory_size", self.memory_size, least=0.0, open_left=True)
         if self.kv_offloading_size is not None:
             real("kv_offloading_size", self.kv_offloading_size, least=0.0)
             if self.num_host_blocks and self.kv_offloading_size:
@@ -155,6 +160,7 @@ class Options:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             whole(name, getattr(self, name), least=1)
         flag("restart", self.restart)
+        partition(self.pp_layer_partition, None if self.workers is not None else self.pipeline_parallel_size)
         if self.distributed_executor_backend is not None:
             choose("distributed_executor_backend", self.distributed_executor_backend, {"mp": None, "uni": None})
         if self.distributed_executor_backend == "uni" and self.has_workers:
@@ -190,7 +196,7 @@ SCHEDULING = (
 )  # fmt: skip
 LOADING = (
     "dtype", "load_format", "path", "max_model_len", "seed", "trust_remote_code", "deterministic", "quantization",
-    "num_threads", "graphs", "hybrid_kv", "kv_cache_dtype", "kv_disk_path",
+    "num_threads", "graphs", "hybrid_kv", "kv_cache_dtype", "kv_disk_path", "memory_size",
 )  # fmt: skip
 OF_DRAFT = ("dtype", "load_format", "seed", "trust_remote_code", "deterministic")
 
@@ -217,6 +223,9 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         "eos_token_id": getattr(tokenizer, "eos_token_id", None), "adapter_room": _adapter_room(options),
         "capture": options.max_num_batched_tokens if options.capture_at_start else None,
     }  # fmt: skip
+    ranks = getattr(options.workers, "ranks", None)
+    num_ranks = ranks.num if ranks else options.tensor_parallel_size * options.pipeline_parallel_size
+    loading |= {"layers": partition(options.pp_layer_partition, None), "pool": pool_of(options, device, num_ranks)}
     if options.has_workers:
         if draft is not None and draft.by_runner:
             raise ValueError("a draft model is not served by several processes yet: use one, or an n-gram draft")
@@ -229,15 +238,15 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         log.warning("float16 is slow on CPUs: bfloat16 is as small and faster")
     size = options.block_size or default_block_size(runner.head_size, device)
     blocks = BlockManager(
-        options.num_blocks or _num_blocks(runner, options, size, length),
+        num_blocks(runner, options, size, length),
         size,
-        num_host_blocks=_num_host_blocks(runner, options, size),
+        num_host_blocks=num_host_blocks(runner, options, size),
         eviction=options.eviction,
         prefix_caching=options.prefix_caching,
         windows=runner.windows,
         kv_offloading=options.offloads,
         host_eviction=options.host_eviction,
-        num_disk_blocks=_num_disk_blocks(runner, options, size),
+        num_disk_blocks=num_disk_blocks(runner, options, size),
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1
@@ -287,33 +296,3 @@ def _parallel(options: Options, loading: dict[str, Any]) -> Any:
     except BaseException:
         workers.close()
         raise
-
-
-def _num_blocks(runner: Any, options: Options, size: int, max_model_len: int) -> int:
-    """As many blocks as fit, but no more than could ever be used."""
-    share = options.gpu_memory_utilization if str(runner.device).startswith("cuda") else CPU_SHARE
-    fit: int = runner.fitting_blocks(size, share, options.max_num_batched_tokens, options.max_num_seqs)
-    most = options.max_num_seqs * -(-max_model_len // size) * len(runner.windows)
-    return min(fit, most)
-
-
-def _num_host_blocks(runner: Any, options: Options, size: int) -> int:
-    if not options.kv_offloading_size:
-        return options.num_host_blocks
-    each: int = runner.bytes_per_block(size)
-    if (blocks := int(options.kv_offloading_size * 2**30) // each) < 1:
-        raise ValueError(
-            f"kv_offloading_size={options.kv_offloading_size} GiB holds no block: a block takes {each} bytes"
-        )
-    return blocks
-
-
-def _num_disk_blocks(runner: Any, options: Options, size: int) -> int:
-    if options.kv_disk_path is None:
-        return 0
-    from labkit.runner.disk import MOST_HEADER
-
-    each: int = runner.bytes_per_block(size) + 4 * size + MOST_HEADER
-    if (blocks := int(options.kv_disk_size * 2**30) // each) < 1:
-        raise ValueError(f"kv_disk_size={options.kv_disk_size} GiB holds no block: a block takes {each} bytes")
-    return blocks

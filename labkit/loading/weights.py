@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ class Weights:
     def dtype_of(self, name: str) -> torch.dtype:
         nothing = (slice(0, 0),) if self.size(name) else ()
         return self.source.read(name, None, torch.device("cpu"), nothing).dtype
+
+    def num_bytes(self, name: str) -> float:
+        """About what a tensor takes once it is loaded: packed ones as they are stored, others in this dtype, or as the
+        format rounds them."""
+        stored, dense = self.dtype_of(name), 8 * self.dtype.itemsize
+        if not stored.is_floating_point or stored.itemsize == 1:
+            return float(prod(self.size(name)) * stored.itemsize)
+        rounded = len(self.size(name)) > 1 and not name.endswith("embed_tokens.weight")
+        bits = getattr(self.format, "head_bits" if name == "lm_head.weight" else "bits", dense) if rounded else dense
+        return float(prod(self.size(name)) * bits / 8)
 
     def check(self) -> None:
         """Refuse a checkpoint whose layers the format cannot read, before any of them is read."""

@@ -9,7 +9,6 @@ names.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -27,9 +26,10 @@ from labkit.models.experts import Experts
 from labkit.models.lora import Slots
 from labkit.models.mlp import MLP
 from labkit.models.ops import Ops
-from labkit.models.place import WHOLE, Collectives, Place, add, check_ranks, numbers_of, stages_of
+from labkit.models.place import WHOLE, Collectives, Place, add, check_ranks
 from labkit.models.rotary import rope_table
 from labkit.models.shape import Shape
+from labkit.models.stages import numbers_of, stage_of
 from labkit.models.vocabulary import Vocabulary
 
 FAMILIES = {
@@ -249,11 +249,14 @@ class Decoder:
         if place.stages == 1:
             return range(num)
         layer_of = numbers_of(weights.names(), "model.layers.")
-        costs = [0.0] * num
+        sizes = [0.0] * num
         for name, number in layer_of.items():
             if number < num:
-                costs[number] += prod(weights.size(name))
-        mine = stages_of(costs, float(self.vocab_size * self.hidden_size), place.stages)[place.stage]
+                sizes[number] += weights.num_bytes(name)
+        each = 2 * self.shape.num_kv_heads * self.shape.head_size * self.dtype.itemsize
+        table = weights.num_bytes(f"{EMBEDDING}.weight") if weights.has(f"{EMBEDDING}.weight") else 0.0
+        head = weights.num_bytes("lm_head.weight") if weights.has("lm_head.weight") else table
+        mine = stage_of(place, sizes, [each] * num, table, head, self.max_model_len)
         for name in weights.names():
             if layer_of.get(name, mine.start) not in mine or name.startswith(
                 ("model.embed_tokens.", "model.norm.", "lm_head.")

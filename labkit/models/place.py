@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,15 +40,30 @@ class Neighbours(Protocol):
         ...
 
 
+class Pool(NamedTuple):
+    """How many tokens' keys and values the ranks are expected to hold: `tokens`, or as many as fit into `num_bytes` of
+    weights, keys and values of all ranks together, at most `rows` of full length."""
+
+    tokens: int | None = 0
+    rows: int = 0
+    num_bytes: int = 0
+
+
+NO_POOL = Pool()
+
+
 @dataclass(frozen=True)
 class Place:
-    """Rank `shard.rank` of stage `stage`."""
+    """Rank `shard.rank` of stage `stage`. `layers` says how many each stage has; None: as is most even with a `pool` of
+    that size."""
 
     shard: Shard
     group: Collectives | None = None  # None: this rank holds whole layers
     stage: int = 0
     stages: int = 1
     pipe: Neighbours | None = None
+    layers: tuple[int, ...] | None = None
+    pool: Pool = NO_POOL
 
     @property
     def is_first(self) -> bool:
@@ -85,46 +99,3 @@ def check_ranks(ranks: int, heads: int, kv_heads: int, widths: Iterable[int], na
             f"tensor_parallel_size={ranks} does not divide {name}, which has {heads} query heads on {kv_heads} key "
             f"heads{mlp}: sizes that fit are {sizes}"
         )
-
-
-def stages_of(costs: Sequence[float], last: float, stages: int) -> list[range]:
-    """Runs of layers of which the dearest is as cheap as can be, the head (`last`) included in the last one. Each
-    stage has a layer at least.
-
-    >>> stages_of([1.0] * 8, 3.0, 2)
-    [range(0, 5), range(5, 8)]
-    """
-    num = len(costs)
-    if stages > num:
-        raise ValueError(f"{num} layers cannot be split into {stages} stages: at most {num}")
-    total = [0.0, *accumulate(costs)]
-    # best[end]: (the dearest stage, the sum of squares, where the last begins) of layers 0 .. end in so many stages
-    best = {end: (total[end], total[end] ** 2, 0) for end in range(1, num + 1)}
-    steps = [best]
-    for stage in range(2, stages + 1):
-        extra = last if stage == stages else 0.0
-        best = {
-            end: min(
-                (max(before, cost := total[end] - total[begin] + extra), squares + cost**2, begin)
-                for begin, (before, squares, _) in best.items()
-                if begin < end
-            )
-            for end in range(stage, num + 1)
-        }
-        steps.append(best)
-    found, end = [], num
-    for best in reversed(steps):
-        begin = best[end][2]
-        found.append(range(begin, end))
-        end = begin
-    return found[::-1]
-
-
-def numbers_of(names: Iterable[str], prefix: str) -> dict[str, int]:
-    """The layer that each of these tensors belongs to: {"model.layers.3.mlp.up_proj.weight": 3}."""
-    found = {}
-    for name in names:
-        number, dot, _ = name.removeprefix(prefix).partition(".")
-        if name.startswith(prefix) and dot and number.isdecimal():
-            found[name] = int(number)
-    return found

@@ -7,15 +7,20 @@ from typing import Any, NamedTuple
 
 from labkit.core.frames import table
 from labkit.core.shown import Shown
+from labkit.models.stages import Load, stages_of
+
+AIM = 0.1  # what counts as even
 
 
 class RankLoad(NamedTuple):
-    """One rank: bytes of weights and of keys and values; seconds computing and waiting for others."""
+    """One rank: bytes of weights, those of its layers among them, and of keys and values; seconds computing and waiting
+    for others."""
 
     rank: int
     stage: int
     pid: int
     layers: int
+    layer_bytes: int
     weight_bytes: int
     kv_bytes: int
     busy: float
@@ -60,7 +65,69 @@ class Balance(Shown):
             f"{rank.waited:.2f} s"
             for rank in self.ranks
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._why()])
+
+    def _why(self) -> list[str]:
+        """Why the stages differ by more than AIM, and what could be done."""
+        found = []
+        if self.memory_spread > AIM and (memory := self._memory()) is not None:
+            found.append(f"  memory: {memory.told('takes as much as', self._partition)}")
+        if self.busy_spread > AIM and (busy := self._busy()) is not None:
+            found.append(f"  busy time: {busy.told('takes as long as', self._partition)}")
+        return found
+
+    @property
+    def _stages(self) -> list[RankLoad]:
+        """The rank of each stage that holds most."""
+        stages: dict[int, RankLoad] = {}
+        for rank in self.ranks:
+            if rank.stage not in stages or stages[rank.stage].weight_bytes < rank.weight_bytes:
+                stages[rank.stage] = rank
+        return [stages[stage] for stage in sorted(stages)]
+
+    @property
+    def _partition(self) -> list[int]:
+        return [stage.layers for stage in self._stages]
+
+    def _memory(self) -> Dealt | None:
+        stages = self._stages
+        if len(stages) == 1:
+            return None
+        first, *_, last = (stage.weight_bytes - stage.layer_bytes for stage in stages)
+        layers = sum(stage.layer_bytes + stage.kv_bytes for stage in stages) / sum(self._partition)
+        return Dealt(layers, first, last)
+
+    def _busy(self) -> Dealt | None:
+        """The head's time is what the last stage spends beyond that of as many layers of the others."""
+        *others, last = self._stages
+        if not others or not (layer := sum(stage.busy for stage in others) / sum(stage.layers for stage in others)):
+            return None
+        return Dealt(layer, 0.0, max(0.0, last.busy - last.layers * layer))
+
+
+class Dealt(NamedTuple):
+    """Bytes or seconds of a layer, of the embedding and of the head."""
+
+    layer: float
+    first: float
+    last: float
+
+    def told(self, verb: str, partition: Sequence[int]) -> str:
+        num, stages = sum(partition), len(partition)
+        loads, first, last = [Load(self.layer, 0.0)] * num, Load(self.first, 0.0), Load(self.last, 0.0)
+        best = [len(run) for run in stages_of(loads, stages, first, last)]
+        spread = _spread([
+            count * self.layer + self.first * (stage == 0) + self.last * (stage == stages - 1)
+            for stage, count in enumerate(best)
+        ])  # fmt: skip
+        written = ",".join(map(str, best))
+        ends = [("embedding", self.first), ("head", self.last)]
+        heavy = ", ".join(
+            f"the {name} {verb} {size / self.layer:.1f} layers" for name, size in ends if size > self.layer / 10
+        )
+        if spread > AIM or best == list(partition):
+            return f"{heavy or 'layers are dealt whole'}, so no partition of {num} layers comes below {spread:.1%}"
+        return f"pp_layer_partition={written!r} would be within {spread:.1%}{f' ({heavy})' if heavy else ''}"
 
 
 def _spread(values: Sequence[float]) -> float:

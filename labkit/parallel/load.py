@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from labkit.models.place import Place
+from labkit.models.place import Place, Pool
 
 SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as two, and much faster on a busy machine
 
@@ -24,7 +25,10 @@ def load(
     source = options["source"]
     names = ("dtype", "device", "load_format", "path", "max_model_len", "seed", "trust_remote_code", "deterministic",
              "quantization")  # fmt: skip
+    if place is not None:
+        place = replace(place, layers=options["layers"], pool=Pool(*options["pool"]))
     model: Any = load_model(source, place=place, **{name: options[name] for name in names})
+    _check_held(model, options["memory_size"], 1 if place is None else place.shard.ranks * place.stages)
     if options["adapter_room"] is not None:
         from labkit.models.lora import make_room
 
@@ -41,6 +45,29 @@ def load(
         capture=(model.max_model_len, options["capture"]) if options["capture"] else None,
         draft_model=with_draft(model),
     )  # fmt: skip
+
+
+def _check_held(model: Any, memory_size: float | None, num_ranks: int) -> None:
+    """Refuse weights that are more than a process may hold."""
+    weights = _weight_bytes(model)
+    if memory_size is None or weights <= (most := memory_size * 2**30):
+        return
+    each, room = f"{weights / 2**20:.1f} MiB", f"{most / 2**20:.1f} MiB"
+    raise ValueError(
+        f"the weights of a process take {each}, and memory_size={memory_size:.4g} GiB allows {room}, keys and values "
+        f"included: "
+        f"split the model among {int(weights * num_ranks // most) + 1} ranks or more (tensor_parallel_size, "
+        f"pipeline_parallel_size), or round it with quantization="
+    )
+
+
+def _weight_bytes(model: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.tensors())
+
+
+def _layer_bytes(model: Any) -> int:
+    """Of all layers, embedding and head left out."""
+    return sum(tensor.numel() * tensor.element_size() for layer in model.layers for tensor in layer.tensors())
 
 
 def sendable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +95,7 @@ def _choose_threads(model: Any, num_threads: int | None) -> None:
     """The number of cores that share the calling thread's work."""
     import torch
 
-    small = sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()) < SMALL
+    small = _weight_bytes(model) < SMALL
     if num_threads is not None or small:
         torch.set_num_threads(num_threads or 1)
 
@@ -95,5 +122,5 @@ def facts_of(runner: Any) -> dict[str, Any]:
         "vocab_size": runner.vocab_size, "eos_token_ids": runner.eos_token_ids, "windows": runner.windows,
         "bytes_per_token": runner.bytes_per_block(1), "embedding_size": runner.embedding_size,
         "largest_input": runner.largest_input,
-        "weight_bytes": sum(tensor.numel() * tensor.element_size() for tensor in model.tensors()),
+        "weight_bytes": _weight_bytes(model), "layer_bytes": _layer_bytes(model),
     }  # fmt: skip

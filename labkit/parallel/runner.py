@@ -88,6 +88,10 @@ class ParallelRunner:
 
         return max(1, int(utilization * available_memory() // sum(self._bytes_per_block(block_size))))
 
+    def held(self, block_size: int) -> list[tuple[int, int]]:
+        """Bytes of weights and of a block, by rank."""
+        return [(facts["weight_bytes"], facts["bytes_per_token"] * block_size) for facts in self.facts]
+
     def open(self, layout: Layout) -> None:
         if self.layout is not None:
             raise ValueError("this ParallelRunner already serves an engine: close that one, or make another runner")
@@ -194,8 +198,8 @@ class ParallelRunner:
         return Balance(
             [
                 RankLoad(
-                    rank, ranks.place(rank)[0], pid, self.facts[rank]["num_layers"], memory[rank]["weights"],
-                    memory[rank]["kv"], memory[rank]["busy"], memory[rank]["waited"],
+                    rank, ranks.place(rank)[0], pid, self.facts[rank]["num_layers"], self.facts[rank]["layer_bytes"],
+                    memory[rank]["weights"], memory[rank]["kv"], memory[rank]["busy"], memory[rank]["waited"],
                 )
                 for rank, pid in enumerate(self.workers.pids)
             ]

@@ -122,6 +122,11 @@ class TorchRunner:
             self.draft_model, block_size
         )
 
+    def held(self, block_size: int) -> list[tuple[int, int]]:
+        """Bytes of weights and of a block, by process: there is one."""
+        tensors = (*self.model.tensors(), *(self.draft_model.tensors() if self.draft_model is not None else ()))
+        return [(sum(tensor.nbytes for tensor in tensors), self.bytes_per_block(block_size))]
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The window of each group of layers, as `BlockManager` takes it."""

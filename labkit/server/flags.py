@@ -61,11 +61,13 @@ FLAGS: tuple[Flag, ...] = (
     _engine("deterministic", "bool", "same bits whatever else is in the batch"),
     _engine("tensor-parallel-size", "int", "processes (GPUs) that split every layer"),
     _engine("pipeline-parallel-size", "int", "stages of processes that have some of the layers each"),
+    _engine("pp-layer-partition", "str", "layers of each stage, such as 15,15,16,15; without it as even as can be"),
     _engine("distributed-executor-backend", "str", "mp: processes on this host; uni: one process", fits=("mp", "uni")),
     _engine("restart", "bool", "start ranks that have ended again, and serve their requests again"),
     # -- memory and scheduling
     _engine("max-model-len", "int", "most tokens of a request, prompt and answer"),
     _engine("gpu-memory-utilization", "float", "share of a GPU's memory"),
+    _engine("memory-size", "float", "most GiB of weights, keys and values that a process may hold"),
     _engine("max-num-seqs", "int", "requests that run at a time"),
     _engine("max-num-batched-tokens", "int", "tokens of a step"),
     _engine("block-size", "int", "tokens of a KV block"),

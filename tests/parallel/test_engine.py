@@ -106,8 +106,30 @@ def test_stages_and_gloo_give_the_same_tokens():
         eng = engine(None, workers=stages)
         assert tokens_of(eng, prompts) == expected
         assert eng.scheduler.pipeline_stages == eng.scheduler.max_in_flight == 2
-        assert [rank.layers for rank in eng.balance().ranks] == [5, 3]
+        balance = eng.balance()  # both ends hold the embedding, so that four layers each are even
+        assert [rank.layers for rank in balance.ranks] == [4, 4] and balance.memory_spread < 0.1
         eng.close()
+        eng = engine(None, workers=stages, pp_layer_partition="3,5")
+        assert tokens_of(eng, prompts[:2]) == expected[:2]
+        assert [rank.layers for rank in eng.balance().ranks] == [3, 5]
+        eng.close()
+        with pytest.raises(ValueError, match="pp_layer_partition=3,4 must give the layers of 2 stages, 8 together"):
+            engine(None, workers=stages, pp_layer_partition=(3, 4))
+        twice_as_large_as_a_rank_may_hold(stages, prompts, expected)
+
+
+def twice_as_large_as_a_rank_may_hold(stages, prompts, expected):
+    weights = 27.2 / 1024  # GiB of the embedded model in float32
+    options = {"dtype": "float32", "num_blocks": None, "memory_size": 0.7 * weights, "max_num_seqs": 4}
+    with pytest.raises(ValueError, match=r"take 2.\.. MiB, and memory_size=.* split the model among 2 ranks or more"):
+        engine(None, **options)
+    with pytest.raises(ValueError, match=r"num_blocks=1000 do not fit: with memory_size=.* has room for"):
+        engine(None, workers=stages, **options | {"num_blocks": 1000})
+    eng = engine(None, workers=stages, **options)
+    assert tokens_of(eng, prompts) == expected
+    held = [rank.weight_bytes + rank.kv_bytes for rank in eng.balance().ranks]
+    assert max(held) <= 0.7 * weights * 2**30 and eng.blocks.num_blocks > 100
+    eng.close()
 
 
 SAMPLING = [

@@ -1,5 +1,6 @@
 """Shards and stages of a model together compute what the whole model does."""
 
+import itertools
 import random
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from labkit.loading.checkpoint import Checkpoint
 from labkit.models import load_model
-from labkit.models.place import WHOLE, stages_of
+from labkit.models.place import WHOLE
+from labkit.models.stages import Load, stages_of
+from labkit.parallel.balance import Balance, RankLoad
 from labkit.parallel.ranks import Ranks
 from labkit.quantization.quantize import quantize
 from tests.models.configs import NATIVE, VOCAB, config, reference_model
@@ -113,8 +116,44 @@ def test_models_without_a_native_decoder_are_refused_by_name(tmp_path):
 
 
 def test_stages_are_as_equal_as_they_can_be():
-    assert stages_of([1.0] * 8, 0.0, 4) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-    assert [len(run) for run in stages_of([1.0] * 28, 9.9, 4)] == [9, 9, 9, 1]  # the head weighs as much as ten layers
-    assert [len(run) for run in stages_of([1.0] * 61, 0.0, 4)] in ([15, 15, 15, 16], [16, 15, 15, 15])
+    one = Load(1.0, 1.0)
+    assert stages_of([one] * 8, 4) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+    head = Load(9.9, 9.9)  # as heavy as ten layers
+    assert [len(run) for run in stages_of([one] * 28, 4, last=head)] == [9, 9, 9, 1]
+    assert [len(run) for run in stages_of([one] * 61, 4)] in ([15, 15, 15, 16], [16, 15, 15, 15])
     with pytest.raises(ValueError, match="2 layers cannot be split into 3 stages: at most 2"):
-        stages_of([1.0, 1.0], 0.0, 3)
+        stages_of([one] * 2, 3)
+
+
+def test_stages_are_even_in_what_they_read_and_in_what_they_hold():
+    """No other partition has a smaller largest excess."""
+    for seed in range(30):
+        rng = random.Random(seed)
+        num, stages = rng.randint(2, 9), rng.randint(1, 3)
+        stages = min(stages, num)
+        loads = [Load(rng.uniform(0.5, 2), rng.uniform(0.5, 2)) for _ in range(num)]
+        first, last = Load(0.0, rng.uniform(0, 4)), Load(rng.uniform(0, 4), rng.uniform(0, 4))
+
+        def excess(runs, loads=loads, first=first, last=last):
+            totals = [[sum(loads[i][kind] for i in run) for run in runs] for kind in (0, 1)]
+            for kind in (0, 1):
+                totals[kind][0] += first[kind]
+                totals[kind][-1] += last[kind]
+            return max(max(each) / (sum(each) / len(each)) for each in totals)
+
+        cuts = itertools.combinations(range(1, num), stages - 1)
+        every = [[range(a, b) for a, b in itertools.pairwise((0, *cut, num))] for cut in cuts]
+        found = stages_of(loads, stages, first, last)
+        assert excess(found) == pytest.approx(min(map(excess, every))), f"seed {seed}"
+
+
+def test_the_balance_says_what_stands_in_the_way():
+    def of(*stages):
+        return Balance([RankLoad(i, i, 0, layers, 100 * layers, 100 * layers + ends, 0, busy, 0.0)
+                        for i, (layers, ends, busy) in enumerate(stages)])  # fmt: skip
+
+    heavy = of((9, 0, 9.0), (9, 0, 9.0), (9, 0, 9.0), (1, 990, 10.9))
+    assert "busy time: the head takes as long as 9.9 layers, so no partition of 28 layers" in repr(heavy)
+    uneven = of((5, 100, 5.0), (3, 100, 5.0))
+    assert "memory: pp_layer_partition='4,4' would be within 0.0%" in repr(uneven)
+    assert "pp_layer_partition" not in repr(of((4, 100, 4.0), (4, 100, 4.1)))
