@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "core": {"core"},
     "clock": {"core"},
     "transfer": set(),
+    "images": {"core", "images"},
     "assets": {"core"},
     "text": {"core", "text"},
     "sampling": {"core", "sampling", "transfer"},
@@ -27,6 +28,7 @@ MAY_IMPORT = {
         "clock",
         "core",
         "engine",
+        "images",
         "loading",
         "models",
         "notebook",
@@ -36,9 +38,9 @@ MAY_IMPORT = {
         "text",
         "widgets",
     },
-    "llm": {"core", "engine", "llm", "text"},
+    "llm": {"core", "engine", "images", "llm", "text"},
     "compat": {"core", "llm"},
-    "server": {"core", "engine", "server", "text"},
+    "server": {"core", "engine", "images", "server", "text"},
     "widgets": {"core", "widgets"},
     "lab": {"core", "engine", "lab", "models", "widgets"},  # engines are made and watched from outside
     "training": {"assets", "core", "models", "text", "training"},
@@ -77,6 +79,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "parallel": {"torch", "numpy", "transformers", "labkit_kernels"},
     "sampling": {"torch", "numpy"},
     "transfer": {"torch", "numpy"},
+    "images": {"PIL", "numpy"},
     "text": {"numpy", "tokenizers", "transformers", "jinja2", "torch", "llguidance"},
     "assets": {"torch", "numpy", "tokenizers", "transformers"},
     "engine": {"numpy", "torch", "pandas", "labkit_kernels", "huggingface_hub", "zmq"},
@@ -100,7 +103,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "quantization": {"torch", "pandas", "plotly", "safetensors", "tqdm"},
     "study": {"labkit_kernels", "torch", "numpy", "pandas", "plotly", "tqdm", "IPython", "anywidget", "ray"},
 }
-LAZY = {"ray", "pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}
+LAZY = {"PIL", "ray", "pandas", "plotly", "anywidget", "ipywidgets", "llguidance", "IPython", "tqdm", "pynvml"}
 
 
 def modules() -> list[Path]:

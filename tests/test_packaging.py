@@ -24,8 +24,8 @@ def test_the_base_needs_only_what_the_engine_needs():
 
 def test_every_dependency_has_a_lower_and_an_upper_bound():
     extras = PROJECT["optional-dependencies"]
-    assert {"lab", "server", "structured", "study", "otel", "events", "dev"} <= set(extras)
-    assert extras["dev"][0] == "labkit[lab,server,structured,study,otel,events]"
+    assert {"lab", "server", "structured", "images", "study", "otel", "events", "dev"} <= set(extras)
+    assert extras["dev"][0] == "labkit[lab,server,structured,images,study,otel,events]"
     for dependency in [
         *PROJECT["dependencies"],
         *extras["lab"],
@@ -33,6 +33,7 @@ def test_every_dependency_has_a_lower_and_an_upper_bound():
         *extras["study"],
         *extras["otel"],
         *extras["ray"],
+        *extras["images"],
         *extras["dev"][1:],
     ]:
         assert re.search(r">=[\d.]+,<[\d.]+", dependency), dependency
