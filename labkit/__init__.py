@@ -25,6 +25,7 @@ _HOME = {
     "FunctionDraft": "sampling.drafts",
     "NGramDraft": "sampling.drafts",
     "SuffixDraft": "sampling.drafts",
+    "EagleDraft": "sampling.drafts",
     "ModelDraft": "sampling.drafts",
     "SamplingParams": "core.params",
     "Request": "core.request",
@@ -126,7 +127,7 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
-    from .sampling.drafts import FunctionDraft, ModelDraft, NGramDraft, SuffixDraft
+    from .sampling.drafts import EagleDraft, FunctionDraft, ModelDraft, NGramDraft, SuffixDraft
     from .server import serve
     from .server.manager import ModelManager
     from .study import workloads

@@ -49,10 +49,10 @@ class Options:
     most `kv_disk_size` GiB, whose prefixes outlive the engine. `adapters` are LoRA adapters by name ({"sql":
     "folder"}), of which `max_adapters` (8) are on the device at a time, with ranks to `max_adapter_rank` (None: 16, or
     the largest of `adapters`); either option makes room for `engine.adapters.load`. `max_cpu_adapters` limits how many
-    are kept in host memory; others are read again. `draft` or `speculative_config` ({"method": "ngram", "suffix" or
-    "draft_model", "num_speculative_tokens": 4, ...}) decodes speculatively. `tensor_parallel_size` processes split
-    every layer among them, and `pipeline_parallel_size` stages have some of the layers each, as evenly as can be or as
-    `pp_layer_partition` says ("15,15,16,15");
+    are kept in host memory; others are read again. `draft` or `speculative_config` ({"method": "ngram", "suffix",
+    "draft_model", "eagle" or "eagle3", "num_speculative_tokens": 4, ...}) decodes speculatively.
+    `tensor_parallel_size` processes split every layer among them, and `pipeline_parallel_size` stages have some of the
+    layers each, as evenly as can be or as `pp_layer_partition` says ("15,15,16,15");
     `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart` starts ranks
     again that have ended, and serves their requests again. `workers` are processes that run already, see `lk.Workers`.
     All other options go to `BlockManager` and `Scheduler`.

@@ -15,6 +15,8 @@ METHODS: dict[str, tuple[str, ...]] = {  # method -> its own keys
     "ngram": ("prompt_lookup_max", "prompt_lookup_min"),
     "suffix": ("suffix_decoding_max_cached_requests",),
     "draft_model": ("model", "quantization", "max_model_len", "draft_tensor_parallel_size"),
+    "eagle": ("model", "quantization", "draft_tensor_parallel_size"),
+    "eagle3": ("model", "quantization", "draft_tensor_parallel_size"),
 }
 
 
@@ -46,7 +48,8 @@ def _method_of(given: Mapping[str, Any]) -> str:
     """The only method that knows one of these keys; vLLM does not ask for a method then, either."""
     if given.get("model") in ("ngram", "[ngram]"):
         raise ValueError("speculative_config: write {'method': 'ngram', ...} without a model")
-    found = [method for method, keys in METHODS.items() if any(key in given for key in keys)]
+    heads = ("eagle", "eagle3")  # of a model without a method, as vLLM takes it, only the whole ones are meant
+    found = [name for name, keys in METHODS.items() if name not in heads and any(key in given for key in keys)]
     if len(found) != 1:
         raise ValueError(f"speculative_config needs a method, one of {', '.join(METHODS)}; got {dict(given)!r}")
     return found[0]
@@ -72,15 +75,29 @@ def _suffix(given: Mapping[str, Any]) -> Any:
 def _draft_model(given: Mapping[str, Any]) -> Any:
     from labkit.sampling.drafts import ModelDraft
 
+    more = {name: given[name] for name in ("quantization", "max_model_len") if name in given}
+    return ModelDraft(_model_of(given, "draft_model", "such as 'tiny-draft'"), **_common(given), **more)
+
+
+def _eagle(given: Mapping[str, Any]) -> Any:
+    from labkit.sampling.drafts import EagleDraft
+
+    method = given["method"]
+    folder = _model_of(given, method, "the folder of a head")
+    return EagleDraft(folder, **_common(given), layout=method, quantization=given.get("quantization"))
+
+
+def _model_of(given: Mapping[str, Any], method: str, such: str) -> Any:
     if "model" not in given:
-        raise ValueError("speculative_config: method 'draft_model' needs a model, such as 'tiny-draft'")
+        raise ValueError(f"speculative_config: method {method!r} needs a model, {such}")
     if given.get("draft_tensor_parallel_size", 1) != 1:
         raise ValueError("draft_tensor_parallel_size must be 1: the draft model is not split")
-    more = {name: given[name] for name in ("quantization", "max_model_len") if name in given}
-    return ModelDraft(given["model"], **_common(given), **more)
+    return given["model"]
 
 
-_MAKE: dict[str, Callable[[Mapping[str, Any]], Any]] = {"ngram": _ngram, "suffix": _suffix, "draft_model": _draft_model}
+_MAKE: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "ngram": _ngram, "suffix": _suffix, "draft_model": _draft_model, "eagle": _eagle, "eagle3": _eagle,
+}  # fmt: skip
 
 
 def _common(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,12 +121,23 @@ def load_draft(draft: Draft | None, target: Any, folder: Path | None, tokenizer:
         return wanted
     source = resolve(path(str(wanted)) if str(wanted) in EMBEDDED else wanted)
     options["quantization"] = getattr(draft, "quantization", None)
+    if hasattr(draft, "layout"):
+        return _load_head(source, target, draft.layout, options, tokenizer)
     model = load_model(source, device=target.device, **options)
     check_vocabulary(model, target, source, tokenizer)
     if model.max_model_len < target.max_model_len:
         asked = getattr(draft, "max_model_len", None) or model.max_model_len
         draft.max_model_len = min(asked, model.max_model_len)  # type: ignore[attr-defined]
     return model
+
+
+def _load_head(folder: Path, target: Any, layout: str | None, options: dict[str, Any], tokenizer: Any) -> Any:
+    from labkit.models.eagle import load_head
+
+    taken = {name: options[name] for name in ("deterministic", "quantization") if name in options}
+    head = load_head(folder, target, layout, **taken)
+    check_vocabulary(head, target, folder, tokenizer)
+    return head
 
 
 def check_vocabulary(model: Any, target: Any, folder: Path | None, tokenizer: Any) -> None:

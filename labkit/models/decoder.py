@@ -65,7 +65,7 @@ class Attention:
 
     def __init__(
         self, weights: Weights, name: str, index: int, shape: Shape, window: int, table: Tensor | None, ops: Ops,
-        group: Collectives | None = None,
+        group: Collectives | None = None, inputs: Units | None = None,
     ) -> None:  # fmt: skip
         self.shape, self.ops, self.index, self.window, self.table = shape, ops, index, window, table
         self.group = group
@@ -73,7 +73,7 @@ class Attention:
         hidden, fused = Units(shape.hidden_size), f"{name}.qkv_proj"
         separate = {f"{name}.{part}_proj": (units,) for part, units in zip("qkv", (q, kv, kv), strict=True)}
         stored = {fused: (q, kv, kv)} if weights.has_layer(fused) else separate
-        self.qkv = weights.linear(stored, hidden, "column")
+        self.qkv = weights.linear(stored, inputs or hidden, "column")
         self.out = weights.linear({f"{name}.o_proj": (hidden,)}, q, "row")
         self.sizes = [weights.shard.size(name, units) for units in (q, kv, kv)]
         self.q_norm = Norm(weights, f"{name}.q_norm", shape, ops) if weights.has(f"{name}.q_norm.weight") else None

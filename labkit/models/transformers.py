@@ -249,6 +249,10 @@ class TransformersModel:
         own = self.body.get_input_embeddings()(batch.token_ids)
         return {"inputs_embeds": own.index_copy(0, *batch.embeddings)[None]}
 
+    def embed(self, token_ids: Tensor) -> Tensor:
+        found: Tensor = self.body.get_input_embeddings()(token_ids)
+        return found
+
     def logits(self, hidden: Tensor) -> Tensor:
         self.given.hidden = hidden[None]
         ids = torch.zeros(1, len(hidden), dtype=torch.int64, device=self.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.plan import Plan
-from labkit.models.base import Batch, KVCache, Model
+from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.base import Layout
 from labkit.runner.groups import one_group
 from labkit.runner.memory import bytes_per_block
@@ -29,6 +29,8 @@ MOST_AT_ONCE = 2048  # tokens of one forward that catches up
 
 class Drafter:
     """One draft model over the blocks of a runner."""
+
+    layers: frozenset[int] = frozenset()  # of the target, whose hidden states it reads
 
     def __init__(self, model: Model, caches: list[KVCache], layout: Layout, sampler: Sampler, repeats: bool) -> None:
         self.model, self.caches, self.layout, self.sampler = model, caches, layout, sampler
@@ -76,6 +78,14 @@ class Drafter:
         num = plan.num_decode
         self._make_width(int(end.max()))
         self.tokens[rows[:num], start[:num]] = plan.tokens[plan.indptr[:num]]
+
+    def keep(
+        self, plan: Plan, query_start: np.ndarray, hidden: Tensor, capture: Capture | None, tables: np.ndarray
+    ) -> None:
+        """A draft model reads nothing of the target."""
+
+    def settle(self, plan: Plan, tables: np.ndarray) -> None:
+        """Nothing waits."""
 
     def _make_width(self, num_tokens: int) -> None:
         width = self.tokens.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,9 @@ def prompt_logprobs(model: Model, hidden: Tensor, at: int, start: int, join: Any
     return found
 
 
-def capture_of(wanted: list[tuple[int, Any]]) -> Capture | None:
-    layers: dict[str, set[int]] = {"hidden": set(), "attention": set()}
+def capture_of(wanted: list[tuple[int, Any]], hidden: Iterable[int] = ()) -> Capture | None:
+    """The layers that these entries ask for, and those whose `hidden` states a draft reads."""
+    layers: dict[str, set[int]] = {"hidden": set(hidden), "attention": set()}
     for _, join in wanted:
         for what, which in join.params.capture.items() if join.params.capture else ():
             layers[what] |= set(which)

@@ -21,6 +21,7 @@ from labkit.core.blocks.tiers import Stub
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.plan import Extras, Plan
 from labkit.models.base import Batch, Capture, KVCache, Model
+from labkit.models.eagle import EagleHead
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
@@ -28,6 +29,7 @@ from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.extras import capture_of, extras_of, wanted_of
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
+from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
 from labkit.runner.repeats import Repeats
@@ -58,7 +60,7 @@ class TorchRunner:
         kv_cache_dtype: str = "auto",
         kv_disk_path: str | os.PathLike[str] | None = None,
         capture: tuple[int, int] | None = None,
-        draft_model: Model | None = None,
+        draft_model: Model | EagleHead | None = None,
     ) -> None:
         """`graphs`: replay captured decode steps. None means yes on a GPU, for models that can be captured; on a CPU it
         means that the layers' C++ calls are recorded and repeated. False means neither. "all" captures every step, also
@@ -83,7 +85,12 @@ class TorchRunner:
         self.repeats: Repeats | None = None
         self.groups = by_window(model.kv) if flag("hybrid_kv", hybrid_kv) else one_group(model.kv)
         self._wants_graphs = (
-            model.capturable and not hybrid_kv and (model.device.type == "cuda" if graphs is None else bool(graphs))
+            model.capturable
+            and not hybrid_kv
+            and not isinstance(
+                draft_model, EagleHead
+            )  # it reads hidden states, which captured steps keep to themselves
+            and (model.device.type == "cuda" if graphs is None else bool(graphs))
         )
         self._wants_repeats = (
             graphs is None and self.device.type == "cpu" and model.capturable and hasattr(model, "through")
@@ -182,7 +189,11 @@ class TorchRunner:
     def _make_drafter(self) -> None:
         if self.draft_model is not None and self.layout is not None:
             caches = self.store.caches[self.groups.size :]
-            self.drafter = Drafter(self.draft_model, caches, self.layout, self.sampler, self._wants_repeats)
+            args = (caches, self.layout, self.sampler)
+            if isinstance(self.draft_model, EagleHead):
+                self.drafter = HeadDrafter(self.draft_model, *args)
+            else:
+                self.drafter = Drafter(self.draft_model, *args, self._wants_repeats)
 
     def on_disk(self) -> list[Stub]:
         """The blocks of this model in `kv_disk_path`, the longest unused first."""
@@ -286,14 +297,17 @@ class TorchRunner:
             self.drafter.follow(plan, self.rows.tables[0])
             if plan.fill_drafts:
                 plan = self.drafter.fill(plan, self.rows.tables[0], self._sample)
+            self.drafter.settle(plan, self.rows.tables[0])
         if isinstance(self.graphs, Steps) and self.graphs.can_run(plan):
             return self._run_captured(self.graphs, plan, begin)
         if isinstance(self.graphs, Graphs) and self._can_replay(plan):
             return self._replay(self.graphs, plan, begin)
         inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype)
         wanted = wanted_of(plan, self.rows)
-        capture = capture_of(wanted)
+        capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
+        if self.drafter is not None:
+            self.drafter.keep(plan, inputs.query_start, hidden, capture, self.rows.tables[0])
         if not self.draws:
             return self._pending(Computed(plan, None, None, {}, [], begin, self.device))
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)

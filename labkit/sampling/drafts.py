@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from labkit.core.options import flag, named_options, whole
+from labkit.core.options import choose, flag, named_options, whole
 from labkit.core.scheduling.drafting import NO_GUESS, Asked, FunctionDraft, Tokens
 
-__all__ = ["FunctionDraft", "ModelDraft", "NGramDraft", "SuffixDraft"]
+__all__ = ["EagleDraft", "FunctionDraft", "ModelDraft", "NGramDraft", "SuffixDraft"]
 
 MOST_TOKENS = 32  # guesses for one row
 
@@ -212,3 +212,22 @@ class ModelDraft:
 
     def propose(self, asked: Asked) -> Sequence[Tokens]:
         raise RuntimeError("the runner makes these guesses")
+
+
+@named_options
+class EagleDraft(ModelDraft):
+    """An EAGLE head guesses, in the runner: one layer that reads the model's own hidden states.
+
+    `model` is a folder with a head's checkpoint, or what `labkit.models.eagle.load_head` made of it. `layout` is
+    "eagle" or "eagle3"; None is what the checkpoint has.
+    """
+
+    def __init__(
+        self, model: Any, num_tokens: int = 4, *, layout: str | None = None, adaptive: bool = True,
+        quantization: str | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, num_tokens, adaptive=adaptive, quantization=quantization)
+        self.layout = None if layout is None else choose("layout", layout, {"eagle": "eagle", "eagle3": "eagle3"})
+
+    def __repr__(self) -> str:
+        return f"EagleDraft({getattr(self.model, 'name', self.model)}, {self.num_tokens} tokens)"

@@ -85,7 +85,7 @@ FLAGS: tuple[Flag, ...] = (
     _engine("preemption", "str", "recompute, swap or auto"),
     _engine("eviction", "str", "lru, fifo, lfu, slru, s3-fifo, ttl or cost"),
     _process("enforce-eager", "bool", "no captured CUDA graphs"),
-    _engine("speculative-config", "json", 'drafts: {"method": "ngram" | "suffix" | "draft_model", "model": ..., ...}'),
+    _engine("speculative-config", "json", 'drafts: {"method": "ngram" | "draft_model" | "eagle3" | .., "model": ..}'),
     _engine("graphs", "str", "all: capture steps with prefills, too, not only decode steps", fits=("all",)),
     _engine("capture-at-start", "bool", "capture every size before the first request"),
     # -- adapters
