@@ -13,6 +13,7 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
+from labkit.engine.images import Images, load_images, sees
 from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, partition, pool_of
 from labkit.engine.speculation import load_draft, speculation
 from labkit.runner.base import KV_CACHE_DTYPES
@@ -25,6 +26,7 @@ class Parts(NamedTuple):
     scheduler: Scheduler
     runner: Any
     tokenizer: Any
+    images: Images | None = None
 
 
 @named_options
@@ -55,6 +57,8 @@ class Options:
     layers each, as evenly as can be or as `pp_layer_partition` says ("15,15,16,15");
     `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart` starts ranks
     again that have ended, and serves their requests again. `workers` are processes that run already, see `lk.Workers`.
+    Of models with images, `limit_mm_per_prompt` ({"image": 4}) limits a request's images, and `mm_processor_kwargs` go
+    to the model's processor.
     All other options go to `BlockManager` and `Scheduler`.
     """
 
@@ -113,6 +117,8 @@ class Options:
     distributed_executor_backend: str | None = None
     restart: bool = False
     workers: Any = None
+    limit_mm_per_prompt: Any = None
+    mm_processor_kwargs: Any = None
     log: Any = None
 
     def __post_init__(self) -> None:
@@ -255,7 +261,17 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         scheduling["max_in_flight"] = busy if draft is None else 0
     scheduling["max_adapters"] = loading["adapter_room"][0] if loading["adapter_room"] else None
     scheduler = Scheduler(blocks, max_model_len=length, draft=draft, **scheduling)
-    return Parts(scheduler, runner, tokenizer)
+    return Parts(scheduler, runner, tokenizer, _images(options, folder))
+
+
+def _images(options: Options, folder: Path | None) -> Images | None:
+    """The image processor of a model that sees."""
+    if folder is None or not sees(folder):
+        return None
+    return load_images(
+        folder, limits=options.limit_mm_per_prompt, kwargs=options.mm_processor_kwargs,
+        trust_remote_code=options.trust_remote_code,
+    )  # fmt: skip
 
 
 def _adapter_room(options: Options) -> tuple[int, int] | None:

@@ -26,9 +26,11 @@ from labkit.core.tokens import TokenIds
 from labkit.engine.adapters import Adapters
 from labkit.engine.adapters import checked as checked_adapters
 from labkit.engine.build import Options, build
+from labkit.engine.chat_images import chat_prompt
 from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, num_disk_blocks_of
 from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
+from labkit.engine.images import Images
 from labkit.engine.intake import make_handle
 from labkit.engine.settings import apply, checked
 from labkit.engine.sleeping import Sleeping
@@ -75,6 +77,7 @@ class Engine(Sleeping, Shown):
     ) -> None:
         check_names("Engine", options, (*_PARTS, *Options.__dataclass_fields__))
         worker: Worker | None = None
+        self.images: Images | None = None  # the image processor of a model that sees
         if scheduler is None and runner is None:
             worker = Worker()
             try:
@@ -82,7 +85,7 @@ class Engine(Sleeping, Shown):
             except BaseException:
                 worker.stop()
                 raise
-            scheduler, runner, tokenizer = parts.scheduler, parts.runner, parts.tokenizer
+            scheduler, runner, tokenizer, self.images = parts
         elif model is not None or options:
             given = "a model" if model is not None else ", ".join(options)
             raise TypeError(
@@ -136,9 +139,9 @@ class Engine(Sleeping, Shown):
         """Submit a prompt. `arrival` delays it to that time (seconds) on the engine's clock. Errors are raised here and
         change nothing.
 
-        A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. `adapter` names one of
-        `engine.adapters`. While the engine runs in the background, the request is handled between two steps: if the
-        queue is full by then, its status is `rejected`.
+        A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, and with images also
+        "multi_modal_data": {"image": [..]}. `adapter` names one of `engine.adapters`. While the engine runs in the
+        background, the request is handled between two steps: if the queue is full by then, its status is `rejected`.
         """
         self._check_open()
         handle = make_handle(
@@ -233,8 +236,14 @@ class Engine(Sleeping, Shown):
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, tools: Any = None, **options: Any
     ) -> Handle:
         """One turn of a conversation, formatted with the model's chat template."""
-        found: Handle = self.generate(self.chat_ids(messages, **({"tools": tools} if tools else {})), params, **options)
+        prompt = self.chat_prompt(messages, **({"tools": tools} if tools else {}))
+        found: Handle = self.generate(prompt, params, **options)
         return found
+
+    def chat_prompt(self, messages: Sequence[Message], **more: Any) -> Prompt:
+        """A conversation as a prompt, with the images that its messages hold."""
+        prompt: Prompt = chat_prompt(self, messages, more)
+        return prompt
 
     def chat_ids(self, messages: Sequence[Message], **more: Any) -> list[int]:
         chat = getattr(self.tokenizer, "chat", None)
@@ -415,9 +424,9 @@ class Engine(Sleeping, Shown):
         other = object.__new__(Engine)
         memo[id(self)] = other
         for name, value in vars(self).items():
-            if name not in ("worker", "listeners", "wakeup", "lock", "_finalizer", "tokenizer", "adapters"):
+            if name not in ("worker", "listeners", "wakeup", "lock", "_finalizer", "tokenizer", "adapters", "images"):
                 setattr(other, name, copy.deepcopy(value, memo))
-        other.worker, other.listeners, other.tokenizer = None, [], self.tokenizer
+        other.worker, other.listeners, other.tokenizer, other.images = None, [], self.tokenizer, self.images
         other.wakeup, other.lock = Wakeup(), threading.Lock()
         other.adapters = self.adapters.for_engine(other)
         other.blocks.taken = Taken(weakref.ref(other))

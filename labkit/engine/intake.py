@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.tokens import as_tokens
 from labkit.engine.adapters import Adapters
 from labkit.engine.handle import Handle, Owner
+from labkit.engine.images import Images
 from labkit.runner.base import Runner
 
 
@@ -27,6 +28,8 @@ class Server(Owner, Protocol):
     scheduler: Scheduler
     runner: Runner
     clock: Clock
+
+    images: Images | None
 
     @property
     def adapters(self) -> Adapters: ...
@@ -50,7 +53,7 @@ def make_handle(
     params = SamplingParams() if params is None else params
     if not isinstance(params, SamplingParams):
         raise ValueError(f"params must be SamplingParams, got {params!r}")
-    tokens, prompt_text = prompt_ids(engine, prompt)
+    tokens, prompt_text, images = read_prompt(engine, prompt)
     params = _fitting(engine, params, len(tokens))
     whole("priority", priority, least=-(2**31), most=2**31)
     if id is not None:
@@ -58,12 +61,14 @@ def make_handle(
     for name, value in (("salt", salt), ("adapter", adapter)):
         if value is not None:
             text(name, value, may_be_empty=True)
-    spans = _spans(spans)
+    spans = (*_spans(spans), *images)
     for span in spans:
         if not isinstance(span, Span):
             raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
         if not 0 <= span.start < span.end <= len(tokens):
             raise ValueError(f"{span!r} does not lie within the prompt's {len(tokens)} tokens")
+    if engine.images is not None and not any(span.num_inputs for span in spans):
+        engine.images.check_none(tokens)
     _check_embeddings(engine, spans)
     when = engine.clock.now()
     if arrival is not None:
@@ -87,17 +92,31 @@ def make_handle(
 
 def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
     """A prompt's token ids, and its text if it was given as text."""
-    written = None
+    return read_prompt(engine, prompt)[:2]
+
+
+def read_prompt(engine: Server, prompt: Any) -> tuple[Tokens, str | None, tuple[Span, ...]]:
+    """A prompt's token ids, its text if it was given as text, and where its images lie."""
+    written, given, kwargs = None, None, None
     if isinstance(prompt, Mapping):
-        check_names("a prompt", prompt, ("prompt", "prompt_token_ids"))
-        if len(prompt) != 1:
+        check_names("a prompt", prompt, ("prompt", "prompt_token_ids", "multi_modal_data", "mm_processor_kwargs"))
+        given, kwargs = prompt.get("multi_modal_data"), prompt.get("mm_processor_kwargs")
+        texts = [value for name, value in prompt.items() if name in ("prompt", "prompt_token_ids")]
+        if len(texts) != 1:
             raise ValueError(f'a prompt holds "prompt" or "prompt_token_ids", got {sorted(prompt)}')
-        (prompt,) = prompt.values()
+        (prompt,) = texts
+    encode = getattr(engine.tokenizer, "encode", None)
+    spans: tuple[Span, ...] = ()
+    if given is not None:
+        if engine.images is None:
+            raise ValueError(f"multi_modal_data: {engine.runner!r} serves a model that takes text only")
+        if isinstance(prompt, str):
+            written = text("prompt", prompt, may_be_empty=True)
+        prompt, spans = engine.images.place(prompt, given, _encoder(encode), kwargs)
+    elif kwargs:
+        raise ValueError("mm_processor_kwargs are for the images of a prompt, and it has no multi_modal_data")
     if isinstance(prompt, str):
-        encode = getattr(engine.tokenizer, "encode", None)
-        if encode is None:
-            raise ValueError("prompt must be token ids, got text: this engine has no tokenizer to encode it")
-        prompt, written = encode(text("prompt", prompt, may_be_empty=True)), prompt
+        prompt, written = _encoder(encode)(text("prompt", prompt, may_be_empty=True)), prompt
     tokens = as_tokens(prompt)
     if not len(tokens):
         raise ValueError("prompt is empty: a request needs at least one token")
@@ -105,7 +124,13 @@ def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
     if int(tokens.max()) >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
         raise ValueError(f"prompt[{at}] is {tokens[at]}, out of vocabulary: the last id is {vocab_size - 1}")
-    return tokens, written
+    return tokens, written, spans
+
+
+def _encoder(encode: Callable[[str], list[int]] | None) -> Callable[[str], list[int]]:
+    if encode is None:
+        raise ValueError("prompt must be token ids, got text: this engine has no tokenizer to encode it")
+    return encode
 
 
 def _spans(given: Iterable[Span]) -> tuple[Span, ...]:

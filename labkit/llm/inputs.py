@@ -7,11 +7,12 @@ from dataclasses import replace
 from json import loads
 from typing import Any, NamedTuple, TypedDict
 
+from labkit.core.blocks.spans import Span
 from labkit.core.params import SamplingParams
 from labkit.engine.checks import is_ids
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
-from labkit.engine.intake import prompt_ids
+from labkit.engine.intake import read_prompt
 
 FORMS = ("json", "regex", "choice", "grammar", "json_object")
 
@@ -20,6 +21,8 @@ class TextPrompt(TypedDict, total=False):
     """A prompt as text."""
 
     prompt: str
+    multi_modal_data: dict[str, Any]
+    mm_processor_kwargs: dict[str, Any]
     cache_salt: str
 
 
@@ -28,6 +31,8 @@ class TokensPrompt(TypedDict, total=False):
 
     prompt_token_ids: list[int]
     prompt: str
+    multi_modal_data: dict[str, Any]
+    mm_processor_kwargs: dict[str, Any]
     cache_salt: str
 
 
@@ -97,10 +102,17 @@ class Job(NamedTuple):
     salt: str | None
     priority: int
     adapter: str | None = None
+    spans: tuple[Span, ...] = ()  # its images
 
     def submit(self, engine: Engine, id: str | None = None) -> Handle:
         handle = engine.submit(
-            self.ids, self.params, id=id, priority=self.priority, salt=self.salt, adapter=self.adapter
+            {"prompt_token_ids": self.ids},
+            self.params,
+            id=id,
+            priority=self.priority,
+            salt=self.salt,
+            adapter=self.adapter,
+            spans=self.spans,
         )
         for member in (handle, *handle.samples):
             member.prompt_text = self.text  # type: ignore[attr-defined]
@@ -120,7 +132,7 @@ def job(
     if not isinstance(params, SamplingParams):
         raise ValueError(f"sampling_params must be SamplingParams, got {params!r}")
     prompt, salt = _plain(prompt)
-    ids, text = prompt_ids(engine, prompt)
+    ids, text, spans = read_prompt(engine, prompt)
     room = engine.scheduler.room_for(len(ids))
     if room < 1:
         raise ValueError(
@@ -130,7 +142,7 @@ def job(
     _check_logprobs(params, max_logprobs)
     if params.max_tokens is not None and params.max_tokens > room:
         params = replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
-    return Job(ids.tolist(), text, params, salt, priority, adapter)
+    return Job(ids.tolist(), text, params, salt, priority, adapter, spans)
 
 
 def _check_logprobs(params: SamplingParams, most: int | None) -> None:
@@ -146,9 +158,9 @@ def _plain(prompt: Any) -> tuple[Any, str | None]:
     if not isinstance(prompt, Mapping):
         return prompt, None
     given = {name: value for name, value in prompt.items() if value is not None and name != "type"}
-    for name in ("multi_modal_data", "multi_modal_uuids", "mm_processor_kwargs", "encoder_prompt", "prompt_embeds"):
+    for name in ("multi_modal_uuids", "encoder_prompt", "prompt_embeds"):
         if given.pop(name, None):
-            raise ValueError(f"{name}: the models served here take text only")
+            raise ValueError(f"{name} is not served: give the prompt as text or token ids, and images with it")
     salt = given.pop("cache_salt", None)
     if "prompt_token_ids" in given:
         given.pop("prompt", None)  # its text, for the reader

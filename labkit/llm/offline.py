@@ -8,6 +8,7 @@ from typing import Any
 from labkit.core.options import check_names
 from labkit.core.params import SamplingParams
 from labkit.engine.beams import BeamSearchParams, beam_search
+from labkit.engine.chat_images import chat_prompt
 from labkit.engine.closing import LeakReport
 from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine, Prompt
@@ -116,16 +117,12 @@ class LLM:
             raise ValueError("chat needs a model's tokenizer with a chat template; this engine has none")
         if chat_template is not None:
             tokenizer = with_template(tokenizer, chat_template)
-        prompts = [
-            tokenizer.chat(
-                conversation,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                **kwargs,
-            )
-            for conversation in conversations
-        ]
-        return self._run([{"prompt_token_ids": ids} for ids in prompts], sampling_params, priority, lora_request)
+        kwargs |= {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
+        prompts = [chat_prompt(self.engine, conversation, kwargs, tokenizer) for conversation in conversations]
+        return self._run(prompts, sampling_params, priority, lora_request)
 
     def _run(self, prompts: list[Any], params: Any, priority: Any, lora_request: Any) -> list[RequestOutput]:
         given = each("sampling_params", params, len(prompts), (SamplingParams,))

@@ -258,10 +258,11 @@ class Dummy:
     """Random weights for a config: each tensor a function of the seed and its own name."""
 
     def __init__(self, config: Any, seed: int = 0, *, trust_remote_code: bool = False) -> None:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+        kind = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = kind.from_config(config, trust_remote_code=trust_remote_code)
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self.seed, self.scale = seed, float(getattr(config, "initializer_range", 0.02) or 0.02)
 

@@ -55,7 +55,7 @@ def load_model(
             raise ValueError('a config has no weights: load_format="dummy" makes random ones')
     device = torch.device(device)
     dtype = _dtype(dtype, config)
-    longest = getattr(config, "max_position_embeddings", None) or 2048
+    longest = getattr(getattr(config, "text_config", config), "max_position_embeddings", None) or 2048
     length = longest if max_model_len is None else whole("max_model_len", max_model_len, least=2)
     if weights is None:
         if getattr(config, "quantization_config", None) is not None:
@@ -91,7 +91,10 @@ def _build(
 ) -> Model:  # fmt: skip
     from labkit.models.decoder import FAMILIES, Decoder
     from labkit.models.place import WHOLE
+    from labkit.models.vision import load_seeing, sees
 
+    if sees(config) and path != "transformers":
+        return load_seeing(config, weights, dtype, device, length, deterministic, quantization, place or WHOLE)
     native = config.model_type in FAMILIES
     if path == "native" and not native:
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")

@@ -191,6 +191,7 @@ class Decoder:
     """Embeddings, layers, a norm and a head; see `labkit.models.base.Model`."""
 
     adapters: Slots | None = None
+    vision: Any = None  # the tower of a model that sees: `labkit.models.vision.Tower`
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
@@ -289,6 +290,7 @@ class Decoder:
         for tensor in self.head.tensors() if self.head is not None else ():
             if tensor is not self.embedding:
                 yield tensor  # also of a tied head, where its weight is stored in another order
+        yield from self.vision.tensors() if self.vision is not None else ()
 
     def linear_places(self) -> Iterator[tuple[Any, str, Sequence[Piece], bool]]:
         """Where adapters can be: (owner, its attribute, what the layer there was read from, whether it is the head)."""

@@ -28,6 +28,7 @@ class Computed:
         self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
         self.begin = begin
         self.read: dict[bytes, bool] | None = None  # disk reads that have ended
+        self.failed: dict[int, str] = {}  # rows whose inputs could not be made
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.event = torch.cuda.Event()
@@ -38,7 +39,8 @@ class Computed:
             self.event.synchronize()
         if self.host is None:
             seconds = time.perf_counter() - self.begin
-            return Result(np.zeros(0, np.int32), seconds, None, self.extras or None, read=self.read or None)
+            empty = np.zeros(0, np.int32)
+            return Result(empty, seconds, self.failed or None, self.extras or None, read=self.read or None)
         plan = self.plan
         tokens, chosen = self.host.numpy()
         draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
@@ -49,7 +51,7 @@ class Computed:
         row_of: dict[int, int] = {}
         if self.drawn is not None and (self.drawn.errors or self.drawn.logprobs):
             row_of = dict(zip(draws.tolist(), rows.tolist(), strict=True))
-        errors: dict[int, str] = {}
+        errors = dict(self.failed)
         for draw, text in self.drawn.errors.items() if self.drawn is not None else ():
             if draw in row_of:
                 errors.setdefault(row_of[draw], text)

@@ -11,6 +11,7 @@ from torch import Tensor
 from labkit.core.plan import Plan
 from labkit.models.base import Batch, Model
 from labkit.runner.adapters import groups_of
+from labkit.runner.features import Features
 from labkit.runner.groups import Groups
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Drawn, Sample, Sampler
@@ -20,10 +21,14 @@ from labkit.transfer import put
 class Inputs(NamedTuple):
     batch: Batch
     query_start: np.ndarray  # [entries + 1]
+    failed: dict[int, str]  # rows whose images have no features, and why
 
 
-def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: torch.dtype) -> Inputs:
-    """The step's inputs on the device of `latest`, which has each row's latest sample. `dtype` is of embeddings."""
+def inputs_of(
+    plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: torch.dtype, features: Features | None = None
+) -> Inputs:
+    """The step's inputs on the device of `latest`, which has each row's latest sample. `dtype` is of embeddings;
+    `features` computes those of images."""
     size, entries, start, count = rows.layout.block_size, plan.rows, plan.start, plan.count
     device = latest.device
     query_start = np.zeros(len(entries) + 1, np.int64)
@@ -51,6 +56,7 @@ def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: tor
     token_ids = put(ids, device)
     if len(feed):
         token_ids[put(query_start[feed], device)] = latest[put(entries[feed], device)]
+    embeddings, failed = _embeddings(plan, rows, query_start, device, dtype, features)
     batch = Batch(
         token_ids=token_ids,
         positions=put(positions, device),
@@ -62,27 +68,44 @@ def inputs_of(plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: tor
         max_seq_len=longest,
         group_of=groups.group_of if len(tables) > 1 else (),
         other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
-        embeddings=_embeddings(plan, rows, query_start, device, dtype),
+        embeddings=embeddings,
         adapters=groups_of(plan, rows, device),
     )
-    return Inputs(batch, query_start)
+    return Inputs(batch, query_start, failed)
 
 
 def _embeddings(
-    plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor] | None:
-    """Inputs of this step that a request brings along: which of the step's tokens they are for, and they."""
-    places, values = [], []
+    plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device, dtype: torch.dtype, features: Features | None
+) -> tuple[tuple[Tensor, Tensor] | None, dict[int, str]]:
+    """Inputs of this step that a request brings along: which of the step's tokens they are for, and they; and the rows
+    whose images failed."""
+    parts = []  # (entry, span, first and last of the span's inputs, the step's token where the span starts)
     for entry in (plan.start < rows.embedded[plan.rows]).nonzero()[0].tolist():
         start, join = int(plan.start[entry]), rows.joins[plan.rows[entry]]
+        end = start + int(plan.count[entry])
         for span in join.spans if join is not None else ():
-            begin, end = max(span.start, start), min(span.end, start + int(plan.count[entry]))
-            if span.embeddings is not None and begin < end:
-                places.append(np.arange(begin, end) + query_start[entry] - start)
-                values.append(span.embeddings[begin - span.start : end - span.start])
-    if not places:
-        return None
-    return put(np.concatenate(places), device), put(np.concatenate(values), device).to(dtype)
+            if span.num_inputs and span.start < end and start < span.end:
+                at = np.arange(span.length) if span.places is None else span.places
+                begin, stop = np.searchsorted(at, (start - span.start, end - span.start)).tolist()
+                if begin < stop:
+                    parts.append((entry, span, begin, stop, at[begin:stop] + span.start - start + query_start[entry]))
+    if not parts:
+        return None, {}
+    images = [span for _, span, *_ in parts if span.pixels is not None]
+    found, errors = ({}, {}) if features is None else (features.of(images), features.errors)
+    failed: dict[int, str] = {}
+    places, values = [], []
+    for entry, span, begin, stop, at in parts:
+        if span.embeddings is not None:
+            value = put(span.embeddings[begin:stop], device)
+        elif span.key in found:
+            value = found[span.key][begin:stop]
+        else:
+            failed[int(plan.rows[entry])] = errors.get(span.key, "this runner computes no image features")
+            continue
+        places.append(at)
+        values.append(value.to(dtype))
+    return ((put(np.concatenate(places), device), torch.cat(values)) if places else None), failed
 
 
 def draws_of(plan: Plan, query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

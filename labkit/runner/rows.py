@@ -35,7 +35,7 @@ class Rows:
             self.joins[join.row] = join
             self.tables[:, join.row] = 0
             self.asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
-            ends = (span.end for span in join.spans if span.embeddings is not None)
+            ends = (span.end for span in join.spans if span.num_inputs)
             self.embedded[join.row] = max(ends, default=0)
         if self.adapters:
             self._place_adapters(plan)

@@ -27,6 +27,7 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.extras import capture_of, extras_of, wanted_of
+from labkit.runner.features import Features
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
 from labkit.runner.heads import HeadDrafter
@@ -101,6 +102,8 @@ class TorchRunner:
         self.embedding_size = getattr(model, "embedding_size", None)
         self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
         self.dtype_name = str(model.dtype)[6:]
+        tower = getattr(model, "vision", None)
+        self.features = None if tower is None else Features(tower)
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture
@@ -249,7 +252,7 @@ class TorchRunner:
             self.disk.close()
             self.disk = None
         self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
-        self.graphs = self.repeats = self.drafter = self.draft_model = None
+        self.graphs = self.repeats = self.drafter = self.draft_model = self.features = None
         for name in ("model", "sampler", "rows", "latest"):
             vars(self).pop(name, None)
 
@@ -258,7 +261,7 @@ class TorchRunner:
     def __getstate__(self) -> dict[str, Any]:
         if self.layout is not None:
             self.sampler.settle()  # an event cannot be copied
-        left_out = ("model", "draft_model", "_sample", "graphs", "repeats", "disk", "drafter")
+        left_out = ("model", "draft_model", "_sample", "graphs", "repeats", "disk", "drafter", "features")
         state = {name: value for name, value in vars(self).items() if name not in left_out}
         return state | {"_drafted": None if self.drafter is None else self.drafter.state()}
 
@@ -266,7 +269,7 @@ class TorchRunner:
         other = object.__new__(TorchRunner)
         memo[id(self)] = other
         state = copy.deepcopy(self.__getstate__(), memo)
-        other.model, other.draft_model = self.model, self.draft_model
+        other.model, other.draft_model, other.features = self.model, self.draft_model, self.features
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
         other.graphs = other.repeats = other.disk = other.drafter = None
@@ -302,21 +305,23 @@ class TorchRunner:
             return self._run_captured(self.graphs, plan, begin)
         if isinstance(self.graphs, Graphs) and self._can_replay(plan):
             return self._replay(self.graphs, plan, begin)
-        inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype)
+        inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features)
         wanted = wanted_of(plan, self.rows)
         capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
         if self.drafter is not None:
             self.drafter.keep(plan, inputs.query_start, hidden, capture, self.rows.tables[0])
         if not self.draws:
-            return self._pending(Computed(plan, None, None, {}, [], begin, self.device))
+            return self._pending(Computed(plan, None, None, {}, [], begin, self.device), inputs.failed)
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
-        return self._drawn(plan, drawn, extras, begin)
+        return self._drawn(plan, drawn, extras, begin, inputs.failed)
 
-    def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Pending:
+    def _drawn(
+        self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float, failed: dict[int, str]
+    ) -> Pending:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        return self._pending(Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device))
+        return self._pending(Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device), failed)
 
     def _run_captured(self, steps: Steps, plan: Plan, begin: float) -> Pending:
         tokens, hidden = steps.run(plan, self._sample)
@@ -325,9 +330,10 @@ class TorchRunner:
             return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
         rows, _, known = draws_of(plan, np.concatenate(([0], np.cumsum(plan.count))))
         drawn = draw_from(plan, hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
-        return self._drawn(plan, drawn, {}, begin)
+        return self._drawn(plan, drawn, {}, begin, {})
 
-    def _pending(self, computed: Computed) -> Pending:
+    def _pending(self, computed: Computed, failed: dict[int, str] | None = None) -> Pending:
+        computed.failed = failed or {}
         if self.disk is not None:
             computed.read = self.disk.done(wait=not len(computed.plan.rows))
         return computed if self.device.type == "cuda" else Done(computed.result())

@@ -1,4 +1,5 @@
-"""A model's tokenizer as transformers has it, for users who call it; and with another chat template."""
+"""A model's tokenizer as transformers has it, for users who call it; and with another chat template. And a model's
+processor of images."""
 
 from __future__ import annotations
 
@@ -42,3 +43,14 @@ def with_template(tokenizer: Any, template: str) -> Any:
         except OSError as error:
             raise ValueError(f"chat_template {template} cannot be read: {error.strerror}") from None
     return Tokenizer(tokenizer.backend, tokenizer.config, template)
+
+
+def load_processor(folder: Path, trust_remote_code: bool) -> Any:
+    """The processor of a model with images: its image processor, its tokenizer and its placeholders."""
+    from transformers import AutoProcessor
+
+    auto: Any = AutoProcessor  # it comes without types
+    try:
+        return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, TypeError) as error:
+        raise ValueError(f"{folder} has no image processor that can be read: {error}") from error

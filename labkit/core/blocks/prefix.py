@@ -7,67 +7,24 @@ are never merged, so tables stay append-only. A hash stays known until its last 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.core.blocks.spans import Span, span_keys
 from labkit.core.blocks.tables import Ints, Tokens
-from labkit.core.options import text, whole
+from labkit.core.options import text
 from labkit.core.shown import Shown
+
+__all__ = ["Explanation", "Lookup", "PrefixCache", "Span", "group_key", "hash_blocks", "root_hash", "span_keys"]
 
 EventSink = Callable[[tuple[object, ...]], None]
 
 DIGEST = np.dtype("V32")
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens that belong together, such as an image's. `key` (the content hash) is part of the hash of every block the
-    span touches, and a prefix hit never ends inside it.
-
-    `embeddings` [length, size], an array or a tensor, are the model's inputs at these positions, instead of the
-    embeddings of the token ids (as transformers' `inputs_embeds`). Without a `key` the embeddings are hashed.
-    """
-
-    start: int
-    length: int
-    key: bytes = b""
-    embeddings: Any = field(default=None, compare=False, repr=False)
-
-    def __post_init__(self) -> None:
-        whole("a span's start", self.start, least=0)
-        whole("a span's length", self.length, least=1)
-        if self.embeddings is not None:
-            object.__setattr__(self, "embeddings", _embeddings(self.embeddings, self.length))
-            if not self.key:
-                object.__setattr__(self, "key", sha256(self.embeddings.tobytes()).digest())
-        if not isinstance(self.key, bytes) or not self.key:
-            raise ValueError(f"a span's key is the bytes of its content's hash, got {self.key!r}")
-
-    @property
-    def end(self) -> int:
-        return self.start + self.length
-
-
-def _embeddings(given: Any, length: int) -> NDArray[np.float32]:
-    """A float32 array of its own, whatever library or device it comes from."""
-    if hasattr(given, "detach"):
-        given = given.detach().float().cpu().numpy()
-    given = np.asarray(given)
-    if given.dtype.kind not in "fiu":
-        raise ValueError(f"a span's embeddings are real numbers, got {given.dtype}")
-    found = np.array(given, np.float32)
-    if found.ndim != 2 or len(found) != length:
-        raise ValueError(f"a span's embeddings are one line for each of its {length} tokens, got shape {found.shape}")
-    if not np.isfinite(found).all():
-        raise ValueError("a span's embeddings hold nan or infinity")
-    found.flags.writeable = False
-    return found
 
 
 @dataclass(frozen=True)
@@ -118,20 +75,6 @@ def _root_hash(salt: str | None, adapter: str | None) -> bytes:
 def group_key(digest: bytes, group: int) -> bytes:
     """What a block of this group of layers is found by, where group 0 goes by the plain hash."""
     return digest if not group else bytes([digest[0] ^ group]) + digest[1:]
-
-
-def span_keys(spans: Iterable[Span], block_size: int, num_tokens: int | None = None) -> dict[int, bytes]:
-    """block index -> 32 bytes that stand for the spans it touches, and where in the block they lie."""
-    found: dict[int, list[bytes]] = {}
-    for span in spans:
-        if not isinstance(span, Span):
-            raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
-        if num_tokens is not None and span.end > num_tokens:
-            raise ValueError(f"{span!r} does not lie within {num_tokens} tokens")
-        for index in range(span.start // block_size, -(-span.end // block_size)):
-            place = f"{span.start - index * block_size}:{span.length}:".encode()
-            found.setdefault(index, []).append(place + sha256(span.key).digest())
-    return {index: sha256(b"".join(parts)).digest() for index, parts in found.items()}
 
 
 def hash_blocks(

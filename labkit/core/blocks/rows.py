@@ -132,10 +132,10 @@ class RowBlocks:
         return -(-num_tokens // self.block_size)
 
     def usable_blocks(self, num_hashes_or_tokens: int, spans: Sequence[Span], num_tokens: int) -> int:
-        """How many whole blocks a hit may use: at least one token is left to compute, and no span is split."""
+        """How many whole blocks a hit may use: at least one token is left to compute, and no atomic span is split."""
         usable = min(num_hashes_or_tokens, max(num_tokens - 1, 0)) // self.block_size
         for span in sorted(spans, key=lambda span: -span.start):
-            if span.start < usable * self.block_size < span.end:
+            if span.atomic and span.start < usable * self.block_size < span.end:
                 usable = span.start // self.block_size
         return usable
 

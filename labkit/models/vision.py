@@ -1,0 +1,203 @@
+"""Models that see: transformers' vision tower and projector before our native decoder.
+
+The tower makes an image's features from what the model's image processor made of it; the decoder takes them as inputs
+at the image's positions, as it takes any embeddings. Knows no requests and no text.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labkit.loading.checkpoint import Source
+from labkit.models.decoder import FAMILIES, Decoder
+
+# Model type -> what the language model's config calls itself, and the native family that it is.
+SEEING = ("llava",)
+ALIASES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+
+# Where checkpoints keep the language model, the longest prefix first; what follows is named as in a text model.
+LANGUAGE = ("model.language_model.model.", "language_model.model.", "model.language_model.", "model.text_model.")
+OWN = ("model.layers.", "model.embed_tokens.", "model.norm.")  # a checkpoint whose tower is outside of `model`
+HEADS = ("lm_head.", "language_model.lm_head.", "model.lm_head.")
+
+
+def sees(config: Any) -> bool:
+    return getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None
+
+
+def load_seeing(
+    config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, deterministic: bool,
+    quantization: Any, place: Any,
+) -> Decoder:  # fmt: skip
+    """A native decoder with `vision`, its tower. Refuses by name what it cannot compute."""
+    text = language_config(config, source)
+    decoder = Decoder(text, Language(source), dtype, device, max_model_len, deterministic, quantization, place)
+    decoder.name = config.architectures[0] if config.architectures else config.model_type
+    if place.is_first:
+        decoder.vision = Tower(config, source, dtype, device)
+    return decoder
+
+
+def language_config(config: Any, source: Source) -> Any:
+    """The language model's config, as the native decoder reads it."""
+    if config.model_type not in SEEING:
+        raise ValueError(f"{config.model_type!r} is not served: models with images are {', '.join(SEEING)}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{config.model_type!r}: quantized checkpoints of models with images are not read")
+    text = copy.deepcopy(config.text_config)
+    family = ALIASES.get(text.model_type, text.model_type)
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{config.model_type!r} has a language model of type {family!r}, which has no native decoder: images need "
+            f"one of {', '.join(sorted(FAMILIES))}"
+        )
+    text.tie_word_embeddings = not any(name.startswith(HEADS) for name in source.shapes)
+    return text
+
+
+def language_name(name: str) -> str | None:
+    """A stored tensor's name in a text model; None if it is not of the language model."""
+    for prefix in HEADS:
+        if name.startswith(prefix):
+            return "lm_head." + name[len(prefix) :]
+    for prefix in LANGUAGE:
+        if name.startswith(prefix):
+            return "model." + name[len(prefix) :]
+    return name if name.startswith(OWN) else None
+
+
+class Language:
+    """The language model's part of a checkpoint, under a text model's names."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.folder = getattr(source, "folder", None)
+        self.stored = {new: old for old in source.shapes if (new := language_name(old)) is not None}
+        self.shapes = {new: source.shapes[old] for new, old in self.stored.items()}
+
+    def __repr__(self) -> str:
+        return f"the language model of {self.source!r}"
+
+    def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
+        if name not in self.stored:
+            raise ValueError(f"{self!r} lacks tensor {name!r}")
+        return self.source.read(self.stored[name], dtype, device, part)
+
+
+class Tower:
+    """The vision tower and projector, without the language model."""
+
+    def __init__(self, config: Any, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        model = _load(_blind(config), source, dtype)
+        model.set_input_embeddings(nn.Embedding(1, 1))
+        self.model: Any = model.to(device).eval().requires_grad_(False)
+        self.dtype, self.device = dtype, device
+        self.inputs = tuple(inspect.signature(self.model.get_image_features).parameters)
+        self.num_forwards = 0
+
+    def __repr__(self) -> str:
+        size = sum(tensor.numel() for tensor in self.tensors())
+        return f"Tower({type(self.model).__name__}: {size / 1e6:.1f}M parameters)"
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from self.model.parameters()
+
+    def encode(self, images: Sequence[Mapping[str, Any]]) -> list[Tensor | str]:
+        """Each image's features [places, size], or why it has none. Images whose arrays fit together are computed
+        together."""
+        alike: dict[Any, list[int]] = {}
+        for i, image in enumerate(images):
+            alike.setdefault(tuple((name, array.shape[1:]) for name, array in image.items()), []).append(i)
+        found: list[Tensor | str] = [""] * len(images)
+        for group in alike.values():
+            for i, features in zip(group, self._encode([images[i] for i in group]), strict=True):
+                found[i] = features
+        return found
+
+    def _encode(self, images: list[Mapping[str, Any]]) -> Sequence[Tensor | str]:
+        given = {
+            name: self._put(torch.cat([torch.as_tensor(image[name]) for image in images]))
+            for name in images[0]
+            if name in self.inputs
+        }
+        try:
+            self.num_forwards += 1
+            out = self.model.get_image_features(**given)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            if len(images) == 1:
+                return [f"the vision tower refused the image: {error}"]
+            return [self._encode([image])[0] for image in images]
+        features = _parts(getattr(out, "pooler_output", out), [len(next(iter(image.values()))) for image in images])
+        if features is None:
+            if len(images) == 1:
+                return ["the vision tower gave no features for the image"]
+            return [self._encode([image])[0] for image in images]
+        return features
+
+    def _put(self, array: Tensor) -> Tensor:
+        return array.to(self.device, self.dtype if array.is_floating_point() else None)
+
+
+def _parts(features: Any, tiles: list[int]) -> list[Tensor] | None:
+    """Features by image, [places, size] each. A tower gives them by image or by tile, as a list or as one tensor."""
+    if len(features) == len(tiles):
+        return [one.reshape(-1, one.shape[-1]) for one in features]
+    if len(features) != sum(tiles):
+        return None
+    flat, found, at = [one.reshape(-1, one.shape[-1]) for one in features], [], 0
+    for num in tiles:
+        found.append(torch.cat(flat[at : at + num]))
+        at += num
+    return found
+
+
+def _blind(config: Any) -> Any:
+    """The config with a language model of no layers and hardly a vocabulary."""
+    blind = copy.deepcopy(config)
+    text = blind.text_config
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 8, None
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = []
+    return blind
+
+
+def _load(config: Any, source: Source, dtype: torch.dtype) -> Any:
+    import transformers
+
+    folder = getattr(source, "folder", None)
+    with _quiet():
+        if folder is None:
+            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+            with torch.no_grad():
+                for name, value in model.state_dict().items():
+                    if language_name(name) is None:
+                        value.copy_(source.read(name, value.dtype, value.device))
+        else:
+            model, info = transformers.AutoModelForImageTextToText.from_pretrained(
+                folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            wrong = [name for name, *_ in info["mismatched_keys"]] + list(info["missing_keys"])
+            if lost := sorted(name for name in wrong if language_name(name) is None):
+                raise ValueError(f"{folder} lacks {len(lost)} tensors of the vision tower, {lost[0]!r} first")
+    model.lm_head = nn.Identity()
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The language model is left out on purpose: transformers need not report it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
