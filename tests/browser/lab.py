@@ -173,7 +173,8 @@ class Page:
         while not what():
             if time.monotonic() > deadline:
                 self.picture("failed")
-                shown = self.points(), self.last_time(), self.errors, self.page.locator(FIGURE).count()
+                states = self.page.locator(".labkit-state").all_inner_texts()
+                shown = self.points(), self.last_time(), states, self.errors, self.page.locator(FIGURE).count()
                 raise AssertionError(f"not in {seconds} s: {shown}; the page is in {self.folder / 'failed.png'}")
             self.page.wait_for_timeout(100)
 

@@ -121,21 +121,26 @@ def test_a_page_that_is_loaded_again_shows_what_is_so_now(page):
         "async () => { const panel = window.jupyterapp.shell.currentWidget;"
         " for (const cell of panel.content.model.cells) cell.trusted = true; await panel.context.save() }"
     )
-    for _ in range(3):
+    for attempt in range(3):  # a busy machine loses the figure (anywidget gives it two seconds) or a click
+        page.errors.clear()
         page.page.reload()
         page.page.wait_for_selector(lab.FIGURE, timeout=90_000)
         page.wait_for(lambda: page.points() > 0)
         page.wait(2500)
-        if not any("Failed to initialize model" in error for error in page.errors):
+        if any("Failed to initialize model" in error for error in page.errors):
+            continue
+        assert (page.points(), page.last_time(), page.points("decode bar")) == shown
+        page.wait_for(lambda: not page.overlaps())  # once it has found out how wide it may be
+        fine(page)
+        page.wait_for(lambda: page.state() == "stopped")
+        page.click("play")
+        try:
+            page.wait_for(lambda: page.last_time() > shown[1], 60 if attempt == 2 else 20)
             break
-        page.errors.clear()  # anywidget 0.11 gives a page two seconds to start a figure, whatever else it has to do
-    assert (page.points(), page.last_time(), page.points("decode bar")) == shown
-    page.wait_for(lambda: not page.overlaps())  # once it has found out how wide it may be
-    fine(page)
-    at = page.last_time()
-    page.wait_for(lambda: page.state() == "stopped")
-    page.click("play")  # it lives
-    page.wait_for(lambda: page.last_time() > at)
+        except AssertionError:
+            if attempt == 2 or page.state() != "stopped":
+                raise
+    assert page.last_time() > shown[1]  # it lives
     page.click("stop")
 
 
