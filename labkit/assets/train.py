@@ -143,29 +143,30 @@ class Muon:
     """Momentum whose matrix updates are orthogonalized (Newton-Schulz). Matrices of one shape are updated as one
     batch."""
 
-    def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95) -> None:
+    def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95, rounds: int = 5) -> None:
         self.groups: dict[torch.Size, list[torch.Tensor]] = {}
         for matrix in matrices:
             self.groups.setdefault(matrix.shape, []).append(matrix)
         self.velocity = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
-        self.momentum = momentum
+        self.momentum, self.rounds = momentum, rounds
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         for shape, group in self.groups.items():
             gradient = torch.stack([matrix.grad for matrix in group])
             velocity = self.velocity[shape].mul_(self.momentum).add_(gradient)
-            update = orthogonal(gradient + self.momentum * velocity) * math.sqrt(max(1, shape[0] / shape[1]))
+            update = orthogonal(gradient + self.momentum * velocity, self.rounds)
+            update = update * math.sqrt(max(1, shape[0] / shape[1]))
             for matrix, change in zip(group, update, strict=True):
                 matrix.mul_(1 - 0.05 * rate).sub_(change, alpha=rate)
 
 
-def orthogonal(x: torch.Tensor) -> torch.Tensor:
+def orthogonal(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     x = (x.mT if tall else x).bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(5):
+    for _ in range(rounds):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return (x.mT if tall else x).float()
