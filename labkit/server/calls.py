@@ -140,9 +140,14 @@ async def apart(function: Callable[[], T], is_long: bool) -> T:
     return await asyncio.to_thread(function) if is_long else function()
 
 
-def cut(ids: list[int], most: int | None, room: int, side: str | None = None) -> list[int]:
-    """The last `most` tokens, or with side="right" the first; -1 means as many as the model takes."""
+def cut(ids: list[int], most: int | None, room: int, side: str | None = None, images: Sequence[Any] = ()) -> list[int]:
+    """The last `most` tokens, or with side="right" the first; -1 means as many as the model takes. A prompt with images
+    is not cut: what is left of an image shows nothing."""
     if most is None:
+        return ids
+    if images and 0 <= most < len(ids):
+        raise ApiError("a prompt with images cannot be cut", param="truncate_prompt_tokens")
+    if images:
         return ids
     most = room - 1 if most == -1 else most
     if side == "right":
@@ -182,11 +187,12 @@ async def admit(
     *,
     prefix: str,
     param: str,
+    images: Sequence[Any] = (),
     change: Mapping[str, Any] | None = None,
     wrap: Callable[[Any], Any] | None = None,
 ) -> Call:
     """Submit the prompts with the body's sampling fields, changed by `change`. `param` is the field of the prompts,
-    `wrap` makes the processor that applies the grammar of the answer."""
+    `images` are those of the only prompt, `wrap` makes the processor that applies the grammar of the answer."""
     model = service.check_model(body.model)
     for ids in prompts:
         if not ids:
@@ -203,7 +209,7 @@ async def admit(
         with service.traced(names, request.headers):
             feed = service.submit(
                 prompts, own, ids=names, priority=body.priority or 0, salt=body.cache_salt,
-                adapter=service.adapter_of(model),
+                adapter=service.adapter_of(model), images=images,
             )  # fmt: skip
     except ValueError as error:
         raise of_value(error, type(body).model_fields, {"prompt": param}) from None

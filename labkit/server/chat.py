@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
 from starlette.requests import Request
@@ -16,8 +16,9 @@ from labkit.core.params import MOST_LOGPROBS
 from labkit.server.bridge import Delta
 from labkit.server.calls import Call, Piece, admit, cut, encode, usage_wanted
 from labkit.server.chat_parts import delta_of, message_of
-from labkit.server.errors import ApiError
+from labkit.server.errors import ApiError, clean
 from labkit.server.http import DONE, EventStream, answer, event, read_body, whole
+from labkit.server.pictures import content_of, read_images, wanted_images
 from labkit.server.pieces import chat_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
 from labkit.server.sampling import FORM_FIELDS, Count, Refused, Sampling, Text
@@ -30,7 +31,8 @@ OWN_NAMES = ("messages", "tokenize", "chat_template", "add_generation_prompt", "
 
 
 class Message(BaseModel):
-    """A turn of the conversation. `content` is text, or a list of parts {"type": "text", "text": ...}."""
+    """A turn of the conversation. `content` is text, or a list of parts: {"type": "text", "text": ...} or
+    {"type": "image_url", "image_url": {"url": ...}}."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -118,12 +120,19 @@ async def chat(service: Service, request: Request) -> Response:
     body.check(service.max_logprobs)
     calling = body.calling(service)
     known = None if body.kv_transfer_params is None else body.kv_transfer_params.prompt_token_ids
-    ids = await prompt_of(service, body, calling.shown(service.settings)) if known is None else known
-    ids = cut(ids, body.truncate_prompt_tokens, service.room, body.truncation_side)
+    if known is None:
+        ids, images = await prompt_of(service, body, calling.shown(service.settings))
+    elif wanted := wanted_images(contents_of(body)):
+        raise ApiError(
+            f"{wanted[0].place}: prompt_token_ids of kv_transfer_params stand for text alone", param=wanted[0].place
+        )
+    else:
+        ids, images = known, []
+    ids = cut(ids, body.truncate_prompt_tokens, service.room, body.truncation_side, images)
     how = Splitting(service, calling, ids)
     max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     call = await admit(
-        service, request, body, [ids], max_tokens,
+        service, request, body, [ids], max_tokens, images=images,
         prefix="chatcmpl", param="messages", change=how.change(body), wrap=how.wrap,
     )  # fmt: skip
     writer = Writer(call, body, how)
@@ -135,8 +144,21 @@ async def chat(service: Service, request: Request) -> Response:
 # -- the prompt ------------------------------------------------------------------------------------------------------
 
 
-async def prompt_of(service: Service, body: Conversation, tools: list[dict[str, Any]] | None = None) -> list[int]:
-    """Token ids of the conversation, with the tools that the model shall know of."""
+class Prompt(NamedTuple):
+    """Token ids, and the images that some of them stand for."""
+
+    ids: list[int]
+    images: Sequence[Any]
+
+
+async def prompt_of(
+    service: Service,
+    body: Conversation,
+    tools: list[dict[str, Any]] | None = None,
+    contents: Sequence[tuple[str, Any]] | None = None,
+) -> Prompt:
+    """The conversation as a prompt, with the tools that the model shall know of. `contents` are those of the messages
+    with the fields that errors name."""
     tokenizer = service.tokenizer
     if not hasattr(tokenizer, "chat_text"):
         raise ApiError("a chat needs a model's tokenizer with a chat template; this engine has none", param="messages")
@@ -150,7 +172,9 @@ async def prompt_of(service: Service, body: Conversation, tools: list[dict[str, 
                 param="continue_final_message",
             )
         body.add_generation_prompt = False
-    messages = [_plain(i, message) for i, message in enumerate(body.messages)]
+    images = await read_images(service, wanted_images(contents_of(body) if contents is None else contents))
+    left = iter(images)
+    messages = [_plain(i, message, left) for i, message in enumerate(body.messages)]
     more = {**service.settings.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
     if tools:
         more["tools"] = tools
@@ -158,6 +182,8 @@ async def prompt_of(service: Service, body: Conversation, tools: list[dict[str, 
         if (value := getattr(body, name)) is not None:
             more.setdefault(name, value)
     generate = bool(body.add_generation_prompt)
+    if images:
+        return await _with_images(service, body, messages, {**more, "add_generation_prompt": generate})
     try:
         text = await asyncio.get_running_loop().run_in_executor(
             service.templates, lambda: tokenizer.chat_text(messages, add_generation_prompt=generate, **more)
@@ -168,7 +194,31 @@ async def prompt_of(service: Service, body: Conversation, tools: list[dict[str, 
         raise ApiError(f"the chat template does not take these messages: {_told(error)}", param="messages") from None
     if body.continue_final_message:
         text = _unfinished(text, messages[-1]["content"])
-    return (await encode(service, [text], bool(body.add_special_tokens)))[0]
+    return Prompt((await encode(service, [text], bool(body.add_special_tokens)))[0], [])
+
+
+def contents_of(body: Conversation) -> list[tuple[str, Any]]:
+    return [(f"messages[{i}].content", message.content) for i, message in enumerate(body.messages)]
+
+
+async def _with_images(
+    service: Service, body: Conversation, messages: list[dict[str, Any]], more: dict[str, Any]
+) -> Prompt:
+    """The model's own processor makes places for the images, beside the event loop."""
+    for name in ("continue_final_message", "add_special_tokens"):
+        if getattr(body, name):
+            raise ApiError(f"{name} cannot go with images", param=name)
+    engine: Any = service.engine
+    tokenizer = service.tokenizer
+    try:
+        found = await asyncio.get_running_loop().run_in_executor(
+            service.templates, lambda: engine.chat_prompt(messages, tokenizer=tokenizer, **more)
+        )
+    except Exception as error:  # a template and a processor are programs over what the client sent
+        raise ApiError(
+            f"these messages and their images do not make a prompt: {clean(_told(error))}", param="messages"
+        ) from None
+    return Prompt(found["prompt_token_ids"], found["multi_modal_data"]["image"])
 
 
 def _told(error: Exception) -> str:
@@ -176,25 +226,14 @@ def _told(error: Exception) -> str:
     return str(error) if isinstance(error, ValueError) else type(error).__name__
 
 
-def _plain(i: int, message: Message) -> dict[str, Any]:
-    """A message as templates take it: content as one text, a tool call's arguments as an object."""
-    content = message.content
-    if isinstance(content, list):
-        texts = []
-        for at, part in enumerate(content):
-            kind = part.get("type", "text")
-            text = part.get("text", part.get("refusal"))
-            if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-                raise ApiError(
-                    f"messages.{i}.content.{at} is of type {str(kind)[:64]!r}; the model served here takes text",
-                    param=f"messages.{i}.content",
-                )
-            texts.append(text)
-        content = "\n".join(texts)
+def _plain(i: int, message: Message, images: Iterator[Any] | None = None) -> dict[str, Any]:
+    """A message as templates take it: content as one text, or as parts if it has images; a tool call's arguments as an
+    object."""
+    content = content_of(message.content, f"messages[{i}].content", images or iter(()))
     more = {name: value for name, value in (message.model_extra or {}).items() if value is not None}
     if isinstance(more.get("reasoning"), str):
         more.setdefault("reasoning_content", more["reasoning"])  # the name that templates know
-    return {"role": message.role, "content": content or "", **more, **_tool_calls(more.get("tool_calls"))}
+    return {"role": message.role, "content": content, **more, **_tool_calls(more.get("tool_calls"))}
 
 
 def _tool_calls(given: Any) -> dict[str, Any]:
@@ -260,7 +299,8 @@ class Writer:
         """With `echo`, the last message's text, if it is of the role that answers."""
         last = self.body.messages[-1]
         is_ours = self.body.echo and last.role == self.role
-        return _plain(len(self.body.messages) - 1, last)["content"] if is_ours else ""
+        content = _plain(len(self.body.messages) - 1, last)["content"] if is_ours else ""
+        return content if isinstance(content, str) else ""
 
     # -- whole ---------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,8 @@ FLAGS: tuple[Flag, ...] = (
     _server("lora-root", "str", "opens /v1/load_lora_adapter and /v1/unload_lora_adapter, for folders below this one"),
     # -- what clients see
     _server("served-model-name", "list", "names that requests may use as model"),
+    _server("allowed-local-media-path", "str", "a folder: images may be file URLs of files below it (none by default)"),
+    _server("allowed-media-domains", "list", "HOST or HOST:PORT, from where images are fetched (none by default)"),
     _server("model-root", "str", "opens /v1/load_model and /v1/unload_model, for models below this folder"),
     _server("api-key", "list", "keys that open every route but /health and /ping (also VLLM_API_KEY)"),
     _server("max-waiting", "int", "requests that may wait; more are answered 503"),
@@ -171,8 +173,7 @@ FLAGS: tuple[Flag, ...] = (
               'is a key of --speculative-config, such as {"method": "ngram", "num_speculative_tokens": 4}'),
     *_refused("tool-parser-plugin reasoning-parser-plugin", "would run code of its own in the server"),
     *_refused("tool-server", "would call tools in the server"),
-    *_refused("limit-mm-per-prompt mm-processor-kwargs allowed-local-media-path allowed-media-domains media-io-kwargs",
-              "needs a model of images or sound, which labkit does not serve"),
+    *_refused("media-io-kwargs", "is not read; images are decoded in one way"),
     *_refused("tokenizer revision code-revision tokenizer-revision hf-config-path hf-overrides rope-scaling rope-theta",
               "is not read; give labkit a local folder with the files that you want"),
     *_refused("download-dir", "is not read; HF_HOME says where models are kept"),

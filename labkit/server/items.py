@@ -58,6 +58,13 @@ def messages_of(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def contents_of(items: Sequence[dict[str, Any]]) -> list[tuple[str, Any]]:
+    """What the messages of these items hold, with the fields that errors name."""
+    fields = {"message": "content", "function_call_output": "output"}
+    named = [(f"input[{i}]", item, fields.get(item.get("type") or "message")) for i, item in enumerate(items)]
+    return [(f"{place}.{field}", item.get(field)) for place, item, field in named if field is not None]
+
+
 def _add_message(found: list[dict[str, Any]], item: dict[str, Any], place: str) -> None:
     role, content = item.get("role"), item.get("content")
     if not isinstance(role, str) or not role:

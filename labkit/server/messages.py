@@ -94,7 +94,7 @@ async def count_tokens(service: Service, request: Request) -> Response:
     except ValidationError as error:
         raise of_validation(error) from None
     service.check_model(body.model)
-    return answer({"input_tokens": len(await chat.prompt_of(service, asked, dumped(asked.tools)))})
+    return answer({"input_tokens": len((await chat.prompt_of(service, asked, dumped(asked.tools))).ids)})
 
 
 def _with_body(request: Request, body: Mapping[str, Any]) -> Request:

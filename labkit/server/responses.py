@@ -15,10 +15,10 @@ from starlette.responses import Response
 from labkit.core.params import MOST_LOGPROBS
 from labkit.server.bridge import Delta
 from labkit.server.calls import Call, admit, cut
-from labkit.server.chat import MOST_MESSAGES, Conversation, prompt_of
+from labkit.server.chat import MOST_MESSAGES, Conversation, Prompt, prompt_of
 from labkit.server.errors import ApiError, ClientGone, internal
 from labkit.server.http import EventStream, answer, read_body, whole
-from labkit.server.items import input_items, messages_of
+from labkit.server.items import contents_of, input_items, messages_of
 from labkit.server.output import Event, Output
 from labkit.server.pieces import chat_logprobs
 from labkit.server.routes import Route
@@ -153,15 +153,18 @@ async def create(service: Service, request: Request) -> Response:
         if given is not None and f"resp-{given}" in service.stored:
             raise ApiError("an answer with this request_id is stored already", param="request_id")
     items = input_items(body.input)
-    messages = [*_earlier(service, body), *messages_of(items)]
+    earlier = _earlier(service, body)
+    messages = [*earlier, *messages_of(items)]
     calling = body.calling(service)
-    ids = await _prompt(service, body, messages, calling)
+    ids, images = await _prompt(
+        service, body, messages, [*map(_earlier_content, earlier), *contents_of(items)], calling
+    )
     how = Splitting(service, calling, ids)
     if body.wants_logprobs and not how.is_plain:
         raise ApiError(f"{LOGPROBS} is served for answers of text alone", param="include")
     try:
         call = await admit(
-            service, request, body, [ids], body.max_output_tokens,
+            service, request, body, [ids], body.max_output_tokens, images=images,
             prefix="resp", param="input", change=how.change(body), wrap=how.wrap,
         )  # fmt: skip
     except ApiError as error:
@@ -198,22 +201,31 @@ def _entry(service: Service, id: str, param: str) -> Entry:
     return found
 
 
+def _earlier_content(message: dict[str, Any]) -> tuple[str, Any]:
+    return "previous_response_id", message["content"]
+
+
 async def _prompt(
-    service: Service, body: ResponsesRequest, messages: list[dict[str, Any]], calling: Calling
-) -> list[int]:
+    service: Service,
+    body: ResponsesRequest,
+    messages: list[dict[str, Any]],
+    contents: list[tuple[str, Any]],
+    calling: Calling,
+) -> Prompt:
     first = [{"role": "system", "content": body.instructions}] if body.instructions else []
     asked = {"messages": [*first, *messages], "reasoning_effort": body.reasoning.effort if body.reasoning else None}
     more = {k: v for k, v in (body.model_extra or {}).items() if k == "chat_template_kwargs"}
     try:
-        ids = await prompt_of(service, Conversation.model_validate({**asked, **more}), calling.shown(service.settings))
+        asked_of = Conversation.model_validate({**asked, **more})
+        ids, images = await prompt_of(service, asked_of, calling.shown(service.settings), contents)
     except ValueError as error:  # pydantic's, of what items may hold
         raise ApiError("input is not a conversation that the chat template takes", param="input") from error
     except ApiError as error:
-        if error.param is not None and error.param.partition(".")[0] == "messages":
+        if error.param is not None and error.param.startswith("messages"):
             error.param = "input"
         raise
     most = -1 if body.truncation == "auto" and len(ids) >= service.room else body.truncate_prompt_tokens
-    return cut(ids, most, service.room, body.truncation_side)
+    return Prompt(cut(ids, most, service.room, body.truncation_side, images), images)
 
 
 # -- the answer ------------------------------------------------------------------------------------------------------

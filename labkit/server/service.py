@@ -20,6 +20,7 @@ from labkit.engine.adapters import Adapters
 from labkit.engine.defaults import sampling_defaults
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
+from labkit.images import ImageUrls
 from labkit.server.background import Background
 from labkit.server.bridge import Feed, Hub, is_alive
 from labkit.server.counting import Calls, Counts
@@ -62,6 +63,9 @@ class Service:
         self.registry: Any = None  # of prometheus-client
         self.tokenizer: Any = None
         self.templates = _templates()
+        self.image_urls = ImageUrls(
+            local_path=settings.allowed_local_media_path, domains=settings.allowed_media_domains
+        )
         self.stored = Stored(settings.max_stored_responses)
         self.background = Background()
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends
@@ -189,9 +193,10 @@ class Service:
         priority: int = 0,
         salt: str | None = None,
         adapter: str | None = None,
+        images: Sequence[Any] = (),
     ) -> Feed:
         """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's
-        samples, then the second's, and so on."""
+        samples, then the second's, and so on. `images` are those of the only prompt."""
         engine = self.engine
         if self.is_stopping:
             raise overloaded("the server is shutting down", 5, "stopping")
@@ -205,7 +210,8 @@ class Service:
             made: list[Handle] = []
             try:
                 for prompt, each, id in zip(prompts, params, ids, strict=True):
-                    made.append(engine.submit(prompt, each, id=id, **shared))
+                    given = {"prompt_token_ids": prompt, "multi_modal_data": {"image": [*images]}}
+                    made.append(engine.submit(given if images else prompt, each, id=id, **shared))
             except BaseException:
                 for handle in made:
                     for member in (handle, *handle.samples):

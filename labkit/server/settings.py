@@ -9,6 +9,7 @@ from typing import Any
 
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.params import MOST_LOGPROBS
+from labkit.images import ImageUrls
 from labkit.server.pooling import check_pooling
 from labkit.text.reasoning import REASONING
 from labkit.text.tools import PARSERS
@@ -30,7 +31,8 @@ class Settings:
     parameters for requests that name none. With `otlp_traces_endpoint` a span for each request goes to that
     OpenTelemetry collector. `chat_template` replaces the model's. `tool_call_parser` reads tool calls as one family of
     models writes them, if `enable_auto_tool_choice` lets models call; `reasoning_parser` splits reasoning off. At most
-    `max_stored_responses` of /v1/responses are kept. `pooler_config` says how embeddings are made.
+    `max_stored_responses` of /v1/responses are kept. `pooler_config` says how embeddings are made. Images may come
+    from files below `allowed_local_media_path` and from hosts in `allowed_media_domains`, besides data: URLs.
     """
 
     served_model_name: tuple[str, ...] | list[str] | str = ()
@@ -59,6 +61,8 @@ class Settings:
     reasoning_parser: str | None = None
     max_stored_responses: int = 1024
     pooler_config: Mapping[str, Any] = field(default_factory=dict)
+    allowed_local_media_path: str | None = None
+    allowed_media_domains: tuple[str, ...] | list[str] | str = ()
     log_requests: bool = True
     allowed_origins: tuple[str, ...] | list[str] = ()
     allowed_methods: tuple[str, ...] | list[str] = ("*",)
@@ -77,6 +81,7 @@ class Settings:
             "allowed_methods",
             "allowed_headers",
             "admin_key",
+            "allowed_media_domains",
         ):
             object.__setattr__(self, name, _names(name, getattr(self, name)))
         for name in ("max_waiting", "max_body", "max_prompts", "stream_interval"):
@@ -104,6 +109,7 @@ class Settings:
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ValueError("enable_auto_tool_choice needs tool_call_parser")
         check_pooling(self.pooler_config)
+        ImageUrls(local_path=self.allowed_local_media_path, domains=self.allowed_media_domains)  # an error names it
         whole("max_stored_responses", self.max_stored_responses, least=0, most=2**20)
 
     @property

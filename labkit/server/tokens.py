@@ -45,7 +45,7 @@ async def tokenize(service: Service, request: Request) -> Response:
         special = body.add_special_tokens is not False
         ids = (await encode(service, [body.prompt], special))[0]
     else:
-        ids = await prompt_of(service, body, dumped(body.tools))
+        ids = (await prompt_of(service, body, dumped(body.tools))).ids
     found: dict[str, Any] = {"count": len(ids), "max_model_len": service.room, "tokens": ids, "token_strs": None}
     if body.return_token_strs:
         found["token_strs"] = [service.texts.written(id) for id in ids]

@@ -94,7 +94,7 @@ def test_parts_of_text_are_joined(http, expected):
         == (one["prompt_token_ids"])
     )
     picture = [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]
-    assert wrong(http, messages=[{"role": "user", "content": picture}])["param"] == "messages.0.content"
+    assert wrong(http, messages=[{"role": "user", "content": picture}])["param"] == "messages[0].content[0].image_url"
 
 
 def test_the_last_message_can_be_continued_and_echoed(http, server):
