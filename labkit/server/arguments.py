@@ -53,6 +53,7 @@ def read(words: Sequence[str], environment: Mapping[str, str] | None = None, fol
     _split_models(found.process)
     _adapters(found)
     _drafts(found)
+    _images(found.engine)
     if (os.environ if environment is None else environment).get(ADMIN_VARIABLE) == "1":
         found.server.setdefault("enable_admin", True)
     if _is_on((os.environ if environment is None else environment).get(LORA_VARIABLE)):
@@ -90,6 +91,22 @@ def _drafts(found: Arguments) -> None:
     except ValueError as error:
         told = str(error).replace("speculative_config", name)
         raise ValueError(told if name in told else f"{name}: {told}") from None
+
+
+def _images(engine: dict[str, Any]) -> None:
+    """Say what is wrong with the flags of images before a model is loaded. A count may be in an object, as in vLLM."""
+    name, limits = "--limit-mm-per-prompt", engine.get("limit_mm_per_prompt")
+    if limits is not None:
+        if not isinstance(limits, dict) or set(limits) - {"image", "video", "audio"}:
+            raise ValueError(f'{name} takes a JSON object, such as {{"image": 4}}, got {json.dumps(limits)}')
+        counts = {kind: one.get("count") if isinstance(one, dict) else one for kind, one in limits.items()}
+        for kind, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise ValueError(f"{name}: {kind} must be a whole number from 0, got {json.dumps(limits[kind])}")
+        engine["limit_mm_per_prompt"] = counts
+    name, kwargs = "--mm-processor-kwargs", engine.get("mm_processor_kwargs")
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f'{name} takes a JSON object, such as {{"max_pixels": 1003520}}, got {json.dumps(kwargs)}')
 
 
 def _is_on(given: str | None) -> bool:

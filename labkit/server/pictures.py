@@ -93,7 +93,7 @@ async def read_images(service: Service, wanted: Sequence[Wanted]) -> list[Image]
 
 def _check_count(service: Service, wanted: Sequence[Wanted]) -> None:
     """Before anything is read."""
-    model = getattr(service.engine, "images", None)
+    model = service.engine.images
     if model is None:
         place = wanted[0].place
         raise ApiError(f"{place}: the model {service.name} takes text, no images", param=place)

@@ -85,6 +85,14 @@ def test_flags_of_tutorials_set_options_of_the_engine_and_the_server():
         ('--speculative-config={"method":"ngram","num_spec":3}', "--speculative-config has no 'num_spec'"),
         ('--speculative-config={"method":"eagle9"}', "method of --speculative-config"),
         ('--speculative-config={"method":"ngram","num_speculative_tokens":0}', "--speculative-config: num_spec"),
+        ("--limit-mm-per-prompt image=2", "--limit-mm-per-prompt takes JSON, got 'image=2'"),
+        ("--limit-mm-per-prompt 2", '--limit-mm-per-prompt takes a JSON object, such as {"image": 4}, got 2'),
+        ('--limit-mm-per-prompt {"images":2}', "--limit-mm-per-prompt takes a JSON object"),
+        ('--limit-mm-per-prompt={"image":-1}', "--limit-mm-per-prompt: image must be a whole number from 0, got -1"),
+        ('--limit-mm-per-prompt={"image":{"width":9}}', "--limit-mm-per-prompt: image must be a whole number"),
+        ("--mm-processor-kwargs []", "--mm-processor-kwargs takes a JSON object"),
+        ("--media-io-kwargs {}", "--media-io-kwargs is not read"),
+        ("--allowed-local-media-path", "--allowed-local-media-path needs a value"),
         ("--num-speculative-tokens 4", "is a key of --speculative-config"),
         ("--kv-offloading-backend lmcache", "--kv-offloading-backend takes native"),
         ("--task score", "--task takes auto or generate"),
@@ -97,6 +105,24 @@ def test_flags_of_tutorials_set_options_of_the_engine_and_the_server():
 def test_what_is_wrong_names_the_flag(words, told):
     with pytest.raises(ValueError, match=re.escape(told)):
         read(words.split(), {})
+
+
+def test_flags_of_images_are_those_of_vllm():
+    limits = '{"image": {"count": 5, "width": 512, "height": 512}, "video": 0}'
+    found = read(
+        ["m", "--limit-mm-per-prompt", limits, "--mm-processor-kwargs", '{"max_dynamic_patch": 4}',
+         "--allowed-media-domains", "a.b", "c.d:8443", "--allowed-local-media-path", "/pictures"],
+        {},
+    )  # fmt: skip
+    assert found.engine == {
+        "limit_mm_per_prompt": {"image": 5, "video": 0},
+        "mm_processor_kwargs": {"max_dynamic_patch": 4},
+    }
+    assert found.server == {"allowed_media_domains": ["a.b", "c.d:8443"], "allowed_local_media_path": "/pictures"}
+    with pytest.raises(ValueError, match=r"allowed_media_domains takes names of hosts, .* got 'https://a.b'"):
+        Settings(allowed_media_domains=["https://a.b"])
+    with pytest.raises(ValueError, match="allowed_local_media_path must be a folder"):
+        Settings(allowed_local_media_path="/no/such/folder")
 
 
 def test_every_flag_sets_an_option_that_exists_or_says_why_not():

@@ -20,10 +20,17 @@ ONE, OTHER = file_of(picture(seed=1)), file_of(picture(20, 30, seed=2), "JPEG")
 FIRST, SECOND = data_url(ONE), data_url(OTHER, "image/jpeg")
 
 
-class Seeing(lk.Engine):
-    """Writes <image> where an image is, and notes what it is handed."""
+class Sight:
+    """What stands for a model's image processor."""
 
     most = None
+
+    def check_none(self, ids):
+        """Any prompt will do."""
+
+
+class Seeing(lk.Engine):
+    """Writes <image> where an image is, and notes what it is handed."""
 
     def chat_prompt(self, messages, *, tokenizer, **more):
         self.messages, self.more, found, plain = messages, more, [], []
@@ -56,8 +63,7 @@ def seeing():
 @pytest.fixture
 def engine(seeing):
     engine = seeing.engine
-    engine.images, engine.submitted = engine, []
-    Seeing.most = None
+    engine.images, engine.submitted = Sight(), []
     return engine
 
 
@@ -243,13 +249,13 @@ def test_an_image_for_a_model_of_text_is_refused_before_it_is_read(seeing, http,
 
 
 def test_more_images_than_allowed_are_refused_before_they_are_read(seeing, http, engine, monkeypatch):
-    Seeing.most = 2
+    engine.images.most = 2
     ask(http, user(part(FIRST), part(SECOND)))
     monkeypatch.setattr(seeing.service, "image_urls", None)
     error = ask(http, user(part(FIRST)), user(part(SECOND), text("x"), part(FIRST)), status=400)
     assert error["param"] == "messages[1].content[2].image_url"
     assert "a prompt may have 2 images here (--limit-mm-per-prompt), this one has 3" in error["message"]
-    Seeing.most = 0
+    engine.images.most = 0
     assert "may have 0 images" in ask(http, user(part(FIRST)), status=400)["message"]
 
 
