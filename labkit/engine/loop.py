@@ -58,6 +58,7 @@ class Loop:
         self._num_enqueued = 0  # breaks ties in time
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.wakeup = Wakeup()
+        self._notes: Callable[[], list[tuple[Any, ...]]] | None = getattr(runner, "notes", None)
 
     @property
     def log(self) -> EventLog:
@@ -172,6 +173,9 @@ class Loop:
             self._fail(plan, error)
             raise
         self.clock.advance(result.seconds)
+        if self._notes is not None:
+            for event in self._notes():
+                self.log.add(event)
         try:
             find_stops = self._find_stops if self._watched else None
             outputs = self.scheduler.commit(plan, result, self.clock.now(), find_stops)

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 from labkit.core.frames import table
 from labkit.core.shown import Shown
-from labkit.models.stages import Load, stages_of
+from labkit.core.stages import Load, stages_of
 
 AIM = 0.1  # what counts as even
 
 
 class RankLoad(NamedTuple):
     """One rank: bytes of weights, those of its layers among them, and of keys and values; seconds computing and waiting
-    for others."""
+    for others; exchanges with others, and the bytes that it gave to them."""
 
     rank: int
     stage: int
@@ -25,13 +25,15 @@ class RankLoad(NamedTuple):
     kv_bytes: int
     busy: float
     waited: float
+    exchanges: int = 0
+    sent: int = 0
 
 
 class Balance(Shown):
     """What `engine.balance()` found."""
 
-    def __init__(self, ranks: Sequence[RankLoad]) -> None:
-        self.ranks = tuple(ranks)
+    def __init__(self, ranks: Sequence[RankLoad], steps: int = 0, plan_bytes: int = 0) -> None:
+        self.ranks, self.steps, self.plan_bytes = tuple(ranks), steps, plan_bytes  # bytes of all plans, to one rank
 
     @property
     def memory_spread(self) -> float:
@@ -65,6 +67,14 @@ class Balance(Shown):
             f"{rank.waited:.2f} s"
             for rank in self.ranks
         ]
+        if self.steps:
+            exchanges, sent = (
+                sum(values) / self.steps for values in zip(*((r.exchanges, r.sent) for r in self.ranks), strict=True)
+            )
+            lines.append(
+                f"  a step, all ranks together: {exchanges:.1f} exchanges of {sent / 2**10:.1f} KiB; a plan of "
+                f"{self.plan_bytes / self.steps:.0f} bytes to each"
+            )
         return "\n".join([*lines, *self._why()])
 
     def _why(self) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from labkit.loading.format import Shard
 from labkit.models.place import Collectives, Neighbours, Place
-from labkit.parallel.ranks import Lost, Ranks
+from labkit.parallel.ranks import Lost, Ranks, Traffic
 from labkit.parallel.shared import Segment, SharedGroup, SharedPipe
 
 
@@ -30,6 +30,12 @@ class Peers:
     def waited(self) -> float:
         """Seconds spent waiting for other ranks."""
         return float(sum(part.waited for part in (self.group, self.pipe) if part is not None))
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Exchanges with other ranks, and the bytes that this one gave to them."""
+        parts = [part.traffic for part in (self.group, self.pipe) if part is not None]
+        return sum(part.num for part in parts), sum(part.num_bytes for part in parts)
 
     @property
     def place(self) -> Place:
@@ -89,16 +95,18 @@ class TorchGroup:
         import torch.distributed as dist
 
         self.dist, self.group, self.rank, self.ranks = dist, group, rank, ranks
-        self.waited = 0.0  # not told apart from the exchange itself
+        self.waited, self.traffic = 0.0, Traffic()  # waiting is not told apart from the exchange itself
 
     def all_reduce(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
+        self.traffic.add(x.nbytes)
         _raising(lambda: self.dist.all_reduce(x, group=self.group))
         return x if residual is None else residual + x
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.ranks, *x.shape))
         flat = x.contiguous().view(-1)  # Gloo does not take another dimension in front
+        self.traffic.add(x.nbytes)
         gather = getattr(self.dist, "all_gather_single", None) or self.dist.all_gather_into_tensor  # its older name
         _raising(lambda: gather(out.view(-1), flat, group=self.group))
         return out
@@ -112,9 +120,10 @@ class TorchPipe:
     def __init__(self, before: int, after: int, device: torch.device | None) -> None:
         import torch.distributed as dist
 
-        self.dist, self.before, self.after, self.device = dist, before, after, device
+        self.dist, self.before, self.after, self.device, self.traffic = dist, before, after, device, Traffic()
 
     def send(self, x: Tensor) -> None:
+        self.traffic.add(x.nbytes)
         _raising(lambda: self.dist.send(x.contiguous(), self.after))
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,21 @@ class Ranks(NamedTuple):
         return " x ".join(parts) or "1 rank"
 
 
+class Traffic:
+    """What a rank has handed to others. Exchanges inside captured steps are counted when they are captured, not when
+    they are repeated."""
+
+    def __init__(self) -> None:
+        self.num = self.num_bytes = 0
+
+    def __repr__(self) -> str:
+        return f"Traffic({self.num} exchanges, {self.num_bytes} bytes)"
+
+    def add(self, num_bytes: int) -> None:
+        self.num += 1
+        self.num_bytes += num_bytes
+
+
 class Lost(RuntimeError):
     """Ranks no longer answer. What they had in memory is gone: no block that was computed can be read."""
 

@@ -21,6 +21,7 @@ from labkit.parallel.wire import Reported, form_of, plan_bytes, read_result
 from labkit.runner.base import Layout
 
 log = logging.getLogger("labkit.engine")
+SECONDS_NOTES = 0.25  # between two events of what ranks do
 
 
 class Failed(NamedTuple):
@@ -44,6 +45,9 @@ class ParallelRunner:
         self._void_until = -1  # nobody asks for the answers to these steps
         self.busy = [0.0] * workers.ranks.num
         self.waited = [0.0] * workers.ranks.num
+        self.num_steps = self.plan_bytes = 0  # since the model was loaded
+        self.held_bytes: list[tuple[int, int]] = []  # weights, keys and values, by rank
+        self._noted = 0.0  # when the latest notes were made
         self._load()
         room = options["adapter_room"]
         self.adapters = RemoteSlots(workers, room[0], self.dtype_name) if room is not None else None
@@ -97,6 +101,7 @@ class ParallelRunner:
             raise ValueError("this ParallelRunner already serves an engine: close that one, or make another runner")
         self.workers.call("open", layout=layout)
         self.layout = layout
+        self.held_bytes = [(found["weights"], found["kv"]) for found in self.workers.call("memory")]
 
     def capture_all(self, most_tokens: int) -> None:
         self.workers.call("capture_all", most_tokens=most_tokens)
@@ -120,7 +125,10 @@ class ParallelRunner:
             self._forget()
         if not self.sent:
             self._read(0.0)
-        self.workers.send("P", plan_bytes(plan))
+        data = plan_bytes(plan)
+        self.workers.send("P", data)
+        self.num_steps += 1
+        self.plan_bytes += len(data)
         self.sent.append(plan.step)
         return Waiting(self, plan.step)
 
@@ -128,6 +136,7 @@ class ParallelRunner:
         """Other processes have taken the place of those that were lost."""
         self._forget()
         layout, self.layout = self.layout, None
+        self.num_steps = self.plan_bytes = 0
         self._load()
         assert layout is not None
         self.open(layout)
@@ -192,6 +201,18 @@ class ParallelRunner:
                     if failed.step > self._void_until:
                         self.errors[rank].append(failed)
 
+    def notes(self) -> list[tuple[Any, ...]]:
+        """`RankLoad` events, now and then."""
+        now = time.monotonic()
+        if now - self._noted < SECONDS_NOTES:
+            return []
+        self._noted, ranks = now, self.workers.ranks
+        return [
+            ("RankLoad", rank, ranks.place(rank)[0], self.facts[rank]["num_layers"], *held, int(1e9 * self.busy[rank]),
+             int(1e9 * self.waited[rank]))
+            for rank, held in enumerate(self.held_bytes)
+        ]  # fmt: skip
+
     def balance(self) -> Balance:
         """Each rank's memory, and where its time went since the model was loaded."""
         memory, ranks = self.workers.call("memory"), self.workers.ranks
@@ -200,9 +221,11 @@ class ParallelRunner:
                 RankLoad(
                     rank, ranks.place(rank)[0], pid, self.facts[rank]["num_layers"], self.facts[rank]["layer_bytes"],
                     memory[rank]["weights"], memory[rank]["kv"], memory[rank]["busy"], memory[rank]["waited"],
+                    memory[rank]["exchanges"], memory[rank]["sent"],
                 )
                 for rank, pid in enumerate(self.workers.pids)
-            ]
+            ],
+            self.num_steps, self.plan_bytes,
         )  # fmt: skip
 
     # -- the end -------------------------------------------------------------------------------------------------

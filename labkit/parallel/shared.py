@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.parallel.ranks import Lost, Ranks
+from labkit.parallel.ranks import Lost, Ranks, Traffic
 
 PAGE = 4096
 LINE = 64
@@ -116,7 +116,7 @@ class SharedGroup:
 
     def __init__(self, segment: Segment, stage: int, rank: int, timeout: float) -> None:
         self.segment, self.rank, self.ranks, self.timeout = segment, rank, segment.ranks.tensor, timeout
-        self.base = segment.base + segment.groups[stage]
+        self.base, self.traffic = segment.base + segment.groups[stage], Traffic()
         self.library = library()
         self._turn, self._waited, self._missing = ctypes.c_int64(0), ctypes.c_double(0.0), ctypes.c_int(0)
         self._before = (self.base, rank, self.ranks, PIECE, ctypes.addressof(self._turn))
@@ -138,12 +138,14 @@ class SharedGroup:
         x = x.contiguous()
         given = None if residual is None else residual.contiguous().data_ptr()
         at = x.data_ptr()
+        self.traffic.add(x.nbytes)
         self._check(self.library.all_reduce(*self._before, code, at, given, at, x.numel(), *self._after))
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:
         x = x.contiguous()
         out = x.new_empty((self.ranks, *x.shape))
+        self.traffic.add(x.nbytes)
         self._check(self.library.all_gather(*self._before, x.data_ptr(), out.data_ptr(), x.nbytes, *self._after))
         return out
 
@@ -164,7 +166,7 @@ class SharedPipe:
         pipes = dict(enumerate(segment.pipes[rank::tensor]))
         self.after = segment.base + pipes[stage] if stage in pipes else None
         self.before = segment.base + pipes[stage - 1] if stage - 1 in pipes else None
-        self.library = library()
+        self.library, self.traffic = library(), Traffic()
         self._waited = ctypes.c_double(0.0)
 
     @property
@@ -173,6 +175,7 @@ class SharedPipe:
 
     def send(self, x: Tensor) -> None:
         x = x.contiguous()
+        self.traffic.add(x.nbytes)
         self._move(self.library.pipe_send, self.after, x)
 
     def receive(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

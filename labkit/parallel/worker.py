@@ -39,6 +39,7 @@ class Worker:
         self.tokenizer: Any = None
         self.answers = self.rank == self.ranks.answering
         self._busy = self._before = 0.0  # seconds: computing; waiting, before the model was loaded
+        self._sent = (0, 0)  # exchanges and bytes, before
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -106,7 +107,7 @@ class Worker:
 
         self.runner = None
         self.options, self.tokenizer = options, None
-        self._busy, self._before = 0.0, self.peers.waited
+        self._busy, self._before, self._sent = 0.0, self.peers.waited, self.peers.traffic
         if isinstance(options["source"], dict):
             from transformers import AutoConfig
 
@@ -171,7 +172,10 @@ class Worker:
 
     def do_memory(self) -> dict[str, float]:
         waited = self.peers.waited - self._before
-        found: dict[str, float] = {"weights": 0, "kv": 0, "busy": self._busy, "waited": waited}
+        exchanges, sent = (now - before for now, before in zip(self.peers.traffic, self._sent, strict=True))
+        found: dict[str, float] = {
+            "weights": 0, "kv": 0, "busy": self._busy, "waited": waited, "exchanges": exchanges, "sent": sent,
+        }  # fmt: skip
         for what, tensor in self.runner.memory_parts() if self.runner is not None else ():
             found[what] += tensor.numel() * tensor.element_size()
         return found

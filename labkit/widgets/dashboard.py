@@ -187,7 +187,9 @@ class Dashboard:
             self._repeated = 0
             figure.update(self._figure, self.feed, self.shown)
             figure.refresh_traits(self._figure)
-            self._set("strip", panels.strip(panels.figures(self.feed, self.shown)))
+            self._set(
+                "strip", panels.strip(panels.figures(self.feed, self.shown)) + panels.ranks(self.feed, self.shown)
+            )
             self._set("machine", self._machine.html())
             self._widgets["refresh"]()
             return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -52,6 +53,18 @@ class Pace:
     breaks: np.ndarray  # s: when idle times ended; no line crosses them
 
 
+class Rank(NamedTuple):
+    """A process that computes a part of the model; `busy` and `waited` are shares of its time."""
+
+    rank: int
+    stage: int
+    layers: int
+    weight_bytes: int
+    kv_bytes: int
+    busy: float
+    waited: float
+
+
 class Feed:
     """Columns of the latest `keep` steps, and a timeline of the requests.
 
@@ -91,6 +104,7 @@ class Feed:
         self._cached = np.zeros(8, np.int64)  # of which these were found in the cache
         self._rows: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.keep)  # (tokens, cached) after each step
         self._changes: list[tuple[int, int, int]] = []  # (from this step on, row, tokens a step)
+        self._loads: deque[tuple[int, ...]] = deque(maxlen=self.keep)  # (ns, RankLoad's own columns)
         self._forks: list[tuple[int, int]] = []  # (row, its parent's), in the step that is being folded
         self._known: set[int] = set()
 
@@ -195,6 +209,9 @@ class Feed:
     ) -> None:
         self.block_size = len(tokens) // 4 // len(blocks)
 
+    def _load(self, batch: Batch, *columns: int) -> None:
+        self._loads.append((batch.now, *columns))
+
     def _rewind(self, batch: Batch) -> None:
         self._forget()
         self.timeline = Timeline(keep=20_000)
@@ -233,6 +250,21 @@ class Feed:
         if not self._first < at <= self.num_steps:
             return self._tokens[:0], self._cached[:0]
         return self._rows[at - self._first - 1]
+
+    def ranks(self, upto: int | None = None) -> list[Rank]:
+        """What each rank held and did around that step; empty where one process computes."""
+        now = None if upto is None else self.now(upto)
+        latest: dict[int, list[tuple[int, ...]]] = {}
+        for load in self._loads:
+            if now is None or load[0] <= now:
+                latest[load[1]] = [*latest.get(load[1], [])[-1:], load]
+        found = []
+        for rank, seen in sorted(latest.items()):
+            first, last = seen[0], seen[-1]
+            span = last[0] - first[0]
+            busy, waited = (max(0.0, (last[i] - first[i]) / span) if span > 0 else 0.0 for i in (6, 7))
+            found.append(Rank(rank, last[2], last[3], last[4], last[5], busy, waited))
+        return found
 
     def segments(self, upto: int | None = None) -> list[Segment]:
         """The timeline as it stood after that step."""
@@ -330,5 +362,6 @@ _HANDLERS = {
     "Aborted": Feed._leave,
     "Rejected": Feed._leave,
     "Stored": Feed._store,
+    "RankLoad": Feed._load,
     "Rewound": Feed._rewind,
 }

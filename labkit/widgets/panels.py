@@ -65,6 +65,16 @@ def strip(found: dict[str, str]) -> str:
     return f'<div class="lk wide"><style>{STYLE}{STRIP}</style><div class="strip">{shown}</div></div>'
 
 
+def ranks(feed: Feed, upto: int | None = None) -> str:
+    """A line a rank: what it holds, how busy it is, and how long it waits for the others."""
+    lines = [
+        f"rank {rank.rank} (stage {rank.stage}, {rank.layers} layers): {num_bytes(rank.weight_bytes)} of weights, "
+        f"{num_bytes(rank.kv_bytes)} of keys and values, busy {rank.busy:.0%}, waiting for others {rank.waited:.0%}"
+        for rank in feed.ranks(upto)
+    ]
+    return f'<div class="lk wide"><span class="q">{"<br>".join(lines)}</span></div>' if lines else ""
+
+
 class Machine:
     """CPU use of this process since the last call, its memory, and the GPUs."""
 
@@ -136,7 +146,7 @@ def snapshot(feed: Feed, title: str, upto: int | None = None) -> str:
     from html import escape
 
     window = feed.window(upto, steps=feed.keep, points=160)
-    parts = [strip(figures(feed, upto))]
+    parts = [strip(figures(feed, upto)), ranks(feed, upto)]
     at = window.time.tolist()
     begin = at[0] if at and feed.first > 1 else 0.0  # trimmed steps leave no gap
     for panel, heading in PANELS.items():

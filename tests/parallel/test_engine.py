@@ -241,8 +241,18 @@ def test_errors_of_loading_name_what_is_wrong_and_the_workers_go_on(folders, wor
     eng.close()
 
 
-def test_memory_is_split_evenly(folders, workers):
+def test_memory_is_split_evenly_and_what_travels_is_counted(folders, workers):
     eng = engine(folders("llama"), workers=workers)
+    eng.generate([[1, 2, 3]] * 2, lk.SamplingParams(max_tokens=12, **PARAMS))
+    layers, hidden = eng.runner.num_layers, eng.runner.embedding_size
+    balance = eng.balance()
+    assert balance.steps == 12  # each: the embedding, two sums a layer, and the likeliest tokens of each rank
+    assert {rank.exchanges for rank in balance.ranks} == {12 * (2 * layers + 2)}
+    tokens = 2 * (3 + 11)
+    assert {rank.sent for rank in balance.ranks} == {tokens * (2 * layers + 1) * hidden * 4 + 12 * 2 * 2 * 8}
+    assert f"{2 * (2 * layers + 2):.1f} exchanges" in repr(balance)
+    noted = eng.log.events("RankLoad")
+    assert {event.rank for event in noted} == {0, 1} and noted[0].weight_bytes == balance.ranks[0].weight_bytes
     each = workers.call("memory")
     assert max(one["weights"] for one in each) <= 1.1 * min(one["weights"] for one in each)
     assert each[0]["kv"] == each[1]["kv"]

@@ -6,10 +6,10 @@ import random
 import pytest
 import torch
 
+from labkit.core.stages import Load, stages_of
 from labkit.loading.checkpoint import Checkpoint
 from labkit.models import load_model
 from labkit.models.place import WHOLE
-from labkit.models.stages import Load, stages_of
 from labkit.parallel.balance import Balance, RankLoad
 from labkit.parallel.ranks import Ranks
 from labkit.quantization.quantize import quantize

@@ -190,3 +190,20 @@ def test_drafted_and_accepted_tokens_are_shown():
     seconds = sum(step.duration for step in eng.log.events("Step")) / 1e9
     assert shown["accepted/s"] == f"{sum(e.num_accepted for e in events) / seconds:,.0f}"
     assert "drafted/s" in shown and "drafted/s" not in panels.figures(Feed(engine(1).log))
+
+
+def test_what_ranks_hold_and_do_is_shown_as_it_was_at_each_step():
+    eng = engine(0)
+    notes = [(0, 0, 0, 4, 100, 50, busy, 10**6) for busy in (0, 10**8, 10**8)]
+    eng._notes = lambda: [("RankLoad", *note[1:]) for note in notes[:1]] if notes else []
+    feed = Feed(eng.log)
+    for _ in range(3):
+        eng.clock.advance(0.2)
+        eng.step()
+        notes.pop(0)
+    feed.catch_up()
+    (rank,) = feed.ranks()
+    assert (rank.layers, rank.weight_bytes, rank.kv_bytes, rank.busy) == (4, 100, 50, 0.0)
+    assert 0.2 < feed.ranks(2)[0].busy < 0.5 and feed.ranks(1)[0].busy == 0.0
+    assert "rank 0 (stage 0, 4 layers): 100 B of weights" in panels.ranks(feed)
+    assert panels.ranks(Feed(engine(1).log)) == ""

@@ -180,6 +180,20 @@ class Failed(Event):
 
 
 @dataclass(frozen=True)
+class RankLoad(Event):
+    """What a rank holds, and the nanoseconds it has computed and waited for other ranks since it loaded the model.
+    Written a few times a second while it computes."""
+
+    rank: int
+    stage: int
+    num_layers: int
+    weight_bytes: int
+    kv_bytes: int
+    busy: int
+    waited: int
+
+
+@dataclass(frozen=True)
 class Rewound(Event):
     """The log was cut back to this step."""
 
@@ -208,7 +222,8 @@ EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
         Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, AdapterLoaded, Copied, Forked,
-        Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, Rewound, Step,
+        Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, RankLoad, Rewound,
+        Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}
