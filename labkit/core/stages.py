@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+IN_USE = 0.5  # of the KV pool: the tokens that a step reads back
+
 
 class Load(NamedTuple):
     """Bytes of a layer, or of an end of the model. The flops of a step go with the bytes of weights that it reads, so

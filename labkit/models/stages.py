@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from labkit.core.stages import Load, stages_of
+from labkit.core.stages import IN_USE, Load, stages_of
 from labkit.models.place import Place, Pool
-
-IN_USE = 0.5  # of the pool: the tokens that a step reads back
 
 
 def stage_of(

@@ -36,6 +36,7 @@ _HOME = {
     "Offloading": "offloading",
     "swap_or_recompute": "offloading",
     "sizing": "sizes",
+    "ranks": "scaling",
     "Size": "sizes",
     "Sizing": "sizes",
 }

@@ -4,11 +4,12 @@ communication. `Efficiency` states every factor, and which of them were adjusted
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from labkit.core.options import real, whole
+from labkit.core.stages import IN_USE, Load, stages_of
 from labkit.runner.cost import StepWork
 from labkit.study.machines import CPU, Efficiency, Machine
 from labkit.study.shapes import BYTES, ModelShape
@@ -19,13 +20,22 @@ MOST_SEEN = 4096  # sizes of steps whose time is remembered
 LOGIT_BYTES = 10  # a logit: written in 16 bits, read, written in 32, read by the sampler
 
 
+class Fixed(NamedTuple):
+    """Seconds that do not depend on the context: of a layer, of the head, and of everything else."""
+
+    layer: Any
+    head: Any
+    beside: Any
+
+
 @dataclass(frozen=True)
 class AnalyticCost:
     """Seconds of a step of `model` on `machine`, for a `SimRunner`.
 
     A kernel takes a fixed time and sqrt(memory time ** 2 + compute time ** 2), a smooth maximum of both. With `tp`,
     each of that many machines holds a share of every layer, and adds its results to the others' twice a layer. With
-    `pp`, each holds a share of the layers, and a step's rows go round in `pp` equal batches without bubbles.
+    `pp`, each holds some of the layers, dealt as the engine deals them or as `layers` says; a step's rows go round in
+    `pp` equal batches without bubbles, and the slowest stage sets the pace.
 
     >>> import labkit as lk
     >>> cost = AnalyticCost.of("llama-3.1-8b", "H100")
@@ -43,8 +53,10 @@ class AnalyticCost:
     pp: int = 1
     efficiency: Efficiency = field(default_factory=Efficiency)
     block_size: int = 16
+    layers: tuple[int, ...] | None = None
 
-    _seen: ClassVar[dict[tuple[Any, Any], float]]
+    _seen: ClassVar[dict[tuple[Any, Any], Fixed]]
+    _stages: ClassVar[tuple[int, int]]  # layers of the stage that has most of all but the last, and of the last
     _numbers: ClassVar[tuple[float, ...]]
 
     def __post_init__(self) -> None:
@@ -58,8 +70,9 @@ class AnalyticCost:
             raise ValueError(f"{self.machine!r} has no link to others: tp and pp must be 1, or give it link=")
         e = self.efficiency
         wide = e.decode_attention if self.model.head_size >= 128 else e.narrow_attention
+        object.__setattr__(self, "_stages", self._deal())
         numbers = (
-            self.model.num_layers, 1 / self.pp, self._kv_bytes, self._rate * wide, self._rate, 4 * self._query_width,
+            *self._stages, self.pp, self._kv_bytes, self._rate * wide, self._rate, 4 * self._query_width,
             self.machine.peak("bfloat16") * e.prefill_attention, self._eager, e.step, e.join,
         )  # fmt: skip
         object.__setattr__(self, "_numbers", numbers)
@@ -74,17 +87,34 @@ class AnalyticCost:
         pp: int = 1,
         efficiency: Efficiency | None = None,
         block_size: int = 16,
+        layers: tuple[int, ...] | None = None,
     ) -> AnalyticCost:
         """Model and machine by name, or as `ModelShape.of` and `Machine.of` take them."""
         where = Machine.of(machine)
         if efficiency is None:
             efficiency = CPU if where.is_cpu else Efficiency()
-        return cls(ModelShape.of(model), where, tp, pp, efficiency, block_size)
+        return cls(ModelShape.of(model), where, tp, pp, efficiency, block_size, layers)
 
     def __repr__(self) -> str:
         several = f"{self.tp * self.pp} x " if self.tp * self.pp > 1 else ""
         split = "".join(f", {name}={n}" for name, n in (("tp", self.tp), ("pp", self.pp)) if n > 1)
         return f"AnalyticCost({self.model.name} on {several}{self.machine.name}{split})"
+
+    def _deal(self) -> tuple[int, int]:
+        m = self.model
+        if self.pp == 1:
+            return 0, m.num_layers
+        dealt = self.layers
+        if dealt is None:
+            head = m.head_weights * max(2.0, BYTES[m.dtype])
+            size = (m.weight_bytes - head * (1 if m.tied else 2)) / m.num_layers
+            room = max(0.0, 0.9 * self.machine.memory * self.tp * self.pp - m.weight_bytes) / m.num_layers  # for KV
+            loads = [Load(size + IN_USE * room, size + room)] * m.num_layers
+            runs = stages_of(loads, self.pp, Load(0.0, head), Load(head, head))
+            dealt = tuple(len(run) for run in runs)
+        if len(dealt) != self.pp or sum(dealt) != m.num_layers or min(dealt) < 1:
+            raise ValueError(f"layers={dealt} must give the layers of {self.pp} stages, {m.num_layers} together")
+        return max(dealt[:-1]), dealt[-1]
 
     # -- memory --------------------------------------------------------------------------------------------------
 
@@ -96,11 +126,11 @@ class AnalyticCost:
         """
         real("utilization", utilization, least=0.0, most=1.0, open_left=True)
         model = self.model
-        weights = model.weight_bytes / (self.tp * self.pp)
+        weights, most_layers = self._heaviest()
         widest = max(2 * model.intermediate_size // self.tp, 2 * model.hidden_size)
         activations = max_num_batched_tokens * 2 * (3 * model.hidden_size + 2 * widest)
         left = self.machine.memory * utilization - weights - activations
-        blocks = int(left // (self._kv_bytes * -(-model.num_layers // self.pp) * self.block_size))
+        blocks = int(left // (self._kv_bytes * most_layers * self.block_size))
         if blocks < 1:
             raise ValueError(
                 f"{self!r} has no memory for keys and values: {weights / 2**30:.1f} GiB of weights and "
@@ -108,6 +138,15 @@ class AnalyticCost:
                 f"{self.machine.memory / 2**30:.1f} GiB; use more machines (tp=, pp=), or another dtype"
             )
         return blocks
+
+    def _heaviest(self) -> tuple[float, int]:
+        """Bytes of weights on a machine, and layers, of the stage that has most of them."""
+        m, (rest, last) = self.model, self._stages
+        if self.pp == 1:
+            return m.weight_bytes / self.tp, last
+        head = m.head_weights * max(2.0, BYTES[m.dtype])
+        layer = (m.weight_bytes - head * (1 if m.tied else 2)) / m.num_layers
+        return (max(rest, last) * layer + head) / self.tp, max(rest, last)
 
     # -- time ----------------------------------------------------------------------------------------------------
 
@@ -118,10 +157,8 @@ class AnalyticCost:
         e = self.efficiency
         fixed = self._fixed(work.tokens, work.sampled)
         share = 1 / self.pp
-        device = fixed + self.model.num_layers * (
-            self._decode_attention(work.context * share, work.decodes * share)
-            + self._prefill_attention(work.prefill_context * share, work.prefill * share, work.pairs * share)
-        )
+        layer = fixed.layer + self._attention(work, share)
+        device = fixed.beside + self._slowest(layer, fixed.head)
         if np.any(work.moved):
             device = device + self._moved(work.moved)
         if np.ndim(work.prefill) or np.ndim(device):
@@ -134,19 +171,33 @@ class AnalyticCost:
     def _seconds_of_one(self, work: StepWork) -> float:
         """`seconds` of whole numbers, which is what a simulation asks for in every step: without arrays, and with what
         does not depend on the work computed once."""
-        layers, share, kv, decode_rate, rate, flops, flop_rate, eager, step, join = self._numbers
+        rest, last, pp, kv, decode_rate, rate, flops, flop_rate, eager, step, join = self._numbers
+        share = 1 / pp
         decodes, prefill, context, read, pairs, _, sampled, joins, moved = work
         fixed = self._seen.get((decodes + prefill, sampled)) or self._fixed(decodes + prefill, sampled)
         keys = context * share
         attention = max(kv * (keys + decodes * share) / decode_rate, flops * keys / flop_rate)
         if prefill or read or pairs:
             attention += max(kv * (read * share + prefill * share) / rate, flops * (pairs * share) / flop_rate)
-        device = fixed + layers * attention
+        layer = fixed.layer + attention
+        device = fixed.beside + pp * max(rest * layer, last * layer + fixed.head)
         if moved:
             device += self._moved(moved)
         if prefill and device < eager:
             device = eager
         return float(device + (step + join * joins))
+
+    def burst(self, work: StepWork, batches: int = 1) -> float:
+        """Until `work`, in so many equal batches, has gone through all stages. They are empty before and after, so this
+        takes `batches + pp - 1` turns of the slowest stage; `seconds` is without these bubbles.
+
+        >>> cost, prompts = AnalyticCost.of("llama-3.1-70b", pp=4), StepWork(prefill=8192, pairs=2**24)
+        >>> [round(cost.burst(prompts, batches) / cost.seconds(prompts)) for batches in (1, 16)]
+        [4, 1]
+        """
+        whole("batches", batches, least=1)
+        each = StepWork(*(field * self.pp / batches for field in work))
+        return float(self.seconds(each)) / self.pp * (batches + self.pp - 1)
 
     @property
     def _eager(self) -> float:
@@ -154,7 +205,12 @@ class AnalyticCost:
         e = self.efficiency
         return e.eager_launch * (self.model.num_layers * KERNELS + e.kernels_beside)
 
-    def _fixed(self, tokens: Any, sampled: Any) -> Any:
+    def _slowest(self, layer: Any, head: Any) -> Any:
+        """All batches through the slowest stage."""
+        rest, last = self._stages
+        return self.pp * _larger(rest * layer, last * layer + head)
+
+    def _fixed(self, tokens: Any, sampled: Any) -> Fixed:
         """Everything that does not depend on the context; few sizes occur, and often."""
         if np.ndim(tokens) or np.ndim(sampled):
             return self._beside_attention(tokens, sampled)
@@ -162,14 +218,14 @@ class AnalyticCost:
         if found is None:
             if len(self._seen) > MOST_SEEN:
                 self._seen.clear()
-            found = self._seen[tokens, sampled] = float(self._beside_attention(tokens, sampled))
+            found = self._seen[tokens, sampled] = Fixed(*map(float, self._beside_attention(tokens, sampled)))
         return found
 
-    def _beside_attention(self, tokens: Any, sampled: Any) -> Any:
-        work = StepWork(decodes=tokens, sampled=sampled)
-        return sum(part for name, part in self.parts(work).items() if "attention" not in name) + (
-            self.model.num_layers * self.efficiency.attention_kernel
-        )
+    def _beside_attention(self, tokens: Any, sampled: Any) -> Fixed:
+        e, tokens, sampled = self.efficiency, tokens / self.pp, sampled / self.pp  # what a stage gets at once
+        layer = self._products(tokens) + self._small(tokens) + e.attention_kernel
+        beside = e.kernels_beside * e.small_kernel + self._communication(tokens)
+        return Fixed(layer, self._head(sampled), beside)
 
     def parts(self, work: StepWork) -> dict[str, Any]:
         """The device's seconds by kind of work.
@@ -187,10 +243,19 @@ class AnalyticCost:
             "decode attention": layers * (e.attention_kernel + decode),
             "prefill attention": layers * prefill,
             "small kernels": layers * self._small(tokens) + e.kernels_beside * e.small_kernel,
-            "head": self.pp * self._head(sampled),  # the last stage is the slowest: it holds up each batch
+            "head": self.pp * self._head(sampled),
+            "uneven stages": self._uneven(work),
             "communication": self._communication(tokens),
             "moved blocks": self._moved(work.moved),
         }
+
+    def _uneven(self, work: StepWork) -> Any:
+        """What the slowest stage takes beyond the mean; the head counts as work of all."""
+        if self.pp == 1:
+            return 0.0
+        fixed = self._fixed(work.tokens, work.sampled)
+        layer = fixed.layer + self._attention(work, 1 / self.pp)
+        return self._slowest(layer, fixed.head) - self.model.num_layers * layer - self.pp * fixed.head
 
     @property
     def _rate(self) -> float:
@@ -237,6 +302,11 @@ class AnalyticCost:
         """Keys and values of a token in one layer on one machine."""
         return 2 * self._key_width * BYTES[self.model.kv_dtype]
 
+    def _attention(self, work: StepWork, share: float) -> Any:
+        return self._decode_attention(work.context * share, work.decodes * share) + self._prefill_attention(
+            work.prefill_context * share, work.prefill * share, work.pairs * share
+        )
+
     def _decode_attention(self, context: Any, decodes: Any) -> Any:
         e = self.efficiency
         share = e.decode_attention if self.model.head_size >= 128 else e.narrow_attention
@@ -265,13 +335,32 @@ class AnalyticCost:
         return np.where(np.asarray(rows) > 0, product + drawn, 0.0)
 
     def _communication(self, tokens: Any) -> Any:
-        """Two all-reduces a layer; between stages, one transfer."""
+        """Two all-reduces a layer and one behind the embedding; between stages, one transfer."""
         m, tp, latency = self.model, self.tp, self.machine.link_latency
         if tp * self.pp == 1:
             return 0.0
-        moved = 2 * m.hidden_size * tokens / (self.machine.link * self.efficiency.link)
-        reduces = 2 * m.num_layers * (2 * latency + 2 * (tp - 1) / tp * moved) if tp > 1 else 0.0
+        moved = m.hidden_size * self._wide * tokens / (self.machine.link * self.efficiency.link)
+        reduces = (2 * m.num_layers + 1) * (2 * latency + 2 * (tp - 1) / tp * moved) if tp > 1 else 0.0
         return reduces + (self.pp * (latency + moved) if self.pp > 1 else 0.0)
+
+    @property
+    def _wide(self) -> float:
+        """Bytes of a number between layers."""
+        return max(2.0, BYTES[self.model.dtype])
+
+    def exchanges(self, tokens: float, sampled: float) -> tuple[int, float]:
+        """How often a machine exchanges with others in a step of greedy rows, and the bytes that it gives to them: the
+        embedding, two sums a layer and each rank's likeliest tokens with `tp`, hidden states to the next stage with
+        `pp` (of a stage in the middle).
+
+        >>> AnalyticCost.of("llama-3.1-8b", tp=2).exchanges(tokens=64, sampled=64)
+        (66, 34080768.0)
+        """
+        m, hidden = self.model, self.model.hidden_size * self._wide * tokens
+        if self.pp > 1:
+            stage = max(self._stages) if self.tp > 1 else 0
+            return 2 * stage + 1, (2 * stage + 1) * hidden
+        return (2 * m.num_layers + 2, (2 * m.num_layers + 1) * hidden + 16.0 * sampled) if self.tp > 1 else (0, 0.0)
 
     def _moved(self, blocks: Any) -> Any:
         """Blocks to or from host memory, each machine its own share."""

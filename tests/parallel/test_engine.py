@@ -251,6 +251,9 @@ def test_memory_is_split_evenly_and_what_travels_is_counted(folders, workers):
     tokens = 2 * (3 + 11)
     assert {rank.sent for rank in balance.ranks} == {tokens * (2 * layers + 1) * hidden * 4 + 12 * 2 * 2 * 8}
     assert f"{2 * (2 * layers + 2):.1f} exchanges" in repr(balance)
+    cost = lk.study.AnalyticCost.of(lk.study.ModelShape.of(config("llama"), dtype="float32"), "H100", tp=2)
+    num, given = cost.exchanges(tokens=tokens, sampled=2 * 12)
+    assert balance.ranks[0].exchanges == 12 * num and balance.ranks[0].sent == given
     noted = eng.log.events("RankLoad")
     assert {event.rank for event in noted} == {0, 1} and noted[0].weight_bytes == balance.ranks[0].weight_bytes
     each = workers.call("memory")

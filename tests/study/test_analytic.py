@@ -109,6 +109,21 @@ def test_more_machines_share_the_work_and_pay_for_it():
     assert few_heads[1] < 1.4 * few_heads[0], "4 key heads on 8 machines: each is there twice"
 
 
+def test_the_slowest_stage_sets_the_pace_and_bubbles_shrink_with_batches():
+    light, uneven = (AnalyticCost.of("qwen3-0.6b", pp=4, layers=layers) for layers in ((9, 9, 8, 2), (7, 7, 7, 7)))
+    work = StepWork(decodes=256, sampled=256, context=2560)  # short contexts: the head is as much work as ten layers
+    assert light.seconds(work) < 0.9 * uneven.seconds(work)
+    assert AnalyticCost.of("qwen3-0.6b", pp=4)._stages == (7, 7), "a full pool of KV outweighs the head"
+    assert sum(uneven.parts(work).values()) == pytest.approx(uneven.seconds(work) - uneven.efficiency.step)
+    cost = AnalyticCost.of("llama-3.1-70b", pp=4, efficiency=Efficiency(eager_launch=0.0))
+    many = StepWork(*(32 * field for field in PREFILL))
+    shares = [cost.seconds(many) / cost.burst(many, batches) for batches in (1, 4, 16)]
+    for share, batches in zip(shares, (1, 4, 16), strict=True):  # (p - 1) / (n + p - 1) of the time is idle
+        assert share == pytest.approx(batches / (batches + 3), rel=0.05)
+    with pytest.raises(ValueError, match="must give the layers of 4 stages, 28 together"):
+        AnalyticCost.of("qwen3-0.6b", "H100", pp=4, layers=(7, 7, 7))
+
+
 def test_smaller_weights_are_read_faster():
     full, fp8, int4 = (AnalyticCost.of(ModelShape.of("llama-3.1-8b", dtype=d)) for d in ("bfloat16", "fp8", "int4"))
     assert full.seconds(DECODE) > fp8.seconds(DECODE) > int4.seconds(DECODE)
