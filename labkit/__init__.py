@@ -59,6 +59,7 @@ _HOME = {
     "train_adapter": "training.adapter",
     "TorchRunner": "runner.torch",
     "Workers": "parallel.processes",
+    "Replicas": "replicas.front",
     "load_linear": "loading.single",
     "load_model": "models",
     "FakeRunner": "runner.fake",
@@ -123,6 +124,7 @@ if TYPE_CHECKING:
     from .quantization.quantize import quantize
     from .quantization.report import quantization_report
     from .quantization.sensitivity import sensitivity
+    from .replicas.front import Replicas
     from .runner.base import Layout
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner

@@ -38,9 +38,10 @@ MAY_IMPORT = {
         "text",
         "widgets",
     },
-    "llm": {"core", "engine", "images", "llm", "text"},
+    "replicas": {"assets", "clock", "core", "engine", "loading", "parallel", "replicas", "study"},  # study: its routers
+    "llm": {"core", "engine", "images", "llm", "replicas", "text"},
     "compat": {"core", "llm"},
-    "server": {"core", "engine", "images", "server", "text"},
+    "server": {"core", "engine", "images", "replicas", "server", "text"},
     "widgets": {"core", "widgets"},
     "lab": {"core", "engine", "lab", "models", "widgets"},  # engines are made and watched from outside
     "training": {"assets", "core", "models", "text", "training"},
@@ -62,6 +63,7 @@ MAY_IMPORT = {
         "notebook",
         "parallel",
         "quantization",
+        "replicas",
         "runner",
         "sampling",
         "server",
@@ -77,6 +79,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "loading": {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "modelscope", "labkit_kernels"},
     "runner": {"torch", "numpy", "labkit_kernels"},
     "parallel": {"torch", "numpy", "transformers", "labkit_kernels"},
+    "replicas": {"torch", "numpy", "transformers"},
     "sampling": {"torch", "numpy"},
     "transfer": {"torch", "numpy"},
     "images": {"PIL", "numpy"},

@@ -75,6 +75,8 @@ class Engine(Sleeping, Shown):
         tokenizer: Decoder | None = None,
         **options: Any,
     ) -> None:
+        if "data_parallel_size" in options:
+            raise TypeError("an Engine is one replica: use lk.Replicas(model, data_parallel_size=2)")
         check_names("Engine", options, (*_PARTS, *Options.__dataclass_fields__))
         worker: Worker | None = None
         self.images: Images | None = None  # the image processor of a model that sees

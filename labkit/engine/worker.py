@@ -11,10 +11,12 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
 Turn = Callable[[], float | None]  # does some work; returns seconds until the next turn, None: after the next call
+
+Inbox: TypeAlias = "queue.SimpleQueue[tuple[Future[Any] | None, Callable[[], Any]] | None]"
 
 _numbers = itertools.count(1)
 
@@ -22,8 +24,8 @@ _numbers = itertools.count(1)
 class Worker:
     """Runs submitted calls in order. Between them it calls `turn` repeatedly, as long as one is set."""
 
-    def __init__(self) -> None:
-        self.inbox: queue.SimpleQueue[tuple[Future[Any] | None, Callable[[], Any]] | None] = queue.SimpleQueue()
+    def __init__(self, inbox: Inbox | None = None) -> None:
+        self.inbox: Inbox = queue.SimpleQueue() if inbox is None else inbox
         self.turn: Turn | None = None
         self.is_over = False
         self.failure: str | None = None  # what a turn raised, which ended the thread

@@ -25,7 +25,7 @@ RENAMED = {
     "long_prefill_token_threshold": "max_prefill_chunk",
     "max_num_queued_reqs": "max_waiting",
 }
-OWN = ("scheduler", "runner", "clock", "tokenizer", *Options.__dataclass_fields__)
+OWN = ("scheduler", "runner", "clock", "tokenizer", "data_parallel_size", "router", *Options.__dataclass_fields__)
 
 HARMLESS = frozenset((
     # how it runs, not what comes out
@@ -68,7 +68,7 @@ def _all(names: str, fits: Fits) -> dict[str, Fits]:
 
 FIXED: dict[str, Fits] = {
     **_all(
-        "data_parallel_size nnodes prefill_context_parallel_size decode_context_parallel_size",
+        "nnodes prefill_context_parallel_size decode_context_parallel_size",
         _ONE,
     ),
     "worker_use_ray": Fits((None, False), _ONE.why),
@@ -133,7 +133,7 @@ def read(given: Mapping[str, Any], owner: str = "LLM") -> Asked:
     """vLLM's arguments as options. A TypeError names an unknown argument and the closest one, a ValueError a value that
     labkit cannot follow.
 
-    >>> read({"enable_prefix_caching": False, "data_parallel_size": 1, "enforce_eager": True}).engine
+    >>> read({"enable_prefix_caching": False, "nnodes": 1, "enforce_eager": True}).engine
     {'prefix_caching': False, 'graphs': False}
     """
     engine: dict[str, Any] = lora_names.lora_options({name: given[name] for name in lora_names.NAMES if name in given})

@@ -15,6 +15,7 @@ from labkit.llm.inputs import job
 from labkit.llm.lora import adapter_of
 from labkit.llm.outputs import Reader, RequestOutput
 from labkit.llm.stepwise import reset_prefix_cache
+from labkit.replicas.front import make_engine
 from labkit.text.huggingface import as_transformers
 
 
@@ -45,7 +46,7 @@ class AsyncLLMEngine:
     def from_engine_args(cls, engine_args: EngineArgs, **more: Any) -> AsyncLLMEngine:
         """Load the model; the engine's thread starts with the first request."""
         asked = read(engine_args.options, type(engine_args).__name__)
-        made = cls(Engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
+        made = cls(make_engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
         made.block_events = asked.publisher(made.engine)
         return made
 

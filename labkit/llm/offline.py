@@ -18,6 +18,7 @@ from labkit.llm.inputs import Job, each, job, several
 from labkit.llm.lora import LoRARequest, adapter_of
 from labkit.llm.outputs import BeamSearchOutput, RequestOutput, beam_of, output_of
 from labkit.llm.stepwise import LLMEngine
+from labkit.replicas.front import make_engine
 from labkit.text.huggingface import as_transformers, with_template
 
 
@@ -35,7 +36,7 @@ class LLM:
 
     def __init__(self, model: Any = None, **options: Any) -> None:
         asked = read(options)
-        self.engine = Engine(model, **asked.engine)
+        self.engine = make_engine(model, **asked.engine)
         self.block_events = asked.publisher(self.engine)
         self.max_logprobs = asked.max_logprobs
         self._defaults = {**sampling_defaults(self.engine.model_name, asked.generation_config),

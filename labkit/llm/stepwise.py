@@ -12,6 +12,7 @@ from labkit.llm.arguments import EngineArgs, read
 from labkit.llm.inputs import job
 from labkit.llm.lora import adapter_of
 from labkit.llm.outputs import Reader, RequestOutput
+from labkit.replicas.front import make_engine
 from labkit.text.huggingface import as_transformers
 
 
@@ -39,7 +40,7 @@ class LLMEngine:
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs, **more: Any) -> LLMEngine:
         asked = read(engine_args.options, type(engine_args).__name__)
-        made = cls(Engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
+        made = cls(make_engine(engine_args.model, **asked.engine), max_logprobs=asked.max_logprobs)
         made.block_events = asked.publisher(made.engine)
         return made
 
@@ -105,7 +106,7 @@ def reset_prefix_cache(engine: Engine) -> bool:
     def reset() -> bool:
         if engine.blocks.num_used:
             return False
-        engine.blocks.reset()
+        engine.reset_prefix_cache()
         return True
 
     return engine.own_thread().call(reset)

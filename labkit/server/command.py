@@ -69,15 +69,17 @@ def _run(arguments: Arguments) -> int:
 def _load(arguments: Arguments, service: Service) -> Any:
     """Load the model, and what it says of sampling."""
     from labkit.engine.defaults import sampling_defaults
-    from labkit.engine.engine import Engine
+    from labkit.replicas.front import make_engine
 
     model = arguments.process.get("model")
     if "models" in arguments.process or service.settings.model_root:
         if "kv_events_config" in arguments.process:
             raise ValueError("--kv-events-config is served for one model at a time")
+        if {"data_parallel_size", "router"} & arguments.engine.keys():
+            raise ValueError("--data-parallel-size is served for one model at a time")
         return _load_several(arguments)
     log.info("loading %s", model or "the embedded model")
-    engine = Engine(model, **arguments.engine)
+    engine = make_engine(model, **arguments.engine)
     service.defaults = sampling_defaults(model, arguments.process.get("generation_config", "auto"))
     if (config := arguments.process.get("kv_events_config")) is not None:
         from labkit.engine.block_events import publisher_of

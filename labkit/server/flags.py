@@ -64,8 +64,10 @@ FLAGS: tuple[Flag, ...] = (
     _engine("tensor-parallel-size", "int", "processes (GPUs) that split every layer"),
     _engine("pipeline-parallel-size", "int", "stages of processes that have some of the layers each"),
     _engine("pp-layer-partition", "str", "layers of each stage, such as 15,15,16,15; without it as even as can be"),
+    _engine("data-parallel-size", "int", "engines in processes of their own, behind a router (docs/parallel.md)"),
+    _engine("router", "str", "which of them a request goes to: prefix_aware, least_loaded, round_robin, ..."),
     _engine("distributed-executor-backend", "str", "mp: processes on this host; uni: one process", fits=("mp", "uni")),
-    _engine("restart", "bool", "start ranks that have ended again, and serve their requests again"),
+    _engine("restart", "bool", "start ranks or replicas that have ended again, and serve their requests again"),
     # -- memory and scheduling
     _engine("max-model-len", "int", "most tokens of a request, prompt and answer"),
     _engine("gpu-memory-utilization", "float", "share of a GPU's memory"),
@@ -169,7 +171,7 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless("chat-template-content-format", "str", "templates get text", ("auto", "string")),
     # -- refused by name
     *_refused(
-        "data-parallel-size api-server-count", "has one engine and one server here", ("1",),
+        "api-server-count", "has one server here", ("1",),
     ),
     *_refused("enable-expert-parallel enable-eplb enable-dbo headless data-parallel-backend", kind="bool"),
     *_refused("fully-sharded-loras", kind="bool"),

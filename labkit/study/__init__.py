@@ -30,7 +30,7 @@ _HOME = {
     "Cluster": "clusters.cluster",
     "Disaggregated": "clusters.placement",
     "Incoming": "clusters.view",
-    "RouterError": "clusters.cluster",
+    "RouterError": "clusters.routers",
     "View": "clusters.view",
     "cluster": "clusters.compare",
     "Offloading": "offloading",

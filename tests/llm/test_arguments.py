@@ -33,7 +33,7 @@ def test_every_argument_of_tutorials_is_accepted_and_takes_effect():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size=2: data_parallel_size has one engine here"),
+        ({"nnodes": 2}, "nnodes=2: nnodes has one engine here"),
         ({"num_speculative_tokens": 4}, "speculative_config={'method': ..., ...} holds it"),
         ({"default_mm_loras": {"a": "b"}}, "default_mm_loras is not served"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode='auto' is accepted"),

@@ -22,14 +22,10 @@ from labkit.core.tokens import as_tokens
 from labkit.engine.loop import StalledError
 from labkit.study.clusters.placement import Disaggregated, Dock, Transfer
 from labkit.study.clusters.replica import Replica
-from labkit.study.clusters.routers import Router, name_of, named
+from labkit.study.clusters.routers import Router, chosen, name_of, named
 from labkit.study.clusters.view import Incoming, Mirror, View
 
 STEP_ENDS, LINK_FREE, ARRIVED, GIVES_UP, ARRIVES = range(5)  # in this order, if at the same time
-
-
-class RouterError(RuntimeError):
-    """A router raised, or returned something that is no replica's index."""
 
 
 @dataclass
@@ -71,18 +67,7 @@ class _Group:
         return [mirror.view(now) for mirror in self.mirrors]
 
     def choose(self, request: Incoming, now: int) -> Replica:
-        name = name_of(self.router)
-        try:
-            chosen = self.router(request, self.views(now), now / 1e9)
-        except Exception as error:
-            raise RouterError(f"router {name!r} failed for request {request.id!r}: {error!r}") from error
-        index = None if isinstance(chosen, bool) or not hasattr(chosen, "__index__") else chosen.__index__()
-        if index is None or not 0 <= index < len(self.replicas):
-            raise RouterError(
-                f"router {name!r} returned {chosen!r} for request {request.id!r}: "
-                f"it must return a replica's index, 0 to {len(self.replicas) - 1}"
-            )
-        return self.replicas[index]
+        return self.replicas[chosen(self.router, request, self.views(now), now / 1e9)]
 
 
 class Cluster:

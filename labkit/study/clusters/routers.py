@@ -21,8 +21,8 @@ Views: TypeAlias = Sequence[View]
 Router: TypeAlias = Callable[[Incoming, Views, float], int]
 
 __all__ = [
-    "AIBrix", "CacheAware", "ConsistentHash", "Dynamo", "LeastLoaded", "Oracle", "Precise", "PrefixAffinity", "Random",
-    "RoundRobin", "Router", "Scored", "Stale", "Sticky", "named",
+    "AIBrix", "CacheAware", "ConsistentHash", "Dynamo", "LeastLoaded", "Oracle", "Precise", "PrefixAffinity",
+    "PrefixAware", "Random", "RoundRobin", "Router", "RouterError", "Scored", "Stale", "Sticky", "chosen", "named",
 ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ class _Seeded:
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
-    def least(self, views: Views, cost: Callable[[View], float]) -> View:
+    def least(self, views: Views, cost: Callable[[View], Any]) -> View:
         """The view with the lowest cost."""
         costs = [cost(view) for view in views]
         lowest = min(costs)
@@ -221,6 +221,29 @@ class CacheAware(_ByHistory):
 
 
 @named_options
+class PrefixAware(_ByHistory):
+    """The replica that has the longest prefix of the prompt, by its block events or by what was sent to it lately,
+    among those with at most `imbalance` requests more than the least loaded one. Of equal ones the least loaded, then
+    the one that was sent the fewest blocks. The default of real replicas."""
+
+    name = "prefix_aware"
+
+    def __init__(self, imbalance: int = 8, seed: int = 0) -> None:
+        super().__init__(None, seed)
+        self.imbalance = whole("imbalance", imbalance, least=0)
+
+    def __call__(self, request: Incoming, views: Views, now: float) -> int:
+        most = min(view.load for view in views) + self.imbalance
+
+        def cost(view: View) -> tuple[int, int, int]:
+            sent = self.index(view)
+            sent.capacity = view.used_blocks + view.cached_blocks + view.free_blocks  # what it can hold
+            return -max(sent.match(request.hashes), view.prefix.match(request.hashes)), view.load, len(sent)
+
+        return self.send(request, self.least([view for view in views if view.load <= most], cost))
+
+
+@named_options
 class AIBrix(_ByHistory):
     """AIBrix's prefix-cache router: the least loaded replica if loads differ by more than `imbalance`. Else the best
     match, and of equal ones the less loaded, among those whose load is at most the mean plus `deviations` standard
@@ -364,9 +387,30 @@ class Stale:
 
 ROUTERS: dict[str, Callable[[], Router]] = {
     "random": Random, "round_robin": RoundRobin, "least_loaded": LeastLoaded, "sticky": Sticky,
-    "consistent_hash": ConsistentHash, "prefix_affinity": PrefixAffinity, "cache_aware": CacheAware, "aibrix": AIBrix,
+    "consistent_hash": ConsistentHash, "prefix_affinity": PrefixAffinity, "prefix_aware": PrefixAware,
+    "cache_aware": CacheAware, "aibrix": AIBrix,
     "load_aware": lambda: Scored(prefix=0.0), "llm_d": Scored, "precise": Precise, "dynamo": Dynamo, "oracle": Oracle,
 }  # fmt: skip
+
+
+class RouterError(RuntimeError):
+    """A router raised, or returned something that is no replica's index."""
+
+
+def chosen(router: Router, request: Incoming, views: Views, now: float) -> int:
+    """The index of the replica that a router chooses."""
+    name = name_of(router)
+    try:
+        given: Any = router(request, views, now)
+    except Exception as error:
+        raise RouterError(f"router {name!r} failed for request {request.id!r}: {error!r}") from error
+    index: int | None = None if isinstance(given, bool) or not hasattr(given, "__index__") else given.__index__()
+    if index is None or not 0 <= index < len(views):
+        raise RouterError(
+            f"router {name!r} returned {given!r} for request {request.id!r}: "
+            f"it must return a replica's index, 0 to {len(views) - 1}"
+        )
+    return index
 
 
 def named(router: str | Router) -> Router:

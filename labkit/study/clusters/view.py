@@ -174,6 +174,13 @@ class Mirror:
             used, cached, free, self.block_size, self.prefix,
         )  # fmt: skip
 
+    def restart(self, num_blocks: int) -> None:
+        """The replica begins anew, without requests and with empty blocks."""
+        for kept in (self._unread, self._live, self._waiting, self.prefix):
+            kept.clear()
+        self._waiting_tokens = self._output_left = 0
+        self._blocks = (0, 0, num_blocks)
+
     def _apply(self, batch: Batch) -> None:
         for event in batch.events:
             read = _READ.get(event[0])
