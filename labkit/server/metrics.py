@@ -82,6 +82,25 @@ HISTOGRAMS = {  # name -> (a histogram of Counts, help)
 }
 
 
+REPLICA_GAUGES: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
+    ("labkit:replica_up", "1 if the replica serves.", lambda one: float(one.state == "ready")),
+    ("labkit:replica_requests_running", "Requests in its running batch.", lambda one: _seen(one, "running")),
+    ("labkit:replica_requests_waiting", "Requests that wait there.", lambda one: _seen(one, "waiting")),
+    ("labkit:replica_kv_cache_usage_perc", "Share of its KV blocks in use; 1 means all.", lambda one: one.seen.usage),
+)
+REPLICA_COUNTERS: tuple[tuple[str, str, Callable[[Any], float]], ...] = (
+    ("labkit:replica_requests", "Requests that were sent to it.", lambda one: one.num_requests),
+    ("labkit:replica_generation_tokens", "Tokens that it generated.", lambda one: one.num_output),
+    ("labkit:replica_prefix_cache_queries", "Prompt tokens that were looked up there.", lambda one: one.num_queried),
+    ("labkit:replica_prefix_cache_hits", "Prompt tokens that were found there.", lambda one: one.num_cached),
+    ("labkit:replica_starts", "How often it was started.", lambda one: one.num_starts),
+)
+
+
+def _seen(link: Any, name: str) -> float:
+    return float(getattr(link.seen, name)) if link.state == "ready" else 0.0
+
+
 class Served(Collector):
     """All metrics of a service, made when they are asked for."""
 
@@ -102,6 +121,7 @@ class Served(Collector):
                 yield family
             yield from _counters(found)
             yield from _histograms(found)
+            yield from _replicas(found)
             yield _info("vllm:cache_config_info", "The KV cache.", found, _cache_config)
             yield _info("vllm:lora_requests_info", "Adapters of live requests.", found, _adapters)
         yield from _calls(self.service.calls, [each.name for each in self.service.services])
@@ -124,6 +144,21 @@ def _counters(found: Found) -> Iterator[CounterMetricFamily]:
             family.add_metric([*labels, reason], number)
     yield family
     yield _by_position(found)
+
+
+def _replicas(found: Found) -> Iterator[Any]:
+    """By replica, where there are several behind a router; the other figures are sums."""
+    links = [((*labels, str(one.index)), one) for labels, c in found for one in getattr(c.engine, "replicas", ())]
+    for name, help, read in REPLICA_GAUGES if links else ():
+        family: Any = GaugeMetricFamily(name, help, labels=[*LABELS, "replica"])
+        for labels, link in links:
+            family.add_metric(labels, read(link))
+        yield family
+    for name, help, read in REPLICA_COUNTERS if links else ():
+        family = CounterMetricFamily(name, help, labels=[*LABELS, "replica"])
+        for labels, link in links:
+            family.add_metric(labels, read(link))
+        yield family
 
 
 def _by_position(found: Found) -> CounterMetricFamily:
