@@ -36,7 +36,7 @@ from labkit.replicas.board import Board, Taken
 from labkit.replicas.link import Link
 from labkit.replicas.model import Model
 from labkit.replicas.process import Processes, Start
-from labkit.replicas.setup import gpus_of, settings_of, tokenizer_of
+from labkit.replicas.setup import gpus_of, images_of, settings_of, tokenizer_of
 from labkit.replicas.shown import ReplicaBalance, ReplicaLoad
 from labkit.study.clusters.routers import Router, name_of, named
 
@@ -83,11 +83,12 @@ class Replicas(Engine):
         Options(**options, restart=flag("restart", restart))  # checks them
         self.restart, self.step_timeout = restart, real("step_timeout", step_timeout, least=0.1)
         self.router = named(router)
+        self.images = None
         if start is None:
             if tokenizer is not None:
                 raise ValueError("replicas read the model's own tokenizer: leave out tokenizer=")
             start = Processes(num, settings_of(model, options, restart), gpus_of(num, options)).start
-            tokenizer = tokenizer_of(model, options)
+            tokenizer, self.images = tokenizer_of(model, options), images_of(model, options)
         self.bell = Bell()
         clock = WallClock()
         self._zero = time.perf_counter_ns() - clock.now()

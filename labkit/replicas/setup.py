@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from labkit.engine.adapters import checked as checked_adapters
+from labkit.engine.images import Images, load_images, sees
 from labkit.parallel.wire import Unsendable, pack_any
 
 
@@ -27,13 +28,28 @@ def settings_of(model: Any, options: dict[str, Any], restart: bool) -> dict[str,
 
 
 def tokenizer_of(model: Any, options: dict[str, Any]) -> Any:
-    from labkit.assets import path
-    from labkit.loading.checkpoint import resolve
     from labkit.parallel.load import load_tokenizer
 
     if options.get("skip_tokenizer_init") or not (model is None or isinstance(model, (str, Path))):
         return None
-    return load_tokenizer(resolve(path("tiny") if model is None else model), options.get("trust_remote_code", False))
+    return load_tokenizer(_folder(model), options.get("trust_remote_code", False))
+
+
+def images_of(model: Any, options: dict[str, Any]) -> Images | None:
+    """The image processor of a model that sees: the front makes arrays and placeholders of images."""
+    if not isinstance(model, (str, Path)) or not sees(folder := _folder(model)):
+        return None
+    return load_images(
+        folder, limits=options.get("limit_mm_per_prompt"), kwargs=options.get("mm_processor_kwargs"),
+        trust_remote_code=options.get("trust_remote_code", False),
+    )  # fmt: skip
+
+
+def _folder(model: Any) -> Path:
+    from labkit.assets import path
+    from labkit.loading.checkpoint import resolve
+
+    return resolve(path("tiny") if model is None else model)
 
 
 def gpus_of(num: int, options: dict[str, Any]) -> int:
