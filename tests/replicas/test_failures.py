@@ -1,7 +1,5 @@
 """Replicas that die or hang: noticed within seconds, nothing is lost that was not delivered, the others go on."""
 
-import time
-
 import pytest
 
 import labkit as lk
@@ -9,7 +7,7 @@ from labkit.core.request import Status
 from labkit.parallel.ranks import Lost
 from labkit.replicas import link as links
 from tests.replicas.test_front import alone
-from tests.replicas.threads import Threads, replicas
+from tests.replicas.threads import Threads, replicas, wait_until
 
 LONG = lk.SamplingParams(max_tokens=60, temperature=0)
 PROMPTS = [[i, 2, 3, i + 1, 5] for i in range(6)]
@@ -17,15 +15,6 @@ PROMPTS = [[i, 2, 3, i + 1, 5] for i in range(6)]
 
 def first(request, views, now):
     return min(view.index for view in views if view.load < 99)
-
-
-def wait_until(condition, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.01)
-    return False
 
 
 def test_requests_of_a_dead_replica_are_served_again_elsewhere_if_nothing_was_delivered():

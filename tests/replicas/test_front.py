@@ -7,7 +7,7 @@ import pytest
 
 import labkit as lk
 from labkit.core.request import Status
-from tests.replicas.threads import Threads, replicas
+from tests.replicas.threads import Threads, replicas, wait_until
 
 PARAMS = lk.SamplingParams(max_tokens=8, temperature=0)
 
@@ -93,7 +93,7 @@ def test_aborts_reach_the_replica_and_ids_stay_unique():
         num = handle.num_output
         engine.generate([4, 5, 6], PARAMS)
         assert handle.num_output == num
-        assert all(not thread.engine.scheduler.requests for thread in threads.made.values())
+        assert wait_until(lambda: not any(thread.engine.scheduler.requests for thread in threads.made.values()))
         engine.check()
     late = replicas(1)
     handle = late.submit([1, 2], PARAMS, arrival=60.0)

@@ -96,3 +96,12 @@ class Threads:
 
 def replicas(num: int = 2, threads: Threads | None = None, **options) -> Replicas:
     return Replicas(data_parallel_size=num, start=threads or Threads(), **options)
+
+
+def wait_until(condition, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
