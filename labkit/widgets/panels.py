@@ -35,9 +35,10 @@ def figures(feed: Feed, upto: int | None = None) -> dict[str, str]:
     drafted, accepted = (
         float(window.columns[name].sum()) if len(window) else 0.0 for name in ("draft_tokens", "accepted_tokens")
     )
-    drafts = (
-        {"drafted/s": f"{drafted / span:,.0f}", "accepted/s": f"{accepted / span:,.0f}"} if drafted and span else {}
-    )
+    drafts = {}
+    if drafted and span:
+        rates = {"drafted/s": f"{drafted / span:,.0f}", "accepted/s": f"{accepted / span:,.0f}"}
+        drafts = rates | {"accepted": f"{accepted / drafted:.0%}"}
     hit = float(window.columns["cached_tokens"].sum()) / known if known else None
     return {
         "step": f"{steps:,}",

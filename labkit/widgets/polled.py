@@ -143,5 +143,6 @@ def _columns(poll: Poll, grown: dict[str, float], seconds: float) -> dict[str, f
         "decode_tokens": grown.get("generation", 0.0) / steps, "output_tokens": grown.get("generation", 0.0) / steps,
         "running": poll.gauges.get("running", 0.0), "waiting": poll.gauges.get("waiting", 0.0),
         "swapped": poll.gauges.get("swapped", 0.0), "duration": seconds * 1e9 / steps,
+        "draft_tokens": grown.get("drafted", 0.0), "accepted_tokens": grown.get("accepted", 0.0),  # between the polls
         "Preempted": poll.counters.get("preempted", 0.0), "Finished": poll.counters.get("finished", 0.0),
     }  # fmt: skip

@@ -31,6 +31,8 @@ COUNTERS = {
     "preempted": ("vllm_num_preemptions_total",),
     "finished": ("vllm_request_success_total",),
     "steps": ("vllm_iteration_tokens_total_count",),
+    "drafted": ("vllm_spec_decode_num_draft_tokens_total",),
+    "accepted": ("vllm_spec_decode_num_accepted_tokens_total",),
 }
 HISTOGRAMS = {
     "ttft": ("vllm_time_to_first_token_seconds",),

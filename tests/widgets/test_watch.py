@@ -43,6 +43,17 @@ def test_vllms_metrics_become_the_figures_of_a_dashboard():
     assert feed.latest(1)["running"] == 3 and feed.first == 1
 
 
+def test_a_server_that_drafts_shows_how_many_tokens_are_drafted_and_accepted():
+    names = ("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total")
+
+    def drafts(text, *values):
+        return text + "".join(f"{name} {value}\n" for name, value in zip(names, values, strict=True))
+
+    shown = panels.figures(feed_of(drafts(FIRST, 100, 60), drafts(SECOND, 500, 360)))
+    assert (shown["drafted/s"], shown["accepted/s"], shown["accepted"]) == ("200", "150", "75%")
+    assert "accepted" not in panels.figures(feed_of(FIRST, SECOND))
+
+
 def test_a_server_that_was_started_again_counts_from_zero():
     fresh = answer(generated=60, prompt=100, hits=0, steps=30, ttft={0.02: 2}, itl={0.01: 20})
     feed = feed_of(SECOND, fresh)
