@@ -27,6 +27,7 @@ _HOME = {
     "SuffixDraft": "sampling.drafts",
     "EagleDraft": "sampling.drafts",
     "ModelDraft": "sampling.drafts",
+    "TreeDraft": "sampling.drafts",
     "SamplingParams": "core.params",
     "Request": "core.request",
     "Plan": "core.plan",
@@ -129,7 +130,7 @@ if TYPE_CHECKING:
     from .runner.fake import FakeRunner
     from .runner.sim import SimRunner
     from .runner.torch import TorchRunner
-    from .sampling.drafts import EagleDraft, FunctionDraft, ModelDraft, NGramDraft, SuffixDraft
+    from .sampling.drafts import EagleDraft, FunctionDraft, ModelDraft, NGramDraft, SuffixDraft, TreeDraft
     from .server import serve
     from .server.manager import ModelManager
     from .study import workloads

@@ -91,6 +91,10 @@ class Plan(NamedTuple):
     disk: DiskMoves = NO_MOVES
     adapters: tuple[tuple[int, str], ...] = ()  # (slot, adapter): load it, in place of the one that is there
     fill_drafts: bool = False  # the runner makes the drafts: their ids in `tokens` only keep the place
+    widths: tuple[
+        int, ...
+    ] = ()  # of trees it makes: how many candidates for each token to come; empty: it makes chains
+    parents: Ints = NO_INTS  # of trees: the draft of its row that each one continues, -1: the row's own token
 
     @property
     def num_tokens(self) -> int:
@@ -115,11 +119,28 @@ class Plan(NamedTuple):
         nth = np.arange(len(sample)) - (np.cumsum(counts) - counts)[sample]
         return sample, self.sample_query[sample] + nth
 
-    def filled(self, guesses: Tokens) -> Plan:
+    def filled(self, guesses: Tokens, parents: Ints = NO_INTS) -> Plan:
         """This plan with the drafts that the runner made, in the order of their places."""
         tokens = self.tokens.copy()
         tokens[self.draft_places()] = guesses
-        return self._replace(tokens=tokens, fill_drafts=False)
+        return self._replace(tokens=tokens, fill_drafts=False, parents=parents)
+
+    def trees(self) -> list[tuple[int, Ints]]:
+        """Of each entry whose drafts are a tree: (entry, parents). A draft comes after the one that it continues."""
+        if not len(self.parents):
+            return []
+        ends = np.cumsum(self.drafts)
+        return [(i, self.parents[ends[i] - self.drafts[i] : ends[i]]) for i in self.drafts.nonzero()[0].tolist()]
+
+    def offsets(self) -> Ints:
+        """How far each of the step's tokens is behind its entry's first one."""
+        begin = np.cumsum(self.count) - self.count
+        found = np.arange(self.num_tokens) - np.repeat(begin, self.count)
+        for entry, parents in self.trees():
+            own = found[begin[entry] : begin[entry] + self.count[entry]]
+            for i, parent in enumerate(parents.tolist()):
+                own[i + 1] = own[parent + 1] + 1
+        return found
 
     def draft_places(self) -> Ints:
         """Where in `tokens` the drafts are."""
@@ -133,14 +154,32 @@ class Plan(NamedTuple):
         if not len(self.drafts):
             return np.ones(len(drawn), bool), None
         sample, query = self.draws()
+        if len(self.parents):
+            stands = self._walk(drawn, np.searchsorted(sample, np.arange(len(self.sample_row))))
+        else:
+            stands = self._stand(drawn, sample, query)
+        indptr = np.zeros(len(self.sample_row) + 1, np.int64)
+        np.cumsum(np.bincount(sample[stands], minlength=len(self.sample_row)), out=indptr[1:])
+        return stands, indptr
+
+    def _stand(self, drawn: Tokens, sample: Ints, query: Ints) -> NDArray[np.bool_]:
         guessed = sample[1:] == sample[:-1]  # another draw of the same sample follows: on the guess that came next
         wrong = np.zeros(len(drawn), np.int64)  # guesses, up to and with the one before this draw
         wrong[1:] = np.cumsum(guessed & (drawn[:-1] != self.tokens[np.where(guessed, query[:-1] + 1, 0)]))
         first = np.searchsorted(sample, sample)
-        stands = wrong == wrong[first]
-        indptr = np.zeros(len(self.sample_row) + 1, np.int64)
-        np.cumsum(np.bincount(sample[stands], minlength=len(self.sample_row)), out=indptr[1:])
-        return stands, indptr
+        stands: NDArray[np.bool_] = wrong == wrong[first]
+        return stands
+
+    def _walk(self, drawn: Tokens, first: Ints) -> NDArray[np.bool_]:
+        """From each row's own token to the draft that is what was drawn there, as long as there is one."""
+        stands = np.ones(len(drawn), bool)
+        for entry, parents in self.trees():
+            begin, token, at = int(first[entry]), int(self.indptr[entry]) + 1, -1
+            for i, parent in enumerate(parents.tolist()):
+                right = parent == at and self.tokens[token + i] == drawn[begin + 1 + at]
+                stands[begin + 1 + i] = right
+                at = i if right else at
+        return stands
 
     def __repr__(self) -> str:
         prefills = len(self.rows) - self.num_decode

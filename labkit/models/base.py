@@ -43,6 +43,8 @@ class Batch:
     other_groups: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and block table of groups 1, 2, ..
     embeddings: tuple[Tensor, Tensor] | None = None  # (which tokens [n], inputs [n, size] for them)
     adapters: Groups | None = None  # which tokens go through which adapter; None: none does
+    # (sequence, [queries, queries]: which of its queries each one sees), where these are not a chain
+    trees: tuple[tuple[int, Tensor], ...] = ()
 
     def places(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from labkit_kernels.attention.reference import attention_weights
+from labkit_kernels.attention.reference import attention_weights, tree_attention
 from torch import Tensor
 
 from labkit.loading.checkpoint import Source, check_taken
@@ -114,6 +114,8 @@ class Attention:
         seen = ops.paged_attention(
             q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
         )
+        if batch.trees:
+            tree_attention(seen, batch.trees, q, *cache, *where, **options)
         if self.group is None:
             return self.out(seen.flatten(1), None, residual)
         return add(self.group, self.out(seen.flatten(1)), residual)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from labkit_kernels.attention.reference import attention_weights
+from labkit_kernels.attention.reference import attention_weights, tree_attention
 from torch import Tensor, nn
 
 from labkit.loading.checkpoint import Source
@@ -86,6 +86,8 @@ def _attention(
     out = step.ops.paged_attention(
         q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
     )
+    if batch.trees:
+        tree_attention(out, batch.trees, q, *cache, *where, **options)
     return out[None], None
 
 

@@ -14,6 +14,7 @@ from labkit.runner.adapters import groups_of
 from labkit.runner.features import Features
 from labkit.runner.groups import Groups
 from labkit.runner.rows import Rows
+from labkit.runner.trees import masks_of
 from labkit.sampling.sampler import Drawn, Sample, Sampler
 from labkit.transfer import put
 
@@ -40,6 +41,8 @@ def inputs_of(
         entry = np.repeat(np.arange(len(entries)), count)
         positions = np.arange(total) - query_start[:-1][entry] + start[entry]
     index, place = np.divmod(positions, size)
+    if len(plan.parents):  # drafts of one place lie behind each other in the cache
+        positions = start[entry] + plan.offsets()
     blocks = rows.tables[:, entries[entry], index]  # [groups, tokens]
     slots = blocks * size + place
     seq_len = start + count
@@ -70,6 +73,7 @@ def inputs_of(
         other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
         embeddings=embeddings,
         adapters=groups_of(plan, rows, device),
+        trees=masks_of(plan, device),
     )
     return Inputs(batch, query_start, failed)
 
@@ -112,7 +116,8 @@ def draws_of(plan: Plan, query_start: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """By draw: the row that it is for, the token whose logits it is drawn from, and how many tokens the row has."""
     index, queries = plan.draws()
     entries = np.searchsorted(query_start, queries, side="right") - 1
-    return plan.sample_row[index], queries, plan.start[entries] + queries - query_start[entries] + 1
+    offsets = plan.offsets()[queries] if len(plan.parents) else queries - query_start[entries]
+    return plan.sample_row[index], queries, plan.start[entries] + offsets + 1
 
 
 def draw(

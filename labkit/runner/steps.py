@@ -184,6 +184,7 @@ class Steps:
         return bool(
             len(plan.rows)
             and (_is_decode(plan) or plan.num_tokens <= MOST_TOKENS)
+            and not len(plan.parents)
             and not rows.asking[plan.rows].any()
             and not rows.is_adapted(plan.rows)
             and not (plan.start < rows.embedded[plan.rows]).any()

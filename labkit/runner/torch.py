@@ -36,6 +36,7 @@ from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, 
 from labkit.runner.repeats import Repeats
 from labkit.runner.rows import Rows
 from labkit.runner.steps import MOST_TOKENS, Steps
+from labkit.runner.trees import TreeDrafter, move_accepted
 from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
 
@@ -196,7 +197,7 @@ class TorchRunner:
             if isinstance(self.draft_model, EagleHead):
                 self.drafter = HeadDrafter(self.draft_model, *args)
             else:
-                self.drafter = Drafter(self.draft_model, *args, self._wants_repeats)
+                self.drafter = TreeDrafter(self.draft_model, *args, self._wants_repeats)
 
     def on_disk(self) -> list[Stub]:
         """The blocks of this model in `kv_disk_path`, the longest unused first."""
@@ -321,7 +322,17 @@ class TorchRunner:
         self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float, failed: dict[int, str]
     ) -> Pending:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        return self._pending(Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device), failed)
+        host = on_its_way(drawn)
+        return self._pending(Computed(plan, host, drawn, extras, names, begin, self.device, self._accepted), failed)
+
+    @torch.inference_mode()
+    def _accepted(self, plan: Plan, stands: np.ndarray) -> None:
+        """Of a step whose drafts are trees."""
+        assert self.layout is not None
+        tables = self.rows.tables[0]
+        move_accepted(plan, stands, tables, self.caches, self.layout.block_size)
+        if isinstance(self.drafter, TreeDrafter):
+            self.drafter.accepted(plan, stands, tables)
 
     def _run_captured(self, steps: Steps, plan: Plan, begin: float) -> Pending:
         tokens, hidden = steps.run(plan, self._sample)

@@ -14,7 +14,7 @@ import numpy as np
 from labkit.core.options import choose, flag, named_options, whole
 from labkit.core.scheduling.drafting import NO_GUESS, Asked, FunctionDraft, Tokens
 
-__all__ = ["EagleDraft", "FunctionDraft", "ModelDraft", "NGramDraft", "SuffixDraft"]
+__all__ = ["EagleDraft", "FunctionDraft", "ModelDraft", "NGramDraft", "SuffixDraft", "TreeDraft"]
 
 MOST_TOKENS = 32  # guesses for one row
 
@@ -231,3 +231,30 @@ class EagleDraft(ModelDraft):
 
     def __repr__(self) -> str:
         return f"EagleDraft({getattr(self.model, 'name', self.model)}, {self.num_tokens} tokens)"
+
+
+@named_options
+class TreeDraft(ModelDraft):
+    """An experiment: a smaller model guesses several tokens for each place, and all are verified in one forward.
+
+    `widths` are how many for each token to come: (3, 2, 1) are six guesses, three for the next token, two for what
+    follows the likeliest of them, and one for what follows the likeliest of these.
+
+    >>> TreeDraft("tiny-draft", (3, 2, 1))
+    TreeDraft(tiny-draft, 3 2 1)
+    """
+
+    def __init__(
+        self, model: Any = None, widths: Sequence[int] = (2, 2, 2, 2), *, quantization: str | None = None,
+        max_model_len: int | None = None,
+    ) -> None:  # fmt: skip
+        self.widths = tuple(whole("widths", width, least=1, most=MOST_TOKENS) for width in widths)
+        if not 1 <= sum(self.widths) <= MOST_TOKENS:
+            raise ValueError(f"widths must be 1 to {MOST_TOKENS} guesses together, got {widths!r}")
+        super().__init__(
+            model, sum(self.widths), adaptive=False, quantization=quantization, max_model_len=max_model_len
+        )
+
+    def __repr__(self) -> str:
+        model = "" if self.model is None else f"{getattr(self.model, 'name', self.model)}, "
+        return f"TreeDraft({model}{' '.join(map(str, self.widths))})"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -74,6 +77,31 @@ def attention_weights(
     return found
 
 
+def tree_attention(
+    out: Tensor,
+    trees: Sequence[tuple[int, Tensor]],  # (sequence, [queries, queries]: which queries each one sees, itself included)
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    query_start: Tensor,
+    seq_len: Tensor,
+    **options: Any,
+) -> None:
+    """Replace what `paged_attention` gave for sequences whose queries are a tree: a query sees all keys before the
+    queries, and of these those on its way to the root. Its position is the root's and how many it sees beside itself.
+    """
+    for i, mask in trees:
+        begin, end, length = int(query_start[i]), int(query_start[i + 1]), int(seq_len[i])
+        keys, values = gather(k_cache, block_table[i], length), gather(v_cache, block_table[i], length).float()
+        weights = _weights(q[begin:end], keys, **{**PLAIN, **options}, mask=mask)
+        values = values.repeat_interleave(q.shape[1] // values.shape[0], 0)
+        out[begin:end] = torch.einsum("hqk,hkd->qhd", weights, values).to(out.dtype)
+
+
+PLAIN: dict[str, Any] = {"window": 0, "softcap": 0.0, "sinks": None, "alibi": None}
+
+
 def _weights(
     q: Tensor,
     keys: Tensor,  # [key heads, keys, head size]
@@ -82,6 +110,7 @@ def _weights(
     softcap: float,
     sinks: Tensor | None,
     alibi: Tensor | None,
+    mask: Tensor | None = None,  # [queries, queries] of a tree
 ) -> Tensor:
     num_queries, num_heads, _ = q.shape
     num_keys = keys.shape[1]
@@ -90,10 +119,15 @@ def _weights(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     key_at = torch.arange(num_keys, device=q.device)
-    query_at = torch.arange(num_keys - num_queries, num_keys, device=q.device)[:, None]
+    first = num_keys - num_queries
+    if mask is not None:
+        key_at[first:] = first + mask.sum(1) - 1
+    query_at = key_at[first:, None]
     if alibi is not None:
         scores = scores + alibi.float()[:, None, None] * (key_at - query_at)
     seen = key_at <= query_at
+    if mask is not None:
+        seen[:, first:] = mask
     if window:
         seen &= key_at > query_at - window
     scores = scores.masked_fill(~seen, float("-inf"))

@@ -36,6 +36,7 @@ class PlanBuilder:
     forks: list[tuple[int, int, Request]] = field(default_factory=list)  # parent row, child row, child
     drafts: list[Tokens] = field(default_factory=list)  # by decode row: guesses of its next tokens; empty: no drafts
     fill_drafts: bool = False
+    widths: tuple[int, ...] = ()  # of trees that the runner makes
     preempted: bool = False
 
     def join(self, request: Request, row: int, slot: int | None) -> None:
@@ -121,6 +122,7 @@ class PlanBuilder:
             budget=s.max_num_batched_tokens,
             drafts=drafts,
             fill_drafts=self.fill_drafts,
+            widths=self.widths,
         )
 
     def _decode_tokens(self, s: SchedulerState, decodes: Ints, start: Ints) -> tuple[Tokens, Ints, Ints]:

@@ -240,6 +240,7 @@ def plan_drafts(s: SchedulerState, builder: PlanBuilder, rows: Ints, left: int, 
     if any(map(len, chosen)):
         assert s.drafting is not None
         builder.drafts, builder.fill_drafts = chosen, s.drafting.draft.by_runner
+        builder.widths = getattr(s.drafting.draft, "widths", ())
 
 
 def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
