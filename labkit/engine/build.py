@@ -16,6 +16,7 @@ from labkit.engine.adapters import checked
 from labkit.engine.images import Images, load_images, sees
 from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, partition, pool_of
 from labkit.engine.speculation import load_draft, speculation
+from labkit.images import ImageUrls
 from labkit.runner.base import KV_CACHE_DTYPES
 
 MAX_ADAPTERS = 8  # on the device at a time, unless the caller says
@@ -58,7 +59,8 @@ class Options:
     `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart` starts ranks
     again that have ended, and serves their requests again. `workers` are processes that run already, see `lk.Workers`.
     Of models with images, `limit_mm_per_prompt` ({"image": 4}) limits a request's images, and `mm_processor_kwargs` go
-    to the model's processor.
+    to the model's processor; images of chats may be files below `allowed_local_media_path` and come from hosts in
+    `allowed_media_domains`, besides data: URLs.
     All other options go to `BlockManager` and `Scheduler`.
     """
 
@@ -119,6 +121,8 @@ class Options:
     workers: Any = None
     limit_mm_per_prompt: Any = None
     mm_processor_kwargs: Any = None
+    allowed_local_media_path: str | None = None
+    allowed_media_domains: Any = None
     log: Any = None
 
     def __post_init__(self) -> None:
@@ -268,10 +272,12 @@ def _images(options: Options, folder: Path | None) -> Images | None:
     """The image processor of a model that sees."""
     if folder is None or not sees(folder):
         return None
-    return load_images(
+    found = load_images(
         folder, limits=options.limit_mm_per_prompt, kwargs=options.mm_processor_kwargs,
         trust_remote_code=options.trust_remote_code,
     )  # fmt: skip
+    found.urls = ImageUrls(local_path=options.allowed_local_media_path, domains=options.allowed_media_domains or ())
+    return found
 
 
 def _adapter_room(options: Options) -> tuple[int, int] | None:

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from labkit.engine.images import Images
-from labkit.images import ImageError, read_image
-from labkit.images.read import scheme_of
+from labkit.images import ImageError, ImageUrls
 
 IMAGE_PARTS = {"image_url": "image_url", "image": "image", "input_image": "image_url", "image_pil": "image_pil"}
 REFUSED_PARTS = ("video", "video_url", "audio", "audio_url", "input_audio")
@@ -24,7 +23,7 @@ def chat_prompt(
     engine: Server, messages: Sequence[Mapping[str, Any]], more: Mapping[str, Any], tokenizer: Any = None
 ) -> Any:
     """The prompt of a conversation: token ids, and with them the images that its messages hold."""
-    plain, given = take_images(messages)
+    plain, given = take_images(messages, ImageUrls() if engine.images is None else engine.images.urls)
     if given and engine.images is None:
         raise ValueError("messages hold an image, and this engine serves a model that takes text only")
     tokenizer = engine.tokenizer if tokenizer is None else tokenizer
@@ -41,7 +40,7 @@ def chat_prompt(
     return engine.images.prompt_of(text, given, lambda one: tokenizer.encode(one, add_special_tokens=False))
 
 
-def take_images(messages: Any) -> tuple[list[Any], list[Any]]:
+def take_images(messages: Any, urls: ImageUrls) -> tuple[list[Any], list[Any]]:
     """The messages with {"type": "image"} for each image, as chat templates want them, and the images in order."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         return [messages], []  # the chat template says what is wrong
@@ -59,7 +58,7 @@ def take_images(messages: Any) -> tuple[list[Any], list[Any]]:
             if kind in REFUSED_PARTS:
                 raise ValueError(f"{where} is {kind!r}: images are served, audio and video are not")
             if kind in IMAGE_PARTS:
-                images.append(_image_of(part, IMAGE_PARTS[kind], where))
+                images.append(_image_of(part, IMAGE_PARTS[kind], where, urls))
                 parts.append({"type": "image"})
             else:
                 parts.append(part)
@@ -67,8 +66,8 @@ def take_images(messages: Any) -> tuple[list[Any], list[Any]]:
     return (plain, images) if images else (list(messages), [])
 
 
-def _image_of(part: Mapping[str, Any], field: str, where: str) -> Any:
-    """What a part holds: an image, a path, bytes, or the bytes of a data: URL."""
+def _image_of(part: Mapping[str, Any], field: str, where: str, urls: ImageUrls) -> Any:
+    """What a part holds: an image, a path, bytes, or the URL of one."""
     given = part.get(field, part.get("image_url", part.get("url")))
     if isinstance(given, Mapping):
         given = given.get("url")
@@ -78,10 +77,8 @@ def _image_of(part: Mapping[str, Any], field: str, where: str) -> Any:
         return given
     if not isinstance(given, str):
         raise ValueError(f"{where}: an image_url is a URL, got {type(given).__name__}")
-    if scheme_of(given) is None:
-        raise ValueError(f"{where}: an image_url is a URL such as data:image/png;base64,..., got {given[:40]!r}")
     try:
-        return read_image(given)
+        return urls.read_now(given)
     except ImageError as error:
         raise ValueError(f"{where}: {error}") from error
 

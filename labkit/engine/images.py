@@ -19,7 +19,7 @@ import numpy as np
 from labkit.core.blocks.spans import Span
 from labkit.core.options import check_names, whole
 from labkit.core.tokens import as_tokens
-from labkit.images import Image, read_image
+from labkit.images import Image, ImageUrls, read_image
 from labkit.images.limits import pillow
 from labkit.text.huggingface import load_processor
 
@@ -42,6 +42,8 @@ class Images:
 
     `most` images a request; `kwargs` go to the processor (vLLM's `limit_mm_per_prompt` and `mm_processor_kwargs`).
     """
+
+    urls = ImageUrls()  # where images of chats may come from
 
     def __init__(self, processor: Any, *, most: int | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
         self.processor, self.most, self.kwargs = processor, most, dict(kwargs or {})

@@ -48,7 +48,7 @@ class Answer(NamedTuple):
 def hosts_of(names: Iterable[str]) -> frozenset[Host]:
     """The hosts of a list such as ["images.example.com", "cdn.example.com:8443"]. Without a port: the usual ones."""
     found = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         try:
             split = urlsplit(f"//{name}")
             host, port = split.hostname, split.port

@@ -36,7 +36,7 @@ class ImageUrls:
         decode: Callable[[bytes, Limits], Image] = decode,
     ) -> None:
         self.limits = Limits() if limits is None else limits
-        self.root = None if local_path is None else _root(local_path)
+        self.root = _root(local_path) if local_path else None  # an empty one is not the working folder
         self.hosts = hosts_of(domains)
         self.fetch, self.decode = fetch, decode
         self.decoding = Threads(AT_ONCE, "labkit-images")
@@ -47,21 +47,36 @@ class ImageUrls:
 
     async def read(self, url: str) -> Image:
         """The image at a URL. An ImageError says why there is none."""
+        target = self._target(url)
+        answer = None if target is None else await self._fetched(target)
+        return await self._decoded(lambda: self._image(url, answer))
+
+    def read_now(self, url: str) -> Image:
+        """The same in the caller's thread, where decoding has no limit of time."""
+        target = self._target(url)
+        return self._image(url, None if target is None else self.fetch(target, self.limits))
+
+    def _target(self, url: str) -> Target | None:
+        """Where the image must be fetched; None if it need not be."""
         scheme = scheme_of(url)
-        if scheme == "data":
-            return await self._decoded(lambda: of_data_url(url, self.limits, self.decode))
-        if scheme == "file":
-            path = self._path(url)
-            return await self._decoded(lambda: self.decode(read_file(path, self.limits), self.limits))
         if scheme in ("http", "https"):
-            answer = await self._fetched(target_of(url, self.hosts))
-            check_kind(answer.kind)
-            image = await self._decoded(lambda: self.decode(answer.data, self.limits))
-            check_format(answer.kind, image)
-            return image
+            return target_of(url, self.hosts)
         if scheme is None:
             raise ImageError("an image is given by its URL, such as data:image/png;base64,...")
-        raise ImageError(f"an image's URL is data:, http:, https: or file:, got {scheme[:64]}:")
+        if scheme not in ("data", "file"):
+            raise ImageError(f"an image's URL is data:, http:, https: or file:, got {scheme[:64]}:")
+        return None
+
+    def _image(self, url: str, answer: Answer | None) -> Image:
+        """The image of a URL, with what was fetched from there."""
+        if answer is not None:
+            check_kind(answer.kind)
+            image = self.decode(answer.data, self.limits)
+            check_format(answer.kind, image)
+            return image
+        if scheme_of(url) == "data":
+            return of_data_url(url, self.limits, self.decode)
+        return self.decode(read_file(self._path(url), self.limits), self.limits)
 
     async def _decoded(self, function: Callable[[], Image]) -> Image:
         seconds = self.limits.seconds

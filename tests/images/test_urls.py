@@ -86,6 +86,17 @@ def test_files_are_read_below_the_allowed_folder_only(tmp_path):
         ImageUrls(local_path=tmp_path / "rootless.png")
 
 
+def test_a_caller_may_read_in_its_own_thread_what_is_allowed(tmp_path):
+    (tmp_path / "x.png").write_bytes(PNG)
+    urls = ImageUrls(local_path=tmp_path, domains="a.b", fetch=lambda target, limits: Answer(PNG, "image/png"))
+    for url in (data_url(PNG), f"file://{tmp_path}/x.png", "https://a.b/x.png"):
+        assert urls.read_now(url).size == (7, 5)
+    for url in ("https://b.a/x.png", f"file://{tmp_path.parent}/x.png", "ftp://a.b/x", "x.png"):
+        with pytest.raises(ImageError):
+            urls.read_now(url)
+    assert urls.decoding.num_busy == 0 and ImageUrls(local_path="").root is None
+
+
 HOSTS = hosts_of(["Images.Example.com", "cdn.example.com:8443", "[2606:4700::1111]"])
 
 

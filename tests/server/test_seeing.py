@@ -92,6 +92,19 @@ def test_responses_see_the_same(client, server):
     assert again.usage.input_tokens_details.cached_tokens > 0
 
 
+def test_chats_in_python_take_files_and_hosts_that_are_allowed(their, tmp_path):
+    (tmp_path / "one.png").write_bytes(file_of(PICTURES[0]))
+    messages = [user(part(f"file://{tmp_path}/one.png"), text("what?"))]
+    params = lk.SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    options = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "allowed_media_domains": None}
+    with lk.LLM(their.folder, allowed_local_media_path=str(tmp_path), **options) as llm:
+        found = llm.chat(messages, params)[0].outputs[0].token_ids
+        assert found == their.answer("u:<image>what?~a:", PICTURES[:1], 4)
+        for url, words in (("file:///etc/passwd", "does not lie below"), ("https://a.b/x", "--allowed-media-domains")):
+            with pytest.raises(ValueError, match=rf"messages\[0\].content\[0\]: .*{words}"):
+                llm.chat([user(part(url))], params)
+
+
 def test_a_repeated_image_is_a_cache_hit_and_another_of_its_size_is_not(client):
     def cached(seed):
         asked = [user(part(data_url(file_of(picture(seed)))), text("what?"))]
