@@ -61,6 +61,8 @@ _HOME = {
     "TorchRunner": "runner.torch",
     "Workers": "parallel.processes",
     "Replicas": "replicas.front",
+    "ExternalWorkers": "parallel.external",
+    "RayWorkers": "parallel.actors",
     "load_linear": "loading.single",
     "load_model": "models",
     "FakeRunner": "runner.fake",
@@ -121,6 +123,8 @@ if TYPE_CHECKING:
     from .loading.single import load_linear
     from .models import load_model
     from .notebook.play import Load, Player
+    from .parallel.actors import RayWorkers
+    from .parallel.external import ExternalWorkers
     from .parallel.processes import Workers
     from .quantization.quantize import quantize
     from .quantization.report import quantization_report

@@ -78,7 +78,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "models": {"torch", "numpy", "transformers", "labkit_kernels"},
     "loading": {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "modelscope", "labkit_kernels"},
     "runner": {"torch", "numpy", "labkit_kernels"},
-    "parallel": {"torch", "numpy", "transformers", "labkit_kernels"},
+    "parallel": {"torch", "numpy", "transformers", "labkit_kernels", "ray"},
     "replicas": {"torch", "numpy", "transformers"},
     "sampling": {"torch", "numpy"},
     "transfer": {"torch", "numpy"},

@@ -17,6 +17,7 @@ from labkit.engine.images import Images, load_images, sees
 from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, partition, pool_of
 from labkit.engine.speculation import load_draft, speculation
 from labkit.images import ImageUrls
+from labkit.parallel.ranks import job
 from labkit.runner.base import KV_CACHE_DTYPES
 
 MAX_ADAPTERS = 8  # on the device at a time, unless the caller says
@@ -56,8 +57,10 @@ class Options:
     "draft_model", "eagle" or "eagle3", "num_speculative_tokens": 4, ...}) decodes speculatively.
     `tensor_parallel_size` processes split every layer among them, and `pipeline_parallel_size` stages have some of the
     layers each, as evenly as can be or as `pp_layer_partition` says ("15,15,16,15");
-    `distributed_executor_backend` "mp" computes in a process of its own also with one rank. `restart` starts ranks
-    again that have ended, and serves their requests again. `workers` are processes that run already, see `lk.Workers`.
+    `distributed_executor_backend` "mp" computes in a process of its own also with one rank; with "ray" the ranks are
+    actors of Ray, on this machine or on the cluster at `ray_address`, with "external" the processes of torchrun.
+    `ray_host` is the address of this machine for ranks on others. `restart` starts ranks again that have ended, and
+    serves their requests again. `workers` are processes that run already, see `lk.Workers`.
     Of models with images, `limit_mm_per_prompt` ({"image": 4}) limits a request's images, and `mm_processor_kwargs` go
     to the model's processor; images of chats may be files below `allowed_local_media_path` and come from hosts in
     `allowed_media_domains`, besides data: URLs.
@@ -117,6 +120,8 @@ class Options:
     pipeline_parallel_size: int = 1
     pp_layer_partition: Any = None
     distributed_executor_backend: str | None = None
+    ray_address: str | None = None
+    ray_host: str | None = None
     restart: bool = False
     workers: Any = None
     limit_mm_per_prompt: Any = None
@@ -172,7 +177,13 @@ class Options:
         flag("restart", self.restart)
         partition(self.pp_layer_partition, None if self.workers is not None else self.pipeline_parallel_size)
         if self.distributed_executor_backend is not None:
-            choose("distributed_executor_backend", self.distributed_executor_backend, {"mp": None, "uni": None})
+            choose("distributed_executor_backend", self.distributed_executor_backend, EXECUTORS)
+        if (self.ray_address or self.ray_host) and self.distributed_executor_backend != "ray":
+            raise ValueError("ray_address and ray_host need distributed_executor_backend='ray'")
+        if self.distributed_executor_backend == "external" and self.restart and job() is not None:
+            raise ValueError(
+                "restart=True needs ranks that labkit starts: torchrun --max-restarts starts its own again"
+            )
         if self.distributed_executor_backend == "uni" and self.has_workers:
             raise ValueError("distributed_executor_backend='uni' is one process: several ranks need 'mp'")
         if self.has_workers and self.kv_disk_path is not None:
@@ -188,7 +199,9 @@ class Options:
     def has_workers(self) -> bool:
         """Is the model computed by other processes?"""
         several = self.tensor_parallel_size > 1 or self.pipeline_parallel_size > 1
-        return several or self.workers is not None or self.distributed_executor_backend == "mp"
+        backend = self.distributed_executor_backend
+        alone = backend in ("mp", "ray") or (backend == "external" and job() is not None)
+        return several or self.workers is not None or alone
 
     @property
     def has_adapters(self) -> bool:
@@ -199,6 +212,7 @@ class Options:
         return self.kv_offloading or bool(self.kv_offloading_size)
 
 
+EXECUTORS = {"mp": None, "uni": None, "ray": "actors of Ray", "external": "processes of torchrun"}
 SCHEDULING = (
     "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
     "order", "victim", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
@@ -309,12 +323,28 @@ def _parallel(options: Options, loading: dict[str, Any]) -> Any:
         if not isinstance(options.workers, Workers):
             raise ValueError(f"workers are lk.Workers(...), got {options.workers!r}")
         return ParallelRunner(options.workers, sent, owns_workers=False)
-    workers = Workers(
-        tensor_parallel_size=options.tensor_parallel_size, pipeline_parallel_size=options.pipeline_parallel_size,
-        device=loading["device"].type, restart=options.restart, num_threads=options.num_threads,
-    )  # fmt: skip
+    workers = _workers(options, loading["device"].type)
     try:
         return ParallelRunner(workers, sent)
     except BaseException:
         workers.close()
         raise
+
+
+def _workers(options: Options, device: str) -> Any:
+    """Processes as `distributed_executor_backend` says. Outside torchrun, "external" starts its own."""
+    given: dict[str, Any] = {
+        "tensor_parallel_size": options.tensor_parallel_size, "device": device,
+        "pipeline_parallel_size": options.pipeline_parallel_size, "num_threads": options.num_threads,
+    }  # fmt: skip
+    if options.distributed_executor_backend == "external" and job() is not None:
+        from labkit.parallel.external import ExternalWorkers
+
+        return ExternalWorkers(**given)
+    if options.distributed_executor_backend == "ray":
+        from labkit.parallel.actors import RayWorkers
+
+        return RayWorkers(address=options.ray_address, host=options.ray_host, restart=options.restart, **given)
+    from labkit.parallel.processes import Workers
+
+    return Workers(restart=options.restart, **given)

@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 from collections import deque
+from contextlib import suppress
 from typing import NamedTuple
 
 HEAD = struct.Struct("<IB")  # length, kind
@@ -99,5 +100,16 @@ class Channel:
         if at:
             del self._kept[:at]
 
-    def close(self) -> None:
+    @property
+    def is_hung_up(self) -> bool:
+        """Has the other side closed it? May be asked from any thread."""
+        poll = select.poll()
+        poll.register(self.socket, getattr(select, "POLLRDHUP", 0))
+        return bool(poll.poll(0))
+
+    def close(self, is_over: bool = False) -> None:
+        """`is_over`: tell the other side that all went well, if it can be told without waiting."""
+        if is_over:
+            with suppress(OSError):
+                self.socket.send(HEAD.pack(0, ord("Q")))
         self.socket.close()

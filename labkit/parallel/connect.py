@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +26,7 @@ class Peers:
         self.ranks, self.rank, self.segment, self.group, self.pipe, self.backend = (
             ranks, rank, segment, group, pipe, backend,
         )  # fmt: skip
+        self.at_end: Callable[[], None] | None = None
 
     @property
     def waited(self) -> float:
@@ -47,6 +49,13 @@ class Peers:
     def beat(self) -> None:
         self.segment.beat(self.rank)
 
+    def close(self) -> None:
+        """For a process that goes on without the others."""
+        self.group = self.pipe = None
+        self.segment.close()
+        if self.at_end is not None:
+            self.at_end()
+
 
 def connect(settings: dict[str, Any]) -> Peers:
     """`settings` are those of `labkit.parallel.processes`."""
@@ -57,25 +66,43 @@ def connect(settings: dict[str, Any]) -> Peers:
     segment.beat(rank)
     group: Any = None
     pipe: Any = None
+    at_end: Callable[[], None] | None = None
     if backend == "shared":
         group = SharedGroup(segment, stage, inner, timeout) if ranks.tensor > 1 else None
         pipe = SharedPipe(segment, stage, inner, settings["step_timeout"]) if ranks.stages > 1 else None
     elif ranks.num > 1:
-        group, pipe = _distributed(ranks, rank, backend, settings)
-    return Peers(ranks, rank, segment, group, pipe, backend)
+        group, pipe, at_end = _distributed(ranks, rank, backend, settings)
+    peers = Peers(ranks, rank, segment, group, pipe, backend)
+    peers.at_end = at_end
+    return peers
 
 
-def _distributed(ranks: Ranks, rank: int, backend: str, settings: dict[str, Any]) -> tuple[Any, Any]:
+def _distributed(ranks: Ranks, rank: int, backend: str, settings: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Group and pipe of this rank, and what ends them."""
     from torch import distributed
 
     dist: Any = distributed  # its stores are not declared
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = dist.FileStore(settings["store"], ranks.num)  # no port that others could connect to
     timeout = timedelta(seconds=settings["timeout"])
-    device = torch.device("cuda", rank) if backend == "nccl" else None
+    device = torch.device("cuda", settings["gpu"]) if backend == "nccl" else None
     if device is not None:
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks.num, timeout=timeout, device_id=device)
+    at_end = None
+    if dist.is_initialized():  # by the script that torchrun started
+        if (dist.get_world_size(), dist.get_rank()) != (ranks.num, rank) or backend not in dist.get_backend():
+            raise ValueError(
+                f"torch.distributed has rank {dist.get_rank()} of {dist.get_world_size()} with {dist.get_backend()} "
+                f"already, needed is rank {rank} of {ranks.num} with {backend}: leave out init_process_group"
+            )
+    else:
+        if (interface := settings.get("interface", "lo")) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+            if interface != "lo":
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+        store = _store(settings["store"], ranks.num, timeout)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=ranks.num, timeout=timeout, device_id=device
+        )  # fmt: skip
+        at_end = dist.destroy_process_group
     stage, inner = ranks.place(rank)
     group = None
     for number in range(ranks.stages):  # every rank makes every group
@@ -85,7 +112,36 @@ def _distributed(ranks: Ranks, rank: int, backend: str, settings: dict[str, Any]
     return (
         TorchGroup(group, inner, ranks.tensor) if group is not None else None,
         TorchPipe(rank - ranks.tensor, rank + ranks.tensor, device) if ranks.stages > 1 else None,
+        at_end,
     )
+
+
+def _store(place: str, num: int, timeout: timedelta) -> Any:
+    """Where torch's processes find each other: a file on one host, no port that others could connect to; else a port
+    of the engine's process."""
+    from torch import distributed
+
+    dist: Any = distributed  # its stores are not declared
+    kind, _, at = place.partition(":")
+    if kind == "file":
+        return dist.FileStore(at, num)
+    host, _, port = at.rpartition(":")
+    return dist.TCPStore(host, int(port), num, is_master=False, timeout=timeout)
+
+
+def open_store(host: str, num: int) -> tuple[str, Any]:
+    """A store for ranks on other hosts, on this address only: (its place, the store to be kept)."""
+    from torch import distributed
+
+    dist: Any = distributed  # its stores are not declared
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.bind((host, 0))
+        listener.listen(num)
+        port = listener.getsockname()[1]
+        store = dist.TCPStore(
+            host, port, num, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )  # fmt: skip
+    return f"tcp:{host}:{port}", store
 
 
 class TorchGroup:

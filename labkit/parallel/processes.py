@@ -11,7 +11,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from labkit.core.messagepack import pack, unpack
 from labkit.core.options import choose, flag, named_options, real, whole
@@ -30,6 +30,15 @@ START = "import sys; sys.path[:] = {path!r}; from labkit.parallel.worker import 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, RuntimeError, ImportError, TypeError, MemoryError, OSError)
 }
+
+
+class Process(Protocol):
+    """What `Workers` asks of a rank's process, as of `subprocess.Popen`."""
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float) -> int: ...
+    def terminate(self) -> None: ...
+    def kill(self) -> None: ...
 
 
 @named_options
@@ -69,8 +78,9 @@ class Workers(Shown):
         self.num_threads = None if num_threads is None else whole("num_threads", num_threads, least=1)
         self.backend = self._choose(backend)
         self.segment: Any = None
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[Process] = []
         self.channels: list[Channel] = []
+        self.pids: list[int] = []
         self.lost: str | None = None
         self.num_starts = 0
         self.is_closed = False
@@ -81,10 +91,6 @@ class Workers(Shown):
     def __repr__(self) -> str:
         state = "closed" if self.is_closed else f"lost: {self.lost}" if self.lost else f"pids {self.pids}"
         return f"Workers({self.ranks}, {self.backend}, {state})"
-
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self.processes]
 
     def __enter__(self) -> Workers:
         return self
@@ -131,20 +137,23 @@ class Workers(Shown):
         if self.backend in ("gloo", "nccl"):
             self._folder = tempfile.mkdtemp(prefix="labkit-")
         threads = self.num_threads or max(1, (os.cpu_count() or 1) // self.ranks.num)
-        self.processes, self.channels = [], []
+        self.processes, self.channels, self.pids = [], [], []
         self._finalizer = weakref.finalize(
             self, _end, self.processes, self.channels, self._folder, SECONDS_END, self.segment
         )
         try:
-            for rank in range(self.ranks.num):
-                self._spawn(rank, threads)
-            for rank in range(self.ranks.num):
-                self._value(rank, self._receive(rank, SECONDS_CALL))
+            self._launch(threads)
+            self.pids = [self._value(rank, self._receive(rank, SECONDS_CALL)) for rank in range(self.ranks.num)]
         except BaseException:
             self.close()
             raise
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _launch(self, threads: int) -> None:
+        """Start the ranks: fills `processes` and `channels`, and sends each its settings."""
+        for rank in range(self.ranks.num):
+            self._spawn(rank, threads)
 
     def _spawn(self, rank: int, threads: int) -> None:
         channel, other = Channel.pair()
@@ -159,12 +168,14 @@ class Workers(Shown):
             )
         self.processes.append(process)
         self.channels.append(channel)
-        settings = {
-            "rank": rank, "ranks": list(self.ranks), "version": __version__, "memory": self.segment.fd,
-            "backend": self.backend, "timeout": self.timeout, "step_timeout": self.step_timeout,
-            "store": f"{self._folder}/store",
+        channel.send("S", pack(self.settings_of(rank) | {"memory": self.segment.fd}))
+
+    def settings_of(self, rank: int) -> dict[str, Any]:
+        """What a rank is told first. `memory` is of the process that it runs in; None: no shared memory."""
+        return {
+            "rank": rank, "ranks": list(self.ranks), "version": __version__, "backend": self.backend, "gpu": rank,
+            "timeout": self.timeout, "step_timeout": self.step_timeout, "store": f"file:{self._folder}/store",
         }  # fmt: skip
-        channel.send("S", pack(settings))
 
     def close(self) -> None:
         """End all processes. Nothing of them is left when this returns."""
@@ -175,7 +186,8 @@ class Workers(Shown):
 
     def _end(self) -> None:
         self._finalizer.detach()
-        _end(self.processes, self.channels, self._folder, SECONDS_END, self.segment)
+        is_over = self.lost is None
+        _end(self.processes, self.channels, self._folder, SECONDS_END, self.segment, is_over)
 
     def lose(self, why: str) -> Lost:
         """The group cannot go on: end it. Returns the error to raise."""
@@ -263,18 +275,24 @@ class Workers(Shown):
                 raise self._died(rank)
             if (silent := self.segment.silent(rank)) > SECONDS_SILENT:
                 raise self.lose(
-                    f"rank {rank} (process {process.pid}) gave no sign of life for {silent:.0f} s: it is stopped, or "
+                    f"{self._name(rank)} gave no sign of life for {silent:.0f} s: it is stopped, or "
                     f"the machine has no time for it"
                 )
 
-    def _died(self, rank: int) -> Lost:
-        """The error for a rank whose socket is closed. Its last words may say why."""
-        process = self.processes[rank]
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (process {self.pids[rank]})" if rank < len(self.pids) else f"rank {rank}"
+
+    def _how(self, process: Any) -> str:
+        """How a process whose socket is closed has ended."""
         try:
             code = process.wait(SECONDS_END)
         except subprocess.TimeoutExpired:
-            return self.lose(f"rank {rank} (process {process.pid}) closed its socket")
-        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+            return "closed its socket"
+        return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+
+    def _died(self, rank: int) -> Lost:
+        """The error for a rank whose socket is closed. Its last words may say why."""
+        how = self._how(self.processes[rank])
         for other, channel in enumerate(self.channels):
             try:
                 while (message := channel.receive(0.0)) is not None:
@@ -284,7 +302,7 @@ class Workers(Shown):
                         return self.lose(said)
             except Closed:
                 continue
-        return self.lose(f"rank {rank} (process {process.pid}) {how}")
+        return self.lose(f"{self._name(rank)} {how}")
 
 
 def _said(rank: int, ranks: Ranks, message: Message) -> str:
@@ -305,15 +323,20 @@ def error_of(rank: int, ranks: Ranks, message: Message) -> Exception:
 
 
 def _end(
-    processes: list[subprocess.Popen[bytes]], channels: list[Channel], folder: str | None, seconds: float, segment: Any
+    processes: list[Process],
+    channels: list[Channel],
+    folder: str | None,
+    seconds: float,
+    segment: Any,
+    is_over: bool = True,
 ) -> None:
     """Ask, then terminate, then kill."""
     if segment is not None and segment.fd >= 0:
         segment.break_off()
     for channel in channels:
-        channel.close()  # a rank that waits for its next message ends by itself
+        channel.close(is_over)  # a rank that waits for its next message ends by itself
     end = time.monotonic() + seconds
-    for ask in (lambda process: None, subprocess.Popen.terminate, subprocess.Popen.kill):
+    for ask in (lambda process: None, lambda process: process.terminate(), lambda process: process.kill()):
         left = [process for process in processes if process.poll() is None]
         for process in left:
             ask(process)

@@ -1,7 +1,10 @@
-"""Which processes there are: `tensor` ranks hold the shards of a stage's layers, `stages` stages follow each other."""
+"""Which processes there are: `tensor` ranks hold the shards of a stage's layers, `stages` stages follow each other; and
+which of those that torchrun has started this one is."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from labkit.core.options import whole
@@ -53,6 +56,41 @@ class Traffic:
     def add(self, num_bytes: int) -> None:
         self.num += 1
         self.num_bytes += num_bytes
+
+
+class Job(NamedTuple):
+    """What torchrun tells each of its processes."""
+
+    rank: int
+    num: int
+    local_rank: int
+    num_local: int
+    host: str
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Job | None:
+        """None: this process is not one of several that torchrun has started.
+
+        >>> Job.of({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"})
+        Job(rank=1, num=2, local_rank=1, num_local=2, host='127.0.0.1')
+        """
+        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+            return None
+        rank, num = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        return cls(
+            rank, num, int(environment.get("LOCAL_RANK", rank)), int(environment.get("LOCAL_WORLD_SIZE", num)),
+            environment.get("MASTER_ADDR", "127.0.0.1"),
+        )  # fmt: skip
+
+    @property
+    def is_on_one_host(self) -> bool:
+        return self.num_local == self.num
+
+
+def job() -> Job | None:
+    """This process's place among those of torchrun; None without it, or where it has started one only."""
+    found = Job.of(os.environ)
+    return found if found is not None and found.num > 1 else None
 
 
 class Lost(RuntimeError):

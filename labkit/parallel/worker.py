@@ -5,12 +5,14 @@ It ends when the engine's process ends or closes its socket. Read `Worker.serve`
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from labkit.parallel.channel import Channel, Closed
 from labkit.parallel.ranks import Lost, Ranks
 
 SECONDS_BEAT = 0.25
+SECONDS_GRACE = 2.0  # after the engine has closed the channel
 
 
 class Worker:
@@ -113,7 +116,7 @@ class Worker:
 
             options["source"] = AutoConfig.for_model(**options["source"])
         if self.peers.backend == "nccl":
-            options["device"] = f"cuda:{self.rank}"
+            options["device"] = f"cuda:{self.settings['gpu']}"
         self.runner = load(options, self.peers.place)
         return facts_of(self.runner)
 
@@ -183,41 +186,79 @@ class Worker:
             found[what] += tensor.numel() * tensor.element_size()
         return found
 
+    def close(self) -> None:
+        """Leave nothing in a process that goes on."""
+        self.do_close()
+        self.peers.close()
+        self.channel.close()
+
 
 def error_bytes(step: int, error: BaseException) -> bytes:
     return pack([step, type(error).__name__, str(error)])
 
 
-def watch(parent: int, beat: Any) -> None:
+def watch(is_alive: Callable[[], bool], beat: Callable[[], None], ended: threading.Event) -> None:
     """Tell that this process lives, and end it when the engine's has ended."""
-    while True:
-        if os.getppid() != parent:
+    while not ended.wait(SECONDS_BEAT):
+        if not is_alive():
             os._exit(3)
         beat()
-        time.sleep(SECONDS_BEAT)
 
 
-def main(fd: int, parent: int) -> None:
-    channel = Channel(socket.socket(fileno=fd))
+class Line:
+    """Is the engine still there, as far as the channel tells? What computes has a moment to end by itself."""
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.since = channel, math.inf
+
+    def __call__(self) -> bool:
+        if self.channel.socket.fileno() < 0 or not self.channel.is_hung_up:
+            return True
+        self.since = min(self.since, time.monotonic())
+        return time.monotonic() - self.since < SECONDS_GRACE
+
+
+def be_rank(
+    channel: Channel,
+    own: Mapping[str, Any],
+    is_alive: Callable[[], bool],
+    at_end: Callable[[Worker], None] = lambda worker: None,
+) -> int:
+    """Serve as the engine's process says. `own` are settings that only this process knows. Returns 0 after an orderly
+    end, 1 after an error, 2 if the engine's process has ended."""
     try:
         message = channel.receive()
     except Closed:
-        return
+        return 2
     assert message is not None
-    settings, code = unpack(message.data), 0
+    code, ended, worker = 0, threading.Event(), None
+    watching: threading.Thread | None = None
     try:
-        worker = Worker(channel, settings)
-        threading.Thread(target=watch, args=(parent, worker.peers.beat), daemon=True).start()
+        worker = Worker(channel, unpack(message.data) | own)
+        watching = threading.Thread(target=watch, args=(is_alive, worker.peers.beat, ended), daemon=True)
+        watching.start()
         channel.send("V", pack(os.getpid()))
         worker.serve()
     except Closed:
-        pass  # the engine's process has ended, or has ended this one
+        code = 2  # the engine's process has ended, or has ended this one
     except BaseException as error:
         if not isinstance(error, (Lost, KeyboardInterrupt, ValueError)):
             traceback.print_exc()
         with suppress(Closed):
             channel.send("L", error_bytes(-1, error))
         code = 1
+    finally:
+        ended.set()
+        if watching is not None:
+            watching.join()
+        if worker is not None:
+            at_end(worker)
+    return code
+
+
+def main(fd: int, parent: int) -> None:
+    """The process of a rank that the engine's has started."""
+    code = be_rank(Channel(socket.socket(fileno=fd)), {}, lambda: os.getppid() == parent)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # not through destructors, which take time and may wait for others
+    os._exit(code % 2)  # not through destructors, which take time and may wait for others

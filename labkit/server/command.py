@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,10 @@ def main(words: Sequence[str]) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)  # labkit says itself what happens
     for remark in arguments.remarks:
         log.info(remark)
+    if arguments.engine.get("distributed_executor_backend") == "external" and os.environ.get("RANK", "0") != "0":
+        from labkit.engine.engine import Engine
+
+        Engine(arguments.process.get("model"), **arguments.engine)  # serves rank 0, which listens, and ends the process
     return _run(arguments)
 
 

@@ -66,7 +66,12 @@ FLAGS: tuple[Flag, ...] = (
     _engine("pp-layer-partition", "str", "layers of each stage, such as 15,15,16,15; without it as even as can be"),
     _engine("data-parallel-size", "int", "engines in processes of their own, behind a router (docs/parallel.md)"),
     _engine("router", "str", "which of them a request goes to: prefix_aware, least_loaded, round_robin, ..."),
-    _engine("distributed-executor-backend", "str", "mp: processes on this host; uni: one process", fits=("mp", "uni")),
+    _engine(
+        "distributed-executor-backend", "str", "mp: processes of this host; ray: actors; external: torchrun; uni: one",
+        fits=("mp", "uni", "ray", "external"),
+    ),
+    _engine("ray-address", "str", "the Ray cluster to use (RAY_ADDRESS, or one of its own)"),
+    _engine("ray-host", "str", "this machine's address for ranks on other hosts"),
     _engine("restart", "bool", "start ranks or replicas that have ended again, and serve their requests again"),
     # -- memory and scheduling
     _engine("max-model-len", "int", "most tokens of a request, prompt and answer"),

@@ -77,7 +77,7 @@ def test_flags_of_tutorials_set_options_of_the_engine_and_the_server():
         ("--port", "--port needs a value"),
         ("--port many", "--port takes a whole number"),
         ("--api-server-count 2", "--api-server-count 1 is accepted"),
-        ("--distributed-executor-backend ray", "--distributed-executor-backend takes mp or uni"),
+        ("--distributed-executor-backend rays", "--distributed-executor-backend takes mp"),
         ("--fully-sharded-loras", "--fully-sharded-loras is not served"),
         ("--speculative-config ngram", "--speculative-config takes JSON, got 'ngram'"),
         ("--speculative-config []", "--speculative-config takes a JSON object"),
