@@ -117,7 +117,7 @@ def _meeting(job: Job) -> Any:
     """torchrun's store, which all processes of the job can read."""
     from datetime import timedelta
 
-    from torch.distributed import rendezvous
+    from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", job.rank, job.num, timeout=timedelta(seconds=SECONDS_MEET)))
     return store
