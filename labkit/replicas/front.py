@@ -80,6 +80,8 @@ class Replicas(Engine):
         for name in NOT_HERE:
             if options.get(name) is not None:
                 raise ValueError(f"{name} is not there with data_parallel_size: leave it out")
+        if options.get("distributed_executor_backend") == "external":
+            raise ValueError("replicas start their processes themselves: 'external' is for one engine under torchrun")
         Options(**options, restart=flag("restart", restart))  # checks them
         self.restart, self.step_timeout = restart, real("step_timeout", step_timeout, least=0.1)
         self.router = named(router)
