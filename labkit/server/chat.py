@@ -18,7 +18,7 @@ from labkit.server.calls import Call, Piece, admit, cut, encode, usage_wanted
 from labkit.server.chat_parts import delta_of, message_of
 from labkit.server.errors import ApiError, clean
 from labkit.server.http import DONE, EventStream, answer, event, read_body, whole
-from labkit.server.pictures import content_of, read_images, wanted_images
+from labkit.server.pictures import content_of, reading, wanted_images
 from labkit.server.pieces import chat_logprobs, prompt_logprobs, quoted
 from labkit.server.routes import Route
 from labkit.server.sampling import FORM_FIELDS, Count, Refused, Sampling, Text
@@ -159,6 +159,13 @@ async def prompt_of(
 ) -> Prompt:
     """The conversation as a prompt, with the tools that the model shall know of. `contents` are those of the messages
     with the fields that errors name."""
+    async with reading(service, wanted_images(contents_of(body) if contents is None else contents)) as images:
+        return await _prompt_of(service, body, tools, images)
+
+
+async def _prompt_of(
+    service: Service, body: Conversation, tools: list[dict[str, Any]] | None, images: Sequence[Any]
+) -> Prompt:
     tokenizer = service.tokenizer
     if not hasattr(tokenizer, "chat_text"):
         raise ApiError("a chat needs a model's tokenizer with a chat template; this engine has none", param="messages")
@@ -172,7 +179,6 @@ async def prompt_of(
                 param="continue_final_message",
             )
         body.add_generation_prompt = False
-    images = await read_images(service, wanted_images(contents_of(body) if contents is None else contents))
     left = iter(images)
     messages = [_plain(i, message, left) for i, message in enumerate(body.messages)]
     more = {**service.settings.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}

@@ -6,7 +6,8 @@ Knows no chat template and no model's way with images. An error names the field:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from labkit.images import Image, ImageError, ImagesBusy
@@ -15,6 +16,7 @@ from labkit.server.service import Service
 
 MOST_IMAGES = 256  # of a call
 MOST_PIXELS = 100_000_000  # of all images of a call: 300 MB
+MOST_HELD = 500_000_000  # of all calls whose prompts are being made: 1.5 GB
 SECONDS = 60.0  # for all images of a call; each has its own limits
 DETAILS = ("auto", "low", "high", "original")
 IMAGES = ("image_url", "input_image")
@@ -67,28 +69,37 @@ def _wanted(part: Mapping[str, Any], at: str) -> Wanted:
     return Wanted(place, given)
 
 
-async def read_images(service: Service, wanted: Sequence[Wanted]) -> list[Image]:
-    """Read them one after the other. An ApiError names the first that cannot be read."""
+@asynccontextmanager
+async def reading(service: Service, wanted: Sequence[Wanted]) -> AsyncIterator[list[Image]]:
+    """The images, read one after the other; inside, their pixels count as held. An ApiError names the first image that
+    cannot be read."""
     if not wanted:
-        return []
+        yield []
+        return
     _check_count(service, wanted)
     found: list[Image] = []
-    left = MOST_PIXELS
+    num_pixels = 0
     try:
         async with asyncio.timeout(SECONDS):
             for one in wanted:
                 place = one.place
                 found.append(await service.image_urls.read(one.url))
-                left -= found[-1].size[0] * found[-1].size[1]
-                if left < 0:
+                width, height = found[-1].size
+                num_pixels += width * height
+                service.num_pixels += width * height
+                if num_pixels > MOST_PIXELS:
                     raise ImageError(f"the images of a call may have {MOST_PIXELS:,} pixels together")
+                if service.num_pixels > MOST_HELD:
+                    raise ImagesBusy("too many images are being read: try again later")
+        yield found
     except ImagesBusy as error:
         raise overloaded(f"{place}: {error}") from None
     except ImageError as error:
         raise ApiError(f"{place}: {error}", param=place) from None
     except TimeoutError:
         raise ApiError(f"{place}: the images of this call took longer than {SECONDS:g} s", param=place) from None
-    return found
+    finally:
+        service.num_pixels -= num_pixels
 
 
 def _check_count(service: Service, wanted: Sequence[Wanted]) -> None:

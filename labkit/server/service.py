@@ -66,6 +66,7 @@ class Service:
         self.image_urls = ImageUrls(
             local_path=settings.allowed_local_media_path, domains=settings.allowed_media_domains
         )
+        self.num_pixels = 0  # of images whose prompts are being made
         self.stored = Stored(settings.max_stored_responses)
         self.background = Background()
         self.defaults: Mapping[str, Any] | None = None  # sampling parameters that the model recommends

@@ -259,10 +259,18 @@ def test_more_images_than_allowed_are_refused_before_they_are_read(seeing, http,
     assert "may have 0 images" in ask(http, user(part(FIRST)), status=400)["message"]
 
 
-def test_the_pixels_and_the_time_of_a_call_are_bounded(http, engine, monkeypatch):
+def test_the_pixels_and_the_time_of_calls_are_bounded(seeing, http, engine, monkeypatch):
     monkeypatch.setattr(pictures, "MOST_PIXELS", 40)
     error = ask(http, user(part(FIRST), part(FIRST)), status=400)
     assert error["param"] == "messages[0].content[1].image_url" and "40 pixels together" in error["message"]
+    monkeypatch.setattr(pictures, "MOST_HELD", 60)
+    seeing.service.num_pixels += 30  # another call's
+    error = ask(http, user(part(FIRST)), status=503)
+    assert "too many images" in error["message"]
+    assert seeing.service.num_pixels == 30
+    seeing.service.num_pixels = 0
+    ask(http, user(part(FIRST)))
+    assert seeing.service.num_pixels == 0
     monkeypatch.setattr(pictures, "SECONDS", -1.0)
     assert "took longer" in ask(http, user(part(FIRST)), status=400)["message"]
 
