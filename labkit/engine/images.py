@@ -45,10 +45,15 @@ class Images:
 
     urls = ImageUrls()  # where images of chats may come from
 
-    def __init__(self, processor: Any, *, most: int | None = None, kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, processor: Any, config: Any, *, most: int | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.processor, self.most, self.kwargs = processor, most, dict(kwargs or {})
-        self.token: str = processor.image_token
-        self.token_id = int(processor.image_token_id)
+        self.token: str = processor.image_token  # in a prompt, for each image
+        self.prompt_id = int(processor.image_token_id)
+        self.token_id = int(config.image_token_id)  # at each position that gets a feature
+        self.bidirectional = config.model_type == "gemma3"
+        self.merge_size: int | None = getattr(config.vision_config, "spatial_merge_size", None)
         self.name = type(processor).__name__
         self._settings = _settings(processor)
         self._kept: OrderedDict[bytes, Processed] = OrderedDict()
@@ -94,9 +99,9 @@ class Images:
 
     def _expand(self, ids: np.ndarray, made: list[Processed]) -> np.ndarray:
         """Image tokens replaced by what stands for the images; a prompt that has it already is left as it is."""
-        at = (ids == self.token_id).nonzero()[0]
-        if len(at) == sum(len(one.places) for one in made):
+        if int((ids == self.token_id).sum()) == sum(len(one.places) for one in made):
             return ids
+        at = (ids == self.prompt_id).nonzero()[0]
         self._check_count(len(at), len(made))
         parts, last = [], 0
         for place, one in zip(at.tolist(), made, strict=True):
@@ -115,8 +120,22 @@ class Images:
             first += len(mine)
             start, end = int(mine[0]), int(mine[-1]) + 1
             places = None if len(mine) == end - start else mine - start
-            spans.append(Span(start, end - start, one.key, atomic=False, pixels=one.arrays, places=places))
+            spans.append(
+                Span(
+                    start, end - start, one.key, atomic=self.bidirectional, bidirectional=self.bidirectional,
+                    pixels=one.arrays, places=places, axes=self._axes(one.arrays),
+                )
+            )  # fmt: skip
         return tuple(spans)
+
+    def _axes(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Of models whose positions have axes: each feature's place in time, height and width [3, features]."""
+        grid = arrays.get("image_grid_thw")
+        if grid is None or self.merge_size is None:
+            return None
+        time, height, width = (int(size) for size in grid.reshape(3))
+        sizes = (time, height // self.merge_size, width // self.merge_size)
+        return np.indices(sizes).reshape(3, -1)
 
     def _process(self, picture: Image, several: int, more: Mapping[str, Any]) -> Processed:
         kwargs = {**self.kwargs, **more}
@@ -149,7 +168,9 @@ class Images:
         places = (np.array(ids) == self.token_id).nonzero()[0]
         if not len(places):
             raise ValueError(f"multi_modal_data: {self.name} made no places for the image")
-        arrays = {name: np.asarray(value) for name, value in found.items()}
+        if self.bidirectional and len(places) != places[-1] - places[0] + 1:
+            raise ValueError("multi_modal_data: do_pan_and_scan is not served: an image must be one run of tokens")
+        arrays = {name: np.asarray(value) for name, value in found.items() if hasattr(value, "shape")}
         return Processed(key, arrays, text, tuple(ids), places)
 
 
@@ -185,11 +206,14 @@ def load_images(folder: Path, *, limits: Any = None, kwargs: Any = None, trust_r
     most = _limit(limits)
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f"mm_processor_kwargs is a dict, got {kwargs!r}")
+    from labkit.loading.checkpoint import load_config
+
     pillow()
     processor = load_processor(folder, trust_remote_code)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
     if not hasattr(processor, "image_token") or not hasattr(processor, "image_processor"):
         raise ValueError(f"{folder}: {type(processor).__name__} does not process images")
-    return Images(processor, most=most, kwargs=kwargs)
+    return Images(processor, config, most=most, kwargs=kwargs)
 
 
 def _limit(limits: Any) -> int | None:

@@ -42,6 +42,9 @@ class Batch:
     group_of: tuple[int, ...] = ()  # by layer, where layers keep different blocks; else all are in group 0
     other_groups: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and block table of groups 1, 2, ..
     embeddings: tuple[Tensor, Tensor] | None = None  # (which tokens [n], inputs [n, size] for them)
+    axes: tuple[Tensor, Tensor] | None = None  # (which tokens [n], their positions in time, height and width [3, n])
+    rope: Tensor | None = None  # [tokens, rotary size]: this step's rope table, which `positions` counts through
+    both_ways: tuple[tuple[int, int, int], ...] = ()  # (first token, tokens, sequence) of tokens that see each other
     adapters: Groups | None = None  # which tokens go through which adapter; None: none does
     # (sequence, [queries, queries]: which of its queries each one sees), where these are not a chain
     trees: tuple[tuple[int, Tensor], ...] = ()

@@ -21,13 +21,14 @@ from labkit.loading.format import Linear, LinearSpec, Piece, Units
 from labkit.loading.formats import format_of
 from labkit.loading.integers import IntegerLinear
 from labkit.loading.weights import Weights
+from labkit.models.attending import see_both_ways
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.experts import Experts
 from labkit.models.lora import Slots
 from labkit.models.mlp import MLP
 from labkit.models.ops import Ops
 from labkit.models.place import WHOLE, Collectives, Place, add, check_ranks
-from labkit.models.rotary import rope_table
+from labkit.models.rotary import rope_table, with_axes
 from labkit.models.shape import Shape
 from labkit.models.stages import numbers_of, stage_of
 from labkit.models.vocabulary import Vocabulary
@@ -94,13 +95,14 @@ class Attention:
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
         norms = {}
         slots, block_table = batch.places(self.index)
-        if self.table is not None and self.per_head and self.q_norm is not None and self.k_norm is not None:
+        table = self.table if batch.rope is None or self.table is None else batch.rope
+        if table is not None and self.per_head and self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
-        if self.table is not None and ops.rope_kv is not None:
-            q = ops.rope_kv(q, k, v, self.table, batch.positions, *cache, slots, **norms)
+        if table is not None and ops.rope_kv is not None:
+            q = ops.rope_kv(q, k, v, table, batch.positions, *cache, slots, **norms)
         else:
-            if self.table is not None:
-                q, k = ops.rope(q, k, self.table, batch.positions, **norms)
+            if table is not None:
+                q, k = ops.rope(q, k, table, batch.positions, **norms)
             elif self.per_head and self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             ops.store_kv(k, v, *cache, slots)
@@ -116,6 +118,8 @@ class Attention:
         )
         if batch.trees:
             tree_attention(seen, batch.trees, q, *cache, *where, **options)
+        if batch.both_ways:
+            see_both_ways(seen, q, cache, where, batch.both_ways, **options)
         if self.group is None:
             return self.out(seen.flatten(1), None, residual)
         return add(self.group, self.out(seen.flatten(1)), residual)
@@ -194,6 +198,7 @@ class Decoder:
 
     adapters: Slots | None = None
     vision: Any = None  # the tower of a model that sees: `labkit.models.vision.Tower`
+    axis_of: Tensor | None = None  # by frequency of a rotary embedding with several axes
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
@@ -340,7 +345,8 @@ class Decoder:
         if scale is not None and not self.shape.scales_inputs:
             x = x * scale
         if batch.embeddings is not None:
-            x = x.index_copy(0, *batch.embeddings)
+            where, given = batch.embeddings
+            x = x.index_copy(0, where, given[:, : self.hidden_size])
         if scale is not None and self.shape.scales_inputs:
             x = x * scale
         return x
@@ -349,9 +355,14 @@ class Decoder:
         """Through all layers and the last norm."""
         if self.adapters is not None:
             self.adapters.use(batch.adapters)
+        if batch.axes is not None and self.axis_of is not None:
+            batch = with_axes(batch, next(iter(self.tables.values())), self.axis_of)
+        deep = () if batch.embeddings is None else batch.embeddings[1].split(self.hidden_size, -1)[1:]
         _keep(capture, -1, x)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)
+            if i < len(deep):  # Qwen3-VL's tower adds to the first layers' outputs, too
+                x = x.index_add(0, batch.embeddings[0], deep[i])  # type: ignore[index]
             _keep(capture, i, x)
         if self.norm is None:
             assert self.place.pipe is not None

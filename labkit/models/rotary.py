@@ -7,10 +7,13 @@ transformers computes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from labkit.models.base import Batch
 
 
 def rope_parameters(config: Any, layer_type: str | None = None) -> dict[str, Any]:
@@ -49,3 +52,15 @@ def _scaled(config: Any, kind: str, length: int, layer_type: str | None) -> tupl
     of_layer = {"layer_type": layer_type} if layer_type in (getattr(config, "rope_parameters", None) or {}) else {}
     frequency, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length, **of_layer)
     return frequency, float(scaling)
+
+
+def with_axes(batch: Batch, table: Tensor, axis_of: Tensor) -> Batch:
+    """The batch with a rope table of its own, a line a token: of image tokens, each frequency turns with its axis."""
+    assert batch.axes is not None
+    where, axes = batch.axes
+    axis = axis_of.to(table.device)
+    half = torch.arange(len(axis), device=table.device)
+    at = axes.to(table.device)[axis]  # [frequencies, image tokens]
+    mixed = torch.cat((table[at, half[:, None]], table[at, len(axis) + half[:, None]])).T
+    rope = table[batch.positions].index_copy(0, where, mixed)
+    return replace(batch, rope=rope, positions=torch.arange(len(rope), device=table.device), axes=None)

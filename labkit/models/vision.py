@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from labkit.loading.checkpoint import Source
 from labkit.models.decoder import FAMILIES, Decoder
 
-# Model type -> what the language model's config calls itself, and the native family that it is.
-SEEING = ("llava",)
+SEEING = (
+    "internvl", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3",
+    "smolvlm",
+)  # fmt: skip
 ALIASES = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 
 # Where checkpoints keep the language model, the longest prefix first; what follows is named as in a text model.
@@ -37,11 +39,13 @@ def load_seeing(
     quantization: Any, place: Any,
 ) -> Decoder:  # fmt: skip
     """A native decoder with `vision`, its tower. Refuses by name what it cannot compute."""
+    if place.stages > 1:
+        raise ValueError(f"{config.model_type!r}: models with images have one stage, use tensor_parallel_size")
     text = language_config(config, source)
     decoder = Decoder(text, Language(source), dtype, device, max_model_len, deterministic, quantization, place)
     decoder.name = config.architectures[0] if config.architectures else config.model_type
-    if place.is_first:
-        decoder.vision = Tower(config, source, dtype, device)
+    decoder.vision = Tower(config, source, dtype, device)
+    decoder.axis_of = axes_of(text, decoder.shape.head_size)
     return decoder
 
 
@@ -60,6 +64,21 @@ def language_config(config: Any, source: Source) -> Any:
         )
     text.tie_word_embeddings = not any(name.startswith(HEADS) for name in source.shapes)
     return text
+
+
+def axes_of(text: Any, head_size: int) -> Tensor | None:
+    """Which of the axes time, height and width each frequency of the rotary embedding turns with; None: there is one
+    position, and no axes."""
+    parameters = getattr(text, "rope_parameters", None) or {}
+    sections = parameters.get("mrope_section")
+    if sections is None:
+        return None
+    if not (parameters.get("mrope_interleaved") or text.model_type.startswith("qwen3_vl")):
+        return torch.cat([torch.full((size,), i % 3) for i, size in enumerate(sections)])
+    axis = torch.zeros(head_size // 2, dtype=torch.int64)
+    for i in (1, 2):
+        axis[i : sections[i] * 3 : 3] = i
+    return axis
 
 
 def language_name(name: str) -> str | None:
@@ -139,6 +158,10 @@ class Tower:
             if len(images) == 1:
                 return ["the vision tower gave no features for the image"]
             return [self._encode([image])[0] for image in images]
+        deep = [torch.cat(list(level)) for level in getattr(out, "deepstack_features", None) or ()]
+        if deep:  # Qwen3-VL: what is added to the outputs of the first layers, beside the inputs
+            sizes = [len(one) for one in features]
+            features = list(torch.cat((torch.cat(features), *deep), -1).split(sizes))
         return features
 
     def _put(self, array: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from labkit.models.base import Batch, Model
 from labkit.runner.adapters import groups_of
 from labkit.runner.features import Features
 from labkit.runner.groups import Groups
-from labkit.runner.rows import Rows
+from labkit.runner.rows import Rows, shift_of
 from labkit.runner.trees import masks_of
 from labkit.sampling.sampler import Drawn, Sample, Sampler
 from labkit.transfer import put
@@ -45,6 +45,7 @@ def inputs_of(
         positions = start[entry] + plan.offsets()
     blocks = rows.tables[:, entries[entry], index]  # [groups, tokens]
     slots = blocks * size + place
+    positions, axes = _axes(plan, rows, positions, entry, query_start, device)
     seq_len = start + count
     longest = int(seq_len.max()) if len(entries) else 0
     tables = rows.tables[:, entries, : max(1, -(-longest // size))].astype(np.int32)
@@ -72,10 +73,53 @@ def inputs_of(
         group_of=groups.group_of if len(tables) > 1 else (),
         other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
         embeddings=embeddings,
+        axes=axes,
+        both_ways=_both_ways(plan, rows, query_start),
         adapters=groups_of(plan, rows, device),
         trees=masks_of(plan, device),
     )
     return Inputs(batch, query_start, failed)
+
+
+def _axes(
+    plan: Plan, rows: Rows, positions: np.ndarray, entry: Any, query_start: np.ndarray, device: torch.device
+) -> tuple[np.ndarray, tuple[Tensor, Tensor] | None]:
+    """Rotary positions, where images have several axes: those behind an image are shifted, those of its own tokens
+    given by axis."""
+    if not rows.has_axes[plan.rows].any():
+        return positions, None
+    places, values = [], []
+    positions = positions + rows.shift[plan.rows][entry]
+    for i in (plan.start < rows.embedded[plan.rows]).nonzero()[0].tolist():
+        start, join = int(plan.start[i]), rows.joins[plan.rows[i]]
+        end, at = start + int(plan.count[i]), int(query_start[i])
+        mine = np.arange(start, end)
+        for span in join.spans if join is not None else ():
+            if span.axes is None:
+                continue
+            begin, stop = max(span.start, start), min(span.end, end)
+            if begin < stop:
+                places.append(np.arange(begin, stop) - start + at)
+                first = mine[begin - start] - (begin - span.start)  # the rotary position where the span starts
+                values.append(span.axes[:, begin - span.start : stop - span.start] + first)
+            if span.end < end:
+                mine[max(span.end - start, 0) :] += shift_of(span)
+        positions[at : at + len(mine)] = mine
+    if not places:
+        return positions, None
+    return positions, (put(np.concatenate(places), device), put(np.concatenate(values, 1), device))
+
+
+def _both_ways(plan: Plan, rows: Rows, query_start: np.ndarray) -> tuple[tuple[int, int, int], ...]:
+    """Tokens of this step that see each other: (first token, tokens, entry)."""
+    found: list[tuple[int, int, int]] = []
+    for entry in (rows.both_ways[plan.rows] & (plan.start < rows.embedded[plan.rows])).nonzero()[0].tolist():
+        start, join = int(plan.start[entry]), rows.joins[plan.rows[entry]]
+        end, at = start + int(plan.count[entry]), int(query_start[entry]) - start
+        spans = join.spans if join is not None else ()
+        mine = (span for span in spans if span.bidirectional and start <= span.start and span.end <= end)
+        found += [(at + span.start, span.length, entry) for span in mine]
+    return tuple(found)
 
 
 def _embeddings(

@@ -74,7 +74,13 @@ class Repeats:
     def forward(self, batch: Batch) -> Tensor:
         """What `model.forward` gives. The next step overwrites it."""
         rows = len(batch.token_ids)
-        if not self.works or batch.max_query_len != 1 or not 0 < rows <= MOST_ROWS or batch.group_of:
+        if (
+            not self.works
+            or batch.max_query_len != 1
+            or not 0 < rows <= MOST_ROWS
+            or batch.group_of
+            or batch.embeddings
+        ):
             return self.model.forward(batch, self.caches)
         width = LEAST_WIDTH
         while width < batch.block_table.shape[1]:

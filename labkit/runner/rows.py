@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from labkit.core.blocks.spans import Span
 from labkit.core.plan import Join, Plan
 from labkit.runner.base import Layout
 
@@ -19,6 +20,9 @@ class Rows:
         self.latest = np.zeros(layout.num_rows, np.int32)
         self.asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
         self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
+        self.shift = np.zeros(layout.num_rows, np.int64)  # of positions behind its images, where they have several axes
+        self.has_axes = np.zeros(layout.num_rows, bool)
+        self.both_ways = np.zeros(layout.num_rows, bool)  # rows with tokens that see each other
         self.adapters: list[str | None] = [None] * layout.num_adapters  # by slot
         self.slot_of = np.full(layout.num_rows, layout.num_adapters)  # by row; the number of slots means no adapter
         self.num_adapted = 0  # rows with an adapter
@@ -37,6 +41,9 @@ class Rows:
             self.asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
             ends = (span.end for span in join.spans if span.num_inputs)
             self.embedded[join.row] = max(ends, default=0)
+            self.shift[join.row] = sum(map(shift_of, join.spans))
+            self.has_axes[join.row] = any(span.axes is not None for span in join.spans)
+            self.both_ways[join.row] = any(span.bidirectional for span in join.spans)
         if self.adapters:
             self._place_adapters(plan)
         changes = plan.table_changes
@@ -68,3 +75,8 @@ class Rows:
         """The token ids that entry `entry` computes."""
         given = plan.tokens[plan.indptr[entry] : plan.indptr[entry + 1]]
         return given if len(given) else self.latest[plan.rows[entry], None]
+
+
+def shift_of(span: Span) -> int:
+    """By how much the positions behind an image differ from their index: it takes as many as its longest axis."""
+    return 0 if span.axes is None else int(span.axes.max()) + 1 - span.length

@@ -188,6 +188,7 @@ class Steps:
             and not rows.asking[plan.rows].any()
             and not rows.is_adapted(plan.rows)
             and not (plan.start < rows.embedded[plan.rows]).any()
+            and not rows.shift[plan.rows].any()
         )
 
     def size_of(self, plan: Plan) -> Size:

@@ -387,7 +387,7 @@ class TorchRunner:
         columns = np.zeros((7, len(rows)), np.int64)
         columns[FED, plan.feed] = 1
         columns[GIVEN, columns[FED] == 0] = plan.tokens
-        columns[POSITION], columns[SLOT], columns[ROW] = start, blocks * size + place, rows
+        columns[POSITION], columns[SLOT], columns[ROW] = start + self.rows.shift[rows], blocks * size + place, rows
         columns[KEY] = self.sampler.keys(rows, start + 1)
         table = self.rows.tables[0, rows, : int(index.max()) + 1]
         slots = self.rows.slot_of[rows] if self.rows.is_adapted(rows) else None

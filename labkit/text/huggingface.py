@@ -3,6 +3,8 @@ processor of images."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,41 @@ def with_template(tokenizer: Any, template: str) -> Any:
 
 
 def load_processor(folder: Path, trust_remote_code: bool) -> Any:
-    """The processor of a model with images: its image processor, its tokenizer and its placeholders."""
-    from transformers import AutoProcessor
+    """The processor of a model with images: its image processor, its tokenizer and its placeholders. Videos are left
+    out, whose processors need torchvision."""
+    import transformers
 
-    auto: Any = AutoProcessor  # it comes without types
+    auto: Any = transformers  # its classes come without types
+    fields: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.exists():
+            fields |= json.loads(path.read_text(encoding="utf-8")) if name.startswith("proc") else _kind(path)
+    kind = fields.get("processor_class")
     try:
-        return auto.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, TypeError) as error:
+        if not isinstance(kind, str) or not hasattr(auto, kind):
+            return auto.AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        made = without_video(kind)
+        wanted = inspect.signature(made.__init__).parameters
+        given = {name: value for name, value in fields.items() if name in wanted and name not in _OWN_PARTS}
+        given["image_processor"] = auto.AutoImageProcessor.from_pretrained(folder)
+        given["tokenizer"] = auto.AutoTokenizer.from_pretrained(folder)
+        return made(**given, **({"video_processor": None} if "video_processor" in wanted else {}))
+    except (OSError, ValueError, ImportError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} has no image processor that can be read: {error}") from error
+
+
+_OWN_PARTS = ("image_processor", "video_processor", "tokenizer", "chat_template")
+
+
+def _kind(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8")).get("processor_class")
+    return {"processor_class": found} if found else {}
+
+
+def without_video(kind: str) -> Any:
+    """A processor class of transformers that may go without its video processor."""
+    import transformers
+
+    base: Any = getattr(transformers, kind)
+    return type(kind, (base,), {"check_argument_for_proper_class": lambda *_: None, "__module__": base.__module__})

@@ -7,7 +7,7 @@ import numpy as np
 from labkit.core.blocks.prefix import hash_blocks, span_keys
 from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import loading, planning
+from labkit.core.scheduling import loading, planning, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
 from labkit.core.scheduling.state import SchedulerState
 
@@ -93,6 +93,11 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
     gap = len(tokens) - max((hit.num_blocks + len(loads)) * blocks.block_size, request.num_computed)
     if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
         return "budget", 0
+    if request.spans:
+        done = len(tokens) - gap
+        count = planning.chunk_size(s, gap, left, False)
+        if planning.image_chunk(s, builder, request.spans, done, count, left) == 0:
+            return "budget", 0
     s.queue.pop()
     return None, _place(s, builder, request, hashes, hit, left, loads)
 
@@ -171,6 +176,9 @@ def _place(
     gap = len(tokens) - start
     contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
     count = planning.chunk_size(s, gap, left, contended)
+    if request.spans:
+        count = planning.image_chunk(s, builder, request.spans, start, count, left)
+        builder.encoded += spans.begun(request.spans, start, count)
     blocks.grow(row, start + count, request.id)
     builder.join(request, row, s.slot_of(row))
     builder.change(row, 0, tables.blocks[:, row, : tables.num_blocks[row]])

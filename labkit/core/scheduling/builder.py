@@ -38,6 +38,7 @@ class PlanBuilder:
     fill_drafts: bool = False
     widths: tuple[int, ...] = ()  # of trees that the runner makes
     preempted: bool = False
+    encoded: int = 0  # inputs of images that the step begins to compute
 
     def join(self, request: Request, row: int, slot: int | None) -> None:
         """Tells the runner that `request` has this row from here on, and in which slot its adapter is."""

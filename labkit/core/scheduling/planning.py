@@ -6,11 +6,14 @@ a copy, and if blocks run out victims are preempted. Prefills follow one by one,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from labkit.core.blocks.spans import Span
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Plan
-from labkit.core.scheduling import preempt
+from labkit.core.scheduling import preempt, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
 from labkit.core.scheduling.drafting import NO_GUESS, Asked
 from labkit.core.scheduling.state import SchedulerState
@@ -145,12 +148,20 @@ def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
         start = int(s.scheduled[row])
         gap = int(s.tables.num_tokens[row]) - start
         count = chunk_size(s, gap, left, contenders > 0)
+        request = s.row_request[row]
+        if request is not None and request.spans:
+            count = image_chunk(s, builder, request.spans, start, count, left)
+            if count == 0:  # an image that needs a step of its own: nobody behind it takes what is left
+                s.hold(row, "budget")
+                return 0
         fitting = _make_fit(s, builder, row, start, count)
         if fitting == 0:
             s.hold(row, "blocks")
             continue
         chunk = Chunk(row, start, fitting, gap)
         builder.chunks.append(chunk)
+        if request is not None and request.spans:
+            builder.encoded += spans.begun(request.spans, start, fitting)
         if fitting == count < gap:
             builder.cut.append(chunk)
         left -= fitting
@@ -163,6 +174,15 @@ def chunk_size(s: SchedulerState, gap: int, left: int, contended: bool) -> int:
     if contended and count > s.blocks.block_size:
         count = min(count, max(int(left * s.prefill_share), s.blocks.block_size))
     return count
+
+
+def image_chunk(
+    s: SchedulerState, builder: PlanBuilder, images: Sequence[Span], start: int, count: int, left: int
+) -> int:
+    """How many of `count` tokens a prompt with images computes: none is split that must not be, and a step begins no
+    more of their inputs than its tokens. 0: the next image has no room in this step."""
+    count = spans.within(images, start, count, builder.encoded, s.max_num_batched_tokens)
+    return spans.fit(images, start, count, left) if count else 0
 
 
 def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, count: int) -> int:
@@ -184,7 +204,11 @@ def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, cou
         victim = preempt.choose(s, np.array(others), builder.now)
         preempt.preempt(s, victim, s.id_of(row))
         builder.preempted = True
-    count = min(count, room + blocks.available // groups * size - start)
+    fitting = min(count, room + blocks.available // groups * size - start)
+    request = s.row_request[row]
+    if fitting < count and request is not None and request.spans:
+        fitting = spans.fit(request.spans, start, max(fitting, 0), fitting)
+    count = fitting
     if count > 0:
         grow(s, builder, row, start + count)
     return max(count, 0)
@@ -248,7 +272,14 @@ def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     for chunk in builder.cut:
         blocks = s.blocks.available // s.blocks.num_groups
         room = int(s.tables.room[chunk.row]) + blocks * s.blocks.block_size - chunk.start
-        more = min(chunk.gap, chunk.count + left, s.max_prefill_chunk or chunk.gap, room) - chunk.count
+        most = min(chunk.gap, chunk.count + left, s.max_prefill_chunk or chunk.gap, room)
+        request = s.row_request[chunk.row]
+        if request is not None and request.spans:
+            end = chunk.start + chunk.count
+            more = spans.within(request.spans, end, most - chunk.count, builder.encoded, s.max_num_batched_tokens)
+            most = spans.fit(request.spans, chunk.start, chunk.count + max(more, 0), most)
+            builder.encoded += spans.begun(request.spans, end, most - chunk.count)
+        more = most - chunk.count
         if more > 0:
             chunk.count += more
             left -= more

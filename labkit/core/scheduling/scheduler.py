@@ -18,7 +18,7 @@ from labkit.core.events.log import EventLog
 from labkit.core.options import choose, duration, flag, named_options, real, whole
 from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import admission, committing, loading, planning, preempt
+from labkit.core.scheduling import admission, committing, loading, planning, preempt, spans
 from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.drafting import DraftChoice, Drafting, draft_of
 from labkit.core.scheduling.policy import (
@@ -153,6 +153,8 @@ class Scheduler(SchedulerState, Shown):
             room = self.max_model_len - num_prompt
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
             return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
+        if (reason := spans.too_long(request.spans, self.max_num_batched_tokens)) is not None:
+            return reason
         if self.room_for(num_prompt) < most:
             needed = bm.most_blocks(num_prompt + most, self.max_num_batched_tokens)
             return (

@@ -1,0 +1,94 @@
+"""Every family of models with images: greedy tokens equal transformers' own on a random small model."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+
+import labkit as lk
+from labkit.models import load_model
+from labkit.models.vision import SEEING, language_name
+from tests.seeing import FAMILIES, PROMPT_TOKEN, Theirs, picture
+
+PARAMS = lk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+
+def cases(family: str) -> list[tuple[str, list[Any]]]:
+    """No prompt ends in an image: `generate` of transformers 5.24 then gives Qwen-VL's next tokens wrong positions."""
+    token = PROMPT_TOKEN.get(family, "<image>")
+    return [
+        (f"what is {token}?", [picture(1)]),
+        (f"a {token}b{token} which?", [picture(2, 90, 20), picture(1)]),
+        ("no image", []),
+        (f"what is {token}?", [picture(4)]),
+        (f"{token} ", [picture(3, 130, 70)]),
+    ]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llava"])  # see tests/engine/test_images.py
+def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    if family == "smolvlm" and find_spec("num2words") is None:
+        pytest.skip("transformers' processor of SmolVLM needs num2words")
+    their = Theirs(family, tmp_path)
+    asked = cases(family)
+    answers = [their.answer(text, images, 8) for text, images in asked]
+    assert answers[0] != answers[3], "the model does not look at its image"
+    given = [{"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})} for text, images in asked]
+    longest = 0
+    for options in ({"max_num_batched_tokens": 7, "max_num_seqs": 4}, {"watermark": 0.0, "max_num_seqs": 4}):
+        few = {"num_blocks": -(-longest // 4) + 2} if longest else {"num_blocks": 200}
+        eng = lk.Engine(tmp_path, dtype="float32", block_size=4, **few, **options)
+        for _ in range(1 if longest else 2):  # the second time from the cache
+            handles = eng.generate(given, PARAMS)
+            assert [handle.output_ids for handle in handles] == answers, options
+        eng.check()
+        assert eng.runner.features.num_encoded == 4
+        assert bool(eng.scheduler.num_preempted) == bool(longest)
+        longest = max(handle.num_tokens for handle in handles)
+        for (text, images), handle in zip(asked, handles, strict=True):
+            inputs = their.inputs(text, images)
+            assert handle.prompt.tolist() == inputs["input_ids"][0].tolist()
+            if len(images) == 1:
+                assert (handle.spans[0].pixels["pixel_values"] == inputs["pixel_values"].numpy()).all()
+        assert eng.close().ok
+
+
+def test_a_config_alone_makes_a_model_with_random_weights() -> None:
+    config, _ = FAMILIES["internvl"]()
+    model = load_model(config, load_format="dummy", dtype="float32")
+    assert model.vision is not None and model.name == config.model_type
+    found = model.vision.encode([{"pixel_values": np.zeros((num, 3, 28, 28), np.float32)} for num in (1, 3)])
+    assert [tuple(features.shape) for features in found] == [(4, 64), (12, 64)]
+
+
+def test_what_is_not_served_is_refused_by_name() -> None:
+    from transformers import MllamaConfig
+
+    with pytest.raises(ValueError, match=f"'mllama' is not served: models with images are {', '.join(SEEING)}"):
+        load_model(MllamaConfig(), load_format="dummy")
+    config, _ = FAMILIES["llava"]()
+    config.text_config.model_type = "bloom"
+    with pytest.raises(ValueError, match="'bloom', which has no native decoder"):
+        load_model(config, load_format="dummy")
+
+
+def test_tensors_of_the_language_model_are_known_by_their_names() -> None:
+    names = {
+        "language_model.model.layers.0.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+        "model.language_model.norm.weight": "model.norm.weight",
+        "model.text_model.embed_tokens.weight": "model.embed_tokens.weight",
+        "model.layers.1.self_attn.q_proj.bias": "model.layers.1.self_attn.q_proj.bias",
+        "language_model.lm_head.weight": "lm_head.weight",
+        "lm_head.weight": "lm_head.weight",
+        "visual.blocks.0.attn.qkv.weight": None,
+        "model.visual.blocks.0.attn.qkv.weight": None,
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": None,
+        "multi_modal_projector.linear_1.weight": None,
+    }
+    assert {name: language_name(name) for name in names} == names
