@@ -82,12 +82,22 @@ def of_data_url(url: str, limits: Limits, decode: Callable[[bytes, Limits], Imag
     if len(content) > limits.max_bytes * 3:  # base64 is 4/3 of the bytes, with line ends a little more
         raise ImageError(f"the data: URL has {len(content):,} characters; at most {limits.max_bytes:,} bytes are read")
     try:
-        data = base64.b64decode(_SPACE.sub("", content), validate=True)
+        data = _of_base64(content)
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"the data: URL is not valid base64: {error}") from None
     image = decode(data, limits)
     check_format(kind, image)
     return image
+
+
+def _of_base64(text: str) -> bytes:
+    """Line ends are looked for only if there must be some: that takes longer than the decoding, and holds the GIL."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        if (shorter := _SPACE.sub("", text)) == text:
+            raise
+    return base64.b64decode(shorter, validate=True)
 
 
 def check_kind(kind: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -79,7 +81,8 @@ class MessagesRequest(CountRequest):
 
 async def messages(service: Service, request: Request) -> Response:
     body = await read_body(request, MessagesRequest)
-    found = await chat.chat(service, _with_body(request, _chat_of(body)))
+    with _named(body):
+        found = await chat.chat(service, _with_body(request, _chat_of(body)))
     if isinstance(found, EventStream):
         handle = found.feed.members[0].handle
         events = Events(found, len(handle.prompt))
@@ -94,7 +97,24 @@ async def count_tokens(service: Service, request: Request) -> Response:
     except ValidationError as error:
         raise of_validation(error) from None
     service.check_model(body.model)
-    return answer({"input_tokens": len((await chat.prompt_of(service, asked, dumped(asked.tools))).ids)})
+    with _named(body):
+        ids, _ = await chat.prompt_of(service, asked, dumped(asked.tools))
+    return answer({"input_tokens": len(ids)})
+
+
+@contextmanager
+def _named(body: CountRequest) -> Iterator[None]:
+    """An error inside that names a message of the chat names the client's own instead."""
+    try:
+        yield
+    except ApiError as error:
+        if (place := re.match(r"messages\[(\d+)\]\.content\S*?(?=:? )", error.message)) is not None:
+            fields = ["system"] if body.system else []
+            for i, turn in enumerate(body.messages):
+                fields += [f"messages.{i}.content" for _ in _turns(turn, "")]
+            error.param = fields[int(place[1])]
+            error.message = error.param + error.message[place.end() :]
+        raise
 
 
 def _with_body(request: Request, body: Mapping[str, Any]) -> Request:
@@ -154,7 +174,7 @@ def _turns(turn: Turn, place: str) -> Iterator[dict[str, Any]]:
     for block in turn.content:
         kind = block.get("type")
         if kind == "tool_result":
-            content = _text(block.get("content") or "", place)
+            content = _content(block.get("content") or "", place)
             yield {"role": "tool", "tool_call_id": str(block.get("tool_use_id", "")), "content": content}
         elif kind == "tool_use":
             function = {"name": str(block.get("name")), "arguments": json.dumps(block.get("input") or {})}
@@ -162,7 +182,28 @@ def _turns(turn: Turn, place: str) -> Iterator[dict[str, Any]]:
         elif kind not in ("thinking", "redacted_thinking"):
             texts.append(block)
     if texts or calls:
-        yield {"role": turn.role, "content": _text(texts, place), **({"tool_calls": calls} if calls else {})}
+        yield {"role": turn.role, "content": _content(texts, place), **({"tool_calls": calls} if calls else {})}
+
+
+def _content(given: Any, place: str) -> Any:
+    """Text, or parts of a chat's message if there are images."""
+    if isinstance(given, str) or not any(isinstance(one, Mapping) and one.get("type") == "image" for one in given):
+        return _text(given, place)
+    return [_image(one, place) or {"type": "text", "text": _text([one], place)} for one in given]
+
+
+def _image(block: Any, place: str) -> dict[str, Any] | None:
+    """An image with its source {"type": "base64", "media_type": ..., "data": ...} or {"type": "url", "url": ...}."""
+    if not isinstance(block, Mapping) or block.get("type") != "image":
+        return None
+    source = block.get("source")
+    given = source if isinstance(source, Mapping) else {}
+    url = given.get("url")
+    if given.get("type") == "base64" and isinstance(given.get("data"), str):
+        url = f"data:{given.get('media_type')};base64,{given['data']}"
+    if not isinstance(url, str):
+        raise ApiError(f"{place}: an image has a source of type base64 or url", param=place)
+    return {"type": "image_url", "image_url": url}
 
 
 def _text(given: Any, place: str) -> str:
@@ -171,7 +212,7 @@ def _text(given: Any, place: str) -> str:
     found = []
     for block in given:
         if not isinstance(block, Mapping) or block.get("type") != "text" or not isinstance(block.get("text"), str):
-            raise ApiError(f"{place}: the model served here takes blocks of type text", param=place)
+            raise ApiError(f"{place}: the model served here takes blocks of type text and image", param=place)
         found.append(block["text"])
     return "\n".join(found)
 

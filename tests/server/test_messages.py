@@ -152,7 +152,8 @@ def test_a_tool_that_must_be_called_is_called_whole_and_streamed(http):
     [
         ({"max_tokens": 0}, "max_tokens"),
         ({"messages": []}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "takes blocks of type text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.content: an image has a source"),
+        ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "takes blocks of type text"),
         ({"tools": [{"name": "x"}]}, "tools.0 needs a name and an input_schema"),
         ({"model": "nobody"}, "does not exist"),
     ],

@@ -153,6 +153,31 @@ def test_responses_take_images_also_in_conversations_that_go_on(http, engine):
     assert [message["role"] for message in engine.messages] == ["user", "assistant", "assistant", "tool"]
 
 
+def test_anthropics_messages_have_images_and_errors_name_their_place(http, engine):
+    def source(data, kind="image/png"):
+        return {"type": "image", "source": {"type": "base64", "media_type": kind, "data": data.partition(",")[2]}}
+
+    shown = {"type": "tool_result", "tool_use_id": "1", "content": [source(SECOND, "image/jpeg")]}
+    by_url = {"type": "image", "source": {"type": "url", "url": FIRST}}
+    turns = [
+        {"role": "user", "content": [text("What?"), source(FIRST)]},
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "draw", "input": {}}]},
+        {"role": "user", "content": [shown, text("And?"), by_url]},
+    ]
+    body = {"messages": turns, "max_tokens": 2, "system": "Look."}
+    found = http.post("/v1/messages", json=body)
+    assert found.status_code == 200, found.text
+    one, other = read_image(ONE), read_image(OTHER)
+    assert engine.submitted[0]["multi_modal_data"] == {"image": [one, other, one]}
+    count = http.post("/v1/messages/count_tokens", json={"messages": turns, "system": "Look."}).json()["input_tokens"]
+    assert count == len(engine.submitted[0]["prompt_token_ids"])
+    turns[2]["content"][2] = source(SECOND)
+    for path in ("/v1/messages", "/v1/messages/count_tokens"):
+        wrong = http.post(path, json=body)
+        message = wrong.json()["error"]["message"]
+        assert wrong.status_code == 400 and message.startswith("messages.2.content: its type is declared as image/png")
+
+
 def test_an_openai_client_sends_images(seeing, engine):
     import openai
 

@@ -1,9 +1,17 @@
 """Images from a client through the server to a real model with random weights, and transformers' own answer to them."""
 
+import base64
+
+import httpx
 import openai
 import pytest
 
 import labkit as lk
+from labkit.images import read_image
+from labkit.server import command
+from labkit.server.arguments import read
+from labkit.server.service import Service
+from labkit.server.settings import Settings
 from tests.images.pictures import data_url, file_of
 from tests.seeing import picture, theirs
 from tests.server.talk import until
@@ -67,6 +75,34 @@ def test_chats_with_images_are_answered_as_transformers_answers_them(client, the
     assert found.prompt_token_ids == their.inputs(prompt, pictures)["input_ids"][0].tolist()
     chunks = client.chat.completions.create(**asked, stream=True, extra_body={"ignore_eos": True})
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == found.choices[0].message.content
+
+
+def test_the_internvl_tutorial_works_as_written(tmp_path):
+    """`labkit serve MODEL --trust_remote_code`, and a picture as base64 from the openai client."""
+    their = theirs("internvl", tmp_path)
+    words = [str(tmp_path), "--trust_remote_code", "--dtype", "float32", "--block-size", "4"]
+    words += [
+        "--num-gpu-blocks-override",
+        "128",
+        "--served-model-name",
+        "internvl",
+        "--limit-mm-per-prompt",
+        '{"image": 2}',
+    ]
+    arguments = read(words, {})
+    engine = command._load(arguments, Service(Settings(**arguments.server)))
+    with lk.serve(engine, **arguments.server) as server, httpx.Client() as http:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="EMPTY", http_client=http, max_retries=0)
+        encoded = base64.b64encode(file_of(PICTURES[1], "JPEG")).decode()
+        asked = [user(text("Describe this."), part(f"data:image/jpeg;base64,{encoded}"))]
+        found = client.chat.completions.create(
+            model="internvl", messages=asked, temperature=0, max_tokens=8,
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+    seen = read_image(base64.b64decode(encoded)).pixels
+    assert found.choices[0].token_ids == their.answer("u:Describe this.<image>~a:", [seen], 8)
+    assert found.usage.prompt_tokens == their.inputs("u:Describe this.<image>~a:", [seen])["input_ids"].shape[1]
+    assert engine.close().ok
 
 
 def messages_for(messages):
