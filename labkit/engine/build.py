@@ -15,7 +15,7 @@ from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
 from labkit.engine.images import Images, load_images, sees
 from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, partition, pool_of
-from labkit.engine.speculation import load_draft, speculation
+from labkit.engine.speculation import check_on_ranks, draft_on_ranks, load_draft, speculation
 from labkit.images import ImageUrls
 from labkit.parallel.ranks import job
 from labkit.runner.base import KV_CACHE_DTYPES
@@ -250,12 +250,17 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     ranks = getattr(options.workers, "ranks", None)
     num_ranks = ranks.num if ranks else options.tensor_parallel_size * options.pipeline_parallel_size
     loading |= {"layers": partition(options.pp_layer_partition, None), "pool": pool_of(options, device, num_ranks)}
+    draft_options = {name: getattr(options, name) for name in OF_DRAFT}
+    loading["draft"] = None
     if options.has_workers:
-        if draft is not None and draft.by_runner:
-            raise ValueError("a draft model is not served by several processes yet: use one, or an n-gram draft")
+        loading["draft"] = draft_on_ranks(draft, draft_options)
         runner: Any = _parallel(options, loading)
+        try:
+            check_on_ranks(draft, loading["draft"], runner, tokenizer)
+        except BaseException:
+            runner.close()
+            raise
     else:
-        draft_options = {name: getattr(options, name) for name in OF_DRAFT}
         runner = load(loading, with_draft=lambda made: load_draft(draft, made, folder, tokenizer, **draft_options))
     length: int = runner.max_model_len
     if device.type == "cpu" and runner.dtype_name == "float16":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from labkit.core.options import choose, closest
@@ -105,12 +106,48 @@ def _common(given: Mapping[str, Any]) -> dict[str, Any]:
     return {ours: given[theirs] for theirs, ours in names.items() if theirs in given}
 
 
+def draft_on_ranks(draft: Draft | None, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How each rank loads the draft model, as plain data; None for drafts that the scheduler asks. Every rank has the
+    whole draft model: it is small, and equal guesses need not travel."""
+    if draft is None or not draft.by_runner:
+        return None
+    if hasattr(draft, "layout"):
+        raise ValueError("an EAGLE head is not served by several processes: use method 'draft_model' or 'ngram'")
+    wanted = getattr(draft, "model", None)
+    if not isinstance(wanted, (str, Path)):
+        raise ValueError(f"{draft!r}: a loaded model cannot be sent to several processes: give its folder or name")
+    dtype = options["dtype"] if isinstance(options["dtype"], str) else str(options["dtype"]).removeprefix("torch.")
+    plain = {**options, "dtype": dtype, "quantization": getattr(draft, "quantization", None)}
+    return {"source": str(_source_of(wanted)), **plain}
+
+
+def check_on_ranks(draft: Draft | None, loading: Mapping[str, Any] | None, runner: Any, tokenizer: Any) -> None:
+    """As `load_draft`: the ranks' draft model must know the same tokens, and may be made for shorter requests."""
+    if loading is None:
+        return
+    found = SimpleNamespace(**runner.facts[0]["draft"])
+    check_vocabulary(found, runner, Path(loading["source"]), tokenizer)
+    _limit(draft, found, runner)
+
+
+def _source_of(wanted: str | Path) -> Path:
+    from labkit.assets import EMBEDDED, path
+    from labkit.loading.checkpoint import resolve
+
+    return resolve(path(str(wanted)) if str(wanted) in EMBEDDED else wanted)
+
+
+def _limit(draft: Any, model: Any, target: Any) -> None:
+    """Requests longer than the draft model was made for go on without drafts."""
+    if model.max_model_len < target.max_model_len:
+        asked = getattr(draft, "max_model_len", None) or model.max_model_len
+        draft.max_model_len = min(asked, model.max_model_len)
+
+
 def load_draft(draft: Draft | None, target: Any, folder: Path | None, tokenizer: Any, **options: Any) -> Any:
     """The model of a `ModelDraft`, on the target's device; None for other drafts."""
     if draft is None or not draft.by_runner:
         return None
-    from labkit.assets import EMBEDDED, path
-    from labkit.loading.checkpoint import resolve
     from labkit.models import load_model
 
     wanted = getattr(draft, "model", None)
@@ -119,15 +156,13 @@ def load_draft(draft: Draft | None, target: Any, folder: Path | None, tokenizer:
     if not isinstance(wanted, (str, Path)):
         check_vocabulary(wanted, target, None, tokenizer)
         return wanted
-    source = resolve(path(str(wanted)) if str(wanted) in EMBEDDED else wanted)
+    source = _source_of(wanted)
     options["quantization"] = getattr(draft, "quantization", None)
     if hasattr(draft, "layout"):
         return _load_head(source, target, draft.layout, options, tokenizer)
     model = load_model(source, device=target.device, **options)
     check_vocabulary(model, target, source, tokenizer)
-    if model.max_model_len < target.max_model_len:
-        asked = getattr(draft, "max_model_len", None) or model.max_model_len
-        draft.max_model_len = min(asked, model.max_model_len)  # type: ignore[attr-defined]
+    _limit(draft, model, target)
     return model
 
 

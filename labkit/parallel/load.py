@@ -43,8 +43,16 @@ def load(
         graphs=graphs, hybrid_kv=options["hybrid_kv"], kv_cache_dtype=options["kv_cache_dtype"],
         kv_disk_path=options["kv_disk_path"],
         capture=(model.max_model_len, options["capture"]) if options["capture"] else None,
-        draft_model=with_draft(model),
+        draft_model=_draft(options["draft"], model) if options["draft"] else with_draft(model),
     )  # fmt: skip
+
+
+def _draft(given: Mapping[str, Any], model: Any) -> Any:
+    """The whole draft model, on the device of this rank's part."""
+    from labkit.models import load_model
+
+    options = {name: value for name, value in given.items() if name != "source"}
+    return load_model(Path(given["source"]), device=model.device, **options)
 
 
 def _check_held(model: Any, memory_size: float | None, num_ranks: int) -> None:
@@ -115,12 +123,16 @@ def _eos_ids(model: Any, folder: Path | None, of_tokenizer: Any) -> tuple[int, .
 
 def facts_of(runner: Any) -> dict[str, Any]:
     """What the engine's process needs to know of a rank's runner."""
-    model = runner.model
+    model, draft = runner.model, runner.draft_model
+    about = None
+    if draft is not None:
+        about = {"name": draft.name, "vocab_size": draft.vocab_size, "max_model_len": draft.max_model_len}
     return {
         "name": model.name, "dtype": str(model.dtype)[6:], "max_model_len": model.max_model_len,
         "head_size": model.kv[0].key_size, "num_layers": len(model.kv), "num_parameters": model.num_parameters,
         "vocab_size": runner.vocab_size, "eos_token_ids": runner.eos_token_ids, "windows": runner.windows,
         "bytes_per_token": runner.bytes_per_block(1), "embedding_size": runner.embedding_size,
         "largest_input": runner.largest_input,
-        "weight_bytes": _weight_bytes(model), "layer_bytes": _layer_bytes(model),
+        "draft": about, "weight_bytes": sum(_weight_bytes(one) for one in (model, draft) if one is not None),
+        "layer_bytes": _layer_bytes(model),
     }  # fmt: skip

@@ -213,6 +213,13 @@ class ParallelRunner:
             for rank, held in enumerate(self.held_bytes)
         ]  # fmt: skip
 
+    def shards(self) -> list[dict[str, tuple[slice, slice]]]:
+        """What each rank holds of the checkpoint's linear layers: outputs and inputs, by name."""
+        return [
+            {name: (slice(*cut[:2]), slice(*cut[2:])) for name, cut in found.items()}
+            for found in self.workers.call("shards")
+        ]
+
     def balance(self) -> Balance:
         """Each rank's memory, and where its time went since the model was loaded."""
         memory, ranks = self.workers.call("memory"), self.workers.ranks

@@ -18,7 +18,7 @@ from labkit.core.plan import Extras, Join, Plan, Result, TableChanges, TokenLogp
 from labkit.runner.base import Layout
 
 # A plan's columns that nearly every step has, packed without names; all others follow by name where they are not empty.
-NUMBERS = ("step", "now", "num_decode", "budget", "reset")
+NUMBERS = ("step", "now", "num_decode", "budget", "reset", "fill_drafts")
 COLUMNS = ("rows", "start", "count", "indptr", "feed", "sample_query", "sample_row")
 CHANGES = TableChanges._fields
 HEAD = struct.Struct(f"<{len(NUMBERS) + len(COLUMNS) + len(CHANGES) + 1}q")
@@ -66,11 +66,11 @@ def read_plan(data: bytes) -> Plan:
         at += 8 * length
     tokens = np.frombuffer(data, np.int32, head[-1], at)
     at += 4 * head[-1]
-    step, now, num_decode, budget, reset = head[:num]
+    step, now, num_decode, budget, reset, fill_drafts = head[:num]
     rows, start, count, indptr, feed, query, row, *changes = arrays
     plan = Plan(
         step, now, rows, start, count, num_decode, tokens, indptr, feed, query, row, TableChanges(*changes),
-        reset=bool(reset), budget=budget,
+        reset=bool(reset), budget=budget, fill_drafts=bool(fill_drafts),
     )  # fmt: skip
     if at < len(data):
         plan = plan._replace(**{name: unpack_any(value) for name, value in unpack(data[at:]).items()})

@@ -20,7 +20,7 @@ from typing import Any
 from labkit.core.messagepack import pack, unpack
 from labkit.core.version import __version__
 from labkit.parallel.channel import Channel, Closed
-from labkit.parallel.ranks import Lost, Ranks
+from labkit.parallel.ranks import Lost, Ranks, Traffic
 
 SECONDS_BEAT = 0.25
 SECONDS_GRACE = 2.0  # after the engine has closed the channel
@@ -158,12 +158,22 @@ class Worker:
         x, times, group = torch.ones(rows, width, dtype=getattr(torch, dtype)), [], self.peers.group
         if group is None:
             raise ValueError("an exchange needs tensor_parallel_size > 1")
+        counted, group.traffic = group.traffic, Traffic()  # these are no part of a step
         for _ in range(repeats):
             begin = time.perf_counter()
             group.all_reduce(x)
             times.append(time.perf_counter() - begin)
             x.fill_(1.0)
+        group.traffic = counted
         return sorted(times)[repeats // 4]
+
+    def do_shards(self) -> dict[str, list[int]]:
+        """What this rank holds of each stored linear layer: outputs and inputs, from which to which."""
+        return {
+            piece.name: [piece.outputs.start, piece.outputs.stop, piece.inputs.start, piece.inputs.stop]
+            for _, _, pieces, _ in self.runner.model.linear_places()
+            for piece in pieces
+        }
 
     def do_ping(self) -> None:
         """Answers at once."""

@@ -132,6 +132,22 @@ def twice_as_large_as_a_rank_may_hold(stages, prompts, expected):
     eng.close()
 
 
+def test_a_draft_model_guesses_on_every_rank(workers):
+    """The same tokens, and as many right guesses, as in one process."""
+    found, config = [], {"method": "draft_model", "model": "tiny-draft", "num_speculative_tokens": 3, "adaptive": False}
+    params = [lk.SamplingParams(max_tokens=16, temperature=heat, seed=5, ignore_eos=True) for heat in (0.0, 0.8)]
+    for ranks in ({}, {"workers": workers}):
+        eng = lk.Engine(dtype="float32", num_blocks=64, speculative_config=config, **ranks)
+        handles = eng.generate(["def add(a, b):\n", "import os\n"], params)
+        drafted = eng.log.events("Drafted")
+        found.append(([h.output_ids for h in handles], [(e.request, e.num_drafts, e.num_accepted) for e in drafted]))
+        eng.check()
+        eng.close()
+    assert found[0] == found[1] and sum(right for _, _, right in found[0][1]) > 5
+    with pytest.raises(ValueError, match="a loaded model cannot be sent to several processes"):
+        lk.Engine(workers=workers, draft=lk.ModelDraft(lk.load_model(lk.assets.path("tiny-draft"))))
+
+
 SAMPLING = [
     {"n": 3, "temperature": 1.0, "seed": 7},
     {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "seed": 3},
