@@ -1,8 +1,9 @@
-"""Repeated decode steps on a CPU: the layers' C++ calls, without the Python code between them.
+"""Repeated steps on a CPU: the layers' C++ calls, without the Python code between them.
 
 The first step of each size runs as usual and is recorded; later ones copy their inputs to where that step's lay, and
 make the same calls again. This saves about 2 ms a step of a model with 24 layers, which is a fifth of a step with one
-row and little of one with fifty. Models whose layers also compute in torch are not repeated.
+row and little of one with fifty. Steps whose rows verify the same number of drafts are repeated like plain ones. Models
+whose layers also compute in torch are not repeated.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor
 from labkit.models.base import Batch, KVCache
 from labkit.runner.adapters import FixedGroups
 
-Key: TypeAlias = tuple[int, int, int, bool]
+Key: TypeAlias = tuple[int, int, int, int, bool]
 
-MOST_ROWS = 16  # of a step that is repeated
+MOST_ROWS = 16  # of a step that is repeated; with drafts, rows and drafts
 MOST_KEPT = 16  # sizes; the one that was not used for longest goes first
 LEAST_WIDTH = 16  # blocks in a table
 
@@ -60,8 +61,8 @@ class Made(NamedTuple):
 
 
 class Repeats:
-    """Recorded steps of one runner, by number of rows, width of the block table, number of threads, and whether rows
-    have adapters."""
+    """Recorded steps of one runner, by number of rows, tokens of each, width of the block table, number of threads, and
+    whether rows have adapters."""
 
     def __init__(self, model: Repeatable, caches: list[KVCache]) -> None:
         self.model, self.caches = model, caches
@@ -73,14 +74,10 @@ class Repeats:
 
     def forward(self, batch: Batch) -> Tensor:
         """What `model.forward` gives. The next step overwrites it."""
-        rows = len(batch.token_ids)
-        if (
-            not self.works
-            or batch.max_query_len != 1
-            or not 0 < rows <= MOST_ROWS
-            or batch.group_of
-            or batch.embeddings
-        ):
+        rows, tokens, each = len(batch.seq_len), len(batch.token_ids), batch.max_query_len
+        fits = 0 < tokens <= MOST_ROWS and tokens == rows * each
+        special = batch.group_of or batch.trees or batch.embeddings or batch.axes or batch.both_ways
+        if not self.works or not fits or special:
             return self.model.forward(batch, self.caches)
         width = LEAST_WIDTH
         while width < batch.block_table.shape[1]:
@@ -88,7 +85,7 @@ class Repeats:
         adapted = batch.adapters is not None
         if adapted and self.model.adapters.computes_in_torch:
             return self.model.forward(batch, self.caches)
-        key = (rows, width, torch.get_num_threads(), adapted)
+        key = (rows, each, width, torch.get_num_threads(), adapted)
         x = self.model.inputs(batch)
         if (made := self.made.get(key)) is not None:
             self.made.move_to_end(key)
@@ -96,11 +93,11 @@ class Repeats:
         return self._record(key, x.clone(), batch)
 
     def _record(self, key: Key, x: Tensor, batch: Batch) -> Tensor:
-        table = batch.block_table.new_zeros(key[0], key[1])
+        table = batch.block_table.new_zeros(key[0], key[2])
         table[:, : batch.block_table.shape[1]] = batch.block_table
         adapters = None
         if batch.adapters is not None:
-            adapters = FixedGroups(key[0], self.model.adapters.num_slots, batch.slots.device)
+            adapters = FixedGroups(len(x), self.model.adapters.num_slots, batch.slots.device)
             adapters.fill(batch.adapters)
         mine = replace(
             batch,
