@@ -97,6 +97,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
         "huggingface_hub",
         "prometheus_client",
         "opentelemetry",
+        "ray",
         "labkit_kernels",
     },  # fmt: skip,
     "cli": {"labkit_kernels"},
