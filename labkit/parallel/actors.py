@@ -147,7 +147,8 @@ class RayWorkers(Workers):
             f"Ray has no room for {self.ranks.num} ranks ({self.ranks}) after {self.placement_timeout:g} s. Asked for: "
             f"{self.ranks.num} bundles of {_amounts(names, self.bundle)}, strategy {self.strategy} "
             f"({STRATEGIES[self.strategy]}). The cluster has {'; '.join(nodes)}, of which {_amounts(names, free)} is "
-            f"free now. Fewer ranks, strategy='PACK' or a larger cluster would do"
+            f"free now. Fewer ranks or a larger cluster would do"
+            + (", or strategy='PACK', on several hosts" if self.strategy == "STRICT_PACK" else "")
         )
 
     def _check_hosts(self, others: Sequence[str]) -> None:

@@ -46,10 +46,10 @@ def application(
 
     def build() -> Any:
         """Called in the process of a replica."""
-        import labkit as lk
+        from labkit.engine.engine import Engine
         from labkit.server import build_app
 
-        apps.append(build_app(lk.Engine(model, **options), **settings))
+        apps.append(build_app(Engine(model, **options), **settings))
         return apps[0]
 
     class Labkit:
