@@ -1,12 +1,16 @@
-"""Small pictures as files, made here."""
+"""Small pictures as files, made here. Tests that import this are skipped where Pillow is not installed."""
 
 import base64
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
-import PIL.Image
+import pytest
+
+pytest.importorskip("PIL.Image", reason="pip install 'labkit[images]'")
+PIL = sys.modules["PIL"]
 
 
 def picture(width=7, height=5, mode="RGB", seed=0):

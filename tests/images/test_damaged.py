@@ -3,11 +3,10 @@
 import random
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from labkit.images import Image, ImageError, Limits, read_image
-from tests.images.pictures import file_of, picture
+from tests.images.pictures import PIL, file_of, picture
 
 EXIF = PIL.Image.Exif()
 EXIF[0x0112] = 6

@@ -5,11 +5,10 @@ import os
 import tracemalloc
 
 import numpy as np
-import PIL.Image
 import pytest
 
 from labkit.images import Image, ImageError, Limits, read_image
-from tests.images.pictures import bomb, chunk, data_url, file_of, picture, png
+from tests.images.pictures import PIL, bomb, chunk, data_url, file_of, picture, png
 
 
 def shown(image):
