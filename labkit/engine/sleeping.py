@@ -1,7 +1,7 @@
 """Sleep gives an engine's memory back while nobody needs it; waking takes it again. Also ends all requests at once, and
 forgets the prefix cache.
 
-Knows which tensors a runner reports. Their storages are emptied and refilled, so every object keeps its tensors.
+The runner does it, or the runner of each rank: see `labkit.runner.asleep`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class Sleeping(Background):
     """A loop that can sleep."""
 
     asleep: Slept | None = None
-    _kept: tuple[tuple[Any, Any, int], ...] = ()  # (storage, its contents or None, bytes)
 
     def _check_open(self) -> None:
         super()._check_open()
@@ -78,12 +77,8 @@ class Sleeping(Background):
             self._reset_prefix_cache(on_disk=False)
             if (disk := getattr(self.runner, "disk", None)) is not None and hasattr(disk, "settle"):
                 disk.settle()  # a read may be under way into the memory that is freed
-            self._kept = tuple(_storages(self.runner))
-            for storage, contents, num_bytes in self._kept:
-                kv += num_bytes if contents is None else 0
-                moved += 0 if contents is None else num_bytes
-                storage.resize_(0)
-            _forget_graphs(self.runner)
+            if (sleep := getattr(self.runner, "sleep", None)) is not None:
+                kv, moved = sleep()
         self.asleep = Slept(level, kv, moved)
         return self.asleep
 
@@ -93,34 +88,10 @@ class Sleeping(Background):
             self._call(self._wake_up)
 
     def _wake_up(self) -> None:
-        for storage, contents, num_bytes in self._kept:
-            storage.resize_(num_bytes)
-            if contents is None:
-                storage.fill_(0)
-            else:
-                storage.copy_(contents)
-        self._kept, self.asleep = (), None
-
-
-def _storages(runner: Any) -> list[tuple[Any, Any, int]]:
-    """What can be freed, once each: keys and values without their contents, weights on a GPU with a copy of them."""
-    found: dict[int, tuple[Any, Any, int]] = {}
-    parts: list[tuple[str, Any]] = getattr(runner, "memory_parts", list)()
-    for what, tensor in parts:
-        storage = tensor.untyped_storage()
-        on_host = tensor.device.type == "cpu"
-        if not storage.resizable() or storage.data_ptr() in found or (what == "weights" and on_host):
-            continue
-        contents = storage.cpu() if what == "weights" else None
-        found[storage.data_ptr()] = (storage, contents, storage.nbytes())
-    return list(found.values())
-
-
-def _forget_graphs(runner: Any) -> None:
-    """Captured steps hold addresses that will not be the same."""
-    for name in ("graphs", "repeats"):
-        if (repeated := getattr(runner, name, None)) is not None:
-            repeated.forget()
-    for name in ("store", "host"):
-        if (touched := getattr(getattr(runner, name, None), "touched", None)) is not None:
-            touched[:] = False
+        if (
+            self.asleep is not None
+            and self.asleep.level
+            and (wake := getattr(self.runner, "wake_up", None)) is not None
+        ):
+            wake()
+        self.asleep = None

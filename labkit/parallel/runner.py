@@ -235,6 +235,15 @@ class ParallelRunner:
             self.num_steps, self.plan_bytes,
         )  # fmt: skip
 
+    def sleep(self) -> tuple[int, int]:
+        """Each rank frees its own memory: bytes freed, and moved to host memory, of all."""
+        freed = self.workers.call("sleep")
+        return sum(kv for kv, _ in freed), sum(moved for _, moved in freed)
+
+    def wake_up(self) -> None:
+        if self.workers.lost is None:  # else others take the place of the ranks, and are awake
+            self.workers.call("wake_up")
+
     # -- the end -------------------------------------------------------------------------------------------------
 
     def memory_parts(self) -> list[tuple[str, Any]]:

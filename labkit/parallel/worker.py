@@ -175,6 +175,12 @@ class Worker:
             for piece in pieces
         }
 
+    def do_sleep(self) -> list[int]:
+        return list(self.runner.sleep())
+
+    def do_wake_up(self) -> None:
+        self.runner.wake_up()
+
     def do_ping(self) -> None:
         """Answers at once."""
 

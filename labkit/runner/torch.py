@@ -22,6 +22,7 @@ from labkit.core.options import flag, named_options, real, whole
 from labkit.core.plan import Extras, Plan
 from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.models.eagle import EagleHead
+from labkit.runner.asleep import Sleeps
 from labkit.runner.base import Done, Layout, Pending
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
@@ -42,7 +43,7 @@ from labkit.transfer import put
 
 
 @named_options
-class TorchRunner:
+class TorchRunner(Sleeps):
     """Runs plans on a model.
 
     >>> import labkit as lk

@@ -218,6 +218,17 @@ def test_a_grammar_is_followed_on_all_ranks(workers):
     assert text.strip("abc") == "" and 3 <= len(text) <= 8
 
 
+def test_ranks_sleep_and_wake_to_the_same_answers(folders, workers):
+    eng = engine(folders("llama"), workers=workers)
+    expected, held = tokens_of(eng, [[1, 2, 3]]), sum(rank.kv_bytes for rank in eng.balance().ranks)
+    assert eng.sleep().kv_bytes == held
+    with pytest.raises(RuntimeError, match="this engine sleeps"):
+        eng.submit([1, 2])
+    eng.wake_up()
+    assert tokens_of(eng, [[1, 2, 3]]) == expected
+    eng.close()
+
+
 def test_functions_and_snapshots_are_refused(folders, workers):
     eng = engine(folders("llama"), workers=workers)
     with pytest.raises(ValueError, match="logits_processors are functions of this process"):
