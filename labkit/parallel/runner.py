@@ -47,6 +47,8 @@ class ParallelRunner:
         self.waited = [0.0] * workers.ranks.num
         self.num_steps = self.plan_bytes = 0  # since the model was loaded
         self.held_bytes: list[tuple[int, int]] = []  # weights, keys and values, by rank
+        self._num_saved = 0  # snapshots
+        self._dropped: list[int] = []  # numbers of those that nobody has any more
         self._noted = 0.0  # when the latest notes were made
         self._load()
         room = options["adapter_room"]
@@ -261,10 +263,45 @@ class ParallelRunner:
             self.workers.call("close")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise ValueError("snapshots and forks do not hold the memory of other processes: use one rank")
+        raise ValueError("a fork would need processes of its own: take a snapshot() instead, or use one rank")
 
-    def __getstate__(self) -> NoReturn:
-        self.__deepcopy__({})
+    # -- snapshots: each rank keeps its own part ---------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._dropped:
+            numbers, self._dropped = self._dropped, []
+            self.workers.call("drop", numbers=numbers)
+        self._num_saved += 1
+        self.workers.call("save", number=self._num_saved)
+        slots = {} if self.adapters is None else dict(self.adapters.in_slot)
+        saved = Saved(self._num_saved, self.workers.num_starts, slots)
+        weakref.finalize(saved, _drop, weakref.ref(self), saved.number)
+        return {"saved": saved}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        saved: Saved = state["saved"]
+        if saved.num_starts != self.workers.num_starts or self.workers.lost is not None:
+            raise ValueError("the ranks that held their parts of this snapshot have ended")
+        self.workers.call("restore", number=saved.number)
+        self._void_until = -1
+        if self.adapters is not None:
+            self.adapters.in_slot = dict(saved.in_slot)
+
+
+class Saved:
+    """What the ranks keep under this number, until nobody has this object any more."""
+
+    def __init__(self, number: int, num_starts: int, in_slot: dict[int, str]) -> None:
+        self.number, self.num_starts, self.in_slot = number, num_starts, in_slot
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Saved:
+        return self
+
+
+def _drop(runner: weakref.ref[ParallelRunner], number: int) -> None:
+    """Told to the ranks with the next snapshot: this may run in any thread."""
+    if (found := runner()) is not None:
+        found._dropped.append(number)
 
 
 class Waiting:

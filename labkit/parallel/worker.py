@@ -5,6 +5,7 @@ It ends when the engine's process ends or closes its socket. Read `Worker.serve`
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import socket
@@ -38,6 +39,7 @@ class Worker:
             raise ValueError(f"this process runs labkit {__version__}, the engine's runs {settings['version']}")
         self.peers = connect(settings)
         self.runner: Any = None
+        self.saved: dict[int, Any] = {}  # parts of snapshots
         self.options: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.answers = self.rank == self.ranks.answering
@@ -109,6 +111,7 @@ class Worker:
         from labkit.parallel.load import facts_of, load
 
         self.runner = None
+        self.saved.clear()
         self.options, self.tokenizer = options, None
         self._busy, self._before, self._sent = 0.0, self.peers.waited, self.peers.traffic
         if isinstance(options["source"], dict):
@@ -174,6 +177,17 @@ class Worker:
             for _, _, pieces, _ in self.runner.model.linear_places()
             for piece in pieces
         }
+
+    def do_save(self, number: int) -> None:
+        """Keep this rank's part of a snapshot."""
+        self.saved[number] = copy.deepcopy(self.runner.__getstate__())
+
+    def do_restore(self, number: int) -> None:
+        self.runner.__setstate__(copy.deepcopy(self.saved[number]))
+
+    def do_drop(self, numbers: list[int]) -> None:
+        for number in numbers:
+            self.saved.pop(number, None)
 
     def do_sleep(self) -> list[int]:
         return list(self.runner.sleep())

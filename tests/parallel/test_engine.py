@@ -218,6 +218,26 @@ def test_a_grammar_is_followed_on_all_ranks(workers):
     assert text.strip("abc") == "" and 3 <= len(text) <= 8
 
 
+def test_a_snapshot_holds_each_rank_s_part(folders, workers):
+    eng = engine(folders("llama"), workers=workers, num_blocks=24, preemption="recompute", max_num_batched_tokens=9)
+    params = lk.SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
+    handles = [eng.submit(prompt, params) for prompt in prompts_of(4, 4)]
+    for _ in range(9):
+        eng.step()
+    snapshot = eng.snapshot()
+    found = []
+    for _ in range(3):
+        eng.run()
+        eng.check()
+        found.append([list(handle.output_ids) for handle in handles])
+        tokens_of(eng, [[1, 2, 3]])  # writes over what was there
+        eng.restore(snapshot)
+    assert found[0] == found[1] == found[2] and all(len(tokens) == 12 for tokens in found[0])
+    del snapshot
+    eng.snapshot()
+    eng.close()
+
+
 def test_ranks_sleep_and_wake_to_the_same_answers(folders, workers):
     eng = engine(folders("llama"), workers=workers)
     expected, held = tokens_of(eng, [[1, 2, 3]]), sum(rank.kv_bytes for rank in eng.balance().ranks)
@@ -229,13 +249,11 @@ def test_ranks_sleep_and_wake_to_the_same_answers(folders, workers):
     eng.close()
 
 
-def test_functions_and_snapshots_are_refused(folders, workers):
+def test_functions_and_forks_are_refused(folders, workers):
     eng = engine(folders("llama"), workers=workers)
     with pytest.raises(ValueError, match="logits_processors are functions of this process"):
         eng.submit([1, 2], lk.SamplingParams(logits_processors=[lambda prompt, output, logits: logits]))
-    with pytest.raises(ValueError, match="snapshots and forks do not hold the memory of other processes"):
-        eng.snapshot()
-    with pytest.raises(ValueError, match="snapshots and forks"):
+    with pytest.raises(ValueError, match=r"a fork would need processes of its own: take a snapshot\(\) instead"):
         eng.fork()
     assert len(tokens_of(eng, [[1, 2, 3]])[0]) == 12
     eng.close()
