@@ -42,6 +42,8 @@ def publisher_of(source: Any, config: Mapping[str, Any]) -> BlockEventPublisher 
         raise ValueError(f"kv-events-config: publisher is zmq or null, got {kind!r}")
     if not config.get("enable_kv_cache_events", False) or kind == "null":
         return None
+    if hasattr(source, "replicas"):
+        raise ValueError("kv-events-config: block events are not published with data_parallel_size above 1")
     return BlockEventPublisher(source, **options)
 
 

@@ -109,6 +109,7 @@ class Replicas(Engine):
             self._end_replicas()
             assert self.worker is not None
             self.worker.stop(5.0)
+            self.bell.close()
             raise
         board.open()
         facts = self.replicas[0].facts

@@ -17,7 +17,8 @@ from labkit.core.messagepack import pack
 from labkit.core.version import __version__
 from labkit.parallel.channel import Channel
 
-START = "import sys; sys.path[:] = {path!r}; from labkit.replicas.worker import main; main({fd}, {parent})"
+START = "import sys; sys.path[:] = {path!r}; from {module} import main; main({fd}, {parent})"
+MODULE = "labkit.replicas.worker"
 SECONDS_END = 5.0
 TIMES = struct.Struct("<qq")  # ns on the clock that all processes share: the latest heartbeat, the running turn's begin
 
@@ -102,23 +103,27 @@ class Processes:
 
     def start(self, index: int) -> Started:
         cores = self.cores[index] if self.cores else ()
-        channel, other = Channel.pair()
-        pulse = Pulse()
         more = {"OMP_NUM_THREADS": str(len(cores) or self.threads)}
         if self.gpus:
             more["CUDA_VISIBLE_DEVICES"] = ",".join(_visible()[index * self.gpus : (index + 1) * self.gpus])
-        with other:
-            code = START.format(path=sys.path, fd=other.fileno(), parent=os.getpid())
-            process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                pass_fds=(other.fileno(), pulse.fd),
-                stdin=subprocess.DEVNULL,
-                env=os.environ | more,
-                start_new_session=True,  # Ctrl-C is for the front, which ends the replicas itself
-            )
-        told = {"index": index, "version": __version__, "pulse": pulse.fd, "cores": list(cores)}
-        channel.send("S", pack({**self.settings, **told}))
-        return Started(process, channel, pulse)
+        return spawn({**self.settings, "index": index, "cores": list(cores)}, more)
+
+
+def spawn(settings: Mapping[str, Any], environment: Mapping[str, str], module: str = MODULE) -> Started:
+    """A process that runs the module's `main(fd, parent)`, and is sent the settings first."""
+    channel, other = Channel.pair()
+    pulse = Pulse()
+    with other:
+        code = START.format(path=sys.path, module=module, fd=other.fileno(), parent=os.getpid())
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=(other.fileno(), pulse.fd),
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            start_new_session=True,  # Ctrl-C is for the front, which ends the replicas itself
+        )
+    channel.send("S", pack({"version": __version__, **settings, "pulse": pulse.fd}))
+    return Started(process, channel, pulse)
 
 
 def deal(cores: Sequence[int], num: int) -> list[tuple[int, ...]]:

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -246,8 +247,6 @@ def _end_of(handle: Handle) -> list[Any]:
 
 
 def _make(settings: dict[str, Any]) -> Engine:
-    if settings["version"] != __version__:
-        raise ValueError(f"this process runs labkit {__version__}, the front's runs {settings['version']}")
     model, options = settings["model"], unpack_any(settings["options"])
     if isinstance(model, dict):
         from transformers import AutoConfig
@@ -256,17 +255,19 @@ def _make(settings: dict[str, Any]) -> Engine:
     return Engine(model, **options)
 
 
-def main(fd: int, parent: int) -> None:
+def main(fd: int, parent: int, make: Callable[[dict[str, Any]], Engine] = _make) -> None:
     channel, code = Channel(socket.socket(fileno=fd)), 0
     try:
         message = channel.receive()
         assert message is not None
         settings = unpack(message.data)
+        if settings["version"] != __version__:
+            raise ValueError(f"this process runs labkit {__version__}, the front's runs {settings['version']}")
         if settings["cores"]:
             os.sched_setaffinity(0, settings["cores"])  # threads that are started later have the same
         pulse = Pulse(settings["pulse"])
         threading.Thread(target=watch, args=(parent, pulse.beat), daemon=True).start()
-        engine = _make(settings)
+        engine = make(settings)
         serving = Serving(channel, engine, pulse)
         channel.send("V", pack(serving.facts()))
         engine._call(serving.serve)

@@ -72,13 +72,14 @@ class Thread:
 class Threads:
     """Starts replicas; `made[i]` is the latest of number i."""
 
-    def __init__(self, num_blocks: int = 64, seconds: float = 0.0, **scheduling) -> None:
+    def __init__(self, num_blocks: int = 64, seconds: float = 0.0, tokenizer=None, **scheduling) -> None:
         self.num_blocks, self.seconds, self.scheduling = num_blocks, seconds, scheduling
+        self.tokenizer = tokenizer
         self.made: dict[int, Thread] = {}
 
     def __call__(self, index: int) -> Started:
         blocks = BlockManager(num_blocks=self.num_blocks, block_size=4)
-        runner = FakeRunner(seed=0, vocab_size=1000)
+        runner = FakeRunner(seed=0, vocab_size=1000 if self.tokenizer is None else 256)
         if self.seconds:
             launch = runner.launch
 
@@ -87,7 +88,8 @@ class Threads:
                 return launch(plan)
 
             runner.launch = slow
-        engine = Engine(scheduler=Scheduler(blocks, **{"max_model_len": 200, **self.scheduling}), runner=runner)
+        scheduler = Scheduler(blocks, **{"max_model_len": 200, **self.scheduling})
+        engine = Engine(scheduler=scheduler, runner=runner, tokenizer=self.tokenizer)
         channel, other = Channel.pair()
         pulse = Pulse()
         self.made[index] = Thread(engine, Channel(other), pulse)
