@@ -3,6 +3,8 @@
     python tools/parallel_cost.py overhead    # one rank in a process of its own, against none
     python tools/parallel_cost.py ranks       # two ranks, two stages and one process with two threads, 0.5B shape
     python tools/parallel_cost.py exchange    # all-reduce through shared memory and Gloo
+    python tools/parallel_cost.py study       # steps of ranks beside what the cost model predicts, embedded model
+    python tools/parallel_cost.py memory      # a model twice as large as a rank may hold: refused by one, served by two
 
 Turns alternate, and of each the fastest counts. Needs a quiet machine with two cores.
 """
@@ -111,15 +113,51 @@ def exchange(args: argparse.Namespace) -> None:
                     print(f"{backend:7} {dtype:9} [{tokens}, 896]: {1e6 * seconds:.0f} us")
 
 
+def study(args: argparse.Namespace) -> None:
+    """One table: one process, two shards and two stages, measured and predicted."""
+    options = {"num_blocks": 1024, "num_threads": 1, "dtype": "float32"}
+    engines = {
+        "one process": lk.Engine(graphs=False, **options),
+        "two shards": lk.Engine(tensor_parallel_size=2, **options),
+        "two stages": lk.Engine(pipeline_parallel_size=2, **options),
+    }
+    print(lk.study.ranks(engines, rows=(1, 16, 64), repeats=args.rounds))
+    for name, engine in engines.items():
+        if name != "one process":
+            print(engine.balance())
+        engine.close()
+
+
+def memory(args: argparse.Namespace) -> None:
+    """The 0.5B shape with room for a little more than half of its weights in each process."""
+    options = {"load_format": "dummy", "dtype": args.dtype, "num_threads": 1, "max_num_seqs": 4, "max_model_len": 256}
+    one = lk.Engine(shape(args.layers), num_blocks=8, **options)
+    (weights, _), *_ = one.runner.held(16)
+    one.close()
+    limit = 0.53 * weights / 2**30
+    print(f"weights of {weights / 2**20:.0f} MiB, {1024 * limit:.0f} MiB for each process")
+    try:
+        lk.Engine(shape(args.layers), memory_size=limit, **options)
+        raise SystemExit("one process was not refused")
+    except ValueError as error:
+        print("one process:", error)
+    with lk.Engine(shape(args.layers), memory_size=limit, tensor_parallel_size=2, **options) as engine:
+        params = lk.SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+        answers = engine.generate([[1, 2, 3], [4, 5, 6]], params)
+        print("two ranks:", [len(answer.output_ids) for answer in answers], "tokens,", engine.blocks)
+        print(engine.balance())
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "ranks", "exchange"])
+    parser.add_argument("what", choices=["overhead", "ranks", "exchange", "study", "memory"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 48])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args(argv)
-    {"overhead": overhead, "ranks": ranks, "exchange": exchange}[args.what](args)
+    does = {"overhead": overhead, "ranks": ranks, "exchange": exchange, "study": study, "memory": memory}
+    does[args.what](args)
     return 0
 
 
