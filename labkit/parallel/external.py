@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import subprocess
 import threading
 from typing import Any, NoReturn
@@ -95,6 +96,8 @@ class ExternalWorkers(Workers):
     def _follow(self) -> NoReturn:
         """Serve as a rank other than 0, then end."""
         job = self.job
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for rank 0, which ends the others
         meeting = _meeting(job)
         address, token = json.loads(meeting.get(KEY))
         entered = enter(address, bytes.fromhex(token), job.rank)

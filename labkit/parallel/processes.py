@@ -68,6 +68,10 @@ class Workers(Shown):
         num_threads: int | None = None,
     ) -> None:
         self.ranks = Ranks.of(tensor_parallel_size, pipeline_parallel_size)
+        from labkit.parallel.shared import MOST_RANKS
+
+        if self.ranks.num > MOST_RANKS:  # one heartbeat each in a page
+            raise ValueError(f"{self.ranks.num} ranks are too many for one engine: at most {MOST_RANKS}")
         choose("backend", backend, BACKENDS)
         self.device = str(device)
         if self.device not in ("cpu", "cuda"):
