@@ -266,7 +266,9 @@ def main(fd: int, parent: int, make: Callable[[dict[str, Any]], Engine] = _make)
         if settings["cores"]:
             os.sched_setaffinity(0, settings["cores"])  # threads that are started later have the same
         pulse = Pulse(settings["pulse"])
-        threading.Thread(target=watch, args=(parent, pulse.beat), daemon=True).start()
+        pulse.beat()
+        watched = (lambda: os.getppid() == parent, pulse.beat, threading.Event())
+        threading.Thread(target=watch, args=watched, daemon=True).start()
         engine = make(settings)
         serving = Serving(channel, engine, pulse)
         channel.send("V", pack(serving.facts()))

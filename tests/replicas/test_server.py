@@ -12,7 +12,7 @@ from tests.replicas.threads import Threads, replicas, wait_until
 
 @pytest.fixture
 def served():
-    threads = Threads(seconds=0.005, tokenizer=lk.ByteTokenizer())
+    threads = Threads(seconds=0.02, tokenizer=lk.ByteTokenizer())
     engine = replicas(2, threads, tokenizer=lk.ByteTokenizer())
     with lk.serve(engine) as server, httpx.Client(base_url=server.url, timeout=30) as http:
         yield threads, engine, server, http
@@ -59,9 +59,9 @@ def test_a_client_that_leaves_ends_its_request_in_the_replica(served):
     name = http.get("/v1/models").json()["data"][0]["id"]
     with http.stream("POST", "/v1/completions", json=body(model=name, stream=True, max_tokens=150)) as answer:
         next(answer.iter_lines())
-        assert any(thread.engine.scheduler.requests for thread in threads.made.values())
     assert wait_until(lambda: not any(thread.engine.scheduler.requests for thread in threads.made.values()))
-    assert wait_until(lambda: not engine.board.requests)
+    assert wait_until(lambda: len(engine.log.events("Aborted")) == 1)
+    assert not engine.board.requests
     engine.check()
 
 
