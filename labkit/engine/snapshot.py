@@ -46,6 +46,7 @@ KEPT = frozenset(
         "closed",
         "_finalizer",
         "adapters",
+        "images",
     }
 )  # attributes of the engine itself that a restore keeps
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ HEADS = ("lm_head.", "language_model.lm_head.", "model.lm_head.")
 
 
 def sees(config: Any) -> bool:
-    return getattr(config, "vision_config", None) is not None and getattr(config, "text_config", None) is not None
+    return getattr(config, "vision_config", None) is not None
 
 
 def load_seeing(
@@ -52,7 +53,9 @@ def load_seeing(
 def language_config(config: Any, source: Source) -> Any:
     """The language model's config, as the native decoder reads it."""
     if config.model_type not in SEEING:
-        raise ValueError(f"{config.model_type!r} is not served: models with images are {', '.join(SEEING)}")
+        hint = "; InternVL is read in the layout of transformers, the checkpoints whose names end in -hf"
+        hint = hint if config.model_type.startswith("internvl") else ""
+        raise ValueError(f"{config.model_type!r} is not served: models with images are {', '.join(SEEING)}{hint}")
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{config.model_type!r}: quantized checkpoints of models with images are not read")
     text = copy.deepcopy(config.text_config)
@@ -142,7 +145,7 @@ class Tower:
 
     def _encode(self, images: list[Mapping[str, Any]]) -> Sequence[Tensor | str]:
         given = {
-            name: self._put(torch.cat([torch.as_tensor(image[name]) for image in images]))
+            name: self._put(torch.from_numpy(np.concatenate([image[name] for image in images])))
             for name in images[0]
             if name in self.inputs
         }

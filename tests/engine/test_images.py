@@ -173,6 +173,19 @@ def test_an_image_without_features_fails_its_own_request_alone(
         eng.check()
 
 
+def test_snapshots_and_forks_go_on_with_their_images(their: Theirs, answers: list[list[int]]) -> None:
+    with engine(their, max_num_batched_tokens=17, max_num_seqs=4) as eng:
+        handles = [eng.submit(prompt(*case), PARAMS) for case in CASES]
+        eng.step()
+        snapshot, fork = eng.snapshot(), eng.fork()
+        for run in (eng, fork, eng):
+            run.run()
+            assert [run.request(handle.id).output_ids for handle in handles] == answers
+            if run is eng:
+                eng.restore(snapshot)
+        fork.close()
+
+
 def test_features_are_bounded_in_bytes_and_the_longest_unused_go_first() -> None:
     torch = pytest.importorskip("torch")
 

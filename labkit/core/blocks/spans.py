@@ -50,6 +50,9 @@ class Span:
         if not isinstance(self.key, bytes) or not self.key:
             raise ValueError(f"a span's key is the bytes of its content's hash, got {self.key!r}")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Span:
+        return self  # nothing of it changes, and pixels are large
+
     @property
     def end(self) -> int:
         return self.start + self.length
