@@ -169,6 +169,26 @@ def llava_onevision() -> tuple[Any, Any]:
     )
 
 
+def llava_next() -> tuple[Any, Any]:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextImageProcessorPil
+
+    tokens, pinpoints = tokenizer(), [[28, 56], [56, 28], [56, 56]]
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
+        projection_dim=32,
+    )  # fmt: skip
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pinpoints
+    )
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**TEXT), image_grid_pinpoints=pinpoints,
+        image_token_id=tokens.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    return config, without_video("LlavaNextProcessor")(
+        images, tokens, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
 def gemma3() -> tuple[Any, Any]:
     from transformers import (
         Gemma3Config,
@@ -226,7 +246,7 @@ def smolvlm() -> tuple[Any, Any]:
 FAMILIES = {
     made.__name__: made
     for made in (
-        llava, internvl, qwen2_5_vl, qwen2_vl, qwen3_vl, llava_onevision, gemma3, idefics3, smolvlm,
+        llava, internvl, qwen2_5_vl, qwen2_vl, qwen3_vl, llava_next, llava_onevision, gemma3, idefics3, smolvlm,
     )
 }  # fmt: skip
 PROMPT_TOKEN = {"gemma3": "<start>"}  # what stands for an image in a prompt; <image> elsewhere
