@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "text",
         "widgets",
     },
-    "replicas": {"assets", "clock", "core", "engine", "loading", "parallel", "replicas", "study"},  # study: its routers
+    "replicas": {"assets", "clock", "core", "engine", "loading", "parallel", "replicas", "study", "widgets"},
     "llm": {"core", "engine", "images", "llm", "replicas", "text"},
     "compat": {"core", "llm"},
     "server": {"core", "engine", "images", "replicas", "server", "text"},

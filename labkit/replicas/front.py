@@ -356,6 +356,14 @@ class Replicas(Engine):
     def _refuse(self, what: str) -> NoReturn:
         raise ValueError(f"{what} is for one engine: it is not there with data_parallel_size")
 
+    def dashboard(self, **load: Any) -> Any:
+        """A live dashboard of all replicas, without controls; `lk.dashboard(engine.replicas[0].log)` is that of one."""
+        from labkit.widgets.dashboard import Dashboard
+
+        if load:
+            raise ValueError(f"{', '.join(load)}: a dashboard of replicas has no load of its own, submit requests")
+        return Dashboard(self.log)
+
     def profile(self, steps: int = 20) -> Any:
         self._refuse("profile")
 
