@@ -141,24 +141,24 @@ def encode(tokenizer, texts: list[str]) -> np.ndarray:
 
 class Muon:
     """Momentum whose matrix updates are orthogonalized (Newton-Schulz). Matrices of one shape are updated as one
-    batch."""
+    batch. A convolution's weight is the matrix of its outputs."""
 
     def __init__(self, matrices: list[torch.Tensor], momentum: float = 0.95, rounds: int = 5) -> None:
         self.groups: dict[torch.Size, list[torch.Tensor]] = {}
         for matrix in matrices:
-            self.groups.setdefault(matrix.shape, []).append(matrix)
+            self.groups.setdefault(matrix.flatten(1).shape, []).append(matrix)
         self.velocity = {shape: torch.zeros(len(group), *shape) for shape, group in self.groups.items()}
         self.momentum, self.rounds = momentum, rounds
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         for shape, group in self.groups.items():
-            gradient = torch.stack([matrix.grad for matrix in group])
+            gradient = torch.stack([matrix.grad.flatten(1) for matrix in group])
             velocity = self.velocity[shape].mul_(self.momentum).add_(gradient)
             update = orthogonal(gradient + self.momentum * velocity, self.rounds)
             update = update * math.sqrt(max(1, shape[0] / shape[1]))
             for matrix, change in zip(group, update, strict=True):
-                matrix.mul_(1 - 0.05 * rate).sub_(change, alpha=rate)
+                matrix.mul_(1 - 0.05 * rate).sub_(change.view_as(matrix), alpha=rate)
 
 
 def orthogonal(x: torch.Tensor, rounds: int = 5) -> torch.Tensor:

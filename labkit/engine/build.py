@@ -231,11 +231,11 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     import torch
     from labkit_kernels.attention import default_block_size
 
-    from labkit.assets import path
+    from labkit.assets import embedded
     from labkit.loading.checkpoint import resolve
     from labkit.parallel.load import load, load_tokenizer
 
-    source = path("tiny") if model is None else model
+    source = embedded("tiny" if model is None else model)
     folder = resolve(source) if isinstance(source, (str, Path)) else None
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if tokenizer is None and folder is not None and not options.skip_tokenizer_init:

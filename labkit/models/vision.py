@@ -218,12 +218,15 @@ def _load(config: Any, source: Source, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The language model is left out on purpose: transformers need not report it."""
+    """The language model is left out on purpose: transformers need not report it, nor show a bar for the rest."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    before, with_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(before)
+        if with_bar:
+            logging.enable_progress_bar()

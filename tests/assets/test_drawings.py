@@ -14,7 +14,7 @@ pytest.importorskip("PIL")
 def told(scene: Scene) -> dict[tuple[str, ...], str]:
     """(topic, *what was asked about) -> answer."""
     found = {}
-    for seed in range(8):  # some of what may be asked is drawn
+    for seed in range(12):  # some of what may be asked is drawn
         for topic, parts, answer in facts(scene, np.random.default_rng(seed)):
             assert found.setdefault((topic, *parts.values()), answer) == answer
     return found

@@ -15,20 +15,6 @@ from .scene import COLOURS, PAPERS, SHAPES, Scene
 # What a map's pixel says: 0 is paper, the rest is 1 + colour + 8 * what
 WHAT = (*SHAPES, *"0123456789", "bar", "line")
 
-STROKES = {  # each digit as strokes through points of a grid of 4 by 6, for numbers that look written by hand
-    "0": [[(1, 0), (3, 0), (4, 1), (4, 5), (3, 6), (1, 6), (0, 5), (0, 1), (1, 0)]],
-    "1": [[(1, 1), (2, 0), (2, 6)], [(1, 6), (3, 6)]],
-    "2": [[(0, 1), (1, 0), (3, 0), (4, 1), (4, 2), (0, 6), (4, 6)]],
-    "3": [[(0, 0), (4, 0), (2, 2.5), (4, 3.5), (4, 5), (3, 6), (1, 6), (0, 5)]],
-    "4": [[(3, 6), (3, 0), (0, 4), (4, 4)]],
-    "5": [[(4, 0), (0, 0), (0, 2.7), (3, 2.7), (4, 3.7), (4, 5), (3, 6), (0, 6)]],
-    "6": [[(4, 0.5), (3, 0), (1, 0), (0, 1.5), (0, 5), (1, 6), (3, 6), (4, 5), (4, 4), (3, 3), (0, 3)]],
-    "7": [[(0, 0), (4, 0), (1.5, 6)]],
-    "8": [[(1, 3), (0, 2), (0, 1), (1, 0), (3, 0), (4, 1), (4, 2), (3, 3), (1, 3), (0, 4), (0, 5), (1, 6), (3, 6),
-           (4, 5), (4, 4), (3, 3)]],
-    "9": [[(4, 3), (1, 3), (0, 2), (0, 1), (1, 0), (3, 0), (4, 1), (4, 4.5), (3, 6), (0.5, 6)]],
-}  # fmt: skip
-
 
 def pillow() -> Any:
     try:
@@ -100,13 +86,13 @@ def paint(scene: Scene, map_size: int | None = None) -> tuple[Any, np.ndarray | 
 def paint_shapes(sheet: Sheet, scene: Scene, rng: np.random.Generator, palette: int) -> None:
     for shape in scene.shapes:
         sheet.polygon(
-            outline(shape.kind, shape.x, shape.y, shape.radius, shape.turn),
+            outline(shape.kind, shape.x, shape.y, shape.radius),
             tint(rng, shape.colour, palette),
             label(shape.kind, shape.colour),
         )
 
 
-def outline(kind: str, x: float, y: float, radius: float, turn: float) -> list[tuple[float, float]]:
+def outline(kind: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
     if kind == "circle":
         angles, radii = np.linspace(0, 2 * math.pi, 40), np.full(40, 0.95)
     elif kind == "square":
@@ -120,42 +106,26 @@ def outline(kind: str, x: float, y: float, radius: float, turn: float) -> list[t
         corners = np.array([(arm, 1), (arm, arm), (1, arm), (1, -arm), (arm, -arm), (arm, -1), (-arm, -1),
                             (-arm, -arm), (-1, -arm), (-1, arm), (-arm, arm), (-arm, 1)]) * 1.1  # fmt: skip
         angles, radii = np.arctan2(corners[:, 1], corners[:, 0]), np.hypot(*corners.T)
-    return [
-        (x + radius * r * math.cos(a + turn), y + radius * r * math.sin(a + turn))
-        for a, r in zip(angles, radii, strict=True)
-    ]
+    return [(x + radius * r * math.cos(a), y + radius * r * math.sin(a)) for a, r in zip(angles, radii, strict=True)]
 
 
 def paint_number(sheet: Sheet, scene: Scene, rng: np.random.Generator, palette: int) -> None:
-    count = len(scene.digits)
+    """Digits from left to right in three places, so that a number of two leaves the right one empty."""
     colour = tint(rng, scene.ink, palette)
-    height = rng.uniform(0.34, 0.62) if count < 3 else rng.uniform(0.3, 0.46)  # of the sheet
-    step = height * rng.uniform(0.6, 0.72)
-    left = rng.uniform(0.04, max(0.05, 0.96 - step * count))
-    middle = rng.uniform(height / 2 + 0.04, 0.96 - height / 2)
-    by_hand, slant = rng.random() < 0.5, rng.uniform(-0.12, 0.2)
-    thickness = rng.uniform(0.06, 0.15) * height * min(sheet.size)
+    size = rng.uniform(0.54, 0.6) * min(sheet.size)
     for i, digit in enumerate(scene.digits):
-        x, y = left + step * (i + 0.5), middle + rng.uniform(-0.02, 0.02)
-        if by_hand:
-            wide, tall = step * 0.8, height
-            for stroke in STROKES[digit]:
-                jitter = rng.uniform(-0.12, 0.12, (len(stroke), 2))
-                at = (np.array(stroke) + jitter) / (4, 6) - 0.5
-                at = np.stack([x + wide * at[:, 0] - slant * tall * at[:, 1] * 0.6, y + tall * at[:, 1]], -1)
-                sheet.line(at.tolist(), colour, thickness)
-        else:
-            sheet.text(x, y, digit, colour, height * 1.35 * min(sheet.size[1], sheet.size[0]))
+        x, y = 0.2 + 0.3 * i, 0.5
+        sheet.text(x, y, digit, colour, size)
         if sheet.map_pen:
-            box = [(x - step * 0.45, y - height / 2), (x + step * 0.45, y + height / 2)]
+            box = [(x - 0.14, y - 0.22), (x + 0.14, y + 0.22)]
             sheet.map_pen.rectangle(sum(sheet.to(box, True), ()), fill=label(digit, scene.ink))
 
 
 def frame(sheet: Sheet, rng: np.random.Generator) -> tuple[float, float, float, float]:
     """Margins, a paper of its own behind the axes, grid, axes and ticks. Returns left, top, right and bottom of the
     square in which 0 to 10 is drawn from bottom to top."""
-    left, right = rng.uniform(0.04, 0.17), 1 - rng.uniform(0.03, 0.1)
-    top, bottom = rng.uniform(0.04, 0.13), 1 - rng.uniform(0.05, 0.16)
+    left, right = rng.uniform(0.11, 0.13), rng.uniform(0.95, 0.97)
+    top, bottom = rng.uniform(0.05, 0.06), rng.uniform(0.89, 0.9)
     unit = min(sheet.size) / 100
     style = rng.choice(["matplotlib", "plotly", "bare"], p=[0.45, 0.35, 0.2])
     grey = tuple(int(v) for v in np.full(3, rng.integers(30, 120)))
@@ -185,20 +155,14 @@ def frame(sheet: Sheet, rng: np.random.Generator) -> tuple[float, float, float, 
 def paint_bars(sheet: Sheet, scene: Scene, rng: np.random.Generator, palette: int) -> None:
     left, top, right, bottom = frame(sheet, rng)
     step = (right - left) / len(scene.bars)
-    thick = rng.uniform(0.5, 0.85)
-    with_values = rng.random() < 0.3
-    with_names = rng.random() < 0.5 and bottom < 0.93
+    thick = rng.uniform(0.65, 0.75)
+    with_names = rng.random() < 0.5
     for i, bar in enumerate(scene.bars):
         x = left + step * (i + 0.5)
         y = bottom - (bottom - top) * bar.height / 10
         half = step * thick / 2
         points = [(x - half, y), (x + half, y), (x + half, bottom), (x - half, bottom)]
         sheet.polygon(points, tint(rng, bar.colour, palette), label("bar", bar.colour))
-        if with_values:
-            size = 0.075 * min(sheet.size)
-            inside = bar.height > 8
-            ink = (255, 255, 255) if inside and bar.colour not in ("yellow", "pink") else (20, 20, 20)
-            sheet.text(x, y + (0.045 if inside else -0.045), str(bar.height), ink, size)
         if with_names:
             sheet.text(x, bottom + 0.035, "ABCDE"[i % 5], (60, 60, 60), 0.055 * min(sheet.size))
 
@@ -216,4 +180,4 @@ def paint_lines(sheet: Sheet, scene: Scene, rng: np.random.Generator, palette: i
         sheet.line(points, colour, width, label("line", line.colour))
         if with_markers and len(points) < 13:
             for x0, y0 in points:
-                sheet.polygon(outline("circle", x0, y0, 0.018, 0), colour)
+                sheet.polygon(outline("circle", x0, y0, 0.018), colour)

@@ -21,8 +21,8 @@ COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {  # a pure one, matplotl
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 TRENDS = ("up", "down", "flat", "peak", "valley")
 KINDS = ("shapes", "number", "bars", "lines")
-SIZES = ((96, 96), (128, 128), (160, 120), (192, 192), (224, 160), (256, 192), (320, 240), (300, 300), (400, 300))
-PAPERS = ((255, 255, 255), (255, 255, 255), (250, 250, 245), (235, 235, 240), (229, 236, 246), (225, 240, 225))
+SIZES = ((96, 96), (128, 128), (160, 120), (192, 192), (224, 160), (240, 240), (256, 192), (320, 240))
+PAPERS = ((255, 255, 255), (255, 255, 255), (245, 245, 245), (229, 236, 246))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class Shape:
     x: float  # of the centre, 0 to 1 from the left
     y: float  # 0 to 1 from the top
     radius: float
-    turn: float = 0.0  # radians
 
 
 @dataclass(frozen=True)
@@ -97,26 +96,23 @@ def random_scene(rng: np.random.Generator, kind: str | None = None) -> Scene:
         digits = str(rng.integers(1, 10)) + digits[1:] if count > 1 else digits
         return Scene(kind, size, look, digits=digits, ink=some_colours(rng, 1)[0])
     if kind == "bars":
-        colours = some_colours(rng, int(rng.integers(2, 6)))
+        colours = some_colours(rng, int(rng.integers(2, 5)))
         return Scene(kind, size, look, bars=tuple(Bar(c, int(rng.integers(1, 11))) for c in colours))
     colours = some_colours(rng, int(rng.choice([1, 2, 3], p=[0.4, 0.35, 0.25])))
     return Scene(kind, size, look, lines=tuple(random_line(rng, colour) for colour in colours))
 
 
 def random_shapes(rng: np.random.Generator) -> tuple[Shape, ...]:
-    """One to six, in different cells of a 3 by 3 grid. Colours and kinds may repeat."""
-    count = int(rng.integers(1, 7))
-    cells = rng.choice(9, count, replace=False)
+    """One to five, in different cells of a 3 by 3 grid. Colours and kinds may repeat."""
+    count = int(rng.integers(1, 6))
     few = rng.random() < 0.4  # few kinds, so that there is something to count
     kinds = rng.choice(SHAPES, 2, replace=False) if few else np.array(SHAPES)
     found = []
-    for cell in cells:
+    for cell in rng.choice(9, count, replace=False):
         row, column = divmod(int(cell), 3)
-        x, y = (column + 0.5) / 3 + rng.uniform(-0.03, 0.03), (row + 0.5) / 3 + rng.uniform(-0.03, 0.03)
-        radius = rng.uniform(0.085, 0.15) if count > 1 else rng.uniform(0.1, 0.2)
-        x, y = (float(np.clip(place, radius + 0.01, 0.99 - radius)) for place in (x, y))
-        kind, colour = str(rng.choice(kinds)), some_colours(rng, 1)[0]
-        found.append(Shape(kind, colour, row, column, x, y, float(radius), float(rng.uniform(-0.25, 0.25))))
+        x, y = ((place + 0.5) / 3 + float(rng.uniform(-0.01, 0.01)) for place in (column, row))
+        radius = float(rng.uniform(0.115, 0.135))
+        found.append(Shape(str(rng.choice(kinds)), some_colours(rng, 1)[0], row, column, x, y, radius))
     return tuple(found)
 
 
