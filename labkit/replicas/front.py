@@ -36,7 +36,7 @@ from labkit.replicas.board import Board, Taken
 from labkit.replicas.link import Link
 from labkit.replicas.model import Model
 from labkit.replicas.process import Processes, Start
-from labkit.replicas.setup import gpus_of, images_of, settings_of, tokenizer_of
+from labkit.replicas.setup import gpus_of, images_of, ranks_of, settings_of, tokenizer_of
 from labkit.replicas.shown import ReplicaBalance, ReplicaLoad
 from labkit.study.clusters.routers import Router, name_of, named
 
@@ -89,7 +89,7 @@ class Replicas(Engine):
         if start is None:
             if tokenizer is not None:
                 raise ValueError("replicas read the model's own tokenizer: leave out tokenizer=")
-            start = Processes(num, settings_of(model, options, restart), gpus_of(num, options)).start
+            start = Processes(num, settings_of(model, options, restart), gpus_of(num, options), ranks_of(options)).start
             tokenizer, self.images = tokenizer_of(model, options), images_of(model, options)
         self.bell = Bell()
         clock = WallClock()

@@ -96,9 +96,9 @@ class Processes:
     >>> Processes(2, {"model": None, "options": {}}).start(0)
     """
 
-    def __init__(self, num: int, settings: Mapping[str, Any], gpus: int = 0) -> None:
+    def __init__(self, num: int, settings: Mapping[str, Any], gpus: int = 0, ranks: int = 1) -> None:
         self.settings, self.gpus = dict(settings), gpus
-        self.cores = deal(_allowed(), num)
+        self.cores = deal(cores, num) if len(cores := _allowed()) >= num * ranks else []
         self.threads = max(1, (os.cpu_count() or 1) // num)
 
     def start(self, index: int) -> Started:

@@ -52,6 +52,11 @@ def _folder(model: Any) -> Path:
     return resolve(path("tiny") if model is None else model)
 
 
+def ranks_of(options: dict[str, Any]) -> int:
+    """How many ranks each replica has."""
+    return int(options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1))
+
+
 def gpus_of(num: int, options: dict[str, Any]) -> int:
     """How many GPUs each replica has; 0 without GPUs."""
     device = str(options.get("device") or "auto")
@@ -63,7 +68,7 @@ def gpus_of(num: int, options: dict[str, Any]) -> int:
         return 0
     if device not in ("auto", "cuda"):
         raise ValueError(f"device={device!r} with data_parallel_size={num}: each replica takes GPUs of its own")
-    each: int = options.get("tensor_parallel_size", 1) * options.get("pipeline_parallel_size", 1)
+    each = ranks_of(options)
     if (have := torch.cuda.device_count()) < num * each:
         raise ValueError(
             f"data_parallel_size={num} with {each} GPUs each needs {num * each} GPUs, this machine has {have}: at most "
