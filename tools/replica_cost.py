@@ -101,11 +101,11 @@ def serve(engine: lk.Engine, workload: lk.Workload, clients: int) -> Run:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=240)
-    parser.add_argument("--prefixes", type=int, default=12)
+    parser.add_argument("--requests", type=int, default=320)
+    parser.add_argument("--prefixes", type=int, default=8)
     parser.add_argument("--clients", type=int, default=16, help="for each replica")
     parser.add_argument("--blocks", type=int, default=224, help="of each replica")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--router", default="prefix_aware")
     args = parser.parse_args(argv)
     cores = sorted(os.sched_getaffinity(0))
