@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
@@ -43,6 +44,10 @@ class PolledFeed:
 
     def close(self) -> None:
         pass
+
+    def ranks(self, upto: int | None = None) -> list[Any]:
+        """Metrics say nothing of ranks."""
+        return []
 
     # -- processing ----------------------------------------------------------------------------------------------
 
