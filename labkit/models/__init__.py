@@ -100,11 +100,6 @@ def _build(
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":
         return Decoder(config, weights, dtype, device, length, deterministic, quantization, place or WHOLE)
-    if place is not None and (place.shard.ranks > 1 or place.stages > 1):
-        raise ValueError(
-            f"{config.model_type!r} cannot be split among processes: it has no native decoder, or path= rules it out; "
-            f"native are {', '.join(sorted(FAMILIES))}"
-        )
     if deterministic:
         raise ValueError(
             f"deterministic=True needs a native decoder, and {config.model_type!r} has none, or path= rules it out"
@@ -114,7 +109,7 @@ def _build(
     folder = getattr(weights, "folder", None)  # a checkpoint is read by transformers itself
     return TransformersModel(
         config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code,
-        quantization=quantization,
+        quantization=quantization, place=place or WHOLE,
     )  # fmt: skip
 
 

@@ -299,6 +299,10 @@ class Decoder:
                 yield tensor  # also of a tied head, where its weight is stored in another order
         yield from self.vision.tensors() if self.vision is not None else ()
 
+    def layer_tensors(self) -> Iterator[Tensor]:
+        for layer in self.layers:
+            yield from layer.tensors()
+
     def linear_places(self) -> Iterator[tuple[Any, str, Sequence[Piece], bool]]:
         """Where adapters can be: (owner, its attribute, what the layer there was read from, whether it is the head)."""
         for layer in self.layers:

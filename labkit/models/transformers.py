@@ -28,6 +28,8 @@ from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.lora import Slots
 from labkit.models.modules import ModulePlace, is_linear
 from labkit.models.ops import Ops
+from labkit.models.place import WHOLE, Place
+from labkit.models.planned import Planned, planned
 from labkit.models.quantized import OF_EXPERTS, empty, load_quantized
 from labkit.models.rotary import rope_parameters
 
@@ -43,6 +45,7 @@ class _Step(threading.local):
     caches: list[KVCache] | None = None
     ops: Ops | None = None
     capture: Capture | None = None
+    split: Planned | None = None
     layer = 0  # layers call in order, once each
     seen: list[KVSpec] | None = None  # while probing
 
@@ -65,6 +68,8 @@ def _attention(
     """Called by transformers in each layer; keys and values are already rotated and not repeated."""
     step = _step
     if step.seen is not None:
+        if s_aux is not None and len(s_aux) != q.shape[1]:
+            raise RuntimeError(f"{len(s_aux)} sinks for {q.shape[1]} query heads")
         step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3], sliding_window))
         return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3]), None
     assert step.batch is not None and step.caches is not None and step.ops is not None
@@ -82,7 +87,10 @@ def _attention(
         "alibi": others.get("labkit_alibi"),
     }
     if step.capture is not None and layer in step.capture.attention_layers:
-        step.capture.attention[layer] = attention_weights(q, cache[0], *where, **options)
+        found = attention_weights(q, cache[0], *where, **options)
+        if step.split is not None and step.split.splits_heads:
+            found = [step.split.group.all_gather(heads).flatten(0, 1) for heads in found]
+        step.capture.attention[layer] = found
     out = step.ops.paged_attention(
         q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
     )
@@ -123,7 +131,7 @@ class TransformersModel:
 
     def __init__(
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
-        folder: Any = None, trust_remote_code: bool = False, quantization: Any = None,
+        folder: Any = None, trust_remote_code: bool = False, quantization: Any = None, place: Place = WHOLE,
     ) -> None:  # fmt: skip
         kind = config.model_type
         if kind in WRONG:
@@ -132,6 +140,7 @@ class TransformersModel:
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.quantized: dict[str, Linear] = {}
         self.folder = folder
+        self.split = self._split(config, place, trust_remote_code)
         self.causal = self._load(config, source, folder, trust_remote_code)
         self.name = type(self.causal).__name__
         prefix = self.causal.base_model_prefix
@@ -139,23 +148,45 @@ class TransformersModel:
         self.head = copy.copy(self.causal)
         self.head._modules = {**self.causal._modules, prefix: _Given()}
         self.given: _Given = self.head._modules[prefix]  # type: ignore[assignment]
-        self.vocab_size = int(self.causal.get_output_embeddings().weight.shape[0])
+        head = self.causal.get_output_embeddings()
+        self.vocab_size = int(head.weight.shape[0]) if self.split is None else self.split.vocab_size
         swapped = swap_quantized(self.causal, self.quantized, dtype, device)
         rounding = None if quantization is None else Online.of(quantization)
         self.linears = swapped + swap_linears(self.causal, rounding)
         self.ops = Ops(device, dtype)
+        if self.split is not None:
+            self.split.connect(self.causal)
         self.kv = self._probe()
+        if self.split is not None:
+            self.split.group.open = True
         self.hidden_size = int(self._hidden_size)
         self.embedding_size = None
         if "inputs_embeds" in inspect.signature(self.body.forward).parameters:
             self.embedding_size = int(self.body.get_input_embeddings().weight.shape[1])
+
+    def _split(self, config: Any, place: Place, trust_remote_code: bool) -> Planned | None:
+        if place.stages > 1:
+            raise ValueError(
+                f"{config.model_type!r} cannot be split into stages: it has no native decoder, or path= rules it out: "
+                f"use tensor_parallel_size"
+            )
+        if place.shard.ranks == 1:
+            return None
+        if declared(config) is not None:
+            raise ValueError(
+                f"{config.model_type!r} cannot be split among processes: its checkpoint is quantized, which needs a "
+                f"native decoder: use a dense checkpoint, with quantization= if it should be rounded"
+            )
+        return planned(config, place, self.dtype, trust_remote_code)
 
     def _load(self, config: Any, source: Source, folder: Any, trust_remote_code: bool) -> Any:
         options = {"dtype": self.dtype, "trust_remote_code": trust_remote_code}
         model: Any
         is_quantized = declared(config) is not None
         try:
-            if is_quantized:
+            if self.split is not None:
+                model = self.split.load(source, self.dtype, self.device)
+            elif is_quantized:
                 model = empty(config, trust_remote_code)
             elif folder is not None:
                 model = hf.AutoModelForCausalLM.from_pretrained(folder, device_map=None, **options)
@@ -166,7 +197,7 @@ class TransformersModel:
         if is_quantized:
             model, self.quantized = load_quantized(model, config, source, self.dtype, self.device)
         model = model.to(self.device).eval().requires_grad_(False)
-        if folder is None and not is_quantized:
+        if folder is None and not is_quantized and self.split is None:
             tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
             with torch.no_grad():
                 for name, value in model.state_dict().items():
@@ -209,6 +240,18 @@ class TransformersModel:
         yield from (parameter for parameter in self.causal.parameters() if any(parameter.stride()))
         yield from (tensor for swapped in self.linears for tensor in swapped.tensors())
 
+    def layer_tensors(self) -> Iterator[Tensor]:
+        head = self.causal.get_output_embeddings()
+        ends = {id(module.weight) for module in (head, self.body.get_input_embeddings())}
+        for swapped in self.linears:
+            if self.causal.get_submodule(swapped.name) is head:
+                ends |= {id(tensor) for tensor in swapped.tensors()}
+        yield from (tensor for tensor in self.tensors() if id(tensor) not in ends)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.causal.parameters())
+
     def linear_places(self) -> Iterator[tuple[Any, str, Sequence[Piece], bool]]:
         """Where adapters can be: see `Decoder.linear_places`."""
         head = self.causal.get_output_embeddings()
@@ -216,7 +259,9 @@ class TransformersModel:
             if is_linear(module) and OF_EXPERTS not in f".{name}.":
                 place = ModulePlace(module)
                 inner, out = place.layer.shape
-                yield place, "layer", [Piece(name, (out, inner), slice(0, out), slice(0, inner))], module is head
+                whole = [Piece(name, (out, inner), slice(0, out), slice(0, inner))]
+                pieces = whole if self.split is None else self.split.pieces.get(name, whole)
+                yield place, "layer", pieces, module is head
 
     def embedding_places(self) -> dict[str, tuple[int, int]]:
         return {}
@@ -229,6 +274,7 @@ class TransformersModel:
         if self.adapters is not None:
             self.adapters.use(batch.adapters)
         step.batch, step.caches, step.ops, step.capture, step.layer = batch, caches, self.ops, capture, 0
+        step.split = self.split
         wants_hidden = capture is not None and bool(capture.hidden_layers)
         try:
             out = self.body(
@@ -238,7 +284,7 @@ class TransformersModel:
                 **({"output_hidden_states": True} if wants_hidden else {}),
             )
         finally:
-            step.batch = step.caches = step.ops = step.capture = None
+            step.batch = step.caches = step.ops = step.capture = step.split = None
         if capture is not None:
             for layer in capture.hidden_layers:
                 is_last = layer == len(self.kv)  # after the final norm
@@ -265,8 +311,8 @@ class TransformersModel:
     def scores(self, hidden: Tensor) -> Tensor:
         return self.logits(hidden)
 
-    def greedy(self, hidden: Tensor) -> None:
-        return None
+    def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        return None if self.split is None else self.split.best(lambda: self.logits(hidden))
 
 
 def _refuse_lengths(config: Any, max_model_len: int) -> None:
@@ -293,7 +339,7 @@ def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]
     head = model.get_output_embeddings() if isinstance(format, Online) else None  # type: ignore[operator]
     used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     swapped = []
-    for module in model.modules():
+    for name, module in model.named_modules():
         if type(module) is not nn.Linear or "forward" in vars(module):
             continue  # one with a forward of its own is quantized
         if module.weight.device.type != "cpu" and not isinstance(format, Online):
@@ -303,6 +349,7 @@ def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]
         if type(ours) is DenseLinear and not isinstance(format, Online):
             return []
         module.forward = _flat(ours)  # type: ignore[method-assign]
+        ours.name = name
         if used[id(module.weight)] == 1:
             module.weight = _weightless(module.weight, module.weight.shape)
         swapped.append(ours)
@@ -315,7 +362,7 @@ def swap_quantized(
     """Multiply by these layers in place of the model's own of these names, which get a weight without memory."""
     for name, ours in layers.items():
         module = model.get_submodule(name)
-        module.forward = _flat(ours)  # type: ignore[method-assign]
+        module.forward, ours.name = _flat(ours), name  # type: ignore[method-assign]
         inner, out = ours.shape
         module.weight = _weightless(torch.zeros((), dtype=dtype, device=device), (out, inner))
     return list(layers.values())

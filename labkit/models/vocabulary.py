@@ -45,8 +45,13 @@ class Vocabulary:
         if found is None:
             value, index = head(hidden, dtype=torch.float32).max(-1)
             found = index, value
-        mine = torch.stack((found[0].double() + self.part.start, found[1].double()), -1)  # exact up to 2 ** 53
+        return self.best(*found)
+
+    def best(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest of all ranks, where each has found these among its own tokens."""
+        assert self.group is not None
+        mine = torch.stack((index.double() + self.part.start, value.double()), -1)  # exact up to 2 ** 53
         every = self.group.all_gather(mine)  # [ranks, rows, 2]
         best = every[..., 1].argmax(0)  # the first of equals
-        token, value = every.gather(0, best[None, :, None].expand(1, -1, 2))[0].unbind(-1)
-        return token.long(), value.to(found[1].dtype)
+        token, largest = every.gather(0, best[None, :, None].expand(1, -1, 2))[0].unbind(-1)
+        return token.long(), largest.to(value.dtype)

@@ -75,7 +75,7 @@ def _weight_bytes(model: Any) -> int:
 
 def _layer_bytes(model: Any) -> int:
     """Of all layers, embedding and head left out."""
-    return sum(tensor.numel() * tensor.element_size() for layer in model.layers for tensor in layer.tensors())
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.layer_tensors())
 
 
 def sendable(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,12 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(case, folders, workers):
     same(folders("gemma3_text"), workers, **CASES[case])
 
 
+@pytest.mark.parametrize("kind", ["cohere", "glm", "gpt_neox", "phi"])
+def test_models_without_a_native_decoder_give_the_same_tokens(kind, folders, workers):
+    options = CASES["chunks, recompute"] if kind == "cohere" else CASES["swap"] if kind == "glm" else {}
+    same(folders(kind), workers, **options)
+
+
 def test_stages_and_gloo_give_the_same_tokens():
     prompts = [[5 + i, 7, 9] * (i + 1) for i in range(5)]
     with engine(None) as one:  # the embedded model, whose config needs no transformers

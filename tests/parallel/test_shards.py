@@ -56,6 +56,99 @@ def test_shards_compute_the_logits_of_the_whole(kind, ranks, tmp_path):
     assert (found[0] - whole).abs().max() <= 2e-5 * whole.abs().max()
 
 
+WIDE = ("codegen", "cohere2", "deepseek_v3", "glm", "gpt_neox", "olmo")
+
+
+def wide_folder(kind: str, tmp_path, **options):
+    """Of a model that transformers' own code computes, its attention with as many key heads as that code expects."""
+    made = config(kind)
+    if kind == "codegen":
+        made.num_key_value_heads = made.num_attention_heads
+    for name, value in options.items():
+        setattr(made, name, value)
+    reference_model(made).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def same_as_the_whole(folder, ranks: int = 2, **options) -> None:
+    whole = logits_of(folder, **options)
+    found = on_ranks(Ranks(ranks), lambda place: logits_of(folder, place, **options))
+    assert all(torch.equal(found[0], other) for other in found), "ranks differ"
+    assert (found[0] - whole).abs().max() <= 2e-5 * whole.abs().max()
+
+
+@pytest.mark.parametrize("kind", WIDE)
+def test_shards_by_transformers_plan_compute_the_logits_of_the_whole(kind, tmp_path):
+    same_as_the_whole(wide_folder(kind, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "options"),
+    [
+        ("cohere", 4, {"num_attention_heads": 4}),  # two ranks hold the same key head
+        ("cohere", 2, {"use_qk_norm": True, "attention_bias": True}),  # norms with a weight for each head
+        ("phi", 3, {"num_key_value_heads": 6, "qk_layernorm": True, "tie_word_embeddings": True}),
+    ],
+)
+def test_heads_norms_and_biases_of_plans_are_cut_by_rank(kind, ranks, options, tmp_path):
+    same_as_the_whole(wide_folder(kind, tmp_path, **options), ranks)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "qwen2_moe"])
+def test_plans_of_native_families_give_the_same_by_the_other_path(kind, tmp_path):
+    """Experts; norms over all heads, for which the plan gathers queries and keys."""
+    same_as_the_whole(wide_folder(kind, tmp_path), path="transformers")
+
+
+def test_a_rank_reads_its_part_of_what_a_plan_cuts(tmp_path, monkeypatch):
+    folder, opened = wide_folder("cohere", tmp_path), []
+
+    def open_counted(path):
+        opened.append(Counted(path))
+        return opened[-1]
+
+    monkeypatch.setattr("labkit.loading.checkpoint.Checkpoint", open_counted)
+    held = on_ranks(Ranks(2), lambda place: load_model(folder, dtype="float32", place=place).num_parameters)
+    every = sum(torch.Size(shape).numel() for shape in opened[0].shapes.values())
+    assert all(checkpoint.num_read < 0.62 * every for checkpoint in opened)
+    assert max(held) < 0.62 * every
+
+
+def test_ranks_of_a_plan_agree_on_the_likeliest_token_without_all_logits(tmp_path):
+    folder = wide_folder("cohere", tmp_path, logit_scale=-0.5)  # which turns the order round
+
+    def best(place):
+        model = load_model(folder, dtype="float32", place=place)
+        hidden = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+        token, value = model.greedy(hidden)
+        return token, value, model.logits(hidden)
+
+    for token, value, logits in on_ranks(Ranks(2), best):
+        assert torch.equal(token, logits.argmax(-1)) and torch.equal(value, logits.amax(-1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "said"),
+    [
+        ("gpt2", Ranks(2), "'gpt2' cannot be split .* no tensor-parallel plan .* whole engines .data_parallel_size=2"),
+        ("gpt_oss", Ranks(2), "'gpt_oss' cannot be split .* no tensor-parallel plan"),
+        ("cohere", Ranks(4), "CohereForCausalLM, which has 6 query heads on 2 key heads, .* that fit are 1, 2, 6"),
+        ("phi", Ranks(1, 2), "'phi' cannot be split into stages: .* use tensor_parallel_size"),
+    ],
+)
+def test_what_no_plan_can_split_is_refused_by_name(kind, ranks, said, tmp_path):
+    folder = wide_folder(kind, tmp_path)
+    with pytest.raises(ValueError, match=said):
+        on_ranks(ranks, lambda place: load_model(folder, place=place))
+
+
+def test_a_style_that_is_not_known_is_refused_by_name(tmp_path, monkeypatch):
+    folder, made = wide_folder("olmo", tmp_path), type(config("olmo"))
+    monkeypatch.setattr(made, "base_model_tp_plan", made.base_model_tp_plan | {"layers.*.mlp.up_proj": "diagonal"})
+    with pytest.raises(ValueError, match=r"'model.layers.0.mlp.up_proj' the style 'diagonal', and known are colwise"):
+        on_ranks(Ranks(2), lambda place: load_model(folder, place=place))
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("int4", {"group": 16}), ("int8", {}), ("nf4", {"blocksize": 64}), ("fp8", {})]
 )
@@ -107,12 +200,6 @@ def test_head_counts_that_do_not_divide_are_refused_with_the_sizes_that_fit(rank
     folder = folder_of("llama", 0, tmp_path)  # 6 query heads on 2 key heads
     with pytest.raises(ValueError, match=said):
         on_ranks(Ranks(ranks), lambda place: load_model(folder, place=place))
-
-
-def test_models_without_a_native_decoder_are_refused_by_name(tmp_path):
-    folder = folder_of("gpt2", 0, tmp_path)
-    with pytest.raises(ValueError, match="'gpt2' cannot be split among processes: it has no native decoder"):
-        on_ranks(Ranks(2), lambda place: load_model(folder, place=place))
 
 
 def test_stages_are_as_equal_as_they_can_be():
