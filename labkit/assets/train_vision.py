@@ -280,7 +280,7 @@ def train(
     number of steps."""
     torch.manual_seed(0)
     learner, maker, step, history = Learner(), Maker(tokenizer), -seeing, []
-    state = torch.load(keep, weights_only=False) if keep and keep.exists() else None
+    state = torch.load(keep, weights_only=True) if keep and keep.exists() else None
     if state is not None:
         learner.load_state_dict(state["learner"])
         step, history = state["step"], state["history"]

@@ -109,7 +109,7 @@ def read_prompt(engine: Server, prompt: Any) -> tuple[Tokens, str | None, tuple[
     spans: tuple[Span, ...] = ()
     if given is not None:
         if engine.images is None:
-            raise ValueError(f"multi_modal_data: {engine.runner!r} serves a model that takes text only")
+            raise ValueError("multi_modal_data: this engine serves a model that takes text only")
         if isinstance(prompt, str):
             written = text("prompt", prompt, may_be_empty=True)
         prompt, spans = engine.images.place(prompt, given, _encoder(encode), kwargs)

@@ -83,7 +83,7 @@ def test_mistakes_are_raised_where_the_stream_begins(engine):
     cases = [
         ("", {}, "prompt is empty"),
         ("x " * 3000, {}, "maximum context length is"),
-        ({"prompt": "x", "multi_modal_data": {"image": 1}}, {}, "multi_modal_data: the models served here take text"),
+        ({"prompt": "x", "multi_modal_data": {"image": 1}}, {}, "multi_modal_data: this engine serves a model"),
         ("x", {"lora_request": object()}, "lora_request must be a LoRARequest"),
     ]
     for prompt, more, message in cases:

@@ -120,9 +120,10 @@ def _weights(
         scores = softcap * torch.tanh(scores / softcap)
     key_at = torch.arange(num_keys, device=q.device)
     first = num_keys - num_queries
+    query_at = torch.arange(first, num_keys, device=q.device)[:, None]  # negative where a query has no keys
     if mask is not None:
-        key_at[first:] = first + mask.sum(1) - 1
-    query_at = key_at[first:, None]
+        query_at = first + mask.sum(1, keepdim=True) - 1
+        key_at[first:] = query_at[:, 0]
     if alibi is not None:
         scores = scores + alibi.float()[:, None, None] * (key_at - query_at)
     seen = key_at <= query_at

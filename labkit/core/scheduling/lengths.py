@@ -203,7 +203,7 @@ class DraftLengths:
         times = self.times.setdefault(_bucket(num_rows), StepTimes())
         if drafts or not self._asked:
             times.add(_round(drafts), seconds)
-        if not self._asked or times.places[0]:
+        if not self._asked or not times.places or times.places[0]:  # plain steps were not measured
             return
         plain = times.means[0][0]
         self._tokens = 0.95 * self._tokens + tokens / num_rows
