@@ -190,8 +190,6 @@ class Options:
             raise ValueError(
                 "kv_disk_path is for one process: leave it out, kv_offloading_size works with several ranks"
             )
-        if self.pipeline_parallel_size > 1 and self.has_adapters:
-            raise ValueError("adapters are not there with pipeline_parallel_size > 1: use tensor_parallel_size")
         if self.has_workers and self.pipeline_parallel_size > 1 and self.hybrid_kv:
             raise ValueError("hybrid_kv is not there with pipeline_parallel_size > 1: leave out one of them")
 

@@ -319,7 +319,7 @@ class Decoder:
             yield self, "head", self.head.pieces or spec.pieces(self.place.shard), True
 
     def embedding_places(self) -> dict[str, tuple[int, int]]:
-        return {EMBEDDING: (self.vocab_size, self.hidden_size)}
+        return {EMBEDDING: (self.vocab_size, self.hidden_size)} if self.place.is_first else {}
 
     def refresh_ops(self) -> None:
         self.ops.pick()

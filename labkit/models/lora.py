@@ -7,7 +7,8 @@ to whatever it computes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from labkit.core.shown import Shown
 from labkit.loading.dense import picked
 from labkit.loading.format import Linear, Piece, RMSNorm
 from labkit.loading.peft import MERGE, Adapter, Delta
+from labkit.models.place import WHOLE
 
 MOST_RANK = 256
 CHUNK = 256  # rows at a time, where a weight is read through its layer's product
@@ -62,6 +64,9 @@ class Slots(Shown):
         self.max_rank = whole("max_adapter_rank", rank, least=1, most=MOST_RANK)
         self.rank = -(-rank // 16) * 16  # what tensor cores multiply
         self.device, self.dtype, self.name = model.device, model.dtype, model.name
+        self.is_whole = (
+            getattr(model, "place", WHOLE).stages == 1
+        )  # else other stages have the modules that are not here
         self.layers: list[AdaptedLinear] = []
         self.embeddings: dict[str, AdaptedEmbedding] = {}
         self.known: dict[str, Adapter] = {}
@@ -100,19 +105,24 @@ class Slots(Shown):
         """Where each module's matrices go: the layer, and which of its parts."""
         return {part.name: (layer, i) for layer in self.layers for i, part in enumerate(layer.parts)}
 
+    def modules(self) -> tuple[list[str], list[str]]:
+        """The linear layers that an adapter may change here, and the embeddings."""
+        return list(self.place_of()), list(self.embeddings)
+
     def check(self, adapter: Adapter, name: str) -> None:
-        """Raises a ValueError if this adapter does not fit this model."""
+        """Raises a ValueError if this adapter does not fit this model, or this part of it."""
         if adapter.rank > self.max_rank:
             raise ValueError(
                 f"adapter {name!r} has rank {adapter.rank}, above max_adapter_rank={self.max_rank}: raise it"
             )
+        if self.is_whole:
+            check_modules(adapter, name, *self.modules(), self.name)
         places = self.place_of()
         for module, delta in sorted(adapter.deltas.items()):  # an error names the first
-            if delta.embedding:
+            if module in self.embeddings and delta.embedding:
                 self._check_embedding(name, module, delta)
+            if module not in places or delta.embedding:
                 continue
-            if module not in places:
-                raise ValueError(f"adapter {name!r} changes {module!r}, {_why_not(module, places, self.name)}")
             layer, i = places[module]
             part, shape = layer.parts[i], (len(delta.b), delta.a.shape[1])
             if shape != part.stored:
@@ -123,10 +133,12 @@ class Slots(Shown):
             if layer.is_shard and (delta.magnitude is not None or delta.bias is not None):
                 raise ValueError(f"adapter {name!r} has DoRA or biases, which ranks cannot share yet: {MERGE}")
 
+    def mine(self, adapter: Adapter) -> Adapter:
+        """What this stage needs of it."""
+        here = {name for names in self.modules() for name in names}
+        return replace(adapter, deltas={name: delta for name, delta in adapter.deltas.items() if name in here})
+
     def _check_embedding(self, name: str, module: str, delta: Delta) -> None:
-        if module not in self.embeddings:
-            known = ", ".join(self.embeddings) or "none"
-            raise ValueError(f"adapter {name!r} changes the embedding {module!r}: {self.name} has {known}")
         ours, theirs = self.embeddings[module].shape, (delta.a.shape[1], len(delta.b))
         if ours != theirs:
             raise ValueError(
@@ -138,7 +150,6 @@ class Slots(Shown):
         """Bring these adapters into the slots, in place of what is there."""
         if wanted == self.resident:
             return
-        places = self.place_of()
         for slot, key in enumerate(wanted):
             if key == self.resident[slot]:
                 continue
@@ -150,14 +161,25 @@ class Slots(Shown):
                 layer.put(slot, [deltas.get(part.name) for part in layer.parts])
             for module, embedding in self.embeddings.items():
                 embedding.put(slot, deltas.get(module))
-            assert all(module in places or module in self.embeddings for module in deltas)
             self.resident[slot] = key
 
     def tensors(self) -> list[Tensor]:
         return [tensor for one in (*self.layers, *self.embeddings.values()) for tensor in one.own_tensors()]
 
 
-def _why_not(module: str, places: Any, model: str) -> str:
+def check_modules(
+    adapter: Adapter, name: str, places: Collection[str], embeddings: Collection[str], model: str
+) -> None:
+    """Raises a ValueError if the adapter changes what the model does not have."""
+    for module, delta in sorted(adapter.deltas.items()):  # an error names the first
+        if delta.embedding and module not in embeddings:
+            known = ", ".join(embeddings) or "none"
+            raise ValueError(f"adapter {name!r} changes the embedding {module!r}: {model} has {known}")
+        if not delta.embedding and module not in places:
+            raise ValueError(f"adapter {name!r} changes {module!r}, {_why_not(module, places, model)}")
+
+
+def _why_not(module: str, places: Collection[str], model: str) -> str:
     if ".experts." in module:
         return f"which is an expert's: adapters of experts are not supported, {MERGE}"
     layers = [name for name in places if name.rpartition(".")[2] == module.rpartition(".")[2]]

@@ -1,5 +1,5 @@
 """Adapters of a model that other processes compute: what `engine.adapters` asks of a model's `Slots`, passed on to all
-ranks. Each rank reads an adapter's files itself, and keeps its part of the matrices."""
+ranks. Each rank reads an adapter's files itself, and keeps the matrices of its layers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from labkit.loading.peft import Adapter
+from labkit.models.lora import check_modules
 from labkit.parallel.processes import Workers
 
 
@@ -42,8 +43,8 @@ class Known(MutableMapping[str, Any]):
 class RemoteSlots:
     """See `labkit.models.lora.Slots`."""
 
-    def __init__(self, workers: Workers, num_slots: int, dtype: str) -> None:
-        self.workers, self.num_slots = workers, num_slots
+    def __init__(self, workers: Workers, num_slots: int, dtype: str, model: str) -> None:
+        self.workers, self.num_slots, self.model = workers, num_slots, model
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.known = Known(workers)
         self.in_slot: dict[int, str] = {}  # as the latest plan left them
@@ -52,7 +53,11 @@ class RemoteSlots:
         return f"RemoteSlots({len(self.in_slot)} of {self.num_slots} hold an adapter)"
 
     def check(self, adapter: Adapter, name: str) -> None:
-        """Raises a ValueError if the adapter does not fit the model."""
+        """Raises a ValueError if the adapter does not fit the model: what no stage has is found here, all else there."""
+        if self.workers.ranks.stages > 1:
+            found = self.workers.call("adapter_modules")[:: self.workers.ranks.tensor]
+            places, embeddings = ([name for stage in found for name in stage[kind]] for kind in (0, 1))
+            check_modules(adapter, name, places, embeddings, self.model)
         self.workers.call("check_adapter", folder=str(adapter.folder), name=name)
 
     def begin_again(self) -> tuple[tuple[int, str], ...]:

@@ -52,7 +52,7 @@ class ParallelRunner:
         self._noted = 0.0  # when the latest notes were made
         self._load()
         room = options["adapter_room"]
-        self.adapters = RemoteSlots(workers, room[0], self.dtype_name) if room is not None else None
+        self.adapters = RemoteSlots(workers, room[0], self.dtype_name, self.name) if room is not None else None
         workers.user = weakref.ref(self)
 
     def _load(self) -> None:

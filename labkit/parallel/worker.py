@@ -133,6 +133,10 @@ class Worker:
         found: int = self.runner.fitting_blocks(**given)
         return found
 
+    def do_adapter_modules(self) -> tuple[list[str], list[str]]:
+        found: tuple[list[str], list[str]] = self._adapters.modules()
+        return found
+
     def do_check_adapter(self, folder: str, name: str) -> None:
         self._adapters.check(self._read_adapter(folder), name)
 
@@ -140,7 +144,7 @@ class Worker:
         found = self._read_adapter(folder)
         if digest is not None and found.digest != digest:
             raise ValueError(f"adapter {key!r}: {folder} has changed while it was loaded: load it again")
-        self._adapters.known[key] = found
+        self._adapters.known[key] = self._adapters.mine(found)
 
     def do_drop_adapter(self, key: str) -> None:
         self._adapters.known.pop(key, None)
