@@ -64,9 +64,7 @@ class Slots(Shown):
         self.max_rank = whole("max_adapter_rank", rank, least=1, most=MOST_RANK)
         self.rank = -(-rank // 16) * 16  # what tensor cores multiply
         self.device, self.dtype, self.name = model.device, model.dtype, model.name
-        self.is_whole = (
-            getattr(model, "place", WHOLE).stages == 1
-        )  # else other stages have the modules that are not here
+        self.is_whole = getattr(model, "place", WHOLE).stages == 1  # else other stages have other modules
         self.layers: list[AdaptedLinear] = []
         self.embeddings: dict[str, AdaptedEmbedding] = {}
         self.known: dict[str, Adapter] = {}

@@ -53,7 +53,7 @@ class RemoteSlots:
         return f"RemoteSlots({len(self.in_slot)} of {self.num_slots} hold an adapter)"
 
     def check(self, adapter: Adapter, name: str) -> None:
-        """Raises a ValueError if the adapter does not fit the model: what no stage has is found here, all else there."""
+        """Raises a ValueError if the adapter does not fit the model. What no stage has is found here."""
         if self.workers.ranks.stages > 1:
             found = self.workers.call("adapter_modules")[:: self.workers.ranks.tensor]
             places, embeddings = ([name for stage in found for name in stage[kind]] for kind in (0, 1))
