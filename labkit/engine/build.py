@@ -62,7 +62,10 @@ class Options:
     `ray_host` is the address of this machine for ranks on others. `restart` starts ranks again that have ended, and
     serves their requests again. `workers` are processes that run already, see `lk.Workers`.
     Of models with images, `limit_mm_per_prompt` ({"image": 4}) limits a request's images, and `mm_processor_kwargs` go
-    to the model's processor; images of chats may be files below `allowed_local_media_path` and come from hosts in
+    to the model's processor; `mm_processor_cache_gb` GiB of what it makes are kept in host memory, and
+    `mm_encoder_cache_gb` GiB of image features on the device, the longest unused go first.
+    A request is rejected if with it the processed images of all requests that have not ended would take more than
+    `max_waiting_image_gb` GiB. Images of chats may be files below `allowed_local_media_path` and come from hosts in
     `allowed_media_domains`, besides data: URLs.
     All other options go to `BlockManager` and `Scheduler`.
     """
@@ -126,6 +129,9 @@ class Options:
     workers: Any = None
     limit_mm_per_prompt: Any = None
     mm_processor_kwargs: Any = None
+    mm_processor_cache_gb: float = 0.25
+    mm_encoder_cache_gb: float = 1.0
+    max_waiting_image_gb: float | None = 4.0
     allowed_local_media_path: str | None = None
     allowed_media_domains: Any = None
     log: Any = None
@@ -145,6 +151,10 @@ class Options:
         speculation(self.speculative_config, self.draft)
         self._check_parallel()
         real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
+        real("mm_processor_cache_gb", self.mm_processor_cache_gb, least=0.0)
+        real("mm_encoder_cache_gb", self.mm_encoder_cache_gb, least=0.0)
+        if self.max_waiting_image_gb is not None:
+            real("max_waiting_image_gb", self.max_waiting_image_gb, least=0.0)
         if self.memory_size is not None:
             real("memory_size", self.memory_size, least=0.0, open_left=True)
         if self.kv_offloading_size is not None:
@@ -219,6 +229,7 @@ SCHEDULING = (
 LOADING = (
     "dtype", "load_format", "path", "max_model_len", "seed", "trust_remote_code", "deterministic", "quantization",
     "num_threads", "graphs", "hybrid_kv", "kv_cache_dtype", "kv_disk_path", "memory_size",
+    "mm_encoder_cache_gb",
 )  # fmt: skip
 OF_DRAFT = ("dtype", "load_format", "seed", "trust_remote_code", "deterministic")
 
@@ -281,6 +292,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         busy = stages if stages > 1 else int(device.type == "cuda")
         scheduling["max_in_flight"] = busy if draft is None else 0
     scheduling["max_adapters"] = loading["adapter_room"][0] if loading["adapter_room"] else None
+    if options.max_waiting_image_gb is not None:
+        scheduling["max_image_bytes"] = int(options.max_waiting_image_gb * 2**30)
     scheduler = Scheduler(blocks, max_model_len=length, draft=draft, **scheduling)
     return Parts(scheduler, runner, tokenizer, _images(options, folder))
 
@@ -291,7 +304,7 @@ def _images(options: Options, folder: Path | None) -> Images | None:
         return None
     found = load_images(
         folder, limits=options.limit_mm_per_prompt, kwargs=options.mm_processor_kwargs,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=options.trust_remote_code, cache_gb=options.mm_processor_cache_gb,
     )  # fmt: skip
     found.urls = ImageUrls(local_path=options.allowed_local_media_path, domains=options.allowed_media_domains or ())
     return found

@@ -24,6 +24,7 @@ from labkit.images.limits import pillow
 from labkit.text.huggingface import load_processor
 
 MOST_BYTES = 2**28  # of processed images that are kept
+MOST_THUMBNAILS, THUMBNAIL = 512, 64  # pictures of the latest images, at most this wide and high
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,15 @@ class Images:
     """A model's image processor, with a bounded memory of what it made.
 
     `most` images a request; `kwargs` go to the processor (vLLM's `limit_mm_per_prompt` and `mm_processor_kwargs`).
+    `most_bytes` of processed images are kept.
     """
 
     urls = ImageUrls()  # where images of chats may come from
 
     def __init__(
-        self, processor: Any, config: Any, *, most: int | None = None, kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+        self, processor: Any, config: Any, *, most: int | None = None, kwargs: Mapping[str, Any] | None = None,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:  # fmt: skip
         self.processor, self.most, self.kwargs = processor, most, dict(kwargs or {})
         self.token: str = processor.image_token  # in a prompt, for each image
         self.prompt_id = int(processor.image_token_id)
@@ -57,12 +60,19 @@ class Images:
         self.name = type(processor).__name__
         self._settings = _settings(processor)
         self._kept: OrderedDict[bytes, Processed] = OrderedDict()
+        self._thumbnails: OrderedDict[bytes, str] = OrderedDict()
+        self.most_bytes = most_bytes
         self._num_bytes = 0
         self._lock = threading.Lock()
-        self.num_processed = 0
+        self.num_processed = self.num_found = 0
 
     def __repr__(self) -> str:
-        return f"Images({self.name}: {self.num_processed} processed, {len(self._kept)} kept)"
+        size = f"{self._num_bytes / 2**20:.1f} of {self.most_bytes / 2**20:.0f} MiB"
+        return f"Images({self.name}: {self.num_processed} processed, {self.num_found} found, {size})"
+
+    def thumbnail(self, key: bytes) -> str | None:
+        """A small picture of a span's image, as a data: URL; only the latest images have one."""
+        return self._thumbnails.get(key)
 
     def place(
         self, prompt: Any, given: Any, encode: Any, more: Mapping[str, Any] | None = None
@@ -143,14 +153,18 @@ class Images:
         with self._lock:
             if (kept := self._kept.get(key)) is not None:
                 self._kept.move_to_end(key)
+                self.num_found += 1
                 return kept
-        made = self._run(picture, key, kwargs)
+        made, small = self._run(picture, key, kwargs), picture.thumbnail(THUMBNAIL)
         with self._lock:
             self.num_processed += 1
+            self._thumbnails[key] = small
+            while len(self._thumbnails) > MOST_THUMBNAILS:
+                self._thumbnails.popitem(last=False)
             if key not in self._kept:
                 self._kept[key] = made
                 self._num_bytes += _size(made)
-            while self._num_bytes > MOST_BYTES:
+            while self._num_bytes > self.most_bytes:
                 self._num_bytes -= _size(self._kept.popitem(last=False)[1])
         return made
 
@@ -201,8 +215,10 @@ def sees(folder: Path) -> bool:
     return isinstance(config, dict) and "vision_config" in config
 
 
-def load_images(folder: Path, *, limits: Any = None, kwargs: Any = None, trust_remote_code: bool = False) -> Images:
-    """The processor of a model's folder."""
+def load_images(
+    folder: Path, *, limits: Any = None, kwargs: Any = None, trust_remote_code: bool = False, cache_gb: float = 0.25
+) -> Images:
+    """The processor of a model's folder; what it makes is kept within `cache_gb` GiB."""
     most = _limit(limits)
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise ValueError(f"mm_processor_kwargs is a dict, got {kwargs!r}")
@@ -213,7 +229,7 @@ def load_images(folder: Path, *, limits: Any = None, kwargs: Any = None, trust_r
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if not hasattr(processor, "image_token") or not hasattr(processor, "image_processor"):
         raise ValueError(f"{folder}: {type(processor).__name__} does not process images")
-    return Images(processor, config, most=most, kwargs=kwargs)
+    return Images(processor, config, most=most, kwargs=kwargs, most_bytes=int(cache_gb * 2**30))
 
 
 def _limit(limits: Any) -> int | None:

@@ -36,6 +36,8 @@ def checked(scheduler: Scheduler, settings: dict[str, Any]) -> dict[str, Any]:
 
 def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any], now: int) -> None:
     """Set `values`; the Control events record them as given."""
+    if "budget" in values:
+        _check_budget(scheduler, values["budget"])
     if "order" in values:
         _set_order(scheduler, values["order"], now)
     for name, value in values.items():
@@ -49,6 +51,17 @@ def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any]
         scheduler.log.add(("Control", name, str(shown)))
     scheduler.log.flush(scheduler.step, now)
     scheduler.log.post()
+
+
+def _check_budget(scheduler: Scheduler, budget: int) -> None:
+    """A live request may have to compute all of its prompt again, and an image that one step computes must fit."""
+    for request in scheduler.requests.values():
+        longest = max((span.length for span in request.spans if span.bidirectional), default=0)
+        if longest > budget:
+            raise ValueError(
+                f"budget={budget} is too small: request {request.id!r} has an image of {longest} tokens, which one "
+                f"step computes: use budget={longest} or more, or wait until it has ended"
+            )
 
 
 def _set_order(scheduler: Scheduler, order: Any, now: int) -> None:

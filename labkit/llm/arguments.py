@@ -42,7 +42,7 @@ HARMLESS = frozenset((
     "show_hidden_metrics_for_version", "enable_mfu_metrics", "enable_layerwise_nvtx_tracing", "engine_use_ray",
     "enable_logging_iteration_details", "served_model_name", "fail_on_environ_validation", "jit_monitor_mode",
     # of images, sound and video
-    "mm_processor_cache_gb", "mm_processor_cache_type",
+    "mm_processor_cache_type",
     "disable_mm_preprocessor_cache", "media_io_kwargs",
     "interleave_mm_strings", "skip_mm_profiling", "mm_encoder_tp_mode", "language_model_only", "enable_mm_embeds",
     "disable_chunked_mm_input", "limit_mm_per_prompt_override",

@@ -36,6 +36,7 @@ class LLM:
 
     def __init__(self, model: Any = None, **options: Any) -> None:
         asked = read(options)
+        asked.engine.setdefault("max_waiting_image_gb", None)  # a call's prompts all wait together
         self.engine = make_engine(model, **asked.engine)
         self.block_events = asked.publisher(self.engine)
         self.max_logprobs = asked.max_logprobs

@@ -222,6 +222,7 @@ class Board(Shown):
 
     def _end(self, handle: Handle, status: Status, reason: str | None, now: int, error: str | None = None) -> None:
         handle.status, handle.finish_reason, handle.error, handle.finished_at = status, reason, error, now
+        handle.spans = tuple(span.without_pixels() for span in handle.spans)
         if handle.id in self._buffers:
             handle.output = handle.output.copy()
         for kept in (self.requests, self._buffers, self._tries, self._row):
@@ -294,13 +295,15 @@ class Board(Shown):
     def _log(self, link: Link, batch: Batch) -> None:
         """The front's log has the events of all replicas, with rows told apart, and sums in its steps."""
         base = sum(one.facts.get("num_rows", 0) for one in self.links[: link.index])
+        again = None  # a request that is served once more
         for event in batch.events:
             kind = event[0]
-            if kind in OF_MEMORY:
+            if kind in OF_MEMORY or (kind == "Spanned" and event[1] == again):
                 continue
             if kind == "Submitted":
                 if event[1] in self._logged:
-                    continue  # it is served again
+                    again = event[1]
+                    continue
                 self._logged.add(event[1])
             elif kind in ("Finished", "Aborted", "Rejected"):
                 self._logged.discard(event[1])

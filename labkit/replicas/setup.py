@@ -41,7 +41,7 @@ def images_of(model: Any, options: dict[str, Any]) -> Images | None:
         return None
     return load_images(
         folder, limits=options.get("limit_mm_per_prompt"), kwargs=options.get("mm_processor_kwargs"),
-        trust_remote_code=options.get("trust_remote_code", False),
+        trust_remote_code=options.get("trust_remote_code", False), cache_gb=options.get("mm_processor_cache_gb", 0.25),
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class Features:
         self.errors: dict[bytes, str] = {}
         self.num_bytes = 0
         self.num_encoded = self.num_hits = 0  # images
+        self.encoded_bytes = 0  # of features that were computed
 
     def __repr__(self) -> str:
         return (
@@ -58,6 +59,7 @@ class Features:
                 )
             else:
                 found[span.key] = features
+                self.encoded_bytes += features.numel() * features.element_size()
                 self._keep(span.key, features)
         self.num_encoded += len(spans)
         return found

@@ -28,7 +28,7 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.extras import capture_of, extras_of, wanted_of
-from labkit.runner.features import Features
+from labkit.runner.features import MOST_BYTES, Features
 from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
 from labkit.runner.groups import by_window, one_group
 from labkit.runner.heads import HeadDrafter
@@ -64,6 +64,7 @@ class TorchRunner(Sleeps):
         kv_disk_path: str | os.PathLike[str] | None = None,
         capture: tuple[int, int] | None = None,
         draft_model: Model | EagleHead | None = None,
+        most_feature_bytes: int = MOST_BYTES,
     ) -> None:
         """`graphs`: replay captured decode steps. None means yes on a GPU, for models that can be captured; on a CPU it
         means that the layers' C++ calls are recorded and repeated. False means neither. "all" captures every step, also
@@ -74,7 +75,8 @@ class TorchRunner(Sleeps):
         captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
         scale for each token and head. `kv_disk_path` is the folder of blocks that a `BlockManager` with
         `num_disk_blocks` offloads; files in it are found again by later engines of the same model. `draft_model`
-        guesses tokens for a scheduler with `draft=lk.ModelDraft(...)`."""
+        guesses tokens for a scheduler with `draft=lk.ModelDraft(...)`. Image features are kept within
+        `most_feature_bytes`, besides those of the step."""
         self.model, self.device = model, model.device
         self.draft_model = check_draft(draft_model, model, hybrid_kv, kv_disk_path)
         self.drafter: Drafter | None = None
@@ -105,7 +107,7 @@ class TorchRunner(Sleeps):
         self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
         self.dtype_name = str(model.dtype)[6:]
         tower = getattr(model, "vision", None)
-        self.features = None if tower is None else Features(tower)
+        self.features = None if tower is None else Features(tower, most_feature_bytes)
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture
@@ -152,7 +154,7 @@ class TorchRunner(Sleeps):
             peak = peak_of_step(self.model, self.kv_dtype, most_tokens, most_rows)
             if self._kind is Steps and self._wants_graphs:  # captured steps have memory of their own
                 peak += peak_of_step(self.model, self.kv_dtype, min(most_tokens, MOST_TOKENS), most_rows)
-            budget = free - (1 - utilization) * total - peak
+            budget = free - (1 - utilization) * total - peak - (self.features.most_bytes if self.features else 0)
         else:
             budget = utilization * available_memory()
         blocks = int(budget // self.bytes_per_block(block_size))

@@ -63,6 +63,16 @@ COUNTERS = {  # name without _total -> (a total of Counts, help)
     "labkit:failed_steps": ("failed_steps", "Steps that failed and were rolled back."),
     "labkit:requests_rejected": ("rejected", "Requests that the engine rejected."),
 }
+OF_IMAGES: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (  # of the processor, and of what the tower made
+    ("vllm:mm_cache_queries", "Images that were looked up among processed ones.",
+     lambda images, _: images.num_processed + images.num_found),
+    ("vllm:mm_cache_hits", "Images that had been processed before.", lambda images, _: images.num_found),
+    ("labkit:encoder_cache_queries", "Image features that a step needed and looked up.",
+     lambda _, features: features.num_encoded + features.num_hits),
+    ("labkit:encoder_cache_hits", "Image features that were there.", lambda _, features: features.num_hits),
+    ("labkit:images_encoded", "Images that the vision tower computed.", lambda _, features: features.num_encoded),
+    ("labkit:image_feature_bytes", "Bytes of features that it made.", lambda _, features: features.encoded_bytes),
+)  # fmt: skip
 HISTOGRAMS = {  # name -> (a histogram of Counts, help)
     "vllm:iteration_tokens_total": ("step_tokens", "Tokens computed in a step."),
     "vllm:time_to_first_token_seconds": ("time_to_first_token", "Seconds from arrival to the first token."),
@@ -120,6 +130,7 @@ class Served(Collector):
                     family.add_metric(labels, gauge.read(counts))
                 yield family
             yield from _counters(found)
+            yield from _images(found)
             yield from _histograms(found)
             yield from _replicas(found)
             yield _info("vllm:cache_config_info", "The KV cache.", found, _cache_config)
@@ -144,6 +155,18 @@ def _counters(found: Found) -> Iterator[CounterMetricFamily]:
             family.add_metric([*labels, reason], number)
     yield family
     yield _by_position(found)
+
+
+def _images(found: Found) -> Iterator[CounterMetricFamily]:
+    """Of models that see, in one process."""
+    for name, help, read in OF_IMAGES:
+        family = CounterMetricFamily(name, help, labels=LABELS)
+        for labels, counts in found:
+            images, features = counts.engine.images, getattr(counts.engine.runner, "features", None)
+            if images is not None and features is not None:
+                family.add_metric(labels, read(images, features))
+        if family.samples:
+            yield family
 
 
 def _replicas(found: Found) -> Iterator[Any]:

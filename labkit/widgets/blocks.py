@@ -64,21 +64,38 @@ def pool(bm: BlockManager) -> str:
         entries.append(
             f'<span class="q">{1 - float(filled.sum()) / places:.1%} of the places in used blocks are empty</span>'
         )
+    if spanned := _spanned(bm):
+        entries.append(key("with an image or another span", COLORS["sky"], len(spanned)))
     draw = _cells if bm.num_blocks <= MOST_CELLS else _folded
     return legend(entries) + draw(bm, filled)
+
+
+def _spanned(bm: BlockManager) -> set[int]:
+    """Blocks with positions of spans: of live tables, and cached ones."""
+    found = set(bm.prefix.spanned())
+    for row, keys in list(bm.tables.span_keys.items()):
+        blocks = bm.tables.row_blocks(row)
+        found.update(blocks[i] for i in keys if i < len(blocks) and blocks[i])
+    return found
+
+
+def _corner(x: float, y: float, size: float) -> str:
+    """The mark of a block that holds positions of a span."""
+    look = f'fill="{COLORS["sky"]}" stroke="currentColor" stroke-width=".5" pointer-events="none"'
+    return f'<path d="M{x:.5g} {y:.5g}h{size:.5g}l{-size:.5g} {size:.5g}z" {look}/>'
 
 
 def _cells(bm: BlockManager, filled: Any) -> str:
     wide = bm.num_blocks <= 96
     pitch, across, size = (27, 32, 25) if wide else (13, 64, 12)
-    count, stored, holders = bm.pool.count, bm.prefix.stored, _holders(bm)
+    count, stored, holders, spanned = bm.pool.count, bm.prefix.stored, _holders(bm), _spanned(bm)
     shapes = []
     for block in range(1, bm.num_blocks + 1):
         y, x = divmod(block - 1, across)
         shapes.append(
             cell(
                 x * pitch, y * pitch, size, block, int(count[block]), bool(stored[block]),
-                float(filled[block]) / bm.block_size, holders.get(block, ()), numbered=wide,
+                float(filled[block]) / bm.block_size, holders.get(block, ()), numbered=wide, spanned=block in spanned,
             )
         )  # fmt: skip
     num_lines = -(-bm.num_blocks // across)
@@ -86,7 +103,7 @@ def _cells(bm: BlockManager, filled: Any) -> str:
 
 
 def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, filled: float, holders: Any = (),
-         numbered: bool = True) -> str:  # fmt: skip
+         numbered: bool = True, spanned: bool = False) -> str:  # fmt: skip
     """One block. Its colour says who holds it, the filled height how full it is, a number the reference count."""
     color = SHARED if count > 1 else USED if count else CACHED if stored else "none"
     state = f"held {count}\u00d7" if count > 1 else "used" if count else "cached" if stored else "free"
@@ -95,6 +112,7 @@ def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, 
     title = f"block {block}: {state}{whom}"
     if count and filled < 1:
         title += f", {filled:.0%} full"
+    title += ", with positions of an image or another span" if spanned else ""
     shapes = [f"<g><title>{escape(title)}</title>"]
     if color == "none":
         shapes.append(svg.rect(x, y, size, size, "none"))
@@ -113,6 +131,8 @@ def cell(x: float, y: float, size: float, block: int, count: int, stored: bool, 
             shapes.append(svg.text(x + size - 1.5, y + 8, f"{count}", f"s e {svg.ink(color)}"))
     elif count > 1:
         shapes.append(svg.text(x + size / 2, y + size / 2 + 3.2, str(min(count, 99)), f"s c {svg.ink(color)}"))
+    if spanned:
+        shapes.append(_corner(x, y, size * 0.3))
     return "".join([*shapes, "</g>"])
 
 
@@ -190,13 +210,13 @@ def _numbers(bm: BlockManager, row: int, most: int = 16) -> str:
 
 def _strip(bm: BlockManager, row: int, most: int = 24) -> str:
     """The first blocks of a table as small cells."""
-    blocks, count = bm.tables.row_blocks(row), bm.pool.count
+    blocks, count, spanned = bm.tables.row_blocks(row), bm.pool.count, bm.tables.span_keys.get(row, {})
     held, size = int(bm.tables.num_tokens[row]), bm.block_size
     shapes = []
     for i, block in enumerate(blocks[:most]):
         full = min(max(held - i * size, 0), size) / size
         if block:
-            shapes.append(cell(i * 25, 0, 23, block, int(count[block]), False, full))
+            shapes.append(cell(i * 25, 0, 23, block, int(count[block]), False, full, spanned=i in spanned))
     if len(blocks) > most:
         shapes.append(svg.text(most * 25 + 4, 15, f"+{len(blocks) - most}", "q"))
     return svg.svg(min(len(blocks), most) * 25 + (40 if len(blocks) > most else 0), 23, *shapes)
@@ -234,7 +254,10 @@ def table(view_of: BlockTable) -> str:
             about += f", copied from block {copies[i]} when it was written"
         if i == writes:
             about += ", shared: the next table that writes to it gets its own copy"
+        is_spanned = i in bm.tables.span_keys.get(row, ())
+        about += ", with positions of an image or another span" if is_spanned else ""
         shapes.append(_place(left, top + 13, block, int(count[block]), full, shared, about, i in copies, i == writes))
+        shapes += [_corner(left, top + 13, 9)] if is_spanned else []
         below = f"from {copies[i]}" if i in copies else f"{int(full * size)} of {size}" if full < 1 else ""
         if below:
             shapes.append(svg.text(left + 24, top + 54, below, "s c"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 from labkit.core.request import Request
@@ -21,15 +22,16 @@ from labkit.widgets.style import (
 )
 
 MOST_TEXT = 400
+MOST_SPANS = 16
 
 
 def request(found: Request) -> str:
-    return _view(found, "")
+    return _view(found, spans(found))
 
 
 def handle(found: Any) -> str:
     """A request, with its text if the engine has a tokenizer."""
-    return _view(found, _texts(found))
+    return _view(found, spans(found, getattr(found.engine, "images", None)) + _texts(found))
 
 
 def _view(found: Request, more: str) -> str:
@@ -75,6 +77,21 @@ def token_bar(found: Request, width: float, height: float, most: float | None = 
         total = max(found.num_tokens, 1)
     wide = width if most is None else max(width * total / max(most, 1), 2)
     return svg.bar(token_parts(found), wide, height, total=total)
+
+
+def spans(found: Request, images: Any = None) -> str:
+    """What the prompt holds besides text: small pictures of its images, if there still are some, and where they lie."""
+    shown = []
+    for span in found.spans[:MOST_SPANS]:
+        place = f"{span.kind} {span.short}<br><span class=q>tokens {span.start:,}\u2013{span.end - 1:,}</span>"
+        small = images.thumbnail(span.key) if images is not None else None
+        picture = f'<img src="{escape(small)}" alt="" style="max-width:64px;max-height:64px"><br>' if small else ""
+        shown.append(
+            f'<div style="display:inline-block;margin:2px 14px 2px 0;vertical-align:bottom">{picture}{place}</div>'
+        )
+    if (more := len(found.spans) - MOST_SPANS) > 0:
+        shown.append(f"<span class=q>and {more:,} more</span>")
+    return f"<div>{''.join(shown)}</div>" if shown else ""
 
 
 def times(found: Request) -> str:

@@ -142,6 +142,8 @@ def engine(eng: Any) -> str:
         f"<p>runner: <span class=q>{short(repr(eng.runner), 200)}</span></p>",
         f"<p>clock: <span class=q>{short(repr(eng.clock), 100)}</span></p>",
     ]
+    seen = [part for part in (getattr(eng, "images", None), getattr(eng.runner, "features", None)) if part is not None]
+    parts += [f"<p>images: <span class=q>{short('; '.join(map(repr, seen)), 240)}</span></p>"] * bool(seen)
     if eng.tokenizer is not None:
         parts.append(f"<p>tokenizer: <span class=q>{short(repr(eng.tokenizer), 120)}</span></p>")
     if eng.arriving:

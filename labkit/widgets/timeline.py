@@ -102,6 +102,7 @@ class _Track:
     step: int
     why: str = ""
     num_prompt: int | None = None
+    spans: list[str] = field(default_factory=list)  # what its prompt holds besides text
     before: str = "decode"  # what it did before it was held
     waited: dict[str, int] = field(default_factory=dict)  # limit -> ns, in this segment
     base: dict[str, int] | None = None  # the queue clock when this segment began to follow it; None: it does not
@@ -273,6 +274,12 @@ class Timeline:
         if parent is not None:
             self._apart(name, track, "parent's prompt", batch.now)
 
+    def _spanned(self, batch: Batch, name: str, kind: str, start: int, length: int, digest: str) -> None:
+        track = self._track(name, batch)
+        track.spans.append(f"{kind} {digest} at {start}-{start + length - 1}")
+        if track.kind == "queued":
+            track.why = _listed(track.spans)
+
     def _held(self, batch: Batch, name: str, limit: str, head: bool) -> None:
         if head:
             self._head = (name, limit)
@@ -293,9 +300,10 @@ class Timeline:
         track.limit, track.since = limit, now
 
     def _admitted(self, batch: Batch, name: str, _row: int, num_cached: int, _lookup: str) -> None:
-        num_prompt = self._track(name, batch).num_prompt
-        prompt = f"{num_prompt} prompt tokens, " if num_prompt is not None else ""
-        self._turn(name, "prefill", batch, f"{prompt}{num_cached} from the cache")
+        track = self._track(name, batch)
+        prompt = f"{track.num_prompt} prompt tokens, " if track.num_prompt is not None else ""
+        listed = f", {_listed(track.spans)}" if track.spans else ""
+        self._turn(name, "prefill", batch, f"{prompt}{num_cached} from the cache{listed}")
 
     def _resumed(self, batch: Batch, name: str, _row: int, num_kept: int) -> None:
         self._turn(name, "recompute", batch, f"{num_kept} tokens were still there")
@@ -344,6 +352,10 @@ class Timeline:
             self._fold(self.log)
 
 
+def _listed(spans: list[str], most: int = 3) -> str:
+    return ", ".join(spans[:most]) + (f", and {len(spans) - most} more" if len(spans) > most else "")
+
+
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
     for limit, ns in more.items():
         total[limit] = total.get(limit, 0) + ns
@@ -351,6 +363,7 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
 
 _HANDLERS: dict[str, Callable[..., Any]] = {
     "Submitted": Timeline._submitted,
+    "Spanned": Timeline._spanned,
     "Held": Timeline._held,
     "Admitted": Timeline._admitted,
     "Resumed": Timeline._resumed,

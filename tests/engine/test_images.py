@@ -87,6 +87,44 @@ def test_a_repeated_image_is_neither_encoded_nor_prefilled_again(their: Theirs) 
         features.check()
 
 
+def test_caches_have_the_sizes_that_the_options_say(their: Theirs) -> None:
+    options = {"mm_encoder_cache_gb": 2500 / 2**30, "mm_processor_cache_gb": 0, "prefix_caching": False}
+    with engine(their, **options) as eng:  # features of an image take 9 x 64 x 4 bytes
+        for case in (CASES[0], CASES[0], CASES[4], CASES[0]):
+            eng.generate(prompt(*case), PARAMS)
+            eng.runner.features.check()
+        features = eng.runner.features
+        assert (features.num_encoded, features.num_hits, features.encoded_bytes) == (3, 1, 3 * 2304)
+        assert (eng.images.num_processed, eng.images.num_found) == (4, 0)
+        assert "3 encoded, 1 found" in eng._repr_html_() and "4 processed, 0 found" in eng._repr_html_()
+    with engine(their, mm_encoder_cache_gb=0, prefix_caching=False) as eng:
+        eng.generate([prompt(*CASES[1])] * 2, PARAMS)
+        assert not eng.runner.features.kept
+    with pytest.raises(ValueError, match="mm_encoder_cache_gb"):
+        lk.Engine(their.folder, mm_encoder_cache_gb=-1)
+
+
+def test_a_request_shows_its_pictures_also_after_its_end(their: Theirs) -> None:
+    with engine(their) as eng:
+        handle = eng.generate(prompt(*CASES[1]), PARAMS)
+        html = handle._repr_html_()
+        assert html.count('<img src="data:image/png;base64,') == 2
+        for span in handle.spans:
+            assert f"image {span.short}" in html and f"{span.start}\u2013{span.end - 1}" in html
+            assert span.num_bytes == 0 and len(eng.images.thumbnail(span.key)) < 20_000
+        assert [event.digest for event in eng.log.events("Spanned")] == [span.short for span in handle.spans]
+
+
+def test_an_engine_refuses_more_processed_images_than_may_wait(their: Theirs) -> None:
+    with engine(their, max_waiting_image_gb=70_000 / 2**30) as eng:  # one of them takes 21,168 bytes
+        waiting = [eng.submit(prompt("<image>?", [picture(seed)]), PARAMS) for seed in (5, 6, 7)]
+        with pytest.raises(lk.RejectedError, match="84,672 bytes of processed images"):
+            eng.submit(prompt("<image>?", [picture(8)]), PARAMS)
+        eng.run()
+        assert all(handle.finish_reason == "length" for handle in waiting)
+        eng.generate(prompt("<image>?", [picture(8)]), PARAMS)
+
+
 def test_images_of_several_requests_are_encoded_together(their: Theirs) -> None:
     with engine(their, prefix_caching=False) as eng:
         eng.generate([prompt("<image>?", [picture(seed)]) for seed in range(5, 9)], PARAMS)
@@ -96,8 +134,9 @@ def test_images_of_several_requests_are_encoded_together(their: Theirs) -> None:
 def test_preprocessing_is_the_processors_bit_for_bit(their: Theirs) -> None:
     with engine(their) as eng:
         for text, images in CASES[:2]:
-            handle = eng.generate(prompt(text, images), PARAMS)
+            handle = eng.submit(prompt(text, images), PARAMS)
             mine = np.concatenate([span.pixels["pixel_values"] for span in handle.spans])
+            handle.wait()
             assert (mine == their.inputs(text, images)["pixel_values"].numpy()).all()
 
 

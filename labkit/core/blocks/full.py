@@ -130,6 +130,8 @@ class FullBlocks:
         rows_of_tokens = tokens.reshape(-1, size).copy()
         if self.one_full_group:
             self.prefix.store(blocks, digests, before, parents, depths, rows_of_tokens)
+            if row in tables.span_keys:
+                self.prefix.note_spans(blocks[i - first] for i in tables.span_keys[row] if first <= i < stop)
         else:
             many = tables.blocks[:, row]
             self._store_groups(many[:, depths], many[:, depths - 1], digests, before, depths, rows_of_tokens)

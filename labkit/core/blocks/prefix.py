@@ -121,6 +121,7 @@ class PrefixCache(Shown):
         # np.full, not np.zeros: zeros are mapped on first touch, which would slow down that step
         self.stored = np.full(places, False)  # arrays, not lists of bytes: a full garbage collection skips them
         self._hash_of = np.full(places, b"", DIGEST)
+        self._spanned: dict[int, bytes] = {}  # block -> its hash when it was stored with positions of a span
         self._parent_hash_of = np.full(places, b"", DIGEST)
         self.tokens_of = np.full((places, block_size), 0, np.int32)
         self.depth_of = np.full(places, 0, np.int64)
@@ -232,6 +233,15 @@ class PrefixCache(Shown):
             del self.ghost_for[digest]
         if self.emit is not None:
             self.emit(("Stored", digest, parent_digest, (block,), tokens.tobytes(), self.medium))
+
+    def note_spans(self, blocks: Iterable[int]) -> None:
+        """These stored blocks hold positions of spans, such as images."""
+        self._spanned |= {block: self.hash_of(block) for block in blocks}
+
+    def spanned(self) -> list[int]:
+        """The stored blocks with positions of spans."""
+        kept = list(self._spanned.items())
+        return [block for block, digest in kept if self.stored[block] and self.hash_of(block) == digest]
 
     def hash_of(self, block: int) -> bytes:
         """What a stored block is found by."""

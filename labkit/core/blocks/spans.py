@@ -4,7 +4,7 @@ no pixels and no model."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
@@ -56,6 +56,24 @@ class Span:
     @property
     def end(self) -> int:
         return self.start + self.length
+
+    @property
+    def kind(self) -> str:
+        return "image" if self.pixels is not None else "span" if self.embeddings is None else "embeddings"
+
+    @property
+    def short(self) -> str:
+        """The beginning of its key, as it is shown."""
+        return self.key.hex()[:12]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its pixels."""
+        return sum(int(getattr(array, "nbytes", 0)) for array in (self.pixels or {}).values())
+
+    def without_pixels(self) -> Span:
+        """The same span of a request that has ended, and needs no input any more."""
+        return replace(self, pixels={}) if self.pixels else self
 
     @property
     def num_inputs(self) -> int:

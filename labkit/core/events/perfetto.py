@@ -130,6 +130,9 @@ class Trace:
         self._arrive(request, num_prompt=num_prompt, max_tokens=most, priority=rank, parent=parent)
         self._wait(request, "queued")
 
+    def _spanned(self, _: Batch, request: str, kind: str, start: int, length: int, digest: str) -> None:
+        self._async("n", f"{kind} {digest}", request, start=start, length=length)
+
     def _admitted(self, _: Batch, request: str, row: int, num_cached: int, lookup: str) -> None:
         self._wait_ends(request)
         self._open(request, row, "prefill", num_cached=num_cached, lookup=lookup)

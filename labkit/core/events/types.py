@@ -29,6 +29,18 @@ class Submitted(Event):
 
 
 @dataclass(frozen=True)
+class Spanned(Event):
+    """Positions of the request's prompt that belong together; follows its `Submitted`. `digest` is the beginning of
+    their content's hash, so that equal images can be told."""
+
+    request: str
+    kind: str  # "image", "embeddings" of a caller, or "span": anything else
+    start: int
+    length: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Admitted(Event):
     request: str
     row: int
@@ -221,9 +233,9 @@ class Step(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
-        Submitted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, AdapterLoaded, Copied, Forked,
-        Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, RankLoad, Rewound,
-        Step,
+        Submitted, Spanned, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, AdapterLoaded, Copied,
+        Forked, Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, RankLoad,
+        Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}
@@ -282,7 +294,7 @@ _HOLDS: dict[str, Callable[[Any], bool]] = {  # an annotation, as it is written 
         isinstance(value, list) and bool(value) and all(type(id) is int and 0 <= id < 2**31 for id in value)
     ),
 }
-_COUNTS = frozenset(("step", "now", "num_prompt", "row", "num_output", *NAMES["Step"]))
+_COUNTS = frozenset(("step", "now", "num_prompt", "row", "num_output", "start", "length", *NAMES["Step"]))
 
 
 def parse(record: Any) -> tuple[int, int, tuple[Any, ...]]:

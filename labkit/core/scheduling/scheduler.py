@@ -62,6 +62,7 @@ class Scheduler(SchedulerState, Shown):
     A step verifies the drafts beside the row's own token, with budget and blocks that are left over, and accepts those
     that equal what would have been drawn. `max_adapters` is the number of adapters that the runner holds at a time: see
     `AdapterSlots`; None means that adapters are only names. Requests that capture layers are served without drafts.
+    The processed images of live requests take at most `max_image_bytes`; a request that is one too many is rejected.
     With several `pipeline_stages`, decode rows are dealt evenly to as many plans in flight, a row to one at most.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
@@ -93,6 +94,7 @@ class Scheduler(SchedulerState, Shown):
         draft: DraftChoice | None = None,
         max_adapters: int | None = None,
         pipeline_stages: int = 1,
+        max_image_bytes: int | None = None,
         log: EventLog | None = None,
     ) -> None:
         if not isinstance(blocks, BlockManager):
@@ -121,6 +123,7 @@ class Scheduler(SchedulerState, Shown):
         for name, cost in costs.items():
             if cost is not None and not callable(cost):
                 raise ValueError(f"{name} must be a function of a number of tokens, got {cost!r}")
+        self.max_image_bytes = None if max_image_bytes is None else whole("max_image_bytes", max_image_bytes, least=0)
         self.pipeline_stages = whole("pipeline_stages", pipeline_stages, least=1)
         guesser = draft_of(draft)
         if guesser is not None and self.max_in_flight:
@@ -177,6 +180,8 @@ class Scheduler(SchedulerState, Shown):
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
+        if reason is None and self.max_image_bytes is not None:
+            reason = spans.too_many_bytes(request.spans, self.requests.values(), self.max_image_bytes)
         keys = [self.queue.key(member, now) for member in family]  # if it raises, nothing has changed yet
         for member, key in zip(family, keys, strict=True):
             self.num_submitted += 1
@@ -187,6 +192,8 @@ class Scheduler(SchedulerState, Shown):
                 ("Submitted", member.id, member.num_prompt, params.max_tokens or 0, member.priority,
                  parent.id if parent else None)
             )  # fmt: skip
+            for span in member.spans if parent is None else ():
+                self.log.add(("Spanned", member.id, span.kind, span.start, span.length, span.short))
             if reason is not None:
                 self.end_unplaced(member, Status.REJECTED, reason)
             else:

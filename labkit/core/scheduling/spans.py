@@ -3,9 +3,10 @@ inputs of images a step may begin to compute."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from labkit.core.blocks.spans import Span
+from labkit.core.request import Request
 
 
 def fit(spans: Sequence[Span], start: int, count: int, most: int) -> int:
@@ -41,3 +42,17 @@ def too_long(spans: Sequence[Span], most: int) -> str | None:
     if longest > most:
         return f"an image of {longest} tokens is computed in one step: raise max_num_batched_tokens ({most}) to that"
     return None
+
+
+def too_many_bytes(spans: Sequence[Span], requests: Iterable[Request], most: int) -> str | None:
+    """Why the pixels of these spans are too many beside those of live requests. Equal images share theirs."""
+    if not any(span.pixels for span in spans):
+        return None
+    held = {id(span.pixels): span.num_bytes for request in requests for span in request.spans}
+    more = {id(span.pixels): span.num_bytes for span in spans}
+    if (total := sum((held | more).values())) <= most:
+        return None
+    return (
+        f"the queue is full: with this request's images, live requests hold {total:,} bytes of processed images, and "
+        f"at most {most:,} are allowed (max_waiting_image_gb)"
+    )

@@ -171,6 +171,8 @@ class SchedulerState:
 
     def _remember(self, request: Request, status: Status) -> None:
         request.status = status
+        if request.spans:
+            request.spans = tuple(span.without_pixels() for span in request.spans)
         self.queue.forget(request)
         if request.samples:
             self._orphan(request)
