@@ -7,6 +7,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import labkit as lk
 from labkit.server.arguments import read
 from labkit.server.counting import Counts, Histogram, one_two_five
+from labkit.server.metrics import _images
 from tests.harness import engine, params, run
 
 NAMES = [
@@ -317,3 +319,18 @@ def test_a_real_prometheus_reads_the_series_of_a_live_server(server, tmp_path):
     finally:
         process.terminate()
         assert process.wait(20) is not None
+
+
+def test_images_and_their_features_are_counted_where_a_model_sees():
+    images = SimpleNamespace(num_processed=2, num_found=3)
+    features = SimpleNamespace(num_encoded=2, num_hits=1, encoded_bytes=512)
+    sees = SimpleNamespace(engine=SimpleNamespace(images=images, runner=SimpleNamespace(features=features)))
+    reads = SimpleNamespace(engine=SimpleNamespace(images=None, runner=SimpleNamespace()))
+    found = [sample for family in _images([(("a", "0"), sees), (("b", "0"), reads)]) for sample in family.samples]
+    assert {one.labels["model_name"] for one in found} == {"a"}
+    assert {one.name: one.value for one in found if one.name.endswith("_total")} == {
+        "vllm:mm_cache_queries_total": 5, "vllm:mm_cache_hits_total": 3, "labkit:encoder_cache_queries_total": 3,
+        "labkit:encoder_cache_hits_total": 1, "labkit:images_encoded_total": 2,
+        "labkit:image_feature_bytes_total": 512,
+    }  # fmt: skip
+    assert not list(_images([(("b", "0"), reads)]))
