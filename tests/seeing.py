@@ -265,12 +265,12 @@ def save_processor(processor: Any, folder: Path) -> None:
 class Theirs:
     """transformers' model and processor, saved in `folder`."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, made: tuple[Any, Any] | None = None) -> None:
         import torch
         from transformers import AutoModelForImageTextToText
 
         self.folder = folder
-        config, self.processor = FAMILIES[name]()
+        config, self.processor = made or FAMILIES[name]()
         torch.manual_seed(0)
         self.model = AutoModelForImageTextToText.from_config(config).float().eval()
         with torch.no_grad():

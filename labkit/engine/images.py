@@ -52,7 +52,7 @@ class Images:
         most_bytes: int = MOST_BYTES,
     ) -> None:  # fmt: skip
         self.processor, self.most, self.kwargs = processor, most, dict(kwargs or {})
-        self.token: str = processor.image_token  # in a prompt, for each image
+        self.token: str = getattr(processor, "placeholder", processor.image_token)  # in a prompt, for each image
         self.prompt_id = int(processor.image_token_id)
         self.token_id = int(config.image_token_id)  # at each position that gets a feature
         self.bidirectional = config.model_type == "gemma3"

@@ -148,6 +148,12 @@ def load_config(folder: Path, *, trust_remote_code: bool = False, plain_if_enoug
     kind, beside = plain.get("model_type"), _quantization_beside(folder, plain)
     if plain_if_enough and PlainConfig.suffices(plain):
         return PlainConfig(plain | beside)
+    if kind == "internvl_chat":  # served without the code that comes with it
+        from labkit.loading.internvl import config_of
+
+        config = config_of(folder, plain)
+        vars(config).update(beside)
+        return config
     if plain.get("auto_map") and not trust_remote_code:
         from transformers import CONFIG_MAPPING
 

@@ -72,6 +72,7 @@ def load_model(
 def _open(folder: Path, load_format: str, path: str, trust_remote_code: bool) -> tuple[Any, Any]:
     """A model's config and its weights; no weights if they are to be random."""
     from labkit.loading.checkpoint import Checkpoint, is_gguf, load_config
+    from labkit.loading.internvl import renamed
 
     if is_gguf(folder):
         from labkit.loading.gguf import GGUFFile
@@ -82,7 +83,9 @@ def _open(folder: Path, load_format: str, path: str, trust_remote_code: bool) ->
         return file.config, file if load_format == "auto" else None
     native = path != "transformers" and load_format == "auto"
     config = load_config(folder, trust_remote_code=trust_remote_code, plain_if_enough=native)
-    return config, Checkpoint(folder) if load_format == "auto" else None
+    if load_format != "auto":
+        return config, None
+    return config, renamed(Checkpoint(folder), config)
 
 
 def _build(

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from labkit.loading.checkpoint import Source
+from labkit.loading.formats import declared
+from labkit.loading.internvl import Renamed
+from labkit.loading.stored import FLOATS
 from labkit.models.decoder import FAMILIES, Decoder
 
 SEEING = (
@@ -53,12 +56,11 @@ def load_seeing(
 def language_config(config: Any, source: Source) -> Any:
     """The language model's config, as the native decoder reads it."""
     if config.model_type not in SEEING:
-        hint = "; InternVL is read in the layout of transformers, the checkpoints whose names end in -hf"
-        hint = hint if config.model_type.startswith("internvl") else ""
-        raise ValueError(f"{config.model_type!r} is not served: models with images are {', '.join(SEEING)}{hint}")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{config.model_type!r}: quantized checkpoints of models with images are not read")
+        raise ValueError(f"{config.model_type!r} is not served: models with images are {', '.join(SEEING)}")
     text = copy.deepcopy(config.text_config)
+    if (found := declared(config) or declared(text)) is not None:
+        _check_tower_is_dense(source)
+        text.quantization_config = {name: _under_own_names(value) for name, value in found.items()}
     family = ALIASES.get(text.model_type, text.model_type)
     if family not in FAMILIES:
         raise ValueError(
@@ -67,6 +69,32 @@ def language_config(config: Any, source: Source) -> Any:
         )
     text.tie_word_embeddings = not any(name.startswith(HEADS) for name in source.shapes)
     return text
+
+
+def _check_tower_is_dense(source: Source) -> None:
+    """Of quantized checkpoints the language model alone is read as such: a tower in 8 bits without its scales would be
+    another tower."""
+    for name in source.shapes:
+        if language_name(name) is not None or not name.endswith(("weight", "weight_packed")):
+            continue
+        nothing = (slice(0, 0),) if source.shapes[name] else ()
+        if name.endswith(("qweight", "weight_packed")) or (
+            source.read(name, None, torch.device("cpu"), nothing).dtype not in FLOATS
+        ):
+            raise ValueError(
+                f"{source!r}: tensor {name!r} of the vision tower is quantized: checkpoints are read whose language "
+                f"model alone is"
+            )
+
+
+def _under_own_names(value: Any) -> Any:
+    """Layers that a quantization config lists, as a text model names them."""
+    if not isinstance(value, (list, tuple)):
+        return value
+    return [
+        (language_name(f"{one}.weight") or f"{one}.weight").removesuffix(".weight") if isinstance(one, str) else one
+        for one in value
+    ]
 
 
 def axes_of(text: Any, head_size: int) -> Tensor | None:
@@ -189,6 +217,8 @@ def _blind(config: Any) -> Any:
     blind = copy.deepcopy(config)
     text = blind.text_config
     text.num_hidden_layers, text.vocab_size, text.pad_token_id = 0, 8, None
+    for part in (blind, text):
+        vars(part).pop("quantization_config", None)
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = []
     return blind
@@ -206,9 +236,16 @@ def _load(config: Any, source: Source, dtype: torch.dtype) -> Any:
                     if language_name(name) is None:
                         value.copy_(source.read(name, value.dtype, value.device))
         else:
-            model, info = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
-            )
+            kind: Any = transformers.AutoModelForImageTextToText
+            given: dict[str, Any] = {}
+            if isinstance(source, Renamed):
+                kind = transformers.InternVLForConditionalGeneration
+                names = [name for name in source.shapes if language_name(name) is None]
+                given = {"state_dict": {name: source.read(name, None, torch.device("cpu")) for name in names}}
+            model, info = kind.from_pretrained(
+                None if given else folder, config=config, dtype=dtype, ignore_mismatched_sizes=True,
+                output_loading_info=True, **given,
+            )  # fmt: skip
             wrong = [name for name, *_ in info["mismatched_keys"]] + list(info["missing_keys"])
             if lost := sorted(name for name in wrong if language_name(name) is None):
                 raise ValueError(f"{folder} lacks {len(lost)} tensors of the vision tower, {lost[0]!r} first")

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from labkit.text import internvl
 from labkit.text.tokenizer import Tokenizer
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -52,6 +53,8 @@ def load_processor(folder: Path, trust_remote_code: bool) -> Any:
     out, whose processors need torchvision."""
     import transformers
 
+    if (original := internvl.fields_of(folder)) is not None:
+        return internvl.processor_of(original, as_transformers(Tokenizer.load(folder)))
     auto: Any = transformers  # its classes come without types
     fields: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from labkit.text import internvl
 from labkit.text.limits import render
 
 HALF = "\ufffd"  # what a decoder writes for a character that is not complete yet
@@ -73,6 +74,8 @@ class Tokenizer:
         folder = Path(folder)
         config = _json(folder / "tokenizer_config.json")
         template = _template(folder, config)
+        if internvl.fields_of(folder) is not None:
+            template, trust_remote_code = template or internvl.CHATML, False  # its code is never run
         if (folder / "tokenizer.json").exists():
             from tokenizers import Tokenizer as Backend
 

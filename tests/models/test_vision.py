@@ -73,10 +73,6 @@ def test_what_is_not_served_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=f"'mllama' is not served: models with images are {', '.join(SEEING)}"):
         load_model(MllamaConfig(), load_format="dummy")
     config, _ = FAMILIES["llava"]()
-    config.model_type = "internvl_chat"
-    with pytest.raises(ValueError, match=r"'internvl_chat' is not served.*-hf"):
-        load_model(config, load_format="dummy")
-    config.model_type = "llava"
     config.text_config.model_type = "bloom"
     with pytest.raises(ValueError, match="'bloom', which has no native decoder"):
         load_model(config, load_format="dummy")

@@ -13,7 +13,8 @@ from labkit.server.arguments import read
 from labkit.server.service import Service
 from labkit.server.settings import Settings
 from tests.images.pictures import data_url, file_of
-from tests.seeing import picture, theirs
+from tests.internvl import internvl, write_original
+from tests.seeing import Theirs, picture, theirs
 from tests.server.talk import until
 
 PICTURES = [picture(1), picture(2, 90, 20)]
@@ -77,9 +78,17 @@ def test_chats_with_images_are_answered_as_transformers_answers_them(client, the
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == found.choices[0].message.content
 
 
-def test_the_internvl_tutorial_works_as_written(tmp_path):
+@pytest.mark.parametrize("published", [False, True], ids=["transformers' layout", "published layout"])
+def test_the_internvl_tutorial_works_as_written(tmp_path, published):
     """`labkit serve MODEL --trust_remote_code`, and a picture as base64 from the openai client."""
-    their = theirs("internvl", tmp_path)
+    prompt = "u:Describe this.<image>~a:"
+    if published:
+        (tmp_path / "hf").mkdir()
+        their = Theirs("internvl", tmp_path / "hf", internvl())
+        write_original(their, tmp_path)
+        prompt = "<|im_start|>user<IMG_CONTEXT>\nDescribe this.<|im_end|><|im_start|>assistant"
+    else:
+        their = theirs("internvl", tmp_path)
     words = [str(tmp_path), "--trust_remote_code", "--dtype", "float32", "--block-size", "4"]
     words += [
         "--num-gpu-blocks-override",
@@ -100,8 +109,8 @@ def test_the_internvl_tutorial_works_as_written(tmp_path):
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )  # fmt: skip
     seen = read_image(base64.b64decode(encoded)).pixels
-    assert found.choices[0].token_ids == their.answer("u:Describe this.<image>~a:", [seen], 8)
-    assert found.usage.prompt_tokens == their.inputs("u:Describe this.<image>~a:", [seen])["input_ids"].shape[1]
+    assert found.choices[0].token_ids == their.answer(prompt, [seen], 8)
+    assert found.usage.prompt_tokens == their.inputs(prompt, [seen])["input_ids"].shape[1]
     assert engine.close().ok
 
 
