@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labkit.loading.checkpoint import Source
-
 MODEL_TYPE = "internvl_chat"
 PLACE, END_OF_TURN = "<IMG_CONTEXT>", "<|im_end|>"
 MARK = "mlp1.0.weight"  # a tensor that only this layout has
@@ -216,7 +214,6 @@ class Renamed:
         self.source.close()
 
 
-def renamed(source: Any, config: Any) -> Source:
+def renamed(source: Any, config: Any) -> Any:
     """The source itself, unless it is in this layout."""
-    made: Source = Renamed(source, config) if MARK in source.shapes else source
-    return made
+    return Renamed(source, config) if MARK in source.shapes else source

@@ -54,7 +54,8 @@ def load_processor(folder: Path, trust_remote_code: bool) -> Any:
     import transformers
 
     if (original := internvl.fields_of(folder)) is not None:
-        return internvl.processor_of(original, as_transformers(Tokenizer.load(folder)))
+        base = without_video("InternVLProcessor")
+        return internvl.processor_of(original, as_transformers(Tokenizer.load(folder)), base)
     auto: Any = transformers  # its classes come without types
     fields: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json"):

@@ -27,11 +27,10 @@ def fields_of(folder: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("model_type") == "internvl_chat" else None
 
 
-def processor_of(fields: Mapping[str, Any], tokenizer: Any) -> Any:
-    """transformers' InternVL processor with the checkpoint's tiles. `tokenizer` is one of transformers."""
+def processor_of(fields: Mapping[str, Any], tokenizer: Any, base: Any) -> Any:
+    """transformers' InternVL processor with the checkpoint's tiles: `base` is its class, without videos, and
+    `tokenizer` one of transformers."""
     from transformers import GotOcr2ImageProcessorPil
-
-    from labkit.text.huggingface import without_video
 
     with_thumbnail, tiles = bool(fields.get("use_thumbnail", False)), bool(fields.get("dynamic_image_size", False))
 
@@ -56,7 +55,6 @@ def processor_of(fields: Mapping[str, Any], tokenizer: Any) -> Any:
         setattr(tokenizer, name, token)
         setattr(tokenizer, f"{name}_id", id)
     tokenizer.video_token = "<video>"
-    base: Any = without_video("InternVLProcessor")
     kind = type("InternVLProcessor", (base,), {"images_kwargs": {}, "__module__": base.__module__})
     places = int((side // vit.get("patch_size", 14)) ** 2 * ratio**2)
     made = kind(images, tokenizer, video_processor=None, image_seq_length=places)
