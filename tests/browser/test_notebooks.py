@@ -121,6 +121,7 @@ def test_a_page_that_is_loaded_again_shows_what_is_so_now(page):
         "async () => { const panel = window.jupyterapp.shell.currentWidget;"
         " for (const cell of panel.content.model.cells) cell.trusted = true; await panel.context.save() }"
     )
+
     def is_further():
         return page.last_time() > shown[1]
 
