@@ -37,8 +37,8 @@ def processor_of(fields: Mapping[str, Any], tokenizer: Any, base: Any) -> Any:
     class Tiles(GotOcr2ImageProcessorPil):
         """The published algorithm is the one of GOT-OCR2, where the whole image always comes last."""
 
-        def crop_image_to_patches(self, *args: Any, use_thumbnail: bool = with_thumbnail, **kwargs: Any) -> Any:
-            return super().crop_image_to_patches(*args, use_thumbnail=use_thumbnail, **kwargs)
+        def crop_image_to_patches(self, *args: Any, **kwargs: Any) -> Any:
+            return super().crop_image_to_patches(*args, **{"use_thumbnail": with_thumbnail, **kwargs})
 
     vit = fields["vision_config"]
     side = fields.get("force_image_size") or vit.get("image_size", 448)

@@ -54,8 +54,6 @@ def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
         for (text, images), handle in zip(asked, handles, strict=True):
             inputs = their.inputs(text, images)
             assert handle.prompt.tolist() == inputs["input_ids"][0].tolist()
-            if len(images) == 1:
-                assert (handle.spans[0].pixels["pixel_values"] == inputs["pixel_values"].numpy()).all()
         assert eng.close().ok
 
 

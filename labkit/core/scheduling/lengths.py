@@ -200,10 +200,10 @@ class DraftLengths:
             return
         if self._is_first and drafts:
             return  # the draft's model computed a prompt
-        times = self.times.setdefault(_bucket(num_rows), StepTimes())
         if drafts or not self._asked:
-            times.add(_round(drafts), seconds)
-        if not self._asked or not times.places or times.places[0]:  # plain steps were not measured
+            self.times.setdefault(_bucket(num_rows), StepTimes()).add(_round(drafts), seconds)
+        times = self._base(num_rows)
+        if not self._asked or times is None or times.places[0]:  # plain steps come first
             return
         plain = times.means[0][0]
         self._tokens = 0.95 * self._tokens + tokens / num_rows
