@@ -1,6 +1,6 @@
 """Trains the embedded vision-language model on drawings that it makes itself.
 
-    python -m labkit.assets.train_vision                         # into this folder: about an hour on one core
+    python -m labkit.assets.train_vision                         # into this folder: about half an hour on one core
     python -m labkit.assets.train_vision --quick --out /tmp/try  # seconds: checks that everything runs
 
 Start with `main`: tokenizer, training, the model card. A LLaVA of ordinary parts (CLIP tower, two-layer projector,
@@ -51,7 +51,7 @@ from .vision_files import (
 TOWER = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
 TEXT = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 256}
 # First the tower alone learns to name what lies under each patch, then everything learns to answer.
-SEEING, STEPS = 2000, 8000
+SEEING, STEPS = 1500, 7000
 QUICK_SEEING, QUICK_STEPS = 4, 6
 SEEN, IMAGES, QUESTIONS = 16, 8, 8  # pictures a step, then pictures a step and questions a picture
 
@@ -293,7 +293,7 @@ def train(
         if step < 0:
             pixels, seen = maker.pictures(step + seeing, SEEN)
             losses = [learner.naming(learner.see(pixels), seen)]
-            total, warm, rate = losses[0], (step + seeing + 1) / 40, 1.0
+            total, warm, rate = losses[0], (step + seeing + 1) / 40, max(0.1, min(1.0, -step / seeing / 0.4))
         else:
             answers, patches, right = learner(maker.batch(step, images, QUESTIONS))
             losses = [patches, answers, right.float().mean()]

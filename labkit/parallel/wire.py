@@ -172,7 +172,7 @@ def unpack_any(value: Any, make_grammar: Callable[[dict[str, Any]], Any] | None 
     tag, *rest = value
     if tag == "array":
         dtype, shape, data = rest
-        return np.frombuffer(data, _plain(dtype)).reshape(shape)
+        return np.frombuffer(data, _plain(dtype)).reshape(shape).copy()  # torch warns of what it cannot write to
     if tag == "tensor":
         return _tensor(*rest)
     if tag in ("tuple", "list"):
