@@ -212,6 +212,7 @@ KNOWN = {
         "max_prefill_chunk", "prefill_share", "order", "victim", "preemption", "swap_cost", "recompute_cost",
         "kv_loading", "disk_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "max_adapters",
         "pipeline_stages", "log",
+        "max_image_bytes",  # simulated requests have no images
     },
     lk.BlockManager: {
         "num_blocks", "block_size", "num_host_blocks", "eviction", "prefix_caching", "windows", "kv_offloading",
