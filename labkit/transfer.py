@@ -16,7 +16,9 @@ from torch import Tensor
 def put(values: Any, device: torch.device, dtype: np.typing.DTypeLike = None) -> Tensor:
     """An array or list as a tensor on the device. The copy is ordered before later launches, and nothing waits for
     it."""
-    tensor = torch.from_numpy(np.require(values, dtype, ["C", "W"]))
+    if dtype is not None or not isinstance(values, np.ndarray) or not values.flags.carray:
+        values = np.require(values, dtype, ["C", "W"])
+    tensor = torch.from_numpy(values)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

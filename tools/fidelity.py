@@ -91,7 +91,8 @@ def engine(clock: Clock, dtype: str) -> lk.Engine:
     parts = build(None, **SETTINGS, dtype=dtype, log=lk.EventLog(keep=None))
     torch.set_num_threads(1)
     eng = lk.Engine(scheduler=parts.scheduler, runner=parts.runner, tokenizer=parts.tokenizer, clock=clock)
-    eng.generate([[1, 2, 3]] * 4, lk.SamplingParams(max_tokens=8, ignore_eos=True))  # first steps are slow
+    eng.runner.capture_all(2048)  # first steps are slow
+    eng.generate([[1, 2, 3]] * 4, lk.SamplingParams(max_tokens=8, ignore_eos=True))
     return eng
 
 

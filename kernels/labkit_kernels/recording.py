@@ -12,12 +12,15 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEW = {"split", "split_with_sizes", "unflatten", "flatten", "view", "narrow", "unsqueeze", "squeeze", "transpose",
         "contiguous", "__getitem__"}  # fmt: skip
+LINE = 64  # bytes: what tensors begin at
+CHUNK = 2**18  # bytes
 TELL = {"__get__", "__len__", "data_ptr", "device", "dim", "element_size", "is_contiguous", "numel", "size",
         "storage_offset", "stride"}  # fmt: skip
 
@@ -32,12 +35,40 @@ class Recording:
         self.other: str | None = None
 
     def __repr__(self) -> str:
-        held = sum(tensor.nbytes for tensor in self.tensors)
-        return f"Recording({len(self.calls)} calls, {held / 2**10:.0f} KiB)"
+        return f"Recording({len(self.calls)} calls, {self.nbytes / 2**10:.0f} KiB)"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def repeat(self) -> None:
         for function, args in self.calls:
             function(*args)
+
+
+class Arena:
+    """Memory that several recordings use in turn: each one's empty tensors lie one behind the other, from the front."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Tensor] = []
+        self.begin()
+
+    def __repr__(self) -> str:
+        return f"Arena({sum(chunk.nbytes for chunk in self.chunks) / 2**10:.0f} KiB)"
+
+    def begin(self) -> None:
+        self.chunk = self.used = 0
+
+    def like(self, x: Tensor) -> Tensor:
+        """A contiguous tensor of x's shape and dtype."""
+        size = -(-x.nbytes // LINE) * LINE
+        while self.chunk < len(self.chunks) and self.used + size > self.chunks[self.chunk].nbytes:
+            self.chunk, self.used = self.chunk + 1, 0
+        if self.chunk == len(self.chunks):
+            self.chunks.append(torch.empty(max(size, CHUNK), dtype=torch.uint8))
+        found = self.chunks[self.chunk][self.used : self.used + x.nbytes].view(x.dtype).view(x.shape)
+        self.used += size
+        return found
 
 
 class Function:
@@ -76,15 +107,20 @@ class _Watch(TorchFunctionMode):
     """Notes what torch is asked meanwhile: empty tensors are kept, and what is neither a view nor a plain fact is
     named. (A TorchDispatchMode would see the same, and import sympy for it, which takes a second.)"""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, arena: Arena) -> None:
         super().__init__()
-        self.recording = recording
+        self.recording, self.arena = recording, arena
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out, name = func(*args, **(kwargs or {})), getattr(func, "__name__", repr(func))
+        if name in TELL:
+            return out
         if name in ALLOCATE:
+            with torch._C.DisableTorchFunction():
+                if out.nbytes and out.is_contiguous():
+                    out = self.arena.like(out)
             self.recording.tensors.append(out)
-        elif name not in TELL and not (name in VIEW and _is_view(out, args[0])) and self.recording.other is None:
+        elif not (name in VIEW and _is_view(out, args[0])) and self.recording.other is None:
             self.recording.other = name
         return out
 
@@ -95,11 +131,14 @@ def _is_view(out: Any, of: Tensor) -> bool:
     return bool(first.untyped_storage().data_ptr() == of.untyped_storage().data_ptr())
 
 
-def record(function: Callable[[], Any]) -> tuple[Any, Recording]:
-    """The function's result, and what it called in this thread."""
+def record(function: Callable[[], Any], arena: Arena | None = None) -> tuple[Any, Recording]:
+    """The function's result, and what it called in this thread. Recordings with the same arena overwrite each other's
+    tensors."""
     recording = _here.recording = Recording()
+    arena = arena or Arena()
+    arena.begin()
     try:
-        with _Watch(recording):
+        with _Watch(recording, arena):
             return function(), recording
     finally:
         _here.recording = None

@@ -222,7 +222,8 @@ class Result(NamedTuple):
 
     Sample j's tokens are `tokens[indptr[j]:indptr[j + 1]]`: one, and one more for each accepted draft; none for a row
     that failed. Without `indptr` every sample has one token. `read` names the disk reads of this or earlier plans that
-    are done by now, and whether the file was good; a plan without rows waits for all of them.
+    are done by now, and whether the file was good; a plan without rows waits for all of them. `once`: the step did work
+    that later ones are spared, so its seconds say little about theirs.
     """
 
     tokens: Tokens
@@ -231,6 +232,7 @@ class Result(NamedTuple):
     extras: dict[str, Extras] | None = None
     indptr: Ints | None = None
     read: dict[bytes, bool] | None = None
+    once: bool = False
 
     @property
     def num_samples(self) -> int:

@@ -93,7 +93,7 @@ def result_bytes(step: int, result: Result, busy: float, waited: float) -> bytes
         np.ascontiguousarray(result.tokens, np.int32).tobytes(),
         b"" if result.indptr is None else np.ascontiguousarray(result.indptr, _INT).tobytes(),
     ]
-    rest = {name: getattr(result, name) for name in ("errors", "extras", "read") if getattr(result, name)}
+    rest = {name: getattr(result, name) for name in ("errors", "extras", "read", "once") if getattr(result, name)}
     if rest:
         parts.append(pack({name: pack_any(value) for name, value in rest.items()}))
     return b"".join(parts)

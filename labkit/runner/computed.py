@@ -30,6 +30,7 @@ class Computed:
         self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
         self.begin, self.accepted = begin, accepted
         self.read: dict[bytes, bool] | None = None  # disk reads that have ended
+        self.once = False  # it captured or recorded a step
         self.failed: dict[int, str] = {}  # rows whose inputs could not be made
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -42,7 +43,7 @@ class Computed:
         if self.host is None:
             seconds = time.perf_counter() - self.begin
             empty = np.zeros(0, np.int32)
-            return Result(empty, seconds, self.failed or None, self.extras or None, read=self.read or None)
+            return Result(empty, seconds, self.failed or None, self.extras or None, None, self.read or None, self.once)
         plan = self.plan
         tokens, chosen = self.host.numpy()
         draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
@@ -73,4 +74,5 @@ class Computed:
                     own = extras.get(name, Extras())
                     extras[name] = own._replace(logprobs=(*own.logprobs, logprobs))
         seconds = time.perf_counter() - self.begin
-        return Result(tokens.astype(np.int32), seconds, errors or None, extras or None, indptr, self.read or None)
+        ids = tokens.astype(np.int32)
+        return Result(ids, seconds, errors or None, extras or None, indptr, self.read or None, self.once)

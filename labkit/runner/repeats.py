@@ -1,30 +1,30 @@
 """Repeated steps on a CPU: the layers' C++ calls, without the Python code between them.
 
-The first step of each size runs as usual and is recorded; later ones copy their inputs to where that step's lay, and
-make the same calls again. This saves about 2 ms a step of a model with 24 layers, which is a fifth of a step with one
-row and little of one with fifty. Steps whose rows verify the same number of drafts are repeated like plain ones. Models
-whose layers also compute in torch are not repeated.
+The first step with a number of tokens runs as usual and is recorded; later ones copy their inputs to where that step's
+lay, and make the same calls again. This saves about 2 ms a step of a model with 24 layers, which is a fifth of a step
+with one row and little of one with fifty. The calls read from memory which tokens belong to which row, so a recording
+serves plain steps, verified drafts and short prefills alike. Models whose layers also compute in torch are not
+repeated.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from labkit_kernels.recording import Recording, record
+from labkit_kernels.recording import Arena, Recording, record
 from labkit_kernels.registry import is_plain
 from torch import Tensor
 
 from labkit.models.base import Batch, KVCache
 from labkit.runner.adapters import FixedGroups
 
-Key: TypeAlias = tuple[int, int, int, int, bool]
+Key: TypeAlias = tuple[int, int, bool]
 
-MOST_ROWS = 16  # of a step that is repeated; with drafts, rows and drafts
-MOST_KEPT = 16  # sizes; the one that was not used for longest goes first
-LEAST_WIDTH = 16  # blocks in a table
+MOST_TOKENS = 64  # of a step that is repeated
+MOST_BYTES = 32 * 2**20  # of what a step computes on the way: larger ones gain nothing
+LEAST_WIDTH = 64  # blocks in a table
 
 
 class Repeatable(Protocol):
@@ -42,82 +42,105 @@ class Made(NamedTuple):
     """A recorded step: its inputs, which are filled anew for each step, and its output."""
 
     x: Tensor
-    batch: Batch
+    batch: Batch  # as if each of its tokens were a row: those behind the step's rows have no tokens
     adapters: FixedGroups | None
     out: Tensor
     recording: Recording
 
     def run(self, x: Tensor, batch: Batch) -> Tensor:
-        mine = self.batch
         self.x.copy_(x)
-        mine.positions.copy_(batch.positions)
-        mine.slots.copy_(batch.slots)
-        mine.block_table[:, : batch.block_table.shape[1]].copy_(batch.block_table)
-        mine.seq_len.copy_(batch.seq_len)
+        fill(self.batch, batch)
         if self.adapters is not None and batch.adapters is not None:
             self.adapters.fill(batch.adapters)
         self.recording.repeat()
         return self.out
 
 
+def fill(mine: Batch, batch: Batch) -> None:
+    rows, width = batch.block_table.shape
+    mine.positions.copy_(batch.positions)
+    mine.slots.copy_(batch.slots)
+    mine.block_table[:rows, :width].copy_(batch.block_table)
+    mine.seq_len[:rows].copy_(batch.seq_len)
+    if rows < len(mine.seq_len):
+        mine.seq_len[rows:] = 0
+    if batch.max_query_len > 1 or rows < len(mine.seq_len):
+        mine.query_start[: rows + 1].copy_(batch.query_start)
+        mine.query_start[rows + 1 :] = len(mine.slots)
+    else:
+        torch.arange(rows + 1, out=mine.query_start)
+
+
 class Repeats:
-    """Recorded steps of one runner, by number of rows, tokens of each, width of the block table, number of threads, and
-    whether rows have adapters."""
+    """Recorded steps of one runner, by number of tokens, number of threads, and whether rows have adapters.
+
+    They share the memory of what they compute on the way, since one runs at a time."""
 
     def __init__(self, model: Repeatable, caches: list[KVCache]) -> None:
         self.model, self.caches = model, caches
-        self.works = is_plain()
-        self.made: OrderedDict[Key, Made] = OrderedDict()
+        self.width = LEAST_WIDTH
+        self.num_captured = 0  # recordings, those that failed included
+        self.forget()
 
     def __repr__(self) -> str:
         return f"Repeats({len(self.made)} steps recorded)" if self.works else "Repeats(off)"
 
     def forward(self, batch: Batch) -> Tensor:
         """What `model.forward` gives. The next step overwrites it."""
-        rows, tokens, each = len(batch.seq_len), len(batch.token_ids), batch.max_query_len
-        fits = 0 < tokens <= MOST_ROWS and tokens == rows * each
+        tokens = len(batch.token_ids)
         special = batch.group_of or batch.trees or batch.embeddings or batch.axes or batch.both_ways
-        if not self.works or not fits or special:
+        if not 0 < tokens <= self.most or special:
             return self.model.forward(batch, self.caches)
-        width = LEAST_WIDTH
-        while width < batch.block_table.shape[1]:
-            width *= 2
         adapted = batch.adapters is not None
         if adapted and self.model.adapters.computes_in_torch:
             return self.model.forward(batch, self.caches)
-        key = (rows, each, width, torch.get_num_threads(), adapted)
+        if batch.block_table.shape[1] > self.width:
+            self.width = max(2 * self.width, batch.block_table.shape[1])
+            self.forget()
+        key = (tokens, torch.get_num_threads(), adapted)
         x = self.model.inputs(batch)
         if (made := self.made.get(key)) is not None:
-            self.made.move_to_end(key)
             return made.run(x, batch)
         return self._record(key, x.clone(), batch)
 
+    def capture(self) -> None:
+        """Record steps of every size, so that no later one has to. Their tokens go into the scratch block."""
+        for tokens in range(MOST_TOKENS, 0, -1):
+            ids, one = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens, dtype=torch.int32)
+            start = torch.arange(tokens + 1, dtype=torch.int32)
+            self.forward(Batch(ids, ids, ids, torch.zeros(tokens, 1, dtype=torch.int32), start, one, 1, 1))
+
     def _record(self, key: Key, x: Tensor, batch: Batch) -> Tensor:
-        table = batch.block_table.new_zeros(key[0], key[2])
-        table[:, : batch.block_table.shape[1]] = batch.block_table
+        tokens = key[0]
         adapters = None
         if batch.adapters is not None:
-            adapters = FixedGroups(len(x), self.model.adapters.num_slots, batch.slots.device)
+            adapters = FixedGroups(tokens, self.model.adapters.num_slots, batch.slots.device)
             adapters.fill(batch.adapters)
         mine = replace(
             batch,
             adapters=None if adapters is None else adapters.groups,
             positions=batch.positions.clone(),
             slots=batch.slots.clone(),
-            block_table=table,
-            seq_len=batch.seq_len.clone(),
-            query_start=batch.query_start.clone(),
+            block_table=self.table[:tokens],
+            seq_len=batch.seq_len.new_zeros(tokens),
+            query_start=batch.query_start.new_zeros(tokens + 1),
         )
-        out, recording = record(lambda: self.model.through(x, mine, self.caches))
-        if recording.other is not None:
-            self.works = False  # its layers compute in torch, too
+        fill(mine, batch)
+        self.num_captured += 1
+        out, recording = record(lambda: self.model.through(x, mine, self.caches), self.arena)
+        if recording.other is not None or recording.nbytes > MOST_BYTES:  # its layers compute in torch, too
+            self.most = min(self.most, tokens - 1)
         else:
             self.made[key] = Made(x, mine, adapters, out, recording)
-            if len(self.made) > MOST_KEPT:
-                self.made.popitem(last=False)
         return out
 
     def forget(self) -> None:
         """Drop what was recorded, because another variant is in use now."""
-        self.made.clear()
-        self.works = is_plain()
+        self.made: dict[Key, Made] = {}
+        self.arena = Arena()
+        self.most = MOST_TOKENS if is_plain() else 0
+        self.table = torch.zeros(self.most, self.width, dtype=torch.int32)
+
+    @property
+    def works(self) -> bool:
+        return self.most > 0

@@ -115,6 +115,7 @@ class TorchRunner(Sleeps):
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
         self._generation = -1
+        self._num_made = 0  # steps captured or recorded so far
         self._version = 0  # of the model's adapters
 
     def __repr__(self) -> str:
@@ -218,10 +219,12 @@ class TorchRunner(Sleeps):
     @torch.inference_mode()
     def capture_all(self, most_tokens: int, budget: int = 0) -> None:
         """Capture steps of every size, with contexts up to `most_tokens` and, if steps with prefills are captured, up
-        to `budget` tokens a step. Does nothing if steps are not captured."""
+        to `budget` tokens a step; on a CPU, record those that are repeated."""
+        self._pick()
         if self.graphs is not None:
-            self._pick()
             self.graphs.capture(most_tokens, budget, self._sample)
+        if self.repeats is not None:
+            self.repeats.capture()
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
@@ -348,6 +351,8 @@ class TorchRunner(Sleeps):
 
     def _pending(self, computed: Computed, failed: dict[int, str] | None = None) -> Pending:
         computed.failed = failed or {}
+        made = sum(of.num_captured for of in self._repeating())
+        computed.once, self._num_made = made != self._num_made, made
         if self.disk is not None:
             computed.read = self.disk.done(wait=not len(computed.plan.rows))
         return computed if self.device.type == "cuda" else Done(computed.result())
@@ -365,9 +370,13 @@ class TorchRunner(Sleeps):
             self.model.refresh_ops()
             if self.draft_model is not None:
                 self.draft_model.refresh_ops()
-            for repeated in (self.graphs, self.repeats, self.drafter and self.drafter.repeats):
-                if repeated is not None:
-                    repeated.forget()
+            for repeating in self._repeating():
+                repeating.forget()
+
+    def _repeating(self) -> list[Any]:
+        """What captures or records steps here."""
+        found = (self.graphs, self.repeats, self.drafter and self.drafter.repeats)
+        return [one for one in found if one is not None]
 
     def _can_replay(self, plan: Plan) -> bool:
         """Whether the step has only decode rows, each with one sample and no special parameters."""

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from labkit_kernels import get, rms_norm
-from labkit_kernels.recording import record
+from labkit_kernels.recording import Arena, record
 
 import labkit as lk
 from labkit.models import load_model
@@ -96,14 +96,65 @@ def test_what_is_swapped_or_watched_is_really_called(model):
     assert len(handle.output_ids) == 12
 
 
-def test_few_sizes_are_kept_and_other_steps_run_as_usual(model, monkeypatch):
-    monkeypatch.setattr(repeats, "MOST_KEPT", 2)
-    monkeypatch.setattr(repeats, "MOST_ROWS", 3)
+def test_small_steps_of_any_mix_are_recorded_once(model, monkeypatch):
+    monkeypatch.setattr(repeats, "MOST_TOKENS", 6)
     eng = engine(model, None, max_num_seqs=5)
     for length in (4, 8, 12, 16, 20):
         eng.submit([length] * 3, lk.SamplingParams(temperature=0, max_tokens=length, ignore_eos=True))
+        eng.step()
     eng.run()
-    assert [key[0] for key in eng.runner.repeats.made] == [2, 1]
+    made = eng.runner.repeats.made
+    assert {key[0] for key in made} == {1, 2, 3, 4, 5, 6}, "prefills of three tokens beside rows, too"
+    before = dict(made)
+    eng.generate([[7] * 90] * 3, lk.SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    assert all(eng.runner.repeats.made[key] is one for key, one in before.items()), "longer contexts need no others"
+
+
+def test_tables_that_outgrow_their_place_get_a_larger_one(model, monkeypatch):
+    monkeypatch.setattr(repeats, "LEAST_WIDTH", 4)
+    params = lk.SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    expected = [handle.output_ids for handle in engine(model, False).generate([[5, 6, 7], [9] * 20], params)]
+    eng = engine(model, None)
+    assert [handle.output_ids for handle in eng.generate([[5, 6, 7], [9] * 20], params)] == expected
+    assert eng.runner.repeats.width == 16 and eng.runner.repeats.made
+
+
+def test_all_sizes_may_be_recorded_at_the_start(model):
+    eng = engine(model, None)
+    eng.runner.capture_all(100)
+    made = dict(eng.runner.repeats.made)
+    assert {key[0] for key in made} == set(range(1, repeats.MOST_TOKENS + 1))
+    shared = sum(chunk.nbytes for chunk in eng.runner.repeats.arena.chunks)
+    assert shared < 2 * max(one.recording.nbytes for one in made.values())
+    params = lk.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    prompts = [[length] * (7 * length % 60 + 1) for length in range(1, 9)]
+    found = [handle.output_ids for handle in eng.generate(prompts, params)]
+    assert found == [handle.output_ids for handle in engine(model, False).generate(prompts, params)]
+    assert eng.runner.repeats.made == made
+    eng.check()
+
+
+def test_steps_that_are_recorded_say_that_they_took_longer(model):
+    eng, once = engine(model, None), []
+    commit = eng.scheduler.commit
+
+    def watched(plan, result, *more):
+        once.append((plan.num_tokens, result.once))
+        return commit(plan, result, *more)
+
+    eng.scheduler.commit = watched
+    eng.generate([[5], [6, 7]], lk.SamplingParams(temperature=0, max_tokens=5, ignore_eos=True))
+    assert once == [(3, True), (2, True), (2, False), (2, False), (2, False)]
+
+
+def test_steps_that_need_much_memory_are_not_kept(model, monkeypatch):
+    eng = engine(model, None)
+    eng.generate([3], lk.SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    (one,) = eng.runner.repeats.made.values()
+    monkeypatch.setattr(repeats, "MOST_BYTES", 3 * one.recording.nbytes)
+    eng.generate([[3]] * 5, lk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    eng.generate([[3]] * 2, lk.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True))
+    assert {key[0] for key in eng.runner.repeats.made} == {1, 2} and eng.runner.repeats.most == 4
 
 
 def test_a_model_that_computes_in_torch_is_not_repeated():
@@ -131,3 +182,11 @@ def test_a_recording_keeps_what_is_allocated_and_takes_views():
 
     (_, made, *_), recording = record(views)
     assert recording.other is None and recording.tensors[0] is made and not recording.calls
+
+
+def test_recordings_of_one_arena_lie_in_the_same_memory():
+    arena, x = Arena(), torch.ones(4, 6)
+    (a, b), _ = record(lambda: (x.new_empty(70), torch.empty_like(x)), arena)
+    (c, d), _ = record(lambda: (x.new_empty(70), torch.empty(3, 10**6)), arena)
+    assert a.data_ptr() == c.data_ptr() != b.data_ptr() and b.shape == x.shape
+    assert all(one.data_ptr() % 64 == 0 for one in (a, b, c, d)) and d.is_contiguous() and len(arena.chunks) == 2

@@ -193,7 +193,7 @@ class DraftLengths:
             self.all_right, self.all_tried = self.all_right * fade_all, self.all_tried * fade_all
 
     def end(self, num_rows: int, drafts: int, tokens: int, seconds: float, pure: bool) -> None:
-        """A step of `num_rows` decode rows is over; `pure`: it had nothing else."""
+        """A step of `num_rows` decode rows is over; `pure`: it did nothing else."""
         if self.timer is not None and self._begin is not None:
             seconds = self.timer() - self._begin
         if not pure or not num_rows:

@@ -398,7 +398,7 @@ class Scheduler(SchedulerState, Shown):
                     plan.num_drafts,
                     len(outputs.tokens),
                     result.seconds,
-                    not prefill and not plan.joins,
+                    not (prefill or plan.joins or (isinstance(result, Result) and result.once)),
                 )
             self.log_step(plan.step, len(plan.rows), prefill, decode, len(outputs.tokens), duration_ns, now)
         return outputs
