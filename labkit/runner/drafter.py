@@ -58,26 +58,30 @@ class Drafter:
             self._make_width(len(join.tokens))
             self.tokens[join.row, : len(join.tokens)] = join.tokens
             self.done[join.row] = -1
-        self.host_filled[plan.swap_out[:, 1]] = self.filled[plan.swap_out[:, 0]]
-        self.filled[plan.copies[:, 1]] = self.filled[plan.copies[:, 0]]
+        if len(plan.swap_out):
+            self.host_filled[plan.swap_out[:, 1]] = self.filled[plan.swap_out[:, 0]]
+        if len(plan.copies):
+            self.filled[plan.copies[:, 1]] = self.filled[plan.copies[:, 0]]
         if plan.disk.reads:
             self.host_filled[[block for _, block in plan.disk.reads]] = 0
-        self.filled[plan.swap_in[:, 1]] = self.host_filled[plan.swap_in[:, 0]]
-        rows, start, end, size = plan.rows, plan.start, plan.start + plan.count, self.layout.block_size
+        if len(plan.swap_in):
+            self.filled[plan.swap_in[:, 1]] = self.host_filled[plan.swap_in[:, 0]]
+        rows, start, num, size = plan.rows, plan.start, plan.num_decode, self.layout.block_size
         if not len(rows):
             return
         index, place = np.divmod(start, size)
         blocks = tables[rows, index]  # from its first token on the target writes anew
         self.filled[blocks] = np.minimum(self.filled[blocks], place)
-        more = (end - 1) // size - index
+        self.done[rows] = np.minimum(self.done[rows], start)
+        self._make_width(int((start + plan.count).max()))
+        self.tokens[rows[:num], start[:num]] = plan.tokens[plan.indptr[:num]]
+        if num == len(rows) and not len(plan.drafts):
+            return  # each row has one token, in one block
+        more = (start + plan.count - 1) // size - index
         if more.any():
             which = np.repeat(np.arange(len(rows)), more)
             nth = np.arange(len(which)) - (np.cumsum(more) - more)[which]
             self.filled[tables[rows[which], index[which] + 1 + nth]] = 0
-        self.done[rows] = np.minimum(self.done[rows], start)
-        num = plan.num_decode
-        self._make_width(int(end.max()))
-        self.tokens[rows[:num], start[:num]] = plan.tokens[plan.indptr[:num]]
 
     def keep(
         self, plan: Plan, query_start: np.ndarray, hidden: Tensor, capture: Capture | None, tables: np.ndarray

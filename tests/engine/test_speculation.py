@@ -209,6 +209,25 @@ def steps(chance: float, cost: float, rows: int, num: int = 3000, most: int = 8)
     return tokens / seconds, float(np.mean(used[num // 2 :]))
 
 
+def test_what_was_given_up_for_many_rows_is_tried_soon_for_few():
+    lengths, tried = DraftLengths(32, 4), []
+    for step in range(6000):
+        rows = 32 if step < 5000 else 4
+        here = np.arange(rows)
+        lengths.begin()
+        lengths.meet(here, here + 1)
+        drafts = np.zeros(rows, np.int64)
+        if lengths.wants(rows):
+            drafts = lengths.each(rows, here, np.full(rows, 4))
+            tried.append(step)
+        lengths.learn(here, drafts, drafts)
+        took = 1.0 + drafts.sum() * (0.3 if rows == 32 else 0.01)
+        lengths.end(rows, int(drafts.sum()), rows + int(drafts.sum()), took, True)
+    late = [step for step in tried if 2000 < step < 5000]
+    assert 0 < len(late) < 3000 / 512 * 12, "seldom while they do not pay"
+    assert min(step for step in tried if step >= 5000) < 5040 and len([s for s in tried if s >= 5000]) > 900
+
+
 @pytest.mark.parametrize(("chance", "cost"), [(0.9, 0.05), (0.6, 0.2), (0.3, 0.5), (0.0, 0.3), (0.8, 1.2)])
 @pytest.mark.parametrize("rows", [1, 32])
 def test_lengths_are_nearly_the_best_and_never_cost_much(chance, cost, rows):

@@ -108,12 +108,20 @@ class Drafting:
 
     def __init__(self, draft: Draft, num_rows: int, log: Callable[[tuple[Any, ...]], None]) -> None:
         self.draft, self.log = draft, log
-        self.lengths = DraftLengths(num_rows, getattr(draft, "num_tokens", None) or UNBOUNDED)
+        self.lengths = DraftLengths(num_rows, getattr(draft, "num_tokens", None) or UNBOUNDED, draft.by_runner)
         self.num_failures = 0
         self.is_off = False
 
     def __repr__(self) -> str:
         return f"Drafting({self.draft!r}, {'off' if self.is_off else self.lengths!r})"
+
+    def rests(self, rows: Ints, serials: Ints) -> bool:
+        """Whether guesses do not pay at present, in a step with these decode rows. `serials` are those of all rows."""
+        if not self.lengths.rests:
+            return False
+        if not self.lengths.costly:
+            self.lengths.meet(rows, serials[rows])
+        return not self.lengths.wants(len(rows))
 
     def guess(self, asked: Asked, num_decode: int, vocab_size: int | None, name: Callable[[int], str]) -> list[Tokens]:
         """Guesses for each row asked, in a step of `num_decode` rows. With a draft `by_runner` only their number

@@ -4,7 +4,8 @@ A step of B rows that verifies x guesses takes T(B, x) seconds and gives B token
 length that gives the most tokens a second is chosen in every step. T is measured, as an average for each (B, x) that
 occurred, and interpolated between them; what a row accepts is taken as a chance for each guess, estimated from the
 row's own guesses and, at first, from those of all rows. Guesses that cost more than they bring are not made. Then one
-step in sixteen, later one in 128, tries again, because text and load change.
+step in sixteen tries again, later one in 512, because text and load change: sooner with half as many rows, or with
+other texts (unless a draft model would have to compute them first).
 
 It knows no clock: seconds are those of results, or of a timer that it is given.
 """
@@ -23,8 +24,9 @@ from labkit.core.blocks.tables import Ints
 MARGIN = 1.02  # guesses must promise this much
 TRUST = 8.0  # a row's estimate starts as if it had this many guesses of the average row
 MEMORY = 64.0  # guesses that a row's estimate remembers
-FIRST_WAIT, LONGEST_WAIT = 16, 128  # steps without guesses before the next try
+FIRST_WAIT, LONGEST_WAIT = 16, 512  # steps without guesses before the next try
 LEAST = 3  # steps with guesses say what guesses cost
+FEW = 16  # times as soon, with half as many rows
 TRIAL, RETRIAL = 8, 3  # steps with guesses at least, at first and later, before they are given up
 PLAIN_EVERY = 64  # of steps with guesses, one is made without, so that both are measured
 MOST_AT_ONCE = 32  # guesses for one row, of a draft that sets no bound
@@ -68,8 +70,9 @@ class StepTimes:
 class DraftLengths:
     """Chooses how many guesses of each row a step verifies."""
 
-    def __init__(self, num_rows: int, most: int) -> None:
-        self.most = most
+    def __init__(self, num_rows: int, most: int, costly: bool = False) -> None:
+        """With `costly` guesses, other texts are no reason to try: a draft model would compute their prompts first."""
+        self.most, self.costly = most, costly
         self.serial = np.full(num_rows, -1, np.int64)
         self.right = np.zeros(num_rows)
         self.tried = np.zeros(num_rows)
@@ -85,6 +88,7 @@ class DraftLengths:
         self._trial = TRIAL
         self._wait = FIRST_WAIT
         self._idle = 0  # steps left until the next try
+        self._given_up_at = 0  # rows
         self._tokens = self._seconds = 0.0  # of the latest steps that asked, in units of a plain step
 
     def __repr__(self) -> str:
@@ -115,10 +119,14 @@ class DraftLengths:
                 self._idle = min(self._idle, FIRST_WAIT)  # other texts
         self.serial[rows] = serials
 
+    @property
+    def rests(self) -> bool:
+        return self._idle > 0
+
     def wants(self, num_rows: int) -> bool:
         """Whether this step asks for guesses at all."""
         if self._idle > 0:
-            self._idle -= 1
+            self._idle = max(0, self._idle - (FEW if 2 * num_rows <= self._given_up_at else 1))
             self._forced = self._idle == 0
             return False
         times = self._base(num_rows)
@@ -156,10 +164,11 @@ class DraftLengths:
         """Which of these numbers of guesses gives the most tokens a second; 0: none is better than no guesses."""
         times = self._base(num_rows)
         if times is None or times.num_drafted < LEAST:
-            measured = [b for b, found in self.times.items() if found.num_drafted >= LEAST]
+            near = range(num_rows // 2, 2 * num_rows + 1)
+            measured = [b for b, found in self.times.items() if found.num_drafted >= LEAST and b in near]
             if not measured:
                 return len(gain)  # nothing is known of what guesses cost: measure it
-            times = self.times[min(measured, key=lambda b: abs(b - _bucket(num_rows)))]
+            times = self.times[min(measured, key=lambda b: abs(b - num_rows))]
         seconds = times.at(np.concatenate(([0.0], guesses)))
         rate = np.concatenate(([0.0], gain)) / num_rows + 1.0
         if self._forced:
@@ -209,11 +218,12 @@ class DraftLengths:
         self._tokens = 0.95 * self._tokens + tokens / num_rows
         self._seconds = 0.95 * self._seconds + min(seconds / plain if plain else 1.0, 8.0)
         if self._declined or (self._num_asked >= self._trial and self._tokens < self._seconds):
-            self._give_up()
+            self._give_up(num_rows)
         elif self._num_asked > 2 * TRIAL:
             self._wait = FIRST_WAIT
 
-    def _give_up(self) -> None:
+    def _give_up(self, num_rows: int) -> None:
+        self._given_up_at = num_rows
         self._idle, self._trial = self._wait, RETRIAL
         self._wait = min(2 * self._wait, LONGEST_WAIT)
         self._num_asked, self._tokens, self._seconds = 0, 0.0, 0.0

@@ -227,6 +227,8 @@ def guess(s: SchedulerState) -> dict[int, Tokens]:
     drafting, rows = s.drafting, s.decoding
     if drafting is None or drafting.is_off or not len(rows):
         return {}
+    if drafting.rests(rows, s.serial):
+        return {}
     left = s.max_num_batched_tokens - len(rows)
     for row in s.prefilling:
         gap = int(s.tables.num_tokens[row] - s.scheduled[row])
