@@ -19,6 +19,8 @@ _HOME = {
     "SLRU": "core.blocks.queues",
     "S3FIFO": "core.blocks.queues",
     "TTL": "core.blocks.eviction",
+    "Hinted": "core.blocks.hinted",
+    "Hint": "core.blocks.sessions",
     "CostAware": "core.blocks.eviction",
     "Scheduler": "core.scheduling.scheduler",
     "RejectedError": "core.scheduling.scheduler",
@@ -101,9 +103,11 @@ if TYPE_CHECKING:
     from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
     from .core.blocks.eviction import FIFO, LFU, LRU, TTL, CostAware
+    from .core.blocks.hinted import Hinted
     from .core.blocks.manager import BlockManager, OutOfBlocksError
     from .core.blocks.prefix import Span
     from .core.blocks.queues import S3FIFO, SLRU
+    from .core.blocks.sessions import Hint
     from .core.blocks.table import BlockTable
     from .core.events.diff import diff
     from .core.events.log import EventLog

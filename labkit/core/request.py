@@ -8,6 +8,7 @@ from enum import StrEnum
 import numpy as np
 
 from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.sessions import Hint
 from labkit.core.blocks.tables import BlockTables, Tokens
 from labkit.core.params import SamplingParams
 from labkit.core.shown import Shown
@@ -48,6 +49,7 @@ class Request(Shown):
         "finished_at",
         "first_token_at",
         "hashes",
+        "hint",
         "host_blocks",
         "id",
         "num_cached",
@@ -56,6 +58,7 @@ class Request(Shown):
         "output",
         "params",
         "parent",
+        "parent_session",
         "priority",
         "prompt",
         "row",
@@ -63,6 +66,7 @@ class Request(Shown):
         "sample",
         "samples",
         "serial",
+        "session",
         "spans",
         "status",
         "stop_ids",
@@ -85,6 +89,9 @@ class Request(Shown):
         stop_ids: tuple[int, ...] = (),
         parent: Request | None = None,
         sample: int = 0,
+        session: str | None = None,
+        parent_session: str | None = None,
+        hint: Hint | None = None,
     ) -> None:
         self.id = id
         self.prompt = prompt
@@ -98,6 +105,9 @@ class Request(Shown):
         self.stop_ids = stop_ids  # stop ids and, unless ignored, eos
         self.parent = parent
         self.sample = sample
+        self.session = session
+        self.parent_session = parent_session  # the session that this one works for
+        self.hint = hint  # of what its session does once this request has ended
         self.samples: list[Request] = []  # the further samples of this request, forked from it
         self.serial = -1
         self.status = Status.ARRIVING

@@ -30,10 +30,10 @@ from labkit.engine.chat_images import chat_prompt
 from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, num_disk_blocks_of
 from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
+from labkit.engine.hinting import Hinting
 from labkit.engine.images import Images
 from labkit.engine.intake import make_handle
 from labkit.engine.settings import apply, checked
-from labkit.engine.sleeping import Sleeping
 from labkit.engine.snapshot import Snapshot, copy_engine, restore_engine, take_snapshot
 from labkit.engine.wakeup import Wakeup, has_news
 from labkit.engine.worker import Worker
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from labkit.widgets.dashboard import Dashboard
 
 
-class Engine(Sleeping, Shown):
+class Engine(Hinting, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see
@@ -127,28 +127,24 @@ class Engine(Sleeping, Shown):
 
     @named_arguments
     def submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        id: str | None = None,
-        arrival: float | None = None,
-        priority: int = 0,
-        salt: str | None = None,
-        adapter: str | None = None,
-        spans: Sequence[Span] = (),
-    ) -> Handle:
+        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None,
+        arrival: float | None = None, priority: int = 0, salt: str | None = None, adapter: str | None = None,
+        spans: Sequence[Span] = (), session: str | None = None, parent: str | None = None, hint: Any = None,
+    ) -> Handle:  # fmt: skip
         """Submit a prompt. `arrival` delays it to that time (seconds) on the engine's clock. Errors are raised here and
         change nothing.
 
         A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, and with images also
-        "multi_modal_data": {"image": [..]}. `adapter` names one of `engine.adapters`. While the engine runs in the
+        "multi_modal_data": {"image": [..]}. `adapter` names one of `engine.adapters`. `session` names what the request
+        is a turn of, `parent` the session that this one works for, and `hint` says what the session does after the
+        answer: {"waits": seconds}, "soon", "finished", "pin" or "none"; see `hint()`. While the engine runs in the
         background, the request is handled between two steps: if the queue is full by then, its status is `rejected`.
         """
         self._check_open()
         handle = make_handle(
-            self, prompt, params, id=id, arrival=arrival, priority=priority, salt=salt, adapter=adapter, spans=spans
-        )
+            self, prompt, params, id=id, arrival=arrival, priority=priority, salt=salt, adapter=adapter, spans=spans,
+            session=session, parent=parent, hint=hint,
+        )  # fmt: skip
         family = {member.id: member for member in (handle, *handle.samples)}
         with self.lock:
             for name in family:

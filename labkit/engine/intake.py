@@ -10,6 +10,7 @@ import numpy as np
 
 from labkit.clock import Clock
 from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.sessions import Hint, session_name
 from labkit.core.blocks.tables import Tokens
 from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
@@ -48,6 +49,9 @@ def make_handle(
     salt: str | None,
     adapter: str | None,
     spans: Sequence[Span],
+    session: str | None = None,
+    parent: str | None = None,
+    hint: Any = None,
 ) -> Handle:
     """A handle for the prompt, with its further samples in `.samples`; a ValueError names what is wrong."""
     params = SamplingParams() if params is None else params
@@ -77,17 +81,37 @@ def make_handle(
     eos = () if params.ignore_eos else engine.runner.eos_token_ids
     stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
     each = replace(params, n=1)
+    of_session = check_session(session, parent, hint)
 
-    def make(id: str, sample: int, parent: Request | None) -> Handle:
+    def make(id: str, sample: int, first: Request | None) -> Handle:
         return Handle(
             id, tokens, each, arrival=when, priority=priority, salt=salt, adapter=adapter,
-            adapter_key=key, spans=spans, stop_ids=stop_ids, parent=parent, sample=sample, engine=engine,
-            prompt_text=prompt_text,
+            adapter_key=key, spans=spans, stop_ids=stop_ids, parent=first, sample=sample, engine=engine,
+            prompt_text=prompt_text, **(of_session if first is None else {}),
         )  # fmt: skip
 
     first = make(id or engine.new_id(), 0, None)
     first.samples = [make(f"{first.id}/{i}", i, first) for i in range(1, params.n)]
     return first
+
+
+def check_session(session: Any, parent: Any, hint: Any) -> dict[str, Any]:
+    """What a request says of its session. Of several samples the first one's state is the session's."""
+    if session is None:
+        for name, given in (("parent", parent), ("hint", hint)):
+            if given is not None:
+                raise ValueError(f"{name}= is about a session: say which with session=")
+        return {}
+    session_name("session", session)
+    if parent is not None and session_name("parent", parent) == session:
+        raise ValueError(f"session {session!r} cannot be its own parent")
+    found = None if hint is None else Hint.of(hint)
+    if found is not None and found.kind == "prefetch":
+        raise ValueError(
+            "hint 'prefetch' is for a session between two requests: engine.hint(session, 'prefetch'); a request loads "
+            "its own prefix"
+        )
+    return {"session": session, "parent_session": parent, "hint": found}
 
 
 def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:

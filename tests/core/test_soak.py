@@ -11,7 +11,8 @@ import labkit as lk
 from tests.harness import Flaky, assert_right
 
 STEPS = 20_000
-POLICIES = ["lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost", lambda block: -block.depth]
+POLICIES = ["lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost", "hinted", lambda block: -block.depth]
+HINTS = ["soon", "finished", "pin", "none", {"waits": 0.02}, {"waits": 1e9}, {"pin": 0.01}, {"pin": 0}]
 
 
 def guess(tokens):
@@ -35,7 +36,7 @@ def random_engine(rng: random.Random, seed: int, lag: int) -> lk.Engine:
     windows = rng.choice([(None,), (None,), (None, 3), (None, None), (None, 9, 2)])
     blocks = rng.randrange(8, 30) * max(1, 8 // size) * len(windows)
     bm = lk.BlockManager(
-        blocks, size, num_host_blocks=rng.choice([0, blocks // 2]), eviction=rng.choice(POLICIES[:7]),
+        blocks, size, num_host_blocks=rng.choice([0, blocks // 2]), eviction=rng.choice(POLICIES[:8]),
         prefix_caching=rng.random() < 0.8, windows=windows,
     )  # fmt: skip
     sched = lk.Scheduler(
@@ -84,6 +85,8 @@ class Life:
             eng.control(budget=rng.choice([1, 5]), rows=rng.randrange(1, 3))
         elif what < 0.07:
             eng.blocks.pin(rng.choice(self.prefixes), ttl=rng.choice([None, 0.01]))
+        elif what < 0.1 and eng.sessions:
+            eng.hint(rng.choice(list(eng.sessions.named)), rng.choice(HINTS))
 
     def submit(self) -> None:
         rng = self.rng
@@ -98,7 +101,15 @@ class Life:
             prompt_logprobs=rng.choice([None, None, 1]),
         )
         with contextlib.suppress(lk.RejectedError):
-            self.requests.append(self.eng.submit(prompt, params, priority=rng.randrange(3)))
+            self.requests.append(self.eng.submit(prompt, params, priority=rng.randrange(3), **self.session()))
+
+    def session(self) -> dict:
+        """Of half of the requests: any of a few, with hints and parents that may be nonsense."""
+        rng = self.rng
+        name, parent = rng.choice([None, "a", "b", "c"]), rng.choice([None, "a", "b", "never seen"])
+        if name is None or rng.random() < 0.3:
+            return {}
+        return {"session": name, "parent": None if parent == name else parent, "hint": rng.choice([None, *HINTS])}
 
     def step(self) -> bool:
         try:

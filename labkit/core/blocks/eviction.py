@@ -14,15 +14,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from labkit.core.blocks.hinted import Hinted
 from labkit.core.blocks.prefix import PrefixCache
 from labkit.core.blocks.queues import S3FIFO, SLRU
+from labkit.core.blocks.sessions import SessionInfo
 from labkit.core.options import choose, duration, named_options, real
 from labkit.core.shown import Shown
+
+DEPTH_HALF = 128.0  # blocks
 
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """What a scoring function may read. Times are counters: of stores for `stored_at`, of releases for `freed_at`."""
+    """What a scoring function may read. `stored_at` counts stores, `freed_at` releases; `now` is in seconds.
+
+    `sessions` are those with a state that ends in this block; a block before an end needs no score of its own, because
+    it stays for as long as its end does. A block is `superseded` if a later state of its session replaced it and nobody
+    else needs it.
+    """
 
     block: int
     depth: int
@@ -30,6 +39,15 @@ class BlockInfo:
     children: int
     stored_at: int
     freed_at: int
+    now: float = 0.0
+    sessions: tuple[SessionInfo, ...] = ()
+    superseded: bool = False
+
+    @property
+    def cost(self) -> float:
+        """Of computing the block again, where 1 is that of a first block: its own tokens, and attention over all before
+        it, which is the larger part beyond 128 blocks."""
+        return 1.0 + self.depth / DEPTH_HALF
 
 
 @runtime_checkable
@@ -140,6 +158,18 @@ class Scored(Shown):
             self._heap = list(self._live.values())
             heapq.heapify(self._heap)
 
+    def order_of(self, block: int) -> int:
+        """Its place in the order of releases."""
+        return self._live[block][1] if block in self._live else self._num_freed
+
+    def rescore(self, blocks: list[int]) -> None:
+        """The sessions of these blocks have changed."""
+        for block in blocks:
+            if (old := self._live.get(block)) is not None:
+                self._parked.pop(block, None)
+                entry = self._live[block] = (self.safe_key(block), old[1], block)
+                heapq.heappush(self._heap, entry)
+
     def forget(self, blocks: list[int]) -> None:
         for block in blocks:
             del self._live[block]
@@ -169,6 +199,9 @@ class Scored(Shown):
             evicted.append(block)
             self.evicted(entry[0])
             parent = cache.has_parent(block)
+            if block in cache.sessions.at:  # these sessions end in the parent from here on
+                cache.sessions.climb(block, 0 if parent in evicted else parent, cache)
+                self.rescore([parent])
             if parent:
                 gone[parent] = gone.get(parent, 0) + 1
                 if parent in parked and cache.children[parent] <= gone[parent]:
@@ -260,7 +293,7 @@ class CostAware(Scored):
 
     name = "cost"
 
-    def __init__(self, cost: Callable[[BlockInfo], float] | None = None, depth_half: float = 128.0) -> None:
+    def __init__(self, cost: Callable[[BlockInfo], float] | None = None, depth_half: float = DEPTH_HALF) -> None:
         super().__init__()
         half = real("depth_half", depth_half, least=0.0, open_left=True)
         if cost is not None and not callable(cost):
@@ -269,7 +302,7 @@ class CostAware(Scored):
         self._age = 0.0
 
     def key(self, block: int) -> float:
-        return self._age + self.cost(info(self.cache, block, self._num_freed)) * (1 + int(self.cache.hits[block]))
+        return self._age + self.cost(info(self.cache, block, self.order_of(block))) * (1 + int(self.cache.hits[block]))
 
     def evicted(self, key: float) -> None:
         self._age = max(self._age, key)
@@ -291,7 +324,7 @@ class Function(Scored):
         return f"Function({self.name}: {len(self)} candidates)"
 
     def key(self, block: int) -> float:
-        return float(self.function(info(self.cache, block, self._num_freed)))
+        return float(self.function(info(self.cache, block, self.order_of(block))))
 
 
 def info(cache: PrefixCache, block: int, freed_at: int) -> BlockInfo:
@@ -302,6 +335,9 @@ def info(cache: PrefixCache, block: int, freed_at: int) -> BlockInfo:
         int(cache.children[block]),
         int(cache.stored_at[block]),
         freed_at,
+        cache.now / 1e9,
+        cache.sessions.infos(block),
+        block in cache.sessions.superseded,
     )
 
 
@@ -313,6 +349,7 @@ EVICTION_POLICIES: dict[str, Callable[[], EvictionPolicy]] = {
     "s3-fifo": S3FIFO,
     "ttl": TTL,
     "cost": CostAware,
+    "hinted": Hinted,
 }
 
 

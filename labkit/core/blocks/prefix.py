@@ -15,6 +15,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.core.blocks.sessions import Sessions
 from labkit.core.blocks.spans import Span, span_keys
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.options import text
@@ -137,6 +138,8 @@ class PrefixCache(Shown):
         self.roots: dict[bytes, tuple[str | None, str | None]] = {}
         self.emit: EventSink | None = None
         self.changes: Changes | None = None  # recorded while an order needs them
+        self.now = 0  # ns, for policies that read it
+        self.sessions = Sessions()
 
     def start_recording(self) -> Changes | None:
         """What has changed since the last call; None: not known. Recorded from now on, as far as it stays small."""
@@ -266,6 +269,8 @@ class PrefixCache(Shown):
         joined = self._hash_of[at].tobytes()
         parents = self.parent_of[at]
         same = self._parent_stamp[at] == self._stamp[parents]
+        if self.sessions:
+            self.sessions.removed(blocks, np.where(same, parents, 0).tolist(), self)
         np.subtract.at(self.children, parents[same], 1)
         self.stored[at] = False
         self._stamp[at] += 1
@@ -310,6 +315,7 @@ class PrefixCache(Shown):
         self.children[:] = self.hits[:] = self.parent_of[:] = 0
         self.block_of.clear()
         self.spares.clear()
+        self.sessions.clear()
         self.ghost_step.clear()
         self.ghost_for.clear()
         if self.emit is not None:
@@ -390,6 +396,7 @@ class PrefixCache(Shown):
         assert copies == known, "the hash map and the blocks disagree"
         assert self.spares.keys() <= self.block_of.keys(), "a spare without a first copy"
         assert (children[1:] == self.children[1:]).all(), "the counts of cached children are wrong"
+        self.sessions.check(lambda block: bool(self.stored[block]))
         assert self.ghost_step.keys() == self.ghost_for.keys(), "ghost_step and ghost_for have different keys"
         assert len(self.ghost_step) <= 4 * self.num_blocks, "more ghosts than 4 * num_blocks"
         assert not (self.ghost_step.keys() & self.block_of.keys()), "a stored hash is also a ghost"

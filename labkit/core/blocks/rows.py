@@ -236,6 +236,8 @@ class RowBlocks:
             held = hit.held
             self.hold(held)
             self.prefix.hits[held] += 1
+            if self.prefix.sessions:
+                self.prefix.sessions.superseded.difference_update(held)
             tables.append(row, hit.blocks)
             tables.num_computed[row] = hit.num_blocks * self.block_size
             if tables.next_full[row] != NEVER:
@@ -412,7 +414,7 @@ class RowBlocks:
 
     def tick(self, now: int) -> None:
         """Advance the time to `now` (ns): drop expired pins and blocks."""
-        self.now = now
+        self.now = self.prefix.now = now
         if self.offload is not None:
             self.offload.step = self.step
             self.offload.tick(now)

@@ -160,6 +160,7 @@ class Offloading(Shown):
     def __init__(self, device: PrefixCache, host: HostPool, eviction: EvictionChoice, num_disk_blocks: int) -> None:
         self.device = device
         host.offload = self
+        device.sessions.keeps_below = True
         self.host = Tier("cpu", host, device.block_size, eviction)
         self.disk = Tier("disk", BlockPool(num_disk_blocks), device.block_size) if num_disk_blocks else None
         self.out: dict[int, int] = {}  # host block -> device block, to be copied by the next plan
@@ -318,6 +319,7 @@ class Offloading(Shown):
     def tick(self, now: int) -> None:
         """Forget what is past its time in host memory."""
         host = self.host
+        host.prefix.now = now
         if hasattr(host.eviction, "expired") and (old := host.eviction.expired(now)):
             host.forget(old, self.step)
             for place in old:

@@ -41,6 +41,25 @@ class Spanned(Event):
 
 
 @dataclass(frozen=True)
+class InSession(Event):
+    """The request belongs to a session; follows its `Submitted`. `parent` is the session that this one works for."""
+
+    request: str
+    session: str
+    parent: str | None
+
+
+@dataclass(frozen=True)
+class Hinted(Event):
+    """What a session will do next: `after` so many ns from now on, or with a `request`, from the end of its answer."""
+
+    session: str
+    hint: str
+    after: int | None
+    request: str | None
+
+
+@dataclass(frozen=True)
 class Admitted(Event):
     request: str
     row: int
@@ -233,9 +252,9 @@ class Step(Event):
 EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
-        Submitted, Spanned, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded, AdapterLoaded, Copied,
-        Forked, Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control, Failed, RankLoad,
-        Rewound, Step,
+        Submitted, Spanned, InSession, Hinted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded,
+        AdapterLoaded, Copied, Forked, Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control,
+        Failed, RankLoad, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}
@@ -289,6 +308,7 @@ _HOLDS: dict[str, Callable[[Any], bool]] = {  # an annotation, as it is written 
     "int": lambda value: type(value) is int,
     "str": lambda value: isinstance(value, str),
     "bool": lambda value: isinstance(value, bool),
+    "int | None": lambda value: value is None or (type(value) is int and value >= 0),
     "str | None": lambda value: value is None or isinstance(value, str),
     "tuple[int, ...]": lambda value: (
         isinstance(value, list) and bool(value) and all(type(id) is int and 0 <= id < 2**31 for id in value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from labkit.core.blocks import retention
 from labkit.core.blocks.prefix import hash_blocks, span_keys
 from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
@@ -154,6 +155,8 @@ def _place(
     root = blocks.prefix.root(request.salt, request.adapter_key)
     blocks.open(request.id, root, hashes or None, span_keys(request.spans, size), row)
     blocks.join(row, tokens, hit)
+    if request.session is not None:
+        retention.begin(blocks, request.session, request.parent_session, hit, builder.now)
     if fresh and blocks.prefix_caching and reads_cache(request):
         blocks.count_query(len(tokens), hit.num_blocks)
     swapped = request.status is Status.SWAPPED

@@ -18,7 +18,7 @@ from labkit.core.events.log import EventLog
 from labkit.core.options import choose, duration, flag, named_options, real, whole
 from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import admission, committing, loading, planning, preempt, spans
+from labkit.core.scheduling import admission, committing, loading, planning, preempt, sessions, spans
 from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.drafting import DraftChoice, Drafting, draft_of
 from labkit.core.scheduling.policy import (
@@ -192,6 +192,8 @@ class Scheduler(SchedulerState, Shown):
                 ("Submitted", member.id, member.num_prompt, params.max_tokens or 0, member.priority,
                  parent.id if parent else None)
             )  # fmt: skip
+            if member.session is not None:
+                sessions.note(self, member, now)
             for span in member.spans if parent is None else ():
                 self.log.add(("Spanned", member.id, span.kind, span.start, span.length, span.short))
             if reason is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.core.blocks import retention
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.blocks.tables import Ints
 from labkit.core.events.log import EventLog
@@ -214,6 +215,10 @@ class SchedulerState:
         """Free a row and release its blocks."""
         request = self.row_request[row]
         assert request is not None
+        if request.session is not None:
+            hint = request.hint if request.ended else None  # preempted ones go on
+            now = max(request.finished_at or 0, self.blocks.now)
+            retention.settle(self.blocks, row, request.session, request.parent_session, hint, now)
         self.blocks.close(request.id, reserved=True)
         self.row_request[row] = None
         self.dropped[row] = False

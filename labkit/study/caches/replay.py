@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from labkit.core.blocks.eviction import EvictionPolicy
+from labkit.core.blocks.sessions import Hint, Sessions
 
 
 class ReplayCache:
@@ -29,6 +31,8 @@ class ReplayCache:
         self.parent_hashes: list[int | None] = [None]
         self.free: list[int] = []
         self.num_stored = 0
+        self.now = 0  # ns
+        self.sessions = Sessions()
 
     def hash_of(self, block: int) -> int | None:
         return self.hashes[block]
@@ -68,6 +72,8 @@ class ReplayCache:
 
     def remove(self, blocks: Sequence[int]) -> None:
         hashes, hits, children = self.hashes, self.hits, self.children
+        if self.sessions:
+            self.sessions.removed(blocks, [self.has_parent(block) for block in blocks], self)
         for block in blocks:
             if parent := self.has_parent(block):
                 children[parent] -= 1
@@ -75,6 +81,14 @@ class ReplayCache:
             hashes[block] = None
             hits[block] = children[block] = 0
         self.free += blocks
+
+
+class Turn(NamedTuple):
+    """What a request says of its session."""
+
+    session: str
+    parent: str | None = None
+    hint: Hint | None = None
 
 
 class Replay:
@@ -99,6 +113,7 @@ class Replay:
         self.idle: list[float] = []  # seconds between last use and eviction, until somebody empties it
         policy.attach(self.cache)  # type: ignore[arg-type]
         self._expired = getattr(policy, "expired", None)
+        self._rescore = getattr(policy, "rescore", None)  # it reads sessions
 
     def __repr__(self) -> str:
         return f"Replay({self.policy!r}: {len(self.cache.block_of)} of {self.capacity:g} blocks cached)"
@@ -106,10 +121,14 @@ class Replay:
     def __len__(self) -> int:
         return len(self.cache.block_of)
 
-    def add(self, hashes: Sequence[int], now: float = 0.0, next_use: Sequence[float] | None = None) -> int:
-        """A request with these block hashes at `now` (seconds). Block i is used again at `next_use[i]`."""
+    def add(
+        self, hashes: Sequence[int], now: float = 0.0, next_use: Sequence[float] | None = None, turn: Turn | None = None
+    ) -> int:
+        """A request with these block hashes at `now` (seconds). Block i is used again at `next_use[i]`. The request is
+        a `turn` of a session, which goes on as its hint says, from `now` on: no time passes while it is served."""
         cache, policy = self.cache, self.policy
-        if self._expired is not None and (old := self._expired(int(now * 1e9))):
+        cache.now = int(now * 1e9)
+        if self._expired is not None and (old := self._expired(cache.now)):
             policy.forget(old)
             self._remove(old, now)
         get, hits = cache.block_of.get, cache.hits
@@ -122,6 +141,12 @@ class Replay:
             hits[block] += 1
         num_hit = len(blocks)
         held = blocks
+        if cache.sessions.superseded:
+            cache.sessions.superseded.difference_update(blocks)
+        if turn is not None and self._rescore is not None:
+            mine = set(blocks)
+            changed = cache.sessions.begin(turn.session, turn.parent, blocks, cache, mine.__contains__, cache.now)
+            self._rescore(changed)
         if num_hit < len(hashes):
             rest = hashes[num_hit:]
             found = [get(digest) for digest in rest]
@@ -147,6 +172,8 @@ class Replay:
         used_at = cache.used_at
         for block in blocks:
             used_at[block] = now
+        if turn is not None and self._rescore is not None:
+            self._rescore(cache.sessions.settle(turn.session, turn.parent, blocks[-1:], turn.hint, cache.now))
         policy.freed(blocks[::-1])
         self._evict(len(self) - self.capacity, now)
         return num_hit
@@ -172,3 +199,4 @@ class Replay:
             assert cache.hashes[block] == digest, f"block {block} is listed under another hash"
             children[cache.has_parent(block)] += 1
         assert children[1:] == cache.children[1:], "the counts of cached children are wrong"
+        cache.sessions.check(lambda block: cache.hashes[block] is not None)
