@@ -113,7 +113,7 @@ def test_greedy_tokens_are_those_of_transformers_in_every_setting(models, settin
 def test_greedy_tokens_are_those_of_transformers_for_every_architecture(models, kind, seed):
     ours, theirs = models(kind, seed)
     expected = expectations(theirs, seed, number=5, length=10)
-    for settings in SETTINGS:
+    for settings in SETTINGS[seed::3]:  # each is met by one of the three models
         assert_greedy_identity(ours, expected, settings)
 
 
