@@ -150,14 +150,19 @@ def test_chats_in_python_take_files_and_hosts_that_are_allowed(their, tmp_path):
                 llm.chat([user(part(url))], params)
 
 
-def test_a_repeated_image_is_a_cache_hit_and_another_of_its_size_is_not(client):
-    def cached(seed):
+def test_a_repeated_image_is_a_cache_hit_and_another_of_its_size_is_not(client, server):
+    """Neither its blocks nor its features are computed again."""
+
+    def ask(seed):
         asked = [user(part(data_url(file_of(picture(seed)))), text("what?"))]
         found = client.chat.completions.create(model="seeing", messages=asked, max_tokens=1)
-        return found.usage.prompt_tokens_details.cached_tokens
+        page = httpx.get(f"{server.url}/metrics").text.splitlines()
+        encoded = next(line for line in page if line.startswith("labkit:images_encoded_total{"))
+        return found.usage.prompt_tokens_details.cached_tokens, float(encoded.split()[-1])
 
-    first, again, other = cached(11), cached(11), cached(12)
+    (first, one), (again, same), (other, two) = ask(11), ask(11), ask(12)
     assert again > first and other == first
+    assert one == same == two - 1
 
 
 @pytest.mark.parametrize(
