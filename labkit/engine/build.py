@@ -60,7 +60,8 @@ class Options:
     `distributed_executor_backend` "mp" computes in a process of its own also with one rank; with "ray" the ranks are
     actors of Ray, on this machine or on the cluster at `ray_address`, with "external" the processes of torchrun.
     `ray_host` is the address of this machine for ranks on others. `restart` starts ranks again that have ended, and
-    serves their requests again. `workers` are processes that run already, see `lk.Workers`.
+    serves their requests again. `workers` are processes that run already, see `lk.Workers`. GPUs sum small messages
+    through symmetric memory where torch has it, unless `disable_custom_all_reduce`.
     Of models with images, `limit_mm_per_prompt` ({"image": 4}) limits a request's images, and `mm_processor_kwargs` go
     to the model's processor; `mm_processor_cache_gb` GiB of what it makes are kept in host memory, and
     `mm_encoder_cache_gb` GiB of image features on the device, the longest unused go first.
@@ -126,6 +127,7 @@ class Options:
     ray_address: str | None = None
     ray_host: str | None = None
     restart: bool = False
+    disable_custom_all_reduce: bool = False
     workers: Any = None
     limit_mm_per_prompt: Any = None
     mm_processor_kwargs: Any = None
@@ -185,6 +187,7 @@ class Options:
         for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             whole(name, getattr(self, name), least=1)
         flag("restart", self.restart)
+        flag("disable_custom_all_reduce", self.disable_custom_all_reduce)
         partition(self.pp_layer_partition, None if self.workers is not None else self.pipeline_parallel_size)
         if self.distributed_executor_backend is not None:
             choose("distributed_executor_backend", self.distributed_executor_backend, EXECUTORS)
@@ -352,6 +355,7 @@ def _workers(options: Options, device: str) -> Any:
     given: dict[str, Any] = {
         "tensor_parallel_size": options.tensor_parallel_size, "device": device,
         "pipeline_parallel_size": options.pipeline_parallel_size, "num_threads": options.num_threads,
+        "custom_all_reduce": not options.disable_custom_all_reduce,
     }  # fmt: skip
     if options.distributed_executor_backend == "external" and job() is not None:
         from labkit.parallel.external import ExternalWorkers

@@ -31,7 +31,7 @@ HARMLESS = frozenset((
     # how it runs, not what comes out
     "swap_space", "max_seq_len_to_capture", "cudagraph_capture_sizes", "max_cudagraph_capture_size", "cuda_graph_sizes",
     "compilation_config", "optimization_level", "attention_backend", "attention_config", "kernel_config", "moe_backend",
-    "linear_backend", "disable_custom_all_reduce", "disable_hybrid_kv_cache_manager", "disable_cascade_attn",
+    "linear_backend", "disable_hybrid_kv_cache_manager", "disable_cascade_attn",
     "async_scheduling", "stream_interval", "block_allocator", "use_v2_block_manager", "num_lookahead_slots",
     "preemption_mode", "prefix_caching_hash_algo", "max_parallel_loading_workers", "safetensors_load_strategy",
     "structured_outputs_config", "guided_decoding_backend", "performance_mode", "enable_flashinfer_autotune",

@@ -49,6 +49,7 @@ class RayWorkers(Workers):
         step_timeout: float = 300.0,
         restart: bool = False,
         num_threads: int | None = None,
+        custom_all_reduce: bool = True,
     ) -> None:
         choose("strategy", strategy, STRATEGIES)
         if address is not None and (not isinstance(address, str) or not address):
@@ -65,6 +66,7 @@ class RayWorkers(Workers):
         super().__init__(
             tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size, device=device,
             backend=backend, timeout=timeout, step_timeout=step_timeout, restart=restart, num_threads=num_threads,
+            custom_all_reduce=custom_all_reduce,
         )  # fmt: skip
 
     def _choose(self, backend: str) -> str:

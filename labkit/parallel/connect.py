@@ -15,6 +15,7 @@ from labkit.loading.format import Shard
 from labkit.models.place import Collectives, Neighbours, Place
 from labkit.parallel.ranks import Lost, Ranks, Traffic
 from labkit.parallel.shared import Segment, SharedGroup, SharedPipe
+from labkit.parallel.symmetric import Symmetric, symmetric
 
 
 class Peers:
@@ -109,8 +110,11 @@ def _distributed(ranks: Ranks, rank: int, backend: str, settings: dict[str, Any]
         members = list(range(number * ranks.tensor, (number + 1) * ranks.tensor))
         made = dist.new_group(members, timeout=timeout) if ranks.tensor > 1 else None
         group = made if number == stage else group
+    fast = None
+    if group is not None and device is not None and settings["custom_all_reduce"]:
+        fast = symmetric(group, inner, ranks.tensor, device, dist)
     return (
-        TorchGroup(group, inner, ranks.tensor) if group is not None else None,
+        TorchGroup(group, inner, ranks.tensor, fast) if group is not None else None,
         TorchPipe(rank - ranks.tensor, rank + ranks.tensor, device) if ranks.stages > 1 else None,
         at_end,
     )
@@ -145,18 +149,22 @@ def open_store(host: str, num: int) -> tuple[str, Any]:
 
 
 class TorchGroup:
-    """The ranks of a stage in a process group of torch; see `labkit.models.place.Collectives`."""
+    """The ranks of a stage in a process group of torch; see `labkit.models.place.Collectives`. `fast` sums small
+    tensors."""
 
-    def __init__(self, group: Any, rank: int, ranks: int) -> None:
+    def __init__(self, group: Any, rank: int, ranks: int, fast: Symmetric | None = None) -> None:
         import torch.distributed as dist
 
-        self.dist, self.group, self.rank, self.ranks = dist, group, rank, ranks
+        self.dist, self.group, self.rank, self.ranks, self.fast = dist, group, rank, ranks, fast
         self.waited, self.traffic = 0.0, Traffic()  # waiting is not told apart from the exchange itself
 
     def all_reduce(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = x.contiguous()
         self.traffic.add(x.nbytes)
-        _raising(lambda: self.dist.all_reduce(x, group=self.group))
+        if self.fast is not None and self.fast.takes(x):
+            x = self.fast.all_reduce(x)
+        else:
+            _raising(lambda: self.dist.all_reduce(x, group=self.group))
         return x if residual is None else residual + x
 
     def all_gather(self, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class ExternalWorkers(Workers):
         timeout: float = 30.0,
         step_timeout: float = 300.0,
         num_threads: int | None = None,
+        custom_all_reduce: bool = True,
     ) -> None:
         found = job()
         if found is None:
@@ -48,6 +49,7 @@ class ExternalWorkers(Workers):
         super().__init__(
             tensor_parallel_size=tensor_parallel_size, pipeline_parallel_size=pipeline_parallel_size, device=device,
             backend=backend, timeout=timeout, step_timeout=step_timeout, num_threads=num_threads,
+            custom_all_reduce=custom_all_reduce,
         )  # fmt: skip
 
     def _choose(self, backend: str) -> str:

@@ -49,7 +49,8 @@ class Workers(Shown):
     `tensor_parallel_size` processes split every layer among them, `pipeline_parallel_size` stages have some of the
     layers each. `backend` "auto" is NCCL on GPUs; on CPUs it is "shared" memory, and "gloo" where no C++ compiler is.
     A rank that waits longer than `timeout` seconds for another in a collective, or than `step_timeout` for a stage or
-    a step, gives up, and all are ended. With `restart`, they are started anew when they are needed next.
+    a step, gives up, and all are ended. With `restart`, they are started anew when they are needed next. GPUs sum small
+    messages through symmetric memory where torch has it; `custom_all_reduce=False` leaves all of them to NCCL.
 
     >>> with lk.Workers(tensor_parallel_size=2) as workers:
     ...     engine = lk.Engine(workers=workers)
@@ -66,6 +67,7 @@ class Workers(Shown):
         step_timeout: float = 300.0,
         restart: bool = False,
         num_threads: int | None = None,
+        custom_all_reduce: bool = True,
     ) -> None:
         self.ranks = Ranks.of(tensor_parallel_size, pipeline_parallel_size)
         from labkit.parallel.shared import MOST_RANKS
@@ -79,6 +81,7 @@ class Workers(Shown):
         self.timeout = real("timeout", timeout, least=0.1)
         self.step_timeout = real("step_timeout", step_timeout, least=0.1)
         self.restart = flag("restart", restart)
+        self.custom_all_reduce = flag("custom_all_reduce", custom_all_reduce)
         self.num_threads = None if num_threads is None else whole("num_threads", num_threads, least=1)
         self.backend = self._choose(backend)
         self.segment: Any = None
@@ -178,7 +181,8 @@ class Workers(Shown):
         """What a rank is told first. `memory` is of the process that it runs in; None: no shared memory."""
         return {
             "rank": rank, "ranks": list(self.ranks), "version": __version__, "backend": self.backend, "gpu": rank,
-            "timeout": self.timeout, "step_timeout": self.step_timeout, "store": f"file:{self._folder}/store",
+            "timeout": self.timeout, "step_timeout": self.step_timeout, "custom_all_reduce": self.custom_all_reduce,
+            "store": f"file:{self._folder}/store",
         }  # fmt: skip
 
     def close(self) -> None:

@@ -75,6 +75,7 @@ FLAGS: tuple[Flag, ...] = (
     ),
     _engine("ray-address", "str", "the Ray cluster to use (RAY_ADDRESS, or one of its own)"),
     _engine("ray-host", "str", "this machine's address for ranks on other hosts"),
+    _engine("disable-custom-all-reduce", "bool", "GPUs sum small messages with NCCL, too"),
     _engine("restart", "bool", "start ranks or replicas that have ended again, and serve their requests again"),
     # -- memory and scheduling
     _engine("max-model-len", "int", "most tokens of a request, prompt and answer"),
@@ -170,7 +171,6 @@ FLAGS: tuple[Flag, ...] = (
     *_harmless("cuda-graph-sizes cudagraph-capture-sizes", "list", "graphs are captured as needed"),
     *_harmless("compilation-config structured-outputs-config attention-config", "json", "labkit has other parts"),
     *_harmless("optimization-level guided-decoding-backend attention-backend", "str", "labkit has other parts"),
-    *_harmless("disable-custom-all-reduce", "bool", "NCCL on GPUs, shared memory on CPUs"),
     *_harmless("h11-max-incomplete-event-size h11-max-header-count", "int", "headers have a bound of their own"),
     *_harmless("tokenizer-mode config-format model-impl", "str", "the checkpoint decides", ("auto", "hf")),
     *_harmless("runner", "str", "text is generated and embedded", ("auto", "generate", "pooling")),
