@@ -46,7 +46,8 @@ class Symmetric:
         mine = self.buffers[x.dtype][: x.numel()]
         mine.copy_(x.reshape(-1))
         if x.nbytes <= self.one_shot:
-            return self.ops.one_shot_all_reduce(mine, "sum", self.name).view(x.shape)  # type: ignore[no-any-return]
+            out: Tensor = self.ops.one_shot_all_reduce(mine, "sum", self.name)
+            return out.view(x.shape)
         self.ops.two_shot_all_reduce_(mine, "sum", self.name)
         return mine.clone().view(x.shape)
 
