@@ -33,7 +33,7 @@ class Symmetric:
         self.one_shot = ONE_SHOT.get(ranks, 0)
         raw = memory.empty(self.most, dtype=torch.uint8, device=device)
         memory.rendezvous(raw, self.name)
-        self.buffers = {dtype: raw.view(dtype) for dtype in DTYPES}
+        self.buffers: dict[torch.dtype, Tensor] = {dtype: raw.view(dtype) for dtype in DTYPES}
 
     def __repr__(self) -> str:
         return f"Symmetric({self.ranks} ranks, messages up to {self.most // 1024} KiB)"
