@@ -105,10 +105,12 @@ class Repeats:
 
     def capture(self) -> None:
         """Record steps of every size, so that no later one has to. Their tokens go into the scratch block."""
-        for tokens in range(MOST_TOKENS, 0, -1):
+        tokens = self.most
+        while tokens > 0:
             ids, one = torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens, dtype=torch.int32)
             start = torch.arange(tokens + 1, dtype=torch.int32)
             self.forward(Batch(ids, ids, ids, torch.zeros(tokens, 1, dtype=torch.int32), start, one, 1, 1))
+            tokens = min(tokens - 1, self.most)
 
     def _record(self, key: Key, x: Tensor, batch: Batch) -> Tensor:
         tokens = key[0]
@@ -127,11 +129,16 @@ class Repeats:
         )
         fill(mine, batch)
         self.num_captured += 1
+        num_chunks = len(self.arena.chunks)
         out, recording = record(lambda: self.model.through(x, mine, self.caches), self.arena)
-        if recording.other is not None or recording.nbytes > MOST_BYTES:  # its layers compute in torch, too
+        if recording.other is not None:  # its layers compute in torch, too
             self.most = min(self.most, tokens - 1)
+        elif recording.nbytes > MOST_BYTES:
+            self.most = min(self.most, tokens * MOST_BYTES // recording.nbytes)
         else:
             self.made[key] = Made(x, mine, adapters, out, recording)
+            return out
+        del self.arena.chunks[num_chunks:]
         return out
 
     def forget(self) -> None:
