@@ -92,6 +92,7 @@ _MODULES = {
     "assets": "assets",
     "doctor": "notebook.doctor",
     "explain": "widgets.explain",
+    "policies": "policies",
     "study": "study",
     "workloads": "study.workloads",
 }
@@ -99,7 +100,7 @@ _MODULES = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from . import study
+    from . import policies, study
     from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
     from .core.blocks.eviction import FIFO, LFU, LRU, TTL, CostAware

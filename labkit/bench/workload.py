@@ -7,7 +7,7 @@ import csv
 import functools
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -34,6 +34,7 @@ class Ask:
     arrival: float = 0.0  # seconds after the beginning
     priority: int = 0  # a smaller number is more urgent
     after: int | None = None  # index of the request whose conversation this one continues
+    extra: Mapping[str, Any] | None = field(default=None, hash=False)  # becomes `extra_args`, for policies
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class Workload:
                 entry["priority"] = ask.priority
             if ask.after is not None:
                 entry["after"] = ask.after
+            if ask.extra:
+                entry["extra"] = dict(ask.extra)
             asks.append(entry)
         Path(path).write_text(json.dumps(asks) + "\n")
 
@@ -196,7 +199,7 @@ def trace(path: str | Path, num: int | None = None, *, vocab_size: int, seed: in
 
 
 def load(path: str | Path) -> Workload:
-    """What `save` wrote: [{"prompt": [ids], "out": n, "arrival": seconds, "priority": n, "after": place}]."""
+    """What `save` wrote: [{"prompt": [ids], "out": n, "arrival": seconds, "priority": n, "after": i, "extra": {}}]."""
     asks = []
     for i, entry in enumerate(_json(path)):
         try:
@@ -208,6 +211,7 @@ def load(path: str | Path) -> Workload:
                     float(entry.get("arrival", 0.0)),
                     int(entry.get("priority", 0)),
                     None if after is None else int(after),
+                    dict(entry["extra"]) if entry.get("extra") else None,
                 )
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -33,6 +33,18 @@ class RequestOutputKind(Enum):
     FINAL_ONLY = 2
 
 
+class ReadOnly(dict[str, Any]):
+    """A dict that cannot be changed: a policy that reads it cannot write into it."""
+
+    def _refuse(self, *args: object, **options: object) -> Any:
+        raise TypeError(f"extra_args cannot be changed: {dict(self)!r}")
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        return ReadOnly, (dict(self),)
+
+
 LogitsProcessor = Callable[[list[int], list[int], Any], Any]  # (prompt ids, output ids, logits) -> logits
 
 
@@ -180,6 +192,8 @@ class SamplingParams:
     def _check_form(self) -> None:
         if self.extra_args is not None and not isinstance(self.extra_args, Mapping):
             raise ValueError(f"extra_args maps names to values, got {self.extra_args!r}")
+        if self.extra_args is not None:
+            object.__setattr__(self, "extra_args", ReadOnly(self.extra_args))
         form = self.structured_outputs
         if form is None:
             return

@@ -99,6 +99,9 @@ class Options:
     max_prefill_chunk: int | None = None
     prefill_share: float = 0.5
     order: Any = "fcfs"
+    admission: Any = None
+    chunk: Any = None
+    step_budget: Any = None
     victim: Any = "latest"
     preemption: str = "auto"
     swap_cost: Any = None
@@ -226,7 +229,8 @@ class Options:
 EXECUTORS = {"mp": None, "uni": None, "ray": "actors of Ray", "external": "processes of torchrun"}
 SCHEDULING = (
     "max_num_seqs", "max_num_batched_tokens", "max_waiting", "chunked_prefill", "max_prefill_chunk", "prefill_share",
-    "order", "victim", "preemption", "swap_cost", "recompute_cost", "kv_loading", "disk_cost", "watermark",
+    "order", "admission", "chunk", "step_budget", "victim", "preemption", "swap_cost", "recompute_cost", "kv_loading",
+    "disk_cost", "watermark",
     "prefix_hold", "max_in_flight", "log",
 )  # fmt: skip
 LOADING = (

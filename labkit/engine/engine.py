@@ -103,6 +103,7 @@ class Engine(Hinting, Shown):
         self.adapters = Adapters(self, options.get("max_cpu_adapters"))
         self.closed: LeakReport | None = None  # the report of close()
         scheduler.vocab_size = runner.vocab_size
+        scheduler.policies.meter = time.perf_counter_ns
         connect_draft(scheduler, runner, self.clock)
         blocks = scheduler.blocks
         layout = Layout(
@@ -377,7 +378,8 @@ class Engine(Hinting, Shown):
     def control(self, **settings: Any) -> None:
         """Change settings of the running engine. Each change is logged as a Control event.
 
-        budget, rows, order, eviction, victim, preemption, prefix_caching, prefill_share, max_prefill_chunk, watermark.
+        budget, rows, order, admission, chunk, step_budget, eviction, victim, preemption, prefix_caching,
+        prefill_share, max_prefill_chunk, watermark.
         """
         values = checked(self.scheduler, settings)
         self._call(lambda: apply(self.scheduler, settings, values, self.clock.now()))

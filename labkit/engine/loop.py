@@ -21,6 +21,7 @@ from labkit.core.events.log import EventLog
 from labkit.core.options import duration
 from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.decisions import Policies
 from labkit.core.scheduling.scheduler import RejectedError, Scheduler
 from labkit.engine.handle import Handle
 from labkit.engine.wakeup import Wakeup
@@ -67,6 +68,11 @@ class Loop:
     @property
     def blocks(self) -> BlockManager:
         return self.scheduler.blocks
+
+    @property
+    def policies(self) -> Policies:
+        """The decisions that functions of yours make: calls, time a call, how often and why each was overruled."""
+        return self.scheduler.policies
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -134,7 +140,9 @@ class Loop:
         """One engine step. If not `patient`, return instead of waiting for an arrival."""
         while True:
             self._let_arrive()
-            plan = self._launch()
+            plan = self._launch(self.scheduler.schedule)
+            if plan is None and not self.in_flight and not self._arrivals:
+                plan = self._launch(self.scheduler.overrule)
             if self.in_flight and (plan is None or len(self.in_flight) > self.scheduler.max_in_flight):
                 return self._commit()
             if plan is not None:
@@ -152,8 +160,8 @@ class Loop:
         while self._arrivals and self._arrivals[0][0] <= self.clock.now():
             self._enter(heapq.heappop(self._arrivals)[2], quiet=True)
 
-    def _launch(self) -> Plan | None:
-        plan = self.scheduler.schedule(self.clock.now())
+    def _launch(self, schedule: Callable[[int], Plan | None]) -> Plan | None:
+        plan = schedule(self.clock.now())
         if plan is not None:
             try:
                 pending = self.runner.launch(plan)

@@ -7,15 +7,16 @@ from typing import Any
 
 from labkit.core.blocks.eviction import eviction_policy
 from labkit.core.options import check_names, choose, flag, real, whole
-from labkit.core.scheduling.policy import PREEMPTIONS, name_of, order_of, victim_of
+from labkit.core.scheduling.decisions import CHECKS as OF_POLICIES
+from labkit.core.scheduling.decisions import KINDS, checked_policies
+from labkit.core.scheduling.policy import PREEMPTIONS, name_of
 from labkit.core.scheduling.scheduler import Scheduler
 
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "budget": lambda x: whole("budget", x, least=1),
     "rows": lambda x: whole("rows", x, least=1),
-    "order": order_of,
+    **OF_POLICIES,
     "eviction": eviction_policy,
-    "victim": victim_of,
     "preemption": lambda x: choose("preemption", x, PREEMPTIONS),
     "prefix_caching": lambda x: flag("prefix_caching", x),
     "prefill_share": lambda x: real("prefill_share", x, least=0, most=1, open_left=True),
@@ -38,12 +39,11 @@ def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any]
     """Set `values`; the Control events record them as given."""
     if "budget" in values:
         _check_budget(scheduler, values["budget"])
-    if "order" in values:
-        _set_order(scheduler, values["order"], now)
+    _decide_by(scheduler, {name: value for name, value in values.items() if name in KINDS}, now)
     for name, value in values.items():
         if name in OF_BLOCKS:
             setattr(scheduler.blocks, name, value)
-        elif name != "order":
+        elif name not in KINDS:
             setattr(scheduler, OF_SCHEDULER.get(name, name), value)
         scheduler.blocked = None  # the head of the queue is tried again
         given = settings[name]
@@ -64,11 +64,15 @@ def _check_budget(scheduler: Scheduler, budget: int) -> None:
             )
 
 
-def _set_order(scheduler: Scheduler, order: Any, now: int) -> None:
-    queue, old = scheduler.queue, scheduler.queue.order
-    queue.order = order
-    try:
-        queue.reorder(now, scheduler.requests.values())
-    except Exception:
-        queue.order = old
-        raise
+def _decide_by(scheduler: Scheduler, functions: dict[str, Any], now: int) -> None:
+    checked_policies(scheduler.chunked_prefill, **functions)
+    if "order" in functions:
+        queue, old = scheduler.queue, scheduler.queue.order
+        scheduler.decide_by({"order": functions["order"]})
+        try:
+            queue.reorder(now, scheduler.requests.values())
+        except Exception:
+            scheduler.decide_by({"order": old})
+            raise
+    if functions:
+        scheduler.decide_by(functions)

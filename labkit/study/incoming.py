@@ -4,7 +4,7 @@ more of them than it must."""
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Incoming(NamedTuple):
     prompt: Tokens
     num_output: int
     priority: int = 0
+    extra: Mapping[str, Any] | None = None  # becomes `extra_args`, for policies
 
 
 class Arrivals:
@@ -82,7 +83,7 @@ class Arrivals:
         for i in self._turns.pop(index, ()):
             ask = self._asks[i]
             prompt = np.concatenate((tokens, np.asarray(ask.prompt, np.int32)))
-            found.append(Incoming(finished_at / 1e9 + ask.arrival, i, prompt, ask.num_output, ask.priority))
+            found.append(Incoming(finished_at / 1e9 + ask.arrival, i, prompt, ask.num_output, ask.priority, ask.extra))
         return found
 
     def take(self, num: int) -> list[Incoming]:
@@ -105,7 +106,7 @@ class Arrivals:
         first = [i for i, ask in enumerate(self._asks) if ask.after is None]
         for i in sorted(first, key=lambda i: self._asks[i].arrival):
             ask = self._asks[i]
-            yield Incoming(ask.arrival, i, np.asarray(ask.prompt, np.int32), ask.num_output, ask.priority)
+            yield Incoming(ask.arrival, i, np.asarray(ask.prompt, np.int32), ask.num_output, ask.priority, ask.extra)
 
     def _of_stream(self, source: Iterable[Any]) -> Iterator[Incoming]:
         size = getattr(source, "block_size", None) or 16
@@ -115,7 +116,8 @@ class Arrivals:
             elif isinstance(given, Ask):
                 if given.after is not None:
                     raise ValueError(f"request {i} goes on with another: conversations need a Workload")
-                yield Incoming(given.arrival, i, np.asarray(given.prompt, np.int32), given.num_output, given.priority)
+                prompt = np.asarray(given.prompt, np.int32)
+                yield Incoming(given.arrival, i, prompt, given.num_output, given.priority, given.extra)
             elif isinstance(given, TraceRequest):
                 yield Incoming(given.arrival, i, self._prompt(given, i, size), max(given.num_output, 1))
             else:

@@ -53,7 +53,9 @@ class _Conversations:
 
     def submit(self, i: int, prompt: Any, at: float) -> None:
         ask = self.asks[i]
-        params = SamplingParams(max_tokens=ask.num_output, temperature=0, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            max_tokens=ask.num_output, temperature=0, ignore_eos=True, detokenize=False, extra_args=ask.extra
+        )  # fmt: skip
         try:
             handle = self.engine.submit(prompt, params, arrival=at, priority=ask.priority)
         except RejectedError as error:
@@ -179,7 +181,8 @@ _SECONDS: dict[str, Callable[[Handle, int], float | None]] = {
 def _requests(talks: _Conversations) -> tuple[list[Timed], dict[str, list[Any]]]:
     timed: list[Timed] = []
     names = ("request", "priority", "status", *_SECONDS, "num_prompt", "num_cached", "num_output", "preemptions")
-    columns: dict[str, list[Any]] = {name: [] for name in names}
+    extra = dict.fromkeys(name for ask in talks.asks for name in ask.extra or ())
+    columns: dict[str, list[Any]] = {name: [] for name in (*names, *(name for name in extra if name not in names))}
     for i, handle in sorted(talks.handles.items()):
         row: dict[str, Any] = {
             "request": i, "priority": handle.priority, "status": "failed" if handle.error else str(handle.status),
@@ -187,8 +190,9 @@ def _requests(talks: _Conversations) -> tuple[list[Timed], dict[str, list[Any]]]
             "num_prompt": handle.num_prompt, "num_cached": handle.num_cached, "num_output": handle.num_output,
             "preemptions": handle.num_preemptions,
         }  # fmt: skip
-        for name, value in row.items():
-            columns[name].append(value)
+        given = talks.asks[i].extra or {}
+        for name, column in columns.items():
+            column.append(row[name] if name in row else given.get(name))
         if row["status"] == "finished" and handle.first_token_at is not None and handle.finished_at is not None:
             at = [
                 (moment - talks.begin) / 1e9 for moment in (handle.arrival, handle.first_token_at, handle.finished_at)

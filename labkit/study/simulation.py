@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,8 @@ class Simulator:
                     upcoming = arrivals.next_time()
                 before = self.now
                 found = self.forward.step(before) or self.forward.usual(before)
+                if found is None and upcoming is None:
+                    found = self.forward.usual(before, last=True)
                 if found is None:
                     if upcoming is None:
                         break
@@ -205,6 +208,8 @@ class Simulator:
     def _inject(self, given: Incoming | None) -> None:
         assert given is not None
         params = self._params_of(given.num_output)
+        if given.extra:
+            params = replace(params, extra_args=given.extra)
         id = f"r{given.index}"
         arrival = max(round(given.arrival * 1e9), 0)
         self.num_injected += 1

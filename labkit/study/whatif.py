@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 SHOWN = 12  # requests in the picture
 COLUMNS = ("request", "arrival", "ttft", "ttft_after", "e2e", "e2e_after", "change", "reason")
 OF_RUN = (
-    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "max_prefill_chunk", "prefill_share", "victim",
-    "preemption", "watermark", "prefix_hold",
+    "max_num_seqs", "max_num_batched_tokens", "chunked_prefill", "max_prefill_chunk", "prefill_share", "preemption",
+    "watermark", "prefix_hold",
 )  # fmt: skip
 
 
@@ -83,11 +83,13 @@ def _of_engine(engine: Engine) -> Rebuilt:
         raise ValueError(f"{engine!r} has no finished request: nothing to replay")
     begin = found[0].arrival
     made = [
-        Incoming((r.arrival - begin) / 1e9, i, np.asarray(r.prompt), r.num_output, r.priority)
+        Incoming((r.arrival - begin) / 1e9, i, np.asarray(r.prompt), r.num_output, r.priority, r.params.extra_args)
         for i, r in enumerate(found)
     ]
     settings = {name: getattr(scheduler, name) for name in OF_RUN}
-    settings |= {"order": scheduler.queue.order, "num_blocks": blocks.num_blocks, "block_size": blocks.block_size}
+    settings |= {"order": scheduler.queue.order, "victim": scheduler.victim}
+    settings |= scheduler.policies.fresh()  # as they were before this run
+    settings |= {"num_blocks": blocks.num_blocks, "block_size": blocks.block_size}
     settings |= {"num_host_blocks": blocks.host.num_blocks, "prefix_caching": blocks.prefix_caching}
     return Rebuilt(made, [r.id for r in found], settings, 0)
 

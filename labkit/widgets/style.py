@@ -46,6 +46,7 @@ _LIMIT_COLOR = {
     "order": COLORS["grey"],
     "prefix pending": COLORS["green"],
     "adapter": COLORS["blue"],
+    "policy": COLORS["yellow"],
     "parent's prompt": COLORS["purple"],
 }
 STATUS_COLOR = {

@@ -150,7 +150,7 @@ def test_an_order_that_gives_no_key_is_refused_at_submission():
     eng.check()
 
 
-def test_a_dynamic_order_that_raises_later_leaves_no_trace_and_the_engine_goes_on():
+def test_a_dynamic_order_that_raises_later_is_overruled_and_the_engine_goes_on():
     calls = []
 
     def moody(request, now):
@@ -162,11 +162,10 @@ def test_a_dynamic_order_that_raises_later_leaves_no_trace_and_the_engine_goes_o
     moody.dynamic = True
     eng = engine(order=moody, max_num_seqs=1)
     requests = [eng.submit(prompt(4, i), params(3)) for i in range(2)]
-    with pytest.raises(KeyError):
-        eng.step()
-    eng.check()
-    run(eng)
+    with pytest.warns(UserWarning, match="policy 'moody' was overruled: KeyError: 'no such tenant'; the queue keeps"):
+        run(eng)
     assert_right(eng, *requests)
+    assert [event.decision for event in eng.log.events("Overruled")] == ["order"]
 
 
 def test_a_request_whose_prefix_is_being_computed_waits_for_it():

@@ -205,6 +205,17 @@ class Control(Event):
 
 
 @dataclass(frozen=True)
+class Overruled(Event):
+    """The default decided in place of this policy; written for the first error of a kind."""
+
+    decision: (
+        str  # "order", "admission", "chunk", "step_budget", "victim", or what a policy hears: "admitted", "progress"
+    )
+    policy: str
+    error: str
+
+
+@dataclass(frozen=True)
 class Failed(Event):
     error: str
     num_rows: int
@@ -254,7 +265,7 @@ EVENTS: dict[str, type[Event]] = {
     for cls in (
         Submitted, Spanned, InSession, Hinted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded,
         AdapterLoaded, Copied, Forked, Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control,
-        Failed, RankLoad, Rewound, Step,
+        Overruled, Failed, RankLoad, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}

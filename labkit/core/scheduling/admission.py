@@ -8,7 +8,7 @@ from labkit.core.blocks import retention
 from labkit.core.blocks.prefix import hash_blocks, span_keys
 from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import loading, planning, spans
+from labkit.core.scheduling import asking, loading, planning, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
 from labkit.core.scheduling.state import SchedulerState
 
@@ -16,17 +16,26 @@ from labkit.core.scheduling.state import SchedulerState
 def admit(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
     """Give rows to the head of the queue, in order, until a limit is reached; returns the budget that is left."""
     promised = _promised(s)
+    growing = s.queue.growing
+    passed: list[Request] = []
     while s.queue:
+        if growing:
+            asking.settle_head(s, builder.now)
         request = s.queue.peek()
         limit, used = _try(s, builder, request, left, promised)
         if limit in ("prefix pending", "transfer", "adapter"):
             continue  # it left the queue
+        if limit == "policy":
+            passed.append(s.queue.pop())
+            continue
         if limit is not None:
             note_head(s, request, limit)
             break
         left -= used
         if request.row in s.prefilling:
             promised += _missing(s, request)
+    if passed or s.policies.passed:
+        asking.note_passed(s, passed)
     return left
 
 
@@ -59,6 +68,8 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
         return "blocks", 0
     if not s.free_rows or s.num_running >= s.max_num_seqs:
         return "rows", 0
+    if s.admission is not None and not asking.ask_admission(s, builder, request, left):
+        return "policy", 0
     if s.slots is not None and request.adapter_key is not None and s.slots.place(request.adapter_key) is None:
         s.queue.pop()
         s.slots.park(request)
@@ -94,13 +105,24 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
     gap = len(tokens) - max((hit.num_blocks + len(loads)) * blocks.block_size, request.num_computed)
     if not s.chunked_prefill and left < min(gap, s.max_num_batched_tokens):
         return "budget", 0
+    most = None
+    if s.chunk is not None:
+        usual = planning.chunk_size(s, gap, left, _contended(s))
+        most = min(asking.ask_chunk(s, builder, request, left, usual), gap, left)
+        if most == 0 < gap:
+            return "policy", 0
     if request.spans:
         done = len(tokens) - gap
-        count = planning.chunk_size(s, gap, left, False)
+        count = planning.chunk_size(s, gap, left, False) if most is None else most
         if planning.image_chunk(s, builder, request.spans, done, count, left) == 0:
             return "budget", 0
     s.queue.pop()
-    return None, _place(s, builder, request, hashes, hit, left, loads)
+    return None, _place(s, builder, request, hashes, hit, left, loads, most)
+
+
+def _contended(s: SchedulerState) -> bool:
+    """Whether others in the queue could use the budget, too; asked while the request is still its head."""
+    return s.chunked_prefill and len(s.queue) > 1 and len(s.free_rows) > 1
 
 
 def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
@@ -143,9 +165,10 @@ def peek(s: SchedulerState, request: Request, hashes: list[bytes]) -> Hit:
 
 def _place(
     s: SchedulerState, builder: PlanBuilder, request: Request, hashes: list[bytes], hit: Hit, left: int,
-    loads: list[int],
+    loads: list[int], most: int | None,
 ) -> int:  # fmt: skip
-    """A row, the blocks that were hit, loaded or swapped out, and the first chunk."""
+    """A row, the blocks that were hit, loaded or swapped out, and the first chunk: of `most` tokens, if a policy said
+    how many."""
     blocks, tables, size = s.blocks, s.tables, s.blocks.block_size
     tokens = request.tokens
     fresh = request.num_preemptions == 0
@@ -178,7 +201,7 @@ def _place(
     start = int(tables.num_computed[row])
     gap = len(tokens) - start
     contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
-    count = planning.chunk_size(s, gap, left, contended)
+    count = planning.chunk_size(s, gap, left, contended) if most is None else min(most, gap)
     if request.spans:
         count = planning.image_chunk(s, builder, request.spans, start, count, left)
         builder.encoded += spans.begun(request.spans, start, count)
@@ -188,9 +211,11 @@ def _place(
     s.scheduled[row] = start
     chunk = Chunk(row, start, count, gap)
     builder.chunks.append(chunk)
-    if count < gap:
+    if count < gap and most is None:
         builder.cut.append(chunk)
     s.prefilling[row] = None
+    if fresh and s.policies.heard["admitted"]:
+        s.policies.tell("admitted", request, builder.now)
     if hashes and s.prefix_hold:
         s.pending.begin(row, hashes[start // size - len(loads) :])  # also what is loaded: it is not stored yet
     return count

@@ -69,10 +69,11 @@ class FastForward:
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
-    def usual(self, now: int) -> tuple[int, list[Request]] | None:
-        """One step by plan and result; None if there is nothing to compute."""
+    def usual(self, now: int, *, last: bool = False) -> tuple[int, list[Request]] | None:
+        """One step by plan and result; None if there is nothing to compute. With `last`, nothing more will arrive, and
+        policies that hold everything are overruled."""
         self.settle()
-        plan = self.scheduler.schedule(now)
+        plan = self.scheduler.overrule(now) if last else self.scheduler.schedule(now)
         if plan is None:
             return None
         self.num_rows = len(plan.rows)
@@ -210,6 +211,7 @@ class FastForward:
             s.in_flight or s.draining or s.forks or s.forked or s.reset_runner or s.matches.active
             or s.drafting is not None or hasattr(blocks.eviction, "expired") or blocks.windows != (None,)
             or blocks.offload is not None or s.slots is not None or s.pipeline_stages > 1
+            or s.policies.of_step
         ):  # fmt: skip
             return False
         if s.stops and self._stopping(rows):

@@ -27,6 +27,7 @@ class PlanBuilder:
     """What one call of `schedule` has decided so far, as lists; `plan` turns them into columns."""
 
     now: int
+    budget: int = 0  # tokens
     changes: list[tuple[int, Ints, Ints, Ints]] = field(default_factory=list)  # group, rows, indices, blocks
     joins: list[Join] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -120,7 +121,7 @@ class PlanBuilder:
             joins=tuple(self.joins),
             copies=_pairs(self.copies),
             swap_in=_pairs(self.swap_in),
-            budget=s.max_num_batched_tokens,
+            budget=self.budget or s.max_num_batched_tokens,
             drafts=drafts,
             fill_drafts=self.fill_drafts,
             widths=self.widths,

@@ -162,6 +162,8 @@ def _fork(s: SchedulerState, forks: list[tuple[int, int, Request]], errors: dict
         s.last_plan[child_row] = step
         s.log.add(("Forked", child.id, parent.id, child_row))
         s.forked.append(child)
+        if s.policies.heard["admitted"]:
+            s.policies.tell("admitted", child, int(child.admitted_at or 0))
         joining.append(child_row)
     s.decoding = np.concatenate((s.decoding, np.array(joining, np.int64)))
     return in_vain

@@ -13,7 +13,7 @@ import numpy as np
 from labkit.core.blocks.spans import Span
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Plan
-from labkit.core.scheduling import preempt, spans
+from labkit.core.scheduling import asking, preempt, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
 from labkit.core.scheduling.drafting import NO_GUESS, Asked
 from labkit.core.scheduling.state import SchedulerState
@@ -28,8 +28,8 @@ def plan_decodes(s: SchedulerState, builder: PlanBuilder) -> tuple[Ints, Ints]:
             rows = rows[s.scheduled[rows] + 1 < s.limit[rows]]
         if s.pipeline_stages > 1:
             rows = _deal(s, rows)
-        if len(rows) > s.max_num_batched_tokens:
-            rows = _take_turns(s, rows)
+        if len(rows) > builder.budget:
+            rows = _take_turns(s, rows, builder.budget)
         start = s.scheduled[rows]
         short = (start >= tables.room[rows]).nonzero()[0]
         if not len(short) and not tables.shared:
@@ -57,12 +57,12 @@ def _deal(s: SchedulerState, rows: Ints) -> Ints:
     return rows
 
 
-def _take_turns(s: SchedulerState, rows: Ints) -> Ints:
+def _take_turns(s: SchedulerState, rows: Ints, budget: int) -> Ints:
     """More decode rows than budget: the rows that waited longest run, the others are held."""
     longest = np.argsort(s.last_plan[rows], kind="stable")
-    for row in rows[longest[s.max_num_batched_tokens :]].tolist():
+    for row in rows[longest[budget:]].tolist():
         s.hold(row, "budget")
-    return rows[np.sort(longest[: s.max_num_batched_tokens])]
+    return rows[np.sort(longest[:budget])]
 
 
 def _give_blocks(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints, short: Ints) -> tuple[Ints, Ints]:
@@ -149,6 +149,11 @@ def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
         gap = int(s.tables.num_tokens[row]) - start
         count = chunk_size(s, gap, left, contenders > 0)
         request = s.row_request[row]
+        if s.chunk is not None and request is not None:
+            count = min(asking.ask_chunk(s, builder, request, left, count), gap, left)
+            if count == 0:
+                s.hold(row, "policy")
+                continue
         if request is not None and request.spans:
             count = image_chunk(s, builder, request.spans, start, count, left)
             if count == 0:  # an image that needs a step of its own: nobody behind it takes what is left
@@ -162,7 +167,7 @@ def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
         builder.chunks.append(chunk)
         if request is not None and request.spans:
             builder.encoded += spans.begun(request.spans, start, fitting)
-        if fitting == count < gap:
+        if fitting == count < gap and s.chunk is None:
             builder.cut.append(chunk)
         left -= fitting
     return left

@@ -1,7 +1,9 @@
 """Queue orders, who is preempted, and how.
 
 An order is a function `f(request, now) -> key`; the smallest key goes first, ties by submission. It is called once, at
-submission. If it has an attribute `dynamic = True`, it is called again in each step that has a free row.
+submission. If it has an attribute `dynamic = True`, it is called again in each step that has a free row. If it has
+`growing = True`, keys never fall, and it is called again for the next of the queue before each admission, until the
+next one is first by its key of now.
 
 A victim policy is a function `f(request, now) -> key` too. It is called for each running request when one must be
 preempted: the largest key is, ties by the default.
@@ -10,6 +12,7 @@ preempted: the largest key is, ties by the default.
 from __future__ import annotations
 
 import heapq
+import math
 import numbers
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
@@ -104,7 +107,11 @@ def largest(victim: Victim, requests: list[Request], now: int) -> list[Request]:
 
 
 def name_of(function: object) -> str:
-    return getattr(function, "__name__", None) or type(function).__name__
+    name = getattr(function, "__name__", None)
+    owner = getattr(function, "__self__", None)
+    if name and owner is not None and not isinstance(owner, type(math)):
+        return f"{name_of(owner)}.{name}"  # a method
+    return name or type(function).__name__
 
 
 def _shape_of(key: Key) -> Any:
@@ -168,6 +175,11 @@ class WaitingQueue:
     def dynamic(self) -> bool:
         return bool(getattr(self.order, "dynamic", False))
 
+    @property
+    def growing(self) -> bool:
+        """Do keys only grow? Then a key that is out of date is too small, and it is enough to look at the first."""
+        return bool(getattr(self.order, "growing", False))
+
     def key(self, request: Request, now: int) -> Key:
         """The order's key, or a ValueError when it cannot be compared."""
         key = self.order(request, now)
@@ -187,7 +199,11 @@ class WaitingQueue:
 
     def last(self, request: Request, now: int) -> Key:
         """The key with which it would be queued now."""
-        return self.key(request, now) if self.dynamic else self._keys[request.serial]
+        return self.key(request, now) if self.dynamic or self.growing else self._keys[request.serial]
+
+    def kept(self, request: Request) -> Key:
+        """The key by which it is queued, or would be."""
+        return self._keys[request.serial]
 
     def set_key(self, request: Request, key: Key) -> None:
         """Compute the key that a request keeps for its lifetime, also when it returns to the queue."""
@@ -233,6 +249,15 @@ class WaitingQueue:
         if len(self._heap) > 2 * len(self._entries) + 64:
             self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
+
+    def settle(self, now: int) -> None:
+        """Compute the first one's key again, until it is first by its key of now: for keys that only grow."""
+        for _ in range(len(self)):
+            head = self.peek()
+            before = self._keys[head.serial]
+            self.rekey((head,), now)
+            if self._keys[head.serial] <= before:
+                return
 
     def reorder(self, now: int, others: Iterable[Request] = ()) -> None:
         """Compute every waiting request's key again, and the keys with which `others` will return."""

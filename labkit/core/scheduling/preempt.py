@@ -6,6 +6,7 @@ import numpy as np
 
 from labkit.core.blocks.tables import Ints
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.decisions import Decision
 from labkit.core.scheduling.policy import largest, last_in_order, latest, name_of
 from labkit.core.scheduling.state import SchedulerState
 
@@ -32,7 +33,10 @@ def _by_policy(s: SchedulerState, rows: Ints, now: int) -> Ints:
     try:
         return np.array([r.row for r in largest(policy, requests, now)], np.int64)
     except Exception as error:  # a user's function may raise anything, and the step must go on
-        s.warnings.append(f"victim policy {name_of(s.victim)!r} gave no key to compare: {error}; took the latest")
+        if isinstance(s.victim, Decision):
+            s.victim.overruled(error, "took the latest")
+        else:  # the order failed
+            s.warnings.append(f"victim policy {name_of(s.victim)!r} gave no key to compare: {error}; took the latest")
         return rows
 
 

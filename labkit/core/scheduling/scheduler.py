@@ -18,8 +18,9 @@ from labkit.core.events.log import EventLog
 from labkit.core.options import choose, duration, flag, named_options, real, whole
 from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import admission, committing, loading, planning, preempt, sessions, spans
+from labkit.core.scheduling import admission, asking, committing, loading, planning, preempt, sessions, spans
 from labkit.core.scheduling.builder import PlanBuilder
+from labkit.core.scheduling.decisions import checked_policies
 from labkit.core.scheduling.drafting import DraftChoice, Drafting, draft_of
 from labkit.core.scheduling.policy import (
     KV_LOADINGS,
@@ -31,8 +32,6 @@ from labkit.core.scheduling.policy import (
     default_recompute_cost,
     default_swap_cost,
     name_of,
-    order_of,
-    victim_of,
 )
 from labkit.core.scheduling.slots import AdapterSlots
 from labkit.core.scheduling.state import SchedulerState
@@ -51,19 +50,22 @@ class Scheduler(SchedulerState, Shown):
     `max_prefill_chunk` tokens a step, and while others compete at most `prefill_share` of the remaining budget; tokens
     that nobody else needs go back to it. Without `chunked_prefill` a prompt waits for a step that has room for all of
     it, unless it is longer than the whole budget. `order` is "fcfs", "priority", "sjf", "lpm" or `f(request, now) ->
-    key`. `victim` says who is preempted: "latest" (the lowest priority, then the latest arrival), "order" (whom `order`
-    would serve last), "least_computed", "most_computed" or `f(request, now) -> key`, the largest. `preemption` is
-    "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost` and `recompute_cost` (tokens -> seconds).
-    `kv_loading` says what to do with a prefix that was offloaded: "load", "recompute", or "auto": the cheaper one,
-    where loading costs half of `swap_cost`, and `disk_cost` for what is read from disk. `watermark` is the share of
-    blocks kept free when a request is admitted beside running ones. With `prefix_hold`, a request waits if another row
-    is computing its prefix. `max_in_flight` plans may be launched before the first is committed. `draft` guesses next
-    tokens for speculative decoding: a function `f(token_ids) -> draft token ids`, or an object such as `lk.NGramDraft`.
-    A step verifies the drafts beside the row's own token, with budget and blocks that are left over, and accepts those
-    that equal what would have been drawn. `max_adapters` is the number of adapters that the runner holds at a time: see
-    `AdapterSlots`; None means that adapters are only names. Requests that capture layers are served without drafts.
-    The processed images of live requests take at most `max_image_bytes`; a request that is one too many is rejected.
-    With several `pipeline_stages`, decode rows are dealt evenly to as many plans in flight, a row to one at most.
+    key`. `admission=f(request, view)` says whether a request that is next may begin in this step, `chunk=f(request,
+    view)` how many tokens of a prefill the step computes, and `step_budget=f(view)` how many tokens it has in all, at
+    most `max_num_batched_tokens`: see `lk.policies`. `victim` says who is preempted: "latest" (the lowest priority,
+    then the latest arrival), "order" (whom `order` would serve last), "least_computed", "most_computed" or `f(request,
+    now) -> key`, the largest. `preemption` is "recompute", "swap" or "auto", which takes the cheaper one by `swap_cost`
+    and `recompute_cost` (tokens -> seconds). `kv_loading` says what to do with a prefix that was offloaded: "load",
+    "recompute", or "auto": the cheaper one, where loading costs half of `swap_cost`, and `disk_cost` for what is read
+    from disk. `watermark` is the share of blocks kept free when a request is admitted beside running ones. With
+    `prefix_hold`, a request waits if another row is computing its prefix. `max_in_flight` plans may be launched before
+    the first is committed. `draft` guesses next tokens for speculative decoding: a function `f(token_ids) -> draft
+    token ids`, or an object such as `lk.NGramDraft`. A step verifies the drafts beside the row's own token, with budget
+    and blocks that are left over, and accepts those that equal what would have been drawn. `max_adapters` is the number
+    of adapters that the runner holds at a time: see `AdapterSlots`; None means that adapters are only names. Requests
+    that capture layers are served without drafts. The processed images of live requests take at most `max_image_bytes`;
+    a request that is one too many is rejected. With several `pipeline_stages`, decode rows are dealt evenly to as many
+    plans in flight, a row to one at most.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> Scheduler(bm, max_num_seqs=8, max_num_batched_tokens=64)
@@ -82,6 +84,9 @@ class Scheduler(SchedulerState, Shown):
         max_prefill_chunk: int | None = None,
         prefill_share: float = 0.5,
         order: str | Order = "fcfs",
+        admission: Callable[..., bool] | None = None,
+        chunk: Callable[..., int] | None = None,
+        step_budget: Callable[..., int] | None = None,
         victim: str | Victim = "latest",
         preemption: str = "auto",
         swap_cost: Cost | None = None,
@@ -111,7 +116,9 @@ class Scheduler(SchedulerState, Shown):
         self.chunked_prefill = flag("chunked_prefill", chunked_prefill)
         self.prefill_share = real("prefill_share", prefill_share, least=0.0, most=1.0, open_left=True)
         self.preemption = choose("preemption", preemption, PREEMPTIONS)
-        self.victim = victim_of(victim)
+        functions = checked_policies(
+            chunked_prefill, order=order, admission=admission, chunk=chunk, step_budget=step_budget, victim=victim
+        )  # fmt: skip
         self.swap_cost = swap_cost or default_swap_cost
         self.recompute_cost = recompute_cost or default_recompute_cost
         self.watermark = real("watermark", watermark, least=0.0, most=1.0)
@@ -131,7 +138,8 @@ class Scheduler(SchedulerState, Shown):
         self.slots = None if max_adapters is None else AdapterSlots(max_adapters)
         if log is not None and not isinstance(log, EventLog):
             raise ValueError(f"log must be an EventLog, got {log!r}")
-        super().__init__(blocks, self.max_num_seqs, order_of(order), log if log is not None else EventLog())
+        super().__init__(blocks, self.max_num_seqs, functions["order"], log if log is not None else EventLog())
+        self.decide_by(functions)
         if guesser is not None:
             self.drafting = Drafting(guesser, self.num_rows, self.log.add)
 
@@ -289,9 +297,11 @@ class Scheduler(SchedulerState, Shown):
         if self.drafting is not None:
             self.drafting.lengths.begin()
             guesses = planning.guess(self)
-        builder = PlanBuilder(now)
+        builder = PlanBuilder(now, self.max_num_batched_tokens)
+        if self.step_budget is not None:
+            builder.budget = asking.ask_budget(self, builder)
         rows, start = planning.plan_decodes(self, builder)
-        left = self.max_num_batched_tokens - len(rows)
+        left = builder.budget - len(rows)
         if self.prefilling:
             left = planning.plan_prefills(self, builder, left)
         if self.queue:
@@ -308,6 +318,11 @@ class Scheduler(SchedulerState, Shown):
         self.step += 1
         self.log.flush(plan.step, now)
         return plan
+
+    def overrule(self, now: int) -> Plan | None:
+        """A plan without the policies that leave the engine idle while requests wait; None if there are none. For a
+        caller who got no plan, and expects nothing that would change their minds."""
+        return asking.overrule(self, lambda: self.schedule(now))
 
     def _must_read(self) -> bool:
         """Whether a plan without rows is needed: to read from disk, or to wait for it because nothing else runs."""
@@ -330,8 +345,7 @@ class Scheduler(SchedulerState, Shown):
         return plan
 
     def _refresh_order(self, now: int) -> None:
-        """Compute a dynamic order's keys before any decision, so that a function that raises leaves the state
-        unchanged."""
+        """Compute a dynamic order's keys before any decision; the queue keeps its old ones if the function raises."""
         if self.blocks.num_groups == 1 and self.blocks.prefix_caching:
             stale = self.matches.refresh(self.queue, self._measure)
         else:  # measured anew each time, so that what was kept up before is out of date
@@ -340,10 +354,7 @@ class Scheduler(SchedulerState, Shown):
             stale = list(self.queue)
             for request in stale:
                 self._measure(request)
-        if getattr(self.queue.order, "by_match", False):
-            self.queue.rekey(stale, now)
-        else:
-            self.queue.reorder(now)
+        asking.refresh_keys(self, stale, now)
 
     def _measure(self, request: Request) -> tuple[list[bytes], int]:
         hashes = admission.known_hashes(self, request)
@@ -382,6 +393,8 @@ class Scheduler(SchedulerState, Shown):
             outputs = Outputs(plan.step, now, NO_INTS, NO_INTS, NO_INTS.astype(np.int32))
         else:
             outputs = committing.apply(self, plan, result, now)  # type: ignore[arg-type]
+            if self.policies.heard["progress"]:
+                asking.tell_progress(self, plan, outputs)
         if self.draining:
             committing.drain(self, plan)
         self.release_host_blocks(plan.step)

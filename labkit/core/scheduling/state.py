@@ -6,6 +6,7 @@ The modules for admission, planning, preemption and commit work on this state. I
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from labkit.core.events.log import EventLog
 from labkit.core.params import SamplingParams
 from labkit.core.plan import NO_INTS, Plan
 from labkit.core.request import Request, Status
+from labkit.core.scheduling.decisions import Decision, Policies
 from labkit.core.scheduling.drafting import Drafting
 from labkit.core.scheduling.matches import PrefixMatches
 from labkit.core.scheduling.pending import PendingPrefixes
@@ -47,6 +49,9 @@ class SchedulerState:
     chunked_prefill: bool
     prefill_share: float
     victim: Victim
+    admission: Decision | None = None  # None: whoever fits is admitted
+    chunk: Decision | None = None
+    step_budget: Decision | None = None
     preemption: str
     swap_cost: Cost
     recompute_cost: Cost
@@ -109,6 +114,7 @@ class SchedulerState:
         self.warnings: list[str] = []  # of functions that failed in the middle of a step, for the next one to give
         self.leaves: list[int] = []  # rows given up since the last plan
         self.swap_out: list[tuple[int, int]] = []  # (block, host block) moves for the next plan
+        self.policies = Policies(self._emit, self.warnings)
         blocks.emit = self._emit
         blocks.prefix.emit = self._emit if log.records else None
         if blocks.offload is not None:
@@ -116,6 +122,14 @@ class SchedulerState:
 
     def _emit(self, event: tuple[Any, ...]) -> None:
         self.log.add(event)
+
+    def decide_by(self, functions: Mapping[str, Any]) -> None:
+        """Let these functions decide, by the name of the decision; built-in ones are called as they are."""
+        for kind, decision in self.policies.install(functions).items():
+            if kind == "order":
+                self.queue.order = decision
+            else:
+                setattr(self, kind, decision)
 
     @property
     def num_running(self) -> int:
@@ -187,6 +201,8 @@ class SchedulerState:
             self.num_rejected += 1
             self.log.add(("Rejected", request.id, request.finish_reason))
         self.requests.pop(request.id, None)
+        if self.policies.heard["progress"]:
+            self.policies.ended.append(request)
         self.remember(request)
 
     def remember(self, request: Request) -> None:

@@ -98,6 +98,8 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "a log"
     if s.queue.order not in ORDERS:
         return "the order"
+    if s.policies.of_step:
+        return "a policy that takes part in steps"
     if s.victim is not latest:
         return "the victim policy"
     if type(blocks.eviction) is not LRU:
