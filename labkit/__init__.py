@@ -31,6 +31,10 @@ _HOME = {
     "ModelDraft": "sampling.drafts",
     "TreeDraft": "sampling.drafts",
     "SamplingParams": "core.params",
+    "StreamingLLM": "smaller",
+    "H2O": "smaller",
+    "SnapKV": "smaller",
+    "RKV": "smaller",
     "Request": "core.request",
     "Plan": "core.plan",
     "Result": "core.plan",
@@ -142,6 +146,7 @@ if TYPE_CHECKING:
     from .sampling.drafts import EagleDraft, FunctionDraft, ModelDraft, NGramDraft, SuffixDraft, TreeDraft
     from .server import serve
     from .server.manager import ModelManager
+    from .smaller import H2O, RKV, SnapKV, StreamingLLM
     from .study import workloads
     from .study.calibrate import calibrate
     from .study.experiment import Experiment

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "loading": {"core", "loading"},
     "models": {"core", "models", "loading"},
     "runner": {"core", "runner", "models", "sampling", "transfer"},
+    "smaller": {"core", "smaller"},
     "parallel": {"core", "loading", "models", "parallel", "runner", "text"},
     "engine": {
         "assets",
@@ -69,6 +70,7 @@ MAY_IMPORT = {
         "runner",
         "sampling",
         "server",
+        "smaller",
         "study",
         "text",
         "training",
@@ -80,6 +82,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "models": {"torch", "numpy", "transformers", "labkit_kernels"},
     "loading": {"torch", "numpy", "transformers", "safetensors", "huggingface_hub", "modelscope", "labkit_kernels"},
     "runner": {"torch", "numpy", "labkit_kernels"},
+    "smaller": {"torch", "numpy"},
     "parallel": {"torch", "numpy", "transformers", "labkit_kernels", "ray"},
     "replicas": {"torch", "numpy", "transformers"},
     "sampling": {"torch", "numpy"},

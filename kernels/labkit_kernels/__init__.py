@@ -9,6 +9,7 @@ from .inputs import step_inputs
 from .integer import Integers, integer_argmax, integer_linear, integer_mlp
 from .linear import Packed, linear, linear_argmax, linear_invariant, matmul, matmul_add, mlp
 from .lora import lora_expand, lora_shrink
+from .mass import attention_mass
 from .norm import layer_norm, rms_norm
 from .quantized import Grouped, Scaled, linear_grouped, linear_scaled, quantize_rows
 from .registry import OPS, Op, Variant, generation, get, watched
@@ -26,6 +27,7 @@ __all__ = [
     "Scaled",
     "Tolerance",
     "Variant",
+    "attention_mass",
     "bench",
     "check",
     "copy_blocks",

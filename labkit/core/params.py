@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from labkit.core.options import choose, flag, named_options, real, whole
+from labkit.core.smaller import SmallerKV, check_kv
 
 MOST_SAMPLES = 1024
 MOST_STOPS = 64
@@ -66,6 +67,7 @@ class SamplingParams:
     returns hidden states or attention of the layers you name; hidden layer -1 is the embeddings, and layer `num_layers`
     the states after the final norm. `structured_outputs` constrains the text: {"json": schema}, {"json_object": True},
     {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
+    `kv=lk.SnapKV(budget=0.5)` keeps some of the request's keys and values only, see docs/smaller.md.
     `extra_args` is free for your own order or policy: `lambda request, now: request.params.extra_args["tenant"]`.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])
@@ -99,6 +101,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     structured_outputs: Mapping[str, Any] | None = None
     capture: Mapping[str, Iterable[int]] | None = None
+    kv: SmallerKV | None = None
     extra_args: Mapping[str, Any] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     flat_logprobs: bool = False  # of vLLM; here they are always lists
@@ -138,6 +141,12 @@ class SamplingParams:
         self._check_masks()
         self._check_form()
         self._check_capture()
+        if self.kv is not None:
+            check_kv(self.kv)
+            if self.n > 1:
+                raise ValueError(
+                    f"kv needs n=1, got n={self.n}: samples share blocks, and each would keep keys of its own"
+                )
 
     @property
     def penalizes(self) -> bool:

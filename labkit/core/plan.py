@@ -16,6 +16,7 @@ from labkit.core.blocks.tiers import NO_MOVES, DiskMoves
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.shown import mimebundle
+from labkit.core.smaller import Compaction
 
 Pairs = NDArray[np.int64]
 
@@ -59,7 +60,7 @@ NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
 
 class Plan(NamedTuple):
     """One step. Applied in this order: reset, leaves, load adapters, joins, table changes, drop from and write to disk,
-    swap out, copy, read from disk, swap in, compute.
+    swap out, compact, copy, read from disk, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
     rows, one token each and `drafts[i]` draft tokens after it. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`. For
@@ -94,6 +95,7 @@ class Plan(NamedTuple):
     widths: tuple[
         int, ...
     ] = ()  # of trees it makes: how many candidates for each token to come; empty: it makes chains
+    compactions: tuple[Compaction, ...] = ()
     parents: Ints = NO_INTS  # of trees: the draft of its row that each one continues, -1: the row's own token
 
     @property
@@ -185,7 +187,10 @@ class Plan(NamedTuple):
         prefills = len(self.rows) - self.num_decode
         drafts = f" with {self.num_drafts} drafts" if len(self.drafts) else ""
         parts = [f"{self.num_decode} decode rows{drafts}", f"{prefills} prefills of {self.num_prefill_tokens} tokens"]
-        also = {name: len(getattr(self, name)) for name in ("joins", "leaves", "swap_out", "copies", "swap_in")}
+        also = {
+            name: len(getattr(self, name))
+            for name in ("joins", "leaves", "swap_out", "compactions", "copies", "swap_in")
+        }
         parts += [f"{number} {name.replace('_', ' ')}" for name, number in also.items() if number]
         parts += [f"{len(self.adapters)} adapters to load"] * bool(self.adapters)
         parts += [f"{len(self.disk.writes)} to disk"] * bool(self.disk.writes)

@@ -12,6 +12,7 @@ from labkit.core.blocks.sessions import Hint
 from labkit.core.blocks.tables import BlockTables, Tokens
 from labkit.core.params import SamplingParams
 from labkit.core.shown import Shown
+from labkit.core.smaller import foresee
 
 NO_TOKENS = np.zeros(0, np.int32)
 
@@ -48,6 +49,7 @@ class Request(Shown):
         "finish_reason",
         "finished_at",
         "first_token_at",
+        "foreseen",
         "hashes",
         "hint",
         "host_blocks",
@@ -97,6 +99,9 @@ class Request(Shown):
         self.prompt = prompt
         self.params = params
         self.arrival = arrival  # ns
+        self.foreseen = None  # of its `kv`: the first compaction, and the most keys it holds
+        if params.kv is not None:
+            self.foreseen = foresee(params.kv, len(prompt), len(prompt) + (params.max_tokens or 1))
         self.priority = priority  # a smaller number goes first
         self.salt = salt
         self.adapter = adapter

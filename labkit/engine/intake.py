@@ -15,6 +15,7 @@ from labkit.core.blocks.tables import Tokens
 from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
+from labkit.core.scheduling import compacting
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.tokens import as_tokens
 from labkit.engine.adapters import Adapters
@@ -74,6 +75,11 @@ def make_handle(
     if engine.images is not None and not any(span.num_inputs for span in spans):
         engine.images.check_none(tokens)
     _check_embeddings(engine, spans)
+    if params.kv is not None:
+        if (check := getattr(engine.runner, "check_kv", None)) is None:
+            raise ValueError(f"kv= needs a runner that moves keys: a TorchRunner of one process, not {engine.runner!r}")
+        check(params.kv)
+        compacting.check(engine.scheduler.blocks, params, spans)
     when = engine.clock.now()
     if arrival is not None:
         when = max(when, round(duration("arrival", arrival) * 1e9))

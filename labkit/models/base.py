@@ -26,6 +26,12 @@ class KVSpec(NamedTuple):
     window: int | None = None  # how many of the last tokens it attends to; None: all of them
 
 
+class Watch(Protocol):
+    """Is shown each layer's rotated queries and its keys."""
+
+    def add(self, layer: int, q: Tensor, k_cache: Tensor, options: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """One step's tokens, flattened. Decode rows and prefill chunks are both sequences; the tokens are their last
@@ -48,6 +54,7 @@ class Batch:
     adapters: Groups | None = None  # which tokens go through which adapter; None: none does
     # (sequence, [queries, queries]: which of its queries each one sees), where these are not a chain
     trees: tuple[tuple[int, Tensor], ...] = ()
+    mass: Watch | None = None  # sums the attention that some sequences' keys get; None: nobody asks
 
     def places(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""

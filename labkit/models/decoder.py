@@ -113,6 +113,8 @@ class Attention:
             if self.group is not None:
                 found = [self.group.all_gather(heads).flatten(0, 1) for heads in found]
             capture.attention[self.index] = found
+        if batch.mass is not None:
+            batch.mass.add(self.index, q, cache[0], options)
         seen = ops.paged_attention(
             q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
         )
@@ -320,6 +322,10 @@ class Decoder:
 
     def embedding_places(self) -> dict[str, tuple[int, int]]:
         return {EMBEDDING: (self.vocab_size, self.hidden_size)} if self.place.is_first else {}
+
+    def rope_tables(self) -> list[Tensor | None]:
+        """By layer; None where keys are not rotated."""
+        return [layer.attention.table for layer in self.layers]
 
     def refresh_ops(self) -> None:
         self.ops.pick()

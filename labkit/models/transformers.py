@@ -91,6 +91,8 @@ def _attention(
         if step.split is not None and step.split.splits_heads:
             found = [step.split.group.all_gather(heads).flatten(0, 1) for heads in found]
         step.capture.attention[layer] = found
+    if batch.mass is not None:
+        batch.mass.add(layer, q, cache[0], options)
     out = step.ops.paged_attention(
         q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
     )

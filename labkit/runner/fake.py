@@ -10,6 +10,7 @@ import numpy as np
 from labkit.core.blocks.tiers import Stub
 from labkit.core.options import duration, named_options, whole
 from labkit.core.plan import Plan, Result
+from labkit.core.smaller import Compaction, Keys, SmallerKV, chosen
 from labkit.runner.base import Done, Layout
 from labkit.runner.rows import Rows
 
@@ -54,6 +55,7 @@ class FakeRunner:
             raise ValueError("this FakeRunner already serves an engine: make another one")
         self.layout = layout
         self.rows = Rows(layout)
+        self.positions: dict[int, np.ndarray] = {}  # by row: of keys that were moved
         self.memory = np.full((layout.num_blocks + 1, layout.block_size), -1, np.int32)
         self.host = np.full((layout.num_host_blocks + 1, layout.block_size), -1, np.int32)
 
@@ -66,6 +68,7 @@ class FakeRunner:
             self.disk[stub.digest] = stub, host[host_block].copy()
         for block, host_block in plan.swap_out:
             host[host_block] = memory[block]
+        errors = self._compact(plan)
         for source, copy in plan.copies:
             memory[copy] = memory[source]
         read = self._read(plan)
@@ -75,7 +78,37 @@ class FakeRunner:
             self._write(plan, entry)
         drawn = self._sample(plan)
         stands, indptr = plan.verify(drawn)
-        return Done(Result(drawn[stands], self.seconds, indptr=indptr, read=read))
+        return Done(Result(drawn[stands], self.seconds, errors or None, indptr=indptr, read=read))
+
+    def check_kv(self, kv: SmallerKV) -> None:
+        if kv.queries:
+            raise ValueError(f"{kv!r} chooses by attention, and a FakeRunner has none: use a TorchRunner")
+
+    def _compact(self, plan: Plan) -> dict[int, str]:
+        """Moves the token ids of kept keys, as a model would move the keys."""
+        assert self.layout is not None
+        errors = {}
+        for join in plan.joins:
+            self.positions.pop(join.row, None)
+        for compaction in plan.compactions:
+            try:
+                self._keep(compaction, self.layout.block_size)
+            except Exception as error:  # a user's method may raise anything
+                errors[compaction.row] = f"kv= failed: {type(error).__name__}: {error}"
+        return errors
+
+    def _keep(self, compaction: Compaction, size: int) -> None:
+        row, at, num_keys, keep, blocks = compaction
+        join = self.rows.joins[row]
+        assert join is not None and join.params.kv is not None, f"row {row} is compacted and has no kv"
+        moved = self.positions.get(row, np.zeros(0, np.int64))
+        positions = np.concatenate((moved, np.arange(at - num_keys + len(moved), at)))
+        keys = Keys(0, join.num_prompt, at, num_keys, positions[None])
+        (which,) = chosen(join.params.kv, keys, keep, 1)
+        kept = self.memory[blocks].reshape(-1)[which]
+        places = np.arange(keep)
+        self.memory[blocks[places // size], places % size] = kept
+        self.positions[row] = positions[which]
 
     def on_disk(self) -> list[Stub]:
         return [stub for stub, _ in self.disk.values()]
@@ -91,7 +124,7 @@ class FakeRunner:
 
     def _write(self, plan: Plan, entry: int) -> None:
         assert self.layout is not None
-        start = int(plan.start[entry])
+        start = int(plan.start[entry] - self.rows.dropped[plan.rows[entry]])
         places = np.arange(start, start + int(plan.count[entry]))
         size = self.layout.block_size
         tokens = self.rows.inputs(plan, entry)
@@ -109,6 +142,7 @@ class FakeRunner:
         entries = np.searchsorted(ends, query, side="right")
         for i, (entry, row) in enumerate(zip(entries.tolist(), rows.tolist(), strict=True)):
             length = int(plan.start[entry] + plan.count[entry] - (ends[entry] - 1 - query[i]))
+            length -= int(self.rows.dropped[plan.rows[entry]])
             context = self._context(int(plan.rows[entry]), length)
             join = self.rows.joins[row]
             assert join is not None, f"row {row} samples but never joined"

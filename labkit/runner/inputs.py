@@ -26,7 +26,13 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(
-    plan: Plan, rows: Rows, latest: Tensor, groups: Groups, dtype: torch.dtype, features: Features | None = None
+    plan: Plan,
+    rows: Rows,
+    latest: Tensor,
+    groups: Groups,
+    dtype: torch.dtype,
+    features: Features | None = None,
+    mass: Any = None,
 ) -> Inputs:
     """The step's inputs on the device of `latest`, which has each row's latest sample. `dtype` is of embeddings;
     `features` computes those of images."""
@@ -40,13 +46,17 @@ def inputs_of(
     else:
         entry = np.repeat(np.arange(len(entries)), count)
         positions = np.arange(total) - query_start[:-1][entry] + start[entry]
-    index, place = np.divmod(positions, size)
+    seq_len, at = start + count, positions  # in slots
+    if rows.has_dropped:
+        dropped = rows.dropped[entries]
+        seq_len, at = seq_len - dropped, positions - dropped[entry]
+        positions = np.where(rows.by_slot[entries][entry], at, positions)
+    index, place = np.divmod(at, size)
     if len(plan.parents):  # drafts of one place lie behind each other in the cache
         positions = start[entry] + plan.offsets()
     blocks = rows.tables[:, entries[entry], index]  # [groups, tokens]
     slots = blocks * size + place
     positions, axes = _axes(plan, rows, positions, entry, query_start, device)
-    seq_len = start + count
     longest = int(seq_len.max()) if len(entries) else 0
     tables = rows.tables[:, entries, : max(1, -(-longest // size))].astype(np.int32)
     ids = np.zeros(total, np.int64)
@@ -77,6 +87,7 @@ def inputs_of(
         both_ways=_both_ways(plan, rows, query_start),
         adapters=groups_of(plan, rows, device),
         trees=masks_of(plan, device),
+        mass=mass,
     )
     return Inputs(batch, query_start, failed)
 

@@ -88,7 +88,7 @@ class Repeats:
     def forward(self, batch: Batch) -> Tensor:
         """What `model.forward` gives. The next step overwrites it."""
         tokens = len(batch.token_ids)
-        special = batch.group_of or batch.trees or batch.embeddings or batch.axes or batch.both_ways
+        special = batch.group_of or batch.trees or batch.embeddings or batch.axes or batch.both_ways or batch.mass
         if not 0 < tokens <= self.most or special:
             return self.model.forward(batch, self.caches)
         adapted = batch.adapters is not None

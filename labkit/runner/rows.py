@@ -18,10 +18,13 @@ class Rows:
         self.tables = np.zeros((groups, layout.num_rows, 16), np.int64)  # [groups, rows, blocks]; 0: the scratch block
         self.joins: list[Join | None] = [None] * layout.num_rows
         self.latest = np.zeros(layout.num_rows, np.int32)
-        self.asking = np.zeros(layout.num_rows, bool)  # rows that want prompt logprobs or captured layers
+        self.asking = np.zeros(layout.num_rows, bool)  # rows that want more than captured steps give
         self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         self.shift = np.zeros(layout.num_rows, np.int64)  # of positions behind its images, where they have several axes
         self.has_axes = np.zeros(layout.num_rows, bool)
+        self.dropped = np.zeros(layout.num_rows, np.int64)  # tokens whose keys are gone: token t is in slot t - dropped
+        self.by_slot = np.zeros(layout.num_rows, bool)  # rows whose rotary positions are slots
+        self.has_dropped = False  # of any row
         self.both_ways = np.zeros(layout.num_rows, bool)  # rows with tokens that see each other
         self.adapters: list[str | None] = [None] * layout.num_adapters  # by slot
         self.slot_of = np.full(layout.num_rows, layout.num_adapters)  # by row; the number of slots means no adapter
@@ -44,12 +47,26 @@ class Rows:
             self.shift[join.row] = sum(map(shift_of, join.spans))
             self.has_axes[join.row] = any(span.axes is not None for span in join.spans)
             self.both_ways[join.row] = any(span.bidirectional for span in join.spans)
+            if join.params.kv is not None:
+                self.asking[join.row] = True  # no captured step knows slots
+                self.by_slot[join.row] = join.params.kv.positions == "cache"
+        if plan.compactions or self.has_dropped:
+            self._count_dropped(plan)
         if self.adapters:
             self._place_adapters(plan)
         changes = plan.table_changes
         if len(changes.row):
             self._make_width(int(changes.index.max()) + 1)
             self.tables[changes.group, changes.row, changes.index] = changes.block
+
+    def _count_dropped(self, plan: Plan) -> None:
+        if plan.reset:
+            self.dropped[:] = 0
+        self.dropped[list(plan.leaves)] = 0
+        self.dropped[[join.row for join in plan.joins]] = 0
+        for row, _, num_keys, keep, _ in plan.compactions:
+            self.dropped[row] += num_keys - keep
+        self.has_dropped = bool(self.dropped.any())
 
     def _place_adapters(self, plan: Plan) -> None:
         none = len(self.adapters)

@@ -20,10 +20,12 @@ from torch import Tensor
 from labkit.core.blocks.tiers import Stub
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.plan import Extras, Plan
+from labkit.core.smaller import SmallerKV
 from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.models.eagle import EagleHead
 from labkit.runner.asleep import Sleeps
 from labkit.runner.base import Done, Layout, Pending
+from labkit.runner.compactor import Compactor, refuse, rope_tables
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
@@ -112,6 +114,7 @@ class TorchRunner(Sleeps):
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture
         self.disk: DiskStore | None = None
+        self.compactor: Compactor | None = None  # once a request with kv= has come
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
         self._generation = -1
@@ -312,7 +315,10 @@ class TorchRunner(Sleeps):
             return self._run_captured(self.graphs, plan, begin)
         if isinstance(self.graphs, Graphs) and self._can_replay(plan):
             return self._replay(self.graphs, plan, begin)
-        inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features)
+        mass = None if self.compactor is None else self.compactor.watch(plan, self.rows, self.device)
+        inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features, mass)
+        if self.compactor is not None:
+            inputs.failed.update(self.compactor.failed)
         wanted = wanted_of(plan, self.rows)
         capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
@@ -422,6 +428,7 @@ class TorchRunner(Sleeps):
             self.disk.write_all(plan, self.device)
         if len(plan.swap_out):
             self._swap(self.store, self.host, plan.swap_out)
+        self._compact(plan)
         if len(plan.copies):
             pairs = put(plan.copies, self.device)
             self.store.touched[plan.copies[:, 1]] = True
@@ -432,6 +439,19 @@ class TorchRunner(Sleeps):
                 self.disk.read(digest, host_block)
         if len(plan.swap_in):
             self._swap(self.host, self.store, plan.swap_in)
+
+    def _compact(self, plan: Plan) -> None:
+        """Keep some of the keys of requests with `kv=`."""
+        if self.compactor is None and any(join.params.kv is not None for join in plan.joins):
+            assert self.layout is not None
+            self.compactor = Compactor(self.model, self.layout.block_size)
+        if self.compactor is not None:
+            self.compactor.follow(plan)
+            self.compactor.compact(plan, self.caches, rope_tables(self.model))
+
+    def check_kv(self, kv: SmallerKV) -> None:
+        """Refuse what cannot be combined with `kv=`, by name."""
+        refuse(kv, self.model, self.draft_model, self.kv_dtype)
 
     def _load_adapters(self) -> None:
         """What is in the model's slots may be of another engine, which shares the model."""

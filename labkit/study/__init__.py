@@ -25,6 +25,7 @@ _HOME = {
     "read_trace": "traces.formats",
     "record": "traces.recording",
     "simulate": "simulation",
+    "smaller_kv": "smaller",
     "what_if": "whatif",
     "write_trace": "traces.formats",
     "Cluster": "clusters.cluster",

@@ -211,7 +211,7 @@ def _numbers(bm: BlockManager, row: int, most: int = 16) -> str:
 def _strip(bm: BlockManager, row: int, most: int = 24) -> str:
     """The first blocks of a table as small cells."""
     blocks, count, spanned = bm.tables.row_blocks(row), bm.pool.count, bm.tables.span_keys.get(row, {})
-    held, size = int(bm.tables.num_tokens[row]), bm.block_size
+    held, size = int(bm.tables.num_tokens[row] - bm.tables.dropped[row]), bm.block_size
     shapes = []
     for i, block in enumerate(blocks[:most]):
         full = min(max(held - i * size, 0), size) / size
@@ -235,7 +235,7 @@ def table(view_of: BlockTable) -> str:
     if row is None:
         return view(f"BlockTable {name!r}", about="freed")
     blocks, count, size = bm.tables.row_blocks(row), bm.pool.count, bm.block_size
-    num_tokens, copies = int(bm.tables.num_tokens[row]), bm.copies.get(row, {})
+    num_tokens, copies = int(bm.tables.num_tokens[row] - bm.tables.dropped[row]), bm.copies.get(row, {})
     others = _sharers(bm, row)
     writes = num_tokens // size if bm.must_copy(row, num_tokens) else None
     across, pitch, high, most = 16, 53, 62, 256

@@ -40,7 +40,7 @@ def paged_attention(
         length = int(seq_len[i])
         keys = gather(k_cache, block_table[i], length)
         values = gather(v_cache, block_table[i], length).float()
-        weights = _weights(q[begin:end], keys, scale, window, softcap, sinks, alibi)
+        weights = weights_of(q[begin:end], keys, scale, window, softcap, sinks, alibi)
         group = q.shape[1] // values.shape[0]
         out[begin:end] = torch.einsum("hqk,hkd->qhd", weights, values.repeat_interleave(group, 0)).to(q.dtype)
     return out
@@ -73,7 +73,7 @@ def attention_weights(
     for i in range(len(seq_len)):
         keys = gather(k_cache, block_table[i], int(seq_len[i]))
         queries = q[int(query_start[i]) : int(query_start[i + 1])]
-        found.append(_weights(queries, keys, scale, window, softcap, sinks, alibi))
+        found.append(weights_of(queries, keys, scale, window, softcap, sinks, alibi))
     return found
 
 
@@ -94,7 +94,7 @@ def tree_attention(
     for i, mask in trees:
         begin, end, length = int(query_start[i]), int(query_start[i + 1]), int(seq_len[i])
         keys, values = gather(k_cache, block_table[i], length), gather(v_cache, block_table[i], length).float()
-        weights = _weights(q[begin:end], keys, **{**PLAIN, **options}, mask=mask)
+        weights = weights_of(q[begin:end], keys, **{**PLAIN, **options}, mask=mask)
         values = values.repeat_interleave(q.shape[1] // values.shape[0], 0)
         out[begin:end] = torch.einsum("hqk,hkd->qhd", weights, values).to(out.dtype)
 
@@ -102,7 +102,7 @@ def tree_attention(
 PLAIN: dict[str, Any] = {"window": 0, "softcap": 0.0, "sinks": None, "alibi": None}
 
 
-def _weights(
+def weights_of(
     q: Tensor,
     keys: Tensor,  # [key heads, keys, head size]
     scale: float,

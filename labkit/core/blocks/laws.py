@@ -39,7 +39,8 @@ def check(blocks: Blocks) -> None:
         held = [block for block in tables.held(row) if block]
         assert len(set(held)) == len(held), f"row {row} names a block twice"
         np.add.at(counted, held, 1)
-        places = tables.num_blocks[row] * blocks.block_size
+        places = tables.num_blocks[row] * blocks.block_size + tables.dropped[row]
+        assert not tables.dropped[row] or row in tables.dropping, f"row {row} dropped keys, and may share blocks"
         assert tables.room[row] == places, f"row {row}: room and blocks disagree"
         for group, window in enumerate(blocks.windows):
             if window is None:

@@ -150,6 +150,8 @@ class BlockManager(RowBlocks, Shown):
     def fork(self, source: str, name: str) -> BlockTable:
         """A second table over the same blocks, the partial last one included."""
         row = self.row(source)
+        if row in self.tables.dropping:
+            raise ValueError(f"table {source!r} belongs to a request with kv=: it moves its keys, and shares no block")
         self._check_new(name)
         self._own_rows.add(self.fork_row(row, name))
         return BlockTable(self, name)

@@ -299,7 +299,7 @@ class RowBlocks:
 
     def grow(self, row: int, num_tokens: int, name: str | None = None) -> list[list[int]]:
         """Blocks for a row's first `num_tokens` tokens; the new ones of each group."""
-        more = self.blocks_for(num_tokens) - int(self.tables.num_blocks[row])
+        more = self.blocks_for(num_tokens - int(self.tables.room[row]))
         if more <= 0:
             return []
         taken = self.take(more * self.num_groups, name)
@@ -315,6 +315,14 @@ class RowBlocks:
             self.release(gone.reshape(-1).tolist())
             gone[:] = 0
             tables.num_blocks[row], tables.room[row] = keep, keep * self.block_size
+
+    def compact(self, row: int, num_keys: int, keep: int) -> Ints:
+        """The row keeps `keep` of its first `num_keys` keys, and the blocks for them; the others are released. It has
+        shared no block and stores none from here on. Gives its blocks so far."""
+        blocks = self.tables.blocks[0, row, : self.blocks_for(num_keys)].astype(np.int64)
+        self.tables.next_full[row] = NEVER
+        self.release(self.tables.compact(row, num_keys, keep))
+        return blocks
 
     def put_back(self, row: int, present: NDArray[np.bool_], name: str | None = None) -> Ints:
         """More blocks for a row where `present` [groups, blocks] is true, scratch elsewhere."""

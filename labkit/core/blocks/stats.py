@@ -104,7 +104,7 @@ def filled_places(tables: BlockTables, pool: BlockPool, pins: Iterable[Pin]) -> 
     size = tables.block_size
     filled = np.zeros(pool.num_blocks + 1, np.int64)
     rows = np.array(list(tables.row_of.values()), np.int64)
-    held = np.minimum(tables.num_tokens[rows], tables.num_blocks[rows] * size)  # [tables]
+    held = np.minimum(tables.num_tokens[rows] - tables.dropped[rows], tables.num_blocks[rows] * size)  # [tables]
     lengths = -(-held // size)
     at = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)  # 0, 1, .. of each table
     for group in range(tables.num_groups):

@@ -48,6 +48,8 @@ class BlockTable(Shown):
         """(physical block, offset in it) of the token at this index."""
         if not 0 <= token < self.num_tokens:
             raise IndexError(f"table {self.name!r} holds {self.num_tokens} tokens, there is no token {token}")
+        if self._manager.tables.dropped[self._row]:
+            raise ValueError(f"table {self.name!r} was compacted: which tokens its keys are of is known to the runner")
         index, offset = divmod(token, self._manager.block_size)
         return self.blocks[index], offset
 
@@ -59,7 +61,9 @@ class BlockTable(Shown):
             return f"BlockTable({self.name!r}: freed)"
         count = self._manager.pool.count
         cells = " ".join("-" if not b else f"{b}x{count[b]}" if count[b] > 1 else str(b) for b in self.blocks)
-        return f"BlockTable({self.name!r}: {self.num_tokens} tokens in blocks {cells or 'none'})"
+        dropped = int(self._manager.tables.dropped[self._row])
+        less = f", {dropped} of them without keys," if dropped else ""
+        return f"BlockTable({self.name!r}: {self.num_tokens} tokens{less} in blocks {cells or 'none'})"
 
 
 @dataclass(frozen=True)

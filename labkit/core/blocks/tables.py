@@ -69,7 +69,8 @@ class BlockTables:
     Everything is an array indexed by row, so that a step over all rows is a few vector operations. The width grows by
     doubling, so memory is not rows x the longest possible request. `blocks` has a leading group axis, one per group of
     layers that keeps blocks of its own. `room` is how many tokens fit in the row's blocks, `next_full` the computed
-    length at which the next block is complete and can be stored.
+    length at which the next block is complete and can be stored. Of a row in `dropping`, the keys of `dropped` tokens
+    may be gone: token t lies in slot t - dropped, and no block is shared.
     """
 
     def __init__(self, block_size: int, num_groups: int = 1) -> None:
@@ -87,6 +88,8 @@ class BlockTables:
         self.num_tokens = np.zeros(0, np.int64)
         self.num_computed = np.zeros(0, np.int64)
         self.next_full = np.zeros(0, np.int64)
+        self.dropped = np.zeros(0, np.int64)
+        self.dropping: set[int] = set()
         self.blocks = np.zeros((num_groups, 0, 16), np.int32)  # [groups, rows, blocks]
         self.front = np.zeros((num_groups, 0), np.int64)  # blocks released at each table's front, now scratch
         self.tokens = np.zeros((0, 256), np.int32)  # [rows, tokens]
@@ -123,7 +126,7 @@ class BlockTables:
             return
         first, self.num_rows = self.num_rows, self.num_rows + more
         self.free_rows += range(first, self.num_rows)
-        for name in ("num_blocks", "room", "num_tokens", "num_computed", "next_full"):
+        for name in ("num_blocks", "room", "num_tokens", "num_computed", "next_full", "dropped"):
             setattr(self, name, np.concatenate((getattr(self, name), np.zeros(more, np.int64))))
         self.blocks = np.concatenate(
             (self.blocks, np.zeros((self.num_groups, more, self.blocks.shape[2]), np.int32)), axis=1
@@ -136,18 +139,21 @@ class BlockTables:
 
     def make_width(self, num_tokens: int) -> None:
         """Room for rows of `num_tokens` tokens, by doubling."""
-        width = self.tokens.shape[1]
-        if num_tokens > width:
-            while width < num_tokens:
-                width *= 2
-            self.tokens = _widen(self.tokens, width)
-            self._flatten()
+        self._make_tokens(num_tokens)
         width = self.blocks.shape[2]
         num_blocks = -(-num_tokens // self.block_size)
         if num_blocks > width:
             while width < num_blocks:
                 width *= 2
             self.blocks = _widen(self.blocks, width)
+            self._flatten()
+
+    def _make_tokens(self, num_tokens: int) -> None:
+        width = self.tokens.shape[1]
+        if num_tokens > width:
+            while width < num_tokens:
+                width *= 2
+            self.tokens = _widen(self.tokens, width)
             self._flatten()
 
     def open(self, name: str, row: int | None = None) -> int:
@@ -166,6 +172,9 @@ class BlockTables:
         self.span_keys.pop(row, None)
         self.hashes[row] = None
         self.last_hash[row] = b""
+        if row in self.dropping:
+            self.dropping.discard(row)
+            self.dropped[row] = 0
         self.num_blocks[row] = self.room[row] = self.num_tokens[row] = self.num_computed[row] = 0
         self.front[:, row] = 0
         if not reserved:
@@ -198,6 +207,23 @@ class BlockTables:
         self.blocks[:, row, have:end] = blocks
         self.num_blocks[row] = end
         self.room[row] = end * self.block_size
+        if row in self.dropping:
+            self._add_dropped(row)
+
+    def _add_dropped(self, row: int) -> None:
+        """Room for tokens whose keys are gone: it takes token ids, and no blocks."""
+        self.room[row] += self.dropped[row]
+        self._make_tokens(int(self.room[row]) + 1)
+
+    def compact(self, row: int, num_keys: int, keep: int) -> list[int]:
+        """Of the row's first `num_keys` slots only `keep` are in use: gives the blocks that are left over."""
+        end, have = -(-keep // self.block_size), int(self.num_blocks[row])
+        gone: list[int] = self.blocks[0, row, end:have].tolist()
+        self.blocks[:, row, end:have] = 0
+        self.dropped[row] += num_keys - keep
+        self.num_blocks[row], self.room[row] = end, end * self.block_size
+        self._add_dropped(row)
+        return gone
 
     def append_one(self, rows: Ints, blocks: Ints) -> Ints:
         """One more block for each of `rows` in each group, `blocks` [groups, rows]; its index in each row's tables."""
@@ -210,6 +236,8 @@ class BlockTables:
             self.flat_blocks[at + group * self.group_size] = narrow[group]
         self.num_blocks[rows] = index + 1
         self.room[rows] += self.block_size
+        if self.dropping:
+            self._make_tokens(int(self.room[rows].max()) + 1)
         return index
 
     def write_tokens(self, row: int, start: int, tokens: Tokens) -> None:

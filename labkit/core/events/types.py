@@ -161,6 +161,16 @@ class Preempted(Event):
 
 
 @dataclass(frozen=True)
+class Compacted(Event):
+    """Of the request's first `num_tokens` tokens, `num_kept` of `num_keys` keys stay."""
+
+    request: str
+    num_tokens: int
+    num_keys: int
+    num_kept: int
+
+
+@dataclass(frozen=True)
 class SwappedOut(Event):
     request: str
     num_blocks: int
@@ -264,8 +274,8 @@ EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
         Submitted, Spanned, InSession, Hinted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded,
-        AdapterLoaded, Copied, Forked, Preempted, SwappedOut, SwappedIn, Resumed, Finished, Aborted, Rejected, Control,
-        Overruled, Failed, RankLoad, Rewound, Step,
+        AdapterLoaded, Copied, Forked, Preempted, Compacted, SwappedOut, SwappedIn, Resumed, Finished, Aborted,
+        Rejected, Control, Overruled, Failed, RankLoad, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}

@@ -10,6 +10,7 @@ from labkit.core.blocks.rows import Hit
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import asking, loading, planning, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
+from labkit.core.scheduling.compacting import num_keys, until_compaction
 from labkit.core.scheduling.state import SchedulerState
 
 
@@ -49,14 +50,22 @@ def note_head(s: SchedulerState, request: Request, limit: str) -> None:
 def _promised(s: SchedulerState) -> int:
     """Blocks that admitted prefills still need for the tokens they know."""
     tables, blocks = s.tables, s.blocks
-    each = (blocks.blocks_for(int(tables.num_tokens[r])) - int(tables.num_blocks[r]) for r in s.prefilling)
+    each = [blocks.blocks_for(int(tables.num_tokens[r])) - int(tables.num_blocks[r]) for r in s.prefilling]
+    if s.compact_at:
+        each = [_more(s, row) for row in s.prefilling]
     return sum(each) * blocks.num_groups
+
+
+def _more(s: SchedulerState, row: int) -> int:
+    """Blocks that a row still needs for the tokens it knows."""
+    request = s.row_request[row]
+    assert request is not None
+    return max(0, s.blocks.blocks_for(num_keys(request, request.num_tokens)) - int(s.tables.num_blocks[row]))
 
 
 def _missing(s: SchedulerState, request: Request) -> int:
     assert request.row is not None
-    more = s.blocks.blocks_for(request.num_tokens) - int(s.tables.num_blocks[request.row])
-    return more * s.blocks.num_groups
+    return _more(s, request.row) * s.blocks.num_groups
 
 
 def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, promised: int) -> tuple[str | None, int]:
@@ -127,7 +136,8 @@ def _contended(s: SchedulerState) -> bool:
 
 def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
     """Blocks that become unavailable once all of the request's tokens are computed."""
-    most = s.blocks.most_blocks(request.num_tokens, s.max_num_batched_tokens, hit.num_blocks)
+    num_tokens = num_keys(request, request.num_tokens)
+    most = s.blocks.most_blocks(num_tokens, s.max_num_batched_tokens, hit.num_blocks)
     return most + s.blocks.num_revived(hit.held)
 
 
@@ -141,14 +151,17 @@ def _still_blocked(s: SchedulerState, request: Request) -> bool:
 
 
 def reads_cache(request: Request) -> bool:
-    """Prompt logprobs and `capture` need every prompt position computed."""
+    """Prompt logprobs and `capture` need every prompt position computed; with `kv` the keys belong to the request
+    alone."""
     params = request.params
+    if params.kv is not None:
+        return False
     return (params.prompt_logprobs is None and not params.capture) or len(request.output) > 0
 
 
 def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:
     """Hashes of the request's full blocks, computed once and kept until it has a row."""
-    if not s.blocks.prefix_caching:
+    if not s.blocks.prefix_caching or request.params.kv is not None:
         return []
     size = s.blocks.block_size
     if request.hashes is None or len(request.hashes) != request.num_tokens // size:
@@ -202,6 +215,7 @@ def _place(
     gap = len(tokens) - start
     contended = s.chunked_prefill and len(s.queue) > 0 and len(s.free_rows) > 0
     count = planning.chunk_size(s, gap, left, contended) if most is None else min(most, gap)
+    count = until_compaction(s, row, start, count)
     if request.spans:
         count = planning.image_chunk(s, builder, request.spans, start, count, left)
         builder.encoded += spans.begun(request.spans, start, count)

@@ -36,9 +36,9 @@ class Foreseen(Protocol):
 class FastForward:
     """Takes the steps of `scheduler` on a simulator, with the same result as `schedule` and `commit`.
 
-    `step` returns None where it cannot: with drafts, shared blocks, sliding windows, offloaded blocks, adapters, stop
-    ids, forks, pins, plans in flight, or too few blocks. Then the state is settled, and the caller takes the step as
-    usual.
+    `step` returns None where it cannot: with drafts, shared blocks, sliding windows, compactions, offloaded blocks,
+    adapters, stop ids, forks, pins, plans in flight, or too few blocks. Then the state is settled, and the caller takes
+    the step as usual.
 
     >>> import labkit as lk
     >>> sched = lk.Scheduler(lk.BlockManager(num_blocks=64), log=lk.EventLog())
@@ -95,6 +95,7 @@ class FastForward:
             or blocks.tables.shared
             or blocks.pins
             or s.warnings
+            or s.compact_at
             or s.num_attached
             or (s.queue and s.queue.dynamic)
         ):
@@ -211,7 +212,7 @@ class FastForward:
             s.in_flight or s.draining or s.forks or s.forked or s.reset_runner or s.matches.active
             or s.drafting is not None or hasattr(blocks.eviction, "expired") or blocks.windows != (None,)
             or blocks.offload is not None or s.slots is not None or s.pipeline_stages > 1
-            or s.policies.of_step
+            or s.policies.of_step or s.compact_at
         ):  # fmt: skip
             return False
         if s.stops and self._stopping(rows):

@@ -10,6 +10,7 @@ from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import NO_CHANGES, NO_INTS, NO_PAIRS, Join, Pairs, Plan, TableChanges
 from labkit.core.request import Request
 from labkit.core.scheduling.state import SchedulerState
+from labkit.core.smaller import Compaction
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class PlanBuilder:
     copies: list[tuple[int, int]] = field(default_factory=list)
     swap_in: list[tuple[int, int]] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
+    compactions: dict[int, tuple[int, Compaction]] = field(default_factory=dict)  # row -> serial of its request
     cut: list[Chunk] = field(default_factory=list)  # those that got less than they could use
     forks: list[tuple[int, int, Request]] = field(default_factory=list)  # parent row, child row, child
     drafts: list[Tokens] = field(default_factory=list)  # by decode row: guesses of its next tokens; empty: no drafts
@@ -119,6 +121,7 @@ class PlanBuilder:
             sample_row=sample_row,
             table_changes=self.table_changes(),
             joins=tuple(self.joins),
+            compactions=tuple(c for row, (serial, c) in self.compactions.items() if _holds(s, row, serial)),
             copies=_pairs(self.copies),
             swap_in=_pairs(self.swap_in),
             budget=self.budget or s.max_num_batched_tokens,
@@ -138,6 +141,12 @@ class PlanBuilder:
                 decodes, start = decodes[~fed], start[~fed]
                 indptr = np.concatenate(([0], np.cumsum(~fed)))
         return tables.flat_tokens[tables.token_base[decodes] + start], indptr, feed
+
+
+def _holds(s: SchedulerState, row: int, serial: int) -> bool:
+    """Whether the row's request is still the one it was: it may have been preempted since."""
+    request = s.row_request[row]
+    return request is not None and request.serial == serial
 
 
 def _pairs(pairs: list[tuple[int, int]]) -> Pairs:

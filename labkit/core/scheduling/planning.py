@@ -15,6 +15,7 @@ from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.plan import Plan
 from labkit.core.scheduling import asking, preempt, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
+from labkit.core.scheduling.compacting import until_compaction
 from labkit.core.scheduling.drafting import NO_GUESS, Asked
 from labkit.core.scheduling.state import SchedulerState
 
@@ -147,7 +148,7 @@ def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
             continue
         start = int(s.scheduled[row])
         gap = int(s.tables.num_tokens[row]) - start
-        count = chunk_size(s, gap, left, contenders > 0)
+        count = until_compaction(s, row, start, chunk_size(s, gap, left, contenders > 0))
         request = s.row_request[row]
         if s.chunk is not None and request is not None:
             count = min(asking.ask_chunk(s, builder, request, left, count), gap, left)
@@ -199,7 +200,7 @@ def _make_fit(s: SchedulerState, builder: PlanBuilder, row: int, start: int, cou
         return 0
     copy_if_shared(s, builder, row, start)
     room = int(s.tables.room[row])
-    while blocks.available < (blocks.blocks_for(start + count) - room // size) * groups:
+    while blocks.available < blocks.blocks_for(start + count - room) * groups:
         if blocks.release_pins():
             continue
         planned = {chunk.row for chunk in builder.chunks}
@@ -280,6 +281,7 @@ def give_back(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
         blocks = s.blocks.available // s.blocks.num_groups
         room = int(s.tables.room[chunk.row]) + blocks * s.blocks.block_size - chunk.start
         most = min(chunk.gap, chunk.count + left, s.max_prefill_chunk or chunk.gap, room)
+        most = until_compaction(s, chunk.row, chunk.start, most)
         request = s.row_request[chunk.row]
         if request is not None and request.spans:
             end = chunk.start + chunk.count

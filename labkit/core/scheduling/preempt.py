@@ -45,6 +45,8 @@ def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None)
     and the token of that plan is kept."""
     request = s.row_request[row]
     assert request is not None
+    if request.params.kv is not None:
+        how = "recompute"  # what was chosen from would be lost: computed again, the same keys are dropped
     how = how or cheaper(s, int(s.tables.num_computed[row]))
     request.num_preemptions += 1
     s.num_preempted += 1

@@ -18,7 +18,17 @@ from labkit.core.events.log import EventLog
 from labkit.core.options import choose, duration, flag, named_options, real, whole
 from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
-from labkit.core.scheduling import admission, asking, committing, loading, planning, preempt, sessions, spans
+from labkit.core.scheduling import (
+    admission,
+    asking,
+    committing,
+    compacting,
+    loading,
+    planning,
+    preempt,
+    sessions,
+    spans,
+)
 from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.decisions import checked_policies
 from labkit.core.scheduling.drafting import DraftChoice, Drafting, draft_of
@@ -160,14 +170,16 @@ class Scheduler(SchedulerState, Shown):
         """Why this request can never be served here, or None if it can."""
         bm, num_prompt = self.blocks, request.num_prompt
         most = request.params.max_tokens or 1  # None means all the room there is, but at least one
-        if self.max_model_len is not None and num_prompt + most > self.max_model_len:
+        keys = compacting.num_keys(request, num_prompt + most)
+        by_slot = request.params.kv is not None and request.params.kv.positions == "cache"
+        if self.max_model_len is not None and (keys if by_slot else num_prompt + most) > self.max_model_len:
             room = self.max_model_len - num_prompt
             what = f"{num_prompt} prompt tokens and max_tokens={most}" if room > 0 else f"{num_prompt} prompt tokens"
             return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
         if (reason := spans.too_long(request.spans, self.max_num_batched_tokens)) is not None:
             return reason
-        if self.room_for(num_prompt) < most:
-            needed = bm.most_blocks(num_prompt + most, self.max_num_batched_tokens)
+        if bm.most_tokens(self.max_num_batched_tokens) < keys:
+            needed = bm.most_blocks(keys, self.max_num_batched_tokens)
             return (
                 f"{num_prompt} prompt tokens and max_tokens={most} need {needed} blocks of {bm.block_size}, "
                 f"the pool has {bm.num_blocks}: shorten one of them or make the pool larger"
@@ -185,6 +197,7 @@ class Scheduler(SchedulerState, Shown):
         self.check_new(member.id for member in family)
         if request.params.max_tokens is None:
             raise ValueError(f"request {request.id!r} has no max_tokens: set it, to at most room_for(num_prompt)")
+        compacting.check(self.blocks, request.params, request.spans)
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
@@ -298,6 +311,8 @@ class Scheduler(SchedulerState, Shown):
             self.drafting.lengths.begin()
             guesses = planning.guess(self)
         builder = PlanBuilder(now, self.max_num_batched_tokens)
+        if self.compact_at:
+            compacting.plan_compactions(self, builder)
         if self.step_budget is not None:
             builder.budget = asking.ask_budget(self, builder)
         rows, start = planning.plan_decodes(self, builder)
@@ -310,7 +325,8 @@ class Scheduler(SchedulerState, Shown):
             left = planning.give_back(self, builder, left)
         if guesses and left > 0:
             planning.plan_drafts(self, builder, rows, left, guesses)
-        if not len(rows) and not builder.chunks and not builder.copies and not self.swap_out and not self._must_read():
+        nothing = not len(rows) and not builder.chunks and not builder.copies and not builder.compactions
+        if nothing and not self.swap_out and not self._must_read():
             self.log.flush(self.step, now)
             return None
         plan = planning.build(self, builder, rows, start)

@@ -13,7 +13,7 @@ import numpy as np
 
 from labkit.core.blocks import retention
 from labkit.core.blocks.manager import BlockManager
-from labkit.core.blocks.tables import Ints
+from labkit.core.blocks.tables import NEVER, Ints
 from labkit.core.events.log import EventLog
 from labkit.core.params import SamplingParams
 from labkit.core.plan import NO_INTS, Plan
@@ -29,10 +29,10 @@ MOST_REMEMBERED = 4096  # ended requests that can still be found by id
 
 
 def can_draft(params: SamplingParams) -> bool:
-    """Whether drafts of a request can be taken back: not what it captured of them, and not the state of a processor
-    that cannot go back."""
+    """Whether drafts of a request can be taken back: not what it captured of them, not keys that were dropped, and
+    not the state of a processor that cannot go back."""
     begins = (f for f in params.logits_processors if hasattr(f, "begin"))
-    return not params.capture and all(getattr(f, "can_rewind", False) for f in begins)
+    return params.kv is None and not params.capture and all(getattr(f, "can_rewind", False) for f in begins)
 
 
 class SchedulerState:
@@ -92,6 +92,7 @@ class SchedulerState:
         self.prefilling: dict[int, None] = {}  # rows with more, in admission order
         self.draining: dict[int, str | None] = {}  # row -> how its request was preempted, None if it ended
         self.held: dict[int, str] = {}  # running row -> the limit that holds it
+        self.compact_at: dict[int, tuple[int, int]] = {}  # row -> (tokens, keys to keep) of its next compaction
         self.chunk_of: dict[int, int] = {}  # prefilling row -> tokens in its last step
         self.in_flight: deque[Plan] = deque()
         self.forks: dict[int, list[tuple[int, int, Request]]] = {}  # plan -> (parent row, child row, child)
@@ -240,6 +241,7 @@ class SchedulerState:
         self.dropped[row] = False
         self.held.pop(row, None)
         self.chunk_of.pop(row, None)
+        self.compact_at.pop(row, None)
         self.give_up_row(row)
 
     def give_up_row(self, row: int) -> None:
@@ -285,6 +287,10 @@ class SchedulerState:
         self.no_stop_before[row] = request.num_prompt + params.min_tokens
         self.has_min_tokens |= params.min_tokens > 0
         self.may_draft[row] = can_draft(params)
+        if request.foreseen is not None:
+            self.tables.dropping.add(row)
+            self.tables.next_full[row] = NEVER
+            self.compact_at[row] = request.foreseen.first
         self.set_stops(row, request.stop_ids)
 
     def hold(self, row: int, limit: str) -> None:
@@ -350,6 +356,7 @@ class SchedulerState:
         """With no requests left, every count must be zero, except for tables and pins created outside the engine."""
         self.check()
         assert not self.requests and not self.draining and not self.forks, "a request that ended is left"
+        assert not self.compact_at, "a compaction of a request that ended is left"
         assert not self.pending.row_of and not self.held and not self.chunk_of, "state of a request that ended is left"
         assert self.slots is None or not any(self.slots.users), "an adapter's slot is held by nobody"
         reading = 0 if self.blocks.offload is None else len(self.blocks.offload.reading)

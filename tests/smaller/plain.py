@@ -1,0 +1,173 @@
+"""Generation by plain transformers with the keys of each layer in our hands: the same rules as labkit's, written
+anew, one token after the other. Slow and obviously right."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers import DynamicCache
+
+
+def generate(model, prompt: list[int], num: int, rule) -> list[int]:
+    """Greedy tokens. `rule(step)` says which keys stay, see `Step`; None: all."""
+    cache, tokens, out = DynamicCache(config=model.config), list(prompt), []
+    layers = model.config.num_hidden_layers
+    step = Step(model, layers, len(prompt))
+    done = 0
+    while len(out) < num:
+        until = min(len(tokens), rule.at(step, done))
+        ids = torch.tensor([tokens[done:until]])
+        past, new = step.num_keys(cache), until - done
+        seen = torch.ones(new, new, dtype=torch.bool).tril()
+        mask = torch.zeros(new, past + new).masked_fill(~torch.cat((torch.ones(new, past, dtype=bool), seen), 1), -1e30)
+        with torch.inference_mode():
+            given = model(
+                ids, position_ids=torch.arange(done, until)[None], attention_mask=mask[None, None],
+                output_attentions=True, **{cache_name(model): cache},
+            )  # fmt: skip
+        done = until
+        step.see([weights[0] for weights in given.attentions], cache)
+        if done == len(tokens):
+            out.append(int(given.logits[0, -1].argmax()))
+            tokens.append(out[-1])
+        if done == rule.at(step, done - 1):
+            cache = step.keep(cache, [rule.keep(step, layer) for layer in range(layers)])
+            rule.dropped(step, done)
+    return out
+
+
+def cache_name(model) -> str:
+    """transformers renames it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+class Step:
+    def __init__(self, model, layers: int, num_prompt: int) -> None:
+        self.model, self.num_prompt = model, num_prompt
+        self.weights = [[] for _ in range(layers)]  # of each query so far: [heads, keys at that time]
+        self.sums = [None] * layers  # [key heads, keys]: of all queries so far
+        heads = model.config.num_attention_heads
+        self.groups = heads // (getattr(model.config, "num_key_value_heads", None) or heads)
+        self.keys = [None] * layers
+
+    def num_keys(self, cache) -> int:
+        return cache.get_seq_length()
+
+    def see(self, attentions, cache) -> None:
+        for layer, weights in enumerate(attentions):  # [heads, queries, keys]
+            by_key_head = weights.unflatten(0, (-1, self.groups)).sum(1)
+            self.weights[layer] += by_key_head.unbind(1)
+            total = by_key_head.sum(1)
+            if self.sums[layer] is not None:
+                total[:, : self.sums[layer].shape[1]] += self.sums[layer]
+            self.sums[layer] = total
+            self.keys[layer] = cache.layers[layer].keys[0]
+
+    def last(self, layer: int, num: int) -> torch.Tensor:
+        """Attention of the last `num` queries."""
+        parts = self.weights[layer][-num:]
+        total = torch.zeros_like(parts[-1])
+        for part in parts:
+            total[:, : part.shape[1]] += part
+        return total
+
+    def keep(self, cache, which) -> DynamicCache:
+        """A cache of these keys: for each layer [key heads, kept]."""
+        kept = DynamicCache(config=self.model.config)
+        for layer, index in enumerate(which):
+            old = cache.layers[layer]
+            at = index[None, :, :, None]
+            keys, values = (x.gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in (old.keys, old.values))
+            kept.update(keys, values, layer)
+            self.sums[layer] = self.sums[layer].gather(1, index)
+        self.weights = [[] for _ in self.weights]
+        return kept
+
+
+def top(score: torch.Tensor, num: int) -> torch.Tensor:
+    return score.topk(num, dim=1).indices.sort(dim=1).values
+
+
+def and_last(best: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    return torch.cat((best, torch.arange(first, end).expand(len(best), -1)), 1)
+
+
+class Everything:
+    def at(self, step, done):
+        return 10**9
+
+
+class SnapKV:
+    def __init__(self, share: float, window: int, kernel: int) -> None:
+        self.share, self.window, self.kernel = share, window, kernel
+
+    def at(self, step, done):
+        return step.num_prompt if done < step.num_prompt else 10**9
+
+    def keep(self, step, layer):
+        end = step.num_prompt
+        num = max(self.window, round(self.share * end))
+        votes = step.last(layer, self.window)[:, : end - self.window]
+        padded = torch.nn.functional.pad(votes, (self.kernel // 2, self.kernel // 2))
+        pooled = padded.unfold(1, self.kernel, 1).mean(-1)
+        return and_last(top(pooled, num - self.window), end - self.window, end)
+
+    def dropped(self, step, done):
+        pass
+
+
+class H2O:
+    def __init__(self, share: float, every: int) -> None:
+        self.share, self.every, self.next = share, every, None
+
+    def at(self, step, done):
+        return step.num_prompt if self.next is None else self.next
+
+    def keep(self, step, layer):
+        num, end = round(self.share * step.num_prompt), step.sums[layer].shape[1]
+        last = round(num / 2)
+        return and_last(top(step.sums[layer][:, : end - last], num - last), end - last, end)
+
+    def dropped(self, step, done):
+        self.next = done + self.every
+
+
+class RKV:
+    def __init__(self, budget: int, window: int, every: int, share: float) -> None:
+        self.budget, self.window, self.every, self.share, self.next = budget, window, every, share, None
+
+    def at(self, step, done):
+        return step.num_prompt if self.next is None else self.next
+
+    def keep(self, step, layer):
+        end, kernel = step.keys[layer].shape[1], 7
+        attention = step.last(layer, self.window) / self.window
+        padded = torch.nn.functional.pad(attention, (kernel // 2, kernel // 2), value=-1.0)
+        attention = padded.unfold(1, kernel, 1).amax(-1)
+        keys = step.keys[layer]
+        unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+        alike = torch.einsum("hkd,hld->hkl", unit, unit) * (1 - torch.eye(end))
+        score = self.share * attention - (1 - self.share) * alike.mean(2).softmax(1)
+        return and_last(top(score[:, : end - self.window], self.budget - self.window), end - self.window, end)
+
+    def dropped(self, step, done):
+        self.next = done + self.every
+
+
+class Streaming:
+    """Positions stay those of the text."""
+
+    def __init__(self, sinks: int, window: int, every: int) -> None:
+        self.sinks, self.window, self.every = sinks, window, every
+        self.next = sinks + window + every
+
+    def at(self, step, done):
+        return self.next
+
+    def keep(self, step, layer):
+        heads, end = step.keys[layer].shape[:2]
+        return and_last(torch.arange(self.sinks).expand(heads, -1), end - self.window, end)
+
+    def dropped(self, step, done):
+        self.next = done + self.every

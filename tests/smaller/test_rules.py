@@ -1,0 +1,84 @@
+"""SnapKV, H2O, R-KV and StreamingLLM give the tokens of the same rule in plain transformers."""
+
+import random
+
+import pytest
+import torch
+
+import labkit as lk
+from labkit.models import load_model
+from tests.models.configs import VOCAB, config, reference_model
+from tests.smaller import plain
+
+KINDS = ["llama", "qwen2", "qwen3", "olmo2", "granite", "gpt_neox"]  # the last one runs in transformers' own code
+RULES = {
+    "SnapKV": (lambda: lk.SnapKV(0.5, window=8, kernel=5), lambda: plain.SnapKV(0.5, 8, 5)),
+    "H2O": (lambda: lk.H2O(0.5, every=3), lambda: plain.H2O(0.5, 3)),
+    "RKV": (lambda: lk.RKV(24, window=4, every=7), lambda: plain.RKV(24, 4, 7, 0.1)),
+    "StreamingLLM": (
+        lambda: lk.StreamingLLM(window=20, sinks=3, every=5, positions="true"),
+        lambda: plain.Streaming(3, 20, 5),
+    ),
+}
+
+
+def engine_of(folder, *, block_size=4, blocks=64, **options) -> lk.Engine:
+    runner = lk.TorchRunner(load_model(folder, dtype="float32"))
+    bm = lk.BlockManager(blocks, block_size)
+    return lk.Engine(scheduler=lk.Scheduler(bm, watermark=0.0, **options), runner=runner)
+
+
+def small(kind: str, folder):
+    """A model without sliding windows, and transformers' own."""
+    settings = config(kind)
+    for name in ("sliding_window", "use_sliding_window"):
+        if getattr(settings, name, None):
+            setattr(settings, name, None if name == "sliding_window" else False)
+    if hasattr(settings, "layer_types") and settings.layer_types:
+        settings.layer_types = ["full_attention"] * settings.num_hidden_layers
+    reference = reference_model(settings)
+    reference.save_pretrained(folder)
+    return reference
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_those_of_the_same_rule_in_transformers(kind, tmp_path):
+    reference = small(kind, tmp_path)
+    rng = random.Random(kind)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(length)] for length in (57, 41)]
+    eng = engine_of(tmp_path, max_num_batched_tokens=23)
+    handles = {}
+    for name, (mine, _) in RULES.items():
+        for i, prompt in enumerate(prompts):
+            params = lk.SamplingParams(max_tokens=30, temperature=0, ignore_eos=True, kv=mine())
+            handles[name, i] = eng.submit(prompt, params)
+    handles["all", 0] = eng.submit(prompts[0], lk.SamplingParams(max_tokens=30, temperature=0, ignore_eos=True))
+    eng.run()
+    eng.check()
+    found = {key: handle.output_ids for key, handle in handles.items()}
+    for (name, i), tokens in found.items():
+        rule = plain.Everything() if name == "all" else RULES[name][1]()
+        assert tokens == plain.generate(reference, prompts[i], 30, rule), f"{kind}: {name}"
+    assert len({tuple(tokens) for (_, i), tokens in found.items() if i == 0}) >= 4, "the rules change nothing"
+
+
+def test_mass_is_attention_summed_over_queries_and_heads(tmp_path):
+    reference = small("qwen3", tmp_path)
+    prompt = [random.Random(1).randrange(3, VOCAB) for _ in range(33)]
+    seen = {}
+
+    class Look(lk.H2O):
+        def choose(self, keys, num):
+            seen[keys.layer] = keys
+            return super().choose(keys, num)
+
+    eng = engine_of(tmp_path, max_num_batched_tokens=10)
+    eng.generate(prompt, lk.SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, kv=Look(0.5)))
+    with torch.inference_mode():
+        given = reference(torch.tensor([prompt]), output_attentions=True, use_cache=True)
+    for layer, keys in seen.items():
+        groups = given.attentions[layer].shape[1] // len(keys.mass)
+        mass = given.attentions[layer][0].sum(1).unflatten(0, (-1, groups)).sum(1)
+        torch.testing.assert_close(keys.mass, mass, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(keys.keys, given.past_key_values.layers[layer].keys[0], rtol=1e-3, atol=1e-4)
+        assert keys.positions.tolist() == [list(range(33))] and keys.num_tokens == 33
