@@ -148,7 +148,7 @@ def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
             continue
         start = int(s.scheduled[row])
         gap = int(s.tables.num_tokens[row]) - start
-        count = until_compaction(s, row, start, chunk_size(s, gap, left, contenders > 0))
+        count = chunk_size(s, gap, left, contenders > 0)
         request = s.row_request[row]
         if s.chunk is not None and request is not None:
             count = min(asking.ask_chunk(s, builder, request, left, count), gap, left)
@@ -160,6 +160,7 @@ def plan_prefills(s: SchedulerState, builder: PlanBuilder, left: int) -> int:
             if count == 0:  # an image that needs a step of its own: nobody behind it takes what is left
                 s.hold(row, "budget")
                 return 0
+        count = until_compaction(s, row, start, count)
         fitting = _make_fit(s, builder, row, start, count)
         if fitting == 0:
             s.hold(row, "blocks")
