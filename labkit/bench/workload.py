@@ -15,6 +15,7 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
+from labkit.core.blocks.sessions import Hint, Turn
 from labkit.core.options import whole
 
 P = ParamSpec("P")
@@ -35,6 +36,7 @@ class Ask:
     priority: int = 0  # a smaller number is more urgent
     after: int | None = None  # index of the request whose conversation this one continues
     extra: Mapping[str, Any] | None = field(default=None, hash=False)  # becomes `extra_args`, for policies
+    turn: Turn | None = None  # of a session: its name, the session it works for, and a hint
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,9 @@ class Workload:
                 entry["after"] = ask.after
             if ask.extra:
                 entry["extra"] = dict(ask.extra)
+            if ask.turn is not None:
+                entry["session"], entry["parent"], hint = ask.turn
+                entry["hint"] = None if hint is None else hint.written
             asks.append(entry)
         Path(path).write_text(json.dumps(asks) + "\n")
 
@@ -199,7 +204,8 @@ def trace(path: str | Path, num: int | None = None, *, vocab_size: int, seed: in
 
 
 def load(path: str | Path) -> Workload:
-    """What `save` wrote: [{"prompt": [ids], "out": n, "arrival": seconds, "priority": n, "after": i, "extra": {}}]."""
+    """What `save` wrote: [{"prompt": [ids], "out": n, "arrival": seconds, "priority": n, "after": i, "extra": {}}], and
+    of a session also {"session": name, "parent": name, "hint": hint}."""
     asks = []
     for i, entry in enumerate(_json(path)):
         try:
@@ -212,11 +218,19 @@ def load(path: str | Path) -> Workload:
                     int(entry.get("priority", 0)),
                     None if after is None else int(after),
                     dict(entry["extra"]) if entry.get("extra") else None,
+                    _turn(entry),
                 )
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f'{path}, entry {i}: needs "prompt" (token ids) and "out" (a number): {error}') from error
     return Workload(Path(path).stem, tuple(asks))
+
+
+def _turn(entry: dict[str, Any]) -> Turn | None:
+    if entry.get("session") is None:
+        return None
+    hint = entry.get("hint")
+    return Turn(str(entry["session"]), entry.get("parent"), None if hint is None else Hint.of(hint))
 
 
 def arriving(workload: Workload, rate: float, burstiness: float = 1.0, seed: int = 0) -> Workload:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from labkit.bench.workload import Ask, Workload
+from labkit.core.blocks.sessions import Turn
 from labkit.core.blocks.tables import Tokens
 from labkit.core.request import Request
 from labkit.study.traces.trace import Trace, TraceRequest
@@ -27,6 +28,7 @@ class Incoming(NamedTuple):
     num_output: int
     priority: int = 0
     extra: Mapping[str, Any] | None = None  # becomes `extra_args`, for policies
+    turn: Turn | None = None  # of a session
 
 
 class Arrivals:
@@ -83,7 +85,9 @@ class Arrivals:
         for i in self._turns.pop(index, ()):
             ask = self._asks[i]
             prompt = np.concatenate((tokens, np.asarray(ask.prompt, np.int32)))
-            found.append(Incoming(finished_at / 1e9 + ask.arrival, i, prompt, ask.num_output, ask.priority, ask.extra))
+            found.append(
+                Incoming(finished_at / 1e9 + ask.arrival, i, prompt, ask.num_output, ask.priority, ask.extra, ask.turn)
+            )
         return found
 
     def take(self, num: int) -> list[Incoming]:
@@ -106,7 +110,9 @@ class Arrivals:
         first = [i for i, ask in enumerate(self._asks) if ask.after is None]
         for i in sorted(first, key=lambda i: self._asks[i].arrival):
             ask = self._asks[i]
-            yield Incoming(ask.arrival, i, np.asarray(ask.prompt, np.int32), ask.num_output, ask.priority, ask.extra)
+            yield Incoming(
+                ask.arrival, i, np.asarray(ask.prompt, np.int32), ask.num_output, ask.priority, ask.extra, ask.turn
+            )
 
     def _of_stream(self, source: Iterable[Any]) -> Iterator[Incoming]:
         size = getattr(source, "block_size", None) or 16
@@ -117,9 +123,10 @@ class Arrivals:
                 if given.after is not None:
                     raise ValueError(f"request {i} goes on with another: conversations need a Workload")
                 prompt = np.asarray(given.prompt, np.int32)
-                yield Incoming(given.arrival, i, prompt, given.num_output, given.priority, given.extra)
+                yield Incoming(given.arrival, i, prompt, given.num_output, given.priority, given.extra, given.turn)
             elif isinstance(given, TraceRequest):
-                yield Incoming(given.arrival, i, self._prompt(given, i, size), max(given.num_output, 1))
+                prompt = self._prompt(given, i, size)
+                yield Incoming(given.arrival, i, prompt, max(given.num_output, 1), turn=given.turn)
             else:
                 raise TypeError(f"request {i} must be an Ask, a TraceRequest or an Incoming, got {given!r}")
 

@@ -57,7 +57,10 @@ class _Conversations:
             max_tokens=ask.num_output, temperature=0, ignore_eos=True, detokenize=False, extra_args=ask.extra
         )  # fmt: skip
         try:
-            handle = self.engine.submit(prompt, params, arrival=at, priority=ask.priority)
+            session, parent, hint = ask.turn or (None, None, None)
+            handle = self.engine.submit(
+                prompt, params, arrival=at, priority=ask.priority, session=session, parent=parent, hint=hint
+            )
         except RejectedError as error:
             self.rejected[i] = str(error)
             return

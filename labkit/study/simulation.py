@@ -214,8 +214,13 @@ class Simulator:
         arrival = max(round(given.arrival * 1e9), 0)
         self.num_injected += 1
         self.num_prompt += len(given.prompt)
+        session, parent, hint = given.turn or (None, None, None)
+        request = Request(
+            id, given.prompt, params, arrival=arrival, priority=given.priority, session=session, parent_session=parent,
+            hint=hint,
+        )  # fmt: skip
         try:
-            self.scheduler.submit(Request(id, given.prompt, params, arrival=arrival, priority=given.priority), self.now)
+            self.scheduler.submit(request, self.now)
         except RejectedError:
             return
         self.index_of[id] = given.index

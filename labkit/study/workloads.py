@@ -26,8 +26,8 @@ from labkit.study.traces import generate
 from labkit.study.traces.serving import to_workload
 
 __all__ = [
-    "Ask", "Workload", "agents", "arriving", "bursty", "chats", "few_shot", "load", "mixed", "poisson",
-    "prefix_repetition", "rag", "shared_prefixes", "sharegpt", "tenants", "trace", "two_classes",
+    "Ask", "Workload", "agent_sessions", "agents", "arriving", "bursty", "chats", "few_shot", "load", "mixed",
+    "poisson", "prefix_repetition", "rag", "shared_prefixes", "sharegpt", "tenants", "trace", "two_classes",
 ]  # fmt: skip
 
 VOCAB = 1000  # every model has that many tokens
@@ -244,6 +244,17 @@ def agents(num: int = 20, *, vocab_size: int = VOCAB, seed: int = 0, **options: 
     Workload(5 agents, 0.5/s: 31 requests, 13,180 prompt + 2,258 output tokens)
     """
     return to_workload(generate.agents(num, vocab_size=vocab_size, seed=seed, **options), vocab_size=vocab_size)
+
+
+@seeded
+def agent_sessions(num: int = 10, *, vocab_size: int = VOCAB, seed: int = 0, **options: Any) -> Workload:
+    """Sessions of agents in their published shape, scaled down, whose requests name their session and say what it does
+    next. Options are those of `lk.study.generate.agent_sessions`.
+
+    >>> agent_sessions(2, scale=1 / 128)
+    Workload(2 agent sessions, 0.02/s: 94 requests, 4,290 prompt + 571 output tokens)
+    """
+    return to_workload(generate.agent_sessions(num, vocab_size=vocab_size, seed=seed, **options), vocab_size=vocab_size)
 
 
 def mixed(*workloads: Workload) -> Workload:

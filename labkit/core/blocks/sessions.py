@@ -68,6 +68,11 @@ class Hint:
         raise ValueError(f"a hint is one of {', '.join(KINDS)}, or {{'waits': seconds}}, got {given!r}")
 
     @property
+    def written(self) -> str | dict[str, float]:
+        """As JSON has it, and `of` reads it."""
+        return self.kind if self.seconds is None else {self.kind: self.seconds}
+
+    @property
     def nanoseconds(self) -> int | None:
         return None if self.seconds is None else round(self.seconds * 1e9)
 
@@ -138,6 +143,14 @@ class Session:
             self.expected = self.used
         else:
             self.expected = None if hint.kind == "pin" and after is None else now + (after or 0)
+
+
+class Turn(NamedTuple):
+    """What a request says of its session."""
+
+    session: str
+    parent: str | None = None
+    hint: Hint | None = None
 
 
 class Cache(Protocol):

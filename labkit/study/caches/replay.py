@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from labkit.core.blocks.eviction import EvictionPolicy
-from labkit.core.blocks.sessions import Hint, Sessions
+from labkit.core.blocks.sessions import Sessions, Turn
 
 
 class ReplayCache:
@@ -81,14 +80,6 @@ class ReplayCache:
             hashes[block] = None
             hits[block] = children[block] = 0
         self.free += blocks
-
-
-class Turn(NamedTuple):
-    """What a request says of its session."""
-
-    session: str
-    parent: str | None = None
-    hint: Hint | None = None
 
 
 class Replay:

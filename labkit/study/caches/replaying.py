@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from labkit.core.blocks.eviction import FIFO, LFU, LRU, EvictionPolicy
 from labkit.core.blocks.queues import S3FIFO, SLRU
+from labkit.core.blocks.sessions import Turn
 from labkit.study.caches.foresight import Clairvoyant, LengthAware
 from labkit.study.caches.replay import Replay
 from labkit.study.caches.stack import IDLE_BINS, idle_bins
@@ -33,12 +34,13 @@ class Batch:
         return f"Batch({len(self.columns)} requests)"
 
     @cached_property
-    def requests(self) -> list[tuple[list[int], float, Any]]:
-        """Hashes, arrival and next uses."""
+    def requests(self) -> list[tuple[list[int], float, Any, Turn | None]]:
+        """Hashes, arrival, next uses, and what is said of the session."""
         hashes, ends = self.columns.hashes.tolist(), self.columns.indptr.tolist()
         own = [hashes[begin:end] for begin, end in pairwise(ends)]
         uses = [None] * len(own) if self.next_uses is None else self.next_uses
-        return list(zip(own, self.columns.arrival.tolist(), uses, strict=True))
+        turns = self.columns.turns or [None] * len(own)
+        return list(zip(own, self.columns.arrival.tolist(), uses, turns, strict=True))
 
     @cached_property
     def flat_uses(self) -> NDArray[np.float64] | None:
@@ -65,9 +67,9 @@ class PythonReplay:
     def add(self, batch: Batch, asked: NDArray[np.bool_]) -> NDArray[np.int32]:
         """How many blocks hit, of each request that is `asked` for."""
         hits, replay = np.zeros(len(asked), np.int32), self.replay
-        for i, (hashes, arrival, uses) in enumerate(batch.requests):
+        for i, (hashes, arrival, uses, turn) in enumerate(batch.requests):
             if asked[i]:
-                hits[i] = replay.add(hashes, arrival, uses)
+                hits[i] = replay.add(hashes, arrival, uses, turn)
         self.idle += idle_bins(replay.idle)
         replay.idle.clear()
         return hits

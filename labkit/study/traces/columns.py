@@ -13,10 +13,11 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.core.blocks.sessions import Hint, Turn
 from labkit.study.traces.trace import BadRequestError, Columns, Trace, TraceRequest, session_numbers
 
 VERSION = 1
-NAMES = ("id", "session", "tenant", "parent", "kind", "think")
+NAMES = ("id", "session", "tenant", "parent", "kind", "think", "parent_session", "hint")
 BATCH = 4096  # requests
 
 
@@ -40,17 +41,33 @@ class ColumnTrace(Trace):
             indptr = np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths)))
             none = (None,) * len(arrival)
             session = session_numbers(extra.get("session") or none, begin)
-            yield Columns(arrival, num_prompt, num_output, indptr, hashes, session, tuple(extra.get("tenant") or none))
+            tenant = tuple(extra.get("tenant") or none)
+            yield Columns(arrival, num_prompt, num_output, indptr, hashes, session, tenant, self._turns(extra))
             begin += len(arrival)
         if not begin:
             raise ValueError(f"{self.name} has no requests")
+
+    def _turns(self, extra: dict[str, Any]) -> tuple[Turn | None, ...] | None:
+        names = extra.get("session")
+        if names is None:
+            return None
+        none = [None] * len(names)
+        rows = zip(names, extra.get("parent_session") or none, self._hints(extra) or none, strict=True)
+        return tuple(None if name is None else Turn(name, parent, hint) for name, parent, hint in rows)
+
+    def _hints(self, extra: dict[str, Any]) -> list[Hint | None] | None:
+        try:
+            return [None if given is None else Hint.of(given) for given in extra.get("hint") or ()] or None
+        except ValueError as error:
+            raise ValueError(f"{self.name} is damaged: {error}") from None
 
     def _requests(self) -> Iterator[tuple[str, TraceRequest | BadRequestError]]:
         at = 0
         for _, extra, arrays in self._batches():
             arrival, num_prompt, num_output, lengths, num_tokens, hashes, tokens = arrays
             columns = [extra.get(name) or [None] * len(arrival) for name in NAMES]
-            id, session, tenant, parent, kind, think = columns
+            id, session, tenant, parent, kind, think, above, _ = columns
+            hint = self._hints(extra) or [None] * len(arrival)
             ends, token_ends = (np.cumsum(each).tolist() for each in (lengths, num_tokens))
             owns, ids = array("q", hashes.tobytes()), array("i", tokens.tobytes())
             before = token_before = 0
@@ -59,7 +76,7 @@ class ColumnTrace(Trace):
                 own_ids = ids[token_before:token_end] if token_end > token_before else None
                 yield f"request {at}", TraceRequest(
                     now, prompt, output, owns[before:end], own_ids, id[i], session[i], tenant[i], parent[i], think[i],
-                    kind[i],
+                    kind[i], above[i], hint[i],
                 )  # fmt: skip
                 before, token_before = end, token_end
                 at += 1
@@ -133,6 +150,8 @@ def _write(file: IO[bytes], batch: list[TraceRequest]) -> int:
     }
     for name in NAMES:
         values = [getattr(request, name) for request in batch]
+        if name == "hint":
+            values = [None if hint is None else hint.written for hint in values]
         if any(value is not None for value in values):
             row[name] = values
     file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")

@@ -181,7 +181,7 @@ def write_trace(trace: Trace, path: str | PathLike[str], format: str = "labkit")
             file.write(json.dumps(line(request), separators=(",", ":")) + "\n")
             num += 1
             if format == "mooncake":
-                for name in ("tokens", "think", *NAMES):
+                for name in ("tokens", "think", "hint", *NAMES):
                     if getattr(request, name) is not None:
                         left_out[name] = left_out.get(name, 0) + 1
     return Written(path.name, num, left_out)
@@ -194,6 +194,8 @@ def _own_line(request: TraceRequest) -> dict[str, Any]:
     if request.tokens is not None:
         row["tokens"] = list(request.tokens)
     row |= {name: value for name in (*NAMES, "think") if (value := getattr(request, name)) is not None}
+    if request.hint is not None:
+        row["hint"] = request.hint.written
     return row
 
 

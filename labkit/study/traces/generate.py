@@ -6,42 +6,21 @@ With one seed every pass gives the same requests. Arrivals are exponential gaps 
 
 from __future__ import annotations
 
-import heapq
 import itertools
-import random
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from labkit.bench.workload import Range
 from labkit.core.options import real, whole
-from labkit.study.traces.content import Part, num_tokens, part_hashes, part_tokens
+from labkit.study.traces.content import Part
+from labkit.study.traces.drawing import Call, Source, check_common, checked_range, make_request, sessions_trace
+from labkit.study.traces.sessions import agent_sessions
 from labkit.study.traces.trace import Trace, TraceRequest
 
-__all__ = ["agents", "chats", "few_shot", "poisson", "prefix_repetition", "rag", "shared_prefixes"]
+__all__ = ["agent_sessions", "agents", "chats", "few_shot", "poisson", "prefix_repetition", "rag", "shared_prefixes"]
 
 # What a request draws: its parts, output length, and further fields.
 Draw = Callable[["Source"], "tuple[list[Part], int, dict[str, Any]]"]
-
-
-class Source:
-    """One pass: random numbers, numbers for new texts, arrival times."""
-
-    def __init__(self, seed: int, rate: float, burstiness: float) -> None:
-        self.random = random.Random(seed)
-        self.arrivals = random.Random(seed + 2**32)  # of its own: lengths do not change with the rate
-        self.rate, self.burstiness = rate, burstiness
-        self.fresh = itertools.count(1)
-
-    def length(self, span: Range) -> int:
-        return self.random.randint(*span)
-
-    def text(self, span: Range) -> Part:
-        """A text that has not been seen before."""
-        return Part(next(self.fresh), self.length(span))
-
-    def gap(self) -> float:
-        """Seconds to the next arrival."""
-        return self.arrivals.gammavariate(self.burstiness, 1 / (self.rate * self.burstiness))
 
 
 class _Weights:
@@ -55,43 +34,20 @@ class _Weights:
         return source.random.choices(self.choices, cum_weights=self.sums)[0]
 
 
-def _checked(name: str, span: Range) -> Range:
-    low, high = span
-    whole(f"the end of {name}", high, least=whole(f"the beginning of {name}", low, least=1))
-    return low, high
-
-
-def _check(rate: float, burstiness: float, block_size: int, vocab_size: int | None, seed: int) -> None:
-    real("rate", rate, least=0.0, open_left=True)
-    real("burstiness", burstiness, least=0.0, open_left=True)
-    whole("block_size", block_size, least=1)
-    if vocab_size is not None:
-        whole("vocab_size", vocab_size, least=2)
-    whole("seed", seed, least=0)
-
-
-def _request(
-    i: int, now: float, parts: list[Part], output: int, fields: dict[str, Any], block_size: int, vocab_size: int | None
-) -> TraceRequest:
-    tokens = None if vocab_size is None else part_tokens(parts, vocab_size)
-    fields.setdefault("id", str(i))
-    return TraceRequest(now, num_tokens(parts), output, part_hashes(parts, block_size), tokens, **fields)
-
-
 def _independent(
     name: str, num: int, begin: Callable[[Source], Draw], rate: float, burstiness: float, block_size: int,
     vocab_size: int | None, seed: int,
 ) -> Trace:  # fmt: skip
     """Requests that do not wait for each other. `begin` prepares a pass and returns what draws a request."""
     whole("num", num, least=1)
-    _check(rate, burstiness, block_size, vocab_size, seed)
+    check_common(rate, burstiness, block_size, vocab_size, seed)
 
     def source() -> Iterator[tuple[str, TraceRequest]]:
         drawn = Source(seed, rate, burstiness)
         draw, now = begin(drawn), 0.0
         for i in range(num):
             parts, output, fields = draw(drawn)
-            yield f"request {i}", _request(i, now, parts, output, fields, block_size, vocab_size)
+            yield f"request {i}", make_request(i, now, parts, output, fields, block_size, vocab_size)
             now += drawn.gap()
 
     return Trace(f"{name}, {rate:g}/s", source, block_size=block_size)
@@ -106,7 +62,7 @@ def poisson(
     >>> [request.num_prompt for request in poisson(4)]
     [464, 420, 247, 164]
     """
-    _checked("prompt", prompt), _checked("output", output)
+    checked_range("prompt", prompt), checked_range("output", output)
     name = "Poisson" if burstiness == 1 else f"bursts of shape {burstiness:g}"
 
     def begin(source: Source) -> Draw:
@@ -123,7 +79,7 @@ def shared_prefixes(
     """Requests that begin with one of several system prompts of `prefix` tokens, the k-th most popular in proportion to
     `k ** -skew`. Each system prompt is a tenant's."""
     whole("prefixes", prefixes, least=1), whole("prefix", prefix, least=1)
-    _checked("question", question), _checked("output", output)
+    checked_range("question", question), checked_range("output", output)
     real("skew", skew, least=0.0)
 
     def begin(source: Source) -> Draw:
@@ -174,7 +130,7 @@ def few_shot(
     `shots` says, then asks; so requests of one task share what the shorter one has."""
     whole("tasks", tasks, least=1), whole("instruction", instruction, least=1)
     for name, span in (("shots", shots), ("example", example), ("question", question), ("output", output)):
-        _checked(name, span)
+        checked_range(name, span)
     real("skew", skew, least=0.0)
 
     def begin(source: Source) -> Draw:
@@ -201,7 +157,7 @@ def rag(
     which they are found, and a question. A document hits only behind the same documents."""
     whole("documents", documents, least=whole("retrieved", retrieved, least=1)), whole("system", system, least=1)
     for name, span in (("document", document), ("question", question), ("output", output)):
-        _checked(name, span)
+        checked_range(name, span)
     real("skew", skew, least=0.0)
 
     def begin(source: Source) -> Draw:
@@ -218,46 +174,6 @@ def rag(
         return draw
 
     return _independent(f"RAG over {documents} documents", num, begin, rate, burstiness, block_size, vocab_size, seed)
-
-
-class _Call(NamedTuple):
-    """A request of a session. `go_on(id, what was said, when answered)` gives those that follow: (time, request)."""
-
-    parts: list[Part]
-    output: int
-    fields: dict[str, Any]
-    go_on: Callable[[str, list[Part], float], list[tuple[float, _Call]]]
-
-
-def _sessions(
-    name: str, num: int, begin: Callable[[Source], Callable[[Source, int], _Call]], token_seconds: float, rate: float,
-    burstiness: float, block_size: int, vocab_size: int | None, seed: int,
-) -> Trace:  # fmt: skip
-    """Sessions whose requests follow answers. In memory are the sessions that go on."""
-    whole("num", num, least=1)
-    real("token_seconds", token_seconds, least=0.0)
-    _check(rate, burstiness, block_size, vocab_size, seed)
-
-    def source() -> Iterator[tuple[str, TraceRequest]]:
-        drawn = Source(seed, rate, burstiness)
-        first = begin(drawn)
-        due: list[tuple[float, int, _Call]] = []
-        order, begun, next_begin, i = itertools.count(), 0, 0.0, 0
-        while due or begun < num:
-            while begun < num and (not due or next_begin <= due[0][0]):
-                heapq.heappush(due, (next_begin, next(order), first(drawn, begun)))
-                begun += 1
-                next_begin += drawn.gap()
-            now, _, call = heapq.heappop(due)
-            request = _request(i, now, call.parts, call.output, call.fields, block_size, vocab_size)
-            yield f"request {i}", request
-            answered = now + token_seconds * call.output
-            said = [*call.parts, Part(next(drawn.fresh), call.output)]
-            for later, follower in call.go_on(str(i), said, answered):
-                heapq.heappush(due, (later, next(order), follower))
-            i += 1
-
-    return Trace(f"{name}, {rate:g}/s", source, block_size=block_size)
 
 
 def chats(
@@ -277,29 +193,29 @@ def chats(
     """
     whole("system", system, least=0)
     for name, span in (("turns", turns), ("question", question), ("output", output)):
-        _checked(name, span)
+        checked_range(name, span)
     real("think", think, least=0.0)
 
-    def begin(source: Source) -> Callable[[Source, int], _Call]:
+    def begin(source: Source) -> Callable[[Source, int], Call]:
         head = [source.text((system, system))] if system else []
 
-        def call(parts: list[Part], left: int, fields: dict[str, Any]) -> _Call:
-            def go_on(id: str, said: list[Part], answered: float) -> list[tuple[float, _Call]]:
+        def call(parts: list[Part], left: int, fields: dict[str, Any]) -> Call:
+            def go_on(id: str, said: list[Part], answered: float) -> list[tuple[float, Call]]:
                 if not left:
                     return []
                 pause = source.random.expovariate(1 / think) if think else 0.0
                 more = {**fields, "parent": id, "think": pause}
                 return [(answered + pause, call([*said, source.text(question)], left - 1, more))]
 
-            return _Call(parts, source.length(output), dict(fields), go_on)
+            return Call(parts, source.length(output), dict(fields), go_on)
 
-        def first(source: Source, i: int) -> _Call:
+        def first(source: Source, i: int) -> Call:
             return call([*head, source.text(question)], source.length(turns) - 1, {"session": f"chat {i}"})
 
         return first
 
     shown = str(turns[0]) if turns[0] == turns[1] else f"{turns[0]}-{turns[1]}"
-    return _sessions(
+    return sessions_trace(
         f"{num} chats of {shown} turns", num, begin, token_seconds, rate, burstiness, block_size, vocab_size, seed
     )
 
@@ -318,14 +234,14 @@ def agents(
     """
     whole("tools", tools, least=1), whole("depth", depth, least=0)
     for name, span in (("task", task), ("steps", steps), ("result", result), ("output", output)):
-        _checked(name, span)
+        checked_range(name, span)
     real("branch", branch, least=0.0, most=1.0), real("tool_seconds", tool_seconds, least=0.0)
 
-    def begin(source: Source) -> Callable[[Source, int], _Call]:
+    def begin(source: Source) -> Callable[[Source, int], Call]:
         head = source.text((tools, tools))
 
-        def call(parts: list[Part], left: int, level: int, fields: dict[str, Any]) -> _Call:
-            def go_on(id: str, said: list[Part], answered: float) -> list[tuple[float, _Call]]:
+        def call(parts: list[Part], left: int, level: int, fields: dict[str, Any]) -> Call:
+            def go_on(id: str, said: list[Part], answered: float) -> list[tuple[float, Call]]:
                 followers = []
                 base = {**fields, "parent": id}
                 if left:
@@ -338,12 +254,12 @@ def agents(
                     followers.append((answered, call(own, source.length(steps) - 1, level + 1, sub)))
                 return followers
 
-            return _Call(parts, source.length(output), dict(fields), go_on)
+            return Call(parts, source.length(output), dict(fields), go_on)
 
-        def first(source: Source, i: int) -> _Call:
+        def first(source: Source, i: int) -> Call:
             fields = {"session": f"agent {i}", "kind": "agent"}
             return call([head, source.text(task)], source.length(steps) - 1, 0, fields)
 
         return first
 
-    return _sessions(f"{num} agents", num, begin, token_seconds, rate, burstiness, block_size, vocab_size, seed)
+    return sessions_trace(f"{num} agents", num, begin, token_seconds, rate, burstiness, block_size, vocab_size, seed)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import IO, Any
 
+from labkit.core.blocks.sessions import Hint
 from labkit.core.events.log import EventLog
 from labkit.study.rebuild import rebuild
 from labkit.study.traces.hashing import token_hashes
@@ -21,7 +22,7 @@ Row = Mapping[str, Any]
 Parser = Callable[[Row], "TraceRequest | None"]  # None: a line that is no request
 Parsed = Iterator["tuple[str, TraceRequest | BadRequestError]"]
 MOST_CHATS = 2**20  # conversations that are remembered
-NAMES = ("id", "session", "tenant", "parent", "kind")
+NAMES = ("id", "session", "tenant", "parent", "kind", "parent_session")
 
 
 def json_lines(file: IO[str], parse: Parser) -> Parsed:
@@ -155,9 +156,14 @@ class Own:
         if odd := [name for name, value in names.items() if not (value is None or isinstance(value, str))]:
             raise BadRequestError("malformed field", f"{odd[0]} must be a string, got {names[odd[0]]!r}")
         think = None if row.get("think") is None else seconds(row, "think")
+        try:
+            hint = None if row.get("hint") is None else Hint.of(row["hint"])
+        except ValueError as error:
+            raise BadRequestError("malformed field", str(error)) from None
         return TraceRequest(
-            seconds(row, "arrival"), number(row, "prompt"), number(row, "output"), own, tokens, think=think, **names
-        )
+            seconds(row, "arrival"), number(row, "prompt"), number(row, "output"), own, tokens, think=think, hint=hint,
+            **names,
+        )  # fmt: skip
 
 
 def events(file: IO[str]) -> Parsed:
@@ -178,16 +184,24 @@ def events(file: IO[str]) -> Parsed:
             if isinstance(answer, BadRequestError):
                 yield place, answer
             else:
-                now, num_prompt, parent = fields
+                now, num_prompt, parent, session, above, hint = fields
                 own, tokens = prompts.get(id, ((), None))
-                yield place, TraceRequest(now / 1e9, num_prompt, answer, own, tokens, id=id, parent=parent)
+                yield place, TraceRequest(
+                    now / 1e9, num_prompt, answer, own, tokens, id=id, parent=parent, session=session,
+                    parent_session=above, hint=hint,
+                )  # fmt: skip
 
     def read(row: Row) -> None:
         kind = row.get("event")
         if kind == "Submitted":
-            fields = (row["now"], row["num_prompt"], row["parent"])
+            fields = [row["now"], row["num_prompt"], row["parent"], None, None, None]
             waiting.append([place, row["request"], fields, None])
             of[row["request"]] = waiting[-1]
+        elif kind == "InSession" and row["request"] in of:
+            of[row["request"]][2][3:5] = row["session"], row["parent"]
+        elif kind == "Hinted" and row["request"] in of:
+            after = row["after"]
+            of[row["request"]][2][5] = Hint(row["hint"], None if after is None else after / 1e9)
         elif kind in ("Finished", "Aborted") and row["request"] in of:
             of[row["request"]][3] = row["num_output"]
         elif kind == "Rejected" and row["request"] in of:

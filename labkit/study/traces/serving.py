@@ -29,12 +29,12 @@ def to_workload(trace: Trace, *, vocab_size: int, num: int | None = None) -> Wor
     for request in trace if num is None else trace.first(num):
         begin = request.arrival if begin is None else begin
         tokens = _tokens(request, trace.block_size, vocab_size, fresh)
-        ask = Ask(tuple(tokens), max(request.num_output, 1), request.arrival - begin)
+        ask = Ask(tuple(tokens), max(request.num_output, 1), request.arrival - begin, turn=request.turn)
         before = request.parent
         if before in prompts and request.think is not None:
             said = len(prompts[before]) + asks[place[before]].num_output
             if len(tokens) > said and tokens[: len(prompts[before])] == prompts[before]:
-                ask = Ask(tuple(tokens[said:]), ask.num_output, request.think, after=place[before])
+                ask = Ask(tuple(tokens[said:]), ask.num_output, request.think, after=place[before], turn=request.turn)
         if request.id is not None:
             place[request.id], prompts[request.id] = len(asks), tokens
         asks.append(ask)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from labkit.core.blocks.sessions import Hint, Turn
 from labkit.core.options import whole
 
 ERRORS = ("raise", "skip")
@@ -36,6 +37,13 @@ class TraceRequest(NamedTuple):
     parent: str | None = None  # id of the request whose answer this one continues
     think: float | None = None  # seconds between that answer and this request
     kind: str | None = None
+    parent_session: str | None = None  # the session that this one works for
+    hint: Hint | None = None  # what the session does after the answer
+
+    @property
+    def turn(self) -> Turn | None:
+        """What it says of its session."""
+        return None if self.session is None else Turn(self.session, self.parent_session, self.hint)
 
 
 class BadRequestError(ValueError):
@@ -79,6 +87,7 @@ class Columns:
     hashes: NDArray[np.int64]
     session: NDArray[np.int64]  # [requests]
     tenant: tuple[str | None, ...]
+    turns: tuple[Turn | None, ...] | None = None  # of sessions, if any request names one
 
     def __len__(self) -> int:
         return len(self.arrival)
@@ -200,6 +209,7 @@ def _columns(requests: list[TraceRequest], begin: int) -> Columns:
         hashes.extend(request.hashes)
         ends.append(len(hashes))
     arrival, num_prompt, num_output, _, _, _, session, tenant, *_ = zip(*requests, strict=True)
+    turns = tuple(request.turn for request in requests) if any(session) else None
     return Columns(
         np.array(arrival, np.float64),
         np.array(num_prompt, np.int64),
@@ -208,6 +218,7 @@ def _columns(requests: list[TraceRequest], begin: int) -> Columns:
         np.frombuffer(hashes, np.int64) if hashes else np.zeros(0, np.int64),
         session_numbers(session, begin),
         tenant,
+        turns,
     )
 
 
