@@ -76,6 +76,8 @@ _HOME = {
     "Layout": "runner.base",
     "ByteTokenizer": "text.tokenizer",
     "Tokenizer": "text.tokenizer",
+    "Activations": "engine.activations",
+    "read_activations": "engine.activations",
     "Handle": "engine.handle",
     "RequestError": "engine.handle",
     "Experiment": "study.experiment",
@@ -95,6 +97,7 @@ _HOME = {
 _MODULES = {
     "assets": "assets",
     "doctor": "notebook.doctor",
+    "edit": "core.edits",
     "explain": "widgets.explain",
     "policies": "policies",
     "study": "study",
@@ -120,6 +123,7 @@ if TYPE_CHECKING:
     from .core.plan import Failure, Outputs, Plan, Result
     from .core.request import Request
     from .core.scheduling.scheduler import RejectedError, Scheduler
+    from .engine.activations import Activations, read_activations
     from .engine.beams import BeamSearchParams, beam_search
     from .engine.block_events import BlockEventPublisher, BlockEventSubscriber
     from .engine.engine import Engine

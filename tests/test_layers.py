@@ -90,7 +90,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "images": {"PIL", "numpy"},
     "text": {"numpy", "tokenizers", "transformers", "jinja2", "torch", "llguidance"},
     "assets": {"PIL", "torch", "numpy", "tokenizers", "transformers"},
-    "engine": {"numpy", "torch", "pandas", "labkit_kernels", "huggingface_hub", "zmq"},
+    "engine": {"numpy", "torch", "pandas", "safetensors", "labkit_kernels", "huggingface_hub", "zmq"},
     "lab": {"labkit_kernels", "torch", "pandas", "plotly", "ipywidgets", "IPython"},
     "bench": {"numpy", "torch", "transformers", "triton", "tqdm", "labkit_kernels"},
     "server": {

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from labkit.core.captures import check_capture
+from labkit.core.edits import edits_of
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.smaller import SmallerKV, check_kv
 
@@ -63,10 +65,15 @@ class SamplingParams:
     `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample. `logprobs=k`
     returns the log-probabilities of the chosen token and the k likeliest (-1: of all), `prompt_logprobs=k` the same for
     the prompt. `output_kind` says what `AsyncLLMEngine.generate` yields.
-    A request with a `seed` gives the same text whatever else is served. `capture={"hidden": [0], "attention": [3]}`
-    returns hidden states or attention of the layers you name; hidden layer -1 is the embeddings, and layer `num_layers`
-    the states after the final norm. `structured_outputs` constrains the text: {"json": schema}, {"json_object": True},
-    {"regex": "..."}, {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
+    A request with a `seed` gives the same text whatever else is served.
+
+    `capture={"hidden": [0], "mlp_output": "all", "positions": "last", "folder": "states"}` returns activations of the
+    layers you name (kinds: `labkit.core.captures`); hidden layer -1 is the embeddings, and layer `num_layers` the
+    states after the final norm. `edit={3: vector}` changes the states behind a layer: a vector is added, a function is
+    called with (states, positions), `labkit.edit` has Add, Project, Clamp and Replace.
+
+    `structured_outputs` constrains the text: {"json": schema}, {"json_object": True}, {"regex": "..."},
+    {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
     `kv=lk.SnapKV(budget=0.5)` keeps some of the request's keys and values only, see docs/smaller.md.
     `extra_args` is free for your own order or policy: `lambda request, now: request.params.extra_args["tenant"]`.
 
@@ -100,7 +107,8 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     structured_outputs: Mapping[str, Any] | None = None
-    capture: Mapping[str, Iterable[int]] | None = None
+    capture: Mapping[str, Any] | None = None
+    edit: Mapping[int, Any] | None = None
     kv: SmallerKV | None = None
     extra_args: Mapping[str, Any] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
@@ -140,7 +148,8 @@ class SamplingParams:
             raise ValueError(f"output_kind must be a RequestOutputKind, got {self.output_kind!r}")
         self._check_masks()
         self._check_form()
-        self._check_capture()
+        object.__setattr__(self, "capture", check_capture(self.capture))
+        object.__setattr__(self, "edit", edits_of(self.edit))
         if self.kv is not None:
             check_kv(self.kv)
             if self.n > 1:
@@ -219,19 +228,6 @@ class SamplingParams:
             raise ValueError(
                 "structured_outputs cannot be combined with ignore_eos or min_tokens: they end where their form ends"
             )
-
-    def _check_capture(self) -> None:
-        if self.capture is None:
-            return
-        if not isinstance(self.capture, Mapping):
-            raise ValueError(f"capture maps 'hidden' and 'attention' to layer numbers, got {self.capture!r}")
-        for what in self.capture:
-            choose("capture", what, {"hidden": None, "attention": None})
-        chosen = {
-            what: tuple(whole(f"capture[{what!r}]", i, least=-1 if what == "hidden" else 0) for i in which)
-            for what, which in self.capture.items()
-        }
-        object.__setattr__(self, "capture", chosen)
 
     def __repr__(self) -> str:
         changed = (

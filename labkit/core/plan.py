@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.blocks.tiers import NO_MOVES, DiskMoves
+from labkit.core.captures import Captured
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.shown import mimebundle
@@ -218,7 +219,8 @@ class Extras(NamedTuple):
 
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the step's tokens, in order
     prompt_logprobs: dict[int, TokenLogprobs] | None = None  # by position in the prompt
-    captured: dict[tuple[str, int], tuple[int, Any]] | None = None  # (what, layer) -> first position, array
+    captured: Captured | None = None
+    num_edited: int = 0  # edits made, times tokens
 
 
 class Result(NamedTuple):

@@ -6,9 +6,11 @@ import threading
 from collections.abc import AsyncIterator, Generator, Iterable, Iterator
 from typing import Any, Protocol
 
+from labkit.core.captures import Captured
 from labkit.core.plan import Extras, TokenLogprobs
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.scheduler import RejectedError
+from labkit.engine.activations import Activations, Shards, raise_missing, read_activations
 from labkit.text.stream import Text
 from labkit.text.tokenizer import Decoder
 
@@ -37,7 +39,17 @@ class Handle(Request):
     `.logprobs` hold what there is so far. Without a background thread, waiting also steps the engine.
     """
 
-    __slots__ = ("_lock", "_text", "captures", "engine", "logprobs", "prompt_logprobs", "prompt_text")
+    __slots__ = (
+        "_lock",
+        "_text",
+        "captures",
+        "engine",
+        "logprobs",
+        "num_edited",
+        "prompt_logprobs",
+        "prompt_text",
+        "shards",
+    )
 
     def __init__(self, *args: Any, engine: Owner, prompt_text: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -45,7 +57,9 @@ class Handle(Request):
         self.prompt_text = prompt_text
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
-        self.captures: dict[tuple[str, int], list[tuple[int, Any]]] = {}
+        self.captures: list[Captured] = []
+        self.shards: Shards | None = None  # where captures go instead
+        self.num_edited = 0  # edits made, times tokens; also on tokens that were computed again
         self._text: Text | None = None
         self._lock = threading.Lock()
 
@@ -114,25 +128,42 @@ class Handle(Request):
 
     def captured(self, what: str, layer: int) -> Any:
         """The layer's output [tokens, hidden size], or its attention as a list of [heads, queries, keys] by chunk."""
-        parts = self.captures.get((what, layer))
-        if parts is None:
-            raise ValueError(f"request {self.id!r} captured nothing of {what!r}, layer {layer}: name it in capture=")
         if what == "attention":
-            return [array for _, array in parts]
-        import torch
+            found = [part.values[what, layer] for part in self.captures if (what, layer) in part.values]
+            if not found:
+                raise_missing(f"request {self.id!r}", what, layer)
+            return found
+        return self.activations[what, layer]
 
-        whole: dict[int, Any] = {}
-        for start, array in parts:  # tokens recomputed after a preemption arrive a second time
-            whole |= {start + i: line for i, line in enumerate(array)}
-        return torch.stack([whole[i] for i in sorted(whole)])
+    @property
+    def activations(self) -> Activations:
+        """What `capture` has given so far, also of prompt tokens that a sample shares with its parent."""
+        parent = self.parent.captures if isinstance(self.parent, Handle) else []
+        shared = [part for one in parent if (part := one.before(self.num_prompt)) is not None]
+        if self.params.capture is not None and (folder := self.params.capture.get("folder")) is not None:
+            if self.shards is not None:
+                self.shards.flush()
+            return read_activations(folder, None if self.shards is None else self.shards.run).of(self.id)
+        return Activations.in_memory(self.id, [*shared, *self.captures], self.tokens)
 
     def take(self, extras: Extras) -> None:
         """Store what the runner returned besides a token."""
         self.logprobs += extras.logprobs[: max(0, self.num_output - len(self.logprobs))]
         if extras.prompt_logprobs:
             self.prompt_logprobs |= extras.prompt_logprobs
-        for key, (start, array) in (extras.captured or {}).items():
-            self.captures.setdefault(key, []).append((start, array))
+        self.num_edited += extras.num_edited
+        if extras.captured is not None:
+            # drafts that were rejected, and what was computed after the request ended, are no tokens of it
+            captured = extras.captured.before(self.num_tokens - 1)
+            if captured is not None and self.shards is not None:
+                self.shards.add(self, captured, self.tokens[captured.positions])
+            elif captured is not None:
+                self.captures.append(captured)
+
+    def take_to(self, shards: Shards, extras: Extras) -> None:
+        """The same, with captures written to a folder."""
+        self.shards = shards
+        self.take(extras)
 
     # -- waiting -------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,8 @@ from labkit.clock import Clock
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.sessions import Hint, session_name
 from labkit.core.blocks.tables import Tokens
+from labkit.core.captures import fitted
+from labkit.core.edits import first_of, span_of
 from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
@@ -83,6 +86,8 @@ def make_handle(
     when = engine.clock.now()
     if arrival is not None:
         when = max(when, round(duration("arrival", arrival) * 1e9))
+    if params.edit is not None and (own := span_of(params.edit, len(tokens))) not in spans:
+        spans = (*spans, own)
     key = None if adapter is None else engine.adapters.key_for(adapter)
     eos = () if params.ignore_eos else engine.runner.eos_token_ids
     stop_ids = tuple(dict.fromkeys((*params.stop_token_ids, *eos)))
@@ -206,15 +211,36 @@ def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> Samplin
         grammar = make_grammar(engine, params.structured_outputs)
         params = replace(params, structured_outputs=None, logits_processors=(*params.logits_processors, grammar))
     num_layers = getattr(engine.runner, "num_layers", 0)
-    for what, layers in (params.capture or {}).items():
-        for layer in layers:
-            if layer >= num_layers + (what == "hidden" and num_layers > 0):
-                raise ValueError(f"capture of {what!r} names layer {layer}: this runner has {num_layers} layers")
+    if params.capture is not None:
+        params = replace(params, capture=fitted(params.capture, num_layers))
+        folder = params.capture.get("folder")  # type: ignore[union-attr]
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"folder of capture: {folder!r} is a file")
+    if params.edit is not None:
+        _check_edits(engine, params.edit, num_layers, num_prompt)
     if (check := getattr(engine.runner, "check_params", None)) is not None:
         check(params)
     if params.max_tokens is None:
         params = replace(params, max_tokens=max(1, engine.scheduler.room_for(num_prompt)))
     return params
+
+
+def _check_edits(engine: Server, edits: Mapping[int, Any], num_layers: int, num_prompt: int) -> None:
+    size = getattr(engine.runner, "hidden_size", None)
+    if size is None:
+        raise ValueError(f"edit changes the states between a model's layers, and {engine.runner!r} has none")
+    for layer, several in edits.items():
+        if layer > num_layers:
+            raise ValueError(
+                f"edit names layer {layer}: this model has {num_layers} layers, -1 is the embeddings and {num_layers} "
+                f"the states after the final norm"
+            )
+        for edit in several:
+            if edit.vector_size not in (None, size):
+                raise ValueError(
+                    f"edit of layer {layer}: the vector has {edit.vector_size} numbers, the states have {size}"
+                )
+            first_of(edit, num_prompt)  # its positions lie in the prompt
 
 
 def make_grammar(engine: Server, form: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from labkit.core.plan import Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.decisions import Policies
 from labkit.core.scheduling.scheduler import RejectedError, Scheduler
+from labkit.engine.activations import Shards
 from labkit.engine.handle import Handle
 from labkit.engine.wakeup import Wakeup
 from labkit.runner.base import Pending, Runner
@@ -58,6 +60,7 @@ class Loop:
         self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
         self._num_enqueued = 0  # breaks ties in time
         self._watched: dict[str, Handle] = {}  # requests with stop strings
+        self.shards: dict[str, Shards] = {}  # by folder: what requests write their activations with
         self.wakeup = Wakeup()
         self._notes: Callable[[], list[tuple[Any, ...]]] | None = getattr(runner, "notes", None)
 
@@ -131,6 +134,8 @@ class Loop:
             self.scheduler.abort(handle.id, self.clock.now())
             self._watched.pop(handle.id, None)
             self.log.post()
+            if self.shards:
+                self._settle_shards()
         self.wakeup.ring()
         return handle
 
@@ -198,8 +203,36 @@ class Loop:
     def _hand_out(self, result: Result) -> None:
         for id, extras in (result.extras or {}).items():
             handle = self.scheduler.requests.get(id) or self.scheduler.ended.get(id)
-            if isinstance(handle, Handle):
+            if not isinstance(handle, Handle):
+                continue
+            if extras.captured is not None and (folder := (handle.params.capture or {}).get("folder")) is not None:
+                self._write(folder, partial(handle.take_to, extras=extras))
+            else:
                 handle.take(extras)
+        self._settle_shards()
+
+    def _settle_shards(self) -> None:
+        """Write activations whose requests have ended."""
+        for folder in list(self.shards):
+            self._write(folder, Shards.settle)
+
+    def _write(self, folder: str, write: Callable[[Shards], None]) -> None:
+        """A folder that cannot be written to ends the requests that write there, and no others."""
+        try:
+            if folder not in self.shards:
+                self.shards[folder] = Shards(folder)
+            write(self.shards[folder])
+        except OSError as error:
+            text = f"capture: cannot write to {folder!r}: {error}"
+            log.warning(text)
+            failing = [
+                one for one in self.scheduler.requests.values() if (one.params.capture or {}).get("folder") == folder
+            ]
+            ended = self.shards.pop(folder).drop() if folder in self.shards else []
+            for one in {id(one): one for one in (*ended, *failing)}.values():
+                if isinstance(one, Handle):
+                    one.error = text
+                    self._abort(one)
 
     def _fail(self, plan: Plan, error: Exception) -> None:
         """The step failed: roll back everything in flight; its requests are queued to be computed again. The error is

@@ -27,6 +27,7 @@ class Stateful(Protocol):
     clock: Clock
     arriving: dict[str, Handle]
     listeners: list[Any]
+    shards: dict[str, Any]
 
     @property
     def log(self) -> EventLog: ...
@@ -47,8 +48,11 @@ KEPT = frozenset(
         "_finalizer",
         "adapters",
         "images",
+        "shards",
     }
 )  # attributes of the engine itself that a restore keeps
+
+OF_HANDLES = ("captures", "num_edited")  # what else of them follows from the tokens is made again
 
 
 class Snapshot(Shown):
@@ -96,7 +100,8 @@ def _requests(engine: Stateful) -> list[Request]:
 
 def _fields(thing: object) -> dict[str, Any]:
     if isinstance(thing, Request):
-        return {name: getattr(thing, name) for name in Request.__slots__}
+        own = OF_HANDLES if isinstance(thing, Handle) else ()
+        return {name: getattr(thing, name) for name in (*Request.__slots__, *own)}
     kept = KEPT if hasattr(thing, "listeners") else frozenset()
     return {name: value for name, value in thing.__getstate__().items() if name not in kept}  # type: ignore[attr-defined]
 
@@ -146,6 +151,8 @@ def copy_engine(engine: E) -> E:
     refuse_disk(engine)
     listeners, engine.listeners = engine.listeners, []
     try:
-        return copy.deepcopy(engine)
+        copied = copy.deepcopy(engine)
+        copied.shards = {}  # it writes files of its own
+        return copied
     finally:
         engine.listeners = listeners

@@ -3,7 +3,7 @@ text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -64,16 +64,36 @@ class Batch:
 
 @dataclass
 class Capture:
-    """The layers whose output or attention a caller wants, and what the latest forward gave.
+    """What a caller wants to see of a forward, and to change in it; and what the latest forward gave.
 
-    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings). `attention[i]` is a list over sequences
-    of [query heads, queries, keys].
+    `hidden[i]` is layer i's output [tokens, hidden size] (-1: the embeddings), after its edit. `attention[i]` is a list
+    over sequences of [query heads, queries, keys]. `found[kind, i]` are the `others`, kinds of
+    `labkit.core.captures.KINDS`, with a line for each token. `edits[i]` is called with layer i's output and gives what
+    takes its place.
     """
 
     hidden_layers: frozenset[int] = frozenset()
     attention_layers: frozenset[int] = frozenset()
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, list[Tensor]] = field(default_factory=dict)
+    others: frozenset[tuple[str, int]] = frozenset()
+    found: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    edits: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def after(self, layer: int, x: Tensor) -> Tensor:
+        """What goes on behind this layer: x, or what an edit made of it."""
+        if layer in self.edits:
+            x = self.edits[layer](x)
+        if layer in self.hidden_layers:
+            self.hidden[layer] = x.clone()  # what follows may add to it in place
+        return x
+
+    def wants(self, layer: int, *kinds: str) -> bool:
+        return any((kind, layer) in self.others for kind in kinds)
+
+    def keep(self, kind: str, layer: int, x: Tensor) -> None:
+        if (kind, layer) in self.others:
+            self.found[kind, layer] = x.clone()
 
 
 class Model(Protocol):
@@ -93,6 +113,10 @@ class Model(Protocol):
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         """Hidden states after the final norm, [tokens, hidden size]. Writes this step's keys and values."""
+        ...
+
+    def why_no_capture(self, kind: str, layer: int) -> str | None:
+        """Why it cannot give this kind of activations (`labkit.core.captures.KINDS`) of this layer; None if it can."""
         ...
 
     def tensors(self) -> Iterable[Tensor]:

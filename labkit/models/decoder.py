@@ -98,7 +98,8 @@ class Attention:
         table = self.table if batch.rope is None or self.table is None else batch.rope
         if table is not None and self.per_head and self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
-        if table is not None and ops.rope_kv is not None:
+        shows = capture is not None and capture.wants(self.index, "q", "k", "v")
+        if table is not None and ops.rope_kv is not None and not shows:
             q = ops.rope_kv(q, k, v, table, batch.positions, *cache, slots, **norms)
         else:
             if table is not None:
@@ -106,6 +107,8 @@ class Attention:
             elif self.per_head and self.q_norm is not None and self.k_norm is not None:
                 q, k = self.q_norm(q), self.k_norm(k)
             ops.store_kv(k, v, *cache, slots)
+            for kind, part in (("q", q), ("k", k), ("v", v)) if capture is not None and shows else ():
+                capture.keep(kind, self.index, part)
         where = (block_table, batch.query_start, batch.seq_len)
         options: dict[str, Any] = {"scale": shape.scale, "window": self.window, "softcap": shape.softcap}
         if capture is not None and self.index in capture.attention_layers:
@@ -173,6 +176,8 @@ class Layer:
             raise ValueError(f"{weights.source!r} lacks the norms of {name}")
 
     def __call__(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture | None) -> Tensor:
+        if capture is not None and capture.others:
+            return self._shown(x, batch, cache, capture)
         x = self._add(x, self.attention, self.before_attention, self.after_attention, batch, cache, capture)
         return self._add(x, self.mlp, self.before_mlp, self.after_mlp)
 
@@ -182,8 +187,31 @@ class Layer:
         """x + scale * after(part(before(x))): norm and sum inside the part's own products where they can be."""
         if after is None and self.scale == 1.0:
             return part(x, before, x, *more)
-        out = _maybe(after, part(x, before, None, *more))
+        return self._sum(x, part(x, before, None, *more), after)
+
+    def _sum(self, x: Tensor, out: Tensor, after: Norm | None) -> Tensor:
+        out = _maybe(after, out)
         return x + (out if self.scale == 1.0 else out * self.scale)
+
+    def _shown(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture) -> Tensor:
+        """The same, with what attention and MLP put out apart from the sum where it is wanted: it may differ from
+        theirs in the last bit."""
+        i, more = self.attention.index, (batch, cache, capture)
+        if capture.wants(i, "attention_output"):
+            out = self.attention(x, self.before_attention, None, *more)
+            capture.keep("attention_output", i, out)
+            x = self._sum(x, out, self.after_attention)
+        else:
+            x = self._add(x, self.attention, self.before_attention, self.after_attention, *more)
+        if isinstance(self.mlp, Experts) and capture.wants(i, "router", "router_weights"):
+            normed = _maybe(self.before_mlp, x)
+            for kind, part in zip(("router_weights", "router"), self.mlp.choose(normed), strict=True):
+                capture.keep(kind, i, part)
+        if capture.wants(i, "mlp_output"):
+            out = self.mlp(x, self.before_mlp, None)
+            capture.keep("mlp_output", i, out)
+            return self._sum(x, out, self.after_mlp)
+        return self._add(x, self.mlp, self.before_mlp, self.after_mlp)
 
     def tensors(self) -> list[Tensor]:
         norms = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
@@ -368,19 +396,25 @@ class Decoder:
         if batch.axes is not None and self.axis_of is not None:
             batch = with_axes(batch, next(iter(self.tables.values())), self.axis_of)
         deep = () if batch.embeddings is None else batch.embeddings[1].split(self.hidden_size, -1)[1:]
-        _keep(capture, -1, x)
+        if capture is not None:
+            x = capture.after(-1, x)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x = layer(x, batch, cache, capture)
             if i < len(deep):  # Qwen3-VL's tower adds to the first layers' outputs, too
                 x = x.index_add(0, batch.embeddings[0], deep[i])  # type: ignore[index]
-            _keep(capture, i, x)
+            if capture is not None:
+                x = capture.after(i, x)
         if self.norm is None:
             assert self.place.pipe is not None
             self.place.pipe.send(x)
             return x
         x = self.norm(x)
-        _keep(capture, len(self.layers), x)
-        return x
+        return x if capture is None else capture.after(len(self.layers), x)
+
+    def why_no_capture(self, kind: str, layer: int) -> str | None:
+        if kind in ("router", "router_weights") and not isinstance(self.layers[layer].mlp, Experts):
+            return "it has no experts"
+        return None
 
     def scores(self, hidden: Tensor) -> Tensor:
         shape = self.shape
@@ -401,8 +435,3 @@ class Decoder:
         """Caps and divisors keep order."""
         assert self.head is not None
         return self.vocabulary.argmax(hidden, self.head)
-
-
-def _keep(capture: Capture | None, layer: int, x: Tensor) -> None:
-    if capture is not None and layer in capture.hidden_layers:
-        capture.hidden[layer] = x.clone()  # what follows may add to it in place

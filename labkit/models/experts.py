@@ -42,10 +42,7 @@ class Experts:
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         x = x if norm is None else norm(x)
-        chances = self.router(x).float().softmax(-1)
-        share, expert = chances.topk(self.shape.num_experts_per_tok, -1)  # [tokens, chosen]
-        if self.shape.norm_topk:
-            share = share / share.sum(-1, keepdim=True)
+        share, expert = self.choose(x)
         order = expert.flatten().argsort(stable=True)  # one run of tokens an expert
         token = order // expert.shape[1]
         weight = share.flatten()[order, None].to(x.dtype)
@@ -59,6 +56,14 @@ class Experts:
         if self.shared is not None and self.shared_gate is not None:
             out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
         return add(self.group, out, residual)
+
+    def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's experts, the best one first, and their weights: (weights, experts) [tokens, chosen]."""
+        chances = self.router(x).float().softmax(-1)
+        share, expert = chances.topk(self.shape.num_experts_per_tok, -1)
+        if self.shape.norm_topk:
+            share = share / share.sum(-1, keepdim=True)
+        return share, expert
 
     def tensors(self) -> list[Tensor]:
         shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []

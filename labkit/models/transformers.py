@@ -32,6 +32,7 @@ from labkit.models.place import WHOLE, Place
 from labkit.models.planned import Planned, planned
 from labkit.models.quantized import OF_EXPERTS, empty, load_quantized
 from labkit.models.rotary import rope_parameters
+from labkit.models.watching import Layers
 
 NAME = "labkit_paged"
 WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not passed to the interface
@@ -76,6 +77,9 @@ def _attention(
     layer, step.layer = step.layer, step.layer + 1
     cache, batch = step.caches[layer], step.batch
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [tokens, heads, size]
+    if step.capture is not None:
+        for kind, part in (("q", q), ("k", k), ("v", v)):
+            step.capture.keep(kind, layer, part)
     slots, block_table = batch.places(layer)
     step.ops.store_kv(k, v, *cache, slots)
     where = (block_table, batch.query_start, batch.seq_len)
@@ -159,6 +163,7 @@ class TransformersModel:
         if self.split is not None:
             self.split.connect(self.causal)
         self.kv = self._probe()
+        self.layers = Layers(self.body, len(self.kv))
         if self.split is not None:
             self.split.group.open = True
         self.hidden_size = int(self._hidden_size)
@@ -277,21 +282,16 @@ class TransformersModel:
             self.adapters.use(batch.adapters)
         step.batch, step.caches, step.ops, step.capture, step.layer = batch, caches, self.ops, capture, 0
         step.split = self.split
-        wants_hidden = capture is not None and bool(capture.hidden_layers)
         try:
-            out = self.body(
-                **self._inputs(batch),
-                position_ids=batch.positions[None],
-                use_cache=False,
-                **({"output_hidden_states": True} if wants_hidden else {}),
-            )
+            with self.layers.watched(capture):
+                out = self.body(**self._inputs(batch), position_ids=batch.positions[None], use_cache=False)
         finally:
             step.batch = step.caches = step.ops = step.capture = step.split = None
-        if capture is not None:
-            for layer in capture.hidden_layers:
-                is_last = layer == len(self.kv)  # after the final norm
-                capture.hidden[layer] = out[0][0] if is_last else out.hidden_states[layer + 1][0]
-        return out[0][0]
+        hidden: Tensor = out[0][0]
+        return hidden if capture is None else capture.after(len(self.kv), hidden)  # after the final norm
+
+    def why_no_capture(self, kind: str, layer: int) -> str | None:
+        return self.layers.why_no_capture(kind, layer)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         if batch.embeddings is None:

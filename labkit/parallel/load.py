@@ -129,7 +129,8 @@ def facts_of(runner: Any) -> dict[str, Any]:
         about = {"name": draft.name, "vocab_size": draft.vocab_size, "max_model_len": draft.max_model_len}
     return {
         "name": model.name, "dtype": str(model.dtype)[6:], "max_model_len": model.max_model_len,
-        "head_size": model.kv[0].key_size, "num_layers": len(model.kv), "num_parameters": model.num_parameters,
+        "head_size": model.kv[0].key_size, "hidden_size": model.hidden_size, "num_layers": len(model.kv),
+        "num_parameters": model.num_parameters,
         "vocab_size": runner.vocab_size, "eos_token_ids": runner.eos_token_ids, "windows": runner.windows,
         "bytes_per_token": runner.bytes_per_block(1), "embedding_size": runner.embedding_size,
         "largest_input": runner.largest_input,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn
 
+from labkit.core.captures import layers_of
 from labkit.core.options import real
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result
@@ -17,7 +18,7 @@ from labkit.parallel.adapters import RemoteSlots
 from labkit.parallel.balance import Balance, RankLoad
 from labkit.parallel.processes import SECONDS_OTHERS, Workers, error_of, step_of
 from labkit.parallel.ranks import Lost
-from labkit.parallel.wire import Reported, form_of, plan_bytes, read_result
+from labkit.parallel.wire import Reported, check_edits, form_of, plan_bytes, read_result
 from labkit.runner.base import Layout
 
 log = logging.getLogger("labkit.engine")
@@ -62,6 +63,7 @@ class ParallelRunner:
         self.eos_token_ids: tuple[int, ...] = tuple(first["eos_token_ids"])
         self.windows: tuple[int | None, ...] = tuple(first["windows"])
         self.num_layers = sum(facts["num_layers"] for facts in self.facts[:: self.workers.ranks.tensor])
+        self.hidden_size: int = first["hidden_size"]
         self.embedding_size: int | None = first["embedding_size"]
         self.largest_input: float = first["largest_input"]
         self.max_model_len: int = first["max_model_len"]
@@ -112,6 +114,11 @@ class ParallelRunner:
         """Refuse what cannot be sent."""
         for processor in params.logits_processors:
             form_of(processor)
+        check_edits(params.edit)
+        if self.workers.ranks.stages > 1 and (params.capture or params.edit):
+            raise ValueError("capture and edit are not served by a model in stages: use tensor_parallel_size instead")
+        if split := layers_of(params.capture).keys() - {"hidden", "attention"}:
+            raise ValueError(f"capture of {sorted(split)[0]!r} is not served by several ranks: each has a part of it")
 
     # -- a step --------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ run, whoever sends it."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.tiers import DiskMoves, DiskWrite, Stub
+from labkit.core.captures import Captured
+from labkit.core.edits import Add, Clamp, Edit, Function, Project, Replace
 from labkit.core.messagepack import pack, unpack
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Extras, Join, Plan, Result, TableChanges, TokenLogprobs
@@ -28,7 +30,8 @@ EMPTY = Plan(0, 0, *(_NONE,) * 3, 0, *(_NONE,) * 5)
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        DiskMoves, DiskWrite, Extras, Join, Layout, SamplingParams, Span, Stub, TableChanges, TokenLogprobs,
+        Add, Captured, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, Project, Replace, SamplingParams, Span, Stub,
+        TableChanges, TokenLogprobs,
     )
 }  # fmt: skip
 NOT_SENT = {"extra_args", "logits_processors", "output_kind", "structured_outputs"}  # of SamplingParams
@@ -164,6 +167,17 @@ def form_of(processor: Any) -> dict[str, Any]:
             f"cannot be used with several ranks; logit_bias, allowed_token_ids, bad_words and structured_outputs can"
         )
     return dict(form)
+
+
+def check_edits(edits: Mapping[int, tuple[Edit, ...]] | None) -> None:
+    """Functions are of this process."""
+    for layer, several in (edits or {}).items():
+        for edit in several:
+            if isinstance(edit, Function):
+                raise Unsendable(
+                    f"edit of layer {layer} is a function of this process, and the model is computed in others: "
+                    f"{edit!r} cannot be used with several processes; vectors can"
+                )
 
 
 def unpack_any(value: Any, make_grammar: Callable[[dict[str, Any]], Any] | None = None) -> Any:

@@ -290,7 +290,7 @@ class Board(Shown):
         if of_prompt is not None:
             handle.take(Extras(prompt_logprobs=unpack_any(of_prompt)))
         if captured is not None:
-            handle.captures |= unpack_any(captured)
+            handle.captures += unpack_any(captured)
 
     def _log(self, link: Link, batch: Batch) -> None:
         """The front's log has the events of all replicas, with rows told apart, and sums in its steps."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from labkit.core.params import SamplingParams
-from labkit.parallel.wire import form_of
+from labkit.parallel.wire import check_edits, form_of
 
 Ask = Callable[..., list[Any]]  # (name, **given): what each replica answers
 
@@ -22,6 +22,7 @@ class Model:
         self.vocab_size: int = facts["vocab_size"]
         self.eos_token_ids = tuple(facts["eos_token_ids"])
         self.num_layers: int = facts["num_layers"]
+        self.hidden_size: int | None = facts["hidden_size"]
         self.embedding_size: int | None = facts["embedding_size"]
         self.largest_input: float = facts["largest_input"]
         self.device: str = facts["device"]
@@ -45,6 +46,7 @@ class Model:
         """Refuse what cannot be sent."""
         for processor in params.logits_processors:
             form_of(processor)
+        check_edits(params.edit)
 
     def memory_parts(self) -> list[Any]:
         """None in this process."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.plan import Extras, Plan, Result
+from labkit.runner.extras import Lines
 from labkit.sampling.sampler import Drawn
 from labkit.transfer import fetch
 
@@ -31,7 +32,9 @@ class Computed:
         self.begin, self.accepted = begin, accepted
         self.read: dict[bytes, bool] | None = None  # disk reads that have ended
         self.once = False  # it captured or recorded a step
-        self.failed: dict[int, str] = {}  # rows whose inputs could not be made
+        self.failed: dict[int, str] = {}  # rows whose inputs could not be made, or whose edits failed
+        self.lines: Lines | None = None  # captured
+        self.num_edited: dict[str, int] = {}  # request -> edits made, times tokens
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.event = torch.cuda.Event()
@@ -40,10 +43,11 @@ class Computed:
     def result(self) -> Result:
         if self.event is not None:
             self.event.synchronize()
+        extras = self._extras() if self.lines is not None or self.num_edited else self.extras
         if self.host is None:
             seconds = time.perf_counter() - self.begin
             empty = np.zeros(0, np.int32)
-            return Result(empty, seconds, self.failed or None, self.extras or None, None, self.read or None, self.once)
+            return Result(empty, seconds, self.failed or None, extras or None, None, self.read or None, self.once)
         plan = self.plan
         tokens, chosen = self.host.numpy()
         draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
@@ -65,7 +69,7 @@ class Computed:
                 errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
             elif value != value:
                 errors.setdefault(row, "the model gave nan for its next token")
-        extras = dict(self.extras)
+        extras = dict(extras)
         if self.drawn is not None and self.drawn.logprobs is not None:
             for draw, logprobs in sorted(self.drawn.logprobs.by_row().items()):
                 if draw in row_of:
@@ -76,3 +80,11 @@ class Computed:
         seconds = time.perf_counter() - self.begin
         ids = tokens.astype(np.int32)
         return Result(ids, seconds, errors or None, extras or None, indptr, self.read or None, self.once)
+
+    def _extras(self) -> dict[str, Extras]:
+        found = dict(self.extras)
+        for id, captured in (self.lines.by_request() if self.lines is not None else {}).items():
+            found[id] = found.get(id, Extras())._replace(captured=captured)
+        for id, num in self.num_edited.items():
+            found[id] = found.get(id, Extras())._replace(num_edited=num)
+        return found

@@ -11,7 +11,9 @@ tested without a GPU.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,12 +21,16 @@ import torch
 from labkit_kernels.lora import Groups, grouped, most_tiles
 from torch import Tensor
 
-from labkit.models.base import Batch, KVCache, Model
+from labkit.core.plan import Plan
+from labkit.models.base import Batch, Capture, KVCache, Model
+from labkit.runner.edits import Bank
+from labkit.runner.extras import showing
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Sampler
 
 SIZES = (1, 2, 4, 8, *range(16, 256, 16), *range(256, 1025, 32))
 LEAST_WIDTH = 16  # blocks in a table
+MOST_TAPS = 8  # sets of what is shown and edited whose graphs are kept
 TURNS = 3  # a copy may still be in flight when the next two steps are prepared
 
 
@@ -62,12 +68,24 @@ def _whole(count: int) -> int:
     return -(-count // 4) * 4
 
 
+class Taps(NamedTuple):
+    """What of a step's inside is shown, and behind which layers vectors change it: graphs of different taps differ."""
+
+    shown: frozenset[tuple[str, int]]
+    edited: tuple[int, ...]
+
+
 class Buffers:
     """For one (size, width): the input buffers, the pinned memory they are filled from in turns, and the outputs. With
     `num_slots`, for steps that have adapters."""
 
-    def __init__(self, size: int, width: int, device: torch.device, num_slots: int = 0) -> None:
+    def __init__(
+        self, size: int, width: int, device: torch.device, num_slots: int = 0, taps: Taps | None = None
+    ) -> None:
         self.size, self.width, self.device, self.num_slots = size, width, device, num_slots
+        self.taps = taps
+        self.capture: Capture | None = None  # of a graph with taps: what the latest replay shows, in the order of lines
+        self.place_of: np.ndarray | None = None  # by row of the latest step: its line
         total = numbers_of(size, width, num_slots)
         self.flat = torch.zeros(total, dtype=torch.int32, device=device)
         self.lines = lines_of(self.flat, size, width, num_slots)
@@ -87,6 +105,8 @@ class Buffers:
             self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
         num, wide = tables.shape
         order = np.argsort(-columns[POSITION], kind="stable")
+        if self.taps is not None:
+            self.place_of = np.argsort(order)
         at, table, lengths, adapters = self._filled[self._turn]
         at[:, :num] = columns[:, order]
         at[PLACE, :num] = order
@@ -128,7 +148,9 @@ class Graphs:
         self.block_size, self.num_rows, self.device = rows.layout.block_size, rows.layout.num_rows, model.device
         self.sizes = [size for size in SIZES if size < self.num_rows] + [self.num_rows]
         self.memory = 0  # bytes that captured graphs hold
-        self._made: dict[tuple[int, ...], tuple[Buffers, Callable[[], Any]]] = {}
+        self.banks: Mapping[int, Bank] = {}  # vectors by layer, of rows that are edited
+        self._taps: OrderedDict[Taps, None] = OrderedDict()
+        self._made: dict[tuple[Any, ...], tuple[Buffers, Callable[[], Any]]] = {}
         self._pool: Any = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -150,34 +172,50 @@ class Graphs:
             width *= 2
 
     def _graph(
-        self, size: int, width: int, sample: Callable[..., Tensor], num_slots: int = 0
+        self, size: int, width: int, sample: Callable[..., Tensor], num_slots: int = 0, taps: Taps | None = None
     ) -> tuple[Buffers, Callable[[], Any]]:
-        key = (size, width, num_slots) if num_slots else (size, width)
+        key: tuple[Any, ...] = (size, width, num_slots) if num_slots else (size, width)
+        if taps is not None:
+            key = (*key, taps)
+            self._use(taps)
         if key not in self._made:
-            buffers = Buffers(size, width, self.device, num_slots)
+            buffers = Buffers(size, width, self.device, num_slots, taps)
             self._made[key] = buffers, self._capture(buffers, sample)
         return self._made[key]
 
+    def _use(self, taps: Taps) -> None:
+        """Graphs of the latest few taps are kept: a sweep over layers would fill the memory."""
+        self._taps[taps] = None
+        self._taps.move_to_end(taps)
+        if len(self._taps) > MOST_TAPS:
+            old, _ = self._taps.popitem(last=False)
+            if self._stream is not None:
+                torch.cuda.synchronize(self.device)  # a running graph must not be destroyed
+            self._made = {key: made for key, made in self._made.items() if key[-1] != old}
+
     def run(
-        self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor], slots: np.ndarray | None = None
-    ) -> Tensor:
+        self, columns: np.ndarray, tables: np.ndarray, sample: Callable[..., Tensor], slots: np.ndarray | None = None,
+        taps: Taps | None = None,
+    ) -> tuple[Tensor, Buffers]:  # fmt: skip
         """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream has got
-        there. `slots` are those of the rows' adapters, if any row has one."""
+        there; and the buffers, whose capture the next step overwrites. `slots` are those of the rows' adapters, if any
+        row has one."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(tables))]
         width = LEAST_WIDTH
         while width < tables.shape[1]:
             width *= 2
         num_slots = 0 if slots is None else self.model.adapters.num_slots
-        buffers, replay = self._graph(size, width, sample, num_slots)
+        buffers, replay = self._graph(size, width, sample, num_slots, taps)
         buffers.fill(columns, tables, self.num_rows, slots)
         replay()
-        return buffers.read()
+        return buffers.read(), buffers
 
     def forget(self) -> None:
         """Drop all graphs, because another variant is in use now."""
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # a running graph must not be destroyed
         self._made.clear()
+        self._taps.clear()
         self._pool = None  # a memory pool is freed with its last graph
         self.memory = 0
 
@@ -196,7 +234,13 @@ class Graphs:
             max_seq_len=buffers.width * self.block_size,
             adapters=adapters,
         )
-        hidden = self.model.forward(batch, self.caches)
+        if buffers.taps is None:
+            hidden = self.model.forward(batch, self.caches)
+        else:
+            at = {"rows": rows, "positions": columns[POSITION]}
+            edits = {layer: partial(self.banks[layer].where_due, **at) for layer in buffers.taps.edited}
+            buffers.capture = showing(buffers.taps.shown, edits)
+            hidden = self.model.forward(batch, self.caches, buffers.capture)
         tokens, chosen = sampled(self.model, self.sampler, hidden, rows, columns[KEY], sample)
         self.latest.index_copy_(0, rows, tokens)
         buffers.out.index_copy_(1, columns[PLACE], torch.stack((tokens.double(), chosen.double())))
@@ -207,6 +251,30 @@ class Graphs:
         replay, self._pool, taken = capture(lambda: self._step(buffers, sample), self._stream, self._pool, self.device)
         self.memory += taken
         return replay
+
+
+def is_plain_decode(plan: Plan) -> bool:
+    """Whether the step has only decode rows, each with one sample."""
+    rows = plan.rows
+    return bool(
+        len(rows)
+        and plan.num_decode == len(rows) == len(plan.sample_row)
+        and not len(plan.drafts)
+        and (plan.sample_row == rows).all()
+    )
+
+
+def columns_of(plan: Plan, mine: Rows, sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and block tables of a decode step, in the plan's order."""
+    rows, start = plan.rows, plan.start
+    index, place = np.divmod(start, mine.layout.block_size)
+    columns = np.zeros((7, len(rows)), np.int64)
+    columns[FED, plan.feed] = 1
+    columns[GIVEN, columns[FED] == 0] = plan.tokens
+    columns[POSITION], columns[ROW] = start + mine.shift[rows], rows
+    columns[SLOT] = mine.tables[0, rows, index] * mine.layout.block_size + place
+    columns[KEY] = sampler.keys(rows, start + 1)
+    return columns, mine.tables[0, rows, : int(index.max()) + 1]
 
 
 def sampled(

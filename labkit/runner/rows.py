@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from labkit.core.blocks.spans import Span
+from labkit.core.params import SamplingParams
 from labkit.core.plan import Join, Plan
 from labkit.runner.base import Layout
 
@@ -18,7 +19,8 @@ class Rows:
         self.tables = np.zeros((groups, layout.num_rows, 16), np.int64)  # [groups, rows, blocks]; 0: the scratch block
         self.joins: list[Join | None] = [None] * layout.num_rows
         self.latest = np.zeros(layout.num_rows, np.int32)
-        self.asking = np.zeros(layout.num_rows, bool)  # rows that want more than captured steps give
+        self.asking = np.zeros(layout.num_rows, bool)  # rows with prompt logprobs, captures, edits or smaller KV
+        self.eager = np.zeros(layout.num_rows, bool)  # those of them that no captured step can serve
         self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         self.shift = np.zeros(layout.num_rows, np.int64)  # of positions behind its images, where they have several axes
         self.has_axes = np.zeros(layout.num_rows, bool)
@@ -41,14 +43,16 @@ class Rows:
         for join in plan.joins:
             self.joins[join.row] = join
             self.tables[:, join.row] = 0
-            self.asking[join.row] = bool(join.params.capture) or join.params.prompt_logprobs is not None
+            params = join.params
+            self.asking[join.row] = bool(params.capture or params.edit) or params.prompt_logprobs is not None
+            self.eager[join.row] = self.asking[join.row] and needs_eager(params)
             ends = (span.end for span in join.spans if span.num_inputs)
             self.embedded[join.row] = max(ends, default=0)
             self.shift[join.row] = sum(map(shift_of, join.spans))
             self.has_axes[join.row] = any(span.axes is not None for span in join.spans)
             self.both_ways[join.row] = any(span.bidirectional for span in join.spans)
             if join.params.kv is not None:
-                self.asking[join.row] = True  # no captured step knows slots
+                self.asking[join.row] = self.eager[join.row] = True  # no captured step knows slots
                 self.by_slot[join.row] = join.params.kv.positions == "cache"
         if plan.compactions or self.has_dropped:
             self._count_dropped(plan)
@@ -92,6 +96,16 @@ class Rows:
         """The token ids that entry `entry` computes."""
         given = plan.tokens[plan.indptr[entry] : plan.indptr[entry + 1]]
         return given if len(given) else self.latest[plan.rows[entry], None]
+
+
+def needs_eager(params: SamplingParams) -> bool:
+    """Whether every step has to come back to the host between layers: for prompt logprobs, attention weights, functions
+    and edits that follow each other. Those at positions of a prompt only concern steps that are not captured anyway."""
+    lasting = (
+        [edit for edit in several if isinstance(edit.positions, str)] for several in (params.edit or {}).values()
+    )
+    own = any(len(edits) > 1 or any(edit.parts() is None for edit in edits) for edits in lasting)
+    return own or params.prompt_logprobs is not None or "attention" in (params.capture or {})
 
 
 def shift_of(span: Span) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from labkit.core.blocks.tiers import Stub
 from labkit.core.options import flag, named_options, real, whole
+from labkit.core.params import SamplingParams
 from labkit.core.plan import Extras, Plan
 from labkit.core.smaller import SmallerKV
 from labkit.models.base import Batch, Capture, KVCache, Model
@@ -29,9 +30,10 @@ from labkit.runner.compactor import Compactor, refuse, rope_tables
 from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
-from labkit.runner.extras import capture_of, extras_of, wanted_of
+from labkit.runner.edits import Edits
+from labkit.runner.extras import NO_EDITS, Lines, capture_of, check_shown, extras_of, keys_wanted, wanted_of
 from labkit.runner.features import MOST_BYTES, Features
-from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs
+from labkit.runner.graphs import Graphs, Taps, columns_of, is_plain_decode
 from labkit.runner.groups import by_window, one_group
 from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
@@ -102,7 +104,7 @@ class TorchRunner(Sleeps):
         self._wants_repeats = (
             graphs is None and self.device.type == "cpu" and model.capturable and hasattr(model, "through")
         )
-        self.vocab_size = model.vocab_size
+        self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
@@ -214,8 +216,11 @@ class TorchRunner(Sleeps):
         """What repeats steps, if anything does. It knows where this runner's tensors lie."""
         if self.layout is None:
             return
+        self.edits = Edits(self.rows, self.hidden_size, self.device)
         if self._wants_graphs:
             self.graphs = self._kind(self.model, self.caches, self.sampler, self.latest, self.rows)
+            if isinstance(self.graphs, Graphs):
+                self.graphs.banks = self.edits.banks
         if self._wants_repeats:
             self.repeats = Repeats(self.model, self.caches)  # type: ignore[arg-type]
 
@@ -228,6 +233,10 @@ class TorchRunner(Sleeps):
             self.graphs.capture(most_tokens, budget, self._sample)
         if self.repeats is not None:
             self.repeats.capture()
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Refuse what this model cannot show."""
+        check_shown(self.model, params)
 
     def _stores(self, layout: Layout) -> tuple[BlockStore, BlockStore]:
         cpu, pinned = torch.device("cpu"), self.device.type == "cuda"
@@ -263,7 +272,7 @@ class TorchRunner(Sleeps):
             self.disk = None
         self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
         self.graphs = self.repeats = self.drafter = self.draft_model = self.features = None
-        for name in ("model", "sampler", "rows", "latest"):
+        for name in ("model", "sampler", "rows", "latest", "edits"):
             vars(self).pop(name, None)
 
     # -- snapshots: the model is shared, everything else is state ------------------------------------------------
@@ -271,7 +280,7 @@ class TorchRunner(Sleeps):
     def __getstate__(self) -> dict[str, Any]:
         if self.layout is not None:
             self.sampler.settle()  # an event cannot be copied
-        left_out = ("model", "draft_model", "_sample", "graphs", "repeats", "disk", "drafter", "features")
+        left_out = ("model", "draft_model", "_sample", "graphs", "repeats", "disk", "drafter", "features", "edits")
         state = {name: value for name, value in vars(self).items() if name not in left_out}
         return state | {"_drafted": None if self.drafter is None else self.drafter.state()}
 
@@ -320,22 +329,28 @@ class TorchRunner(Sleeps):
         if self.compactor is not None:
             inputs.failed.update(self.compactor.failed)
         wanted = wanted_of(plan, self.rows)
-        capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers)
+        edits = self.edits.of(plan, inputs.query_start) if self.edits else None
+        changes = NO_EDITS if edits is None else edits.by_layer()
+        capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers, changes)
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
         if self.drafter is not None:
             self.drafter.keep(plan, inputs.query_start, hidden, capture, self.rows.tables[0])
+        failed = inputs.failed if edits is None else inputs.failed | edits.failed
         if not self.draws:
-            return self._pending(Computed(plan, None, None, {}, [], begin, self.device), inputs.failed)
+            return self._pending(Computed(plan, None, None, {}, [], begin, self.device), failed)
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
-        extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted, capture) if wanted else {}
-        return self._drawn(plan, drawn, extras, begin, inputs.failed)
+        extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted) if wanted else {}
+        lines = Lines(plan, inputs.query_start, wanted, capture) if wanted and capture is not None else None
+        return self._drawn(plan, drawn, extras, begin, failed, lines, {} if edits is None else edits.counts)
 
     def _drawn(
-        self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float, failed: dict[int, str]
-    ) -> Pending:
+        self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float, failed: dict[int, str],
+        lines: Lines | None = None, num_edited: dict[str, int] | None = None,
+    ) -> Pending:  # fmt: skip
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        host = on_its_way(drawn)
-        return self._pending(Computed(plan, host, drawn, extras, names, begin, self.device, self._accepted), failed)
+        computed = Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device, self._accepted)
+        computed.lines, computed.num_edited = lines, num_edited or {}
+        return self._pending(computed, failed)
 
     @torch.inference_mode()
     def _accepted(self, plan: Plan, stands: np.ndarray) -> None:
@@ -385,32 +400,28 @@ class TorchRunner(Sleeps):
         return [one for one in found if one is not None]
 
     def _can_replay(self, plan: Plan) -> bool:
-        """Whether the step has only decode rows, each with one sample and no special parameters."""
         rows = plan.rows
-        return bool(
-            len(rows)
-            and plan.num_decode == len(rows) == len(plan.sample_row)
-            and not len(plan.drafts)
-            and (plan.sample_row == rows).all()
-            and self.sampler.plain[rows].all()
-            and not self.rows.asking[rows].any()
+        return (
+            is_plain_decode(plan)
+            and bool(self.sampler.plain[rows].all())
+            and not self.rows.eager[rows].any()
             and not (plan.start < self.rows.embedded[rows]).any()
         )
 
     def _replay(self, graphs: Graphs, plan: Plan, begin: float) -> Pending:
-        assert self.layout is not None
-        rows, start, size = plan.rows, plan.start, self.layout.block_size
-        index, place = np.divmod(start, size)
-        blocks = self.rows.tables[0, rows, index]
-        columns = np.zeros((7, len(rows)), np.int64)
-        columns[FED, plan.feed] = 1
-        columns[GIVEN, columns[FED] == 0] = plan.tokens
-        columns[POSITION], columns[SLOT], columns[ROW] = start + self.rows.shift[rows], blocks * size + place, rows
-        columns[KEY] = self.sampler.keys(rows, start + 1)
-        table = self.rows.tables[0, rows, : int(index.max()) + 1]
-        slots = self.rows.slot_of[rows] if self.rows.is_adapted(rows) else None
-        out = graphs.run(columns, table, self._sample, slots)[:, : len(rows)]
-        return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
+        slots = self.rows.slot_of[plan.rows] if self.rows.is_adapted(plan.rows) else None
+        columns, table = columns_of(plan, self.rows, self.sampler)
+        if not self.rows.asking[plan.rows].any():
+            out, _ = graphs.run(columns, table, self._sample, slots)
+            return self._pending(Computed(plan, out[:, : len(plan.rows)], None, {}, [], begin, self.device))
+        wanted, (layers, num_edited) = wanted_of(plan, self.rows), self.edits.banked_in(plan)
+        taps = Taps(keys_wanted(wanted), layers)
+        out, buffers = graphs.run(columns, table, self._sample, slots, taps)
+        assert buffers.capture is not None
+        lines = Lines(plan, np.arange(len(plan.rows) + 1), wanted, buffers.capture, buffers.place_of)
+        computed = Computed(plan, out[:, : len(plan.rows)], None, {}, [], begin, self.device)
+        computed.lines, computed.num_edited = lines, num_edited
+        return self._pending(computed)
 
     def _apply(self, plan: Plan) -> None:
         if plan.reset:
@@ -418,6 +429,7 @@ class TorchRunner(Sleeps):
         for row in plan.leaves:
             self.sampler.leave(row)
         self.rows.apply(plan)
+        self.edits.apply(plan)
         self.store.touched[plan.table_changes.block] = True
         if isinstance(self.graphs, Steps):
             self.graphs.note(plan)

@@ -7,6 +7,7 @@ import numpy as np
 from labkit.core.blocks import retention
 from labkit.core.blocks.prefix import hash_blocks, span_keys
 from labkit.core.blocks.rows import Hit
+from labkit.core.captures import needs_all
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import asking, loading, planning, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
@@ -151,12 +152,14 @@ def _still_blocked(s: SchedulerState, request: Request) -> bool:
 
 
 def reads_cache(request: Request) -> bool:
-    """Prompt logprobs and `capture` need every prompt position computed; with `kv` the keys belong to the request
-    alone."""
+    """Prompt logprobs and `capture` of all positions need every prompt position computed; with `kv` the keys belong to
+    the request alone."""
     params = request.params
     if params.kv is not None:
         return False
-    return (params.prompt_logprobs is None and not params.capture) or len(request.output) > 0
+    if params.prompt_logprobs is None and params.capture is None:
+        return True
+    return len(request.output) > 0 or (params.prompt_logprobs is None and not needs_all(params.capture))
 
 
 def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:

@@ -14,6 +14,7 @@ import numpy as np
 from labkit.core.blocks import retention
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.blocks.tables import NEVER, Ints
+from labkit.core.edits import Function
 from labkit.core.events.log import EventLog
 from labkit.core.params import SamplingParams
 from labkit.core.plan import NO_INTS, Plan
@@ -30,9 +31,11 @@ MOST_REMEMBERED = 4096  # ended requests that can still be found by id
 
 def can_draft(params: SamplingParams) -> bool:
     """Whether drafts of a request can be taken back: not what it captured of them, not keys that were dropped, and
-    not the state of a processor that cannot go back."""
+    not the state of a processor that cannot go back. Functions that edit see the tokens one after the other."""
     begins = (f for f in params.logits_processors if hasattr(f, "begin"))
-    return params.kv is None and not params.capture and all(getattr(f, "can_rewind", False) for f in begins)
+    if params.kv is not None or params.capture or any(isinstance(edit, Function) for edits in (params.edit or {}).values() for edit in edits):
+        return False
+    return all(getattr(f, "can_rewind", False) for f in begins)
 
 
 class SchedulerState:
