@@ -72,8 +72,8 @@ def check_capture(given: Any) -> dict[str, Any] | None:
     return found
 
 
-def layers_of(capture: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]]:
-    """Layers by kind."""
+def layers_of(capture: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Layers by kind: a tuple of numbers, or "all"."""
     return {what: which for what, which in (capture or {}).items() if what not in OPTIONS and len(which)}
 
 

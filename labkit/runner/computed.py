@@ -40,6 +40,11 @@ class Computed:
             self.event = torch.cuda.Event()
             self.event.record()
 
+    def showing(self, lines: Lines | None, num_edited: dict[str, int]) -> Computed:
+        """With what was captured, and the number of edits that were made."""
+        self.lines, self.num_edited = lines, num_edited
+        return self
+
     def result(self) -> Result:
         if self.event is not None:
             self.event.synchronize()

@@ -225,14 +225,16 @@ def banked(several: tuple[Edit, ...]) -> Parts | None:
 
 def changed(edit: Edit, x: Tensor, vector: Any) -> Tensor:
     """x [tokens, hidden size] after an edit by this vector, or by these, one for each token."""
-    parts = edit.parts()
+    parts, wide = edit.parts(), x.float()
+    found: Tensor
     if parts is None:
-        return (x.float() + vector).to(x.dtype) if isinstance(edit, Add) else vector.to(x.dtype).expand_as(x)
-    wide = x.float()
-    if parts.along is None:
-        return (parts.keep * wide + vector).to(x.dtype)
-    part = (wide * vector).sum(-1, keepdim=True)
-    return (wide + (part.clamp(parts.least, parts.most) - part) * vector).to(x.dtype)
+        found = wide + vector if isinstance(edit, Add) else vector.expand_as(x)
+    elif parts.along is None:
+        found = parts.keep * wide + vector
+    else:
+        part = (wide * vector).sum(-1, keepdim=True)
+        found = wide + (part.clamp(parts.least, parts.most) - part) * vector
+    return found.to(x.dtype)
 
 
 def _checked(function: Callable[[Any, Any], Any], states: Tensor, positions: Tensor) -> Tensor | str:

@@ -120,7 +120,7 @@ def extras_of(
     model: Model, plan: Plan, query_start: np.ndarray, hidden: Tensor, wanted: list[tuple[int, Any]]
 ) -> dict[str, Extras]:
     """The prompt logprobs of these entries, by request."""
-    found = {}
+    found: dict[str, Extras] = {}
     for entry, join in wanted:
         if wants_prompt(plan, entry, join):
             begin, end = int(query_start[entry]), int(query_start[entry + 1])

@@ -21,7 +21,6 @@ import torch
 from labkit_kernels.lora import Groups, grouped, most_tiles
 from torch import Tensor
 
-from labkit.core.plan import Plan
 from labkit.models.base import Batch, Capture, KVCache, Model
 from labkit.runner.edits import Bank
 from labkit.runner.extras import showing
@@ -251,30 +250,6 @@ class Graphs:
         replay, self._pool, taken = capture(lambda: self._step(buffers, sample), self._stream, self._pool, self.device)
         self.memory += taken
         return replay
-
-
-def is_plain_decode(plan: Plan) -> bool:
-    """Whether the step has only decode rows, each with one sample."""
-    rows = plan.rows
-    return bool(
-        len(rows)
-        and plan.num_decode == len(rows) == len(plan.sample_row)
-        and not len(plan.drafts)
-        and (plan.sample_row == rows).all()
-    )
-
-
-def columns_of(plan: Plan, mine: Rows, sampler: Sampler) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and block tables of a decode step, in the plan's order."""
-    rows, start = plan.rows, plan.start
-    index, place = np.divmod(start, mine.layout.block_size)
-    columns = np.zeros((7, len(rows)), np.int64)
-    columns[FED, plan.feed] = 1
-    columns[GIVEN, columns[FED] == 0] = plan.tokens
-    columns[POSITION], columns[ROW] = start + mine.shift[rows], rows
-    columns[SLOT] = mine.tables[0, rows, index] * mine.layout.block_size + place
-    columns[KEY] = sampler.keys(rows, start + 1)
-    return columns, mine.tables[0, rows, : int(index.max()) + 1]
 
 
 def sampled(

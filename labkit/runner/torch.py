@@ -31,14 +31,15 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.edits import Edits
-from labkit.runner.extras import NO_EDITS, Lines, capture_of, check_shown, extras_of, keys_wanted, wanted_of
+from labkit.runner.extras import NO_EDITS, Lines, capture_of, check_shown, extras_of, wanted_of
 from labkit.runner.features import MOST_BYTES, Features
-from labkit.runner.graphs import Graphs, Taps, columns_of, is_plain_decode
+from labkit.runner.graphs import Graphs
 from labkit.runner.groups import by_window, one_group
 from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
 from labkit.runner.repeats import Repeats
+from labkit.runner.replay import can_replay, replay
 from labkit.runner.rows import Rows
 from labkit.runner.steps import MOST_TOKENS, Steps
 from labkit.runner.trees import TreeDrafter, move_accepted
@@ -322,8 +323,9 @@ class TorchRunner(Sleeps):
             self.drafter.settle(plan, self.rows.tables[0])
         if isinstance(self.graphs, Steps) and self.graphs.can_run(plan):
             return self._run_captured(self.graphs, plan, begin)
-        if isinstance(self.graphs, Graphs) and self._can_replay(plan):
-            return self._replay(self.graphs, plan, begin)
+        if isinstance(self.graphs, Graphs) and can_replay(plan, self.rows, self.sampler):
+            out, *shown = replay(self.graphs, plan, self.rows, self.edits, self._sample)
+            return self._pending(Computed(plan, out, None, {}, [], begin, self.device).showing(*shown))
         mass = None if self.compactor is None else self.compactor.watch(plan, self.rows, self.device)
         inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features, mass)
         if self.compactor is not None:
@@ -341,16 +343,12 @@ class TorchRunner(Sleeps):
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted) if wanted else {}
         lines = Lines(plan, inputs.query_start, wanted, capture) if wanted and capture is not None else None
-        return self._drawn(plan, drawn, extras, begin, failed, lines, {} if edits is None else edits.counts)
+        computed = self._drawn(plan, drawn, extras, begin)
+        return self._pending(computed.showing(lines, {} if edits is None else edits.counts), failed)
 
-    def _drawn(
-        self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float, failed: dict[int, str],
-        lines: Lines | None = None, num_edited: dict[str, int] | None = None,
-    ) -> Pending:  # fmt: skip
+    def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Computed:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        computed = Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device, self._accepted)
-        computed.lines, computed.num_edited = lines, num_edited or {}
-        return self._pending(computed, failed)
+        return Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device, self._accepted)
 
     @torch.inference_mode()
     def _accepted(self, plan: Plan, stands: np.ndarray) -> None:
@@ -368,7 +366,7 @@ class TorchRunner(Sleeps):
             return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
         rows, _, known = draws_of(plan, np.concatenate(([0], np.cumsum(plan.count))))
         drawn = draw_from(plan, hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
-        return self._drawn(plan, drawn, {}, begin, {})
+        return self._pending(self._drawn(plan, drawn, {}, begin))
 
     def _pending(self, computed: Computed, failed: dict[int, str] | None = None) -> Pending:
         computed.failed = failed or {}
@@ -398,30 +396,6 @@ class TorchRunner(Sleeps):
         """What captures or records steps here."""
         found = (self.graphs, self.repeats, self.drafter and self.drafter.repeats)
         return [one for one in found if one is not None]
-
-    def _can_replay(self, plan: Plan) -> bool:
-        rows = plan.rows
-        return (
-            is_plain_decode(plan)
-            and bool(self.sampler.plain[rows].all())
-            and not self.rows.eager[rows].any()
-            and not (plan.start < self.rows.embedded[rows]).any()
-        )
-
-    def _replay(self, graphs: Graphs, plan: Plan, begin: float) -> Pending:
-        slots = self.rows.slot_of[plan.rows] if self.rows.is_adapted(plan.rows) else None
-        columns, table = columns_of(plan, self.rows, self.sampler)
-        if not self.rows.asking[plan.rows].any():
-            out, _ = graphs.run(columns, table, self._sample, slots)
-            return self._pending(Computed(plan, out[:, : len(plan.rows)], None, {}, [], begin, self.device))
-        wanted, (layers, num_edited) = wanted_of(plan, self.rows), self.edits.banked_in(plan)
-        taps = Taps(keys_wanted(wanted), layers)
-        out, buffers = graphs.run(columns, table, self._sample, slots, taps)
-        assert buffers.capture is not None
-        lines = Lines(plan, np.arange(len(plan.rows) + 1), wanted, buffers.capture, buffers.place_of)
-        computed = Computed(plan, out[:, : len(plan.rows)], None, {}, [], begin, self.device)
-        computed.lines, computed.num_edited = lines, num_edited
-        return self._pending(computed)
 
     def _apply(self, plan: Plan) -> None:
         if plan.reset:

@@ -197,8 +197,9 @@ def test_logprobs_captured_layers_and_embeddings_are_those_of_one_process(folder
     prompt = [3, 1, 4, 1, 5, 9, 2]
     rows = np.random.default_rng(0).normal(size=(2, 48)).astype(np.float32)
     params = lk.SamplingParams(
-        max_tokens=3, logprobs=2, prompt_logprobs=1, capture={"hidden": [0, 2], "attention": [1]}, **PARAMS
-    )
+        max_tokens=3, logprobs=2, prompt_logprobs=1, capture={"hidden": [0, 2], "attention": [1]},
+        edit={0: np.linspace(-2, 2, 48), 1: lk.edit.Project(rows[0], positions=[2, -1])}, **PARAMS,
+    )  # fmt: skip
     found = []
     for ranks in ({}, {"workers": workers}):
         eng = engine(folders("llama"), **ranks)
@@ -207,7 +208,7 @@ def test_logprobs_captured_layers_and_embeddings_are_those_of_one_process(folder
         found.append(handle)
         eng.close()
     one, two = found
-    assert one.output_ids == two.output_ids
+    assert one.output_ids == two.output_ids and one.num_edited == two.num_edited == 11
     for ours, theirs in zip(two.logprobs, one.logprobs, strict=True):
         assert ours.top_ids == theirs.top_ids and ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
     assert two.prompt_logprobs[3].logprob == pytest.approx(one.prompt_logprobs[3].logprob, abs=1e-4)

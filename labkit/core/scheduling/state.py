@@ -33,7 +33,8 @@ def can_draft(params: SamplingParams) -> bool:
     """Whether drafts of a request can be taken back: not what it captured of them, not keys that were dropped, and
     not the state of a processor that cannot go back. Functions that edit see the tokens one after the other."""
     begins = (f for f in params.logits_processors if hasattr(f, "begin"))
-    if params.kv is not None or params.capture or any(isinstance(edit, Function) for edits in (params.edit or {}).values() for edit in edits):
+    edits = [edit for several in (params.edit or {}).values() for edit in several]
+    if params.kv is not None or params.capture or any(isinstance(edit, Function) for edit in edits):
         return False
     return all(getattr(f, "can_rewind", False) for f in begins)
 

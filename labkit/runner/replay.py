@@ -1,0 +1,55 @@
+"""One decode step by a captured graph: which steps can be, what goes in, and what comes out. Knows plans, rows and
+graphs, and nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from labkit.core.plan import Plan
+from labkit.runner.edits import Edits
+from labkit.runner.extras import Lines, keys_wanted, wanted_of
+from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs, Taps
+from labkit.runner.rows import Rows
+from labkit.sampling.sampler import Sampler
+
+
+def can_replay(plan: Plan, mine: Rows, sampler: Sampler) -> bool:
+    """Whether the step has only decode rows, each with one sample and no special parameters."""
+    rows = plan.rows
+    return bool(
+        len(rows)
+        and plan.num_decode == len(rows) == len(plan.sample_row)
+        and not len(plan.drafts)
+        and (plan.sample_row == rows).all()
+        and sampler.plain[rows].all()
+        and not mine.eager[rows].any()
+        and not (plan.start < mine.embedded[rows]).any()
+    )
+
+
+def replay(
+    graphs: Graphs, plan: Plan, mine: Rows, edits: Edits, sample: Callable[..., Tensor]
+) -> tuple[Tensor, Lines | None, dict[str, int]]:
+    """Tokens and logits [2, rows], on the host once the stream has got there; what was captured; and the number of
+    edits by request."""
+    rows, start = plan.rows, plan.start
+    index, place = np.divmod(start, mine.layout.block_size)
+    columns = np.zeros((7, len(rows)), np.int64)
+    columns[FED, plan.feed] = 1
+    columns[GIVEN, columns[FED] == 0] = plan.tokens
+    columns[POSITION], columns[ROW] = start + mine.shift[rows], rows
+    columns[SLOT] = mine.tables[0, rows, index] * mine.layout.block_size + place
+    columns[KEY] = graphs.sampler.keys(rows, start + 1)
+    table = mine.tables[0, rows, : int(index.max()) + 1]
+    slots = mine.slot_of[rows] if mine.is_adapted(rows) else None
+    if not mine.asking[rows].any():
+        out, _ = graphs.run(columns, table, sample, slots)
+        return out[:, : len(rows)], None, {}
+    wanted, (layers, num_edited) = wanted_of(plan, mine), edits.banked_in(plan)
+    out, buffers = graphs.run(columns, table, sample, slots, Taps(keys_wanted(wanted), layers))
+    assert buffers.capture is not None
+    lines = Lines(plan, np.arange(len(rows) + 1), wanted, buffers.capture, buffers.place_of)
+    return out[:, : len(rows)], lines, num_edited
