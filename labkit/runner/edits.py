@@ -100,9 +100,6 @@ class Edits:
     def __repr__(self) -> str:
         return f"Edits({len(self.joins)} rows, {len(self.banks)} layers with vectors)"
 
-    def __bool__(self) -> bool:
-        return bool(self.joins)
-
     def apply(self, plan: Plan) -> None:
         """The plan's leaves and joins."""
         if self.joins:
@@ -141,9 +138,13 @@ class Edits:
             given = np.float32(getattr(edit, "scale", 1.0)) * edit.vector  # type: ignore[attr-defined]
         return put(np.array(given), self.device)
 
-    def of(self, plan: Plan, query_start: np.ndarray) -> Step | None:
-        """What is edited in this step; None if nothing is."""
-        step, tokens, rows = Step(), {}, {}  # type: ignore[var-annotated]
+    def of(self, plan: Plan, query_start: np.ndarray) -> Step:
+        """What is edited in this step."""
+        step = Step()
+        if not self.joins:
+            return step
+        tokens: dict[int, list[np.ndarray]] = {}  # by layer: those of the batch whose rows have a vector
+        rows: dict[int, list[np.ndarray]] = {}
         for entry, row in enumerate(plan.rows.tolist()):
             if (join := self.joins.get(row)) is None:
                 continue
@@ -161,7 +162,7 @@ class Edits:
         for layer, at in tokens.items():
             args = (put(np.concatenate(at), self.device), put(np.concatenate(rows[layer]), self.device))
             step.calls.setdefault(layer, []).append(self._banked_call(self.banks[layer], *args))
-        return step if step.counts else None
+        return step
 
     def banked_in(self, plan: Plan) -> tuple[tuple[int, ...], dict[str, int]]:
         """Of a decode step: the layers whose banks are used, and how many edits are made, by request."""

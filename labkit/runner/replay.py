@@ -49,6 +49,7 @@ def replay(
         out, _ = graphs.run(columns, table, sample, slots)
         return out[:, : len(rows)], None, {}
     wanted, (layers, num_edited) = wanted_of(plan, mine), edits.banked_in(plan)
+    graphs.banks = edits.banks
     out, buffers = graphs.run(columns, table, sample, slots, Taps(keys_wanted(wanted), layers))
     assert buffers.capture is not None
     lines = Lines(plan, np.arange(len(rows) + 1), wanted, buffers.capture, buffers.place_of)

@@ -31,7 +31,7 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.edits import Edits
-from labkit.runner.extras import NO_EDITS, Lines, capture_of, check_shown, extras_of, wanted_of
+from labkit.runner.extras import Lines, capture_of, check_shown, extras_of, wanted_of
 from labkit.runner.features import MOST_BYTES, Features
 from labkit.runner.graphs import Graphs
 from labkit.runner.groups import by_window, one_group
@@ -220,8 +220,6 @@ class TorchRunner(Sleeps):
         self.edits = Edits(self.rows, self.hidden_size, self.device)
         if self._wants_graphs:
             self.graphs = self._kind(self.model, self.caches, self.sampler, self.latest, self.rows)
-            if isinstance(self.graphs, Graphs):
-                self.graphs.banks = self.edits.banks
         if self._wants_repeats:
             self.repeats = Repeats(self.model, self.caches)  # type: ignore[arg-type]
 
@@ -331,20 +329,19 @@ class TorchRunner(Sleeps):
         if self.compactor is not None:
             inputs.failed.update(self.compactor.failed)
         wanted = wanted_of(plan, self.rows)
-        edits = self.edits.of(plan, inputs.query_start) if self.edits else None
-        changes = NO_EDITS if edits is None else edits.by_layer()
-        capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers, changes)
+        edits = self.edits.of(plan, inputs.query_start)
+        capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers, edits.by_layer())
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
         if self.drafter is not None:
             self.drafter.keep(plan, inputs.query_start, hidden, capture, self.rows.tables[0])
-        failed = inputs.failed if edits is None else inputs.failed | edits.failed
+        failed = inputs.failed | edits.failed
         if not self.draws:
             return self._pending(Computed(plan, None, None, {}, [], begin, self.device), failed)
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted) if wanted else {}
         lines = Lines(plan, inputs.query_start, wanted, capture) if wanted and capture is not None else None
         computed = self._drawn(plan, drawn, extras, begin)
-        return self._pending(computed.showing(lines, {} if edits is None else edits.counts), failed)
+        return self._pending(computed.showing(lines, edits.counts), failed)
 
     def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Computed:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
@@ -362,8 +359,8 @@ class TorchRunner(Sleeps):
     def _run_captured(self, steps: Steps, plan: Plan, begin: float) -> Pending:
         tokens, hidden = steps.run(plan, self._sample)
         if hidden is None:
-            out = tokens if len(plan.sample_row) else None
-            return self._pending(Computed(plan, out, None, {}, [], begin, self.device))
+            tokens = tokens if len(plan.sample_row) else None
+            return self._pending(Computed(plan, tokens, None, {}, [], begin, self.device))
         rows, _, known = draws_of(plan, np.concatenate(([0], np.cumsum(plan.count))))
         drawn = draw_from(plan, hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
         return self._pending(self._drawn(plan, drawn, {}, begin))
