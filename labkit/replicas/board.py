@@ -49,8 +49,9 @@ class Routed(Incoming):
 
 
 def routed(handle: Handle, block_size: int) -> Routed:
-    """The turns of a conversation are known by their salt, else by the first 64 tokens."""
-    name = handle.prompt[:64].tobytes() if handle.salt is None else handle.salt.encode()
+    """The turns of a conversation are known by their session or salt, else by the first 64 tokens."""
+    given = handle.session or handle.salt
+    name = handle.prompt[:64].tobytes() if given is None else given.encode()
     return Routed(
         handle.id, handle.prompt, int.from_bytes(sha256(name).digest()[:7]), handle.params.max_tokens or 1,
         handle.arrival / 1e9, handle.priority, block_size, root_hash(handle.salt, handle.adapter_key),

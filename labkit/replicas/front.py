@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Self
 import numpy as np
 
 from labkit.clock import WallClock
+from labkit.core.blocks.sessions import Hint, SessionInfo, UnknownSessionError
 from labkit.core.events.log import EventLog
 from labkit.core.options import check_names, flag, real, whole
 from labkit.core.plan import Outputs
@@ -333,6 +334,18 @@ class Replicas(Engine):
 
     def reset_prefix_cache(self) -> int:
         return sum(self._ask_all("reset_prefix_cache"))
+
+    @property
+    def sessions(self) -> NoReturn:
+        self._refuse("sessions")
+
+    def _hint(self, session: str, hint: Hint) -> SessionInfo:
+        """The replicas that know the session are told; what is known of it is what the last one to serve it says."""
+        answers = self._answers_of(self.board.ready, "hint", session=session, hint=hint.written)
+        found = [SessionInfo(*said) for said in answers if said]
+        if not found:
+            raise UnknownSessionError(f"there is no session {session!r} on any replica that is ready")
+        return max(found, key=lambda info: info.used)
 
     def sleep(self, level: int = 1) -> Slept:
         whole("level", level, least=0)

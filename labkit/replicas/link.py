@@ -155,6 +155,8 @@ class Link(Shown):
         self.channel.send("R", pack(pack_any({
             "id": first.id, "prompt": first.prompt, "params": replace(first.params, n=num), "priority": first.priority,
             "salt": first.salt, "adapter": first.adapter, "spans": tuple(first.spans),
+            "session": first.session, "parent": first.parent_session,
+            "hint": None if first.hint is None else first.hint.written,
         })))  # fmt: skip
         for member in family:
             self.live[member.id] = member

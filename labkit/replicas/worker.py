@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from labkit.core.blocks.sessions import UnknownSessionError
 from labkit.core.events.types import Batch
 from labkit.core.messagepack import pack, unpack
 from labkit.core.plan import Outputs
@@ -122,6 +123,12 @@ class Serving:
 
     def do_reset_prefix_cache(self) -> int:
         return self.engine.reset_prefix_cache()
+
+    def do_hint(self, session: str, hint: Any) -> tuple[Any, ...] | None:
+        try:
+            return tuple(self.engine.hint(session, hint))
+        except UnknownSessionError:
+            return None
 
     def do_control(self, settings: dict[str, Any]) -> None:
         self.engine.control(**settings)

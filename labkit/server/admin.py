@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
+from labkit.core.blocks.sessions import Hint, UnknownSessionError
 from labkit.engine.sleeping import Slept
 from labkit.server.errors import ApiError
 from labkit.server.events import Events
-from labkit.server.http import answer
+from labkit.server.http import answer, read_body
 from labkit.server.routes import Route
+from labkit.server.sampling import SessionHint, SessionName
 from labkit.server.service import Service
 
 MODES = ("abort", "wait", "keep")
@@ -51,6 +54,39 @@ async def on_each(service: Service, request: Request, act: Callable[[Service], A
 async def reset_prefix_cache(service: Service, request: Request) -> Response:
     freed = await on_each(service, request, lambda one: apart(one.engine.reset_prefix_cache))
     return answer({"freed_blocks": sum(freed)})
+
+
+class SessionHinted(BaseModel):
+    """`hint` is "soon", "finished", "pin", "prefetch" or "none"; "waits" needs `seconds`, and "pin" may have them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    session: SessionName
+    hint: SessionHint
+    seconds: Annotated[float, Field(ge=0, le=9e9)] | None = None
+
+
+async def session_hint(service: Service, request: Request) -> Response:
+    """What a session will do next. 404 if no model that is asked knows it."""
+    body = await read_body(request, SessionHinted)
+    if body.seconds is not None and isinstance(body.hint, dict):
+        raise ApiError("seconds goes with the name of a hint", param="seconds")
+    try:
+        given = Hint.of(body.hint if body.seconds is None else {str(body.hint): body.seconds})
+    except ValueError as error:
+        raise ApiError(str(error), param="hint") from None
+    said = [await apart(lambda one=one: _hinted(one, body.session, given)) for one in chosen(service, request)]  # type: ignore[misc]
+    if not (found := [one for one in said if one is not None]):
+        raise ApiError(f"there is no session {body.session[:200]!r} here", status=404, param="session")
+    return answer({"session": body.session, **found[0]})
+
+
+def _hinted(service: Service, session: str, hint: Hint) -> dict[str, Any] | None:
+    try:
+        found = service.engine.hint(session, hint)
+    except UnknownSessionError:
+        return None
+    return {"hint": found.hint, "parent": found.parent, "num_running": found.num_running}
 
 
 async def pause(service: Service, request: Request) -> Response:
@@ -149,6 +185,7 @@ def _post(path: str, endpoint: Any, summary: str) -> Route:
 
 ROUTES = [
     _post("/reset_prefix_cache", reset_prefix_cache, "Forget every cached prefix"),
+    Route("POST", "/session_hint", session_hint, SessionHinted, "What a session will do next", of_model=False),
     _post("/pause", pause, "Stop stepping; mode is abort, wait or keep"),
     _post("/resume", resume, "Go on"),
     _post("/sleep", sleep, "Free memory until /wake_up"),

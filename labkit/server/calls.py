@@ -209,10 +209,11 @@ async def admit(
         with service.traced(names, request.headers):
             feed = service.submit(
                 prompts, own, ids=names, priority=body.priority or 0, salt=body.cache_salt,
-                adapter=service.adapter_of(model), images=images,
+                adapter=service.adapter_of(model), images=images, **body.of_session(),
             )  # fmt: skip
     except ValueError as error:
-        raise of_value(error, type(body).model_fields, {"prompt": param}) from None
+        names_of = {"prompt": param, "parent": "session_parent", "hint": "session_hint", "unknown": "session_hint"}
+        raise of_value(error, type(body).model_fields, names_of) from None
     except RuntimeError as error:
         raise engine_dead(clean(str(error))) from None
     note = request.scope[NOTE]

@@ -96,7 +96,7 @@ FLAGS: tuple[Flag, ...] = (
     _engine("scheduling-policy", "str", "fcfs, priority, sjf or lpm", "order"),
     _engine("victim", "str", "who is preempted: latest, order, least_computed or most_computed"),
     _engine("preemption", "str", "recompute, swap or auto"),
-    _engine("eviction", "str", "lru, fifo, lfu, slru, s3-fifo, ttl or cost"),
+    _engine("eviction", "str", "lru, fifo, lfu, slru, s3-fifo, ttl, cost or hinted"),
     _process("enforce-eager", "bool", "no captured CUDA graphs"),
     _engine("speculative-config", "json", 'drafts: {"method": "ngram" | "draft_model" | "eagle3" | .., "model": ..}'),
     _engine("graphs", "str", "all: capture steps with prefills, too, not only decode steps", fits=("all",)),

@@ -72,6 +72,10 @@ class KVTransfer(BaseModel):
     prompt_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**22)] | None = None
 
 
+SessionName = Annotated[str, Field(min_length=1, max_length=256)]
+SessionHint = Annotated[str, Field(max_length=16)] | Annotated[dict[str, float | None], Field(max_length=1)]
+
+
 class Sampling(BaseModel):
     """What completions and chats have in common."""
 
@@ -121,6 +125,9 @@ class Sampling(BaseModel):
     guided_grammar: Text | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    session: SessionName | None = None
+    session_parent: SessionName | None = None
+    session_hint: SessionHint | None = None
     request_id: Annotated[str, Field(max_length=128)] | None = None
     vllm_xargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     user: Annotated[str, Field(max_length=4096)] | None = None
@@ -131,6 +138,10 @@ class Sampling(BaseModel):
         if wrong := [key for key in given or () if not key.isdecimal()]:
             raise ValueError(f"the keys of logit_bias are token ids, got {', '.join(map(repr, wrong[:20]))}")
         return given
+
+    def of_session(self) -> dict[str, Any]:
+        """What the request says of its session, as `Engine.submit` takes it."""
+        return {"session": self.session, "parent": self.session_parent, "hint": self.session_hint}
 
     def wanted_logprobs(self) -> tuple[int | None, str]:
         """How many logprobs of the answer are wanted, and the field that says so."""

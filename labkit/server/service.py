@@ -195,9 +195,11 @@ class Service:
         salt: str | None = None,
         adapter: str | None = None,
         images: Sequence[Any] = (),
+        **session: Any,
     ) -> Feed:
         """Submit prompts, or nothing if one of them cannot be served. The feed's members are the first prompt's
-        samples, then the second's, and so on. `images` are those of the only prompt."""
+        samples, then the second's, and so on. `images` are those of the only prompt, `session` what is said of the
+        session that all belong to."""
         engine = self.engine
         if self.is_stopping:
             raise overloaded("the server is shutting down", 5, "stopping")
@@ -205,7 +207,7 @@ class Service:
             raise engine_dead()
         self.check_queue(sum(each.n for each in params))
 
-        shared: dict[str, Any] = {"priority": priority, "salt": salt, "adapter": adapter}
+        shared: dict[str, Any] = {"priority": priority, "salt": salt, "adapter": adapter, **session}
 
         def make() -> list[Handle]:
             made: list[Handle] = []

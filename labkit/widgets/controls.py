@@ -8,7 +8,7 @@ from typing import Any
 
 ORDERS = ("fcfs", "priority", "sjf", "lpm")
 PREEMPTIONS = ("recompute", "swap", "auto")
-EVICTIONS = ("lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost")
+EVICTIONS = ("lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost", "hinted")
 WIDE = {"description_width": "76px"}
 PACES = (0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 6.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 

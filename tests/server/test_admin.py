@@ -77,6 +77,38 @@ def test_the_prefix_cache_is_forgotten(server, root):
     assert ask(server).json()["choices"][0]["text"] == text
 
 
+def test_a_session_is_named_by_requests_and_hinted_later(server, root):
+    assert ask(server, session="agent", session_parent="lead", session_hint={"waits": 20}).status_code == 200
+    assert server.engine.sessions["agent"][:3] == ("agent", "lead", "waits")
+    said = root.post("/session_hint", json={"session": "agent", "hint": "pin", "seconds": 5}).json()
+    assert said == {"session": "agent", "hint": "pin", "parent": "lead", "num_running": 0}
+    assert server.engine.sessions["agent"].hint == "pin"
+    for body, status, param, told in (
+        ({"session": "ghost", "hint": "soon"}, 404, "session", "no session 'ghost'"),
+        ({"session": "agent", "hint": "son"}, 400, "hint", "did you mean 'soon'"),
+        ({"session": "agent", "hint": "waits"}, 400, "hint", "for how many seconds"),
+        ({"session": "agent", "hint": "prefetch"}, 400, None, "nothing was offloaded"),
+        ({"session": "agent", "hint": {"pin": 3}, "seconds": 3}, 400, "seconds", "name of a hint"),
+        ({"hint": "soon"}, 400, "session", ""),
+    ):
+        refused = root.post("/session_hint", json=body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (status, param) and told in error["message"], body
+    for more, param in (
+        ({"session": "a", "session_hint": "son"}, "session_hint"),
+        ({"session": "a", "session_hint": {"waits": -3}}, "session_hint"),
+        ({"session": "a", "session_parent": "a"}, "session"),
+        ({"session_parent": "a"}, "session_parent"),
+        ({"session": ""}, "session"),
+        ({"session": "x" * 300}, "session"),
+    ):
+        refused = ask(server, **more)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param), more
+    assert ask(server, session="agent").status_code == 200
+    assert server.engine.sessions["agent"].hint is None
+    server.engine.check()
+
+
 def test_sleep_frees_the_keys_and_values_and_waking_gives_the_same_answers(server, root):
     text = ask(server).json()["choices"][0]["text"]
     tensors = [tensor for what, tensor in server.engine.runner.memory_parts() if what == "kv"]

@@ -87,6 +87,10 @@ def session_name(name: str, value: object) -> str:
     return found
 
 
+class UnknownSessionError(ValueError):
+    """No request has named this session, or it was forgotten."""
+
+
 class SessionInfo(NamedTuple):
     """A session as a policy sees it. Times are seconds on the engine's clock."""
 
@@ -203,7 +207,7 @@ class Sessions(Shown):
     def _known(self, name: str) -> Session:
         found = self.named.get(name)
         if found is None:
-            raise ValueError(
+            raise UnknownSessionError(
                 f"there is no session {name!r}: no request named it with session=, or it was forgotten (the latest "
                 f"{self.most:,} are kept)"
             )
