@@ -54,6 +54,22 @@ def test_requests_with_a_common_prefix_go_to_one_replica_and_hit():
         assert "hit rate 75" in repr(balance) and len(balance.replicas) == 2
 
 
+def test_sessions_stay_on_a_replica_that_a_later_hint_reaches():
+    with replicas(2, router="sticky") as engine:
+        for turn in range(3):
+            for name in ("a", "b", "c", "d"):
+                prompt = [ord(name) + turn * i for i in range(8)]  # nothing in common, but for the session
+                engine.submit(prompt, PARAMS, session=name, parent="lead", hint={"waits": 30}).wait()
+        found = engine.hint("a", "pin", seconds=9)
+        assert (found.name, found.parent, found.hint) == ("a", "lead", "pin")
+        assert sorted(link.num_requests for link in engine.replicas)[0] % 3 == 0
+        with pytest.raises(ValueError, match="no session 'ghost' on any replica"):
+            engine.hint("ghost", "soon")
+        with pytest.raises(ValueError, match="sessions is for one engine"):
+            assert engine.sessions is None
+        engine.check()
+
+
 def test_any_router_of_the_simulated_cluster_serves():
     def to_the_last(request, views, now):
         assert len(request.hashes) == request.num_prompt // 4 and now >= request.arrival
