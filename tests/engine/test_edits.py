@@ -390,6 +390,8 @@ def test_activations_go_to_a_folder_as_they_come_and_are_read_as_one(models, tmp
     gone = written.submit([1, 2, 3], greedy(12, capture={**capture, "folder": folder}))
     for _ in range(3):
         written.step()
+    with pytest.raises(ValueError, match="copy the engine when they have ended"):
+        written.fork()
     gone.abort()
     shards = written.shards[folder]
     shards.most_bytes = 4000
