@@ -64,7 +64,8 @@ class SamplingParams:
     `bad_words` (text) and `bad_word_ids` (token ids) are never completed. Each of `logits_processors` is a function
     `f(prompt_ids, output_ids, logits) -> logits`, or has a `begin()` that makes one for each sample. `logprobs=k`
     returns the log-probabilities of the chosen token and the k likeliest (-1: of all), `prompt_logprobs=k` the same for
-    the prompt. `output_kind` says what `AsyncLLMEngine.generate` yields.
+    the prompt, from position `prompt_logprobs_start` on: what lies before it may come from the prefix cache.
+    `output_kind` says what `AsyncLLMEngine.generate` yields.
     A request with a `seed` gives the same text whatever else is served.
 
     `capture={"hidden": [0], "mlp_output": "all", "positions": "last", "folder": "states"}` returns activations of the
@@ -113,6 +114,7 @@ class SamplingParams:
     extra_args: Mapping[str, Any] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     flat_logprobs: bool = False  # of vLLM; here they are always lists
+    prompt_logprobs_start: int = 0  # the first prompt position whose log-probability is wanted
 
     def __post_init__(self) -> None:
         whole("n", self.n, least=1, most=MOST_SAMPLES)
@@ -142,6 +144,7 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 whole(name, getattr(self, name), least=-1, most=MOST_LOGPROBS)
+        whole("prompt_logprobs_start", self.prompt_logprobs_start, least=0)
         if self.flat_logprobs:
             raise ValueError("flat_logprobs is not served: logprobs are lists of dictionaries")
         if not isinstance(self.output_kind, RequestOutputKind):

@@ -80,6 +80,10 @@ class Background(Loop):
             self.wakeup.ring()
         return self
 
+    def resume(self) -> Self:
+        """Go on after `pause()`: in the background if that is where it stepped, else when it is driven."""
+        return self.start() if self.num_starts else self
+
     def _turn(self) -> float | None:
         """One step in the background. Returns the seconds until the next is due, None if the next call wakes it."""
         real_time = isinstance(self.clock, WallClock)

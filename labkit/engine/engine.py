@@ -33,6 +33,7 @@ from labkit.engine.handle import Handle
 from labkit.engine.hinting import Hinting
 from labkit.engine.images import Images
 from labkit.engine.intake import make_handle
+from labkit.engine.rollouts import Rollouts
 from labkit.engine.settings import apply, checked
 from labkit.engine.snapshot import Snapshot, copy_engine, restore_engine, take_snapshot
 from labkit.engine.wakeup import Wakeup, has_news
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from labkit.widgets.dashboard import Dashboard
 
 
-class Engine(Hinting, Shown):
+class Engine(Rollouts, Hinting, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see
@@ -408,6 +409,7 @@ class Engine(Hinting, Shown):
         for request in [*self.scheduler.requests.values(), *self.scheduler.ended.values()]:
             if isinstance(request, Handle):
                 request.forget_text()
+                request.stamp(self.weights_version)  # they are not part of a snapshot
         self.wakeup.ring()
 
     def fork(self) -> Engine:

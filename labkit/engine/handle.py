@@ -49,6 +49,7 @@ class Handle(Request):
         "prompt_logprobs",
         "prompt_text",
         "shards",
+        "versions",
     )
 
     def __init__(self, *args: Any, engine: Owner, prompt_text: str | None = None, **options: Any) -> None:
@@ -60,6 +61,7 @@ class Handle(Request):
         self.captures: list[Captured] = []
         self.shards: Shards | None = None  # where captures go instead
         self.num_edited = 0  # edits made, times tokens; also on tokens that were computed again
+        self.versions: list[tuple[int, int]] = []  # (first output token, version of the weights it was drawn from)
         self._text: Text | None = None
         self._lock = threading.Lock()
 
@@ -114,6 +116,24 @@ class Handle(Request):
         """The tokens changed because the engine was rewound."""
         self._text = None
         del self.logprobs[self.num_output :]
+
+    def stamp(self, version: int) -> None:
+        """Tokens from here on are drawn from this version of the weights."""
+        here = self.num_output
+        kept = [(first, one) for first, one in self.versions if first < here]
+        if not kept or kept[-1][1] != version:
+            kept.append((here, version))
+        self.versions = kept
+
+    @property
+    def weight_versions(self) -> list[int]:
+        """The version of the weights that each output token was drawn from: see `Engine.load_weights`."""
+        found: list[int] = []
+        num, versions = len(self.output_ids), self.versions or [(0, 0)]
+        ends = [first for first, _ in versions[1:]] + [num]
+        for (_, version), end in zip(versions, ends, strict=True):
+            found += [version] * (min(end, num) - len(found))
+        return found
 
     @property
     def stop_reason(self) -> str | int | None:

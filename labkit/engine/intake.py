@@ -83,6 +83,7 @@ def make_handle(
             raise ValueError(f"kv= needs a runner that moves keys: a TorchRunner of one process, not {engine.runner!r}")
         check(params.kv)
         compacting.check(engine.scheduler.blocks, params, spans)
+    _check_routing(engine, spans)
     when = engine.clock.now()
     if arrival is not None:
         when = max(when, round(duration("arrival", arrival) * 1e9))
@@ -187,6 +188,26 @@ def _check_embeddings(engine: Server, spans: Sequence[Span]) -> None:
         if span.start < end:
             raise ValueError(f"{span!r} overlaps another span with embeddings: a position has one input")
         end = span.end
+
+
+def _check_routing(engine: Server, spans: Sequence[Span]) -> None:
+    for span in spans:
+        if span.routing is None:
+            continue
+        known: dict[int, tuple[int, int]] = getattr(getattr(engine.runner, "model", None), "experts", {})
+        if not known:
+            raise ValueError(
+                f"routing is for the experts of a native decoder in this process: {engine.runner!r} has none"
+            )
+        for layer, experts in span.routing.items():
+            if layer not in known:
+                raise ValueError(f"routing names layer {layer}: layers with experts are {', '.join(map(str, known))}")
+            num, each = known[layer]
+            if experts.shape[1] != each or experts.min() < -1 or experts.max() >= num:
+                raise ValueError(
+                    f"routing of layer {layer}: a token goes through {each} of the experts 0 to {num - 1} (-1: free), "
+                    f"got {experts.shape[1]} of {experts.min()} to {experts.max()}"
+                )
 
 
 def _fitting(engine: Server, params: SamplingParams, num_prompt: int) -> SamplingParams:

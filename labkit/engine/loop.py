@@ -59,6 +59,7 @@ class Loop:
         self.arriving: dict[str, Handle] = {}  # submitted, but not yet known to the scheduler
         self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
         self._num_enqueued = 0  # breaks ties in time
+        self.weights_version = 0  # how often they were replaced, or the number that was given for them
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.shards: dict[str, Shards] = {}  # by folder: what requests write their activations with
         self.wakeup = Wakeup()
@@ -99,6 +100,7 @@ class Loop:
         """From here on the scheduler owns the request."""
         for member in (handle, *handle.samples):
             self.arriving.pop(member.id, None)
+            member.stamp(self.weights_version)  # type: ignore[attr-defined]
         if handle.ended:
             return
         handle.samples = [sample for sample in handle.samples if not sample.ended]

@@ -49,6 +49,7 @@ KEPT = frozenset(
         "adapters",
         "images",
         "shards",
+        "weights_version",
     }
 )  # attributes of the engine itself that a restore keeps
 

@@ -55,6 +55,7 @@ class Batch:
     # (sequence, [queries, queries]: which of its queries each one sees), where these are not a chain
     trees: tuple[tuple[int, Tensor], ...] = ()
     mass: Watch | None = None  # sums the attention that some sequences' keys get; None: nobody asks
+    routing: Mapping[int, Tensor] | None = None  # layer -> [tokens, experts a token] that are given; -1: free
 
     def places(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""

@@ -8,7 +8,7 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -228,6 +228,7 @@ class Decoder:
 
     adapters: Slots | None = None
     vision: Any = None  # the tower of a model that sees: `labkit.models.vision.Tower`
+    _routed = False  # whether the latest step's experts were given
     axis_of: Tensor | None = None  # by frequency of a rotary embedding with several axes
 
     def __init__(
@@ -249,37 +250,47 @@ class Decoder:
         format = format_of(config, deterministic, quantization, source)
         weights = Weights(source, dtype, device, format, place.shard)
         weights.check()
+        self.format = format
         self.numbers = self._numbers(weights, config)
         kv_heads = Units(shape.num_kv_heads, shared=True)
         held = place.shard.size("the key heads", kv_heads)
         self.kv = tuple(KVSpec(held, shape.head_size, shape.head_size, shape.windows[i] or None) for i in self.numbers)
         self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
         needed = place.is_first or (self.tied and place.is_last)
-        embedding: Tensor | Linear | None = None
-        if needed:
-            embedding = weights.embedding(EMBEDDING, self.vocab_size, self.hidden_size)
+        embedding = self.make_embedding(weights) if needed else None
         self.tables = self._tables(config, shape)
-        self.layers = [
-            Layer(
-                weights, f"model.layers.{number}", i, shape, shape.windows[number],
-                self.tables[shape.layer_types[number]] if shape.ropes[number] else None, self.ops, place.group,
-            )
-            for i, number in enumerate(self.numbers)
-        ]  # fmt: skip
+        self.layers = [self.make_layer(weights, i) for i in range(len(self.numbers))]
         self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
         self.norm = Norm(weights, "model.norm", shape, self.ops) if place.is_last else None
-        self.head: Linear | None = None
-        if place.is_last and not self.tied:
-            split, units = ("column" if place.group else None), Units(self.vocab_size, uneven=place.group is not None)
-            self.head = weights.linear({"lm_head": (units,)}, Units(self.hidden_size), split)  # type: ignore[arg-type]
-        elif place.is_last:
-            self.head = weights.format.layer(embedding) if isinstance(embedding, Tensor) else embedding
+        self.head = self.make_head(weights, embedding) if place.is_last else None
         if self.tied and isinstance(self.head, IntegerLinear):
             embedding = self.head  # half of the memory or less, and once instead of twice
         self.embedding: Tensor | Linear | None = embedding if place.is_first else None
         self.vocabulary = Vocabulary(self.vocab_size, place)
         self.num_parameters = weights.num_parameters
         check_taken(source, weights.taken, repr(source))
+        self.stored = {name: shape for name, shape in source.shapes.items() if name in weights.taken}
+
+    # -- parts, made from weights ----------------------------------------------------------------------------------
+
+    def make_embedding(self, weights: Weights) -> Tensor | Linear:
+        return weights.embedding(EMBEDDING, self.vocab_size, self.hidden_size)
+
+    def make_layer(self, weights: Weights, i: int) -> Layer:
+        """The i-th layer of this stage."""
+        shape, number = self.shape, self.numbers[i]
+        return Layer(
+            weights, f"model.layers.{number}", i, shape, shape.windows[number],
+            self.tables[shape.layer_types[number]] if shape.ropes[number] else None, self.ops, self.place.group,
+        )  # fmt: skip
+
+    def make_head(self, weights: Weights, embedding: Tensor | Linear | None) -> Linear | None:
+        """A tied head is the embedding's."""
+        if self.tied:
+            return weights.format.layer(embedding) if isinstance(embedding, Tensor) else embedding
+        group = self.place.group
+        units = Units(self.vocab_size, uneven=group is not None)
+        return weights.linear({"lm_head": (units,)}, Units(self.hidden_size), "column" if group else None)
 
     def _numbers(self, weights: Weights, config: Any) -> range:
         """The layers of this stage. What other stages read is marked as read."""
@@ -393,6 +404,8 @@ class Decoder:
         """Through all layers and the last norm."""
         if self.adapters is not None:
             self.adapters.use(batch.adapters)
+        if batch.routing is not None or self._routed:
+            self._route(batch.routing)
         if batch.axes is not None and self.axis_of is not None:
             batch = with_axes(batch, next(iter(self.tables.values())), self.axis_of)
         deep = () if batch.embeddings is None else batch.embeddings[1].split(self.hidden_size, -1)[1:]
@@ -415,6 +428,20 @@ class Decoder:
         if kind in ("router", "router_weights") and not isinstance(self.layers[layer].mlp, Experts):
             return "it has no experts"
         return None
+
+    @property
+    def experts(self) -> dict[int, tuple[int, int]]:
+        """By layer of the whole model: how many experts there are, and how many a token goes through."""
+        each = self.shape.num_experts_per_tok
+        found = zip(self.numbers, (layer.mlp for layer in self.layers), strict=True)
+        return {number: (len(mlp.experts), each) for number, mlp in found if isinstance(mlp, Experts)}
+
+    def _route(self, routing: Mapping[int, Tensor] | None) -> None:
+        """From here on the model computes these tokens."""
+        self._routed = routing is not None
+        for number, layer in zip(self.numbers, self.layers, strict=True):
+            if isinstance(layer.mlp, Experts):
+                layer.mlp.given = None if routing is None else routing.get(number)
 
     def scores(self, hidden: Tensor) -> Tensor:
         shape = self.shape

@@ -32,6 +32,7 @@ class Experts:
         self, weights: Weights, name: str, shape: ExpertsShape, ops: Ops, group: Collectives | None = None
     ) -> None:
         self.shape, self.group = shape, group
+        self.given: Tensor | None = None  # [tokens, chosen] of this step, in place of the router's choice; -1: free
         hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
         self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
         self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops) for i in range(num)]
@@ -61,6 +62,9 @@ class Experts:
         """Each token's experts, the best one first, and their weights: (weights, experts) [tokens, chosen]."""
         chances = self.router(x).float().softmax(-1)
         share, expert = chances.topk(self.shape.num_experts_per_tok, -1)
+        if self.given is not None:
+            expert = torch.where(self.given >= 0, self.given, expert)
+            share = chances.gather(-1, expert)
         if self.shape.norm_topk:
             share = share / share.sum(-1, keepdim=True)
         return share, expert

@@ -161,6 +161,27 @@ class Slots(Shown):
                 embedding.put(slot, deltas.get(module))
             self.resident[slot] = key
 
+    def check_base_may_change(self) -> None:
+        """DoRA and biases are kept relative to the weights beneath, and are computed again when those change."""
+        for slot in self._special_slots():
+            if self.resident[slot] not in self.known:
+                raise ValueError(
+                    f"adapter {self.resident[slot]!r} has DoRA or biases and is not in host memory: unload it first"
+                )
+
+    def base_changed(self) -> None:
+        """The weights beneath the adapters are others now."""
+        for layer in self.layers:
+            layer._lengths = None
+        special, wanted = self._special_slots(), list(self.resident)
+        for slot in special:
+            self.resident[slot] = None
+        self.load(wanted)
+
+    def _special_slots(self) -> list[int]:
+        used = [slot for slot, key in enumerate(self.resident) if key is not None]
+        return [slot for slot in used if any(layer.is_special(slot) for layer in self.layers)]
+
     def tensors(self) -> list[Tensor]:
         return [tensor for one in (*self.layers, *self.embeddings.values()) for tensor in one.own_tensors()]
 
@@ -287,6 +308,12 @@ class AdaptedLinear(Linear):
         self._put_rest(slot, deltas)
 
     # -- DoRA and biases -------------------------------------------------------------------------------------------
+
+    def is_special(self, slot: int) -> bool:
+        """Whether the adapter in this slot has either."""
+        if self.gain is None or self.shift is None:
+            return False
+        return bool((self.gain[slot] != 1.0).any() or (self.shift[slot] != 0.0).any())
 
     def _put_rest(self, slot: int, deltas: Sequence[Delta | None]) -> None:
         """y * gain + shift, where y is the layer's own product with its bias."""

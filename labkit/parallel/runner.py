@@ -8,6 +8,8 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from labkit.core.captures import layers_of
@@ -51,6 +53,7 @@ class ParallelRunner:
         self._num_saved = 0  # snapshots
         self._dropped: list[int] = []  # numbers of those that nobody has any more
         self._noted = 0.0  # when the latest notes were made
+        self.weights: str | None = None  # the folder of those that took the place of the first
         self._load()
         room = options["adapter_room"]
         self.adapters = RemoteSlots(workers, room[0], self.dtype_name, self.name) if room is not None else None
@@ -149,6 +152,8 @@ class ParallelRunner:
         self._load()
         assert layout is not None
         self.open(layout)
+        if self.weights is not None:
+            self.workers.call("replace_weights", folder=self.weights)
 
     def _forget(self) -> None:
         self.sent.clear()
@@ -243,6 +248,16 @@ class ParallelRunner:
             ],
             self.num_steps, self.plan_bytes,
         )  # fmt: skip
+
+    def replace_weights(self, weights: Any) -> tuple[int, int]:
+        """Each rank reads its part of a folder, once all of them have found that it fits."""
+        if not isinstance(weights, (str, PathLike)):
+            raise ValueError("ranks read their weights themselves: save them, and give the folder of safetensors")
+        folder = str(Path(weights).expanduser().absolute())
+        self.workers.call("check_weights", folder=folder)
+        done = self.workers.call("replace_weights", folder=folder)
+        self.weights = folder
+        return done[0][0], sum(num_bytes for _, num_bytes in done)
 
     def sleep(self) -> tuple[int, int]:
         """Each rank frees its own memory: bytes freed, and moved to host memory, of all."""

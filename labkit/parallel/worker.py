@@ -193,6 +193,12 @@ class Worker:
         for number in numbers:
             self.saved.pop(number, None)
 
+    def do_check_weights(self, folder: str) -> None:
+        self.runner.check_weights(folder).close()
+
+    def do_replace_weights(self, folder: str) -> list[int]:
+        return list(self.runner.replace_weights(folder))
+
     def do_sleep(self) -> list[int]:
         return list(self.runner.sleep())
 

@@ -23,7 +23,10 @@ MOST_LOGITS = 2**26  # most entries of prompt logits computed at once
 
 
 def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
-    return join.params.prompt_logprobs is not None and int(plan.start[entry]) < join.num_prompt - 1
+    params, start = join.params, int(plan.start[entry])
+    if params.prompt_logprobs is None or start >= join.num_prompt - 1:
+        return False
+    return start + int(plan.count[entry]) >= params.prompt_logprobs_start
 
 
 def wanted_of(plan: Plan, rows: Rows) -> list[tuple[int, Any]]:
@@ -131,8 +134,10 @@ def extras_of(
 
 def prompt_logprobs(model: Model, hidden: Tensor, at: int, start: int, join: Any) -> dict[int, TokenLogprobs]:
     """Logprobs of the prompt tokens that follow positions start .. start + len(hidden), which are the batch's tokens
-    from `at` on."""
+    from `at` on, as far as they are wanted."""
     end = min(start + len(hidden), join.num_prompt - 1)
+    skipped = max(0, join.params.prompt_logprobs_start - 1 - start)
+    hidden, at, start = hidden[skipped:], at + skipped, start + skipped
     targets = torch.from_numpy(join.tokens[start + 1 : end + 1].astype(np.int64)).to(model.device)
     wanted, found = join.params.prompt_logprobs, {}
     piece = max(1, MOST_LOGITS // model.vocab_size)

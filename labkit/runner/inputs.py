@@ -88,6 +88,7 @@ def inputs_of(
         adapters=groups_of(plan, rows, device),
         trees=masks_of(plan, device),
         mass=mass,
+        routing=_routing(plan, rows, query_start, device),
     )
     return Inputs(batch, query_start, failed)
 
@@ -119,6 +120,28 @@ def _axes(
     if not places:
         return positions, None
     return positions, (put(np.concatenate(places), device), put(np.concatenate(values, 1), device))
+
+
+def _routing(plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device) -> dict[int, Tensor] | None:
+    """The experts that are given for this step's tokens, by layer."""
+    if not rows.has_routed:
+        return None
+    entries = (plan.start < rows.routed[plan.rows]).nonzero()[0].tolist()
+    if not entries:
+        return None
+    found: dict[int, np.ndarray] = {}
+    for entry in entries:
+        start, join = int(plan.start[entry]), rows.joins[plan.rows[entry]]
+        at, end = int(query_start[entry]) - start, start + int(plan.count[entry])
+        for span in join.spans if join is not None else ():
+            begin, stop = max(span.start, start), min(span.end, end)
+            if begin >= stop:
+                continue
+            for layer, experts in (span.routing or {}).items():
+                free = np.full((int(query_start[-1]), experts.shape[1]), -1)
+                lines = found.setdefault(layer, free)
+                lines[at + begin : at + stop] = experts[begin - span.start : stop - span.start]
+    return {layer: put(lines, device) for layer, lines in found.items()}
 
 
 def _both_ways(plan: Plan, rows: Rows, query_start: np.ndarray) -> tuple[tuple[int, int, int], ...]:

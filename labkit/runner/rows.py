@@ -28,6 +28,8 @@ class Rows:
         self.by_slot = np.zeros(layout.num_rows, bool)  # rows whose rotary positions are slots
         self.has_dropped = False  # of any row
         self.both_ways = np.zeros(layout.num_rows, bool)  # rows with tokens that see each other
+        self.routed = np.zeros(layout.num_rows, np.int64)  # positions before it may have given experts
+        self.has_routed = False  # of any row
         self.adapters: list[str | None] = [None] * layout.num_adapters  # by slot
         self.slot_of = np.full(layout.num_rows, layout.num_adapters)  # by row; the number of slots means no adapter
         self.num_adapted = 0  # rows with an adapter
@@ -51,6 +53,9 @@ class Rows:
             self.shift[join.row] = sum(map(shift_of, join.spans))
             self.has_axes[join.row] = any(span.axes is not None for span in join.spans)
             self.both_ways[join.row] = any(span.bidirectional for span in join.spans)
+            if self.has_routed or any(span.routing is not None for span in join.spans):
+                self.routed[join.row] = max((span.end for span in join.spans if span.routing is not None), default=0)
+                self.has_routed = bool(self.routed.any())
             if join.params.kv is not None:
                 self.asking[join.row] = self.eager[join.row] = True  # no captured step knows slots
                 self.by_slot[join.row] = join.params.kv.positions == "cache"

@@ -43,12 +43,13 @@ from labkit.runner.replay import can_replay, replay
 from labkit.runner.rows import Rows
 from labkit.runner.steps import MOST_TOKENS, Steps
 from labkit.runner.trees import TreeDrafter, move_accepted
+from labkit.runner.weights import Replaces, runners_of
 from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
 
 
 @named_options
-class TorchRunner(Sleeps):
+class TorchRunner(Sleeps, Replaces):
     """Runs plans on a model.
 
     >>> import labkit as lk
@@ -123,6 +124,7 @@ class TorchRunner(Sleeps):
         self._generation = -1
         self._num_made = 0  # steps captured or recorded so far
         self._version = 0  # of the model's adapters
+        runners_of(model).add(self)
 
     def __repr__(self) -> str:
         if "model" not in vars(self):
@@ -288,6 +290,7 @@ class TorchRunner(Sleeps):
         memo[id(self)] = other
         state = copy.deepcopy(self.__getstate__(), memo)
         other.model, other.draft_model, other.features = self.model, self.draft_model, self.features
+        runners_of(self.model).add(other)
         other.store, other.host = self._stores(self.layout) if self.layout else (BlockStore([]), BlockStore([]))
         other.__setstate__(state | {"_generation": -1})
         other.graphs = other.repeats = other.disk = other.drafter = None

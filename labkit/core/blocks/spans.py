@@ -26,6 +26,9 @@ class Span:
     `pixels` are arrays by name from which the runner computes the inputs: what the model's image processor made of one
     image. `places` are the positions within the span that get them, all of them if it is None. `axes` [3, length] are
     the positions in time, height and width that a rotary embedding with several axes has, from the span's start on.
+
+    `routing` {layer: [length, experts a token]} are the experts that these tokens go through, in place of those that
+    the layer's router would choose: what `capture={"router": [layer]}` returned. Without a `key` it is hashed.
     """
 
     start: int
@@ -37,6 +40,7 @@ class Span:
     pixels: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     places: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
     axes: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+    routing: Mapping[int, NDArray[np.int64]] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         whole("a span's start", self.start, least=0)
@@ -47,6 +51,12 @@ class Span:
             object.__setattr__(self, "embeddings", _embeddings(self.embeddings, self.length))
             if not self.key:
                 object.__setattr__(self, "key", sha256(self.embeddings.tobytes()).digest())
+        if self.routing is not None:
+            given = {layer: _experts(layer, experts, self.length) for layer, experts in self.routing.items()}
+            object.__setattr__(self, "routing", given)
+            if not self.key:
+                parts = (f"{layer}:{given[layer].shape}".encode() + given[layer].tobytes() for layer in sorted(given))
+                object.__setattr__(self, "key", sha256(b"routing" + b"".join(parts)).digest())
         if not isinstance(self.key, bytes) or not self.key:
             raise ValueError(f"a span's key is the bytes of its content's hash, got {self.key!r}")
 
@@ -59,6 +69,8 @@ class Span:
 
     @property
     def kind(self) -> str:
+        if self.routing is not None:
+            return "routing"
         return "image" if self.pixels is not None else "span" if self.embeddings is None else "embeddings"
 
     @property
@@ -95,6 +107,22 @@ def _embeddings(given: Any, length: int) -> NDArray[np.float32]:
         raise ValueError(f"a span's embeddings are one line for each of its {length} tokens, got shape {found.shape}")
     if not np.isfinite(found).all():
         raise ValueError("a span's embeddings hold nan or infinity")
+    found.flags.writeable = False
+    return found
+
+
+def _experts(layer: int, given: Any, length: int) -> NDArray[np.int64]:
+    """An array of its own: [length, experts a token]."""
+    if hasattr(given, "detach"):
+        given = given.detach().cpu().numpy()
+    found = np.asarray(given)
+    if found.dtype.kind not in "iu":
+        raise ValueError(f"routing of layer {layer}: experts are whole numbers, got {found.dtype}")
+    if found.ndim != 2 or len(found) != length:
+        raise ValueError(
+            f"routing of layer {layer}: one line of experts for each of {length} tokens, got shape {found.shape}"
+        )
+    found = found.astype(np.int64)
     found.flags.writeable = False
     return found
 

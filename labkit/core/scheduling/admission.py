@@ -91,7 +91,8 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
     tokens = request.tokens
     hashes = known_hashes(s, request)
     hit = peek(s, request, hashes)
-    if hashes and s.prefix_hold and (digest := s.pending.last_shared(hashes, hit.num_blocks)) and reads_cache(request):
+    wanted = findable(s, request, hashes)
+    if wanted and s.prefix_hold and (digest := s.pending.last_shared(wanted, hit.num_blocks)) and reads_cache(request):
         usable = max(len(tokens) - 1, 0) // blocks.block_size
         if hit.num_blocks < usable and request.status is not Status.SWAPPED:
             s.queue.pop()
@@ -100,7 +101,7 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
             return "prefix pending", 0
     loads: list[int] = []
     if blocks.offload is not None and reads_cache(request):
-        found = loading.below(s, request, hashes, hit)
+        found = loading.below(s, request, wanted, hit)
         if found is None:
             return "transfer", 0
         loads = found
@@ -152,14 +153,14 @@ def _still_blocked(s: SchedulerState, request: Request) -> bool:
 
 
 def reads_cache(request: Request) -> bool:
-    """Prompt logprobs and `capture` of all positions need every prompt position computed; with `kv` the keys belong to
-    the request alone."""
+    """Prompt logprobs, from the position before their start, and `capture` of all positions need every prompt position
+    computed; with `kv` the keys belong to the request alone."""
     params = request.params
     if params.kv is not None:
         return False
-    if params.prompt_logprobs is None and params.capture is None:
-        return True
-    return len(request.output) > 0 or (params.prompt_logprobs is None and not needs_all(params.capture))
+    wants_all = params.prompt_logprobs is not None and params.prompt_logprobs_start < 2
+    wants_all |= params.capture is not None and needs_all(params.capture)
+    return not wants_all or len(request.output) > 0
 
 
 def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:
@@ -173,10 +174,18 @@ def known_hashes(s: SchedulerState, request: Request) -> list[bytes]:
     return request.hashes
 
 
+def findable(s: SchedulerState, request: Request, hashes: list[bytes]) -> list[bytes]:
+    """Those of its hashes that it may find in the cache: prompt logprobs need every position behind their start."""
+    params = request.params
+    if params.prompt_logprobs is None or len(request.output):
+        return hashes
+    return hashes[: max(params.prompt_logprobs_start - 1, 0) // s.blocks.block_size]
+
+
 def peek(s: SchedulerState, request: Request, hashes: list[bytes]) -> Hit:
     if not s.blocks.prefix_caching or not reads_cache(request):
         return Hit(0, [[]] * s.blocks.num_groups)
-    return s.blocks.hit(hashes, request.num_tokens, request.spans)
+    return s.blocks.hit(findable(s, request, hashes), request.num_tokens, request.spans)
 
 
 def _place(

@@ -103,3 +103,11 @@ def drop_host_blocks(s: SchedulerState, request: Request) -> None:
     s.blocks.host.give_back(sorted(gone))
     request.host_blocks, request.num_computed = [], 0
     s.num_swapped -= 1
+
+
+def recompute_swapped(s: SchedulerState) -> None:
+    """What was swapped to host memory is computed again when its request resumes."""
+    for request in list(s.requests.values()):
+        if request.status is Status.SWAPPED:
+            drop_host_blocks(s, request)
+            request.status = Status.WAITING
