@@ -85,6 +85,7 @@ _HOME = {
     "BlockEventPublisher": "engine.block_events",
     "BlockEventSubscriber": "engine.block_events",
     "calibrate": "study.calibrate",
+    "compare": "study.compare",
     "next_tokens": "study.next_tokens",
     "quantize": "quantization.quantize",
     "quantization_report": "quantization.report",
@@ -153,6 +154,7 @@ if TYPE_CHECKING:
     from .smaller import H2O, RKV, SnapKV, StreamingLLM
     from .study import workloads
     from .study.calibrate import calibrate
+    from .study.compare import compare
     from .study.experiment import Experiment
     from .study.next_tokens import next_tokens
     from .study.study import Study

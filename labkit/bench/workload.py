@@ -73,6 +73,16 @@ class Workload:
             raise ValueError(f"workload {self.name!r} was not drawn from a seed, so it cannot be drawn again")
         return self.again(seed)
 
+    def with_extra(self, extra: Callable[[int, Ask], Mapping[str, Any]]) -> Workload:
+        """The same requests, each with `extra_args` for policies: `extra(i, ask)`; also when it is drawn again.
+
+        >>> Workload("two", (Ask((1,), 2), Ask((3,), 4))).with_extra(lambda i, ask: {"tenant": "ab"[i]}).asks[1].extra
+        {'tenant': 'b'}
+        """
+        asks = tuple(replace(ask, extra={**(ask.extra or {}), **extra(i, ask)}) for i, ask in enumerate(self.asks))
+        again = self.again
+        return Workload(self.name, asks, None if again is None else lambda seed: again(seed).with_extra(extra))
+
     @property
     def num_output(self) -> int:
         return sum(ask.num_output for ask in self.asks)

@@ -26,10 +26,13 @@ class ResidualShortestPrefill:
         return self._rank(request, now)
 
     def chunk(self, request: RequestView, view: StepView) -> int:
-        """All that those before it leave. Decode rows have their tokens already."""
+        """All that those before it leave: running prefills, and the next of the queue if it could have a row. Decode
+        rows have their tokens already."""
+        others = [one for one in view.prefilling if one.serial != request.serial]
+        if view.free_rows and view.next is not None and view.next.serial != request.serial:
+            others.append(view.next)
         mine = (self._rank(request, view.now), request.serial)
-        before = [one for one in view.prefilling if (self._rank(one, view.now), one.serial) < mine]
-        ahead = sum(one.prefill_left for one in before if one.serial != request.serial)
+        ahead = sum(one.prefill_left for one in others if (self._rank(one, view.now), one.serial) < mine)
         return max(min(request.prefill_left, view.budget - view.num_decoding - ahead), 0)
 
     def _rank(self, request: RequestView, now: int) -> float:

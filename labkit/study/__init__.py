@@ -29,6 +29,8 @@ _HOME = {
     "what_if": "whatif",
     "write_trace": "traces.formats",
     "Cluster": "clusters.cluster",
+    "Comparison": "compare",
+    "compare": "compare",
     "Disaggregated": "clusters.placement",
     "Incoming": "clusters.view",
     "RouterError": "clusters.routers",

@@ -79,7 +79,7 @@ class Experiment:
     def __repr__(self) -> str:
         grid = " x ".join(f"{len(values)} {name}" for name, values in self.grid.items()) or "one setting"
         seeds = f" x {self.repeats} seeds" if self.repeats > 1 else ""
-        return f"Experiment({grid}{seeds} of {self._workload_name()} on {self._runner_name()})"
+        return f"Experiment({grid}{seeds} of {self.workload_name} on {self.runner_name})"
 
     def __len__(self) -> int:
         """The number of runs."""
@@ -150,10 +150,14 @@ class Experiment:
         return Study(
             runs,
             names=list(self.grid),
-            workload=self._workload_name(),
-            runner=self._runner_name(),
+            workload=self.workload_name,
+            runner=self.runner_name,
             num_planned=len(planned),
         )
+
+    def once(self, names: dict[str, Any], seed: int) -> Run:
+        """Serve the fixed settings once, with the workload of this seed; `names` label the run."""
+        return self._serve({}, names, seed, History(), None)
 
     def _check_parallel(self, live: bool | str) -> None:
         if self.model is not None or "model" in self.grid:
@@ -188,12 +192,14 @@ class Experiment:
     def _workloads(self) -> list[Any]:
         return list(self.grid.get("workload", [self.workload]))
 
-    def _workload_name(self) -> str:
+    @property
+    def workload_name(self) -> str:
         if "workload" in self.grid:
             return f"{len(self.grid['workload'])} workloads"
         return f"{self.workload.name}: {len(self.workload.asks)} requests"
 
-    def _runner_name(self) -> str:
+    @property
+    def runner_name(self) -> str:
         if several := next((name for name in ("model", "runner") if name in self.grid), None):
             return f"{len(self.grid[several])} {several}s"
         if self.model is not None:

@@ -90,7 +90,10 @@ def label_of(value: Any) -> Any:
 
 def make_engine(setting: Mapping[str, Any], runner: Any, model: str | None, log: EventLog | None) -> Engine:
     """The engine of one setting. Values that hold state (policies, runners) are copied: each run has its own."""
-    options = {SHORT.get(name, name): copy.deepcopy(value) for name, value in setting.items() if name != "workload"}
+    memo: dict[int, Any] = {}  # one for all: decisions of one policy object stay of one object
+    options = {
+        SHORT.get(name, name): copy.deepcopy(value, memo) for name, value in setting.items() if name != "workload"
+    }  # fmt: skip
     if log is not None:
         options["log"] = log
     model = options.pop("model", model)

@@ -91,8 +91,9 @@ def tenants(
     for _ in range(groups):
         head = draw_ids(rng, prefix, vocab_size)
         prompts += [head + draw_ids(rng, whole("question", question, least=1), vocab_size) for _ in range(questions)]
+    names = [{"tenant": f"t{i // questions}"} for i in range(len(prompts))]
     order = np.concatenate([rng.permutation(len(prompts)) for _ in range(-(-num // len(prompts)))])[:num]
-    asks = tuple(Ask(prompts[i], whole("output", output, least=1)) for i in order.tolist())
+    asks = tuple(Ask(prompts[i], whole("output", output, least=1), extra=names[i]) for i in order.tolist())
     made = Workload(f"{groups} tenants x {questions} questions", asks)
     return made if rate is None else arriving(made, rate, seed=seed)
 

@@ -102,6 +102,11 @@ class StepView:
         return self._views(list(self._s.prefilling))
 
     @property
+    def next(self) -> RequestView | None:
+        """The next of the queue, as in `waiting`."""
+        return RequestView(self._s.queue.peek()) if self._s.queue else None
+
+    @property
     def waiting(self) -> tuple[RequestView, ...]:
         """The queue, without requests that wait for another's prefix, or for an adapter."""
         return tuple(map(RequestView, self._s.queue))

@@ -71,6 +71,8 @@ class Replica:
     def begin(self, now: int) -> int | None:
         """Begin a step; returns when it will end, None if there is nothing to compute."""
         plan = self.scheduler.schedule(now)
+        if plan is None:
+            plan = self.scheduler.overrule(now)
         self.log.post()  # admissions are known when the step begins
         if plan is None:
             return None
