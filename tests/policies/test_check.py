@@ -23,10 +23,10 @@ def decisions(name, *args, **options):
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_examples_break_nothing(name):
-    days = ("stream", "changes") if name != "VTC" else ("crowded", "stream", "quiet", "changes", "ahead")
+    days = ("stream",) if name != "VTC" else ("crowded", "stream", "quiet", "changes", "ahead")
     report = lk.policies.check(**decisions(name), only=days)
     assert report.ok and not report.problems, report
-    assert report.parts == days and report.num_steps > 400
+    assert report.parts == days and report.num_steps > 300
     assert f"order={name}" in repr(report) and "nothing broke" in repr(report) and "us each" in repr(report)
 
 
