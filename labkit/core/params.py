@@ -42,7 +42,7 @@ class ReadOnly(dict[str, Any]):
     def _refuse(self, *args: object, **options: object) -> Any:
         raise TypeError(f"extra_args cannot be changed: {dict(self)!r}")
 
-    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
 
     def __reduce__(self) -> Any:
         return ReadOnly, (dict(self),)

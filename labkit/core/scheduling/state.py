@@ -318,6 +318,22 @@ class SchedulerState:
             _, free = self.host_releases.popleft()
             self.blocks.host.give_back(free)
 
+    def log_step(
+        self, step: int, num_rows: int, prefill: int, decode: int, num_outputs: int, duration: int, now: int
+    ) -> None:
+        blocks = self.blocks
+        cached = len(blocks.eviction)
+        free = len(blocks.pool.free)
+        self.log.flush(
+            step,
+            now,
+            (num_rows, prefill, decode, self.cached_this_step, num_outputs, self.num_running,
+             self.num_waiting, self.num_swapped, blocks.num_blocks - free - cached, cached, free, duration,
+             *self.drafts_this_step),
+        )  # fmt: skip
+        self.cached_this_step, self.drafts_this_step = 0, (0, 0)
+        self.log.post()
+
     # -- checks --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
