@@ -318,10 +318,13 @@ def watched(model) -> list[tuple[int, torch.Tensor]]:
 def test_given_experts_take_the_place_of_the_routers_choice(kind):
     model = model_of(kind, "float32")
     eng = engine_on(model)
-    made = eng.generate([5, 6, 7, 9, 11], params(9, logprobs=0))
+    wanted = {"router": list(model.experts), "positions": "all"}
+    made = eng.generate([5, 6, 7, 9, 11], params(9, logprobs=0, capture=wanted))
+    own = {layer: made.activations["router", layer] for layer in model.experts}
     seen = watched(model)
     free = eng.score(made)
-    own = {layer: torch.cat([experts for at, experts in seen if at == layer]) for layer in model.experts}
+    for layer, experts in own.items():
+        assert torch.equal(experts, torch.cat([chosen for at, chosen in seen if at == layer]))
     assert set(own) and all(len(experts) == 13 for experts in own.values())
     again = eng.score(made, routing=own)
     assert again.logprobs == free.logprobs == [entry.logprob for entry in made.logprobs]
