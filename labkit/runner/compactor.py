@@ -150,7 +150,7 @@ class Compactor:
         for part, moved in zip(cache, kept, strict=True):
             room = moved.new_zeros(len(moved), len(target) * self.block_size, moved.shape[2])
             room[:, :keep] = moved
-            part[target] = room.unflatten(1, (len(target), self.block_size)).transpose(0, 1)
+            part[target] = room.view(len(moved), len(target), self.block_size, -1).transpose(0, 1)
         num = max(len(positions), len(which))
         keys.moved[layer] = positions.expand(num, -1).gather(1, which.expand(num, -1))
         keys.mass[layer] = None if mass is None or keys.kv.queries >= 0 else mass[lines, heads]
@@ -180,8 +180,8 @@ def rotate(keys: Tensor, by: Tensor, table: Tensor) -> Tensor:
     """Keys [heads, keys, size] that were rotated to some position, moved `by` [heads, keys] positions. A rope table
     holds cosines, then sines, of every position, times a factor that is the cosine of position 0."""
     half = table.shape[1] // 2
-    cos, sin = table[by.abs()].float().div(table[0, 0].float()).split(half, -1)  # [heads, keys, half]
-    sin = sin * by.sign()[..., None]
+    turn = table[by.abs()].float() / table[0, 0].float()  # [heads, keys, 2 * half]
+    cos, sin = turn[..., :half], turn[..., half:] * by.sign()[..., None]
     first, second, rest = keys[..., :half].float(), keys[..., half : 2 * half].float(), keys[..., 2 * half :]
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
     return torch.cat((turned.to(keys.dtype), rest), -1)

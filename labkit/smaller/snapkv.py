@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.nn.functional import avg_pool1d, max_pool1d
 
@@ -30,7 +32,8 @@ class SnapKV:
         self.budget = checked(budget)
         self.window = self.queries = whole("window", window, least=1)
         self.kernel = whole("kernel", kernel, least=1)
-        self.pool, self._pool = pool, choose("pool", pool, POOLS)
+        self.pool = pool
+        self._pool: Callable[..., Tensor] = choose("pool", pool, POOLS)
         if kernel % 2 == 0:
             raise ValueError(f"kernel is centred on a key, so it must be odd, got {kernel}")
 

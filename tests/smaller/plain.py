@@ -21,9 +21,10 @@ def generate(model, prompt: list[int], num: int, rule) -> list[int]:
         past, new = step.num_keys(cache), until - done
         seen = torch.ones(new, new, dtype=torch.bool).tril()
         mask = torch.zeros(new, past + new).masked_fill(~torch.cat((torch.ones(new, past, dtype=bool), seen), 1), -1e30)
+        first = past if rule.by_slot else done
         with torch.inference_mode():
             given = model(
-                ids, position_ids=torch.arange(done, until)[None], attention_mask=mask[None, None],
+                ids, position_ids=torch.arange(first, first + new)[None], attention_mask=mask[None, None],
                 output_attentions=True, **{cache_name(model): cache},
             )  # fmt: skip
         done = until
@@ -32,7 +33,7 @@ def generate(model, prompt: list[int], num: int, rule) -> list[int]:
             out.append(int(given.logits[0, -1].argmax()))
             tokens.append(out[-1])
         if done == rule.at(step, done - 1):
-            cache = step.keep(cache, [rule.keep(step, layer) for layer in range(layers)])
+            cache = step.keep(cache, [rule.keep(step, layer) for layer in range(layers)], rule.by_slot)
             rule.dropped(step, done)
     return out
 
@@ -72,17 +73,42 @@ class Step:
             total[:, : part.shape[1]] += part
         return total
 
-    def keep(self, cache, which) -> DynamicCache:
+    def keep(self, cache, which, by_slot: bool) -> DynamicCache:
         """A cache of these keys: for each layer [key heads, kept]."""
         kept = DynamicCache(config=self.model.config)
         for layer, index in enumerate(which):
             old = cache.layers[layer]
             at = index[None, :, :, None]
             keys, values = (x.gather(2, at.expand(-1, -1, -1, x.shape[3])) for x in (old.keys, old.values))
+            if by_slot:
+                keys = self.turned(keys, index)
             kept.update(keys, values, layer)
             self.sums[layer] = self.sums[layer].gather(1, index)
         self.weights = [[] for _ in self.weights]
         return kept
+
+    def turned(self, keys, index):
+        """Rotated back from their slots, and then to the slots that they get."""
+        rope = self.model.model.rotary_emb
+
+        size = rope(keys, index)[0].shape[-1]  # the part of a head that is rotated
+        keys, rest = keys[..., :size], keys[..., size:]
+
+        def half(x):
+            return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), -1)
+
+        def table(at):
+            cos, sin = rope(keys, at)  # [heads, keys, size]
+            return cos[None] / rope.attention_scaling, sin[None] / rope.attention_scaling
+
+        cos, sin = table(index)
+        plain = keys * cos - half(keys) * sin
+        cos, sin = table(torch.arange(index.shape[1]).expand(len(index), -1))
+        return torch.cat((plain * cos + half(plain) * sin, rest), -1)
+
+
+class Rule:
+    by_slot = False  # positions are those of the text
 
 
 def top(score: torch.Tensor, num: int) -> torch.Tensor:
@@ -93,12 +119,12 @@ def and_last(best: torch.Tensor, first: int, end: int) -> torch.Tensor:
     return torch.cat((best, torch.arange(first, end).expand(len(best), -1)), 1)
 
 
-class Everything:
+class Everything(Rule):
     def at(self, step, done):
         return 10**9
 
 
-class SnapKV:
+class SnapKV(Rule):
     def __init__(self, share: float, window: int, kernel: int) -> None:
         self.share, self.window, self.kernel = share, window, kernel
 
@@ -117,7 +143,7 @@ class SnapKV:
         pass
 
 
-class H2O:
+class H2O(Rule):
     def __init__(self, share: float, every: int) -> None:
         self.share, self.every, self.next = share, every, None
 
@@ -133,7 +159,7 @@ class H2O:
         self.next = done + self.every
 
 
-class RKV:
+class RKV(Rule):
     def __init__(self, budget: int, window: int, every: int, share: float) -> None:
         self.budget, self.window, self.every, self.share, self.next = budget, window, every, share, None
 
@@ -155,10 +181,9 @@ class RKV:
         self.next = done + self.every
 
 
-class Streaming:
-    """Positions stay those of the text."""
-
-    def __init__(self, sinks: int, window: int, every: int) -> None:
+class Streaming(Rule):
+    def __init__(self, sinks: int, window: int, every: int, by_slot: bool = False) -> None:
+        self.by_slot = by_slot
         self.sinks, self.window, self.every = sinks, window, every
         self.next = sinks + window + every
 

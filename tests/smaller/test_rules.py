@@ -10,7 +10,7 @@ from labkit.models import load_model
 from tests.models.configs import VOCAB, config, reference_model
 from tests.smaller import plain
 
-KINDS = ["llama", "qwen2", "qwen3", "olmo2", "granite", "gpt_neox"]  # the last one runs in transformers' own code
+KINDS = ["llama", "qwen2", "qwen3", "olmo2", "gpt_neox"]  # the last one runs in transformers' own code
 RULES = {
     "SnapKV": (lambda: lk.SnapKV(0.5, window=8, kernel=5), lambda: plain.SnapKV(0.5, 8, 5)),
     "H2O": (lambda: lk.H2O(0.5, every=3), lambda: plain.H2O(0.5, 3)),
@@ -60,6 +60,73 @@ def test_tokens_are_those_of_the_same_rule_in_transformers(kind, tmp_path):
         rule = plain.Everything() if name == "all" else RULES[name][1]()
         assert tokens == plain.generate(reference, prompts[i], 30, rule), f"{kind}: {name}"
     assert len({tuple(tokens) for (_, i), tokens in found.items() if i == 0}) >= 4, "the rules change nothing"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])  # scaled, scaled with a factor, part of the head
+def test_positions_within_the_cache_are_those_of_transformers(kind, tmp_path):
+    reference = small(kind, tmp_path)
+    prompt = [random.Random(kind).randrange(3, VOCAB) for _ in range(45)]
+    eng = engine_of(tmp_path, max_num_batched_tokens=23)
+    kv = lk.StreamingLLM(window=20, sinks=3, every=5)
+    handle = eng.generate(prompt, lk.SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, kv=kv))
+    assert handle.output_ids == plain.generate(reference, prompt, 40, plain.Streaming(3, 20, 5, by_slot=True))
+
+
+@pytest.mark.parametrize("name", ["SnapKV", "H2O", "RKV"])
+def test_a_preempted_request_is_computed_again_with_the_same_tokens(name, tmp_path):
+    small("llama", tmp_path)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(3, VOCAB) for _ in range(30)] for _ in range(3)]
+    asked = [lk.SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, kv=RULES[name][0]()) for _ in prompts]
+    found = []
+    for fails in (False, True):
+        eng = engine_of(tmp_path, blocks=200, max_num_batched_tokens=40)
+        handles = [eng.submit(prompt, params) for prompt, params in zip(prompts, asked, strict=True)]
+        if fails:  # a failed step: every request returns to the queue with its tokens
+            for _ in range(30):
+                eng.step()
+            eng.runner.launch = None
+            with pytest.raises(TypeError):
+                eng.step()
+            del eng.runner.launch
+        eng.run()
+        eng.check()
+        found.append([handle.output_ids for handle in handles])
+    assert len(eng.log.events("Preempted")) == 3 and found[0] == found[1]
+
+
+def test_keys_in_eight_bits_are_moved_as_they_are(tmp_path):
+    small("llama", tmp_path)
+    runner = lk.TorchRunner(load_model(tmp_path, dtype="float32"), kv_cache_dtype="int8")
+    eng = lk.Engine(scheduler=lk.Scheduler(lk.BlockManager(64, 4)), runner=runner)
+    prompt = [random.Random(5).randrange(3, VOCAB) for _ in range(40)]
+    plain_params = lk.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+
+    class Copy:
+        """Drops the last token's key in one compaction: all others are moved to where they were."""
+
+        queries, positions = 0, "true"
+
+        def next(self, num_prompt, num_tokens, num_keys):
+            return (num_prompt + 6, num_prompt + 5) if num_tokens == 0 else None
+
+        def choose(self, keys, num):
+            return range(num)
+
+    before = eng.generate(prompt, plain_params).output_ids
+    after = eng.generate(prompt, lk.SamplingParams(max_tokens=12, temperature=0, ignore_eos=True, kv=Copy())).output_ids
+    assert before[:6] == after[:6]
+    with pytest.raises(ValueError, match="8 bits"):
+        eng.submit(prompt, lk.SamplingParams(max_tokens=9, kv=lk.StreamingLLM(20)))
+
+
+def test_what_a_model_cannot_do_is_refused_by_name(tmp_path):
+    reference_model(config("mistral")).save_pretrained(tmp_path / "windows")
+    small("gpt_neox", tmp_path / "other")
+    with pytest.raises(ValueError, match="sliding windows"):
+        engine_of(tmp_path / "windows").submit([3, 4], lk.SamplingParams(max_tokens=4, kv=lk.SnapKV()))
+    with pytest.raises(ValueError, match="the rotation of GPTNeoXForCausalLM is not known"):
+        engine_of(tmp_path / "other").submit([3, 4], lk.SamplingParams(max_tokens=4, kv=lk.StreamingLLM(20)))
 
 
 def test_mass_is_attention_summed_over_queries_and_heads(tmp_path):
