@@ -329,8 +329,6 @@ class TorchRunner(Sleeps, Replaces):
             return self._pending(Computed(plan, out, None, {}, [], begin, self.device).showing(*shown))
         mass = None if self.compactor is None else self.compactor.watch(plan, self.rows, self.device)
         inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features, mass)
-        if self.compactor is not None:
-            inputs.failed.update(self.compactor.failed)
         wanted = wanted_of(plan, self.rows)
         edits = self.edits.of(plan, inputs.query_start)
         capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers, edits.by_layer())
@@ -370,6 +368,8 @@ class TorchRunner(Sleeps, Replaces):
 
     def _pending(self, computed: Computed, failed: dict[int, str] | None = None) -> Pending:
         computed.failed = failed or {}
+        if self.compactor is not None:
+            computed.failed = computed.failed | self.compactor.failed
         made = sum(of.num_captured for of in self._repeating())
         computed.once, self._num_made = made != self._num_made, made
         if self.disk is not None:

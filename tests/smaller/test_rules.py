@@ -120,6 +120,25 @@ def test_keys_in_eight_bits_are_moved_as_they_are(tmp_path):
         eng.submit(prompt, lk.SamplingParams(max_tokens=9, kv=lk.StreamingLLM(20)))
 
 
+def test_an_object_that_raises_fails_its_request_alone(tmp_path):
+    small("llama", tmp_path)
+
+    class Wrong(lk.H2O):
+        def choose(self, keys, num):
+            keys.mass.zero_()  # a copy: it hurts nobody
+            if keys.layer == 1:
+                raise KeyError("no idea")
+            return super().choose(keys, num)
+
+    eng = engine_of(tmp_path)
+    prompt = [random.Random(6).randrange(3, VOCAB) for _ in range(20)]
+    ask = {"max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    alone = eng.generate(prompt, lk.SamplingParams(**ask)).output_ids
+    bad, good = (eng.submit(prompt, lk.SamplingParams(**ask, kv=kv)) for kv in (Wrong(0.5), None))
+    eng.run()
+    assert "KeyError: 'no idea'" in bad.error and good.output_ids == alone and eng.blocks.num_used == 0
+
+
 def test_what_a_model_cannot_do_is_refused_by_name(tmp_path):
     reference_model(config("mistral")).save_pretrained(tmp_path / "windows")
     small("gpt_neox", tmp_path / "other")
