@@ -1,5 +1,5 @@
-"""The engine on ranks in other processes: greedy tokens are those of one process, whatever is done with requests and
-blocks. One pair of workers serves all cases of this file."""
+"""The engine on several ranks: greedy tokens are those of one process, whatever is done with requests and blocks. One
+pair of workers, in threads, serves most cases of this file; where a process matters, there is one."""
 
 import random
 
@@ -10,13 +10,14 @@ import torch
 import labkit as lk
 from tests import adapters
 from tests.models.configs import VOCAB, config, reference_model
+from tests.parallel.threads import ThreadWorkers
 
 PARAMS = {"temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def workers():
-    with lk.Workers(tensor_parallel_size=2, num_threads=1) as made:
+    with ThreadWorkers(2) as made:
         yield made
 
 
@@ -102,6 +103,11 @@ def test_tokens_do_not_depend_on_the_number_of_ranks(case, folders, workers):
 def test_models_without_a_native_decoder_give_the_same_tokens(kind, folders, workers):
     options = CASES["chunks, recompute"] if kind == "cohere" else CASES["swap"] if kind == "glm" else {}
     same(folders(kind), workers, **options)
+
+
+def test_a_model_that_transformers_runs_is_loaded_in_another_process(folders):
+    with lk.Workers(num_threads=1) as one:
+        same(folders("phi"), one, **CASES["chunks, recompute"])
 
 
 def test_stages_and_gloo_give_the_same_tokens():
