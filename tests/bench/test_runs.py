@@ -1,23 +1,49 @@
-"""From the command to the page, on the embedded model; and the client against all kinds of server."""
+"""From the command to the page, on the embedded model; and the client against all kinds of server. The gate and the
+machine's limits are computed once for all tests of this file, and engines with the same options share a process."""
 
+import contextlib
+import functools
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
-from labkit.bench import gate, metrics, serve, throughput, workload
+from labkit.bench import gate, limit, metrics, serve, throughput, workload
 from labkit.cli import main
+
+OPTIONS = ("--threads", "1", "--rows", "1", "--block-size", "16", "--prefix-cache")  # of the process that tests share
 
 
 def bench(*words: str) -> int:
     return main(["bench", *words])
 
 
-@pytest.mark.alone
+@pytest.fixture(autouse=True, scope="module")
+def shared():
+    """Each test's first use of something is real; what is used again was made by a test before."""
+    with contextlib.ExitStack() as stack:
+        start, kept = throughput.start, {}
+
+        def started(name, model, options=None, python=None):
+            key = json.dumps([name, str(model), options, python])
+            if name.startswith("openai:"):
+                return start(name, model, options, python)
+            if key not in kept:
+                kept[key] = stack.enter_context(start(name, model, options, python))
+            return contextlib.nullcontext(kept[key])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(throughput, "start", started)
+            patch.setattr(gate, "check", functools.cache(gate.check))
+            patch.setattr(limit, "measure", functools.cache(limit.measure))
+            yield
+
+
 def test_throughput_beside_transformers_ends_in_a_table_and_a_page(tmp_path, capsys):
     out, html = tmp_path / "r.json", tmp_path / "r.html"
-    words = ("--num", "3", "--prompt", "5-20", "--output", "4-9", "--passes", "1", "--warmup", "0", "--threads", "1")
+    words = ("--num", "3", "--prompt", "5-20", "--output", "4-9", "--passes", "1", "--warmup", "0", *OPTIONS)
     assert bench("throughput", *words, "--backend", "labkit,transformers-static", "--json", str(out)) == 0
     said = capsys.readouterr().out
     assert "output tokens/s" in said and "labkit / transformers-static:" in said and "gate: KL" in said
@@ -34,7 +60,7 @@ def test_throughput_beside_transformers_ends_in_a_table_and_a_page(tmp_path, cap
 def test_a_single_stream(capsys, tmp_path):
     out = tmp_path / "r.json"
     words = ("--prompt", "8-8", "--output", "8-8", "--passes", "2", "--warmup", "0", "--json", str(out))
-    assert bench("latency", *words) == 0
+    assert bench("latency", *words, *OPTIONS) == 0
     assert "single stream, tokens/s" in capsys.readouterr().out
     found = metrics.parse_benchmark_output(out)["runs"]["labkit"]
     assert found["metrics"]["single_stream"] == pytest.approx(8 / sorted(found["seconds"])[1])
@@ -42,9 +68,8 @@ def test_a_single_stream(capsys, tmp_path):
 
 def test_a_shared_prefix_is_hit_and_every_pass_begins_without_it(tmp_path):
     out = tmp_path / "r.json"
-    words = ("--workload", "shared", "--share", "0.5", "--prompt", "128", "--output", "2", "--num", "6", "--rows", "1")
-    common = ("--backend", "labkit", "--passes", "2", "--block-size", "16", "--json", str(out))
-    assert bench("throughput", *words, *common, "--prefix-cache") == 0
+    words = ("--workload", "shared", "--share", "0.5", "--prompt", "128", "--output", "2", "--num", "6")
+    assert bench("throughput", *words, "--backend", "labkit", "--passes", "2", "--json", str(out), *OPTIONS) == 0
     assert metrics.parse_benchmark_output(out)["runs"]["labkit"]["metrics"]["hit_rate"] == pytest.approx(5 * 64 / 768)
 
 
@@ -100,7 +125,7 @@ def test_serving_over_http_counts_what_came_and_what_failed(url):
 def test_a_server_can_be_compared_with(url, tmp_path):
     out = tmp_path / "r.json"
     words = ("--num", "3", "--prompt", "4-9", "--output", "3-6", "--passes", "1", "--warmup", "0", "--json", str(out))
-    assert bench("throughput", *words, "--backend", f"openai:{url},labkit") == 0
+    assert bench("throughput", *words, "--backend", f"openai:{url},labkit", *OPTIONS) == 0
     runs = metrics.parse_benchmark_output(out)["runs"]
     assert runs[f"openai:{url}"]["metrics"]["output_tokens_per_second"] > 0
     bad = ("--num", "1", "--prompt", "13-13", "--output", "2-2", "--backend", f"openai:{url}")
@@ -137,9 +162,26 @@ def test_bad_words_are_named(words, message, capsys):
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_the_gpu_bench_runs_in_miniature(tmp_path):
+@pytest.fixture
+def gpu(monkeypatch):
+    """The GPU bench, which runs only the parts in `gpu.elsewhere` in processes of their own."""
+    from labkit.bench.gpu import run
+
+    really, wanted = run._elsewhere, set()
+
+    def started(part, where, left):
+        if part.name in wanted:
+            return really(part, where, left)
+        return json.loads(json.dumps(run.measured(part, where)))
+
+    monkeypatch.setattr(run, "_elsewhere", started)
+    return SimpleNamespace(run=run, elsewhere=wanted)
+
+
+def test_the_gpu_bench_runs_in_miniature(tmp_path, gpu):
     out = tmp_path / "gpu.json"
     words = ("--quick", "--device", "cpu", "--only", "limits,decode step,fast", "--json", str(out))
+    gpu.elsewhere.add("limits")
     assert bench("gpu", *words) == 0
     found = json.loads(out.read_text())["parts"]
     assert set(found) == {"limits", "decode step", "fast"}
@@ -175,14 +217,16 @@ def test_an_engine_takes_what_it_started_with_it(tmp_path):
         assert state == "Z", "the worker still runs"
 
 
-def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, tmp_path):
-    from labkit.bench.gpu import run as gpu
+def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, gpu):
     from labkit.bench.gpu.where import Where
 
-    parts = (gpu.Part("nowhere", "", 60, lambda where: {}), gpu.Part("limits", "", 60, lambda where: {}))
-    monkeypatch.setattr(gpu, "PARTS", parts)
-    found = gpu.run(Where("cpu", True), (), None)["parts"]
-    assert "StopIteration" in found["nowhere"]["error"] and found["limits"]["bandwidth"] > 0
+    part = gpu.run.Part
+    monkeypatch.setattr(
+        gpu.run, "PARTS", (part("nowhere", "", 60, lambda where: {}), part("after it", "", 60, lambda where: {"x": 1}))
+    )
+    gpu.elsewhere.add("nowhere")  # where no such part is known
+    found = gpu.run.run(Where("cpu", True), (), None)["parts"]
+    assert "StopIteration" in found["nowhere"]["error"] and found["after it"]["x"] == 1
 
 
 def test_a_backend_names_its_quantization(monkeypatch):
