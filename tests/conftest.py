@@ -29,7 +29,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """In several processes, long files come first, and files of which every test runs alone last."""
+    """In several processes, long files and notebooks come first, and files of which every test runs alone last."""
     for item in items:
         if " at 0x" in item.nodeid:  # in another process it is another
             raise pytest.UsageError(f"an address is part of the name of {item.nodeid}: give its parameters ids")
@@ -42,7 +42,9 @@ def pytest_collection_modifyitems(config, items):
     def place(path: Path) -> int:
         name = path.relative_to(config.rootpath).as_posix()
         if name in LONG:
-            return LONG.index(name) - len(LONG)
+            return LONG.index(name) - len(LONG) - 1
+        if path.suffix == ".ipynb":  # each starts a kernel, and takes longer than most files of tests
+            return -1
         return all(item.get_closest_marker("alone") for item in files[path])
 
     items[:] = [item for path in sorted(files, key=place) for item in files[path]]
