@@ -185,8 +185,10 @@ def test_importing_labkit_is_quick_and_brings_no_torch():
         "heavy = {'torch', 'transformers', 'triton', 'pandas', 'plotly', 'ipywidgets'} & set(sys.modules)\n"
         "assert not heavy, heavy\nprint(took)"
     )
-    best = min(float(subprocess.check_output([sys.executable, "-c", script])) for _ in range(3))
-    assert best < 0.3, f"import labkit took {best:.3f} s"
+    took: list[float] = []
+    while len(took) < 3 and not (took and took[-1] < 0.3):  # one good round is enough
+        took.append(float(subprocess.check_output([sys.executable, "-c", script])))
+    assert min(took) < 0.3, f"import labkit took {min(took):.3f} s"
 
 
 def test_every_public_name_resolves_and_files_open_with_what_they_know():

@@ -70,5 +70,7 @@ def test_longest_prefix_first_costs_at_most_twice_first_come():
         eng.run()
         return time.process_time() - begin
 
-    ratio = min(seconds("lpm") / seconds("fcfs") for _ in range(3))
-    assert ratio <= 2, f"{ratio:.1f} times first come, first served"
+    ratios = []
+    while len(ratios) < 3 and not (ratios and min(ratios) <= 2):  # one good round is enough
+        ratios.append(seconds("lpm") / seconds("fcfs"))
+    assert min(ratios) <= 2, f"{min(ratios):.1f} times first come, first served"
