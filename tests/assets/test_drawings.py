@@ -5,7 +5,7 @@ import pytest
 
 from labkit.assets import drawings
 from labkit.assets.drawings.paint import label, paint
-from labkit.assets.drawings.questions import WORDS, facts
+from labkit.assets.drawings.questions import WORDS, facts, questions
 from labkit.assets.drawings.scene import Bar, Line, Scene, Shape, random_scene
 
 pytest.importorskip("PIL")
@@ -110,3 +110,12 @@ def test_a_chart_of_your_own_and_what_it_refuses():
         drawings.bars({})
     with pytest.raises(ValueError, match="unknown kind of drawing 'line'; did you mean 'lines'"):
         drawings.drawing(0, "line")
+
+
+def test_topics_can_be_asked_more_often():
+    scene, counts = drawings.drawing(5, "bars").scene, {}
+    for often in (None, {"taller": 20, "height": 0.01}):
+        rng = np.random.default_rng(11)
+        topics = [topic for _ in range(60) for topic, _, _ in questions(scene, rng, 2, often)]
+        counts[often is None] = (topics.count("taller"), topics.count("height"))
+    assert counts[False][0] > 1.5 * counts[True][0] and counts[False][1] < counts[True][1] / 3

@@ -5,7 +5,7 @@ Questions whose answer would be a matter of opinion (two bars as tall, lines tha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -158,11 +158,18 @@ def line_facts(scene: Scene, rng: np.random.Generator) -> Iterator[tuple[str, di
             yield topic, {}, order[-1].colour
 
 
-def questions(scene: Scene, rng: np.random.Generator, most: int | None = None) -> list[Found]:
-    """Everything that may be asked, each in one wording, in random order; at most `most`."""
+def questions(
+    scene: Scene, rng: np.random.Generator, most: int | None = None, often: Mapping[str, float] | None = None
+) -> list[Found]:
+    """Everything that may be asked, each in one wording, in random order; at most `most`. `often` makes topics more
+    (above 1) or less likely to be among them."""
     found = []
     every = list(facts(scene, rng))
-    for i in rng.permutation(len(every))[:most]:
+    if often is None:
+        order = rng.permutation(len(every))
+    else:
+        order = np.argsort([rng.exponential() / often.get(topic, 1.0) for topic, _, _ in every])
+    for i in order[:most]:
         topic, parts, answer = every[i]
         wordings = WORDS[topic]
         text = wordings[rng.integers(len(wordings))].format(**parts)
