@@ -81,7 +81,7 @@ class Day:
         blocks = BlockManager(num_blocks, 4, num_host_blocks=host)
         given = {} if later else self.policies
         scheduler = Scheduler(blocks, watermark=0.0, log=NoLog(), **given, **options)
-        runner = FakeRunner(seed=1, vocab_size=50, seconds=SECONDS)
+        runner: Any = FakeRunner(seed=1, vocab_size=50, seconds=SECONDS)
         self.engine = Engine(scheduler=scheduler, runner=runner, clock=VirtualClock())
         self.engine.policies.meter = self.meter
         return self.engine

@@ -27,11 +27,12 @@ class PredictedLength:
         self.mean: dict[Any, float] = {}  # kind -> tokens of an answer
 
     def __call__(self, request: RequestView, now: int) -> float:
-        return self.predict(request) - self.aging * (now - request.arrival) / 1e9
+        waited: float = (now - request.arrival) / 1e9
+        return self.predict(request) - self.aging * waited
 
     def victim(self, request: RequestView, now: int) -> float:
         """Who is predicted to have the most left."""
-        return max(self.predict(request) - request.num_output, 0.0)
+        return max(self.predict(request) - float(request.num_output), 0.0)
 
     def predict(self, request: RequestView) -> float:
         """Output tokens in all."""

@@ -23,6 +23,8 @@ class StepView:
 
     __slots__ = ("_builder", "_s", "left")
 
+    _s: SchedulerState
+    _builder: PlanBuilder
     left: int  # tokens of the budget that nobody has yet
 
     def __init__(self, s: SchedulerState, builder: PlanBuilder, left: int) -> None:

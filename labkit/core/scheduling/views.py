@@ -68,7 +68,7 @@ class RequestView:
     @property
     def extra(self) -> Mapping[str, Any]:
         given = self._request.params.extra_args
-        return NO_EXTRA if given is None else MappingProxyType(given)  # type: ignore[arg-type]
+        return NO_EXTRA if given is None else MappingProxyType(given)
 
     @property
     def num_computed(self) -> int:
