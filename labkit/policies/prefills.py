@@ -36,4 +36,4 @@ class ResidualShortestPrefill:
         return max(min(request.prefill_left, view.budget - view.num_decoding - ahead), 0)
 
     def _rank(self, request: RequestView, now: int) -> float:
-        return float(request.prefill_left) - self.aging * (now - request.arrival) / 1e9
+        return float(request.prefill_left - self.aging * (now - request.arrival) / 1e9)

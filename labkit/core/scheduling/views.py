@@ -83,7 +83,7 @@ class RequestView:
         """Tokens to compute before it decodes. Of a waiting request that no order had looked up, all that it knows."""
         request = self._request
         if request.row is None:
-            return int(request.num_tokens) - max(request.num_computed, request.cached_tokens)
+            return int(request.num_tokens - max(request.num_computed, request.cached_tokens))
         return int(request.num_tokens) - self.num_computed
 
 
