@@ -4,6 +4,7 @@ import pytest
 import torch
 from labkit_kernels import attention_mass, check
 from labkit_kernels.attention.reference import attention_weights
+from labkit_kernels.launches import install
 from labkit_kernels.mass import CASES, make_batch
 
 
@@ -25,3 +26,17 @@ def test_mass_is_the_weights_summed_over_queries_and_the_heads_of_a_key_head(cas
         expected = one.sum(1).unflatten(0, (k_cache.shape[1], -1)).sum(1)
         torch.testing.assert_close(mass[:, :keys], expected, rtol=1e-5, atol=1e-5)
         assert not mass[:, keys:].any()
+
+
+@pytest.mark.parametrize("name", ["odd head", "a few queries"])
+def test_the_triton_variant_equals_the_reference_in_the_interpreter(name):
+    """`check("attention_mass", "triton")` goes through all cases."""
+    pytest.importorskip("triton")
+    attention_mass.load("cuda")
+    install()
+    case = next(case for case in CASES if case[0] == name)
+    (q, k_cache, _, *where), options = make_batch(
+        torch.device("cpu"), torch.float32, torch.Generator().manual_seed(0), *case[1:]
+    )
+    found = attention_mass.variants["triton"].function(q, k_cache, *where, **options)
+    torch.testing.assert_close(found, attention_mass.reference(q, k_cache, *where, **options), rtol=1e-5, atol=1e-5)

@@ -76,5 +76,5 @@ attention_mass = Op(
     traffic=_traffic,
     flops=_flops,
     home=__name__,
-    sources={"cpu": ("cpu",)},
+    sources={"cpu": ("cpu",), "cuda": ("triton",)},
 )
