@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import labkit.study.tables as tables
+from labkit.core.events.types import Compacted
 from labkit.core.options import whole
 from labkit.core.params import SamplingParams
 from labkit.core.smaller import SmallerKV
@@ -134,7 +135,7 @@ def _serve(engine: Engine, prompts: list[list[int]], num: int, kv: SmallerKV | N
     pure = steps[steps.prefill_tokens == 0]
     dropped = {handle.id: 0 for handle in handles}
     for event in engine.log.events("Compacted"):
-        if event.request in dropped:
+        if isinstance(event, Compacted) and event.request in dropped:
             dropped[event.request] += event.num_keys - event.num_kept
     tokens = sum(handle.num_tokens for handle in handles)
     seconds = float(pure.duration.sum()) / 1e9
