@@ -83,6 +83,19 @@ class Function:
         self.function(*args)
 
 
+def between(function: Callable[..., None], *args: Any) -> None:
+    """Call Python code here, in every repetition too. What it does is not recorded; it may change tensors among its
+    arguments in place."""
+    recording, _here.recording = _here.recording, None
+    if recording is not None:
+        recording.calls.append((function, args))
+    try:
+        with torch._C.DisableTorchFunction():
+            function(*args)
+    finally:
+        _here.recording = recording
+
+
 class Library:
     """A shared library's functions by name."""
 

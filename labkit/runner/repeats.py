@@ -13,14 +13,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from labkit_kernels.recording import Arena, Recording, record
+from labkit_kernels.recording import Arena, Recording, between, record
 from labkit_kernels.registry import is_plain
 from torch import Tensor
 
-from labkit.models.base import Batch, KVCache
+from labkit.models.base import Batch, Capture, KVCache
 from labkit.runner.adapters import FixedGroups
 
-Key: TypeAlias = tuple[int, int, bool]
+Key: TypeAlias = tuple[int, int, bool, bool]
 
 MOST_TOKENS = 64  # of a step that is repeated
 MOST_BYTES = 32 * 2**20  # of what a step computes on the way: larger ones gain nothing
@@ -33,9 +33,26 @@ class Repeatable(Protocol):
     capturable: bool
     adapters: Any
 
-    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor: ...
+    def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor: ...
     def inputs(self, batch: Batch) -> Tensor: ...
-    def through(self, x: Tensor, batch: Batch, caches: list[KVCache]) -> Tensor: ...
+    def through(self, x: Tensor, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor: ...
+
+
+class Relay(Capture):
+    """What a recording calls behind each layer: it does what the capture of the current step asks for there."""
+
+    now = Capture()
+
+    def after(self, layer: int, x: Tensor) -> Tensor:
+        between(self._tap, layer, x)
+        return x
+
+    def _tap(self, layer: int, x: Tensor) -> None:
+        now = self.now
+        if layer in now.edits:
+            x.copy_(now.edits[layer](x))  # the next layer reads it where it lies
+        if layer in now.hidden_layers:
+            now.hidden[layer] = x.clone()
 
 
 class Made(NamedTuple):
@@ -72,32 +89,39 @@ def fill(mine: Batch, batch: Batch) -> None:
 
 
 class Repeats:
-    """Recorded steps of one runner, by number of tokens, number of threads, and whether rows have adapters.
+    """Recorded steps of one runner, by number of tokens, number of threads, whether states behind layers are
+    captured or edited, and whether rows have adapters.
 
     They share the memory of what they compute on the way, since one runs at a time."""
 
     def __init__(self, model: Repeatable, caches: list[KVCache]) -> None:
         self.model, self.caches = model, caches
         self.width = LEAST_WIDTH
+        self.relay = Relay()
         self.num_captured = 0  # recordings, those that failed included
         self.forget()
 
     def __repr__(self) -> str:
         return f"Repeats({len(self.made)} steps recorded)" if self.works else "Repeats(off)"
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, capture: Capture | None = None) -> Tensor:
         """What `model.forward` gives. The next step overwrites it."""
+        if capture is not None:
+            if capture.others or capture.attention_layers:  # from inside of layers
+                return self.model.forward(batch, self.caches, capture)
+            self.relay.now = capture
         tokens = len(batch.token_ids)
+        more = () if capture is None else (capture,)
         special = batch.group_of or batch.trees or batch.embeddings or batch.axes or batch.both_ways or batch.mass
         if not 0 < tokens <= self.most or special:
-            return self.model.forward(batch, self.caches)
+            return self.model.forward(batch, self.caches, *more)
         adapted = batch.adapters is not None
         if adapted and self.model.adapters.computes_in_torch:
-            return self.model.forward(batch, self.caches)
+            return self.model.forward(batch, self.caches, *more)
         if batch.block_table.shape[1] > self.width:
             self.width = max(2 * self.width, batch.block_table.shape[1])
             self.forget()
-        key = (tokens, torch.get_num_threads(), adapted)
+        key = (tokens, torch.get_num_threads(), capture is not None, adapted)
         x = self.model.inputs(batch)
         if (made := self.made.get(key)) is not None:
             return made.run(x, batch)
@@ -130,7 +154,8 @@ class Repeats:
         fill(mine, batch)
         self.num_captured += 1
         num_chunks = len(self.arena.chunks)
-        out, recording = record(lambda: self.model.through(x, mine, self.caches), self.arena)
+        more = (self.relay,) if key[2] else ()
+        out, recording = record(lambda: self.model.through(x, mine, self.caches, *more), self.arena)
         if recording.other is not None:  # its layers compute in torch, too
             self.most = min(self.most, tokens - 1)
         elif recording.nbytes > MOST_BYTES:

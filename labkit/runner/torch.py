@@ -377,8 +377,8 @@ class TorchRunner(Sleeps, Replaces):
         return computed if self.device.type == "cuda" else Done(computed.result())
 
     def _forward(self, batch: Batch, capture: Capture | None) -> Tensor:
-        if self.repeats is not None and capture is None:
-            return self.repeats.forward(batch)
+        if self.repeats is not None:
+            return self.repeats.forward(batch, capture)
         return self.model.forward(batch, self.caches, capture)
 
     def _pick(self) -> None:

@@ -55,6 +55,35 @@ def test_repeated_steps_give_the_same_tokens(model, seed, kv_cache_dtype):
     assert eng.runner.repeats.works and eng.runner.repeats.made
 
 
+def test_recorded_steps_show_and_edit_what_is_between_layers(model):
+    """Vectors and functions, which are called behind their layers in each repetition."""
+    add = torch.linspace(-9, 9, 256)
+    asked = {
+        "plain": {}, "seen": {"capture": {"hidden": [-1, 2, 8]}},
+        "added": {"edit": {3: add}, "capture": {"hidden": [3, 4]}},
+        "last": {"edit": {0: lk.edit.Add(add, positions="last")}},
+        "function": {"edit": {-1: lambda h, at: h * 1.5, 7: [lambda h, at: -h, lk.edit.Project(add)]}},
+    }  # fmt: skip
+    found = []
+    for graphs in (False, None):
+        eng = engine(model, graphs, max_num_batched_tokens=16)
+        handles = {
+            name: eng.submit([40, 41 + i, 42], lk.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **more))
+            for i, (name, more) in enumerate(asked.items())
+        }
+        eng.run()
+        eng.generate([4, 5], lk.SamplingParams(temperature=0, max_tokens=4))
+        eng.check()
+        found.append(handles)
+    assert {tapped for _, _, tapped, _ in eng.runner.repeats.made} == {False, True}
+    for name, one in found[0].items():
+        other = found[1][name]
+        assert other.output_ids == one.output_ids and other.num_edited == one.num_edited, name
+        for key in one.activations.keys:
+            assert torch.equal(one.activations[key], other.activations[key]), (name, key)
+    assert found[1]["function"].num_edited == 3 * 14 and found[1]["added"].output_ids != found[1]["plain"].output_ids
+
+
 def test_a_fork_and_what_is_restored_have_their_own(model):
     eng = engine(model, None)
     handle = eng.submit([5, 6, 7], lk.SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
