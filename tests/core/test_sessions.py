@@ -317,3 +317,45 @@ def test_a_forgotten_session_can_end_its_request_and_come_back():
     eng.run()
     assert running.ended and len(eng.sessions) == 2
     turn(eng, 0, 6, session="a")
+
+
+# -- tiers -------------------------------------------------------------------------------------------------------------
+
+
+def tiered(host: int, disk: int) -> lk.Engine:
+    bm = lk.BlockManager(
+        8, 4, eviction="hinted", num_host_blocks=host, kv_offloading=True, host_eviction="hinted", num_disk_blocks=disk
+    )
+    scheduler = lk.Scheduler(bm, watermark=0.0, kv_loading="load")
+    return lk.Engine(scheduler=scheduler, runner=lk.FakeRunner(seed=1, vocab_size=50), clock=lk.VirtualClock())
+
+
+def test_prefetch_reads_a_session_from_disk_before_its_request_comes():
+    eng = tiered(host=8, disk=32)
+    state = turn(eng, 0, 20, session="a", hint={"waits": 60})
+    for i in range(3):
+        eng.submit([40 + i] * 24, TOKENS).wait()
+        eng.check()
+    found = eng.blocks.lookup([*state, 1])
+    assert found.num_disk > 0, "its state has left the device and host memory"
+    before = eng.blocks.offload.num_read
+    eng.hint("a", "prefetch")
+    eng.run()
+    eng.check()
+    assert eng.blocks.offload.num_read > before and eng.blocks.lookup([*state, 1]).num_disk == 0
+    handle = eng.submit([*state, 1, 2], TOKENS, session="a").wait()
+    assert handle.num_cached == len(state) // 4 * 4
+    assert not [event for event in eng.log.events("Loaded") if event.medium == "disk" and event.request == handle.id]
+    eng.hint("a", "prefetch")
+    eng.run()
+    eng.check()
+
+
+def test_prefetch_without_a_disk_reads_nothing():
+    eng = tiered(host=8, disk=0)
+    state = turn(eng, 0, 20, session="a")
+    eng.submit([40] * 24, TOKENS).wait()
+    assert eng.blocks.lookup([*state, 1]).num_host > 0
+    eng.hint("a", "prefetch")
+    assert list(eng.sessions.named["a"].below) and eng.step() is None
+    eng.check()
