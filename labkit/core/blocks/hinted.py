@@ -141,8 +141,9 @@ class Hinted(Shown):
         self._soonest = list(self._entries.values())
         self._latest = [(-e[1], e[2], e) for e in self._soonest if e[0] == EXPECTED and e[1] > now]
         self._pins = [e for e in self._soonest if e[0] == PINNED and e[1] < FOREVER]
-        for heap in (self._soonest, self._latest, self._pins):
-            heapq.heapify(heap)  # type: ignore[arg-type]
+        heapq.heapify(self._soonest)
+        heapq.heapify(self._latest)
+        heapq.heapify(self._pins)
 
     def _key(self, block: int) -> tuple[int, int]:
         """Rank, and when the block is expected to be used: the nearest time of its sessions, or its last release."""
