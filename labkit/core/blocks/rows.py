@@ -47,15 +47,10 @@ class RowBlocks:
     """The pool, the tables by row, the prefix cache and the eviction policy, kept consistent."""
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        num_host_blocks: int,
-        eviction: EvictionChoice,
-        prefix_caching: bool,
+        self, num_blocks: int, block_size: int, num_host_blocks: int, eviction: EvictionChoice, prefix_caching: bool,
         windows: Sequence[int | None],
         offload: tuple[EvictionChoice, int] | None = None,  # host memory's eviction policy, blocks on disk
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.num_blocks, self.block_size = num_blocks, block_size
         self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
         if not self.windows:
@@ -82,10 +77,7 @@ class RowBlocks:
         self.now = 0
         self.step = 0
         self.emit: EventSink | None = None
-        self.num_queried_tokens = 0
-        self.num_hit_tokens = 0
-        self.num_queries = 0
-        self.num_hit_queries = 0
+        self.num_queries = self.num_hit_queries = self.num_queried_tokens = self.num_hit_tokens = 0
         self.num_copied = 0
         self.copies: dict[int, dict[int, int]] = {}  # row -> index in its table -> the block that was copied there
         self.num_evicted = 0
