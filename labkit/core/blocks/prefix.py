@@ -387,14 +387,14 @@ class PrefixCache(Shown):
     def check(self) -> None:
         """The map and the blocks agree: every stored block is found by its hash, or is a duplicate of the one that
         is."""
-        copies: dict[bytes, set[int]] = {}
-        children = np.zeros(len(self.stored), np.int64)
-        for block in self.stored.nonzero()[0].tolist():
-            copies.setdefault(self.hash_of(block), set()).add(block)
-            children[self.has_parent(block)] += 1
-        known = {digest: {block, *self.spares.get(digest, ())} for digest, block in self.block_of.items()}
-        assert copies == known, "the hash map and the blocks disagree"
+        at = self.stored.nonzero()[0]
+        joined, parents = self._hash_of[at].tobytes(), self.parent_of[at]
+        found = {(joined[32 * i : 32 * i + 32], block) for i, block in enumerate(at.tolist())}
+        spares = ((digest, block) for digest, copies in self.spares.items() for block in copies)
+        assert found == {*self.block_of.items(), *spares}, "the hash map and the blocks disagree"
         assert self.spares.keys() <= self.block_of.keys(), "a spare without a first copy"
+        there = (parents > 0) & (self._parent_stamp[at] == self._stamp[parents])
+        children = np.bincount(parents[there], minlength=len(self.stored))
         assert (children[1:] == self.children[1:]).all(), "the counts of cached children are wrong"
         self.sessions.check(lambda block: bool(self.stored[block]))
         assert self.ghost_step.keys() == self.ghost_for.keys(), "ghost_step and ghost_for have different keys"
