@@ -208,8 +208,11 @@ def peak_memory():
     try:
         parents, peaks = {}, {}
         for name in filter(str.isdigit, os.listdir("/proc")):
-            with open(f"/proc/{name}/status") as file:
-                lines = dict(line.split(":", 1) for line in file)
+            try:
+                with open(f"/proc/{name}/status") as file:
+                    lines = dict(line.split(":", 1) for line in file)
+            except (FileNotFoundError, ProcessLookupError):  # it has ended since it was listed
+                continue
             parents[int(name)] = int(lines["PPid"])
             peaks[int(name)] = int(lines.get("VmHWM", "0 kB").split()[0]) * 1024
     except (OSError, KeyError, ValueError):

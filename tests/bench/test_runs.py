@@ -217,6 +217,16 @@ def test_an_engine_takes_what_it_started_with_it(tmp_path):
         assert state == "Z", "the worker still runs"
 
 
+def test_peak_memory_is_known_while_other_processes_end(monkeypatch):
+    import os
+
+    from labkit.bench import peer_process
+
+    found = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [*found(path), "99999999"] if path == "/proc" else found(path))
+    assert peer_process.peak_memory() > 1e6
+
+
 def test_a_part_that_fails_costs_its_own_figures_only(monkeypatch, gpu):
     from labkit.bench.gpu.where import Where
 
