@@ -143,8 +143,8 @@ class Edits:
         step = Step()
         if not self.joins:
             return step
-        tokens: dict[int, list[np.ndarray]] = {}  # by layer: those of the batch whose rows have a vector
-        rows: dict[int, list[np.ndarray]] = {}
+        tokens: dict[int, list[int]] = {}  # by layer: those of the batch whose rows have a vector
+        rows: dict[int, list[int]] = {}
         for entry, row in enumerate(plan.rows.tolist()):
             if (join := self.joins.get(row)) is None:
                 continue
@@ -153,14 +153,14 @@ class Edits:
             for layer, first in self.banked.get(row, {}).items():
                 skipped = min(max(0, first - start), count)
                 if skipped < count:
-                    tokens.setdefault(layer, []).append(np.arange(begin + skipped, begin + count))
-                    rows.setdefault(layer, []).append(np.full(count - skipped, row))
+                    tokens.setdefault(layer, []).extend(range(begin + skipped, begin + count))
+                    rows.setdefault(layer, []).extend([row] * (count - skipped))
                     step.counts[join.request] += count - skipped
             for layer, several in self.own.get(row, {}).items():
                 calls = [self._call(step, one, join, start, count, begin) for one in several]
                 step.calls.setdefault(layer, []).extend(call for call in calls if call is not None)
         for layer, at in tokens.items():
-            args = (put(np.concatenate(at), self.device), put(np.concatenate(rows[layer]), self.device))
+            args = (put(np.array(at), self.device), put(np.array(rows[layer]), self.device))
             step.calls.setdefault(layer, []).append(self._banked_call(self.banks[layer], *args))
         return step
 

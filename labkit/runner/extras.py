@@ -77,7 +77,7 @@ class Lines:
     ) -> None:  # fmt: skip
         """`place_of` says where in the capture each of the plan's tokens is, if it is not in the plan's order."""
         self.step = plan.step
-        tokens: list[np.ndarray] = []  # those of the batch that someone wants
+        tokens: list[int] = []  # those of the batch that someone wants
         self.parts: dict[str, tuple[slice, np.ndarray, list[tuple[str, int]]]] = {}  # request -> lines, positions, keys
         self.attention: dict[str, dict[tuple[str, int], Tensor]] = {}
         at = 0
@@ -90,16 +90,17 @@ class Lines:
                 continue
             keys = keys_of(given)
             begin = int(query_start[entry])
-            tokens.append(np.arange(begin + skipped, begin + count))
+            tokens.extend(range(begin + skipped, begin + count))
             lines = slice(at, at := at + count - skipped)
             self.parts[join.request] = lines, np.arange(start + skipped, start + count), keys
-            self.attention[join.request] = {
-                (kind, i): capture.attention[i][entry][:, skipped:].cpu() for kind, i in keys if kind == "attention"
-            }
+            if "attention" in given:
+                self.attention[join.request] = {
+                    (kind, i): capture.attention[i][entry][:, skipped:].cpu() for kind, i in keys if kind == "attention"
+                }
         self.values: dict[tuple[str, int], Tensor] = {}
         if not at:
             return
-        index = np.concatenate(tokens)
+        index = np.array(tokens)
         if place_of is not None:
             index = place_of[index]
         for key in {key for _, _, keys in self.parts.values() for key in keys if key[0] != "attention"}:
@@ -113,7 +114,7 @@ class Lines:
             id: Captured(
                 self.step,
                 positions,
-                {key: self.values[key][lines] for key in keys if key in self.values} | self.attention[id],
+                {key: self.values[key][lines] for key in keys if key in self.values} | self.attention.get(id, {}),
             )
             for id, (lines, positions, keys) in self.parts.items()
         }
