@@ -74,7 +74,9 @@ def check_capture(given: Any) -> dict[str, Any] | None:
 
 def layers_of(capture: Mapping[str, Any] | None) -> dict[str, Any]:
     """Layers by kind: a tuple of numbers, or "all"."""
-    return {what: which for what, which in (capture or {}).items() if what not in OPTIONS and len(which)}
+    if capture is None:
+        return {}
+    return {what: which for what, which in capture.items() if what not in OPTIONS and which}
 
 
 def keys_of(capture: Mapping[str, Any] | None) -> list[tuple[str, int]]:

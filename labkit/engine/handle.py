@@ -168,7 +168,8 @@ class Handle(Request):
 
     def take(self, extras: Extras) -> None:
         """Store what the runner returned besides a token."""
-        self.logprobs += extras.logprobs[: max(0, self.num_output - len(self.logprobs))]
+        if extras.logprobs:
+            self.logprobs += extras.logprobs[: max(0, self.num_output - len(self.logprobs))]
         if extras.prompt_logprobs:
             self.prompt_logprobs |= extras.prompt_logprobs
         self.num_edited += extras.num_edited

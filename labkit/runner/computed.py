@@ -89,7 +89,7 @@ class Computed:
     def _extras(self) -> dict[str, Extras]:
         found = dict(self.extras)
         for id, captured in (self.lines.by_request() if self.lines is not None else {}).items():
-            found[id] = found.get(id, Extras())._replace(captured=captured)
+            found[id] = found[id]._replace(captured=captured) if id in found else Extras(captured=captured)
         for id, num in self.num_edited.items():
-            found[id] = found.get(id, Extras())._replace(num_edited=num)
+            found[id] = found[id]._replace(num_edited=num) if id in found else Extras(num_edited=num)
         return found
