@@ -14,7 +14,7 @@ import labkit as lk
 from labkit.core.events.types import Held, Loaded, Removed, Stored, read
 from tests.harness import Flaky, Recording, assert_right, params, run
 
-POLICIES = ["lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost", lambda block: -block.freed_at]
+POLICIES = ["lru", "fifo", "lfu", "slru", "s3-fifo", "ttl", "cost", "hinted", lambda block: -block.freed_at]
 
 
 def offloading(*, blocks=8, size=4, host=16, disk=0, runner=None, eviction="lru", host_eviction="lru", **options):
@@ -319,11 +319,19 @@ class TierMachine(RuleBasedStateMachine):
         self.requests, self.named = [], 0
 
     @rule(which=st.integers(0, 3), length=st.integers(1, 40), tail=st.lists(st.integers(0, 3), max_size=3),
-          more=st.integers(1, 8), n=st.sampled_from([1, 1, 1, 3]))  # fmt: skip
-    def submit(self, which, length, tail, more, n):
+          more=st.integers(1, 8), n=st.sampled_from([1, 1, 1, 3]),
+          session=st.sampled_from([None, "a", "b"]))  # fmt: skip
+    def submit(self, which, length, tail, more, n, session):
         prompt = self.prefixes[which][: min(length, self.room)] + tail
         with contextlib.suppress(lk.RejectedError):
-            self.requests.append(self.eng.submit(prompt, params(more, n=n, seed=5 if n > 1 else None)))
+            sampling = params(more, n=n, seed=5 if n > 1 else None)
+            self.requests.append(self.eng.submit(prompt, sampling, session=session))
+
+    @precondition(lambda self: self.eng.sessions)
+    @rule(data=st.data(), hint=st.sampled_from(["prefetch", "prefetch", "finished", "pin", {"waits": 0.01}]))
+    def hint(self, data, hint):
+        if known := sorted(self.eng.sessions.named):
+            self.eng.hint(data.draw(st.sampled_from(known)), hint)
 
     @rule(num=st.integers(1, 12))
     def step(self, num):
