@@ -34,6 +34,8 @@ def main() -> int:
         except AssertionError as error:
             failed += 1
             print(f"setting {done} ({kind}, {dtype}, seed {own}): {str(error)[:200]}", flush=True)
+        if done % 200 == 199:
+            print(f"{done + 1} settings, {failed} differ so far", flush=True)
     print(
         f"{given.settings} settings, {failed} differ; {dict(seen)}; {time.process_time() - begin:.0f} s of processor "
         f"time, seed {seed}"

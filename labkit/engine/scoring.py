@@ -78,11 +78,11 @@ def score(engine: Scorer, pairs: Any, routing: Any, options: dict[str, Any]) -> 
 
 
 def _is_pair(given: Any) -> bool:
-    """A tuple of two, the first of which is no pair itself: (prompt, output)."""
-    if not isinstance(given, tuple) or len(given) != 2:
+    """A tuple of two, the first of which is neither a handle nor a pair itself: (prompt, output)."""
+    if not isinstance(given, tuple) or len(given) != 2 or isinstance(given[0], Request):
         return False
     first = given[0]
-    return not isinstance(first, (tuple, Request)) or bool(first and isinstance(first[0], (int, np.integer)))
+    return not isinstance(first, tuple) or (bool(first) and isinstance(first[0], (int, np.integer)))
 
 
 def _params(pair: Pair) -> SamplingParams:

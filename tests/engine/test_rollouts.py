@@ -66,6 +66,10 @@ def test_scores_take_text_and_ids_and_one_pair_or_many():
         text = eng.score(("def f(x):", " return x"))
         ids = eng.score([(text.prompt_ids, text.output_ids)])
         assert ids[0].logprobs == text.logprobs and eng.score([]) == []
+        made = eng.generate(["def f(x):", "import os"], params(3))
+        for pairs in (tuple(made), made, (((1, 2), (3,)), ((4,), (5, 6)))):
+            assert len(eng.score(pairs)) == 2
+        assert len(eng.score(((1, 2), (3, 4))).logprobs) == 2
         whole = eng.generate("def f(x): return x", params(1, prompt_logprobs=0))
         wanted = [whole.prompt_logprobs[at].logprob for at in range(len(text.prompt_ids), whole.num_prompt)]
         assert text.logprobs == pytest.approx(wanted, abs=2e-2)  # bfloat16, in another batch
