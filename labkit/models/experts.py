@@ -31,7 +31,7 @@ class Experts:
     def __init__(
         self, weights: Weights, name: str, shape: ExpertsShape, ops: Ops, group: Collectives | None = None
     ) -> None:
-        self.shape, self.group = shape, group
+        self.shape, self.group, self.deterministic = shape, group, ops.deterministic
         self.given: Tensor | None = None  # [tokens, chosen] of this step, in place of the router's choice; -1: free
         hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
         self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
@@ -55,8 +55,14 @@ class Experts:
                 out.index_add_(0, token[run], mlp(x[token[run]]) * weight[run])
                 at += count
         if self.shared is not None and self.shared_gate is not None:
-            out = out + torch.sigmoid(self.shared_gate(x)) * self.shared(x)
+            out = out + self._open(self.shared_gate(x)) * self.shared(x)
         return add(self.group, out, residual)
+
+    def _open(self, gate: Tensor) -> Tensor:
+        """How far the shared expert's gate is open for each token."""
+        if self.deterministic and len(gate):  # torch treats the last few of a tensor's elements in another way
+            return torch.stack([torch.sigmoid(row) for row in gate])
+        return torch.sigmoid(gate)
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts, the best one first, and their weights: (weights, experts) [tokens, chosen]."""

@@ -17,7 +17,7 @@ def bits(logits: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mistral", "mixtral", "starcoder2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mistral", "mixtral", "qwen2_moe", "starcoder2"])
 def test_no_bit_depends_on_the_batch(kind, dtype):
     seed = random.randrange(10**6)
     rng = random.Random(seed)
