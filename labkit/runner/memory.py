@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from labkit_kernels import pages
+from labkit_kernels import pages, swap_blocks
 from labkit_kernels.cache.codes import SCALE_BYTES, width
 from torch import Tensor
 
@@ -50,6 +50,11 @@ class BlockStore:
             tensor[torch.from_numpy(saved.index)] = kept
         self.touched[:] = False
         self.touched[saved.index] = True
+
+    def copy_to(self, other: BlockStore, pairs: np.ndarray) -> None:
+        """Copy blocks to another store: rows of `pairs` are (from, to)."""
+        other.touched[pairs[:, 1]] = True
+        swap_blocks(self.flat, other.flat, torch.from_numpy(pairs))
 
 
 def _said(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from labkit_kernels import copy_blocks, generation, swap_blocks
+from labkit_kernels import copy_blocks, generation
 from labkit_kernels import sample as sample_op
 from torch import Tensor
 
@@ -413,7 +413,7 @@ class TorchRunner(Sleeps, Replaces):
         if self.disk is not None:
             self.disk.write_all(plan, self.device)
         if len(plan.swap_out):
-            self._swap(self.store, self.host, plan.swap_out)
+            self.store.copy_to(self.host, plan.swap_out)
         self._compact(plan)
         if len(plan.copies):
             pairs = put(plan.copies, self.device)
@@ -424,7 +424,7 @@ class TorchRunner(Sleeps, Replaces):
                 self.host.touched[host_block] = True
                 self.disk.read(digest, host_block)
         if len(plan.swap_in):
-            self._swap(self.host, self.store, plan.swap_in)
+            self.host.copy_to(self.store, plan.swap_in)
 
     def _compact(self, plan: Plan) -> None:
         """Keep some of the keys of requests with `kv=`."""
@@ -446,8 +446,3 @@ class TorchRunner(Sleeps, Replaces):
         if slots.version != self._version:  # layers matter that captured steps lack
             self._version, self._generation = slots.version, -1
             self._pick()
-
-    @staticmethod
-    def _swap(source: BlockStore, target: BlockStore, pairs: np.ndarray) -> None:
-        target.touched[pairs[:, 1]] = True
-        swap_blocks(source.flat, target.flat, torch.from_numpy(pairs))
