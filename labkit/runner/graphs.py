@@ -42,25 +42,26 @@ class Lines(NamedTuple):
     adapters: Groups | None = None  # arrays or tensors, if rows have adapters
 
 
-GIVEN, POSITION, SLOT, ROW, KEY, FED, PLACE = range(7)  # columns
+# Columns. PLACE is filled here; POSITION is the rotary one, which behind images may be less than LENGTH - 1.
+GIVEN, POSITION, LENGTH, SLOT, ROW, KEY, FED, PLACE = range(8)
 
 
 def lines_of(flat: Any, size: int, width: int, num_slots: int = 0) -> Lines:
     """Views of one int32 array or tensor, each contiguous and aligned to 16 bytes, because kernels read them."""
-    counts = [14 * size, size * width, size, size, 3 * most_tiles(size, num_slots), 2 * size]
+    counts = [16 * size, size * width, size, size, 3 * most_tiles(size, num_slots), 2 * size]
     begin = np.cumsum([0, *map(_whole, counts)])
     columns, tables, lengths, tokens, tiles, slots = (
         flat[at : at + count] for at, count in zip(begin, counts, strict=False)
     )
     wide = np.int64 if isinstance(flat, np.ndarray) else torch.int64
-    lines = Lines(columns.view(wide).reshape(7, size), tables.reshape(size, width), lengths)
+    lines = Lines(columns.view(wide).reshape(8, size), tables.reshape(size, width), lengths)
     return lines._replace(adapters=Groups(tokens, tiles.reshape(-1, 3), slots.view(wide))) if num_slots else lines
 
 
 def numbers_of(size: int, width: int, num_slots: int = 0) -> int:
     """How many int32 that takes."""
     more = (size, 3 * most_tiles(size, num_slots), 2 * size) if num_slots else ()
-    return sum(map(_whole, (14 * size, size * width, size, *more)))
+    return sum(map(_whole, (16 * size, size * width, size, *more)))
 
 
 def _whole(count: int) -> int:
@@ -103,7 +104,7 @@ class Buffers:
         if self._free is not None:
             self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
         num, wide = tables.shape
-        order = np.argsort(-columns[POSITION], kind="stable")
+        order = np.argsort(-columns[LENGTH], kind="stable")
         if self.taps is not None:
             self.place_of = np.argsort(order)
         at, table, lengths, adapters = self._filled[self._turn]
@@ -115,7 +116,7 @@ class Buffers:
         table[:num, :wide] = tables[order]
         table[:num, wide:] = 0
         table[num:] = 0
-        lengths[:num] = at[POSITION, :num] + 1
+        lengths[:num] = at[LENGTH, :num]
         lengths[num:] = 1  # a padded line reads one key, of the scratch block
         if adapters is not None:
             adapters.slots[:] = self.num_slots
@@ -128,7 +129,7 @@ class Buffers:
 
     def pad(self, scratch_row: int) -> None:
         """Write padding only: captures and warm-ups must not write to any request's blocks."""
-        self.fill(np.zeros((7, 0), np.int64), np.zeros((0, self.width), np.int64), scratch_row)
+        self.fill(np.zeros((8, 0), np.int64), np.zeros((0, self.width), np.int64), scratch_row)
 
     def read(self) -> Tensor:
         """This step's outputs, valid once its event has completed, in the order in which its rows were given."""
@@ -236,7 +237,7 @@ class Graphs:
         if buffers.taps is None:
             hidden = self.model.forward(batch, self.caches)
         else:
-            at = {"rows": rows, "positions": columns[POSITION]}
+            at = {"rows": rows, "positions": columns[LENGTH] - 1}
             edits = {layer: partial(self.banks[layer].where_due, **at) for layer in buffers.taps.edited}
             buffers.capture = showing(buffers.taps.shown, edits)
             hidden = self.model.forward(batch, self.caches, buffers.capture)

@@ -11,7 +11,7 @@ from torch import Tensor
 from labkit.core.plan import Plan
 from labkit.runner.edits import Edits
 from labkit.runner.extras import Lines, keys_wanted, wanted_of
-from labkit.runner.graphs import FED, GIVEN, KEY, POSITION, ROW, SLOT, Graphs, Taps
+from labkit.runner.graphs import FED, GIVEN, KEY, LENGTH, POSITION, ROW, SLOT, Graphs, Taps
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Sampler
 
@@ -37,10 +37,10 @@ def replay(
     edits by request."""
     rows, start = plan.rows, plan.start
     index, place = np.divmod(start, mine.layout.block_size)
-    columns = np.zeros((7, len(rows)), np.int64)
+    columns = np.zeros((8, len(rows)), np.int64)
     columns[FED, plan.feed] = 1
     columns[GIVEN, columns[FED] == 0] = plan.tokens
-    columns[POSITION], columns[ROW] = start + mine.shift[rows], rows
+    columns[POSITION], columns[LENGTH], columns[ROW] = start + mine.shift[rows], start + 1, rows
     columns[SLOT] = mine.tables[0, rows, index] * mine.layout.block_size + place
     columns[KEY] = graphs.sampler.keys(rows, start + 1)
     table = mine.tables[0, rows, : int(index.max()) + 1]

@@ -41,7 +41,10 @@ def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     assert answers[0] != answers[3], "the model does not look at its image"
     given = [{"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})} for text, images in asked]
     longest = 0
-    for options in ({"max_num_batched_tokens": 7, "max_num_seqs": 4}, {"watermark": 0.0, "max_num_seqs": 4}):
+    for options in (
+        {"max_num_batched_tokens": 7, "max_num_seqs": 4},
+        {"watermark": 0.0, "max_num_seqs": 4, "graphs": True},
+    ):
         few = {"num_blocks": -(-longest // 4) + 2} if longest else {"num_blocks": 200}
         eng = lk.Engine(tmp_path, dtype="float32", block_size=4, **few, **options)
         for _ in range(1 if longest else 2):  # the second time from the cache
