@@ -15,6 +15,7 @@ import statistics
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,7 @@ def by_turns(works: dict[str, lk.Workload], dtype: str, fastest_of: int) -> dict
     return {name: found[name] for name in works}
 
 
-def one_after_another(
-    works: dict[str, lk.Workload], dtype: str, fastest_of: int
-) -> dict[str, tuple[Served, lk.EventLog]]:
+def one_after_another(works: dict[str, lk.Workload], dtype: str) -> dict[str, tuple[Served, lk.EventLog]]:
     found = {}
     for name, workload in works.items():
         eng = engine(lk.WallClock(), dtype)
@@ -178,11 +177,11 @@ def main() -> None:
         dtype = args.dtype or ("bfloat16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32")
         speed = args.speed or measured_speed(dtype, args.fastest_of) / RATED
         print(f"{dtype}, rates times {speed:.2f}", flush=True)
-        run = one_after_another if args.wall else by_turns
+        run = one_after_another if args.wall else partial(by_turns, fastest_of=args.fastest_of)
         rounds = []
         for seed in range(args.rounds):
             works = workloads(seed, speed)
-            found = run(works, dtype, args.fastest_of)
+            found = run(works, dtype)
             rounds.append({name: (works[name], served.metrics, saved(log)) for name, (served, log) in found.items()})
             if args.keep:
                 args.keep.write_bytes(pickle.dumps(rounds))

@@ -51,8 +51,8 @@ def decode(engine: lk.Engine, rows: int, steps: int, prompt: int = 16) -> tuple[
 
 
 def overhead(args: argparse.Namespace) -> None:
-    """The embedded model with 64 rows, 200 steps in turn. What a step takes outside its runner's forward does not depend
-    on how fast the machine multiplies: scheduling, and with another process plan and result on their way."""
+    """The embedded model with 64 rows, 200 steps in turn. What a step takes outside its runner's forward does not
+    depend on how fast the machine multiplies: scheduling, and with another process plan and result on their way."""
     options = {"num_blocks": 1024, "prefix_caching": False, "num_threads": 1, "dtype": "float32"}
     one = lk.Engine(**options, graphs=False)
     other = lk.Engine(**options, graphs=False, distributed_executor_backend="mp")
