@@ -73,7 +73,8 @@ class KVTransfer(BaseModel):
 
 
 SessionName = Annotated[str, Field(min_length=1, max_length=256)]
-SessionHint = Annotated[str, Field(max_length=16)] | Annotated[dict[str, float | None], Field(max_length=1)]
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
+SessionHint = Annotated[str, Field(max_length=16)] | Annotated[dict[str, Seconds | None], Field(max_length=1)]
 
 
 class Sampling(BaseModel):

@@ -16,6 +16,7 @@ from .toys import double, toy
 def test_every_op_is_registered_and_has_what_a_check_needs():
     expected = {"rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "copy_blocks", "swap_blocks"}
     assert expected | {
+        "attention_mass",
         "integer_argmax",
         "integer_linear",
         "integer_mlp",

