@@ -160,7 +160,7 @@ def on_cpu(
     cases: dict[str, tuple[str, list[str], int, int]] = {  # prompts, tokens of an answer, pairs of runs
         "code": ("code, one stream", code(1 if quick else 32)[::8], 128, 5),
         "edit": ("edit this file", edit(), 256, 15),
-        "streams": ("32 streams", code(4 if quick else 32), 128, 9),
+        "streams": ("32 streams", code(4 if quick else 32), 128, 15),
     }
     options: dict[str, Any] = {"prefix_caching": False, "num_blocks": 3000, "dtype": dtype, "num_threads": threads}
     for case, (name, prompts, length, pairs) in cases.items():

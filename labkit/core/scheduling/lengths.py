@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from labkit.core.blocks.tables import Ints
 
 MARGIN = 1.02  # guesses must promise this much
+COSTLY_MARGIN = 1.1  # guesses of a model: what it takes is uncertain, and so is what it brings
 TRUST = 8.0  # a row's estimate starts as if it had this many guesses of the average row
 MEMORY = 64.0  # guesses that a row's estimate remembers
 FIRST_WAIT, LONGEST_WAIT = 16, 512  # steps without guesses before the next try
@@ -174,7 +175,7 @@ class DraftLengths:
         if self._forced:
             rate[0], seconds = 0.0, seconds[0] + (seconds - seconds[0]) / 2  # what was measured may be out of date
             self._forced = False
-        rate[0] *= MARGIN
+        rate[0] *= COSTLY_MARGIN if self.costly else MARGIN
         best = int(np.argmax(rate / np.maximum(seconds, 1e-12)))
         self._declined = not best
         return best
