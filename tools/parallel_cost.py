@@ -55,7 +55,7 @@ def overhead(args: argparse.Namespace) -> None:
     depend on how fast the machine multiplies: scheduling, and with another process plan and result on their way."""
     options = {"num_blocks": 1024, "prefix_caching": False, "num_threads": 1, "dtype": "float32"}
     one = lk.Engine(**options, graphs=False)
-    other = lk.Engine(**options, graphs=False, distributed_executor_backend="mp")
+    other = lk.Engine(**options, graphs=False, distributed_executor_backend="mp", max_in_flight=0)
     found: dict[str, list[tuple[float, float]]] = {"one": [], "other": []}
     for _ in range(args.rounds):
         found["one"].append(decode(one, 64, 200))

@@ -296,7 +296,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1
     if options.max_in_flight is None:
-        busy = stages if stages > 1 else int(device.type == "cuda")
+        apart = device.type == "cuda" or options.has_workers  # this process is free while a step is computed
+        busy = stages if stages > 1 else int(apart)
         scheduling["max_in_flight"] = busy if draft is None else 0
     scheduling["max_adapters"] = loading["adapter_room"][0] if loading["adapter_room"] else None
     if options.max_waiting_image_gb is not None:

@@ -24,6 +24,7 @@ from labkit.parallel.channel import Channel, Closed
 from labkit.parallel.ranks import Lost, Ranks, Traffic
 
 SECONDS_BEAT = 0.25
+SECONDS_AWAKE = 0.002  # after a step: the next plan comes soon, or not for long
 SECONDS_GRACE = 2.0  # after the engine has closed the channel
 
 
@@ -49,7 +50,9 @@ class Worker:
     # -- messages ------------------------------------------------------------------------------------------------
 
     def serve(self) -> None:
-        while (message := self.channel.receive()) is not None:
+        awake = 0.0
+        while (message := self.channel.receive(awake=awake)) is not None:
+            awake = SECONDS_AWAKE if message.kind == "P" else 0.0
             if message.kind == "P":
                 self._step(message.data)
             elif message.kind == "Q":

@@ -279,7 +279,7 @@ def test_a_step_that_fails_on_all_ranks_is_rolled_back_and_taken_again(folders, 
     eng.step()
     eng.runner.launch = lambda plan: launch(plan._replace(rows=plan.rows + 10_000))
     with pytest.raises(RuntimeError, match="IndexError: index"):
-        eng.step()
+        eng.run()  # the step that was in flight is committed first
     eng.runner.launch = launch
     eng.run()
     assert list(handle.output_ids) == expected[0] and workers.lost is None
