@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -88,6 +89,7 @@ class Workers(Shown):
         self.processes: list[Process] = []
         self.channels: list[Channel] = []
         self.pids: list[int] = []
+        self.answers: list[deque[Message]] = []  # to steps, by rank, which came while a call was answered
         self.lost: str | None = None
         self.num_starts = 0
         self.is_closed = False
@@ -145,6 +147,7 @@ class Workers(Shown):
             self._folder = tempfile.mkdtemp(prefix="labkit-")
         threads = self.num_threads or max(1, (os.cpu_count() or 1) // self.ranks.num)
         self.processes, self.channels, self.pids = [], [], []
+        self.answers = [deque() for _ in range(self.ranks.num)]
         self._finalizer = weakref.finalize(
             self, _end, self.processes, self.channels, self._folder, SECONDS_END, self.segment
         )
@@ -245,7 +248,8 @@ class Workers(Shown):
                 if message.kind == "L":
                     raise self.lose(_said(rank, self.ranks, message))
                 if message.kind == "V" or (message.kind == "E" and step_of(message) < 0):
-                    return message  # and not a late answer to a step
+                    return message
+                self.answers[rank].append(message)  # to a step that is in flight
                 continue
             self.check()
             if time.monotonic() > end:
@@ -260,6 +264,8 @@ class Workers(Shown):
 
     def take(self, rank: int) -> Message | None:
         """The next message that this rank has sent, if there is one."""
+        if self.answers[rank]:
+            return self.answers[rank].popleft()
         try:
             message = self.channels[rank].receive(0.0)
         except Closed:
@@ -270,6 +276,8 @@ class Workers(Shown):
 
     def wait(self, timeout: float) -> list[int]:
         """The ranks that have sent something, after at most so many seconds."""
+        if known := [rank for rank, answers in enumerate(self.answers) if answers]:
+            return known
         poll = select.poll()
         for channel in self.channels:
             poll.register(channel, select.POLLIN)

@@ -305,6 +305,8 @@ class ParallelRunner:
         if saved.num_starts != self.workers.num_starts or self.workers.lost is not None:
             raise ValueError("the ranks that held their parts of this snapshot have ended")
         self.workers.call("restore", number=saved.number)
+        for answers in self.workers.answers:
+            answers.clear()
         self._void_until = -1
         if self.adapters is not None:
             self.adapters.in_slot = dict(saved.in_slot)

@@ -318,3 +318,14 @@ def test_memory_is_split_evenly_and_what_travels_is_counted(folders, workers):
     assert max(one["weights"] for one in each) <= 1.1 * min(one["weights"] for one in each)
     assert each[0]["kv"] == each[1]["kv"]
     eng.close()
+
+
+def test_calls_between_steps_lose_no_answer_to_those_in_flight(folders, workers):
+    eng = engine(folders("llama"), workers=workers, max_in_flight=1)
+    expected = tokens_of(eng, [[1, 2, 3], [4, 5]])
+    handles = [eng.submit(prompt, lk.SamplingParams(max_tokens=12, **PARAMS)) for prompt in ([1, 2, 3], [4, 5])]
+    while eng.step():
+        eng.balance()  # asks the ranks, which have a plan to answer first
+    assert [handle.output_ids for handle in handles] == expected and workers.lost is None
+    eng.check()
+    eng.close()
