@@ -10,25 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labkit_kernels.attention import CASES as OF_ATTENTION
 from labkit_kernels.attention import make_batch
 from labkit_kernels.check import Case, Tolerance
 from labkit_kernels.registry import Op
 
 from . import reference
 
+SHARED = (  # with attention
+    "decode, one token", "decode, groups", "decode, blocks of 1", "prefill", "prefill on a past", "mixed", "sinks",
+    "a few queries", "a short head",
+)  # fmt: skip
 # (name, [(queries, keys)], query heads, key heads, head size, value size, block size, options)
 CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
-    ("decode, one token", [(1, 1)], 1, 1, 32, 32, 16, ()),
-    ("decode, groups", [(1, 5), (1, 17), (1, 64), (1, 131)], 8, 2, 64, 64, 16, ()),
-    ("decode, blocks of 1", [(1, 7), (1, 3)], 4, 4, 32, 32, 1, ()),
+    *(case for case in OF_ATTENTION if case[0] in SHARED),
     ("odd head", [(1, 33), (5, 9)], 6, 3, 80, 80, 3, ()),
-    ("prefill", [(37, 37)], 4, 1, 96, 96, 16, ()),
-    ("prefill on a past", [(19, 83), (5, 5)], 4, 2, 64, 64, 64, ()),
-    ("mixed", [(1, 40), (13, 29), (1, 1), (64, 64), (0, 9)], 14, 2, 64, 64, 16, ()),
-    ("a few queries", [(4, 77), (2, 4), (3, 130)], 8, 4, 64, 64, 16, ()),
-    ("a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ()),
     ("window, soft cap and ALiBi", [(1, 50), (21, 45), (1, 3)], 4, 2, 32, 32, 16, ("window", "softcap", "alibi")),
-    ("sinks", [(1, 20), (7, 13)], 4, 2, 64, 64, 16, ("sinks",)),
     ("int8", [(1, 40), (13, 29)], 14, 2, 64, 64, 16, ("int8",)),
 ]
 TIMED: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str, ...]]] = [
