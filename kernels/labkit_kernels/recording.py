@@ -2,14 +2,18 @@
 
 A decode step of a small model makes some hundred calls of 10 to 200 us, and the Python code around each of them takes
 about 10 us more. A recording is a list of functions and their arguments: pointers and sizes, which stay right as long
-as the function's inputs lie where they lay.
+as the function's inputs lie where they lay. C++ makes them one after the other, as one call of Python: a hundred would
+each give up the interpreter's lock, and wait up to 5 ms for it while another thread computes.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +37,7 @@ class Recording:
         self.calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self.tensors: list[Tensor] = []
         self.other: str | None = None
+        self.parts: list[Callable[[], None]] = []  # what a repetition calls
 
     def __repr__(self) -> str:
         return f"Recording({len(self.calls)} calls, {self.nbytes / 2**10:.0f} KiB)"
@@ -41,9 +46,13 @@ class Recording:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def close(self) -> None:
+        """Join its calls: those of C++ that follow each other become one."""
+        self.parts = list(_joined(self.calls))
+
     def repeat(self) -> None:
-        for function, args in self.calls:
-            function(*args)
+        for part in self.parts:
+            part()
 
 
 class Arena:
@@ -72,15 +81,57 @@ class Arena:
 
 
 class Function:
-    """A C++ function. While a recording is made, its calls are added to it."""
+    """A C++ function. While a recording is made, its calls are added to it. `with_words` is its form of repeat.h."""
 
-    def __init__(self, function: Any) -> None:
-        self.function = function
+    def __init__(self, function: Any, with_words: Any = None) -> None:
+        self.function, self.with_words = function, with_words
 
     def __call__(self, *args: Any) -> None:
         if _here.recording is not None:
-            _here.recording.calls.append((self.function, args))
+            _here.recording.calls.append((self, args))
         self.function(*args)
+
+    def words(self, args: tuple[Any, ...]) -> ctypes.Array[ctypes.c_int64]:
+        """The arguments as C++ reads them, each at the front of 8 bytes. They point into what `args` holds."""
+        found = (ctypes.c_int64 * len(args))()
+        for i, (kind, arg) in enumerate(zip(self.function.argtypes, args, strict=True)):
+            if isinstance(arg, ctypes.Structure | ctypes.Array):
+                value = ctypes.c_void_p(ctypes.addressof(arg))
+            else:
+                value = arg if isinstance(arg, kind) else kind(arg)
+            ctypes.memmove(ctypes.addressof(found) + 8 * i, ctypes.addressof(value), ctypes.sizeof(value))
+        return found
+
+
+class _Call(ctypes.Structure):
+    """`Call` in repeat.cpp."""
+
+    _fields_ = [("function", ctypes.c_void_p), ("words", ctypes.c_void_p)]
+
+
+@lru_cache
+def _repeat() -> Any:
+    """The function of repeat.cpp; None where it cannot be built."""
+    from labkit_kernels import native
+
+    kinds = {"repeat": [ctypes.POINTER(_Call), ctypes.c_int64]}
+    library = native.load(Path(__file__).with_name("repeat.cpp"), kinds)
+    return None if library is None else library.repeat.function
+
+
+def _joined(calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> Iterator[Callable[[], None]]:
+    for in_words, group in groupby(calls, lambda call: getattr(call[0], "with_words", None) is not None):
+        if in_words and (repeat := _repeat()) is not None:
+            yield _one_call(repeat, [(function.with_words, function.words(args), args) for function, args in group])  # type: ignore[attr-defined]
+        else:
+            yield from (partial(getattr(function, "function", function), *args) for function, args in group)
+
+
+def _one_call(repeat: Any, given: list[tuple[Any, Any, Any]]) -> Callable[[], None]:
+    calls = ((ctypes.cast(function, ctypes.c_void_p), ctypes.addressof(words)) for function, words, _ in given)
+    array = (_Call * len(given))(*calls)
+    array.given = given  # what it points to
+    return partial(repeat, array, len(given))
 
 
 def between(function: Callable[..., None], *args: Any) -> None:
@@ -101,7 +152,7 @@ class Library:
 
     def __init__(self, library: ctypes.CDLL, functions: list[str]) -> None:
         for name in functions:
-            setattr(self, name, Function(getattr(library, name)))
+            setattr(self, name, Function(getattr(library, name), getattr(library, f"{name}_with", None)))
 
     def __getattr__(self, name: str) -> Function:
         raise AttributeError(f"the library has no function {name!r}")
@@ -152,6 +203,8 @@ def record(function: Callable[[], Any], arena: Arena | None = None) -> tuple[Any
     arena.begin()
     try:
         with _Watch(recording, arena):
-            return function(), recording
+            found = function()
+        recording.close()
+        return found, recording
     finally:
         _here.recording = None

@@ -52,7 +52,9 @@ def test_repeated_steps_give_the_same_tokens(model, seed, kv_cache_dtype):
     usual = serve(engine(model, False, **options), seed)
     eng = engine(model, None, **options)
     assert serve(eng, seed) == usual, f"seed {seed}"
-    assert eng.runner.repeats.works and eng.runner.repeats.made
+    made = eng.runner.repeats.made
+    assert eng.runner.repeats.works and made
+    assert {len(one.recording.parts) for one in made.values()} == {1}, "a step is one call"
 
 
 def test_recorded_steps_show_and_edit_what_is_between_layers(model):

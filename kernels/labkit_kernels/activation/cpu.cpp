@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../gates.h"
+#include "../repeat.h"
 #include "../simd.h"
 
 namespace {
@@ -41,3 +42,5 @@ extern "C" void gated_act(const void* x, void* out, int64_t outer, int64_t inner
     auto typed = [&](auto a) { dtype == 0 ? run(a, float{}) : run(a, bf16{}); };
     act == 0 ? typed(Silu{}) : act == 1 ? typed(GeluTanh{}) : typed(Gelu{});
 }
+
+LABKIT_REPEATABLE(gated_act)

@@ -1,5 +1,6 @@
 // Paged attention over keys and values in 8 bits, with scales.
 
+#include "../repeat.h"
 #include "attend.h"
 
 namespace {
@@ -17,3 +18,6 @@ void run_on(const Call& call) {
 
 extern "C" void paged_attention_float32(const Call* call) { run_on<float>(*call); }
 extern "C" void paged_attention_bfloat16(const Call* call) { run_on<bf16>(*call); }
+
+LABKIT_REPEATABLE(paged_attention_float32)
+LABKIT_REPEATABLE(paged_attention_bfloat16)

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../codes.h"
+#include "../repeat.h"
 
 namespace {
 
@@ -75,3 +76,5 @@ extern "C" void copy_blocks(char* const* caches, const int64_t* strides, const i
         std::memcpy(caches[i] + pairs[2 * p + 1] * strides[i], caches[i] + pairs[2 * p] * strides[i], sizes[i]);
     }
 }
+
+LABKIT_REPEATABLE(store_kv)

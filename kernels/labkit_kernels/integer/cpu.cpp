@@ -21,6 +21,7 @@
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define LABKIT_INTEGERS 1
 #include "../endings.h"
+#include "../repeat.h"
 #include "../tiles.h"
 #if defined(__AMX_INT8__) && LABKIT_TILES
 #define LABKIT_INTEGER_TILES 1
@@ -336,3 +337,6 @@ extern "C" void gather_integers(const Weight* weight, const int64_t* ids, int64_
         }
     }
 }
+
+LABKIT_REPEATABLE(linear_integers)
+LABKIT_REPEATABLE(mlp_integers)

@@ -21,6 +21,7 @@
 #include <omp.h>
 
 #include "../gates.h"
+#include "../repeat.h"
 #include "../simd.h"
 
 #if defined(__AVX512BF16__)
@@ -372,3 +373,6 @@ extern "C" void pack_weight(const uint16_t* weight, int64_t stride, int64_t colu
 #endif
         }
 }
+
+LABKIT_REPEATABLE(linear_bfloat16)
+LABKIT_REPEATABLE(mlp_bfloat16)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../repeat.h"
 #include "../simd.h"
 
 #if defined(__AVX512F__)
@@ -168,3 +169,6 @@ extern "C" void lora_expand(void* out, int64_t out_row, const void* t, const voi
     };
     dtype == 0 ? run(float{}) : run(bf16{});
 }
+
+LABKIT_REPEATABLE(lora_shrink)
+LABKIT_REPEATABLE(lora_expand)

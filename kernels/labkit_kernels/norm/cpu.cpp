@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../repeat.h"
 #include "../simd.h"
 
 namespace {
@@ -53,7 +54,7 @@ void scaled(T* out, const T* x, const Weight* weight, float scale, int64_t size)
 
 // Vector (i, j) of x lies at i * x_outer + j * x_inner; the output is dense.
 template <class T, class Weight>
-void rms_norm(const T* x, const Weight* weight, T* residual, T* out, int64_t outer, int64_t inner, int64_t size,
+void normalize(const T* x, const Weight* weight, T* residual, T* out, int64_t outer, int64_t inner, int64_t size,
               int64_t x_outer, int64_t x_inner, int64_t r_outer, int64_t r_inner, float eps, int threads) {
     int64_t count = outer * inner;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && count * size >= LEAST_WORK)
@@ -81,7 +82,7 @@ extern "C" void rms_norm(const void* x, const void* weight, void* residual, void
     auto run = [&](auto t, auto w) {
         using T = decltype(t);
         using Weight = decltype(w);
-        rms_norm((const T*)x, (const Weight*)weight, (T*)residual, (T*)out, outer, inner, size, x_outer, x_inner, r_outer,
+        normalize((const T*)x, (const Weight*)weight, (T*)residual, (T*)out, outer, inner, size, x_outer, x_inner, r_outer,
                  r_inner, (float)eps, threads);
     };
     if (dtype == 0)
@@ -89,3 +90,5 @@ extern "C" void rms_norm(const void* x, const void* weight, void* residual, void
     else
         weight_dtype == 0 ? run(bf16{}, float{}) : run(bf16{}, bf16{});
 }
+
+LABKIT_REPEATABLE(rms_norm)

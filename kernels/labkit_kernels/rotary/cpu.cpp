@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../repeat.h"
 #include "../simd.h"
 
 namespace {
@@ -89,7 +90,7 @@ void turn(const Heads& h, int64_t token, const float* c, const float* s, int64_t
 }
 
 template <class T>
-void rope(const Heads& q, const Heads& k, const float* table, int64_t table_row, const int64_t* positions,
+void rotate(const Heads& q, const Heads& k, const float* table, int64_t table_row, const int64_t* positions,
           int64_t tokens, int64_t size, int64_t half, bool interleaved, int norm_dtype, float eps, int threads) {
     int64_t work = tokens * size * (q.heads + k.heads);
 #pragma omp parallel num_threads(threads) if (threads > 1 && tokens > 1 && work >= LEAST_WORK)
@@ -115,7 +116,9 @@ extern "C" void rope(const void* q, const void* k, void* q_out, void* k_out, con
                      int64_t table_row, double eps, int interleaved, int dtype, int norm_dtype, int threads) {
     Heads queries{q, q_out, q_norm, q_heads, q_token, q_head}, keys{k, k_out, k_norm, k_heads, k_token, k_head};
     if (dtype == 0)
-        rope<float>(queries, keys, table, table_row, positions, tokens, size, half, interleaved, norm_dtype, eps, threads);
+        rotate<float>(queries, keys, table, table_row, positions, tokens, size, half, interleaved, norm_dtype, eps, threads);
     else
-        rope<bf16>(queries, keys, table, table_row, positions, tokens, size, half, interleaved, norm_dtype, eps, threads);
+        rotate<bf16>(queries, keys, table, table_row, positions, tokens, size, half, interleaved, norm_dtype, eps, threads);
 }
+
+LABKIT_REPEATABLE(rope)
