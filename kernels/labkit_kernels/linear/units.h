@@ -103,22 +103,11 @@ struct VectorUnit {
         waiting.rest();
         Group g{a, deep, low, high, from, to, sum, put};
         if constexpr (Tall == 1) {
-            if (rows == 1) return g.template run<0, 1>(fetch);
-            if (rows == 2) return g.template run<0, 2>(fetch);
-            if (rows <= 4) return g.template run<0, 4>(fetch);
-            g.template run<0, 8>(fetch);
-            if (rows <= 8) return;
-            if (rows <= 12) return g.template run<8, 4>(NOTHING);
-            g.template run<8, 8>(NOTHING);
+            g.template few<0>(rows, fetch);
+            if (rows > 8) g.template few<8>(rows - 8, NOTHING);
         } else {
             g.template run<0, 12>(fetch);
-            g.template run<12, 12>(NOTHING);
-            if constexpr (Tall == 2) {
-                if (rows > 24) g.template run<24, 8>(NOTHING);
-            } else {
-                g.template run<24, 12>(NOTHING);
-                g.template run<36, 12>(NOTHING);
-            }
+            g.template rest<12, Tall * TILE>(rows);
         }
     }
 
@@ -139,7 +128,8 @@ struct VectorUnit {
 
         // Rows [First, First + Count) of the block; they lie in one tile of rows or in two.
         template <int First, int Count, class Fetch>
-        void run(Fetch& fetch) const {
+        void run(Fetch& given) const {
+            std::remove_const_t<Fetch> fetch = given;  // in registers: in memory it would be what each pair waits for
             constexpr int TOP = First / TILE, SPLIT = std::min(Count, (TOP + 1) * TILE - First);
             const bf16* here = a + TOP * deep * SIZE + First % TILE * DEPTH;
             const bf16* below = a + (TOP + 1) * deep * SIZE - SPLIT * DEPTH;
@@ -169,6 +159,29 @@ struct VectorUnit {
             for (int r = 0; r < Count; r++) {
                 _mm512_store_ps(const_cast<float*>(place(put, First + r)), x[r]);
                 _mm512_store_ps(const_cast<float*>(place(put, First + r)) + 256, y[r]);
+            }
+            if constexpr (!std::is_const_v<Fetch>) given = fetch;
+        }
+
+        // The fewest rows there is code for that are at least `rows`, at most 8.
+        template <int First, class Fetch>
+        void few(int64_t rows, Fetch& fetch) const {
+            if (rows == 1) return run<First, 1>(fetch);
+            if (rows == 2) return run<First, 2>(fetch);
+            if (rows == 3) return run<First, 3>(fetch);
+            if (rows == 4) return run<First, 4>(fetch);
+            if (rows <= 6) return run<First, 6>(fetch);
+            run<First, 8>(fetch);
+        }
+
+        // Rows [First, rows), twelve at a time; at most `Most` rows.
+        template <int First, int Most>
+        void rest(int64_t rows) const {
+            if (rows <= First) return;
+            if (rows <= First + 8) return few<First>(rows - First, NOTHING);
+            if constexpr (First + 8 < Most) {
+                run<First, 12>(NOTHING);
+                rest<First + 12, Most>(rows);
             }
         }
 
