@@ -19,6 +19,8 @@ from labkit_kernels.check import interpret
 from labkit_kernels.compile import compile_ops
 from labkit_kernels.registry import Op
 
+from tests.kernels.test_codes import in_8_bits
+
 KERNELS = str(Path(__file__).resolve().parents[2] / "kernels")
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -186,6 +188,33 @@ def test_cpu_variant_takes_views_and_wide_indices(cpu):
     turned = q.transpose(1, 2).contiguous().transpose(1, 2)
     found = cpu(turned, both[:, :, 0], both[:, :, 1], wide, start.long(), length.long(), **options)
     torch.testing.assert_close(found, reference.paged_attention(*args, **options), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("codes", [None, torch.int8, torch.float8_e4m3fn])
+def test_a_query_in_bfloat16_has_the_same_bits_alone_and_among_others(cpu, codes):
+    """A decode step's few rows take other code than those of a prefill."""
+    for seed in range(12):
+        r = random.Random(seed)
+        group, key_heads = r.choice([1, 2, 3, 4, 7, 8, 12]), r.choice([1, 2])
+        size, value_size = r.choice([(32, 32), (64, 64), (80, 80), (128, 128), (192, 128), (20, 12)])
+        count, past = r.choice([(20, 0), (30, 55), (70, 300), (17, 200)])
+        wanted = tuple(w for w in ("window", "softcap", "sinks", "alibi") if r.random() < 0.3)
+        args, options = batch(
+            [(count, count + past)], group * key_heads, key_heads, size, value_size, r.choice([1, 16, 64]), wanted,
+            torch.bfloat16, seed,
+        )  # fmt: skip
+        q, *caches, table, start, length = args
+        q *= r.choice([1, 20])  # so that maxima grow by a lot, too
+        if codes is not None:
+            caches = [in_8_bits(cache, codes) for cache in caches]
+        whole = cpu(q, *caches, table, start, length, **options, invariant=True)
+        begin = 0
+        while begin < count:
+            some = min(r.choice([1, 2, 3, 9]), count - begin)
+            here, until = torch.tensor([0, some]).int(), (past + begin + some) * torch.ones(1).int()
+            found = cpu(q[begin : begin + some], *caches, table, here, until, **options, invariant=True)
+            assert torch.equal(found, whole[begin : begin + some]), f"seed {seed}: {begin} to {begin + some}"
+            begin += some
 
 
 def test_no_keys_give_zeros_and_no_queries_give_nothing(cpu):

@@ -6,6 +6,9 @@
 // sums. Weights are transposed back (64 shuffles for 16 rows x 32 keys) and multiplied with the values, whose rows
 // were interleaved in pairs within 128-bit lanes. The columns of the result come out in that order, and are reordered
 // once at the end.
+//
+// Without tiles, up to eight rows, as a decode step has, would leave most of sixteen lanes idle: few.h has keys in the
+// lanes there, and gives the same bits.
 #pragma once
 
 #include "../tiles.h"
@@ -24,7 +27,7 @@ struct Scratch {
     bf16 *q, *keys, *values, *weights;
 
     void fit(int64_t rows, int64_t size, int64_t value_size) {
-        int64_t need[] = {KEYS * TILE,         rows * value_size, rows, rows, value_size, rows * size / 2,
+        int64_t need[] = {KEYS * TILE,     rows * value_size, rows, 4 * rows, value_size, rows * size / 2,
                           KEYS * size / 2, KEYS * value_size / 2, KEYS * TILE / 2};
         float** to[] = {&scores, &out, &most, &sum, &row};
         bf16** halves[] = {&q, &keys, &values, &weights};
@@ -80,6 +83,7 @@ struct Lines {
 struct TileUnit {
     using Scope = amx::Tiles;
     static constexpr bool FETCHES_AT_ONCE = true;
+    static constexpr int SUMS = 1;  // of weights, kept for each row
 
     // scores[KEYS][16] = keys x queries.
     static void multiply_keys(const KeyTiles& keys, const bf16* q, int64_t wide, int tiles, float* scores, Lines) {
@@ -141,6 +145,7 @@ struct TileUnit {
 struct VectorUnit {
     struct Scope {};
     static constexpr bool FETCHES_AT_ONCE = false;
+    static constexpr int SUMS = 4;  // one for each fourth pair of keys, as in few.h
 
     // scores[KEYS][16] = keys x queries.
     static void multiply_keys(const KeyTiles& keys, const bf16* q, int64_t wide, int tiles, float* scores,
@@ -169,30 +174,39 @@ struct VectorUnit {
     }
 
     // out[rows][wide] += weights[rows][KEYS] x values.
-    static void multiply_values(const bf16* weights, const bf16* values, int rows, int64_t wide, int tiles, float* out) {
+    __attribute__((always_inline)) static void multiply_values(const bf16* weights, const bf16* values, int rows,
+                                                               int64_t wide, int tiles, float* out) {
         for (int64_t d = 0; d < wide; d += DEPTH) {
             const bf16* v = values + d * DEPTH;
             int r = 0;
             for (; r + 8 <= rows; r += 8) some_values<8>(weights + r * KEYS, v, wide, tiles, out + r * wide + d);
-            const bf16* left = weights + r * KEYS;
-            float* to = out + r * wide + d;
-            switch (rows - r) {
-                case 0: break;
-                case 1: some_values<1>(left, v, wide, tiles, to); break;
-                case 2: some_values<2>(left, v, wide, tiles, to); break;
-                case 3: case 4: some_values<4>(left, v, wide, tiles, to); break;
-                default: some_values<8>(left, v, wide, tiles, to);  // further rows have memory, but are never read
-            }
+            if (r < rows)
+                with_rows(rows - r, [&](auto number) {
+                    some_values<number>(weights + r * KEYS, v, wide, tiles, out + r * wide + d);
+                });
         }
     }
 
-  private:
+    // f(the fewest rows there is code for that are at least `rows`); further rows have memory, but are never read.
+    template <class F>
+    static void with_rows(int rows, const F& f) {
+        switch (rows) {
+            case 1: return f(std::integral_constant<int, 1>{});
+            case 2: return f(std::integral_constant<int, 2>{});
+            case 3: return f(std::integral_constant<int, 3>{});
+            case 4: return f(std::integral_constant<int, 4>{});
+            case 5: case 6: return f(std::integral_constant<int, 6>{});
+            default: return f(std::integral_constant<int, 8>{});
+        }
+    }
+
     static __m512i spread(const void* pair) {
         int32_t two;
         std::memcpy(&two, pair, 4);
         return _mm512_set1_epi32(two);
     }
 
+  private:
     template <int ROWS_NOW>
     static void some_values(const bf16* weights, const bf16* values, int64_t wide, int tiles, float* out) {
         __m512 x[ROWS_NOW], y[ROWS_NOW];
@@ -235,9 +249,9 @@ struct Lanes {
     bool masked, plain;
 };
 
-// scores[keys][16] to weights[16][KEYS], and the rows' running maximum and sum; rescales `out` where the maximum grew.
-// `scales`: of the tile's keys and values, or null.
-template <class ScalesOrNull>
+// scores[keys][16] to weights[16][KEYS], and the rows' running maximum and sums [SUMS][16]; rescales `out` where the
+// maximum grew. `scales`: of the tile's keys and values, or null.
+template <int SUMS, class ScalesOrNull>
 void softmax(float* scores, int begin, int count, const Lanes& lanes, float* most_at, float* sum_at, float* out,
              int64_t wide, bf16* weights, ScalesOrNull scales) {
     constexpr bool scaled = !std::is_same_v<ScalesOrNull, std::nullptr_t>;
@@ -275,7 +289,7 @@ void softmax(float* scores, int begin, int count, const Lanes& lanes, float* mos
         }
     }
     largest = _mm512_mul_ps(largest, factor);
-    __m512 most = _mm512_load_ps(most_at), sum = _mm512_load_ps(sum_at);
+    __m512 most = _mm512_load_ps(most_at);
     const __mmask16 beyond = _mm512_cmp_ps_mask(largest, _mm512_add_ps(most, _mm512_set1_ps(SLACK)), _CMP_GT_OQ);
     if (beyond) {  // only those rows, so that no row depends on another
         const __m512 grown = _mm512_mask_max_ps(most, beyond, most, largest);
@@ -283,7 +297,8 @@ void softmax(float* scores, int begin, int count, const Lanes& lanes, float* mos
         __m512 rescale = exp2_coarse(_mm512_sub_ps(most, grown));
         rescale = _mm512_mask_mov_ps(rescale, _mm512_cmp_ps_mask(most, grown, _CMP_EQ_OQ), _mm512_set1_ps(1.f));
         _mm512_store_ps(by, rescale);
-        sum = _mm512_mul_ps(sum, rescale);
+        for (int i = 0; i < SUMS; i++)
+            _mm512_store_ps(sum_at + i * TILE, _mm512_mul_ps(_mm512_load_ps(sum_at + i * TILE), rescale));
         most = grown;
         _mm512_store_ps(most_at, most);
         for (int r = 0; r < TILE; r++)
@@ -296,15 +311,21 @@ void softmax(float* scores, int begin, int count, const Lanes& lanes, float* mos
     const __m512 shift = _mm512_mask_mov_ps(most, _mm512_cmp_ps_mask(most, lowest, _CMP_EQ_OQ), _mm512_setzero_ps());
     const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    __m512 other = _mm512_setzero_ps();
+    __m512 sums[SUMS], other = _mm512_setzero_ps();
+    for (int i = 0; i < SUMS; i++) sums[i] = _mm512_load_ps(sum_at + i * TILE);
     for (int k = 0; k < count; k += DEPTH) {
         vf tile[TILE];
+#pragma GCC unroll 16
         for (int i = 0; i < TILE; i++) {
             const float* at = scores + (k + 2 * i) * TILE;
             __m512 a = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at), factor, shift));
             __m512 b = exp2_coarse(_mm512_fmsub_ps(_mm512_load_ps(at + TILE), factor, shift));
-            sum = _mm512_add_ps(sum, a);
-            other = _mm512_add_ps(other, b);
+            if constexpr (SUMS == 1) {
+                sums[0] = _mm512_add_ps(sums[0], a);
+                other = _mm512_add_ps(other, b);
+            } else {
+                sums[i % SUMS] = _mm512_add_ps(sums[i % SUMS], _mm512_add_ps(a, b));
+            }
             if constexpr (scaled) {
                 a = _mm512_mul_ps(a, _mm512_set1_ps(scales->value[k + 2 * i]));
                 b = _mm512_mul_ps(b, _mm512_set1_ps(scales->value[k + 2 * i + 1]));
@@ -314,8 +335,11 @@ void softmax(float* scores, int begin, int count, const Lanes& lanes, float* mos
         labkit::transpose(tile);
         for (int r = 0; r < TILE; r++) std::memcpy(weights + r * KEYS + k, &tile[r], 64);
     }
-    _mm512_store_ps(sum_at, _mm512_add_ps(sum, other));
+    if constexpr (SUMS == 1) sums[0] = _mm512_add_ps(sums[0], other);
+    for (int i = 0; i < SUMS; i++) _mm512_store_ps(sum_at + i * TILE, sums[i]);
 }
+
+#include "few.h"
 
 template <class Unit, class C>
 void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
@@ -323,9 +347,12 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     const int64_t all_rows = whole(rows, TILE), deep = whole(call.head_size, DEPTH);
     const int64_t wide = whole(call.value_size, DEPTH);
     const int position = first_position(call, item);
+    const bool plain = call.softcap == 0 && !call.alibi;
+    if (Unit::SUMS > 1 && rows <= FEW && plain) return attend_few<C>(call, item, s, parts);
 
     s.fit(all_rows, deep, wide);
     std::memset(s.out, 0, all_rows * wide * sizeof(float));
+    std::memset(s.sum, 0, all_rows * Unit::SUMS * sizeof(float));
     for (int64_t first = 0; first < rows; first += TILE) {
         const bf16* from[TILE];
         const int count = std::min<int64_t>(TILE, rows - first);
@@ -335,7 +362,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
     for (int64_t r = 0; r < all_rows; r++) {
         const float* sink = call.sinks && item.part == 0 ? call.sinks + item.head * group + r % group : nullptr;
         s.most[r] = sink ? *sink * LOG2E : -INFINITY;
-        s.sum[r] = sink ? 1.f : 0.f;
+        if (sink) s.sum[r / TILE * TILE * Unit::SUMS + r % TILE] = 1.f;  // of the first of its sums
     }
 
     auto lanes_of = [&](int64_t first) {
@@ -352,7 +379,7 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         found.scale = call.scale;
         found.softcap = call.softcap;
         found.window = call.window;
-        found.plain = call.softcap == 0 && !call.alibi;
+        found.plain = plain;
         return found;
     };
     Lanes lanes = lanes_of(0);
@@ -389,8 +416,8 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
             Unit::multiply_keys(keys, s.q + first * deep, deep, (count + TILE - 1) / TILE, s.scores,
                                 Lines{fetches ? walk.next_keys.at : nullptr, deep * int64_t{sizeof(bf16)}});
             auto weigh = [&](auto scales) {
-                softmax(s.scores, begin, count, lanes, s.most + first, s.sum + first, s.out + first * wide, wide,
-                        s.weights, scales);
+                softmax<Unit::SUMS>(s.scores, begin, count, lanes, s.most + first, s.sum + first * Unit::SUMS,
+                                    s.out + first * wide, wide, s.weights, scales);
             };
             if constexpr (is_code<C>) weigh(&scales);
             else weigh(nullptr);
@@ -399,8 +426,10 @@ void attend(const Call& call, const Item& item, Scratch& s, Parts& parts) {
         }
     }
     for (int64_t r = 0; r < rows; r++) {
+        const float* sums = s.sum + r / TILE * TILE * Unit::SUMS + r % TILE;
+        const float sum = Unit::SUMS == 1 ? *sums : (sums[0] + sums[TILE]) + (sums[2 * TILE] + sums[3 * TILE]);
         unpack_columns(s.out + r * wide, wide, s.row);
-        finish<bf16>(call, item, r, s.most[r], s.sum[r], s.row, parts);
+        finish<bf16>(call, item, r, s.most[r], sum, s.row, parts);
     }
 }
 
