@@ -1,38 +1,16 @@
-// What the kernels of linear layers share: working memory, vectors of which only the first lanes exist, and the RMS norm
-// that is applied to rows before they are multiplied. For AVX-512.
+// What the kernels of linear layers share: vectors of which only the first lanes exist, and the RMS norm that is applied
+// to rows before they are multiplied. For AVX-512.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 
+#include "memory.h"
 #include "simd.h"
 
 namespace labkit {
-
-constexpr int LINE = 64;                   // bytes of a cache line
-constexpr int PANEL = 32;                  // columns that are multiplied together: two vectors
-
-inline int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
-// Working memory of the calling thread, kept between calls.
-struct Buffer {
-    char* at = nullptr;
-    size_t size = 0;
-    ~Buffer() { std::free(at); }
-    template <class T>
-    T* fit(int64_t count) {
-        size_t need = (count * sizeof(T) + LINE - 1) / LINE * LINE;
-        if (need > size) {
-            std::free(at);
-            size = need + need / 4 / LINE * LINE;
-            at = static_cast<char*>(std::aligned_alloc(LINE, size));
-        }
-        return reinterpret_cast<T*>(at);
-    }
-};
 
 inline __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 

@@ -1,4 +1,4 @@
-"""Packed linear layers in C++, for CPUs that multiply pairs of bfloat16 (AMX, AVX-512 BF16)."""
+"""Packed linear layers in C++, for CPUs with AMX, AVX-512 or AVX2."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ library = native.load(
 
 
 def available() -> bool:
-    """Whether this machine multiplies pairs of bfloat16 and the library has code for it."""
+    """Whether the library has code for this machine: for AMX, AVX-512 or AVX2."""
     answer = c_int32(0)
     if library is not None:
         library.linear_available(answer)
