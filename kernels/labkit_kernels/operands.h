@@ -1,5 +1,5 @@
-// What the kernels of linear layers share: vectors of which only the first lanes exist, and the RMS norm that is applied
-// to rows before they are multiplied. For AVX-512.
+// What the kernels of linear layers share: vectors of which only the first lanes exist, and the RMS norm that is
+// applied to rows before they are multiplied. For AVX-512.
 #pragma once
 
 #include <immintrin.h>

@@ -1,12 +1,8 @@
 """Packed weights unpack unchanged, and products with them equal the reference."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from labkit_kernels import Packed, check, get, native
+from labkit_kernels import Packed, check, get
 from labkit_kernels.launches import install
 from labkit_kernels.linear import cpu
 from labkit_kernels.tune import trying
@@ -83,39 +79,3 @@ def test_products_in_float32_round_once(rows):
     assert (widened.matmul_float32(x, weight, bias) - exact).abs().max() <= 2**-7 * exact.abs().max()
     summed = widened.matmul_add_float32(residual.clone(), x, weight)
     assert (summed - (residual.double() + exact - bias.double())).abs().max() <= 2**-6 * exact.abs().max()
-
-
-OTHERS = """
-import sys
-
-import torch
-from labkit_kernels import native
-
-native._targets = lambda path: ((f"-march={sys.argv[1]}", "-fopenmp"),)
-from labkit_kernels import Packed, check, get  # noqa: E402
-
-torch.set_num_threads(2)
-for name in ("linear", "linear_argmax", "mlp"):
-    report = check(name)
-    assert report.ok and "cpu" in get(name).variants, report
-product = get("linear").variants["cpu"].function
-generator = torch.Generator().manual_seed(0)
-weight = Packed.pack(torch.randn(70, 300, generator=generator).bfloat16())
-x = torch.randn(400, 300, generator=generator).bfloat16()
-whole = product(x, weight)
-for begin, end in [(0, 1), (1, 3), (3, 6), (6, 10), (10, 15), (15, 21), (21, 28), (100, 293)]:
-    assert torch.equal(product(x[begin:end], weight), whole[begin:end]), (begin, end)
-"""
-
-
-@pytest.mark.parametrize("march", ["haswell", "skylake-avx512"])
-def test_products_agree_on_processors_without_bfloat16(march, tmp_path):
-    """AVX2, and AVX-512 as it was first: weights become floats in registers, and no row depends on others."""
-    needed = {"haswell": "avx2", "skylake-avx512": "avx512f"}[march]
-    if needed not in native.cpu_flags():
-        pytest.skip(f"this processor has no {needed}")
-    environ = os.environ | {"LABKIT_CACHE": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", OTHERS, march], env=environ, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr

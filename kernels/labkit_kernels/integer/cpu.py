@@ -1,4 +1,4 @@
-"""Integer linear layers in C++, for CPUs that multiply bytes four at a time (AVX-512 VNNI, AMX)."""
+"""Integer linear layers in C++, for CPUs that multiply bytes (AVX2, AVX-512 VNNI, AMX)."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ library = native.load(
 
 
 def available() -> bool:
-    """Whether this machine multiplies bytes four at a time (AVX-512 VNNI) and the library has code for it."""
+    """Whether the library has code for this machine: for AMX, AVX-512 VNNI or AVX2."""
     answer = c_int32(0)
     if library is not None:
         library.integers_available(answer)

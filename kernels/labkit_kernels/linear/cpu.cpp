@@ -25,6 +25,7 @@
 #elif defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define LABKIT_PACKED 1
 #define LABKIT_PAIRS 0
+#include "../sums.h"
 #else
 #define LABKIT_PACKED 0
 #endif

@@ -24,35 +24,6 @@ struct Columns {
     const bf16* tile(int64_t panel, int half) const { return weight + (panel * step + half * second) * deep * SIZE; }
 };
 
-inline float rounded(float x) {
-    bf16 y;
-    from_float(&y, x);
-    return to_float(y);
-}
-
-inline float number(const void* from, int dtype, int64_t at) {
-    return dtype == 0 ? static_cast<const float*>(from)[at] : to_float(static_cast<const bf16*>(from)[at]);
-}
-
-struct Norm {
-    const void* weight;
-    int dtype;
-    float eps;
-};
-
-// A row as floats, after the norm if there is one, and zeros up to whole tiles.
-void widen(const bf16* x, int64_t depth, int64_t deep, const Norm& norm, float* to) {
-    int64_t d = 0;
-    for (; d + W <= depth; d += W) store(to + d, load(x + d));
-    for (; d < depth; d++) to[d] = to_float(x[d]);
-    for (; d < deep; d++) to[d] = 0.f;
-    if (norm.weight == nullptr) return;
-    vf sum{};
-    for (d = 0; d < deep; d += W) sum += load(to + d) * load(to + d);
-    const float root = 1.f / std::sqrt(reduce_sum(sum) / depth + norm.eps);
-    for (d = 0; d < depth; d++) to[d] = rounded(to[d] * root * number(norm.weight, norm.dtype, d));
-}
-
 // Rows x `Vecs` vectors of columns from vector `first` of a panel, depths [from, to) in tiles, on top of `sums` (a row
 // has PANEL) unless they are the first. Fetch: the weights may come from memory.
 template <int Rows, int Vecs, bool Fetch>
@@ -132,35 +103,8 @@ void product(const float* x, int64_t rows, const Columns& columns, int64_t panel
 void widen_all(const bf16* x, int64_t stride, int64_t rows, int64_t depth, const Norm& norm, float* to) {
     const int64_t deep = parts(depth, DEPTH) * DEPTH;
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; r++) widen(x + r * stride, depth, deep, norm, to + r * deep);
+    for (int64_t r = 0; r < rows; r++) widen(x + r * stride, depth, deep, norm, true, to + r * deep);
 }
-
-// Sums plus bias and residual to `out`.
-template <class Out>
-struct Plain {
-    const bf16 *bias, *residual;
-    Out* out;
-    int64_t columns, residual_row, out_row;
-
-    void operator()(const float* sums, int64_t row, int64_t panel) const {
-        const int64_t begin = panel * PANEL, count = std::min<int64_t>(PANEL, columns - begin);
-        const bf16* add = residual ? residual + row * residual_row + begin : nullptr;
-        Out* to = out + row * out_row + begin;
-        int64_t c = 0;
-        for (; c + W <= count; c += W) {
-            vf x = load(sums + c);
-            if (bias) x += load(bias + begin + c);
-            if (add) x += load(add + c);
-            store(to + c, x);
-        }
-        for (; c < count; c++) {
-            float x = sums[c];
-            if (bias) x += to_float(bias[begin + c]);
-            if (add) x += to_float(add[c]);
-            from_float(to + c, x);
-        }
-    }
-};
 
 // 16 columns of the gate and the 16 that they multiply, rounded to bfloat16, as floats.
 template <class Act>
@@ -176,49 +120,11 @@ struct Gated {
     }
 };
 
-struct Largest {
-    int64_t column;
-    float sum;
-
-    void see(float x, int64_t at) {
-        if (x > sum || (x == sum && at < column)) *this = {at, x};
-    }
-};
-
-// Each row's largest sum and its column; the first of equals.
-struct Best {
-    Largest* found;  // [rows]
-    const bf16* bias;
-    int64_t columns;
-
-    void operator()(const float* sums, int64_t row, int64_t panel) const {
-        const int64_t begin = panel * PANEL, count = std::min<int64_t>(PANEL, columns - begin);
-        float x[PANEL];
-        vf most = splat(-INFINITY);
-        for (int c = 0; c < PANEL; c += W) {
-            vf y = load(sums + c);
-            if (bias && c + W <= count) y += load(bias + begin + c);
-            store(x + c, y);
-            if (c + W <= count) most = max(y, most);
-        }
-        for (int64_t c = count / W * W; c < count; c++) {
-            if (bias) x[c] += to_float(bias[begin + c]);
-            found[row].see(x[c], begin + c);
-        }
-        if (reduce_max(most) >= found[row].sum)
-            for (int64_t c = 0; c < count / W * W; c++) found[row].see(x[c], begin + c);
-    }
-};
-
 // f(first row, rows) for at most MOST_ROWS rows at a time, split evenly.
 template <class F>
 void in_parts(int64_t rows, const F& f) {
     const int64_t count = parts(rows, MOST_ROWS), each = parts(parts(rows, count), MOST_AT_ONCE) * MOST_AT_ONCE;
     for (int64_t row = 0; row < rows; row += each) f(row, std::min(each, rows - row));
-}
-
-const bf16* row_of(const void* from, int64_t row, int64_t stride) {
-    return from ? static_cast<const bf16*>(from) + row * stride : nullptr;
 }
 
 struct Floats {};
@@ -261,9 +167,7 @@ void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
                     Best{found + omp_get_thread_num() * rows, static_cast<const bf16*>(call.bias), call.columns});
         }
         for (int64_t r = 0; r < rows; r++) {
-            Largest best{call.columns, -INFINITY};
-            for (int64_t i = 0; i < call.num_threads; i++) best.see(found[i * rows + r].sum, found[i * rows + r].column);
-            if (best.column >= call.columns) best = {0, NAN};
+            const Largest best = largest_of(found + r, call.num_threads, rows, call.columns);
             columns_out[row + r] = best.column;
             sums_out[row + r] = best.sum;
         }

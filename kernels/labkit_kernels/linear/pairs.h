@@ -1,14 +1,14 @@
-// The products of bfloat16 pairs, on AMX tiles or vectors (AVX-512 BF16): part of cpu.cpp. The multiplying code is in
-// units.h.
+// The products of bfloat16 pairs, on AMX tiles or vectors (AVX-512 BF16): part of cpu.cpp. The multiplying code is
+// in units.h.
 //
-// A thread owns a range of columns and streams through its weights once. All threads together convert the rows of x into
-// tiles, and apply the norm, if there is one. The rest is one loop over a register block of 32 rows x 32 columns (2 x 2
-// tiles of sums, two tiles of each operand).
+// A thread owns a range of columns and streams through its weights once. All threads together convert the rows of x
+// into tiles, and apply the norm, if there is one. The rest is one loop over a register block of 32 rows x 32
+// columns (2 x 2 tiles of sums, two tiles of each operand).
 //
 // With few rows the loop is bound by memory, so the next columns' weights are prefetched during the multiplication.
-// With many rows it is bound by arithmetic. On the tile unit, finished sums (bias, activation, residual, rounding) are
-// then processed row by row between the products of the next block, as the vector units are idle. At most 512 rows are
-// taken at a time, and deep sums in parts, so that a thread's left operand stays in L2.
+// With many rows it is bound by arithmetic. On the tile unit, finished sums (bias, activation, residual, rounding)
+// are then processed row by row between the products of the next block, as the vector units are idle. At most 512
+// rows are taken at a time, and deep sums in parts, so that a thread's left operand stays in L2.
 
 using amx::DEPTH;
 using amx::TILE;

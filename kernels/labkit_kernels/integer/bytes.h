@@ -1,0 +1,323 @@
+// The same layers on processors with AVX2: part of cpu.cpp. Bytes are multiplied in pairs to 16 bits and added in
+// pairs to 32 (or four at a time, where there is VNNI). That instruction takes an unsigned and a signed byte, so a
+// weight's sign moves to the input. Weights of 4 bits that stand for -8 to 7 have none: 8 times the inputs are taken
+// off in the end. Sums of integers are exact and floats are added in the order of the groups, so no row depends on
+// others.
+//
+// A tile of 16 columns is multiplied with up to four rows at once. Many rows read a tile again and again: it lies in
+// L1 or L2.
+
+constexpr int TILE = 16;             // columns of a tile
+constexpr int UNIT = 64;             // bytes of four inputs x 16 columns
+constexpr int MOST_AT_ONCE = 4;      // rows
+constexpr int64_t MOST_ROWS = 192;   // at once
+constexpr int64_t AHEAD = 2048;      // bytes of weights fetched in advance
+
+// Rows of int8, with a scale for each group of inputs, the sum of the group's values, and scale times sum.
+struct Rows {
+    int64_t deep, groups;
+    int8_t* values;        // [rows][deep]
+    float *scales, *sums;  // [rows][groups]
+    int32_t* counts;
+};
+
+struct Room {
+    Buffer values, scales, sums, counts, floats, inner, found, products;
+};
+thread_local Room room;
+
+Rows rows_for(const Weight& w, int64_t rows) {
+    const int64_t deep = w.groups * w.group;
+    return {deep, w.groups, room.values.fit<int8_t>(rows * deep), room.scales.fit<float>(rows * w.groups),
+            room.sums.fit<float>(rows * w.groups), room.counts.fit<int32_t>(rows * w.groups)};
+}
+
+typedef int8_t vb __attribute__((vector_size(W)));
+
+// To the nearest integer, ties to even. The product before it is rounded by itself, not fused with the sum.
+inline vi nearest(vf x) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtps_epi32((__m512)x);
+#else
+    return (vi)_mm256_cvtps_epi32((__m256)x);
+#endif
+}
+
+// One row: norm, order, scales, rounding to nearest even.
+void quantize(const bf16* x, const Norm& norm, const Weight& w, const Rows& to, int64_t row) {
+    float* floats = room.floats.fit<float>(2 * to.deep);
+    if (w.order == nullptr) {
+        widen(x, w.depth, to.deep, norm, false, floats);
+    } else {
+        float* plain = floats + to.deep;
+        widen(x, w.depth, to.deep, norm, false, plain);
+        for (int64_t d = 0; d < w.depth; d++) floats[d] = plain[w.order[d]];
+        for (int64_t d = w.depth; d < to.deep; d++) floats[d] = 0.f;
+    }
+    for (int64_t g = 0; g < to.groups; g++) {
+        const float* from = floats + g * w.group;
+        vi most{};
+        for (int64_t d = 0; d < w.group; d += W) {
+            const vi size = (vi)labkit::abs(load(from + d));  // as integers a NaN is larger than any number
+            most = size > most ? size : most;
+        }
+        int32_t bits = 0;
+        for (int i = 0; i < W; i++) bits = std::max(bits, most[i]);
+        float largest;
+        std::memcpy(&largest, &bits, 4);
+        const float inverse = largest > 0 ? 127.f / largest : 0.f;
+        vi total{};
+        for (int64_t d = 0; d < w.group; d += W) {
+            const vi q = nearest(load(from + d) * inverse);
+            total += q;
+            const vb bytes = __builtin_convertvector(q, vb);
+            std::memcpy(to.values + row * to.deep + g * w.group + d, &bytes, sizeof bytes);
+        }
+        int32_t sum = 0;
+        for (int i = 0; i < W; i++) sum += total[i];
+        const int64_t place = row * to.groups + g;
+        to.scales[place] = largest * (1.f / 127.f);
+        to.sums[place] = to.scales[place] * sum;
+        to.counts[place] = sum;
+    }
+}
+
+void quantize_all(const bf16* x, int64_t stride, int64_t rows, const Norm& norm, const Weight& w, const Rows& to) {
+#pragma omp for schedule(static)
+    for (int64_t r = 0; r < rows; r++) quantize(x + r * stride, norm, w, to, r);
+}
+
+// sums + weights x inputs, four at a time; the weights' sizes and signs are given apart.
+inline __m256i add_dots(__m256i sums, __m256i sizes, __m256i weights, __m256i inputs) {
+    const __m256i given = _mm256_sign_epi8(inputs, weights);
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sums, sizes, given);
+#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpbusd_epi32(sums, sizes, given);
+#else
+    const __m256i pairs = _mm256_maddubs_epi16(sizes, given);  // at most 2 x 128 x 127, which 16 bits hold
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+}
+
+// Eight scales or offsets of a tile's columns.
+inline __m256 eight(const Weight& w, const void* from, int64_t at) {
+    if (!w.half) return _mm256_loadu_ps(static_cast<const float*>(from) + at);
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + at)));
+}
+
+inline __m256i spread(const int8_t* four) {
+    int32_t inputs;
+    std::memcpy(&inputs, four, 4);
+    return _mm256_set1_epi32(inputs);
+}
+
+// One group's sums of products with a tile of columns, rows' values from `from`; moves `at` behind the weights.
+template <int Count, int Bits>
+inline void signed_dots(const int8_t* const (&from)[Count], int64_t begin, int64_t end, __m256i table,
+                        const uint8_t*& at, __m256i (&dots)[Count][2]) {
+    const __m256i low_half = _mm256_set1_epi8(15);
+    for (int64_t k = begin; k < end; k += 32 / Bits, at += UNIT) {
+        __builtin_prefetch(at + AHEAD);
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; h++) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at) + h);
+            if constexpr (Bits == 8) {
+                const __m256i sizes = _mm256_abs_epi8(bytes);
+#pragma GCC unroll 4
+                for (int r = 0; r < Count; r++) dots[r][h] = add_dots(dots[r][h], sizes, bytes, spread(from[r] + k));
+            } else {
+                const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low_half));
+                const __m256i second =
+                    _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half));
+                const __m256i sizes[] = {_mm256_abs_epi8(first), _mm256_abs_epi8(second)};
+#pragma GCC unroll 4
+                for (int r = 0; r < Count; r++) {
+                    dots[r][h] = add_dots(dots[r][h], sizes[0], first, spread(from[r] + k));
+                    dots[r][h] = add_dots(dots[r][h], sizes[1], second, spread(from[r] + k + 4));
+                }
+            }
+        }
+    }
+}
+
+// The same for 4 bits that stand for -8 to 7, taken as 0 to 15. Sums of 32 inputs fit into 16 bits.
+template <int Count>
+inline void half_byte_dots(const int8_t* const (&from)[Count], int64_t begin, int64_t end, const uint8_t*& at,
+                           __m256i (&dots)[Count][2]) {
+    const __m256i low_half = _mm256_set1_epi8(15);
+    for (int64_t k = begin; k < end;) {
+        const int64_t stop = std::min(end, k + 32);
+        __m256i pairs[Count][2];
+        for (int r = 0; r < Count; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
+        for (; k < stop; k += 8, at += UNIT) {
+            __builtin_prefetch(at + AHEAD);
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; h++) {
+                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at) + h);
+                const __m256i first = _mm256_and_si256(bytes, low_half);
+                const __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half);
+#pragma GCC unroll 4
+                for (int r = 0; r < Count; r++) {
+                    pairs[r][h] = _mm256_add_epi16(pairs[r][h], _mm256_maddubs_epi16(first, spread(from[r] + k)));
+                    pairs[r][h] = _mm256_add_epi16(pairs[r][h], _mm256_maddubs_epi16(second, spread(from[r] + k + 4)));
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < Count; r++)
+            for (int h = 0; h < 2; h++)
+                dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(pairs[r][h], _mm256_set1_epi16(1)));
+    }
+}
+
+inline bool from_minus_eight(const Weight& w) {
+    for (int i = 0; i < 16; i++)
+        if (w.table[i] != i - 8) return false;
+    return true;
+}
+
+// Rows [row, row + Count) times a tile of columns, to 16 of the PANEL sums that each row has.
+template <int Count, int Bits>
+void times_tile(const Rows& a, int64_t row, const Weight& w, int64_t tile, float* sums) {
+    const uint8_t* at = w.values + tile * a.deep * TILE * Bits / 8;
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)));
+    const bool linear = Bits == 4 && from_minus_eight(w);
+    const int8_t* from[Count];
+    for (int r = 0; r < Count; r++) {
+        from[r] = a.values + (row + r) * a.deep;
+        std::memset(sums + r * PANEL, 0, TILE * sizeof(float));
+    }
+    for (int64_t g = 0; g < w.groups; g++) {
+        const int64_t begin = g * w.group, end = begin + w.group;
+        __m256i dots[Count][2];
+        for (int r = 0; r < Count; r++)
+            dots[r][0] = dots[r][1] = _mm256_set1_epi32(linear ? -8 * a.counts[(row + r) * w.groups + g] : 0);
+        if (linear) half_byte_dots<Count>(from, begin, end, at, dots);
+        else signed_dots<Count, Bits>(from, begin, end, table, at, dots);
+        for (int h = 0; h < 2; h++) {
+            const int64_t place = (tile * w.groups + g) * TILE + h * 8;
+            const __m256 scales = eight(w, w.scales, place);
+            const __m256 offsets = w.offsets ? eight(w, w.offsets, place) : _mm256_setzero_ps();
+#pragma GCC unroll 4
+            for (int r = 0; r < Count; r++) {
+                float* to = sums + r * PANEL + h * 8;
+                const __m256 by = _mm256_mul_ps(scales, _mm256_set1_ps(a.scales[(row + r) * w.groups + g]));
+                __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][h]), by, _mm256_loadu_ps(to));
+                if (w.offsets) sum = _mm256_fmadd_ps(offsets, _mm256_set1_ps(a.sums[(row + r) * w.groups + g]), sum);
+                _mm256_storeu_ps(to, sum);
+            }
+        }
+    }
+}
+
+template <int Bits>
+void some_rows(int64_t rows, const Rows& a, int64_t row, const Weight& w, int64_t tile, float* sums) {
+    switch (rows) {
+        case 1: return times_tile<1, Bits>(a, row, w, tile, sums);
+        case 2: return times_tile<2, Bits>(a, row, w, tile, sums);
+        case 3: return times_tile<3, Bits>(a, row, w, tile, sums);
+        default: return times_tile<MOST_AT_ONCE, Bits>(a, row, w, tile, sums);
+    }
+}
+
+// write(sums of 32 columns, row, panel) for this thread's panels; panel p has tiles p * step and p * step + second.
+template <class Write>
+void product(const Rows& a, int64_t rows, const Weight& w, int64_t step, int64_t second, int64_t panels,
+             const Write& write) {
+    const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
+    float* sums = room.products.fit<float>(rows * PANEL);
+    for (int64_t panel = panels * id / team; panel < panels * (id + 1) / team; panel++) {
+        for (int half = 0; half < 2; half++)
+            for (int64_t r = 0; r < rows; r += MOST_AT_ONCE) {
+                auto some = w.bits == 4 ? some_rows<4> : some_rows<8>;
+                some(std::min<int64_t>(rows - r, MOST_AT_ONCE), a, r, w, panel * step + half * second,
+                     sums + r * PANEL + half * TILE);
+            }
+        for (int64_t r = 0; r < rows; r++) write(sums + r * PANEL, r, panel);
+    }
+}
+
+// f(first row, rows) for at most MOST_ROWS rows at a time, split evenly.
+template <class F>
+void in_parts(int64_t rows, const F& f) {
+    const int64_t count = parts(rows, MOST_ROWS), each = parts(parts(rows, count), MOST_AT_ONCE) * MOST_AT_ONCE;
+    for (int64_t row = 0; row < rows; row += each) f(row, std::min(each, rows - row));
+}
+
+void linear(const Linear& call) {
+    const Weight& w = *call.weight;
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    in_parts(call.rows, [&](int64_t row, int64_t rows) {
+        const Rows a = rows_for(w, rows);
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
+            auto run = [&](auto* out) {
+                product(a, rows, w, 2, 1, parts(w.columns, PANEL),
+                        Plain<std::remove_pointer_t<decltype(out)>>{
+                            static_cast<const bf16*>(call.bias), row_of(call.residual, row, call.residual_row),
+                            out + row * call.out_row, w.columns, call.residual_row, call.out_row});
+            };
+            call.out_dtype == 0 ? run(static_cast<float*>(call.out)) : run(static_cast<bf16*>(call.out));
+        }
+    });
+}
+
+// The largest of each row's sums and its column, the first of equals; column 0 and NaN if every sum is NaN.
+void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
+    const Weight& w = *call.weight;
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    in_parts(call.rows, [&](int64_t row, int64_t rows) {
+        const Rows a = rows_for(w, rows);
+        Largest* found = room.found.fit<Largest>(call.num_threads * rows);
+        for (int64_t i = 0; i < call.num_threads * rows; i++) found[i] = {w.columns, -INFINITY};
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
+            product(a, rows, w, 2, 1, parts(w.columns, PANEL),
+                    Best{found + omp_get_thread_num() * rows, static_cast<const bf16*>(call.bias), w.columns});
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            const Largest best = largest_of(found + r, call.num_threads, rows, w.columns);
+            columns_out[row + r] = best.column;
+            sums_out[row + r] = best.sum;
+        }
+    });
+}
+
+// 16 columns of the gate and the 16 that they multiply, to rows of bfloat16.
+template <class Act>
+struct GatedRows {
+    bf16* to;
+    int64_t columns;
+
+    void operator()(const float* sums, int64_t row, int64_t panel) const {
+        bf16* at = to + row * columns + panel * TILE;
+        for (int c = 0; c < TILE; c += W) store(at + c, Act::of(load(sums + c)) * load(sums + TILE + c));
+    }
+};
+
+template <class Act>
+void mlp(const Mlp& call) {
+    const Weight &up = *call.up, &down = *call.down;
+    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
+    const int64_t inner = down.depth, gates = inner / TILE;
+    in_parts(call.rows, [&](int64_t row, int64_t rows) {
+        // Both products use one working memory, the larger of the two: the first is through when the second begins.
+        rows_for(down, rows);
+        const Rows a = rows_for(up, rows), b = rows_for(down, rows);
+        bf16* between = room.inner.fit<bf16>(rows * inner);
+#pragma omp parallel num_threads(call.num_threads)
+        {
+            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, up, a);
+            product(a, rows, up, 1, gates, gates, GatedRows<Act>{between, inner});
+#pragma omp barrier
+            quantize_all(between, inner, rows, Norm{}, down, b);
+            product(b, rows, down, 2, 1, parts(down.columns, PANEL),
+                    Plain<bf16>{nullptr, row_of(call.residual, row, call.residual_row),
+                                static_cast<bf16*>(call.out) + row * call.out_row, down.columns, call.residual_row,
+                                call.out_row});
+        }
+    });
+}
