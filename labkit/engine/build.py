@@ -280,7 +280,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         runner = load(loading, with_draft=lambda made: load_draft(draft, made, folder, tokenizer, **draft_options))
     length: int = runner.max_model_len
     if device.type == "cpu" and runner.dtype_name == "float16":
-        log.warning("float16 is slow on CPUs: bfloat16 is as small and faster")
+        log.warning('float16 is slow on CPUs: dtype="bfloat16" is as small and faster')
     size = options.block_size or default_block_size(runner.head_size, device)
     blocks = BlockManager(
         num_blocks(runner, options, size, length),

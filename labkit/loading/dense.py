@@ -1,7 +1,7 @@
 """The dense format: weights that are stored as plain matrices.
 
 `Dense` reads a rank's part of them. `linear(weight, bias)` makes the layer that multiplies fastest where the weight is:
-packed into tiles (AMX, AVX-512 BF16), reordered by oneDNN, or left as it is.
+packed into tiles (AMX, AVX-512, AVX2), reordered by oneDNN, or left as it is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class DenseLinear(Linear):
 
 
 class TiledLinear(DenseLinear):
-    """Weights packed into tiles, as AMX and AVX-512 BF16 read them; norm, bias and residual in the same call."""
+    """Weights packed into tiles, as the C++ kernels read them; norm, bias and residual in the same call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.packed = Packed.pack(weight)

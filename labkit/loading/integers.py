@@ -199,7 +199,7 @@ def check_rows(layer: Linear) -> None:
     if not isinstance(layer, IntegerLinear | TiledLinear | InvariantLinear):
         raise ValueError(
             f"deterministic=True is not supported for {layer!r}: the rows of its products depend on each other. Those "
-            f"of quantized weights do not on a CPU with AVX-512 VNNI, in bfloat16, with groups of 16, 32, .. inputs"
+            f"of quantized weights do not on a CPU with AVX2, in bfloat16, with groups of 16, 32, .. inputs"
         )
 
 

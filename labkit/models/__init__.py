@@ -54,7 +54,7 @@ def load_model(
         if load_format != "dummy":
             raise ValueError('a config has no weights: load_format="dummy" makes random ones')
     device = torch.device(device)
-    dtype = _dtype(dtype, config)
+    dtype = _dtype(dtype, config, device)
     longest = getattr(getattr(config, "text_config", config), "max_position_embeddings", None) or 2048
     length = longest if max_model_len is None else whole("max_model_len", max_model_len, least=2)
     if weights is None:
@@ -116,7 +116,9 @@ def _build(
     )  # fmt: skip
 
 
-def _dtype(name: Any, config: Any) -> Any:
+def _dtype(name: Any, config: Any, device: Any) -> Any:
+    """What a model computes in. "auto" is what its config says, but bfloat16 for float16 on a CPU, where products of
+    float16 are slow and quantized layers are dequantized for each."""
     import torch
 
     if isinstance(name, torch.dtype):
@@ -125,5 +127,6 @@ def _dtype(name: Any, config: Any) -> Any:
     aliases = {"fp32": "float32", "float": "float32", "bf16": "bfloat16", "half": "float16", "fp16": "float16"}
     if name == "auto":
         given = getattr(config, "dtype", None) or vars(config).get("torch_dtype") or torch.float32
-        return kinds.get(given, torch.float32) if isinstance(given, str) else given
+        found = kinds.get(given, torch.float32) if isinstance(given, str) else given
+        return torch.bfloat16 if found == torch.float16 and device.type == "cpu" else found
     return choose("dtype", aliases.get(name, name), {"auto": None, **kinds})

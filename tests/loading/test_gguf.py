@@ -126,7 +126,7 @@ def test_blocks_stay_quantized_where_there_are_kernels(type, tmp_path):
     exact = load_model(path, dtype="float32", max_model_len=64)
     loaded = load_model(path, dtype="bfloat16", max_model_len=64)
     if not integers.available():
-        pytest.skip("this machine has no AVX-512 VNNI, or no compiler")
+        pytest.skip("this machine has neither AVX2 nor AVX-512 VNNI, or no compiler")
     assert loaded.embedding is loaded.head  # which is tied
     for found, expected in [
         (loaded.head, exact.head.weight),
@@ -191,8 +191,11 @@ def test_only_the_native_decoder_reads_it(tiny):
 
 
 def test_the_dtype_is_that_of_the_matrices(tmp_path):
-    for type, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16), ("Q8_0", torch.bfloat16)):
+    for type, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16), ("Q8_0", torch.bfloat16)):
         assert load_model(write(tmp_path / f"{type}.gguf", "qwen2", model_of("qwen2"), quantize=type)).dtype == dtype
+    path = write(tmp_path / "F16.gguf", "qwen2", model_of("qwen2"), quantize="F16")
+    assert load_model(path).dtype == torch.bfloat16, "on a CPU"
+    assert load_model(path, dtype="float16").dtype == torch.float16
 
 
 # -- parts and files ---------------------------------------------------------------------------------------------

@@ -109,3 +109,12 @@ def test_scores_are_the_logits_without_a_copy_in_float32(kind):
     scores = model.scores(hidden)
     assert scores.dtype == (torch.float16 if kind == "llama" else torch.float32)
     assert torch.equal(scores.float(), expected)
+
+
+@pytest.mark.parametrize(
+    "asked, given", [("auto", torch.bfloat16), ("float16", torch.float16), ("half", torch.float16)]
+)
+def test_a_checkpoint_in_float16_computes_in_bfloat16_on_a_cpu_unless_asked(asked, given):
+    asks = config("llama")
+    asks.dtype = torch.float16
+    assert load_model(asks, load_format="dummy", dtype=asked).dtype == given
