@@ -287,7 +287,7 @@ class Decoder:
         each = 2 * self.shape.num_kv_heads * self.shape.head_size * self.dtype.itemsize
         table = weights.num_bytes(f"{EMBEDDING}.weight") if weights.has(f"{EMBEDDING}.weight") else 0.0
         head = weights.num_bytes("lm_head.weight") if weights.has("lm_head.weight") else table
-        mine = stage_of(place, sizes, [each] * num, table, head, self.max_model_len)
+        mine = stage_of(place, sizes, [each] * num, table, head, self.max_model_len, self.device.type)
         for name in weights.names():
             if layer_of.get(name, mine.start) not in mine or name.startswith(
                 ("model.embed_tokens.", "model.norm.", "lm_head.")

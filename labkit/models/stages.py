@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
-from labkit.core.stages import IN_USE, Load, stages_of
+from labkit.core.stages import BESIDE, Load, stages_of
 from labkit.models.place import Place, Pool
 
 
 def stage_of(
-    place: Place, weights: Sequence[float], kv: Sequence[int], embedding: float, head: float, most_tokens: int
-) -> range:
+    place: Place, weights: Sequence[float], kv: Sequence[int], embedding: float, head: float, most_tokens: int,
+    device: str = "cpu",
+) -> range:  # fmt: skip
     """The layers of this place. `weights` and `kv` are bytes by layer, `kv` those of one token; `most_tokens` is the
     length of a request."""
     num = len(weights)
@@ -24,8 +25,9 @@ def stage_of(
         ends = list(accumulate(place.layers))
         return range(ends[place.stage] - place.layers[place.stage], ends[place.stage])
     tokens = tokens_in(place.pool, sum(weights) + embedding + head, sum(kv), most_tokens)
-    loads = [Load(size + IN_USE * tokens * each, size + tokens * each) for size, each in zip(weights, kv, strict=True)]
-    return stages_of(loads, place.stages, Load(0.0, embedding), Load(head, head))[place.stage]
+    beside = BESIDE[device] * place.shard.ranks  # which share a layer's bytes, and launch as many kernels each
+    loads = [Load(size, size + beside, size + tokens * each) for size, each in zip(weights, kv, strict=True)]
+    return stages_of(loads, place.stages, Load(0.0, 0.0, embedding), Load(0.0, head, head))[place.stage]
 
 
 def tokens_in(pool: Pool, weights: float, kv: int, most_tokens: int) -> float:

@@ -52,6 +52,15 @@ class Balance(Shown):
         total = waited + sum(rank.busy for rank in self.ranks)
         return waited / total if total else 0.0
 
+    @property
+    def partition(self) -> str | None:
+        """What would be most even in busy time, for steps such as those that were measured; None with one stage.
+
+        >>> lk.Engine(pipeline_parallel_size=2, pp_layer_partition=balance.partition)
+        """
+        busy, partition = self._busy(), self._partition
+        return None if busy is None else _written(busy.best(sum(partition), len(partition)))
+
     def frame(self) -> Any:
         """One row a rank."""
         return table(self.ranks, list(RankLoad._fields))
@@ -122,22 +131,29 @@ class Dealt(NamedTuple):
     first: float
     last: float
 
+    def best(self, num: int, stages: int) -> list[int]:
+        """How many of `num` layers each stage should have."""
+        layer, first, last = (Load(size, size, size) for size in self)
+        return [len(run) for run in stages_of([layer] * num, stages, first, last)]
+
     def told(self, verb: str, partition: Sequence[int]) -> str:
         num, stages = sum(partition), len(partition)
-        loads, first, last = [Load(self.layer, 0.0)] * num, Load(self.first, 0.0), Load(self.last, 0.0)
-        best = [len(run) for run in stages_of(loads, stages, first, last)]
+        best = self.best(num, stages)
         spread = _spread([
             count * self.layer + self.first * (stage == 0) + self.last * (stage == stages - 1)
             for stage, count in enumerate(best)
         ])  # fmt: skip
-        written = ",".join(map(str, best))
         ends = [("embedding", self.first), ("head", self.last)]
         heavy = ", ".join(
             f"the {name} {verb} {size / self.layer:.1f} layers" for name, size in ends if size > self.layer / 10
         )
         if spread > AIM or best == list(partition):
             return f"{heavy or 'layers are dealt whole'}, so no partition of {num} layers comes below {spread:.1%}"
-        return f"pp_layer_partition={written!r} would be within {spread:.1%}{f' ({heavy})' if heavy else ''}"
+        return f"pp_layer_partition={_written(best)!r} would be within {spread:.1%}{f' ({heavy})' if heavy else ''}"
+
+
+def _written(partition: Sequence[int]) -> str:
+    return ",".join(map(str, partition))
 
 
 def _spread(values: Sequence[float]) -> float:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from labkit.core.options import real, whole
-from labkit.core.stages import IN_USE, Load, stages_of
+from labkit.core.stages import BESIDE, Load, stages_of
 from labkit.runner.cost import StepWork
 from labkit.study.machines import CPU, Efficiency, Machine
 from labkit.study.shapes import BYTES, ModelShape
@@ -109,8 +109,9 @@ class AnalyticCost:
             head = m.head_weights * max(2.0, BYTES[m.dtype])
             size = (m.weight_bytes - head * (1 if m.tied else 2)) / m.num_layers
             room = max(0.0, 0.9 * self.machine.memory * self.tp * self.pp - m.weight_bytes) / m.num_layers  # for KV
-            loads = [Load(size + IN_USE * room, size + room)] * m.num_layers
-            runs = stages_of(loads, self.pp, Load(0.0, head), Load(head, head))
+            beside = BESIDE["cpu" if self.machine.is_cpu else "cuda"] * self.tp
+            loads = [Load(size, size + beside, size + room)] * m.num_layers
+            runs = stages_of(loads, self.pp, Load(0.0, 0.0, head), Load(0.0, head, head))
             dealt = tuple(len(run) for run in runs)
         if len(dealt) != self.pp or sum(dealt) != m.num_layers or min(dealt) < 1:
             raise ValueError(f"layers={dealt} must give the layers of {self.pp} stages, {m.num_layers} together")

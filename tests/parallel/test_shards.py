@@ -203,27 +203,27 @@ def test_head_counts_that_do_not_divide_are_refused_with_the_sizes_that_fit(rank
 
 
 def test_stages_are_as_equal_as_they_can_be():
-    one = Load(1.0, 1.0)
+    one = Load(1.0, 1.0, 1.0)
     assert stages_of([one] * 8, 4) == [range(2), range(2, 4), range(4, 6), range(6, 8)]
-    head = Load(9.9, 9.9)  # as heavy as ten layers
+    head = Load(9.9, 9.9, 9.9)  # as heavy as ten layers
     assert [len(run) for run in stages_of([one] * 28, 4, last=head)] == [9, 9, 9, 1]
     assert [len(run) for run in stages_of([one] * 61, 4)] in ([15, 15, 15, 16], [16, 15, 15, 15])
     with pytest.raises(ValueError, match="2 layers cannot be split into 3 stages: at most 2"):
         stages_of([one] * 2, 3)
 
 
-def test_stages_are_even_in_what_they_read_and_in_what_they_hold():
+def test_stages_are_even_in_prefills_in_decode_steps_and_in_what_they_hold():
     """No other partition has a smaller largest excess."""
     for seed in range(30):
         rng = random.Random(seed)
         num, stages = rng.randint(2, 9), rng.randint(1, 3)
         stages = min(stages, num)
-        loads = [Load(rng.uniform(0.5, 2), rng.uniform(0.5, 2)) for _ in range(num)]
-        first, last = Load(0.0, rng.uniform(0, 4)), Load(rng.uniform(0, 4), rng.uniform(0, 4))
+        loads = [Load(*(rng.uniform(0.5, 2) for _ in range(3))) for _ in range(num)]
+        first, last = Load(0.0, 0.0, rng.uniform(0, 4)), Load(0.0, rng.uniform(0, 4), rng.uniform(0, 4))
 
         def excess(runs, loads=loads, first=first, last=last):
-            totals = [[sum(loads[i][kind] for i in run) for run in runs] for kind in (0, 1)]
-            for kind in (0, 1):
+            totals = [[sum(loads[i][kind] for i in run) for run in runs] for kind in range(3)]
+            for kind in range(3):
                 totals[kind][0] += first[kind]
                 totals[kind][-1] += last[kind]
             return max(max(each) / (sum(each) / len(each)) for each in totals)
@@ -244,3 +244,16 @@ def test_the_balance_says_what_stands_in_the_way():
     uneven = of((5, 100, 5.0), (3, 100, 5.0))
     assert "memory: pp_layer_partition='4,4' would be within 0.0%" in repr(uneven)
     assert "pp_layer_partition" not in repr(of((4, 100, 4.0), (4, 100, 4.1)))
+    assert of((12, 0, 12.0), (12, 0, 17.0)).partition == "14,10"  # a head of five layers
+    assert of((8, 0, 8.0)).partition is None
+
+
+@pytest.mark.parametrize("in_pool", [0.0, 7.0])
+def test_a_head_of_nine_layers_leaves_both_stages_within_a_sixth_of_the_mean_in_any_kind_of_step(in_pool):
+    """The 0.5B shape on two stages: its head takes as long as nine layers in decode steps and none in prefills."""
+    layer, first, last = Load(1.0, 1.0, 1.0 + in_pool), Load(0.0, 0.0, 9.0), Load(0.0, 9.0, 9.0)
+    found = [len(run) for run in stages_of([layer] * 24, 2, first, last)]
+    assert found == [14, 10]
+    for head in (0.0, 2.0, 5.0, 9.0):
+        times = found[0], found[1] + head
+        assert max(times) / (sum(times) / 2) < 1 + 1 / 6 + 1e-9, head
