@@ -1,9 +1,12 @@
 // Sums, gathers and messages among the processes of one host, through memory that all of them have mapped.
 //
-// A sum: each rank copies its numbers to a buffer of its own, says so in a counter, waits for the counters of the others,
-// and adds up all buffers in the order of ranks, in float32, so that every rank has the same bits. There are two sets of
-// buffers: a rank that writes into a set has seen that all others have read what was in it. Whoever waits spins for a few
-// microseconds, then yields, because ranks may share a core, and looks at the clock and at `broken` now and then.
+// A sum in one step: each rank copies its numbers to a buffer of its own, says so in a counter, waits for the counters of
+// the others, and adds up all buffers in the order of ranks, in float32, so that every rank has the same bits. From LONG
+// numbers on in two: each rank adds up its part of them, and reads the others' parts where they have put them. It has to
+// wait twice, and each number is added once instead of once by each rank; the bits are the same.
+// There are two sets of buffers: a rank that writes into a set has seen that all others have read what was in it. Whoever
+// waits spins for a few microseconds, then yields, because ranks may share a core, and looks at the clock and at `broken`
+// now and then.
 
 #include <atomic>
 #include <cstdint>
@@ -15,7 +18,7 @@
 namespace {
 
 constexpr int SPINS = 400, LOOKS = 64;
-constexpr int64_t LINE = 64, PAGE = 4096;
+constexpr int64_t LINE = 64, PAGE = 4096, LONG = 32768;
 enum { OK = 0, LATE = 1, BROKEN = 2 };
 
 double now() {
@@ -65,15 +68,16 @@ void narrow(float x, uint16_t* y) {  // to bfloat16, to the nearest, ties to eve
     *y = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// out = the sum over ranks of from[rank], plus `residual`; and the same in `copy`, if it is given.
 template <class T>
-void add(T* out, const char* buffers, int64_t stride, int ranks, const T* residual, int64_t n) {
+void add(const T* const* from, int ranks, const T* residual, T* out, T* copy, int64_t n) {
     constexpr int64_t STEP = 1024;
 #pragma omp parallel for if (n > 65536)
     for (int64_t first = 0; first < n; first += STEP) {
         const int64_t num = n - first < STEP ? n - first : STEP;
         float sum[STEP];
         for (int rank = 0; rank < ranks; rank++) {
-            const T* x = reinterpret_cast<const T*>(buffers + rank * stride) + first;
+            const T* x = from[rank] + first;
             if (rank == 0)
                 for (int64_t i = 0; i < num; i++) sum[i] = wide(x[i]);
             else
@@ -82,6 +86,7 @@ void add(T* out, const char* buffers, int64_t stride, int ranks, const T* residu
         if (residual)
             for (int64_t i = 0; i < num; i++) sum[i] += wide(residual[first + i]);
         for (int64_t i = 0; i < num; i++) narrow(sum[i], out + first + i);
+        if (copy) memcpy(copy + first, out + first, num * sizeof(T));
     }
 }
 
@@ -101,16 +106,52 @@ struct Group {  // the memory of a group: a page of counters (0: broken, 1 + ran
     }
 };
 
+struct Wait {
+    double seconds;
+    double* waited;
+    int* missing;
+};
+
 template <class T>
-int reduce(const Group& group, int64_t* turn, const T* x, const T* residual, T* out, int64_t n, double seconds,
-           double* waited, int* missing) {
+int one_step(const Group& group, int64_t* turn, const T* x, const T* residual, T* out, int64_t n, Wait how) {
+    const T* from[PAGE / LINE];
+    for (int of = 0; of < group.ranks; of++) from[of] = reinterpret_cast<const T*>(group.buffer(*turn + 1, of));
+    memcpy(group.buffer(++*turn, group.rank), x, n * sizeof(T));
+    if (const int failed = group.meet(*turn, how.seconds, how.waited, how.missing)) return failed;
+    add(from, group.ranks, residual, out, static_cast<T*>(nullptr), n);
+    return OK;
+}
+
+template <class T>
+int two_steps(const Group& group, int64_t* turn, const T* x, const T* residual, T* out, int64_t n, Wait how) {
+    const auto part = [&](int of) { return of == group.ranks ? n : n * of / group.ranks / 32 * 32; };
+    const auto buffer = [&](int64_t at, int of) { return reinterpret_cast<T*>(group.buffer(at, of)); };
+    const int64_t begin = part(group.rank), end = part(group.rank + 1);
+    const T* from[PAGE / LINE];
+    ++*turn;
+    T* mine = buffer(*turn, group.rank);
+    memcpy(mine, x, begin * sizeof(T));
+    memcpy(mine + end, x + end, (n - end) * sizeof(T));
+    for (int of = 0; of < group.ranks; of++) from[of] = (of == group.rank ? x : buffer(*turn, of)) + begin;
+    if (const int failed = group.meet(*turn, how.seconds, how.waited, how.missing)) return failed;
+    ++*turn;
+    add(from, group.ranks, residual ? residual + begin : nullptr, out + begin, buffer(*turn, group.rank) + begin,
+        end - begin);
+    if (const int failed = group.meet(*turn, how.seconds, how.waited, how.missing)) return failed;
+    for (int of = 0; of < group.ranks; of++)
+        if (of != group.rank)
+            memcpy(out + part(of), buffer(*turn, of) + part(of), (part(of + 1) - part(of)) * sizeof(T));
+    return OK;
+}
+
+template <class T>
+int reduce(const Group& group, int64_t* turn, const T* x, const T* residual, T* out, int64_t n, Wait how) {
     const int64_t most = group.size / int64_t(sizeof(T));
+    const auto sum = n < LONG ? one_step<T> : two_steps<T>;
     for (int64_t first = 0; first < n; first += most) {
         const int64_t num = n - first < most ? n - first : most;
-        ++*turn;
-        memcpy(group.buffer(*turn, group.rank), x + first, num * sizeof(T));
-        if (const int failed = group.meet(*turn, seconds, waited, missing)) return failed;
-        add(out + first, group.buffer(*turn, 0), group.size, group.ranks, residual ? residual + first : nullptr, num);
+        const T* more = residual ? residual + first : nullptr;
+        if (const int failed = sum(group, turn, x + first, more, out + first, num, how)) return failed;
     }
     return OK;
 }
@@ -125,9 +166,9 @@ int all_reduce(char* base, int rank, int ranks, int64_t size, int64_t* turn, int
     const Group group{base, rank, ranks, size};
     if (dtype == 0)
         return reduce(group, turn, static_cast<const float*>(x), static_cast<const float*>(residual),
-                      static_cast<float*>(out), n, seconds, waited, missing);
+                      static_cast<float*>(out), n, {seconds, waited, missing});
     return reduce(group, turn, static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(residual),
-                  static_cast<uint16_t*>(out), n, seconds, waited, missing);
+                  static_cast<uint16_t*>(out), n, {seconds, waited, missing});
 }
 
 // out[i] = the bytes of rank i.
