@@ -61,6 +61,25 @@ def test_text_that_may_become_a_stop_string_is_held_back():
     assert "".join(pieces) == "one STO two " and not any(piece.endswith("S") for piece in pieces[:-1])
 
 
+def test_other_threads_are_heard_between_steps_that_one_thread_waits_for():
+    eng, steps = wall_engine(), []
+    eng.own_thread()
+    step = eng._step
+    eng._step = lambda: (steps.append(time.sleep(0.001)), step())[1]
+    handle = eng.submit([1, 2], params(150))
+    waiting = threading.Thread(target=handle.wait)
+    waiting.start()
+    while not steps:
+        time.sleep(0.001)
+    for _ in range(5):
+        begun = len(steps)
+        eng._call(lambda: None)
+        assert len(steps) - begun <= 2, "the step that runs, and one that begins meanwhile"
+    assert not handle.ended
+    waiting.join()
+    assert len(handle.output_ids) == 150
+
+
 def test_handles_are_awaited_without_a_thread():
     async def both() -> tuple[list[int], lk.Handle]:
         eng = engine()
