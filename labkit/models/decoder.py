@@ -217,7 +217,7 @@ class Decoder:
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int,
         deterministic: bool = False, quantization: Any = None, place: Place = WHOLE,
     ) -> None:  # fmt: skip
-        self.place, self.is_last = place, place.is_last
+        self.place, self.is_first, self.is_last = place, place.is_first, place.is_last
         self.name = config.architectures[0] if config.architectures else config.model_type
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.folder = getattr(source, "folder", None)

@@ -42,15 +42,25 @@ def load_seeing(
     config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, deterministic: bool,
     quantization: Any, place: Any,
 ) -> Decoder:  # fmt: skip
-    """A native decoder with `vision`, its tower. Refuses by name what it cannot compute."""
-    if place.stages > 1:
-        raise ValueError(f"{config.model_type!r}: models with images have one stage, use tensor_parallel_size")
+    """A native decoder with `vision`, its tower, which the first stage has. Refuses by name what it cannot compute."""
     text = language_config(config, source)
     decoder = Decoder(text, Language(source), dtype, device, max_model_len, deterministic, quantization, place)
     decoder.name = config.architectures[0] if config.architectures else config.model_type
-    decoder.vision = Tower(config, source, dtype, device)
+    if place.is_first:
+        _check_first_stage(config, len(decoder.layers))
+        decoder.vision = Tower(config, source, dtype, device)
     decoder.axis_of = axes_of(text, decoder.shape.head_size)
     return decoder
+
+
+def _check_first_stage(config: Any, num_layers: int) -> None:
+    """Qwen3-VL's tower also adds to what the first layers put out."""
+    levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
+    if levels > num_layers:
+        raise ValueError(
+            f"{config.model_type!r}: images are added to the outputs of the first {levels} layers, and the first stage "
+            f"has {num_layers}: give it more with pp_layer_partition, or use tensor_parallel_size"
+        )
 
 
 def language_config(config: Any, source: Source) -> Any:

@@ -44,6 +44,7 @@ class ParallelRunner:
         self.layout: Layout | None = None
         self.sent: deque[int] = deque()  # steps without an answer, in order
         self.results: deque[Reported] = deque()  # of the rank that answers
+        self.firsts: deque[Reported] = deque()  # of rank 0, where that is another one: which inputs failed
         self.errors: list[deque[Failed]] = [deque() for _ in range(workers.ranks.num)]
         self._void_until = -1  # nobody asks for the answers to these steps
         self.busy = [0.0] * workers.ranks.num
@@ -158,6 +159,7 @@ class ParallelRunner:
     def _forget(self) -> None:
         self.sent.clear()
         self.results.clear()
+        self.firsts.clear()
         for errors in self.errors:
             errors.clear()
 
@@ -168,7 +170,8 @@ class ParallelRunner:
         if not self.sent or self.sent[0] != step:
             raise RuntimeError(f"step {step} is not the oldest that was launched")
         end = time.monotonic() + self.workers.step_timeout
-        while not self.results:
+        others = self.firsts if self.workers.ranks.answering else self.results
+        while not (self.results and others):
             if (failed := self._failed(step)) is not None:
                 self._fail(failed, step)
             if time.monotonic() > end:
@@ -176,8 +179,11 @@ class ParallelRunner:
             self._read(1.0)
         self.sent.popleft()
         found = self.results.popleft()
-        if found.step != step:
-            raise self.workers.lose(f"a rank answered step {found.step}, asked was step {step}")
+        first = self.firsts.popleft() if self.workers.ranks.answering else found
+        if (found.step, first.step) != (step, step):
+            raise self.workers.lose(f"ranks answered steps {first.step} and {found.step}, asked was step {step}")
+        if first.result.errors:
+            return found.result._replace(errors={**(found.result.errors or {}), **first.result.errors})
         return found.result
 
     def _failed(self, step: int) -> int | None:
@@ -208,8 +214,8 @@ class ParallelRunner:
                 if message.kind == "R":
                     found = read_result(message.data)
                     self.busy[rank], self.waited[rank] = found.busy, found.waited
-                    if rank == workers.ranks.answering and found.step > self._void_until:
-                        self.results.append(found)
+                    if found.step > self._void_until and rank in (0, workers.ranks.answering):
+                        (self.results if rank == workers.ranks.answering else self.firsts).append(found)
                 else:
                     failed = Failed(step_of(message), error_of(rank, workers.ranks, message))
                     if failed.step > self._void_until:

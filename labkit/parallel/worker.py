@@ -83,7 +83,8 @@ class Worker:
                 plan = plan._replace(joins=tuple(map(self._with_grammars, plan.joins)))
             result = self.runner.launch(plan).result()
             if not self.answers:
-                result = result._replace(tokens=result.tokens[:0], extras=None, indptr=None, errors=None)
+                errors = result.errors if self.rank == 0 else None  # the first stage has the inputs, which may fail
+                result = result._replace(tokens=result.tokens[:0], extras=None, indptr=None, errors=errors)
             waited = self.peers.waited - before
             self._busy += time.perf_counter() - begin - waited
             self.channel.send("R", result_bytes(plan.step, result, self._busy, self.peers.waited))

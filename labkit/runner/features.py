@@ -14,6 +14,13 @@ from labkit.core.blocks.spans import Span
 MOST_BYTES = 2**30
 
 
+class Elsewhere:
+    """In place of `Features` behind the first stage, which has the inputs of all requests, and says which of them
+    failed."""
+
+    most_bytes = 0
+
+
 class Features:
     """Features by a span's key. What a step needs is computed together, for all its requests; a request that is
     preempted, or whose image comes again, finds them here.

@@ -11,7 +11,7 @@ from torch import Tensor
 from labkit.core.plan import Plan
 from labkit.models.base import Batch, Model
 from labkit.runner.adapters import groups_of
-from labkit.runner.features import Features
+from labkit.runner.features import Elsewhere, Features
 from labkit.runner.groups import Groups
 from labkit.runner.rows import Rows, shift_of
 from labkit.runner.trees import masks_of
@@ -31,7 +31,7 @@ def inputs_of(
     latest: Tensor,
     groups: Groups,
     dtype: torch.dtype,
-    features: Features | None = None,
+    features: Features | Elsewhere | None = None,
     mass: Any = None,
 ) -> Inputs:
     """The step's inputs on the device of `latest`, which has each row's latest sample. `dtype` is of embeddings;
@@ -157,10 +157,13 @@ def _both_ways(plan: Plan, rows: Rows, query_start: np.ndarray) -> tuple[tuple[i
 
 
 def _embeddings(
-    plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device, dtype: torch.dtype, features: Features | None
+    plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device, dtype: torch.dtype,
+    features: Features | Elsewhere | None,
 ) -> tuple[tuple[Tensor, Tensor] | None, dict[int, str]]:
     """Inputs of this step that a request brings along: which of the step's tokens they are for, and they; and the rows
     whose images failed."""
+    if isinstance(features, Elsewhere):
+        return None, {}
     parts = []  # (entry, span, first and last of the span's inputs, the step's token where the span starts)
     for entry in (plan.start < rows.embedded[plan.rows]).nonzero()[0].tolist():
         start, join = int(plan.start[entry]), rows.joins[plan.rows[entry]]

@@ -32,7 +32,7 @@ from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.edits import Edits
 from labkit.runner.extras import Lines, capture_of, check_shown, extras_of, wanted_of
-from labkit.runner.features import MOST_BYTES, Features
+from labkit.runner.features import MOST_BYTES, Elsewhere, Features
 from labkit.runner.graphs import Graphs
 from labkit.runner.groups import by_window, one_group
 from labkit.runner.heads import HeadDrafter
@@ -113,7 +113,9 @@ class TorchRunner(Sleeps, Replaces):
         self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
         self.dtype_name = str(model.dtype)[6:]
         tower = getattr(model, "vision", None)
-        self.features = None if tower is None else Features(tower, most_feature_bytes)
+        self.features: Features | Elsewhere | None = None if tower is None else Features(tower, most_feature_bytes)
+        if not getattr(model, "is_first", True):
+            self.features = Elsewhere()
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture
