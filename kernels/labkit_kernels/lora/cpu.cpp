@@ -18,6 +18,7 @@ using namespace labkit;
 
 constexpr int64_t LEAST_WORK = 1 << 16;  // multiplications below which one thread is faster than waking another
 constexpr int64_t COLUMNS = 4 * W;
+constexpr int64_t AHEAD = 2 * COLUMNS;  // fetched in advance: rows of B are too far apart for the processor to foresee
 
 inline float sum_of(vf x) {
 #if defined(__AVX512F__)
@@ -62,6 +63,7 @@ template <int N, class T>
 void dots(const T* const* x, int64_t count, const T* a, int64_t size, float* out, int64_t out_row) {
     int64_t i = 0;
     for (; i + 4 <= count; i += 4) dots<4, N>(x + i, a, size, out + i * out_row, out_row);
+    for (; i + 2 <= count; i += 2) dots<2, N>(x + i, a, size, out + i * out_row, out_row);
     for (; i < count; i++) dots<1, N>(x + i, a, size, out + i * out_row, out_row);
 }
 
@@ -92,8 +94,10 @@ template <int M, class T>
 void add(T* const* out, const float* t, int64_t t_row, const T* b, int64_t b_row, int64_t rank) {
     vf sums[M][4] = {};
     for (int64_t r = 0; r < rank; r++) {
+        const T* row = b + r * b_row;
         vf line[4];
-        for (int j = 0; j < 4; j++) line[j] = load(b + r * b_row + j * W);
+        for (int j = 0; j < 4; j++) line[j] = load(row + j * W);
+        for (int64_t ahead = 0; ahead < COLUMNS; ahead += 64 / sizeof(T)) __builtin_prefetch(row + AHEAD + ahead);
         for (int i = 0; i < M; i++) {
             vf factor = splat(t[i * t_row + r]);
             for (int j = 0; j < 4; j++) sums[i][j] += factor * line[j];
@@ -102,6 +106,50 @@ void add(T* const* out, const float* t, int64_t t_row, const T* b, int64_t b_row
     for (int i = 0; i < M; i++)
         for (int j = 0; j < 4; j++) store(out[i] + j * W, load(out[i] + j * W) + sums[i][j]);
 }
+
+#if defined(__AVX512BF16__)
+// The same in pairs of ranks, for which the factors are rounded to bfloat16, as they are between two layers. Two rows of
+// b are interleaved within 128 bits, and the sums are put in order at the end.
+template <int M>
+void add(bf16* const* out, const float* t, int64_t t_row, const bf16* b, int64_t b_row, int64_t rank) {
+    static_assert(COLUMNS == 64);
+    __m512 sums[M][4];
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < 4; j++) sums[i][j] = _mm512_setzero_ps();
+    for (int64_t first = 0; first < rank; first += 16) {
+        const int64_t some = std::min<int64_t>(16, rank - first);
+        alignas(32) uint32_t factors[M][8];
+        for (int i = 0; i < M; i++) {
+            const __m512 own = _mm512_maskz_loadu_ps((1u << some) - 1, t + i * t_row + first);
+            _mm256_store_si256((__m256i*)factors[i], (__m256i)_mm512_cvtneps_pbh(own));
+        }
+        for (int64_t r = 0; r < some; r += 2) {
+            const bf16 *low = b + (first + r) * b_row, *high = r + 1 < some ? low + b_row : low;  // times zero
+            __m512bh pairs[4];
+            for (int h = 0; h < 2; h++) {
+                const __m512i x = _mm512_loadu_si512(low + h * 32), y = _mm512_loadu_si512(high + h * 32);
+                pairs[2 * h] = (__m512bh)_mm512_unpacklo_epi16(x, y);
+                pairs[2 * h + 1] = (__m512bh)_mm512_unpackhi_epi16(x, y);
+                __builtin_prefetch(low + AHEAD + h * 32);
+                __builtin_prefetch(high + AHEAD + h * 32);
+            }
+            for (int i = 0; i < M; i++) {
+                const __m512bh factor = (__m512bh)_mm512_set1_epi32(factors[i][r / 2]);
+                for (int j = 0; j < 4; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], factor, pairs[j]);
+            }
+        }
+    }
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < M; i++)
+        for (int h = 0; h < 2; h++) {
+            bf16* to = out[i] + h * 32;
+            const __m512 x = sums[i][2 * h], y = sums[i][2 * h + 1];
+            store(to, load(to) + (vf)_mm512_permutex2var_ps(x, first, y));
+            store(to + W, load(to + W) + (vf)_mm512_permutex2var_ps(x, second, y));
+        }
+}
+#endif
 
 template <class T>
 void add_rest(T* out, const float* t, const T* b, int64_t b_row, int64_t rank, int64_t count) {
@@ -137,6 +185,7 @@ void expand(T* out, int64_t out_row, const float* t, const T* b, const int32_t* 
             int i = 0;
             if (left >= COLUMNS) {
                 for (; i + 4 <= count; i += 4) add<4>(rows + i, from + i * width, width, weights, outputs, used);
+                for (; i + 2 <= count; i += 2) add<2>(rows + i, from + i * width, width, weights, outputs, used);
                 for (; i < count; i++) add<1>(rows + i, from + i * width, width, weights, outputs, used);
             } else {
                 for (; i < count; i++) add_rest(rows[i], from + i * width, weights, outputs, used, left);
