@@ -1,11 +1,9 @@
-// The same layers on processors with AVX2: part of cpu.cpp. Bytes are multiplied in pairs to 16 bits and added in
-// pairs to 32 (or four at a time, where there is VNNI). That instruction takes an unsigned and a signed byte, so a
-// weight's sign moves to the input. Weights of 4 bits that stand for -8 to 7 have none: 8 times the inputs are taken
-// off in the end. Sums of integers are exact and floats are added in the order of the groups, so no row depends on
-// others.
+// The same layers on processors that multiply bytes in shorter vectors: AVX2, and ARM with dot products. Part of cpu.cpp;
+// lanes.h has the instructions. Sums of integers are exact and floats are added in the order of the groups, so no row
+// depends on others.
 //
-// A tile of 16 columns is multiplied with up to four rows at once. Many rows read a tile again and again: it lies in
-// L1 or L2.
+// A tile of 16 columns is multiplied with up to four rows at once. Many rows read a tile again and again: it lies in L1
+// or L2.
 
 constexpr int TILE = 16;             // columns of a tile
 constexpr int UNIT = 64;             // bytes of four inputs x 16 columns
@@ -34,14 +32,7 @@ Rows rows_for(const Weight& w, int64_t rows) {
 
 typedef int8_t vb __attribute__((vector_size(W)));
 
-// To the nearest integer, ties to even. The product before it is rounded by itself, not fused with the sum.
-inline vi nearest(vf x) {
-#if defined(__AVX512F__)
-    return (vi)_mm512_cvtps_epi32((__m512)x);
-#else
-    return (vi)_mm256_cvtps_epi32((__m256)x);
-#endif
-}
+#include "lanes.h"
 
 // One row: norm, order, scales, rounding to nearest even.
 void quantize(const bf16* x, const Norm& norm, const Weight& w, const Rows& to, int64_t row) {
@@ -87,89 +78,59 @@ void quantize_all(const bf16* x, int64_t stride, int64_t rows, const Norm& norm,
     for (int64_t r = 0; r < rows; r++) quantize(x + r * stride, norm, w, to, r);
 }
 
-// sums + weights x inputs, four at a time; the weights' sizes and signs are given apart.
-inline __m256i add_dots(__m256i sums, __m256i sizes, __m256i weights, __m256i inputs) {
-    const __m256i given = _mm256_sign_epi8(inputs, weights);
-#if defined(__AVXVNNI__)
-    return _mm256_dpbusd_avx_epi32(sums, sizes, given);
-#elif defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpbusd_epi32(sums, sizes, given);
-#else
-    const __m256i pairs = _mm256_maddubs_epi16(sizes, given);  // at most 2 x 128 x 127, which 16 bits hold
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-}
-
-// Eight scales or offsets of a tile's columns.
-inline __m256 eight(const Weight& w, const void* from, int64_t at) {
-    if (!w.half) return _mm256_loadu_ps(static_cast<const float*>(from) + at);
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + at)));
-}
-
-inline __m256i spread(const int8_t* four) {
-    int32_t inputs;
-    std::memcpy(&inputs, four, 4);
-    return _mm256_set1_epi32(inputs);
-}
-
 // One group's sums of products with a tile of columns, rows' values from `from`; moves `at` behind the weights.
 template <int Count, int Bits>
-inline void signed_dots(const int8_t* const (&from)[Count], int64_t begin, int64_t end, __m256i table,
-                        const uint8_t*& at, __m256i (&dots)[Count][2]) {
-    const __m256i low_half = _mm256_set1_epi8(15);
+inline void signed_dots(const int8_t* const (&from)[Count], int64_t begin, int64_t end, Bytes table, const uint8_t*& at,
+                        Ints (&dots)[Count][PARTS]) {
     for (int64_t k = begin; k < end; k += 32 / Bits, at += UNIT) {
         __builtin_prefetch(at + AHEAD);
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at) + h);
-            if constexpr (Bits == 8) {
-                const __m256i sizes = _mm256_abs_epi8(bytes);
 #pragma GCC unroll 4
-                for (int r = 0; r < Count; r++) dots[r][h] = add_dots(dots[r][h], sizes, bytes, spread(from[r] + k));
+        for (int h = 0; h < PARTS; h++) {
+            const Bytes bytes = load_bytes(at + h * 4 * LANES);
+            if constexpr (Bits == 8) {
+                const Weights all = weights_of(bytes);
+#pragma GCC unroll 4
+                for (int r = 0; r < Count; r++) dots[r][h] = add_dots(dots[r][h], all, from[r] + k);
             } else {
-                const __m256i first = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low_half));
-                const __m256i second =
-                    _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half));
-                const __m256i sizes[] = {_mm256_abs_epi8(first), _mm256_abs_epi8(second)};
+                const Weights first = weights_of(look_up(table, low_halves(bytes)));
+                const Weights second = weights_of(look_up(table, high_halves(bytes)));
 #pragma GCC unroll 4
                 for (int r = 0; r < Count; r++) {
-                    dots[r][h] = add_dots(dots[r][h], sizes[0], first, spread(from[r] + k));
-                    dots[r][h] = add_dots(dots[r][h], sizes[1], second, spread(from[r] + k + 4));
+                    dots[r][h] = add_dots(dots[r][h], first, from[r] + k);
+                    dots[r][h] = add_dots(dots[r][h], second, from[r] + k + 4);
                 }
             }
         }
     }
 }
 
+#if LABKIT_SUMS_OF_PAIRS
 // The same for 4 bits that stand for -8 to 7, taken as 0 to 15. Sums of 32 inputs fit into 16 bits.
 template <int Count>
 inline void half_byte_dots(const int8_t* const (&from)[Count], int64_t begin, int64_t end, const uint8_t*& at,
-                           __m256i (&dots)[Count][2]) {
-    const __m256i low_half = _mm256_set1_epi8(15);
+                           Ints (&dots)[Count][PARTS]) {
     for (int64_t k = begin; k < end;) {
         const int64_t stop = std::min(end, k + 32);
-        __m256i pairs[Count][2];
-        for (int r = 0; r < Count; r++) pairs[r][0] = pairs[r][1] = _mm256_setzero_si256();
+        Bytes pairs[Count][PARTS] = {};
         for (; k < stop; k += 8, at += UNIT) {
             __builtin_prefetch(at + AHEAD);
 #pragma GCC unroll 2
-            for (int h = 0; h < 2; h++) {
-                const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at) + h);
-                const __m256i first = _mm256_and_si256(bytes, low_half);
-                const __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half);
+            for (int h = 0; h < PARTS; h++) {
+                const Bytes bytes = load_bytes(at + h * 4 * LANES);
+                const Bytes first = low_halves(bytes), second = high_halves(bytes);
 #pragma GCC unroll 4
                 for (int r = 0; r < Count; r++) {
-                    pairs[r][h] = _mm256_add_epi16(pairs[r][h], _mm256_maddubs_epi16(first, spread(from[r] + k)));
-                    pairs[r][h] = _mm256_add_epi16(pairs[r][h], _mm256_maddubs_epi16(second, spread(from[r] + k + 4)));
+                    pairs[r][h] = add_pairs(pairs[r][h], first, from[r] + k);
+                    pairs[r][h] = add_pairs(pairs[r][h], second, from[r] + k + 4);
                 }
             }
         }
 #pragma GCC unroll 4
         for (int r = 0; r < Count; r++)
-            for (int h = 0; h < 2; h++)
-                dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(pairs[r][h], _mm256_set1_epi16(1)));
+            for (int h = 0; h < PARTS; h++) dots[r][h] += sums_of_pairs(pairs[r][h]);
     }
 }
+#endif
 
 inline bool from_minus_eight(const Weight& w) {
     for (int i = 0; i < 16; i++)
@@ -181,8 +142,8 @@ inline bool from_minus_eight(const Weight& w) {
 template <int Count, int Bits>
 void times_tile(const Rows& a, int64_t row, const Weight& w, int64_t tile, float* sums) {
     const uint8_t* at = w.values + tile * a.deep * TILE * Bits / 8;
-    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w.table)));
-    const bool linear = Bits == 4 && from_minus_eight(w);
+    const Bytes table = load_table(w.table);
+    const bool unsigned_too = LABKIT_SUMS_OF_PAIRS && Bits == 4 && from_minus_eight(w);
     const int8_t* from[Count];
     for (int r = 0; r < Count; r++) {
         from[r] = a.values + (row + r) * a.deep;
@@ -190,22 +151,28 @@ void times_tile(const Rows& a, int64_t row, const Weight& w, int64_t tile, float
     }
     for (int64_t g = 0; g < w.groups; g++) {
         const int64_t begin = g * w.group, end = begin + w.group;
-        __m256i dots[Count][2];
-        for (int r = 0; r < Count; r++)
-            dots[r][0] = dots[r][1] = _mm256_set1_epi32(linear ? -8 * a.counts[(row + r) * w.groups + g] : 0);
-        if (linear) half_byte_dots<Count>(from, begin, end, at, dots);
-        else signed_dots<Count, Bits>(from, begin, end, table, at, dots);
-        for (int h = 0; h < 2; h++) {
-            const int64_t place = (tile * w.groups + g) * TILE + h * 8;
-            const __m256 scales = eight(w, w.scales, place);
-            const __m256 offsets = w.offsets ? eight(w, w.offsets, place) : _mm256_setzero_ps();
+        Ints dots[Count][PARTS] = {};
+        if (unsigned_too) {
+#if LABKIT_SUMS_OF_PAIRS
+            for (int r = 0; r < Count; r++)
+                for (int h = 0; h < PARTS; h++) dots[r][h] -= 8 * a.counts[(row + r) * w.groups + g];
+            half_byte_dots<Count>(from, begin, end, at, dots);
+#endif
+        } else {
+            signed_dots<Count, Bits>(from, begin, end, table, at, dots);
+        }
+        for (int h = 0; h < PARTS; h++) {
+            const int64_t place = (tile * w.groups + g) * TILE + h * LANES;
+            const Floats scales = numbers(w, w.scales, place);
+            const Floats offsets = w.offsets ? numbers(w, w.offsets, place) : Floats{};
 #pragma GCC unroll 4
             for (int r = 0; r < Count; r++) {
-                float* to = sums + r * PANEL + h * 8;
-                const __m256 by = _mm256_mul_ps(scales, _mm256_set1_ps(a.scales[(row + r) * w.groups + g]));
-                __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[r][h]), by, _mm256_loadu_ps(to));
-                if (w.offsets) sum = _mm256_fmadd_ps(offsets, _mm256_set1_ps(a.sums[(row + r) * w.groups + g]), sum);
-                _mm256_storeu_ps(to, sum);
+                float* to = sums + r * PANEL + h * LANES;
+                const Floats by = scales * a.scales[(row + r) * w.groups + g];
+                Floats sum = load_bits<Floats>(to);
+                sum += __builtin_convertvector(dots[r][h], Floats) * by;
+                if (w.offsets) sum += offsets * a.sums[(row + r) * w.groups + g];
+                std::memcpy(to, &sum, sizeof sum);
             }
         }
     }

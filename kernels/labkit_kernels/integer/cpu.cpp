@@ -1,4 +1,4 @@
-// Linear layers whose weights are integers of 4 or 8 bits: wide.h is for AVX-512 VNNI and AMX, bytes.h for AVX2.
+// Linear layers whose weights are integers of 4 or 8 bits: wide.h is for AVX-512 VNNI and AMX, bytes.h for AVX2 and ARM.
 // Rows of x are quantized to int8 with a scale for each group of inputs, the same groups that the weights have
 // scales for; products within a group are integer sums, and each group adds scale * scale * sum to a float32 sum.
 //
@@ -29,10 +29,14 @@
 #else
 #define LABKIT_INTEGER_TILES 0
 #endif
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif (defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)) || defined(__ARM_FEATURE_DOTPROD)
 #define LABKIT_INTEGERS 1
 #define LABKIT_INTEGERS_WIDE 0
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 #include "../gates.h"
 #include "../sums.h"
 #else

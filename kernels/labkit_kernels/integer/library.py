@@ -66,7 +66,7 @@ library = native.load(
 
 
 def available() -> bool:
-    """Whether the library has code for this machine: for AMX, AVX-512 VNNI or AVX2."""
+    """Whether the library has code for this machine: for AMX, AVX-512 VNNI, AVX2 or ARM's dot products."""
     answer = c_int32(0)
     if library is not None:
         library.integers_available(answer)

@@ -22,7 +22,8 @@
 #define LABKIT_PAIRS 1
 #include "../endings.h"
 #include "../tiles.h"
-#elif defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#elif defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__)) || \
+    (defined(__aarch64__) && !defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))  // there torch's library has products
 #define LABKIT_PACKED 1
 #define LABKIT_PAIRS 0
 #include "../sums.h"
