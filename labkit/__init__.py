@@ -33,6 +33,7 @@ _HOME = {
     "SamplingParams": "core.params",
     "StreamingLLM": "smaller",
     "H2O": "smaller",
+    "PyramidKV": "smaller",
     "SnapKV": "smaller",
     "RKV": "smaller",
     "Request": "core.request",
@@ -151,7 +152,7 @@ if TYPE_CHECKING:
     from .sampling.drafts import EagleDraft, FunctionDraft, ModelDraft, NGramDraft, SuffixDraft, TreeDraft
     from .server import serve
     from .server.manager import ModelManager
-    from .smaller import H2O, RKV, SnapKV, StreamingLLM
+    from .smaller import H2O, RKV, PyramidKV, SnapKV, StreamingLLM
     from .study import workloads
     from .study.calibrate import calibrate
     from .study.compare import compare

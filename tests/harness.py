@@ -89,9 +89,9 @@ class _Late:
 
 
 def engine(*, blocks: int = 64, size: int = 4, host: int = 0, runner=None, tokenizer=None, vocab: int = 50, **options):
-    """An engine on a fake runner and a virtual clock; `options` go to the scheduler, `eviction` and
-    `prefix_caching` to the block manager."""
-    for_blocks = {name: options.pop(name) for name in ("eviction", "prefix_caching") if name in options}
+    """An engine on a fake runner and a virtual clock; `options` go to the scheduler, `eviction`, `prefix_caching` and
+    `windows` to the block manager."""
+    for_blocks = {name: options.pop(name) for name in ("eviction", "prefix_caching", "windows") if name in options}
     bm = lk.BlockManager(blocks, size, num_host_blocks=host, **for_blocks)
     options.setdefault("watermark", 0.0)
     sched = lk.Scheduler(bm, **options)

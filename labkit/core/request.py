@@ -100,7 +100,7 @@ class Request(Shown):
         self.params = params
         self.arrival = arrival  # ns
         self.foreseen = None  # of its `kv`: the first compaction, and the most keys it holds
-        if params.kv is not None:
+        if params.kv is not None and not hasattr(params.kv, "split"):  # else it depends on the scheduler's blocks
             self.foreseen = foresee(params.kv, len(prompt), len(prompt) + (params.max_tokens or 1))
         self.priority = priority  # a smaller number goes first
         self.salt = salt

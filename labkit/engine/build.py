@@ -47,6 +47,8 @@ class Options:
     beside it; this is slower. `quantization` rounds a dense checkpoint's weights while they are loaded: "int8", "int4"
     (or "int4-g32": groups of 32 inputs, not 128), "nf4", "fp8". `hybrid_kv` gives layers with a sliding window blocks
     of their own, which are freed as soon as the window has passed them; decode steps are then not captured.
+    `kv_groups` gives so many groups of layers block tables of their own, so that `kv=lk.PyramidKV(...)` keeps other
+    numbers of keys in them; a block is then of one group, and decode steps are not captured.
     `kv_cache_dtype` "int8", "fp8_e4m3" (or "fp8") or "fp8_e5m2" stores keys and values in 8 bits, with a scale for each
     token and head. `kv_offloading` keeps cached blocks that are evicted in the `num_host_blocks` blocks of host memory;
     `kv_offloading_size` does so in that many GiB. `kv_disk_path` is a folder for those that host memory evicts, of at
@@ -118,6 +120,7 @@ class Options:
     deterministic: bool = False
     quantization: str | None = None
     hybrid_kv: bool = False
+    kv_groups: int = 1
     kv_cache_dtype: str = "auto"
     adapters: Any = None
     max_adapters: int | None = None
@@ -152,6 +155,7 @@ class Options:
         ):
             flag(name, getattr(self, name))
         choose("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        whole("kv_groups", self.kv_groups, least=1)
         flag("kv_offloading", self.kv_offloading)
         speculation(self.speculative_config, self.draft)
         self._check_parallel()
@@ -208,6 +212,8 @@ class Options:
             )
         if self.has_workers and self.pipeline_parallel_size > 1 and self.hybrid_kv:
             raise ValueError("hybrid_kv is not there with pipeline_parallel_size > 1: leave out one of them")
+        if self.has_workers and self.kv_groups > 1:
+            raise ValueError("kv_groups is for one process, as kv= is: leave it out, or the ranks")
 
     @property
     def has_workers(self) -> bool:
@@ -235,7 +241,7 @@ SCHEDULING = (
 )  # fmt: skip
 LOADING = (
     "dtype", "load_format", "path", "max_model_len", "seed", "trust_remote_code", "deterministic", "quantization",
-    "num_threads", "graphs", "hybrid_kv", "kv_cache_dtype", "kv_disk_path", "memory_size",
+    "num_threads", "graphs", "hybrid_kv", "kv_groups", "kv_cache_dtype", "kv_disk_path", "memory_size",
     "mm_encoder_cache_gb",
 )  # fmt: skip
 OF_DRAFT = ("dtype", "load_format", "seed", "trust_remote_code", "deterministic")

@@ -82,7 +82,7 @@ def make_handle(
         if (check := getattr(engine.runner, "check_kv", None)) is None:
             raise ValueError(f"kv= needs a runner that moves keys: a TorchRunner of one process, not {engine.runner!r}")
         check(params.kv)
-        compacting.check(engine.scheduler.blocks, params, spans)
+        compacting.check(engine.scheduler.blocks, params, spans, len(tokens))
     _check_routing(engine, spans)
     when = engine.clock.now()
     if arrival is not None:

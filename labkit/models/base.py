@@ -46,7 +46,7 @@ class Batch:
     max_query_len: int
     max_seq_len: int
     group_of: tuple[int, ...] = ()  # by layer, where layers keep different blocks; else all are in group 0
-    other_groups: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and block table of groups 1, 2, ..
+    other_groups: tuple[tuple[Tensor, Tensor, Tensor], ...] = ()  # slots, block table, seq_len of groups 1, 2, ..
     embeddings: tuple[Tensor, Tensor] | None = None  # (which tokens [n], inputs [n, size] for them)
     axes: tuple[Tensor, Tensor] | None = None  # (which tokens [n], their positions in time, height and width [3, n])
     rope: Tensor | None = None  # [tokens, rotary size]: this step's rope table, which `positions` counts through
@@ -57,10 +57,11 @@ class Batch:
     mass: Watch | None = None  # sums the attention that some sequences' keys get; None: nobody asks
     routing: Mapping[int, Tensor] | None = None  # layer -> [tokens, experts a token] that are given; -1: free
 
-    def places(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Where this layer stores the step's keys and values, and the block table it reads: (slots, block_table)."""
+    def places(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where this layer stores the step's keys and values, the block table it reads, and how many keys of each
+        sequence: (slots, block_table, seq_len)."""
         group = self.group_of[layer] if self.group_of else 0
-        return (self.slots, self.block_table) if not group else self.other_groups[group - 1]
+        return (self.slots, self.block_table, self.seq_len) if not group else self.other_groups[group - 1]
 
 
 @dataclass

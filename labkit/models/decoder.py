@@ -76,7 +76,7 @@ class Attention:
             q, k = self._norms_over_heads(q, k, self.q_norm, self.k_norm)
         q, k, v = (part.unflatten(-1, (-1, shape.head_size)) for part in (q, k, v))
         norms = {}
-        slots, block_table = batch.places(self.index)
+        slots, block_table, seq_len = batch.places(self.index)
         table = self.table if batch.rope is None or self.table is None else batch.rope
         if table is not None and self.per_head and self.q_norm is not None and self.k_norm is not None:
             norms = {"q_norm": self.q_norm.weight, "k_norm": self.k_norm.weight, "eps": shape.eps}
@@ -91,7 +91,7 @@ class Attention:
             ops.store_kv(k, v, *cache, slots)
             for kind, part in (("q", q), ("k", k), ("v", v)) if capture is not None and shows else ():
                 capture.keep(kind, self.index, part)
-        where = (block_table, batch.query_start, batch.seq_len)
+        where = (block_table, batch.query_start, seq_len)
         options: dict[str, Any] = {"scale": shape.scale, "window": self.window, "softcap": shape.softcap}
         if capture is not None and self.index in capture.attention_layers:
             found = attention_weights(q, cache[0], *where, **options)

@@ -80,9 +80,9 @@ def _attention(
     if step.capture is not None:
         for kind, part in (("q", q), ("k", k), ("v", v)):
             step.capture.keep(kind, layer, part)
-    slots, block_table = batch.places(layer)
+    slots, block_table, seq_len = batch.places(layer)
     step.ops.store_kv(k, v, *cache, slots)
-    where = (block_table, batch.query_start, batch.seq_len)
+    where = (block_table, batch.query_start, seq_len)
     options: dict[str, Any] = {
         "scale": scaling if scaling is not None else q.shape[-1] ** -0.5,
         "window": sliding_window or 0,

@@ -40,7 +40,8 @@ def load(
     graphs = False if in_parts and model.device.type == "cpu" else options["graphs"]  # ranks meet in between
     return TorchRunner(
         model, eos_token_ids=_eos_ids(model, folder, options["eos_token_id"]), seed=options["seed"],
-        graphs=graphs, hybrid_kv=options["hybrid_kv"], kv_cache_dtype=options["kv_cache_dtype"],
+        graphs=graphs, hybrid_kv=options["hybrid_kv"], kv_groups=options["kv_groups"],
+        kv_cache_dtype=options["kv_cache_dtype"],
         kv_disk_path=options["kv_disk_path"], most_feature_bytes=int(options["mm_encoder_cache_gb"] * 2**30),
         capture=(model.max_model_len, options["capture"]) if options["capture"] else None,
         draft_model=_draft(options["draft"], model) if options["draft"] else with_draft(model),

@@ -6,7 +6,7 @@ one layer after the other: every layer keeps the same number of tokens, not the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,9 +28,13 @@ class RowKeys:
 
     def __init__(self, kv: SmallerKV, num_prompt: int, num_layers: int) -> None:
         self.kv, self.num_prompt = kv, num_prompt
-        self.at, _ = next_compaction(kv, num_prompt, 0, 0)  # tokens at which keys are chosen next
+        self.at, self.keep = next_compaction(kv, num_prompt, 0, 0)  # tokens at which keys are chosen next
         self.moved: list[Tensor | None] = [None] * num_layers  # [1 or key heads, kept keys]: their positions
         self.mass: list[Tensor | None] = [None] * num_layers  # [key heads, keys]
+
+    def next(self) -> None:
+        """The compaction that was due is done."""
+        self.at, self.keep = next_compaction(self.kv, self.num_prompt, self.at, self.keep)
 
     def first_watched(self, start: int, end: int) -> int | None:
         """From which of the tokens start .. end on queries count; None: none of them does."""
@@ -47,10 +51,10 @@ class RowKeys:
             mass[:, : before.shape[1]] += before
         self.mass[layer] = mass
 
-    def positions(self, layer: int, compaction: Compaction) -> Tensor:
+    def positions(self, layer: int, num_tokens: int, num_keys: int) -> Tensor:
         moved = self.moved[layer]
-        num = compaction.num_keys - (0 if moved is None else moved.shape[1])
-        rest = torch.arange(compaction.num_tokens - num, compaction.num_tokens)
+        num = num_keys - (0 if moved is None else moved.shape[1])
+        rest = torch.arange(num_tokens - num, num_tokens)
         return rest[None] if moved is None else torch.cat((moved, rest.expand(len(moved), -1)), 1)
 
 
@@ -58,30 +62,35 @@ class Watched:
     """One step's sequences whose attention is summed: a batch of its own, in which their first queries may be left
     out."""
 
-    def __init__(self, entries: list[tuple[int, RowKeys, int, int, int]], rows: Rows, plan: Plan, device: Any) -> None:
-        at = np.concatenate([np.arange(first, last) for _, _, first, last, _ in entries])
-        self.of = [keys for _, keys, *_ in entries]
-        self.lengths = [length for *_, length in entries]
-        size, longest = rows.layout.block_size, max(self.lengths)
-        table = rows.tables[0, plan.rows[[entry for entry, *_ in entries]], : -(-longest // size)]
-        starts = np.cumsum([0, *(last - first for _, _, first, last, _ in entries)])
+    def __init__(
+        self, entries: list[tuple[int, RowKeys, int, int]], rows: Rows, plan: Plan, group_of: Sequence[int], device: Any
+    ) -> None:
+        """Of each entry: which one it is in the plan, its keys, and the first and last of its queries that count."""
+        at = np.concatenate([np.arange(first, last) for _, _, first, last in entries])
+        self.of, self.group_of = [keys for _, keys, *_ in entries], group_of
+        mine = [entry for entry, *_ in entries]
+        ends = plan.start[mine] + plan.count[mine] - rows.dropped[plan.rows[mine]]
+        tables, lengths = rows.read(plan.rows[mine], ends)
+        starts = np.cumsum([0, *(last - first for _, _, first, last in entries)]).astype(np.int32)
         self.at = None if len(at) == plan.num_tokens else put(at, device)
-        self.where = tuple(put(x.astype(np.int32), device) for x in (table, starts, np.array(self.lengths)))
-        self.bounds = {"max_query_len": int(np.diff(starts).max()), "max_seq_len": longest}
+        self.lengths = lengths.tolist()  # by group
+        by_group = zip(tables, lengths, strict=True)
+        self.where = [[put(x, device) for x in (table, starts, length)] for table, length in by_group]
+        self.bounds = {"max_query_len": int(np.diff(starts).max()), "max_seq_len": int(lengths.max())}
 
     def add(self, layer: int, q: Tensor, k_cache: Tensor, options: dict[str, Any]) -> None:
-        queries = q if self.at is None else q[self.at]
+        queries, group = q if self.at is None else q[self.at], self.group_of[layer]
         function = attention_mass.pick(q.device, q.dtype)
-        found = function(queries, k_cache, *self.where, **options, **self.bounds)
-        for keys, length, mass in zip(self.of, self.lengths, found, strict=True):
+        found = function(queries, k_cache, *self.where[group], **options, **self.bounds)
+        for keys, length, mass in zip(self.of, self.lengths[group], found, strict=True):
             keys.add(layer, mass[:, :length])
 
 
 class Compactor:
     """The rows of requests with `kv=`. A runner makes it when the first one comes."""
 
-    def __init__(self, model: Model, block_size: int) -> None:
-        self.block_size, self.num_layers = block_size, len(model.kv)
+    def __init__(self, model: Model, block_size: int, group_of: Sequence[int]) -> None:
+        self.block_size, self.num_layers, self.group_of = block_size, len(model.kv), group_of
         self.heads = [spec.num_heads for spec in model.kv]
         self.rows: dict[int, RowKeys] = {}
         self.failed: dict[int, str] = {}  # rows whose object gave no choice in this step, and why
@@ -116,9 +125,8 @@ class Compactor:
             first = keys.first_watched(start, start + count)
             if first is not None:
                 end = int(ends[entry])
-                length = start + count - int(rows.dropped[plan.rows[entry]])
-                found.append((entry, keys, end - (start + count - first), end, length))
-        return Watched(found, rows, plan, device) if found else None
+                found.append((entry, keys, end - (start + count - first), end))
+        return Watched(found, rows, plan, self.group_of, device) if found else None
 
     def compact(self, plan: Plan, caches: list[KVCache], ropes: list[Tensor | None] | None) -> None:
         """Carry out the plan's compactions."""
@@ -127,16 +135,17 @@ class Compactor:
                 keys = self.rows[compaction.row]
                 for layer, cache in enumerate(caches):
                     self._compact(layer, cache, keys, compaction, ropes)
-                keys.at, _ = next_compaction(keys.kv, keys.num_prompt, compaction.num_tokens, compaction.keep)
+                keys.next()
 
     def _compact(
         self, layer: int, cache: KVCache, keys: RowKeys, compaction: Compaction, ropes: list[Tensor | None] | None
     ) -> None:
-        num, keep, device = compaction.num_keys, compaction.keep, cache[0].device
-        blocks = put(compaction.blocks, device)
+        group, device = self.group_of[layer], cache[0].device
+        num, keep = compaction.num_keys[group], compaction.keep[group]
+        blocks = put(compaction.blocks[group], device)
         stored = [part[blocks].transpose(0, 1).flatten(1, 2)[:, :num] for part in cache]  # [heads, keys, size]
         plain = [decode(*split(part)) if has_scales(part) else part for part in stored]
-        positions, mass = keys.positions(layer, compaction), keys.mass[layer]
+        positions, mass = keys.positions(layer, compaction.num_tokens, num), keys.mass[layer]
         votes = None if mass is None else mass.clone()
         copies = [part.clone() for part in plain]
         view = Keys(layer, keys.num_prompt, compaction.num_tokens, num, positions.clone(), votes, *copies)

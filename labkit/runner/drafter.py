@@ -213,14 +213,16 @@ class Drafter:
         return np.minimum(ids, self.sampler.vocab_size - 1)
 
 
-def check_draft(draft: Model | None, model: Model, hybrid_kv: bool, kv_disk_path: Any) -> Model | None:
+def check_draft(draft: Model | None, model: Model, has_groups: bool, kv_disk_path: Any) -> Model | None:
     """The draft model, if it can serve this one."""
     if draft is None:
         return None
     if draft.device != model.device:
         raise ValueError(f"the draft model is on {draft.device}, the model on {model.device}: load both on one device")
-    if hybrid_kv:
-        raise ValueError("a draft model keeps its keys and values in the model's own blocks: leave out hybrid_kv")
+    if has_groups:
+        raise ValueError(
+            "a draft model keeps its keys and values in the model's own blocks: leave out hybrid_kv and kv_groups"
+        )
     if kv_disk_path is not None:
         raise ValueError("blocks on disk hold no keys and values of a draft model: leave out kv_disk_path")
     return draft

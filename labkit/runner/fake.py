@@ -55,7 +55,7 @@ class FakeRunner:
             raise ValueError("this FakeRunner already serves an engine: make another one")
         self.layout = layout
         self.rows = Rows(layout)
-        self.positions: dict[int, np.ndarray] = {}  # by row: of keys that were moved
+        self.positions: dict[int, list[np.ndarray]] = {}  # by row, by group: of keys that were moved
         self.memory = np.full((layout.num_blocks + 1, layout.block_size), -1, np.int32)
         self.host = np.full((layout.num_host_blocks + 1, layout.block_size), -1, np.int32)
 
@@ -98,17 +98,19 @@ class FakeRunner:
         return errors
 
     def _keep(self, compaction: Compaction, size: int) -> None:
-        row, at, num_keys, keep, blocks = compaction
+        row, at = compaction.row, compaction.num_tokens
         join = self.rows.joins[row]
         assert join is not None and join.params.kv is not None, f"row {row} is compacted and has no kv"
-        moved = self.positions.get(row, np.zeros(0, np.int64))
-        positions = np.concatenate((moved, np.arange(at - num_keys + len(moved), at)))
-        keys = Keys(0, join.num_prompt, at, num_keys, positions[None])
-        (which,) = chosen(join.params.kv, keys, keep, 1)
-        kept = self.memory[blocks].reshape(-1)[which]
-        places = np.arange(keep)
-        self.memory[blocks[places // size], places % size] = kept
-        self.positions[row] = positions[which]
+        before = self.positions.get(row, [np.zeros(0, np.int64)] * len(compaction.keep))
+        self.positions[row] = []
+        for group, moved in enumerate(before):  # each is one layer
+            num_keys, keep, blocks = (column[group] for column in compaction[2:])
+            positions = np.concatenate((moved, np.arange(at - num_keys + len(moved), at)))
+            (which,) = chosen(join.params.kv, Keys(group, join.num_prompt, at, num_keys, positions[None]), keep, 1)
+            kept = self.memory[blocks].reshape(-1)[which]
+            places = np.arange(keep)
+            self.memory[blocks[places // size], places % size] = kept
+            self.positions[row].append(positions[which])
 
     def on_disk(self) -> list[Stub]:
         return [stub for stub, _ in self.disk.values()]
@@ -154,9 +156,15 @@ class FakeRunner:
 
     def _context(self, row: int, length: int) -> np.ndarray:
         """The tokens that the row's layers see: all if a group keeps them, else those in the widest window. Every group
-        must hold the tokens in its window."""
+        must hold the tokens in its window. With kv= each group sees tokens of its own: those of all, one after the
+        other."""
         assert self.layout is not None
         windows, size = self.layout.windows, self.layout.block_size
+        join = self.rows.joins[row]
+        if len(windows) > 1 and join is not None and join.params.kv is not None:
+            tables, lengths = self.rows.read(np.array([row]), np.array([length]))
+            each = zip(tables[:, 0], lengths[:, 0].tolist(), strict=True)
+            return np.concatenate([self.memory[table[: -(-n // size)]].reshape(-1)[:n] for table, n in each])
         seen = [
             self.memory[table[row, : -(-length // size)]].reshape(-1)[max(0, length - (window or length)) : length]
             for table, window in zip(self.rows.tables, windows, strict=True)

@@ -1,5 +1,5 @@
-"""Which layers share blocks. Layers that attend to the same part of the context form groups of equal size, so one pool
-of blocks serves all groups: a block holds one group's keys and values."""
+"""Which layers share blocks. Layers that attend to the same part of the context, or that may keep another number of
+keys, form groups of equal size, so one pool of blocks serves all groups: a block holds one group's keys and values."""
 
 from __future__ import annotations
 
@@ -25,12 +25,36 @@ def one_group(kv: Sequence[KVSpec]) -> Groups:
     return Groups((None,), (0,) * len(kv), tuple(range(len(kv))))
 
 
+def groups_of_model(kv: Sequence[KVSpec], hybrid_kv: bool, kv_groups: int) -> Groups:
+    """The groups that an engine was asked for."""
+    if hybrid_kv and kv_groups > 1:
+        raise ValueError("hybrid_kv makes groups of its own, by window: leave out kv_groups")
+    return by_window(kv) if hybrid_kv else in_order(kv, kv_groups)
+
+
+def in_order(kv: Sequence[KVSpec], num: int) -> Groups:
+    """`num` groups of as many layers each, the first layers first, so that they may keep different numbers of keys."""
+    if num == 1:
+        return one_group(kv)
+    _check_one_shape("kv_groups", kv)
+    if len(kv) % num:
+        possible = ", ".join(str(n) for n in range(1, len(kv) + 1) if len(kv) % n == 0)
+        raise ValueError(f"kv_groups={num} does not divide the {len(kv)} layers: choose one of {possible}")
+    size = len(kv) // num
+    layers = range(len(kv))
+    return Groups((None,) * num, tuple(i // size for i in layers), tuple(i % size for i in layers))
+
+
+def _check_one_shape(option: str, kv: Sequence[KVSpec]) -> None:
+    shapes = {(spec.num_heads, spec.key_size, spec.value_size) for spec in kv}
+    if len(shapes) > 1:
+        raise ValueError(f"{option} needs layers whose keys and values have one shape, this model has {len(shapes)}")
+
+
 def by_window(kv: Sequence[KVSpec]) -> Groups:
     """Groups of layers with the same window, full attention first; larger kinds are split to the size of the
     smallest."""
-    shapes = {(spec.num_heads, spec.key_size, spec.value_size) for spec in kv}
-    if len(shapes) > 1:
-        raise ValueError(f"hybrid_kv needs layers whose keys and values have one shape, this model has {len(shapes)}")
+    _check_one_shape("hybrid_kv", kv)
     kinds: dict[int | None, list[int]] = {}
     for layer, spec in enumerate(kv):
         kinds.setdefault(spec.window, []).append(layer)

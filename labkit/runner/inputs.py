@@ -57,8 +57,7 @@ def inputs_of(
     blocks = rows.tables[:, entries[entry], index]  # [groups, tokens]
     slots = blocks * size + place
     positions, axes = _axes(plan, rows, positions, entry, query_start, device)
-    longest = int(seq_len.max()) if len(entries) else 0
-    tables = rows.tables[:, entries, : max(1, -(-longest // size))].astype(np.int32)
+    tables, lengths = rows.read(entries, seq_len)
     ids = np.zeros(total, np.int64)
     feed = plan.feed
     if len(feed):
@@ -77,11 +76,13 @@ def inputs_of(
         slots=put(slots[0], device),
         block_table=put(tables[0], device),
         query_start=put(query_start.astype(np.int32), device),
-        seq_len=put(seq_len.astype(np.int32), device),
+        seq_len=put(lengths[0], device),
         max_query_len=int(count.max()) if len(entries) else 0,
-        max_seq_len=longest,
+        max_seq_len=int(lengths.max()) if len(entries) else 0,
         group_of=groups.group_of if len(tables) > 1 else (),
-        other_groups=tuple((put(slots[i], device), put(tables[i], device)) for i in range(1, len(tables))),
+        other_groups=tuple(
+            (put(slots[i], device), put(tables[i], device), put(lengths[i], device)) for i in range(1, len(tables))
+        ),
         embeddings=embeddings,
         axes=axes,
         both_ways=_both_ways(plan, rows, query_start),

@@ -17,10 +17,10 @@ from labkit_kernels.recording import Arena, Recording, between, record
 from labkit_kernels.registry import is_plain
 from torch import Tensor
 
-from labkit.models.base import Batch, Capture, KVCache
+from labkit.models.base import Batch, Capture, KVCache, Watch
 from labkit.runner.adapters import FixedGroups
 
-Key: TypeAlias = tuple[int, int, bool, bool]
+Key: TypeAlias = tuple[int, int, bool, bool, bool]
 
 MOST_TOKENS = 64  # of a step that is repeated
 MOST_BYTES = 32 * 2**20  # of what a step computes on the way: larger ones gain nothing
@@ -55,6 +55,18 @@ class Relay(Capture):
             now.hidden[layer] = x.clone()
 
 
+class Masses:
+    """What a recording shows each layer's queries and keys to: whatever watches the current step."""
+
+    now: Watch
+
+    def add(self, layer: int, q: Tensor, k_cache: Tensor, options: dict[str, Any]) -> None:
+        between(self._tap, layer, q, k_cache, options)
+
+    def _tap(self, *shown: Any) -> None:
+        self.now.add(*shown)
+
+
 class Made(NamedTuple):
     """A recorded step: its inputs, which are filled anew for each step, and its output."""
 
@@ -76,11 +88,14 @@ class Made(NamedTuple):
 def fill(mine: Batch, batch: Batch) -> None:
     rows, width = batch.block_table.shape
     mine.positions.copy_(batch.positions)
-    mine.slots.copy_(batch.slots)
-    mine.block_table[:rows, :width].copy_(batch.block_table)
-    mine.seq_len[:rows].copy_(batch.seq_len)
-    if rows < len(mine.seq_len):
-        mine.seq_len[rows:] = 0
+    groups = (mine.slots, mine.block_table, mine.seq_len), *mine.other_groups
+    of_step = (batch.slots, batch.block_table, batch.seq_len), *batch.other_groups
+    for (slots, table, seq_len), given in zip(groups, of_step, strict=True):
+        slots.copy_(given[0])
+        table[:rows, :width].copy_(given[1])
+        seq_len[:rows].copy_(given[2])
+        if rows < len(seq_len):
+            seq_len[rows:] = 0
     if batch.max_query_len > 1 or rows < len(mine.seq_len):
         mine.query_start[: rows + 1].copy_(batch.query_start)
         mine.query_start[rows + 1 :] = len(mine.slots)
@@ -90,14 +105,14 @@ def fill(mine: Batch, batch: Batch) -> None:
 
 class Repeats:
     """Recorded steps of one runner, by number of tokens, number of threads, whether states behind layers are
-    captured or edited, and whether rows have adapters.
+    captured or edited, whether rows have adapters, and whether attention is summed.
 
     They share the memory of what they compute on the way, since one runs at a time."""
 
     def __init__(self, model: Repeatable, caches: list[KVCache]) -> None:
         self.model, self.caches = model, caches
         self.width = LEAST_WIDTH
-        self.relay = Relay()
+        self.relay, self.masses = Relay(), Masses()
         self.num_captured = 0  # recordings, those that failed included
         self.forget()
 
@@ -112,7 +127,7 @@ class Repeats:
             self.relay.now = capture
         tokens = len(batch.token_ids)
         more = () if capture is None else (capture,)
-        special = batch.group_of or batch.trees or batch.embeddings or batch.axes or batch.both_ways or batch.mass
+        special = batch.trees or batch.embeddings or batch.axes or batch.both_ways
         if not 0 < tokens <= self.most or special:
             return self.model.forward(batch, self.caches, *more)
         adapted = batch.adapters is not None
@@ -121,7 +136,9 @@ class Repeats:
         if batch.block_table.shape[1] > self.width:
             self.width = max(2 * self.width, batch.block_table.shape[1])
             self.forget()
-        key = (tokens, torch.get_num_threads(), capture is not None, adapted)
+        if batch.mass is not None:
+            self.masses.now = batch.mass
+        key = (tokens, torch.get_num_threads(), capture is not None, batch.mass is not None, adapted)
         x = self.model.inputs(batch)
         if (made := self.made.get(key)) is not None:
             return made.run(x, batch)
@@ -149,6 +166,11 @@ class Repeats:
             slots=batch.slots.clone(),
             block_table=self.table[:tokens],
             seq_len=batch.seq_len.new_zeros(tokens),
+            other_groups=tuple(
+                (slots.clone(), table[:tokens], seq_len.new_zeros(tokens))
+                for (slots, _, seq_len), table in zip(batch.other_groups, self._others(batch), strict=True)
+            ),
+            mass=None if batch.mass is None else self.masses,
             query_start=batch.query_start.new_zeros(tokens + 1),
         )
         fill(mine, batch)
@@ -166,12 +188,18 @@ class Repeats:
         del self.arena.chunks[num_chunks:]
         return out
 
+    def _others(self, batch: Batch) -> list[Tensor]:
+        """The block tables of groups 1, 2, .."""
+        self.others += [torch.zeros_like(self.table) for _ in batch.other_groups[len(self.others) :]]
+        return self.others
+
     def forget(self) -> None:
         """Drop what was recorded, because another variant is in use now."""
         self.made: dict[Key, Made] = {}
         self.arena = Arena()
         self.most = MOST_TOKENS if is_plain() else 0
         self.table = torch.zeros(self.most, self.width, dtype=torch.int32)
+        self.others: list[Tensor] = []
 
     @property
     def works(self) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 from labkit.core.blocks.spans import Span
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Join, Plan
+from labkit.core.smaller import Compaction
 from labkit.runner.base import Layout
 
 
@@ -25,6 +26,7 @@ class Rows:
         self.shift = np.zeros(layout.num_rows, np.int64)  # of positions behind its images, where they have several axes
         self.has_axes = np.zeros(layout.num_rows, bool)
         self.dropped = np.zeros(layout.num_rows, np.int64)  # tokens whose keys are gone: token t is in slot t - dropped
+        self.front = np.zeros((groups, layout.num_rows), np.int64)  # blocks that are not there, before those that are
         self.by_slot = np.zeros(layout.num_rows, bool)  # rows whose rotary positions are slots
         self.has_dropped = False  # of any row
         self.both_ways = np.zeros(layout.num_rows, bool)  # rows with tokens that see each other
@@ -70,12 +72,38 @@ class Rows:
 
     def _count_dropped(self, plan: Plan) -> None:
         if plan.reset:
-            self.dropped[:] = 0
-        self.dropped[list(plan.leaves)] = 0
-        self.dropped[[join.row for join in plan.joins]] = 0
-        for row, _, num_keys, keep, _ in plan.compactions:
-            self.dropped[row] += num_keys - keep
-        self.has_dropped = bool(self.dropped.any())
+            self.dropped[:] = self.front[:] = 0
+        fresh = [*plan.leaves, *(join.row for join in plan.joins)]
+        self.dropped[fresh] = self.front[:, fresh] = 0
+        for compaction in plan.compactions:
+            self.dropped[compaction.row] += max(compaction.num_keys) - max(compaction.keep)
+            if len(compaction.keep) > 1:
+                self._move(compaction)
+        self.has_dropped = bool(self.dropped.any() or self.front.any())
+
+    def _move(self, compaction: Compaction) -> None:
+        """As `BlockTables.compact` does: all groups end at the same index, those that keep less begin later."""
+        row, keep, size = compaction.row, compaction.keep, self.layout.block_size
+        end = -(-max(keep) // size)
+        self._make_width(end)
+        self.tables[:, row] = 0
+        for group, (kept, blocks) in enumerate(zip(keep, compaction.blocks, strict=True)):
+            num = -(-kept // size)
+            self.tables[group, row, end - num : end] = blocks[:num]
+            self.front[group, row] = end - num
+
+    def read(self, entries: np.ndarray, seq_len: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The tables [groups, entries, blocks] and lengths [groups, entries] that attention reads, for rows whose next
+        slots are `seq_len`: without the blocks that are not there."""
+        size = self.layout.block_size
+        longest = int(seq_len.max()) if len(entries) else 0
+        tables = self.tables[:, entries, : max(1, -(-longest // size))]
+        lengths = np.broadcast_to(seq_len, tables.shape[:2])
+        if self.has_dropped and (front := self.front[:, entries]).any():
+            lengths = lengths - front * size
+            index = np.minimum(np.arange(tables.shape[2]) + front[:, :, None], tables.shape[2] - 1)
+            tables = np.take_along_axis(tables, index, 2)
+        return tables.astype(np.int32), lengths.astype(np.int32)
 
     def _place_adapters(self, plan: Plan) -> None:
         none = len(self.adapters)

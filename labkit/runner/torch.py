@@ -34,7 +34,7 @@ from labkit.runner.edits import Edits
 from labkit.runner.extras import Lines, capture_of, check_shown, extras_of, wanted_of
 from labkit.runner.features import MOST_BYTES, Elsewhere, Features
 from labkit.runner.graphs import Graphs
-from labkit.runner.groups import by_window, one_group
+from labkit.runner.groups import groups_of_model, one_group
 from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
@@ -66,6 +66,7 @@ class TorchRunner(Sleeps, Replaces):
         seed: int = 0,
         graphs: bool | str | None = None,
         hybrid_kv: bool = False,
+        kv_groups: int = 1,
         kv_cache_dtype: str = "auto",
         kv_disk_path: str | os.PathLike[str] | None = None,
         capture: tuple[int, int] | None = None,
@@ -78,13 +79,16 @@ class TorchRunner(Sleeps, Replaces):
         when it first comes; `capture` (longest context, tokens a step) captures all up to these when the runner is
         opened.
         `hybrid_kv`: layers with a sliding window keep only the window's blocks; steps with several groups are not
-        captured. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and values in 8 bits, with a
-        scale for each token and head. `kv_disk_path` is the folder of blocks that a `BlockManager` with
-        `num_disk_blocks` offloads; files in it are found again by later engines of the same model. `draft_model`
-        guesses tokens for a scheduler with `draft=lk.ModelDraft(...)`. Image features are kept within
-        `most_feature_bytes`, besides those of the step."""
+        captured. `kv_groups`: so many groups of layers have block tables of their own, for `kv=` objects that keep
+        other numbers of keys in them. `kv_cache_dtype`: "fp8_e4m3" (or "fp8"), "fp8_e5m2" and "int8" store keys and
+        values in 8 bits, with a scale for each token and head. `kv_disk_path` is the folder of blocks that a
+        `BlockManager` with `num_disk_blocks` offloads; files in it are found again by later engines of the same
+        model. `draft_model` guesses tokens for a scheduler with `draft=lk.ModelDraft(...)`. Image features are kept
+        within `most_feature_bytes`, besides those of the step."""
         self.model, self.device = model, model.device
-        self.draft_model = check_draft(draft_model, model, hybrid_kv, kv_disk_path)
+        self.groups = groups_of_model(model.kv, flag("hybrid_kv", hybrid_kv), whole("kv_groups", kv_groups, least=1))
+        several = len(self.groups.windows) > 1
+        self.draft_model = check_draft(draft_model, model, several, kv_disk_path)
         self.drafter: Drafter | None = None
         self.kv_dtype = kv_dtype(model, kv_cache_dtype)
         if graphs is not None and graphs != "all":
@@ -94,10 +98,9 @@ class TorchRunner(Sleeps, Replaces):
         self.graphs: Graphs | Steps | None = None
         self._kind = Steps if graphs == "all" else Graphs
         self.repeats: Repeats | None = None
-        self.groups = by_window(model.kv) if flag("hybrid_kv", hybrid_kv) else one_group(model.kv)
         self._wants_graphs = (
             model.capturable
-            and not hybrid_kv
+            and not several
             and not isinstance(
                 draft_model, EagleHead
             )  # it reads hidden states, which captured steps keep to themselves
@@ -432,7 +435,7 @@ class TorchRunner(Sleeps, Replaces):
         """Keep some of the keys of requests with `kv=`."""
         if self.compactor is None and any(join.params.kv is not None for join in plan.joins):
             assert self.layout is not None
-            self.compactor = Compactor(self.model, self.layout.block_size)
+            self.compactor = Compactor(self.model, self.layout.block_size, self.groups.group_of)
         if self.compactor is not None:
             self.compactor.follow(plan)
             self.compactor.compact(plan, self.caches, rope_tables(self.model))

@@ -19,7 +19,8 @@ class SnapKV:
     """Keeps `budget` keys of the prompt (a number, or a share), and all that come after it.
 
     The last `window` tokens of the prompt vote by their attention, and stay. Votes are pooled over `kernel` neighbours,
-    so that what stays is not single tokens. Every key head keeps tokens of its own.
+    so that what stays is not single tokens. Every key head keeps tokens of its own. A `window` as long as the question
+    at a prompt's end finds most: of a longer one other tokens vote, too.
 
     >>> SnapKV(budget=0.5).next(1000, 0, 0)
     (1000, 500)
@@ -28,7 +29,7 @@ class SnapKV:
 
     positions = "true"
 
-    def __init__(self, budget: float = 0.5, window: int = 32, kernel: int = 7, pool: str = "mean") -> None:
+    def __init__(self, budget: float = 0.5, window: int = 32, kernel: int = 7, pool: str = "max") -> None:
         self.budget = checked(budget)
         self.window = self.queries = whole("window", window, least=1)
         self.kernel = whole("kernel", kernel, least=1)

@@ -77,7 +77,7 @@ def test_recorded_steps_show_and_edit_what_is_between_layers(model):
         eng.generate([4, 5], lk.SamplingParams(temperature=0, max_tokens=4))
         eng.check()
         found.append(handles)
-    assert {tapped for _, _, tapped, _ in eng.runner.repeats.made} == {False, True}
+    assert {tapped for _, _, tapped, *_ in eng.runner.repeats.made} == {False, True}
     for name, one in found[0].items():
         other = found[1][name]
         assert other.output_ids == one.output_ids and other.num_edited == one.num_edited, name
@@ -221,3 +221,30 @@ def test_recordings_of_one_arena_lie_in_the_same_memory():
     (c, d), _ = record(lambda: (x.new_empty(70), torch.empty(3, 10**6)), arena)
     assert a.data_ptr() == c.data_ptr() != b.data_ptr() and b.shape == x.shape
     assert all(one.data_ptr() % 64 == 0 for one in (a, b, c, d)) and d.is_contiguous() and len(arena.chunks) == 2
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_recorded_steps_serve_rows_that_keep_some_of_their_keys(model, groups):
+    """Also those whose attention is summed in every step, and groups of layers with tables of their own."""
+    prompt = [random.Random(groups).randrange(3, 4000) for _ in range(70)]
+    ways = [lk.SnapKV(0.4, window=8), lk.H2O(0.5), None]
+    ways += [lk.PyramidKV(0.4, window=8)] if groups > 1 else []
+    found = []
+    for graphs in (False, None):
+        runner = lk.TorchRunner(model, graphs=graphs, kv_groups=groups)
+        blocks = lk.BlockManager(90 * groups, 4, windows=runner.windows)
+        eng = lk.Engine(scheduler=lk.Scheduler(blocks), runner=runner)
+        asked = [lk.SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, kv=kv) for kv in ways]
+        handles = [eng.submit(prompt[n:], params) for n, params in enumerate(asked)]
+        eng.run()
+        eng.check()
+        found.append([handle.output_ids for handle in handles])
+    assert found[0] == found[1] and eng.runner.repeats.made
+    assert len(eng.log.events("Compacted")) >= len(ways) - 1
+    calls = eng.runner.model.forward
+    try:  # no step of decoding goes round the recordings
+        eng.runner.model.forward = None
+        eng.submit(prompt[:9], lk.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, kv=lk.H2O(6, every=4)))
+        eng.run()
+    finally:
+        eng.runner.model.forward = calls

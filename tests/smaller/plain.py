@@ -21,6 +21,8 @@ def generate(model, prompt: list[int], num: int, rule) -> list[int]:
         past, new = step.num_keys(cache), until - done
         seen = torch.ones(new, new, dtype=torch.bool).tril()
         mask = torch.zeros(new, past + new).masked_fill(~torch.cat((torch.ones(new, past, dtype=bool), seen), 1), -1e30)
+        if new == 1:  # it sees everything, in each layer another number of keys
+            mask = torch.zeros(1, 1)
         first = past if rule.by_slot else done
         with torch.inference_mode():
             given = model(
@@ -112,7 +114,8 @@ class Rule:
 
 
 def top(score: torch.Tensor, num: int) -> torch.Tensor:
-    return score.topk(num, dim=1).indices.sort(dim=1).values
+    order = score.sort(dim=1, descending=True, stable=True).indices  # of equal ones, which max-pooling makes, the first
+    return order[:, :num].sort(dim=1).values
 
 
 def and_last(best: torch.Tensor, first: int, end: int) -> torch.Tensor:
@@ -125,22 +128,46 @@ class Everything(Rule):
 
 
 class SnapKV(Rule):
-    def __init__(self, share: float, window: int, kernel: int) -> None:
-        self.share, self.window, self.kernel = share, window, kernel
+    def __init__(self, share: float, window: int, kernel: int, pool: str = "max") -> None:
+        self.share, self.window, self.kernel, self.pool = share, window, kernel, pool
 
     def at(self, step, done):
         return step.num_prompt if done < step.num_prompt else 10**9
 
+    def num(self, step, layer):
+        return max(self.window, round(self.share * step.num_prompt))
+
     def keep(self, step, layer):
-        end = step.num_prompt
-        num = max(self.window, round(self.share * end))
+        end, num = step.num_prompt, self.num(step, layer)
         votes = step.last(layer, self.window)[:, : end - self.window]
         padded = torch.nn.functional.pad(votes, (self.kernel // 2, self.kernel // 2))
-        pooled = padded.unfold(1, self.kernel, 1).mean(-1)
+        parts = padded.unfold(1, self.kernel, 1)
+        pooled = parts.amax(-1) if self.pool == "max" else parts.mean(-1)
         return and_last(top(pooled, num - self.window), end - self.window, end)
 
     def dropped(self, step, done):
         pass
+
+
+class PyramidKV(SnapKV):
+    """As its authors' code has it, with groups of layers; `block_size` rounds up to what differs by whole blocks."""
+
+    def __init__(self, share: float, window: int, kernel: int, beta: int, groups: int, block_size: int) -> None:
+        super().__init__(share, window, kernel)
+        self.beta, self.groups, self.block_size = beta, groups, block_size
+
+    def num(self, step, layer):
+        capacity = super().num(step, layer)
+        min_num = (capacity - self.window) // self.beta
+        max_num = (capacity - self.window) * 2 - min_num
+        if max_num >= step.num_prompt - self.window:
+            max_num = step.num_prompt - self.window
+            min_num = (capacity - self.window) * 2 - max_num
+        if step.num_prompt < (capacity - self.window) * 2:
+            return capacity
+        steps = (max_num - min_num) // (self.groups - 1)
+        num = self.window + max_num - layer * self.groups // len(step.sums) * steps
+        return num + (self.window + max_num - num) % self.block_size
 
 
 class H2O(Rule):

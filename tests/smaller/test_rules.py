@@ -11,8 +11,9 @@ from tests.models.configs import VOCAB, config, reference_model
 from tests.smaller import plain
 
 KINDS = ["llama", "qwen2", "qwen3", "olmo2", "gpt_neox"]  # the last one runs in transformers' own code
+PYRAMIDS = ["llama", "qwen2", "qwen3", "granite", "gpt_neox"]
 RULES = {
-    "SnapKV": (lambda: lk.SnapKV(0.5, window=8, kernel=5), lambda: plain.SnapKV(0.5, 8, 5)),
+    "SnapKV": (lambda: lk.SnapKV(0.5, window=8, kernel=5, pool="mean"), lambda: plain.SnapKV(0.5, 8, 5, "mean")),
     "H2O": (lambda: lk.H2O(0.5, every=3), lambda: plain.H2O(0.5, 3)),
     "RKV": (lambda: lk.RKV(24, window=4, every=7), lambda: plain.RKV(24, 4, 7, 0.1)),
     "StreamingLLM": (
@@ -22,21 +23,31 @@ RULES = {
 }
 
 
-def engine_of(folder, *, block_size=4, blocks=64, **options) -> lk.Engine:
-    runner = lk.TorchRunner(load_model(folder, dtype="float32"))
-    bm = lk.BlockManager(blocks, block_size)
+class FirstWhole(lk.H2O):
+    """Keeps all keys of the first layers, and few of the others."""
+
+    def split(self, num_keys, keep):
+        return [num_keys[0], *(min(num, keep) for num in num_keys[1:])]
+
+
+def engine_of(folder, *, block_size=4, blocks=64, kv_groups=1, **options) -> lk.Engine:
+    runner = lk.TorchRunner(load_model(folder, dtype="float32"), kv_groups=kv_groups)
+    bm = lk.BlockManager(blocks * kv_groups, block_size, windows=runner.windows)
     return lk.Engine(scheduler=lk.Scheduler(bm, watermark=0.0, **options), runner=runner)
 
 
-def small(kind: str, folder):
+def small(kind: str, folder, layers: int | None = None):
     """A model without sliding windows, and transformers' own."""
     settings = config(kind)
+    settings.num_hidden_layers = layers or settings.num_hidden_layers
     for name in ("sliding_window", "use_sliding_window"):
         if getattr(settings, name, None):
             setattr(settings, name, None if name == "sliding_window" else False)
     if hasattr(settings, "layer_types") and settings.layer_types:
         settings.layer_types = ["full_attention"] * settings.num_hidden_layers
     reference = reference_model(settings)
+    for weight in reference.parameters() if layers else ():
+        weight.data *= 2.0 if weight.ndim == 2 else 1.0  # small random weights say the same whatever they attend to
     reference.save_pretrained(folder)
     return reference
 
@@ -62,6 +73,31 @@ def test_tokens_are_those_of_the_same_rule_in_transformers(kind, tmp_path):
     assert len({tuple(tokens) for (_, i), tokens in found.items() if i == 0}) >= 4, "the rules change nothing"
 
 
+@pytest.mark.parametrize(("kind", "groups", "size"), [*((kind, 4, 4) for kind in PYRAMIDS), ("llama", 2, 1)])
+def test_a_pyramid_of_keys_gives_the_tokens_of_its_authors_rule(kind, groups, size, tmp_path):
+    """Beside requests that keep the same number in all layers, all keys, and with chunks."""
+    reference = small(kind, tmp_path, layers=4)
+    prompts = [[random.Random(f"{kind}{n}").randrange(3, VOCAB) for _ in range(n)] for n in (61, 44)]
+    eng = engine_of(tmp_path, block_size=size, blocks=512 // size, kv_groups=groups, max_num_batched_tokens=23)
+    rules = {
+        "pyramid": (lk.PyramidKV(0.4, window=8, kernel=5, beta=5), plain.PyramidKV(0.4, 8, 5, 5, groups, size)),
+        "even": (lk.SnapKV(0.4, window=8, kernel=5, pool="mean"), plain.SnapKV(0.4, 8, 5, "mean")),
+        "all": (None, plain.Everything()),
+    }
+    handles = {}
+    for name, (mine, _) in rules.items():
+        for i, prompt in enumerate(prompts):
+            params = lk.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, kv=mine)
+            handles[name, i] = eng.submit(prompt, params)
+    while eng.step() is not None:
+        eng.check()
+    for (name, i), handle in handles.items():
+        assert handle.output_ids == plain.generate(reference, prompts[i], 20, rules[name][1]), f"{kind}: {name}"
+    assert len({tuple(handle.output_ids) for (_, i), handle in handles.items() if i == 0}) == 3
+    again = eng.generate(prompts[0], lk.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    assert again.num_cached > 0 and again.output_ids == handles["all", 0].output_ids
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3"])  # scaled, scaled with a factor, part of the head
 def test_positions_within_the_cache_are_those_of_transformers(kind, tmp_path):
     reference = small(kind, tmp_path)
@@ -72,15 +108,16 @@ def test_positions_within_the_cache_are_those_of_transformers(kind, tmp_path):
     assert handle.output_ids == plain.generate(reference, prompt, 40, plain.Streaming(3, 20, 5, by_slot=True))
 
 
-@pytest.mark.parametrize("name", ["SnapKV", "H2O", "RKV"])
+@pytest.mark.parametrize("name", ["SnapKV", "H2O", "RKV", "first whole"])
 def test_a_preempted_request_is_computed_again_with_the_same_tokens(name, tmp_path):
-    small("llama", tmp_path)
+    small("llama", tmp_path, layers=4)
     rng = random.Random(3)
     prompts = [[rng.randrange(3, VOCAB) for _ in range(30)] for _ in range(3)]
-    asked = [lk.SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, kv=RULES[name][0]()) for _ in prompts]
+    kv = RULES[name][0]() if name in RULES else FirstWhole(0.5, every=3)
+    asked = [lk.SamplingParams(max_tokens=40, temperature=0, ignore_eos=True, kv=kv) for _ in prompts]
     found = []
     for fails in (False, True):
-        eng = engine_of(tmp_path, blocks=200, max_num_batched_tokens=40)
+        eng = engine_of(tmp_path, blocks=200, max_num_batched_tokens=40, kv_groups=4 if name not in RULES else 1)
         handles = [eng.submit(prompt, params) for prompt, params in zip(prompts, asked, strict=True)]
         if fails:  # a failed step: every request returns to the queue with its tokens
             for _ in range(30):

@@ -43,9 +43,12 @@ def check(blocks: Blocks) -> None:
         assert not tables.dropped[row] or row in tables.dropping, f"row {row} dropped keys, and may share blocks"
         assert tables.room[row] == places, f"row {row}: room and blocks disagree"
         for group, window in enumerate(blocks.windows):
+            front = tables.front[group, row]
+            if row in tables.dropping:
+                line = tables.blocks[group, row, : tables.num_blocks[row]]
+                assert not line[:front].any() and line[front:].all(), f"row {row}: group {group} misses a block"
             if window is None:
                 continue
-            front = tables.front[group, row]
             assert not tables.blocks[group, row, :front].any(), f"row {row} holds blocks before its window"
             assert front * blocks.block_size <= max(tables.num_computed[row] - window + 1, 0), (
                 f"row {row} has released blocks inside its window"

@@ -3,7 +3,7 @@
 Layers that keep different parts of the context are in different *groups*: `windows[g]` is how many of the last tokens
 group g's layers attend to, None for all. A row has one table per group, all of equal length, over one pool; a block
 holds the keys and values of one group's layers. Blocks that have left a group's window are released, and their entries
-are set to block 0, the scratch block.
+are set to block 0, the scratch block. So are entries at the front where a group keeps fewer keys than others (`kv=`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class RowBlocks:
             if self.windows != (None,):
                 raise ValueError(
                     f"kv_offloading needs layers that all keep the whole context, windows is {self.windows}: "
-                    "leave out hybrid_kv, or kv_offloading"
+                    "leave out hybrid_kv and kv_groups, or kv_offloading"
                 )
             self.offload = Offloading(self.prefix, self.host, *offload)
         self.prefix_caching = prefix_caching
@@ -308,11 +308,16 @@ class RowBlocks:
             gone[:] = 0
             tables.num_blocks[row], tables.room[row] = keep, keep * self.block_size
 
-    def compact(self, row: int, num_keys: int, keep: int) -> Ints:
-        """The row keeps `keep` of its first `num_keys` keys, and the blocks for them; the others are released. It has
-        shared no block and stores none from here on. Gives its blocks so far."""
-        blocks = self.tables.blocks[0, row, : self.blocks_for(num_keys)].astype(np.int64)
-        self.tables.next_full[row] = NEVER
+    def compact(self, row: int, num_keys: tuple[int, ...], keep: tuple[int, ...]) -> tuple[Ints, ...]:
+        """Each group keeps `keep` of its `num_keys` keys, and the blocks for them; the others are released. The row has
+        shared no block and stores none from here on. Gives each group's blocks so far."""
+        tables = self.tables
+        begin = tables.front[:, row].tolist()
+        blocks = tuple(
+            tables.blocks[group, row, first : first + self.blocks_for(num)].astype(np.int64)
+            for group, (first, num) in enumerate(zip(begin, num_keys, strict=True))
+        )
+        tables.next_full[row] = NEVER
         self.release(self.tables.compact(row, num_keys, keep))
         return blocks
 

@@ -113,4 +113,5 @@ def filled_places(tables: BlockTables, pool: BlockPool, pins: Iterable[Pin]) -> 
     filled[0] = 0
     for pin in pins:
         filled[list(pin.blocks)] = size
-    return filled, int(held.sum()) * tables.num_groups
+    missing = int(tables.front[:, list(tables.dropping)].sum()) * size  # where a group keeps fewer keys than others
+    return filled, int(held.sum()) * tables.num_groups - missing

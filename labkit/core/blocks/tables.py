@@ -70,7 +70,8 @@ class BlockTables:
     doubling, so memory is not rows x the longest possible request. `blocks` has a leading group axis, one per group of
     layers that keeps blocks of its own. `room` is how many tokens fit in the row's blocks, `next_full` the computed
     length at which the next block is complete and can be stored. Of a row in `dropping`, the keys of `dropped` tokens
-    may be gone: token t lies in slot t - dropped, and no block is shared.
+    may be gone: token t lies in slot t - dropped, and no block is shared. Groups that keep fewer keys than others have
+    no blocks at the front.
     """
 
     def __init__(self, block_size: int, num_groups: int = 1) -> None:
@@ -215,15 +216,27 @@ class BlockTables:
         self.room[row] += self.dropped[row]
         self._make_tokens(int(self.room[row]) + 1)
 
-    def compact(self, row: int, num_keys: int, keep: int) -> list[int]:
-        """Of the row's first `num_keys` slots only `keep` are in use: gives the blocks that are left over."""
-        end, have = -(-keep // self.block_size), int(self.num_blocks[row])
-        gone: list[int] = self.blocks[0, row, end:have].tolist()
-        self.blocks[:, row, end:have] = 0
-        self.dropped[row] += num_keys - keep
+    def compact(self, row: int, num_keys: tuple[int, ...], keep: tuple[int, ...]) -> list[int]:
+        """Of each group's `num_keys` keys only `keep` are there, in its first blocks: gives the blocks that are left
+        over. The numbers to keep differ by whole blocks."""
+        end, have = -(-max(keep) // self.block_size), int(self.num_blocks[row])
+        gone: list[int] = []
+        for group, kept in enumerate(keep):
+            line, num = self.blocks[group, row], -(-kept // self.block_size)
+            blocks = line[self.front[group, row] : have].copy()
+            gone += blocks[num:].tolist()
+            line[:have] = 0
+            line[end - num : end] = blocks[:num]
+            self.front[group, row] = end - num
+        self.dropped[row] += max(num_keys) - max(keep)
         self.num_blocks[row], self.room[row] = end, end * self.block_size
         self._add_dropped(row)
         return gone
+
+    def num_keys(self, row: int, num_tokens: int) -> tuple[int, ...]:
+        """How many keys of the row's first `num_tokens` tokens each group has."""
+        keys: list[int] = (num_tokens - self.dropped[row] - self.front[:, row] * self.block_size).tolist()
+        return tuple(keys)
 
     def append_one(self, rows: Ints, blocks: Ints) -> Ints:
         """One more block for each of `rows` in each group, `blocks` [groups, rows]; its index in each row's tables."""

@@ -162,7 +162,8 @@ class Preempted(Event):
 
 @dataclass(frozen=True)
 class Compacted(Event):
-    """Of the request's first `num_tokens` tokens, `num_kept` of `num_keys` keys stay."""
+    """Of the request's first `num_tokens` tokens, `num_kept` of `num_keys` keys stay; on average, where they differ by
+    group of layers."""
 
     request: str
     num_tokens: int

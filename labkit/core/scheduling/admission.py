@@ -11,7 +11,7 @@ from labkit.core.captures import needs_all
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import asking, loading, planning, spans
 from labkit.core.scheduling.builder import Chunk, PlanBuilder
-from labkit.core.scheduling.compacting import num_keys, until_compaction
+from labkit.core.scheduling.compacting import most_blocks, num_keys, until_compaction
 from labkit.core.scheduling.state import SchedulerState
 
 
@@ -140,7 +140,7 @@ def _needed(s: SchedulerState, request: Request, hit: Hit) -> int:
     """Blocks that become unavailable once all of the request's tokens are computed."""
     num_tokens = num_keys(request, request.num_tokens)
     most = s.blocks.most_blocks(num_tokens, s.max_num_batched_tokens, hit.num_blocks)
-    return most + s.blocks.num_revived(hit.held)
+    return most_blocks(request, most) + s.blocks.num_revived(hit.held)
 
 
 def _still_blocked(s: SchedulerState, request: Request) -> bool:

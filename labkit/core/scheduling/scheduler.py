@@ -178,8 +178,8 @@ class Scheduler(SchedulerState, Shown):
             return f"{what} exceed max_model_len={self.max_model_len}: at most {max(room, 0)} can be produced"
         if (reason := spans.too_long(request.spans, self.max_num_batched_tokens)) is not None:
             return reason
-        if bm.most_tokens(self.max_num_batched_tokens) < keys:
-            needed = bm.most_blocks(keys, self.max_num_batched_tokens)
+        needed = compacting.most_blocks(request, bm.most_blocks(keys, self.max_num_batched_tokens))
+        if bm.most_tokens(self.max_num_batched_tokens) < keys and needed > bm.num_blocks:
             return (
                 f"{num_prompt} prompt tokens and max_tokens={most} need {needed} blocks of {bm.block_size}, "
                 f"the pool has {bm.num_blocks}: shorten one of them or make the pool larger"
@@ -197,7 +197,8 @@ class Scheduler(SchedulerState, Shown):
         self.check_new(member.id for member in family)
         if request.params.max_tokens is None:
             raise ValueError(f"request {request.id!r} has no max_tokens: set it, to at most room_for(num_prompt)")
-        compacting.check(self.blocks, request.params, request.spans)
+        if (foreseen := compacting.check(self.blocks, request.params, request.spans, request.num_prompt)) is not None:
+            request.foreseen = foreseen
         reason = self.why_never(request)
         if reason is None and self.max_waiting is not None and self.num_waiting + len(family) > self.max_waiting:
             reason = f"the queue is full: {self.num_waiting} wait, max_waiting={self.max_waiting}"
