@@ -16,6 +16,10 @@ def test_every_way_is_judged_on_the_same_tokens():
     assert table.agreement["whole"] == table.agreement["all of it"] == 1
     assert table["keys"]["whole"] == 1 and table["keys"]["a window"] < 0.5
     assert table.blocks["a window"] < table.blocks["whole"]
+    assert table.mib["whole"] == table.blocks["whole"] * eng.runner.bytes_per_block(16) / 2**20
+    assert table.speed["whole"] == 1 and (table.speed > 0.1).all()
+    with pytest.raises(ValueError, match="raise max_num_seqs"):
+        lk.study.smaller_kv(eng, ways, [TEXT] * 1000)
     with pytest.raises(ValueError, match="a text has"):
         lk.study.smaller_kv(eng, ways, ["short"])
     eng.close()
