@@ -26,9 +26,8 @@
 #include <type_traits>
 #include <vector>
 
-#include <omp.h>
-
 #include "../codes.h"
+#include "../threads.h"
 
 namespace {
 

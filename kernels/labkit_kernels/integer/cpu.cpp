@@ -15,9 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include <omp.h>
-
 #include "../repeat.h"
+#include "../threads.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define LABKIT_INTEGERS 1

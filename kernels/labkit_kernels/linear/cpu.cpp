@@ -10,12 +10,11 @@
 #include <cstring>
 #include <vector>
 
-#include <omp.h>
-
 #include "../gates.h"
 #include "../memory.h"
 #include "../repeat.h"
 #include "../simd.h"
+#include "../threads.h"
 
 #if defined(__AVX512BF16__)
 #define LABKIT_PACKED 1

@@ -11,9 +11,8 @@
 #include <cstdint>
 #include <vector>
 
-#include <omp.h>
-
 #include "../simd.h"
+#include "../threads.h"
 
 namespace {
 
