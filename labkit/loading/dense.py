@@ -7,9 +7,9 @@ packed into tiles (AMX, AVX-512, AVX2), reordered by oneDNN, or left as it is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from labkit_kernels import Packed, generation, get, pages
@@ -36,6 +36,10 @@ class DenseLinear(Linear):
     def multiply(self, x: Tensor) -> Tensor:
         return picked("matmul", x.dtype, x.device)(x, self.weight, self.bias)
 
+    def put(self, at: int, weight: Tensor) -> None:
+        """Store other weights for the outputs from `at` on."""
+        self.weight[at : at + len(weight)] = weight
+
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         if self.bias is not None or type(self).multiply is not DenseLinear.multiply:
             return residual + self.multiply(x)
@@ -60,6 +64,9 @@ class TiledLinear(DenseLinear):
     @property
     def shape(self) -> tuple[int, int]:
         return self.packed.depth, self.packed.columns
+
+    def put(self, at: int, weight: Tensor) -> None:
+        self.packed.put(at, weight)
 
     def __call__(
         self,
@@ -95,6 +102,9 @@ class ReorderedLinear(DenseLinear):
     @property
     def shape(self) -> tuple[int, int]:
         return self._shape
+
+    def put(self, at: int, weight: Tensor) -> NoReturn:
+        raise TypeError("oneDNN reorders a weight as a whole")
 
     def multiply(self, x: Tensor) -> Tensor:
         parts = x.split(self.MOST_ROWS) if len(x) > self.MOST_ROWS else (x,)
@@ -155,19 +165,31 @@ class Dense:
         shape, dtype, device = spec.shape(shard), tensors.dtype, tensors.device
         on_cpu = device.type == "cpu"  # pages of its own: they go back to the system once the weight is packed
         weight = pages.zeros(shape, dtype) if on_cpu else torch.empty(shape, dtype=dtype, device=device)
-        biased = {name for name in spec.outputs if tensors.has(f"{name}.bias")}
-        has_bias = biased and spec.has_bias(shard)
-        bias = torch.zeros(shape[0], dtype=dtype, device=device) if has_bias else None
+        for at, block in self.blocks(tensors, spec, shard):
+            weight[at : at + len(block)] = block
+        return weight, self.bias(tensors, spec, shard)
+
+    def blocks(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Iterator[tuple[int, Tensor]]:
+        """The stored weights [outputs, inputs] that the shard's weight consists of, each with its first output."""
         at = 0
         for piece in spec.pieces(shard):
-            rows = slice(at, at + piece.num_outputs)
-            weight[rows] = _block(tensors, piece)
-            if bias is not None and piece.name in biased:
-                bias[rows] = tensors.get(f"{piece.name}.bias", piece.stored[0], part=(piece.outputs,))
-            elif piece.name in biased:
-                tensors.skip(f"{piece.name}.bias")
-            at = rows.stop
-        return weight, bias
+            yield at, _block(tensors, piece)
+            at += piece.num_outputs
+
+    def bias(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Tensor | None:
+        """The shard's bias; zero for outputs without one. None if no stored layer has one."""
+        biased = {name for name in spec.outputs if tensors.has(f"{name}.bias")}
+        if not biased or not spec.has_bias(shard):
+            for name in biased:
+                tensors.skip(f"{name}.bias")
+            return None
+        bias, at = torch.zeros(spec.shape(shard)[0], dtype=tensors.dtype, device=tensors.device), 0
+        for piece in spec.pieces(shard):
+            if piece.name in biased:
+                found = tensors.get(f"{piece.name}.bias", piece.stored[0], part=(piece.outputs,))
+                bias[at : at + piece.num_outputs] = found
+            at += piece.num_outputs
+        return bias
 
 
 def stacked(tensors: Tensors, name: str, suffix: str = "") -> tuple[str, int] | None:

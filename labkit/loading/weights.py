@@ -98,6 +98,10 @@ class Weights:
         self.num_parameters += layer.num_parameters
         return layer
 
+    def tied_head(self, embedding: Tensor) -> Linear:
+        """The layer that multiplies by the embedding."""
+        return self.format.layer(embedding)
+
     def skip(self, name: str) -> None:
         """Another rank reads this tensor."""
         self.taken.add(name)

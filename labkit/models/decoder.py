@@ -269,7 +269,7 @@ class Decoder:
     def make_head(self, weights: Weights, embedding: Tensor | Linear | None) -> Linear | None:
         """A tied head is the embedding's."""
         if self.tied:
-            return weights.format.layer(embedding) if isinstance(embedding, Tensor) else embedding
+            return weights.tied_head(embedding) if isinstance(embedding, Tensor) else embedding
         group = self.place.group
         units = Units(self.vocab_size, uneven=group is not None)
         return weights.linear({"lm_head": (units,)}, Units(self.hidden_size), "column" if group else None)

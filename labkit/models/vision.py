@@ -145,6 +145,9 @@ class Language:
     def __repr__(self) -> str:
         return f"the language model of {self.source!r}"
 
+    def close(self) -> None:
+        self.source.close()
+
     def read(self, name: str, dtype: torch.dtype | None, device: torch.device, part: tuple[slice, ...] = ()) -> Tensor:
         if name not in self.stored:
             raise ValueError(f"{self!r} lacks tensor {name!r}")
@@ -155,6 +158,7 @@ class Tower:
     """The vision tower and projector, without the language model."""
 
     def __init__(self, config: Any, source: Source, dtype: torch.dtype, device: torch.device) -> None:
+        self.config = config
         model = _load(_blind(config), source, dtype)
         model.set_input_embeddings(nn.Embedding(1, 1))
         self.model: Any = model.to(device).eval().requires_grad_(False)
@@ -168,6 +172,16 @@ class Tower:
 
     def tensors(self) -> Iterator[Tensor]:
         yield from self.model.parameters()
+
+    def replacement(self, source: Source) -> Replacement:
+        """The language model's part of other weights, and the tower that the rest of them makes."""
+        of_tower = [name for name in source.shapes if language_name(name) is None]
+        return Replacement(source, Tower(self.config, source, self.dtype, self.device) if of_tower else None)
+
+    def take(self, other: Tower) -> None:
+        """The other's weights, in the memory of these."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
 
     def encode(self, images: Sequence[Mapping[str, Any]]) -> list[Tensor | str]:
         """Each image's features [places, size], or why it has none. Images whose arrays fit together are computed
@@ -209,6 +223,14 @@ class Tower:
         return array.to(self.device, self.dtype if array.is_floating_point() else None)
 
 
+class Replacement(Language):
+    """Other weights for a model that sees; without a `tower` its own stays."""
+
+    def __init__(self, source: Source, tower: Tower | None) -> None:
+        super().__init__(source)
+        self.tower = tower
+
+
 def _parts(features: Any, tiles: list[int]) -> list[Tensor] | None:
     """Features by image, [places, size] each. A tower gives them by image or by tile, as a list or as one tensor."""
     if len(features) == len(tiles):
@@ -241,10 +263,7 @@ def _load(config: Any, source: Source, dtype: torch.dtype) -> Any:
     with _quiet():
         if folder is None:
             model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
-            with torch.no_grad():
-                for name, value in model.state_dict().items():
-                    if language_name(name) is None:
-                        value.copy_(source.read(name, value.dtype, value.device))
+            _fill(model, source)
         else:
             kind: Any = transformers.AutoModelForImageTextToText
             given: dict[str, Any] = {}
@@ -261,6 +280,22 @@ def _load(config: Any, source: Source, dtype: torch.dtype) -> Any:
                 raise ValueError(f"{folder} lacks {len(lost)} tensors of the vision tower, {lost[0]!r} first")
     model.lm_head = nn.Identity()
     return model
+
+
+@torch.no_grad()
+def _fill(model: Any, source: Source) -> None:
+    """Copy the tower's tensors, which the source names as transformers does in memory."""
+    values = {name: value for name, value in model.state_dict().items() if language_name(name) is None}
+    for name, shape in source.shapes.items():
+        if language_name(name) is None and name not in values:
+            raise ValueError(f"{source!r}: tensor {name!r} has no place in {type(model).__name__}")
+        if name in values and shape != tuple(values[name].shape):
+            told = f"has shape {shape}, {type(model).__name__}'s has {tuple(values[name].shape)}"
+            raise ValueError(f"{source!r}: tensor {name!r} {told}")
+    for name, value in values.items():
+        if name not in source.shapes:
+            raise ValueError(f"{source!r} lacks tensor {name!r} of the vision tower")
+        value.copy_(source.read(name, value.dtype, value.device))
 
 
 @contextmanager

@@ -55,6 +55,11 @@ class Features:
             found |= self._encode(missing)
         return found
 
+    def forget(self) -> None:
+        """Another tower computes from here on."""
+        self.kept.clear()
+        self.num_bytes = 0
+
     def _encode(self, spans: list[Span]) -> dict[bytes, Tensor]:
         found = {}
         for span, features in zip(spans, self.tower.encode([dict(span.pixels or {}) for span in spans]), strict=True):

@@ -15,10 +15,11 @@ def runners_of(model: Any) -> WeakSet[Any]:
 
 
 class Replaces:
-    """A runner whose weights can be replaced; it has a `model`, and maybe a `disk`."""
+    """A runner whose weights can be replaced; it has a `model`, and maybe a `disk` and `features`."""
 
     model: Any
     disk: Any
+    features: Any  # of images, or None
 
     @property
     def is_shared(self) -> bool:
@@ -45,4 +46,6 @@ class Replaces:
             source.close()
         if self.model.adapters is not None:
             self.model.adapters.base_changed()
-        return len(source.shapes), sum(tensor.nbytes for tensor in self.model.tensors())
+        if self.features is not None:
+            self.features.forget()
+        return len(getattr(source, "source", source).shapes), sum(tensor.nbytes for tensor in self.model.tensors())

@@ -1,5 +1,7 @@
 """Packed weights unpack unchanged, and products with them equal the reference."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from labkit_kernels import Packed, check, get
@@ -18,6 +20,16 @@ def test_packing_loses_nothing(columns, depth, dtype):
     assert torch.equal(packed.unpack(), weight)
     assert packed.tiles.shape[0] % 2 == 0 and packed.tiles.shape[1] == -(-depth // 32)
     assert packed.tiles.double().abs().sum() == weight.double().abs().sum(), "what is around the weight is zero"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("cuts", [(0, 16, 80, 100), (0, 7, 33, 100), (0, 100)])
+def test_columns_written_in_parts_are_those_packed_at_once(dtype, cuts):
+    weight = torch.randn(100, 70).to(dtype)
+    packed = Packed.pack(torch.randn(100, 70).to(dtype))
+    for at, end in pairwise(cuts):
+        packed.put(at, weight[at:end])
+    assert torch.equal(packed.tiles, Packed.pack(weight).tiles) and torch.equal(packed.unpack(), weight)
 
 
 def test_a_tile_lies_as_amx_reads_it():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("PIL")
 
@@ -66,6 +67,43 @@ def test_a_config_alone_makes_a_model_with_random_weights() -> None:
     assert model.vision is not None and model.name == config.model_type
     found = model.vision.encode([{"pixel_values": np.zeros((num, 3, 28, 28), np.float32)} for num in (1, 3)])
     assert [tuple(features.shape) for features in found] == [(4, 64), (12, 64)]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_replaced_weights_are_those_of_language_model_and_tower(family: str, tmp_path: Path) -> None:
+    their = Theirs(family, tmp_path / "model")
+    (text, images), *_ = cases(family)
+    eng = lk.Engine(tmp_path / "model", dtype="float32", block_size=4, num_blocks=100)
+    given = {"prompt": text, "multi_modal_data": {"image": images}}
+    first = their.answer(text, images, 8)
+    assert eng.generate(given, PARAMS).output_ids == first
+    before = {name: value.clone() for name, value in their.model.state_dict().items()}
+    with torch.no_grad():
+        for value in their.model.parameters():
+            value.copy_(value.flip(0))
+    their.model.save_pretrained(tmp_path / "other")
+    changed = their.answer(text, images, 8)
+    eng.load_weights(tmp_path / "other")
+    assert eng.generate(given, PARAMS).output_ids == changed != first
+    eng.load_weights(before)
+    assert eng.generate(given, PARAMS).output_ids == first
+    flipped = their.model.state_dict()
+    language = {name: value for name, value in flipped.items() if language_name(name) is not None}
+    their.model.load_state_dict(before | language)
+    half = their.answer(text, images, 8)
+    eng.load_weights(language)  # its tower stays
+    assert eng.generate(given, PARAMS).output_ids == half != first
+    name = next(name for name, value in before.items() if language_name(name) is None and value.ndim > 1)
+    for wrong, told in (
+        ({key: value for key, value in before.items() if key != name}, f"lacks tensor '{name}' of the vision tower"),
+        (before | {name: before[name][:-1]}, f"tensor '{name}' has shape"),
+        (before | {"model.visual.other": before[name]}, "'model.visual.other' has no place"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            eng.load_weights(wrong)
+    assert eng.generate(given, PARAMS).output_ids == half
+    eng.check()
+    assert eng.close().ok
 
 
 def test_what_is_not_served_is_refused_by_name() -> None:

@@ -101,8 +101,14 @@ extern "C" void pack_weight(const uint16_t* weight, int64_t stride, int64_t colu
             uint16_t* at = to + (tile * deep + k) * 512;
             const int64_t count = std::min<int64_t>(32, depth - k * 32);
             uint16_t rows[16][32] = {};
-            for (int64_t n = 0; n < std::min<int64_t>(16, columns - tile * 16); n++)
-                std::memcpy(rows[n], weight + (tile * 16 + n) * stride + k * 32, count * 2);
+            const uint16_t* from = weight + tile * 16 * stride + k * 32;
+            for (int64_t n = 0; n < std::min<int64_t>(16, columns - tile * 16); n++) {
+                __builtin_prefetch(from + (16 + n) * stride);  // of the next tile: 16 streams are too many for the CPU
+                if (count == 32)
+                    std::memcpy(rows[n], from + n * stride, 64);
+                else
+                    std::memcpy(rows[n], from + n * stride, count * 2);
+            }
 #if defined(__AVX512F__)
             labkit::vf block[16];
             std::memcpy(block, rows, sizeof rows);

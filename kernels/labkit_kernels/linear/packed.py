@@ -25,16 +25,24 @@ class Packed:
     def pack(cls, weight: Tensor) -> Packed:
         columns, depth = weight.shape
         tall, deep = -(-columns // (2 * WIDE)) * 2, -(-depth // DEEP)
-        tiles = zeros((tall, deep, DEEP // 2, WIDE, 2), weight.dtype)
+        found = cls(zeros((tall, deep, DEEP // 2, WIDE, 2), weight.dtype), columns, depth)
+        found.put(0, weight)
+        return found
+
+    def put(self, at: int, weight: Tensor) -> None:
+        """Store other weights for the columns from `at` on."""
         from . import library  # built on first use
 
-        if library.pack is not None and weight.dtype == torch.bfloat16 and weight.stride(1) == 1:
-            library.pack(weight, tiles)
-        else:
-            whole = weight.new_zeros(tall * WIDE, deep * DEEP)
-            whole[:columns, :depth] = weight
-            tiles.copy_(whole.view(tall, WIDE, deep, DEEP // 2, 2).permute(0, 2, 3, 1, 4))
-        return cls(tiles, columns, depth)
+        end, dtype = at + len(weight), self.tiles.dtype
+        is_plain = weight.dtype == dtype == torch.bfloat16 and weight.stride(1) == 1
+        if library.pack is not None and is_plain and at % WIDE == 0 and (end % WIDE == 0 or end == self.columns):
+            library.pack(weight, self.tiles[at // WIDE : -(-end // WIDE)])
+            return
+        deep, column = self.tiles.shape[1], torch.arange(at, end)
+        rows = weight.new_zeros(len(weight), deep * DEEP, dtype=dtype)
+        rows[:, : self.depth] = weight
+        by_column = self.tiles.permute(0, 3, 1, 2, 4)  # [tiles, 16 columns, tiles, 16 pairs, 2]
+        by_column[column // WIDE, column % WIDE] = rows.view(-1, deep, DEEP // 2, 2)
 
     def unpack(self) -> Tensor:
         tall, deep = self.tiles.shape[:2]
