@@ -380,6 +380,9 @@ class Replicas(Engine):
     def profile(self, steps: int = 20) -> Any:
         self._refuse("profile")
 
+    def load_weights(self, *given: Any, **options: Any) -> Any:
+        self._refuse("load_weights")
+
     def snapshot(self) -> Any:
         self._refuse("snapshot")
 

@@ -1,23 +1,27 @@
-"""Routes for the person who runs the server: pause, sleep, the prefix cache, and the stream of the engine's events.
+"""Routes for the person who runs the server: pause, sleep, other weights, the prefix cache, and the stream of the
+engine's events.
 
 They exist only where the server was started with `enable_admin`; then with `admin_key` they need that key. Of several
-models they act on all, or on the one that `?model=NAME` names. Events hold the token ids of prompts.
+models they act on all, or on the one that `?model=NAME` names. Events hold the token ids of prompts. Weights are read
+from folders below `model_root` only.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from labkit.core.blocks.sessions import Hint, UnknownSessionError
 from labkit.engine.sleeping import Slept
-from labkit.server.errors import ApiError
+from labkit.server.errors import ApiError, clean
 from labkit.server.events import Events
+from labkit.server.folders import below
 from labkit.server.http import answer, read_body
 from labkit.server.routes import Route
 from labkit.server.sampling import SessionHint, SessionName
@@ -87,6 +91,54 @@ def _hinted(service: Service, session: str, hint: Hint) -> dict[str, Any] | None
     except UnknownSessionError:
         return None
     return {"hint": found.hint, "parent": found.parent, "num_running": found.num_running}
+
+
+class UpdateWeights(BaseModel):
+    """`path` (or `model_path`) is a folder of safetensors below the server's model root. `version` (or
+    `weight_version`) is that of the new weights, by default the next number. `abort_all_requests` ends what runs, once
+    the weights are there."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        validation_alias=AliasChoices("path", "model_path")
+    )
+    keep_cache: bool = False
+    version: Annotated[int, Field(ge=1, le=2**53)] | None = Field(
+        default=None, validation_alias=AliasChoices("version", "weight_version")
+    )
+    abort_all_requests: bool = False
+
+
+async def update_weights(service: Service, request: Request) -> Response:
+    """Replace a model's weights in place, between two steps, while it serves. All or nothing."""
+    body = await read_body(request, UpdateWeights)
+    if (root := service.settings.model_root) is None:
+        raise ApiError("weights are not read over HTTP here: start the server with --model-root", status=404)
+    path = below(root, body.path, param="path", what="folder below the server's model root")
+    services = chosen(service, request)
+    if len(services) != 1:
+        names = ", ".join(one.name for one in services)
+        raise ApiError(f"weights are one model's: add ?model=NAME, of {names}", param="model")
+    engine, begin = services[0].engine, time.perf_counter()
+    try:
+        done = await asyncio.to_thread(engine.load_weights, path, keep_cache=body.keep_cache, version=body.version)
+    except (ValueError, OSError) as error:
+        param = "version" if str(error).startswith("version") else "path"
+        raise ApiError(clean(str(error)), param=param) from None
+    except RuntimeError as error:  # it sleeps, or is closed
+        raise ApiError(str(error), status=409) from None
+    aborted = await apart(engine.abort_all) if body.abort_all_requests else 0
+    told = {
+        "version": done.version, "num_tensors": done.num_tensors, "num_bytes": done.num_bytes, "aborted": aborted,
+        "freed_blocks": done.freed_blocks, "num_running": done.num_running, "seconds": time.perf_counter() - begin,
+    }  # fmt: skip
+    return answer({"success": True, **told})
+
+
+async def weight_info(service: Service, request: Request) -> Response:
+    """The version of the weights; of several models, the named one's or the first's."""
+    return answer({"weight_version": chosen(service, request)[0].engine.weights_version})
 
 
 async def pause(service: Service, request: Request) -> Response:
@@ -186,6 +238,8 @@ def _post(path: str, endpoint: Any, summary: str) -> Route:
 ROUTES = [
     _post("/reset_prefix_cache", reset_prefix_cache, "Forget every cached prefix"),
     Route("POST", "/session_hint", session_hint, SessionHinted, "What a session will do next", of_model=False),
+    Route("POST", "/update_weights_from_disk", update_weights, UpdateWeights, "Replace the weights", of_model=False),
+    Route("GET", "/weight_info", weight_info, None, "The version of the weights"),
     _post("/pause", pause, "Stop stepping; mode is abort, wait or keep"),
     _post("/resume", resume, "Go on"),
     _post("/sleep", sleep, "Free memory until /wake_up"),

@@ -72,6 +72,7 @@ def _params(service: Service, body: Sampling, prompts: list[list[int]], length_p
         ("stream", body.stream),
         ("logprobs", body.wanted_logprobs()[0] is not None),
         ("max_tokens", most < 1),
+        ("return_weight_versions", body.return_weight_versions),
     ):
         if wrong:
             raise ApiError(f"{name} cannot go with use_beam_search", param=name)

@@ -284,7 +284,7 @@ class Writer:
         self.created = int(time.time())
         self.head = self._head("chat.completion.chunk")
         self.begin = f'data: {json.dumps(self.head)[:-1]}, "choices": ['
-        self.is_plain = not body.logprobs and not body.return_token_ids
+        self.is_plain = not (body.logprobs or body.return_token_ids or body.return_weight_versions)
         self.begun: set[int] = set()  # answers of which a chunk was written
         self.usage_at_end, self.continuous = usage_wanted(call.service, body)
         self.shows_reasoning = body.include_reasoning is not False
@@ -337,6 +337,8 @@ class Writer:
             "stop_reason": grown.stop_reason,
             "token_ids": grown.token_ids if self.body.return_token_ids else None,
         }
+        if self.body.return_weight_versions:
+            found["weight_versions"] = grown.weight_versions(0, len(grown.token_ids))
         return found
 
     def _logprobs(self, index: int, ids: list[int], start: int) -> dict[str, Any] | None:
@@ -415,6 +417,8 @@ class Writer:
             found["stop_reason"] = grown.stop_reason
         if self.body.return_token_ids:
             found["token_ids"] = piece.tokens
+        if self.body.return_weight_versions:
+            found["weight_versions"] = grown.weight_versions(piece.start, len(piece.tokens))
         return found
 
 

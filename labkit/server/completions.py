@@ -114,7 +114,7 @@ class Writer:
         head = {"id": call.id, "object": "text_completion", "created": _now(), "model": call.model}
         self.head = head
         self.begin = f'data: {json.dumps(head)[:-1]}, "choices": ['
-        self.is_plain = body.logprobs is None and not body.return_token_ids
+        self.is_plain = body.logprobs is None and not body.return_token_ids and not body.return_weight_versions
         self.begun: set[int] = set()  # answers of which a chunk was written
         self.usage_at_end, self.continuous = usage_wanted(call.service, body)
 
@@ -154,6 +154,8 @@ class Writer:
             found["prompt_logprobs"] = prompt_logprobs(call.service.texts, call.parent(index))
         if body.return_token_ids:
             found |= {"prompt_token_ids": grown.handle.prompt.tolist(), "token_ids": ids}
+        if body.return_weight_versions:
+            found["weight_versions"] = grown.weight_versions(0, len(ids))
         return found
 
     def _echoed(self, index: int) -> str:
@@ -226,6 +228,8 @@ class Writer:
             found["token_ids"] = tokens
             if first:
                 found["prompt_token_ids"] = grown.handle.prompt.tolist()
+        if body.return_weight_versions:
+            found["weight_versions"] = grown.weight_versions(piece.start, len(tokens))
         return found
 
 

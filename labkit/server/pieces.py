@@ -54,6 +54,10 @@ class Growing:
     def logprobs(self, start: int, num: int) -> list[TokenLogprobs]:
         return self.handle.logprobs[start : start + num]
 
+    def weight_versions(self, start: int, num: int) -> list[int]:
+        """The version of the weights that each of these tokens was drawn from."""
+        return self.handle.weight_versions[start : start + num]
+
 
 class TokenTexts:
     """Single tokens as text and as bytes, remembered. A token may be a part of a character."""

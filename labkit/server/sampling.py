@@ -118,6 +118,7 @@ class Sampling(BaseModel):
     kv_transfer_params: KVTransfer | None = None
     return_tokens_as_token_ids: bool | None = False
     return_token_ids: bool | None = False
+    return_weight_versions: bool | None = False
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | Text | bool | None = None

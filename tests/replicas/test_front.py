@@ -136,7 +136,7 @@ def test_what_never_fits_and_what_replicas_cannot_do_is_refused_by_name():
             engine.submit([1] * 190, lk.SamplingParams(max_tokens=20))
         with pytest.raises(ValueError, match="logits_processors are functions"):
             engine.submit([1], lk.SamplingParams(logits_processors=[lambda *given: given[-1]]))
-        for refused in (engine.snapshot, engine.fork, engine.profile):
+        for refused in (engine.snapshot, engine.fork, engine.profile, engine.load_weights):
             with pytest.raises(ValueError, match="is not there with data_parallel_size"):
                 refused()
         engine.control(budget=8)

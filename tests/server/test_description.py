@@ -14,7 +14,10 @@ KEPT = {
     "max_completion_tokens": 2,
     "max_output_tokens": 16,
 }  # else an answer may fill the model's room
-PLAIN = {"/v1/responses": {"input": "def f("}}  # every other time: hardly a list of items would be right
+PLAIN = {  # every other time: hardly a list of items would be right
+    "/v1/responses": {"input": "def f("},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "def f("}]},
+}
 ENDS = ("event: response.completed", "event: response.incomplete", "event: message_stop")
 ADAPTERS = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 CLOSED = {"/tokenizer_info", "/v1/load_model", "/v1/unload_model", *ADAPTERS}  # unless a flag opens them
