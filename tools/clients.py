@@ -284,7 +284,7 @@ def one(name: str, url: str, model: str, told: dict[str, Any]) -> int:
         try:
             call()
             passed += 1
-        except Exception as error:
+        except Exception as error:  # each client library has errors of its own
             failed.append(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}")
     print(f"{name:18} {known:12} {passed:2} passed, {len(failed)} failed", *failed, sep="\n    " if failed else "")
     return len(failed)

@@ -97,7 +97,7 @@ def client(pipe: Any, port: int) -> None:
         prompts, tokens, at, interval = job
         try:
             pipe.send(read_streams(port, [request(port, prompt, tokens) for prompt in prompts], at, interval))
-        except Exception as error:
+        except Exception as error:  # the other process raises it
             pipe.send(error)
 
 

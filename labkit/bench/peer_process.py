@@ -243,7 +243,7 @@ def main():
     for line in sys.stdin:
         try:
             answer = run(json.loads(line)["asks"])
-        except Exception as error:
+        except Exception as error:  # other engines' errors are part of the answer
             answer = {"error": f"{type(error).__name__}: {error}"}
         answer["peak_memory"] = peak_memory()
         say(answer)

@@ -25,11 +25,11 @@ def mimebundle(thing: object) -> dict[str, str]:
     """What a notebook shows: the repr and the HTML view. If the drawer fails, the repr and the error."""
     try:
         plain = repr(thing)
-    except Exception as error:
+    except Exception as error:  # a notebook drops an object whose view raises
         return {"text/plain": f"<{type(thing).__name__}: its repr failed: {type(error).__name__}: {error}>"}
     try:
         html = html_of(thing)
-    except Exception as error:
+    except Exception as error:  # a notebook drops an object whose view raises
         return {"text/plain": f"{plain}\n(no picture: {type(error).__name__}: {error})"}
     return {"text/plain": plain} if html is None else {"text/plain": plain, "text/html": html}
 

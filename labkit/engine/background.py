@@ -93,7 +93,7 @@ class Background(Loop):
         except StalledError as error:
             self._give_up([self.scheduler.queue.peek()] if self.scheduler.queue else self._live(), error)
             return 0.0
-        except Exception as error:
+        except Exception as error:  # in the background nobody catches it: a warning, and another try
             self._num_failures += 1
             warn(f"a step failed: {type(error).__name__}: {error}")
             if self._num_failures >= MOST_FAILURES:
@@ -161,7 +161,7 @@ class Background(Loop):
         aborted = self._end_all()
         try:
             self._spill()
-        except Exception as error:
+        except Exception as error:  # an engine closes with a full disk, too
             warn(f"the prefix cache was not written to disk: {error}")
         memory = held_memory(self.runner)
         if (close := getattr(self.runner, "close", None)) is not None:
@@ -175,7 +175,7 @@ class Background(Loop):
         while self.in_flight:
             try:
                 self._commit()
-            except Exception as error:
+            except Exception as error:  # an engine closes after a failed step, too
                 warn(f"the last step failed: {error}")
         return len(live)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from labkit.files import json_object
 
 NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 FILE = "generation_config.json"
@@ -23,10 +24,7 @@ def sampling_defaults(model: str | None, source: str = "auto") -> dict[str, Any]
         if source != "auto":
             raise ValueError(f"generation_config: there is no {FILE} in {source!r}")
         return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{FILE} is not JSON: {error}") from None
+    found = json_object(path)
     given = {name: found[name] for name in NAMES if found.get(name) is not None}
     if found.get("max_new_tokens"):
         given["max_tokens"] = found["max_new_tokens"]

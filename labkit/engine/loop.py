@@ -112,7 +112,7 @@ class Loop:
             if not quiet:
                 raise
             return  # the request and the log say so; there is no caller to raise to
-        except Exception as error:
+        except Exception as error:  # a request that arrives later has no caller to raise to
             if not quiet:
                 raise
             for member in (handle, *handle.samples):
@@ -248,7 +248,7 @@ class Loop:
     def _tell(self, listener: Listener, outputs: Outputs) -> None:
         try:
             listener(outputs)
-        except Exception as error:
+        except Exception as error:  # a user's function may raise anything, and the step must go on
             if listener in self.listeners:
                 self.listeners.remove(listener)
             warn(f"{listener!r} raised {error!r} and no longer listens")

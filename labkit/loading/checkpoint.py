@@ -105,7 +105,7 @@ def _from_modelscope(name: str) -> Path:
         raise ValueError(f"model 'ms:{name}' needs the package modelscope: pip install modelscope") from error
     try:
         return Path(snapshot_download(name))
-    except Exception as error:
+    except Exception as error:  # many kinds: offline, missing, gated
         raise ValueError(f"model 'ms:{name}': modelscope did not give it ({error})") from error
 
 

@@ -4,7 +4,6 @@ transformers gives the same model. Runs no code of the checkpoint, and knows no 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from labkit.files import json_object
 
 MODEL_TYPE = "internvl_chat"
 PLACE, END_OF_TURN = "<IMG_CONTEXT>", "<|im_end|>"
@@ -97,28 +98,18 @@ def place_id(folder: Path) -> int:
 
 def token_id(folder: Path, token: str) -> int | None:
     """The id of an added token, from whichever file of the tokenizer lists it."""
-    ids = _json(folder / "added_tokens.json")
+    ids = json_object(folder / "added_tokens.json")
     if token in ids:
         return int(ids[token])
-    for id, one in (_json(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
+    for id, one in (json_object(folder / "tokenizer_config.json").get("added_tokens_decoder") or {}).items():
         if one.get("content") == token:
             return int(id)
-    whole = _json(folder / "tokenizer.json")
+    whole = json_object(folder / "tokenizer.json")
     for one in whole.get("added_tokens") or ():
         if one.get("content") == token:
             return int(one["id"])
     vocab = (whole.get("model") or {}).get("vocab")
     return vocab.get(token) if isinstance(vocab, dict) else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
 
 
 NAMES = tuple((re.compile(old), new) for old, new in (

@@ -95,7 +95,7 @@ def examine(probes: dict[str, Probe] | None = None) -> Report:
     for name, probe in (PROBES if probes is None else probes).items():
         try:
             rows += probe()
-        except Exception as error:
+        except Exception as error:  # one failing check must not hide the others
             rows.append(
                 Row(name, FAIL, f"{type(error).__name__}: {error}", "this check itself failed: please report it")
             )

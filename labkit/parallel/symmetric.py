@@ -66,7 +66,7 @@ def symmetric(group: Any, rank: int, ranks: int, device: torch.device, dist: Any
     if fast is not None:
         try:
             right = is_right(fast, rank, lambda x: _sum(x, group, dist), lambda x: _gather(x, ranks, group, dist))
-        except Exception as error:
+        except Exception as error:  # as above
             right, why = False, f"{type(error).__name__}: {error}"
         if not _all_agree(right, group, device, dist):
             fast, why = None, why or "its sums are not those of NCCL"

@@ -70,7 +70,7 @@ class Worker:
             self.channel.send("V", pack(pack_any(value)))
         except Lost:
             raise
-        except Exception as error:
+        except Exception as error:  # the caller is in another process: it raises there
             self.channel.send("E", error_bytes(-1, error))
 
     def _step(self, data: bytes) -> None:
@@ -90,7 +90,7 @@ class Worker:
             self.channel.send("R", result_bytes(plan.step, result, self._busy, self.peers.waited))
         except (Lost, Closed):
             raise
-        except Exception as error:
+        except Exception as error:  # the engine is in another process: it raises there
             self.channel.send("E", error_bytes(plan.step, error))
 
     def _with_grammars(self, join: Any) -> Any:

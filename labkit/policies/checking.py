@@ -92,7 +92,7 @@ def _copied(policies: dict[str, Any]) -> dict[str, Any]:
     """All in one go: decisions of one object stay of one object."""
     try:
         return copy.deepcopy(policies)
-    except Exception as error:
+    except Exception as error:  # a user's object may refuse to be copied with any error
         raise TypeError(f"these policies cannot be copied, so that every day could begin anew: {error}") from error
 
 

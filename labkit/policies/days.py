@@ -196,7 +196,7 @@ class Day:
         for request in list(queue)[:12]:
             try:
                 key, again = queue.key(request, now), queue.key(request, now)
-            except Exception as error:
+            except Exception as error:  # of the order, which may raise anything
                 kind = kind_of(type(error).__name__, str(error))
                 self.found.add(kind, "order", f"{type(error).__name__}: {error}", self.name)
                 return

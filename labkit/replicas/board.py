@@ -353,7 +353,7 @@ class Board(Shown):
                     self._place(family, now)
                     self.num_served_again += 1
                     continue
-                except Exception as trouble:
+                except Exception as trouble:  # whatever it was, the request ends with it
                     error = str(trouble)
             for member in family:
                 self.log.add(("Aborted", member.id, member.num_output))

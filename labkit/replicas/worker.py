@@ -96,7 +96,7 @@ class Serving:
             reason = next((ended[name].finish_reason for name in names if name in ended), None) or str(error)
             self._refused += [_end(name, Status.REJECTED, reason) for name in names]
             return
-        except Exception as error:
+        except Exception as error:  # whatever it was, this request ends with it and the replica serves on
             self._refused += [_end(name, Status.REJECTED, "error", str(error)) for name in names]
             return
         for member in handle.family:
@@ -112,7 +112,7 @@ class Serving:
             value = getattr(self, f"do_{name}")(**{key: unpack_any(one) for key, one in given.items()})
             self._tell()
             self.channel.send("V", pack(pack_any(value)))
-        except Exception as error:
+        except Exception as error:  # the caller is in another process: it raises there
             self.channel.send("E", error_bytes(-1, error))
 
     def do_pause(self) -> None:

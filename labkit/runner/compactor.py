@@ -113,7 +113,7 @@ class Compactor:
         """The object is a user's and may raise anything: its request fails, the others go on."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # a user's object may raise anything
             self.failed[row] = f"kv= failed: {type(error).__name__}: {error}"
 
     def watch(self, plan: Plan, rows: Rows, device: Any) -> Watched | None:

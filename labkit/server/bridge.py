@@ -114,7 +114,7 @@ class Feed:
             return None
         try:
             chunk = self._write(self._take())
-        except Exception as error:
+        except Exception as error:  # the engine's thread goes on; the reader raises it
             self.fail(error)
             return None
         return (line, chunk) if chunk else None

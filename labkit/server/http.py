@@ -133,7 +133,7 @@ class EventStream(Response):
         with watched(feed, receive):
             try:
                 chunk = await self._next()
-            except Exception as error:
+            except Exception as error:  # whatever it was, the client gets a status for it
                 await failed(error)(scope, receive, send)
                 return
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -147,7 +147,7 @@ class EventStream(Response):
             except ClientGone:
                 scope[NOTE]["outcome"] = "the client left"
                 last = b""
-            except Exception as error:
+            except Exception as error:  # the status is sent already, so the stream ends with the error
                 if not isinstance(error, ApiError):
                     log.error("a stream failed: %s: %s", type(error).__name__, error, exc_info=error)
                     error = internal()

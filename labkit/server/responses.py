@@ -273,7 +273,7 @@ class Writer:
         except ClientGone:
             self.output.close("incomplete")
             self.keep(self.response("cancelled"))
-        except Exception as error:
+        except Exception as error:  # whatever it was, the client reads of it in the kept answer
             if not isinstance(error, ApiError):
                 log.error("an answer failed: %s: %s", type(error).__name__, error, exc_info=error)
                 error = internal()

@@ -178,7 +178,7 @@ class Experiment:
                 engine.generate([[1, 2, 3]], _WARM_UP)
             served = serve(workload, engine, history, speed)
             measured = {name: _number(name, function(engine.log)) for name, function in self.metrics.items()}
-        except Exception as error:
+        except Exception as error:  # it becomes this run's result, and the others count
             return Run(names, seed, f"{type(error).__name__}: {error}")
         finally:
             if engine is not None:

@@ -89,7 +89,7 @@ def _work(function: Callable[[T], R], items: Sequence[T], pipe: Connection[Any, 
         index = pipe.recv()
         try:
             pipe.send((True, function(items[index])))
-        except Exception as error:
+        except Exception as error:  # the caller is in another process: it raises there
             pipe.send((False, error))
 
 

@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+from labkit.files import json_object
 from labkit.text import internvl
 from labkit.text.limits import render
 
@@ -72,7 +73,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
         folder = Path(folder)
-        config = _json(folder / "tokenizer_config.json")
+        config = json_object(folder / "tokenizer_config.json")
         template = _template(folder, config)
         if internvl.fields_of(folder) is not None:
             template, trust_remote_code = template or internvl.CHATML, False  # its code is never run
@@ -223,16 +224,6 @@ def stream_of(decoder: Decoder, prompt: Sequence[int], skip_special_tokens: bool
     if isinstance(decoder, Tokenizer):
         return decoder.stream(prompt, skip_special_tokens)
     return DecodedStream(decoder)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return found if isinstance(found, dict) else {}
 
 
 def _template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -190,7 +190,7 @@ def _guarded(dashboard: Any, act: Callable[[], Any]) -> None:
     """Run what a click asked for; an error is shown below the buttons."""
     try:
         act()
-    except Exception as error:
+    except Exception as error:  # a click has no caller to raise to
         dashboard.say(f"{type(error).__name__}: {error}")
     else:
         dashboard.say()

@@ -143,7 +143,7 @@ class Scored(Shown):
             if key == key:
                 return key
             raise ValueError("the score is nan")
-        except Exception as error:
+        except Exception as error:  # a user's function may raise anything
             warnings.warn(f"eviction policy {self.name!r} failed on block {block}: {error!r}", stacklevel=2)
             return float("-inf")
 

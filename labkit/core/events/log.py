@@ -124,7 +124,7 @@ class EventLog(Shown):
         for subscriber in list(self._subscribers):
             try:
                 subscriber(batches)
-            except Exception as error:
+            except Exception as error:  # a user's function may raise anything, and the step must go on
                 if subscriber in self._subscribers:  # it may have unsubscribed itself
                     self._subscribers.remove(subscriber)
                 warnings.warn(f"{subscriber!r} raised {error!r} and is no longer subscribed", stacklevel=2)

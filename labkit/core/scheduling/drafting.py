@@ -158,7 +158,7 @@ class Drafting:
                     raise guess
                 found.append(_checked(guess, int(asked.most[i]), vocab_size))
                 self.num_failures = 0
-            except Exception as error:
+            except Exception as error:  # a user's guess may be anything
                 found.append(NO_GUESS)
                 self._failed(error, repr(name(int(asked.rows[i]))))
         return found

@@ -117,7 +117,7 @@ def _serve(workload: Workload, task: _Task, slo: Mapping[str, float], options: d
         served = Cluster(task.place, router=copy.deepcopy(task.router), **options)
         served.serve(workload)
         served.check()
-    except Exception as error:
+    except Exception as error:  # it becomes this run's result, and the others count
         return Run(task.label, task.seed, f"{type(error).__name__}: {error}")
     return Run(task.label, task.seed, None, metrics_of(served, slo), columns_of(served))
 

@@ -402,7 +402,7 @@ def chosen(router: Router, request: Incoming, views: Views, now: float) -> int:
     name = name_of(router)
     try:
         given: Any = router(request, views, now)
-    except Exception as error:
+    except Exception as error:  # a user's router may raise anything
         raise RouterError(f"router {name!r} failed for request {request.id!r}: {error!r}") from error
     index: int | None = None if isinstance(given, bool) or not hasattr(given, "__index__") else given.__index__()
     if index is None or not 0 <= index < len(views):
