@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"labkit {args.command}: {error}", file=sys.stderr)
+        what = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        print(f"labkit {args.command}: {what}", file=sys.stderr)
         return 2
 
 

@@ -41,7 +41,7 @@ def test_bad_arguments_are_answered_in_a_line(capsys):
     assert main(["demo", "--requests", "0"]) == 2
     assert capsys.readouterr().err == "labkit demo: --requests must be at least 1, got 0\n"
     assert main(["bench", "scheduler", "--quick", "--python", "/no/such/python"]) == 2
-    assert "No such file" in capsys.readouterr().err
+    assert capsys.readouterr().err == "labkit bench: /no/such/python: No such file or directory\n"
     with pytest.raises(SystemExit):
         main(["serv"])
 

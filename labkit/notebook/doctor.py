@@ -23,7 +23,7 @@ from labkit.widgets import style
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 PYTHONS = ((3, 11), (3, 14))  # lower bound, and upper bound (excluded)
-EXTRAS = ("lab", "study", "server", "structured")
+EXTRAS = ("lab", "study", "server", "images", "structured")
 MARKS = {OK: "ok  ", WARN: "warn", FAIL: "FAIL"}
 COLORS = {OK: style.HUES[2], WARN: style.HUES[1], FAIL: style.HUES[5]}
 GIB = 2**30
