@@ -41,17 +41,29 @@ def multiplying(cubin: bytes) -> tuple[dict[str, int], ...]:
     return tuple(counts for counts in found if counts["tensor"])
 
 
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """What a thread takes: registers, and bytes of stack. What spills lies on the stack."""
+    said = _dumped(cubin, "-res-usage")
+    found = re.search(r"\bREG:(\d+) STACK:(\d+)", said)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no registers: {said}")
+    return int(found[1]), int(found[2])
+
+
 def instructions(cubin: bytes) -> list[tuple[int, str, str]]:
     """(address, name, operands) of every instruction."""
+    found = [LINE.match(line) for line in _dumped(cubin, "-sass").splitlines()]
+    return [(int(match[1], 16), match[2], match[3]) for match in found if match]
+
+
+def _dumped(cubin: bytes, what: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        done = subprocess.run([tool, "-sass", file], capture_output=True, text=True, check=True)
-    found = [LINE.match(line) for line in done.stdout.splitlines()]
-    return [(int(match[1], 16), match[2], match[3]) for match in found if match]
+        return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
 
 
 def _count(names: list[str]) -> dict[str, int]:
