@@ -1,11 +1,13 @@
 """Closing and pausing an engine whose thread has died or whose step hangs, and warnings where they are errors."""
 
+import gc
 import sys
 import threading
 import time
 import warnings
 
 import pytest
+import torch
 
 import labkit as lk
 from tests.harness import params
@@ -144,3 +146,32 @@ def test_a_listener_that_fails_costs_nobody_else_its_outputs_where_warnings_are_
             handle = engine.submit([1, 2], params(4)).wait(10)
     assert [int(token) for token in found] == handle.output_ids
     assert "no longer listens" in caplog.text
+
+
+class Holding(lk.FakeRunner):
+    """A fake model with weights, which only its own cycle holds after closing."""
+
+    def __init__(self, is_cycle: bool) -> None:
+        super().__init__(seed=1, vocab_size=50)
+        weights = torch.nn.Linear(2, 2)
+        self.inner = [weights]
+        if is_cycle:
+            self.inner.append(self.inner)
+
+    def memory_parts(self):
+        return [("weights", self.inner[0].weight)] if self.inner else []
+
+    def close(self) -> None:
+        self.inner = []
+
+
+def test_closing_frees_also_what_a_cycle_holds(monkeypatch):
+    """A collection goes through every object of the process: it is done only where something is left."""
+    collect, calls = gc.collect, []
+    monkeypatch.setattr(gc, "collect", lambda: calls.append(collect()))
+    assert wall_engine(Holding(is_cycle=False)).close().ok and not calls
+    gc.disable()
+    try:
+        assert wall_engine(Holding(is_cycle=True)).close().ok and len(calls) == 1
+    finally:
+        gc.enable()
