@@ -1,6 +1,7 @@
 """Small models on two cores: a second thread costs more than it brings. What needs the machine for itself while tests
 run side by side, and what may not be skipped where it counts."""
 
+import gc
 import os
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
         return all(item.get_closest_marker("alone") for item in files[path])
 
     items[:] = [item for path in sorted(files, key=place) for item in files[path]]
+
+
+def pytest_collection_finish(session):
+    """What was imported and collected stays to the end: collections of garbage need not go through it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
