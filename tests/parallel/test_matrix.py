@@ -1,5 +1,5 @@
 """Greedy tokens on ranks are transformers', however ranks are dealt and whatever is done with requests and blocks.
-Ranks are threads; docs/parallel.md has the table of what is tested where."""
+Ranks are threads."""
 
 import pytest
 from transformers import CONFIG_MAPPING
@@ -9,11 +9,8 @@ from tests.parallel.test_engine import engine, greedy, prompts_of, tokens_of
 from tests.parallel.test_shards import fitting
 from tests.parallel.threads import ThreadWorkers
 
-RANKS = {  # with what tells families apart there: biases, merged products and experts in shards, tied heads in stages
-    (4, 1): ("gemma3_text", "mixtral", "phi3", "qwen2"),
-    (1, 4): ("gemma3_text", "qwen2"),
-    (2, 2): ("llama", "mixtral", "qwen3"),
-}
+FAMILIES = ("gemma3_text", "llama", "mixtral", "phi3", "qwen2", "qwen3")
+RANKS = [(4, 1), (1, 4), (2, 2)]
 NUM = 6  # tokens
 PRESSED = {"num_blocks": 20, "max_num_batched_tokens": 9, "max_prefill_chunk": 5, "watermark": 0.0}
 CASES = {
@@ -48,7 +45,7 @@ def test_families_give_the_tokens_of_transformers(ranks, saved):
     """With chunks, shared prefixes, and so few blocks that requests are preempted and computed again."""
     num_preempted = 0
     with ThreadWorkers(*ranks) as workers:
-        for kind in RANKS[ranks]:
+        for kind in FAMILIES:
             folder, expected = saved(kind)
             eng = engine(folder, workers=workers, preemption="recompute", **PRESSED | {"num_blocks": 9})
             assert tokens_of(eng, prompts_of(2, 3), max_tokens=NUM) == expected, kind
