@@ -72,7 +72,7 @@ def test_other_alignment_hooks_and_forgotten_launches_go_through_triton(found):
 def test_a_repeated_launch_takes_few_microseconds(found):
     """12 us is the aim; a busy machine may take three times as long. Through Triton it is 40 to 140."""
     for name, us in found["us"].items():
-        assert us["repeated"] < 36 and us["repeated"] < 0.5 * us["through Triton"], f"{name}: {us}"
+        assert us["repeated"] < 36 and us["repeated"] < 0.7 * us["through Triton"], f"{name}: {us}"
 
 
 def test_few_classes_are_kept():
