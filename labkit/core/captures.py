@@ -26,10 +26,25 @@ KINDS = {
 OPTIONS = ("positions", "folder")
 
 
-class Captured(NamedTuple):
-    """What one step gave: a line for each of `positions`, by (kind, layer)."""
+class CapturedStep(NamedTuple):
+    """What one step gave, the lines of one request behind those of another. A kind that only some of them asked for has
+    lines of all."""
 
     step: int
+    requests: tuple[str, ...]
+    starts: NDArray[np.int64]  # by request: the position of its first line
+    counts: NDArray[np.int64]  # by request: its lines, one for each position from there on
+    values: dict[tuple[str, int], Any]  # by (kind, layer): [lines, ..]
+    attention: dict[str, dict[tuple[str, int], Any]]  # by request: [heads, its lines, keys]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedStep:
+        return self  # nobody writes to its arrays
+
+
+class Captured(NamedTuple):
+    """What one request captured, by (kind, layer): a line for each of `positions`, and the step that computed it."""
+
+    steps: NDArray[np.int64]
     positions: NDArray[np.int64]
     values: dict[tuple[str, int], Any]
 
@@ -42,7 +57,7 @@ class Captured(NamedTuple):
             return self
         num = int(np.searchsorted(self.positions, end))
         lines = {key: value[:, :num] if key[0] == "attention" else value[:num] for key, value in self.values.items()}
-        return self._replace(positions=self.positions[:num], values=lines) if num else None
+        return Captured(self.steps[:num], self.positions[:num], lines) if num else None
 
 
 def check_capture(given: Any) -> dict[str, Any] | None:

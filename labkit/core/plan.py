@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.blocks.tiers import NO_MOVES, DiskMoves
-from labkit.core.captures import Captured
+from labkit.core.captures import CapturedStep
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.shown import mimebundle
@@ -219,13 +219,12 @@ class Extras(NamedTuple):
 
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the step's tokens, in order
     prompt_logprobs: dict[int, TokenLogprobs] | None = None  # by position in the prompt
-    captured: Captured | None = None
-    num_edited: int = 0  # edits made, times tokens
 
 
 class Result(NamedTuple):
     """The tokens of each sample of the plan, the step's seconds, and an error text for each row that failed on its own.
-    `extras` are by request id; the core passes them on unread.
+    `extras` and `edited` (the number of edits made, times tokens) are by request id; the core passes them and what was
+    `captured` on unread.
 
     Sample j's tokens are `tokens[indptr[j]:indptr[j + 1]]`: one, and one more for each accepted draft; none for a row
     that failed. Without `indptr` every sample has one token. `read` names the disk reads of this or earlier plans that
@@ -240,6 +239,8 @@ class Result(NamedTuple):
     indptr: Ints | None = None
     read: dict[bytes, bool] | None = None
     once: bool = False
+    captured: CapturedStep | None = None
+    edited: dict[str, int] | None = None
 
     @property
     def num_samples(self) -> int:

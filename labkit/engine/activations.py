@@ -60,7 +60,9 @@ class Activations:
     def in_memory(cls, id: str, captures: Sequence[Captured], tokens: NDArray[np.int32]) -> Activations:
         """Those of one request. Of a position that was computed twice, after a preemption, the latest."""
         positions, places = _latest([one.positions for one in captures])
-        steps = np.array([one.step for one in captures], np.int64)[places[:, 0]]
+        steps = np.concatenate([np.zeros(0, np.int64), *(one.steps for one in captures)])
+        begins = np.cumsum([0, *(len(one.steps) for one in captures)])
+        steps = steps[begins[places[:, 0]] + places[:, 1]]
         keys = {key for one in captures for key in one.values if key[0] != "attention"}
         ids = np.full(len(positions), id, object)
         return cls(ids, positions, tokens[positions], steps, keys, places, lambda i, key: captures[i].values.get(key))
@@ -184,7 +186,7 @@ class Shards:
         index = {
             "positions": np.concatenate([one.positions for _, one, _ in parts]),
             "tokens": np.concatenate([tokens for _, _, tokens in parts]),
-            "steps": np.concatenate([np.full(len(one.positions), one.step) for _, one, _ in parts]),
+            "steps": np.concatenate([one.steps for _, one, _ in parts]),
             "request": np.concatenate([np.full(len(one.positions), number[id]) for id, one, _ in parts]),
         }
         tensors |= {name: torch.from_numpy(array) for name, array in index.items()}

@@ -25,6 +25,7 @@ class Owner(Protocol):
     def wait_past(self, handle: Handle, seen: int) -> int: ...
     async def wait_past_async(self, handle: Handle, seen: int | None) -> int: ...
     def abort(self, request: str | Request) -> Handle: ...
+    def hand_out(self) -> None: ...
 
 
 class RequestError(RuntimeError):
@@ -40,9 +41,9 @@ class Handle(Request):
     """
 
     __slots__ = (
+        "_captures",
         "_lock",
         "_text",
-        "captures",
         "engine",
         "logprobs",
         "num_edited",
@@ -58,12 +59,23 @@ class Handle(Request):
         self.prompt_text = prompt_text
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
-        self.captures: list[Captured] = []
+        self._captures: list[Captured] = []
         self.shards: Shards | None = None  # where captures go instead
         self.num_edited = 0  # edits made, times tokens; also on tokens that were computed again
         self.versions: list[tuple[int, int]] = []  # (first output token, version of the weights it was drawn from)
         self._text: Text | None = None
         self._lock = threading.Lock()
+
+    @property
+    def captures(self) -> list[Captured]:
+        """What `capture` has given so far, in parts as they were handed out."""
+        if self.params.capture is not None:
+            self.engine.hand_out()
+        return self._captures
+
+    @captures.setter
+    def captures(self, found: list[Captured]) -> None:
+        self._captures = found
 
     @property
     def family(self) -> list[Handle]:
@@ -172,19 +184,15 @@ class Handle(Request):
             self.logprobs += extras.logprobs[: max(0, self.num_output - len(self.logprobs))]
         if extras.prompt_logprobs:
             self.prompt_logprobs |= extras.prompt_logprobs
-        self.num_edited += extras.num_edited
-        if extras.captured is not None:
-            # drafts that were rejected, and what was computed after the request ended, are no tokens of it
-            captured = extras.captured.before(self.num_tokens - 1)
-            if captured is not None and self.shards is not None:
-                self.shards.add(self, captured, self.tokens[captured.positions])
-            elif captured is not None:
-                self.captures.append(captured)
 
-    def take_to(self, shards: Shards, extras: Extras) -> None:
-        """The same, with captures written to a folder."""
+    def keep(self, captured: Captured) -> None:
+        """These lines are its own."""
+        self._captures.append(captured)
+
+    def write(self, shards: Shards, captured: Captured) -> None:
+        """The same, in a folder."""
         self.shards = shards
-        self.take(extras)
+        shards.add(self, captured, self.tokens[captured.positions])
 
     # -- waiting -------------------------------------------------------------------------------------------------
 

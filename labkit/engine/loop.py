@@ -18,6 +18,7 @@ import numpy as np
 
 from labkit.clock import Clock
 from labkit.core.blocks.manager import BlockManager
+from labkit.core.captures import CapturedStep
 from labkit.core.events.log import EventLog
 from labkit.core.options import duration
 from labkit.core.plan import Failure, Outputs, Plan, Result
@@ -25,6 +26,7 @@ from labkit.core.request import Request, Status
 from labkit.core.scheduling.decisions import Policies
 from labkit.core.scheduling.scheduler import RejectedError, Scheduler
 from labkit.engine.activations import Shards
+from labkit.engine.backlog import Backlog, Waiting, lines_of
 from labkit.engine.handle import Handle
 from labkit.engine.wakeup import Wakeup
 from labkit.runner.base import Pending, Runner
@@ -61,6 +63,7 @@ class Loop:
         self._num_enqueued = 0  # breaks ties in time
         self.weights_version = 0  # how often they were replaced, or the number that was given for them
         self._watched: dict[str, Handle] = {}  # requests with stop strings
+        self.backlog = Backlog()
         self.shards: dict[str, Shards] = {}  # by folder: what requests write their activations with
         self.wakeup = Wakeup()
         self._notes: Callable[[], list[tuple[Any, ...]]] | None = getattr(runner, "notes", None)
@@ -195,23 +198,45 @@ class Loop:
             find_stops = self._find_stops if self._watched else None
             outputs = self.scheduler.commit(plan, result, self.clock.now(), find_stops)
         finally:
-            if result.extras:
-                self._hand_out(result)
+            if result.extras or result.edited:
+                self._take_extras(result)
+            if result.captured is not None:
+                self._take_captured(result.captured)
         for listener in list(self.listeners):
             self._tell(listener, outputs)
         self.wakeup.ring()
         return outputs
 
-    def _hand_out(self, result: Result) -> None:
+    def _handle(self, id: str) -> Handle | None:
+        request = self.scheduler.requests.get(id) or self.scheduler.ended.get(id)
+        return request if isinstance(request, Handle) else None
+
+    def _take_extras(self, result: Result) -> None:
         for id, extras in (result.extras or {}).items():
-            handle = self.scheduler.requests.get(id) or self.scheduler.ended.get(id)
-            if not isinstance(handle, Handle):
-                continue
-            if extras.captured is not None and (folder := (handle.params.capture or {}).get("folder")) is not None:
-                self._write(folder, partial(handle.take_to, extras=extras))
-            else:
+            if (handle := self._handle(id)) is not None:
                 handle.take(extras)
+        for id, num in (result.edited or {}).items():
+            if (handle := self._handle(id)) is not None:
+                handle.num_edited += num
+
+    def _take_captured(self, step: CapturedStep) -> None:
+        """Lines for a folder are written as they come; others wait until there are more of them."""
+        handles = [self._handle(id) for id in step.requests]
+        if not any(handle and "folder" in handle.params.capture for handle in handles):  # type: ignore[operator]
+            self.backlog.add(step, handles)
+            return
+        for reader, captured in lines_of([Waiting(step, handles)]):
+            assert isinstance(reader, Handle) and reader.params.capture is not None
+            if (folder := reader.params.capture.get("folder")) is not None:
+                self._write(folder, partial(reader.write, captured=captured))
+            else:
+                self.backlog.hand_out()  # what is older comes first
+                reader.keep(captured)
         self._settle_shards()
+
+    def hand_out(self) -> None:
+        """Requests get the lines that they captured and do not have yet."""
+        self.backlog.hand_out()
 
     def _settle_shards(self) -> None:
         """Write activations whose requests have ended."""

@@ -32,6 +32,8 @@ class Stateful(Protocol):
     @property
     def log(self) -> EventLog: ...
 
+    def hand_out(self) -> None: ...
+
 
 E = TypeVar("E", bound=Stateful)
 KEPT = frozenset(
@@ -49,6 +51,7 @@ KEPT = frozenset(
         "adapters",
         "images",
         "shards",
+        "backlog",
         "weights_version",
     }
 )  # attributes of the engine itself that a restore keeps
@@ -137,6 +140,7 @@ def restore_engine(engine: Stateful, snapshot: Snapshot) -> None:
         kept = "" if theirs == ours else f", whose keys and values are {theirs}; here they are {ours}"
         raise ValueError(f"this snapshot belongs to another engine{kept}")
     known = {id(thing) for thing, _ in snapshot.state}
+    engine.hand_out()  # now, since the lines of what is undone would come later
     engine.log.flush(engine.scheduler.step, engine.clock.now())
     engine.log.rewind(snapshot.mark)
     for request in _requests(engine):

@@ -12,7 +12,7 @@ import numpy as np
 
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.tiers import DiskMoves, DiskWrite, Stub
-from labkit.core.captures import Captured
+from labkit.core.captures import Captured, CapturedStep
 from labkit.core.edits import Add, Clamp, Edit, Function, Project, Replace
 from labkit.core.messagepack import pack, unpack
 from labkit.core.params import SamplingParams
@@ -30,11 +30,12 @@ EMPTY = Plan(0, 0, *(_NONE,) * 3, 0, *(_NONE,) * 5)
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Add, Captured, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, Project, Replace, SamplingParams, Span, Stub,
-        TableChanges, TokenLogprobs,
+        Add, Captured, CapturedStep, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, Project, Replace,
+        SamplingParams, Span, Stub, TableChanges, TokenLogprobs,
     )
 }  # fmt: skip
 NOT_SENT = {"extra_args", "logits_processors", "output_kind", "structured_outputs"}  # of SamplingParams
+OF_RESULT = ("errors", "extras", "read", "once", "captured", "edited")  # sent where it is there
 _INT = np.dtype("<i8")
 
 
@@ -96,7 +97,7 @@ def result_bytes(step: int, result: Result, busy: float, waited: float) -> bytes
         np.ascontiguousarray(result.tokens, np.int32).tobytes(),
         b"" if result.indptr is None else np.ascontiguousarray(result.indptr, _INT).tobytes(),
     ]
-    rest = {name: getattr(result, name) for name in ("errors", "extras", "read", "once") if getattr(result, name)}
+    rest = {name: value for name in OF_RESULT if (value := getattr(result, name))}
     if rest:
         parts.append(pack({name: pack_any(value) for name, value in rest.items()}))
     return b"".join(parts)

@@ -86,7 +86,8 @@ class Worker:
             result = self.runner.launch(plan).result()
             if not self.answers:
                 errors = result.errors if self.rank == 0 else None  # the first stage has the inputs, which may fail
-                result = result._replace(tokens=result.tokens[:0], extras=None, indptr=None, errors=errors)
+                nothing = dict.fromkeys(("extras", "indptr", "captured", "edited"))
+                result = result._replace(tokens=result.tokens[:0], errors=errors, **nothing)
             waited = self.peers.waited - before
             self._busy += time.perf_counter() - begin - waited
             self.channel.send("R", result_bytes(plan.step, result, self._busy, self.peers.waited))

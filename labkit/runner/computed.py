@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from labkit.core.captures import CapturedStep
 from labkit.core.plan import Extras, Plan, Result
-from labkit.runner.extras import Lines
 from labkit.sampling.sampler import Drawn
 from labkit.transfer import fetch
 
@@ -33,26 +33,23 @@ class Computed:
         self.read: dict[bytes, bool] | None = None  # disk reads that have ended
         self.once = False  # it captured or recorded a step
         self.failed: dict[int, str] = {}  # rows whose inputs could not be made, or whose edits failed
-        self.lines: Lines | None = None  # captured
-        self.num_edited: dict[str, int] = {}  # request -> edits made, times tokens
+        self.captured: CapturedStep | None = None
+        self.edited: dict[str, int] = {}  # request -> edits made, times tokens
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def showing(self, lines: Lines | None, num_edited: dict[str, int]) -> Computed:
+    def showing(self, captured: CapturedStep | None, edited: dict[str, int]) -> Computed:
         """With what was captured, and the number of edits that were made."""
-        self.lines, self.num_edited = lines, num_edited
+        self.captured, self.edited = captured, edited
         return self
 
     def result(self) -> Result:
         if self.event is not None:
             self.event.synchronize()
-        extras = self._extras() if self.lines is not None or self.num_edited else self.extras
         if self.host is None:
-            seconds = time.perf_counter() - self.begin
-            empty = np.zeros(0, np.int32)
-            return Result(empty, seconds, self.failed or None, extras or None, None, self.read or None, self.once)
+            return self._result(np.zeros(0, np.int32), self.failed, self.extras)
         plan = self.plan
         tokens, chosen = self.host.numpy()
         draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
@@ -74,7 +71,7 @@ class Computed:
                 errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
             elif value != value:
                 errors.setdefault(row, "the model gave nan for its next token")
-        extras = dict(extras)
+        extras = dict(self.extras)
         if self.drawn is not None and self.drawn.logprobs is not None:
             for draw, logprobs in sorted(self.drawn.logprobs.by_row().items()):
                 if draw in row_of:
@@ -82,14 +79,12 @@ class Computed:
                     assert name is not None
                     own = extras.get(name, Extras())
                     extras[name] = own._replace(logprobs=(*own.logprobs, logprobs))
-        seconds = time.perf_counter() - self.begin
-        ids = tokens.astype(np.int32)
-        return Result(ids, seconds, errors or None, extras or None, indptr, self.read or None, self.once)
+        return self._result(tokens.astype(np.int32), errors, extras, indptr)
 
-    def _extras(self) -> dict[str, Extras]:
-        found = dict(self.extras)
-        for id, captured in (self.lines.by_request() if self.lines is not None else {}).items():
-            found[id] = found[id]._replace(captured=captured) if id in found else Extras(captured=captured)
-        for id, num in self.num_edited.items():
-            found[id] = found[id]._replace(num_edited=num) if id in found else Extras(num_edited=num)
-        return found
+    def _result(
+        self, tokens: np.ndarray, errors: dict[int, str], extras: dict[str, Extras], indptr: np.ndarray | None = None
+    ) -> Result:
+        return Result(
+            tokens, time.perf_counter() - self.begin, errors or None, extras or None, indptr, self.read or None,
+            self.once, self.captured, self.edited or None,
+        )  # fmt: skip

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from labkit.core.edits import Add, Edit, Function, Parts, first_of, where
 from labkit.core.plan import Join, Plan
-from labkit.runner.rows import Rows
+from labkit.runner.rows import NEVER, Rows
 from labkit.transfer import put
-
-NEVER = 2**62
 
 
 class Bank:

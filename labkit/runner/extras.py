@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.core.captures import Captured, keys_of, needs_all
+from labkit.core.captures import CapturedStep, keys_of
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Extras, Plan, TokenLogprobs
 from labkit.models.base import Capture, Model
@@ -22,35 +23,37 @@ NO_EDITS: Mapping[int, Callable[[Tensor], Tensor]] = MappingProxyType({})
 MOST_LOGITS = 2**26  # most entries of prompt logits computed at once
 
 
-def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
-    params, start = join.params, int(plan.start[entry])
-    if params.prompt_logprobs is None or start >= join.num_prompt - 1:
-        return False
-    return start + int(plan.count[entry]) >= params.prompt_logprobs_start
+class Wanted(NamedTuple):
+    """What rows capture of a step: which of its entries, and which of their tokens."""
+
+    entries: np.ndarray
+    starts: np.ndarray  # the position of each one's first line
+    counts: np.ndarray  # its lines
+    tokens: np.ndarray  # [lines]: which of the step's tokens
+    keys: frozenset[tuple[str, int]]  # of any of them
 
 
-def wanted_of(plan: Plan, rows: Rows) -> list[tuple[int, Any]]:
-    """(entry, join) of the entries that want prompt logprobs or captured layers of this step."""
-    found = []
-    for entry in rows.asking[plan.rows].nonzero()[0].tolist():
-        join = rows.joins[plan.rows[entry]]
-        if join is not None and (join.params.capture or wants_prompt(plan, entry, join)):
-            found.append((entry, join))
-    return found
+def wanted_of(plan: Plan, query_start: np.ndarray, rows: Rows) -> Wanted | None:
+    """Without a line of Python for each row: a step of a small model takes as long as a few hundred of them."""
+    skipped = np.minimum(np.maximum(rows.shown_from[plan.rows] - plan.start, 0), plan.count)
+    counts = plan.count - skipped
+    entries = counts.nonzero()[0]
+    if not len(entries):
+        return None
+    skipped, counts = skipped[entries], counts[entries]
+    first = query_start[entries] + skipped
+    ends = np.cumsum(counts)
+    tokens = first if len(entries) == ends[-1] else np.repeat(first - ends + counts, counts) + np.arange(ends[-1])
+    sets = {id(keys): keys for keys in map(rows.shown.__getitem__, plan.rows[entries].tolist())}
+    return Wanted(entries, plan.start[entries] + skipped, counts, tokens, frozenset(chain(*sets.values())))
 
 
 def capture_of(
-    wanted: list[tuple[int, Any]],
-    hidden: Iterable[int] = (),
-    edits: Mapping[int, Callable[[Tensor], Tensor]] = NO_EDITS,
+    wanted: Wanted | None, hidden: Iterable[int] = (), edits: Mapping[int, Callable[[Tensor], Tensor]] = NO_EDITS
 ) -> Capture | None:
-    """What these entries ask for, the layers whose `hidden` states a draft reads, and what is edited."""
-    keys = keys_wanted(wanted) | {("hidden", i) for i in hidden}
+    """What these rows ask for, the layers whose `hidden` states a draft reads, and what is edited."""
+    keys = {*(() if wanted is None else wanted.keys), *(("hidden", i) for i in hidden)}
     return showing(keys, edits) if keys or edits else None
-
-
-def keys_wanted(wanted: list[tuple[int, Any]]) -> frozenset[tuple[str, int]]:
-    return frozenset(key for _, join in wanted for key in keys_of(join.params.capture))
 
 
 def check_shown(model: Model, params: SamplingParams) -> None:
@@ -68,65 +71,43 @@ def showing(keys: Iterable[tuple[str, int]], edits: Mapping[int, Callable[[Tenso
     return Capture(layers["hidden"], layers["attention"], others=others, edits=edits)
 
 
-class Lines:
-    """The captured lines of a step, on their way to the host."""
-
-    def __init__(
-        self, plan: Plan, query_start: np.ndarray, wanted: list[tuple[int, Any]], capture: Capture,
-        place_of: np.ndarray | None = None,
-    ) -> None:  # fmt: skip
-        """`place_of` says where in the capture each of the plan's tokens is, if it is not in the plan's order."""
-        self.step = plan.step
-        tokens: list[int] = []  # those of the batch that someone wants
-        self.parts: dict[str, tuple[slice, np.ndarray, list[tuple[str, int]]]] = {}  # request -> lines, positions, keys
-        self.attention: dict[str, dict[tuple[str, int], Tensor]] = {}
-        at = 0
-        for entry, join in wanted:
-            if (given := join.params.capture) is None:
-                continue
-            start, count = int(plan.start[entry]), int(plan.count[entry])
-            skipped = 0 if needs_all(given) else min(max(0, join.num_prompt - 1 - start), count)
-            if skipped == count:
-                continue
-            keys = keys_of(given)
-            begin = int(query_start[entry])
-            tokens.extend(range(begin + skipped, begin + count))
-            lines = slice(at, at := at + count - skipped)
-            self.parts[join.request] = lines, np.arange(start + skipped, start + count), keys
-            if "attention" in given:
-                self.attention[join.request] = {
-                    (kind, i): capture.attention[i][entry][:, skipped:].cpu() for kind, i in keys if kind == "attention"
-                }
-        self.values: dict[tuple[str, int], Tensor] = {}
-        if not at:
-            return
-        index = np.array(tokens)
-        if place_of is not None:
-            index = place_of[index]
-        for key in {key for _, _, keys in self.parts.values() for key in keys if key[0] != "attention"}:
-            whole = capture.hidden[key[1]] if key[0] == "hidden" else capture.found[key]
-            picked = whole if at == len(whole) and place_of is None else whole[put(index, whole.device)]
-            self.values[key] = fetch(picked.float() if picked.is_floating_point() else picked)
-
-    def by_request(self) -> dict[str, Captured]:
-        """Once the device has got here."""
-        return {
-            id: Captured(
-                self.step,
-                positions,
-                {key: self.values[key][lines] for key in keys if key in self.values} | self.attention.get(id, {}),
-            )
-            for id, (lines, positions, keys) in self.parts.items()
-        }
+def captured(
+    plan: Plan, rows: Rows, query_start: np.ndarray, wanted: Wanted, capture: Capture,
+    place_of: np.ndarray | None = None,
+) -> CapturedStep:  # fmt: skip
+    """The wanted lines, on their way to the host in the model's dtype. `place_of` says where in the capture each of the
+    plan's tokens is, if it is not in the plan's order."""
+    index = wanted.tokens if place_of is None else place_of[wanted.tokens]
+    values, attention = {}, {}
+    for kind, layer in sorted(wanted.keys):
+        if kind != "attention":
+            whole = capture.hidden[layer] if kind == "hidden" else capture.found[kind, layer]
+            picked = whole if len(index) == len(whole) and place_of is None else whole[put(index, whole.device)]
+            values[kind, layer] = fetch(picked)
+    joins = [rows.joins[row] for row in plan.rows[wanted.entries].tolist()]
+    requests = tuple(join.request for join in joins if join is not None)
+    for request, entry, num in (
+        zip(requests, wanted.entries.tolist(), wanted.counts.tolist(), strict=True) if capture.attention_layers else ()
+    ):
+        layers = [layer for kind, layer in rows.shown[plan.rows[entry]] if kind == "attention"]
+        if layers:
+            attention[request] = {("attention", i): capture.attention[i][entry][:, -num:].cpu() for i in layers}
+    return CapturedStep(plan.step, requests, wanted.starts, wanted.counts, values, attention)
 
 
-def extras_of(
-    model: Model, plan: Plan, query_start: np.ndarray, hidden: Tensor, wanted: list[tuple[int, Any]]
-) -> dict[str, Extras]:
-    """The prompt logprobs of these entries, by request."""
+def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
+    params, start = join.params, int(plan.start[entry])
+    if params.prompt_logprobs is None or start >= join.num_prompt - 1:
+        return False
+    return start + int(plan.count[entry]) >= params.prompt_logprobs_start
+
+
+def extras_of(model: Model, plan: Plan, query_start: np.ndarray, hidden: Tensor, rows: Rows) -> dict[str, Extras]:
+    """The prompt logprobs that rows want of this step, by request."""
     found: dict[str, Extras] = {}
-    for entry, join in wanted:
-        if wants_prompt(plan, entry, join):
+    for entry in rows.prompting[plan.rows].nonzero()[0].tolist():
+        join = rows.joins[plan.rows[entry]]
+        if join is not None and wants_prompt(plan, entry, join):
             begin, end = int(query_start[entry]), int(query_start[entry + 1])
             prompt = prompt_logprobs(model, hidden[begin:end], begin, int(plan.start[entry]), join)
             found[join.request] = Extras((), prompt)

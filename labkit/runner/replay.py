@@ -8,9 +8,10 @@ from collections.abc import Callable
 import numpy as np
 from torch import Tensor
 
+from labkit.core.captures import CapturedStep
 from labkit.core.plan import Plan
 from labkit.runner.edits import Edits
-from labkit.runner.extras import Lines, keys_wanted, wanted_of
+from labkit.runner.extras import captured, wanted_of
 from labkit.runner.graphs import FED, GIVEN, KEY, LENGTH, POSITION, ROW, SLOT, Graphs, Taps
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Sampler
@@ -32,7 +33,7 @@ def can_replay(plan: Plan, mine: Rows, sampler: Sampler) -> bool:
 
 def replay(
     graphs: Graphs, plan: Plan, mine: Rows, edits: Edits, sample: Callable[..., Tensor]
-) -> tuple[Tensor, Lines | None, dict[str, int]]:
+) -> tuple[Tensor, CapturedStep | None, dict[str, int]]:
     """Tokens and logits [2, rows], on the host once the stream has got there; what was captured; and the number of
     edits by request."""
     rows, start = plan.rows, plan.start
@@ -48,9 +49,14 @@ def replay(
     if not mine.asking[rows].any():
         out, _ = graphs.run(columns, table, sample, slots)
         return out[:, : len(rows)], None, {}
-    wanted, (layers, num_edited) = wanted_of(plan, mine), edits.banked_in(plan)
+    query_start = np.arange(len(rows) + 1)
+    wanted, (layers, num_edited) = wanted_of(plan, query_start, mine), edits.banked_in(plan)
     graphs.banks = edits.banks
-    out, buffers = graphs.run(columns, table, sample, slots, Taps(keys_wanted(wanted), layers))
-    assert buffers.capture is not None
-    lines = Lines(plan, np.arange(len(rows) + 1), wanted, buffers.capture, buffers.place_of)
-    return out[:, : len(rows)], lines, num_edited
+    out, buffers = graphs.run(
+        columns, table, sample, slots, Taps(frozenset() if wanted is None else wanted.keys, layers)
+    )
+    shown = None
+    if wanted is not None:
+        assert buffers.capture is not None
+        shown = captured(plan, mine, query_start, wanted, buffers.capture, buffers.place_of)
+    return out[:, : len(rows)], shown, num_edited

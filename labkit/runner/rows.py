@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from labkit.core.blocks.spans import Span
+from labkit.core.captures import keys_of, needs_all
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Join, Plan
 from labkit.core.smaller import Compaction
 from labkit.runner.base import Layout
+
+NEVER = 2**62
 
 
 class Rows:
@@ -22,6 +25,9 @@ class Rows:
         self.latest = np.zeros(layout.num_rows, np.int32)
         self.asking = np.zeros(layout.num_rows, bool)  # rows with prompt logprobs, captures, edits or smaller KV
         self.eager = np.zeros(layout.num_rows, bool)  # those of them that no captured step can serve
+        self.shown: list[tuple[tuple[str, int], ...]] = [()] * layout.num_rows  # (kind, layer) that are captured
+        self.shown_from = np.full(layout.num_rows, NEVER)  # the first position that is
+        self.prompting = np.zeros(layout.num_rows, bool)  # rows with prompt logprobs
         self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         self.shift = np.zeros(layout.num_rows, np.int64)  # of positions behind its images, where they have several axes
         self.has_axes = np.zeros(layout.num_rows, bool)
@@ -50,6 +56,8 @@ class Rows:
             params = join.params
             self.asking[join.row] = bool(params.capture or params.edit) or params.prompt_logprobs is not None
             self.eager[join.row] = self.asking[join.row] and needs_eager(params)
+            self.prompting[join.row] = params.prompt_logprobs is not None
+            self._show(join)
             ends = (span.end for span in join.spans if span.num_inputs)
             self.embedded[join.row] = max(ends, default=0)
             self.shift[join.row] = sum(map(shift_of, join.spans))
@@ -69,6 +77,14 @@ class Rows:
         if len(changes.row):
             self._make_width(int(changes.index.max()) + 1)
             self.tables[changes.group, changes.row, changes.index] = changes.block
+
+    def _show(self, join: Join) -> None:
+        keys, first = (), NEVER
+        if (capture := join.params.capture) is not None:
+            keys, first = tuple(keys_of(capture)), 0 if needs_all(capture) else join.num_prompt - 1
+        # equal ones are one object, so that a step finds quickly which there are
+        self.shown[join.row] = next((known for known in self.shown if known == keys), keys)
+        self.shown_from[join.row] = first
 
     def _count_dropped(self, plan: Plan) -> None:
         if plan.reset:

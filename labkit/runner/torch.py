@@ -31,7 +31,7 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.edits import Edits
-from labkit.runner.extras import Lines, capture_of, check_shown, extras_of, wanted_of
+from labkit.runner.extras import capture_of, captured, check_shown, extras_of, wanted_of
 from labkit.runner.features import MOST_BYTES, Elsewhere, Features
 from labkit.runner.graphs import Graphs
 from labkit.runner.groups import groups_of_model, one_group
@@ -334,7 +334,8 @@ class TorchRunner(Sleeps, Replaces):
             return self._pending(Computed(plan, out, None, {}, [], begin, self.device).showing(*shown))
         mass = None if self.compactor is None else self.compactor.watch(plan, self.rows, self.device)
         inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features, mass)
-        wanted = wanted_of(plan, self.rows)
+        asked = bool(self.rows.asking[plan.rows].any())
+        wanted = wanted_of(plan, inputs.query_start, self.rows) if asked else None
         edits = self.edits.of(plan, inputs.query_start)
         capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers, edits.by_layer())
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
@@ -344,10 +345,12 @@ class TorchRunner(Sleeps, Replaces):
         if not self.draws:
             return self._pending(Computed(plan, None, None, {}, [], begin, self.device), failed)
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
-        extras = extras_of(self.model, plan, inputs.query_start, hidden, wanted) if wanted else {}
-        lines = Lines(plan, inputs.query_start, wanted, capture) if wanted and capture is not None else None
+        extras = extras_of(self.model, plan, inputs.query_start, hidden, self.rows) if asked else {}
+        shown = None
+        if wanted is not None and capture is not None:
+            shown = captured(plan, self.rows, inputs.query_start, wanted, capture)
         computed = self._drawn(plan, drawn, extras, begin)
-        return self._pending(computed.showing(lines, edits.counts), failed)
+        return self._pending(computed.showing(shown, edits.counts), failed)
 
     def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Computed:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []

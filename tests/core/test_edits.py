@@ -65,7 +65,8 @@ def test_spans_tell_edits_apart_and_equal_ones_together():
 
 
 def test_captured_lines_end_where_the_tokens_do():
-    part = Captured(3, np.arange(5, 9), {("hidden", 0): np.arange(4), ("attention", 0): np.zeros((2, 4, 9))})
+    values = {("hidden", 0): np.arange(4), ("attention", 0): np.zeros((2, 4, 9))}
+    part = Captured(np.full(4, 3), np.arange(5, 9), values)
     assert part.before(9) is part and part.before(5) is None
     cut = part.before(7)
     assert cut.positions.tolist() == [5, 6] and cut.values["hidden", 0].tolist() == [0, 1]
