@@ -53,6 +53,13 @@ COMPLETION_LOGPROBS = _object(
     top_logprobs=_list(_or_null({"type": "object", "additionalProperties": LOGPROB})),
     text_offset=IDS,
 )
+_STATES: Schema = {"type": "object", "additionalProperties": _object(shape=IDS, data=TEXT)}  # by layer
+_INSIDE = {
+    "num_edited": COUNT,
+    "activations": _object(
+        {"hidden": _STATES, "attention_output": _STATES, "mlp_output": _STATES}, positions=IDS, tokens=IDS
+    ),
+}
 COMPLETION = _object(
     id=TEXT,
     object={"const": "text_completion"},
@@ -64,6 +71,7 @@ COMPLETION = _object(
                 "prompt_logprobs": _or_null(PROMPT_LOGPROBS),
                 "prompt_token_ids": _or_null(IDS),
                 "token_ids": _or_null(IDS),
+                **_INSIDE,
             },
             index=COUNT,
             text=TEXT,
@@ -84,7 +92,7 @@ CHAT = _object(
     model=TEXT,
     choices=_list(
         _object(
-            {"token_ids": _or_null(IDS)},
+            {"token_ids": _or_null(IDS), **_INSIDE},
             index=COUNT,
             message=_object(role=TEXT, content=_or_null(TEXT)),
             logprobs=_or_null(_object(content=_list(_object(**_TOKEN, top_logprobs=_list(_object(**_TOKEN)))))),

@@ -73,6 +73,8 @@ def _params(service: Service, body: Sampling, prompts: list[list[int]], length_p
         ("logprobs", body.wanted_logprobs()[0] is not None),
         ("max_tokens", most < 1),
         ("return_weight_versions", body.return_weight_versions),
+        ("edit", body.edit is not None),
+        ("capture", body.capture is not None),
     ):
         if wrong:
             raise ApiError(f"{name} cannot go with use_beam_search", param=name)

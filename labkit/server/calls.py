@@ -16,6 +16,7 @@ from starlette.requests import Request
 from labkit.core.params import SamplingParams
 from labkit.core.request import Status
 from labkit.engine.handle import Handle
+from labkit.server.activations import asked_of, shown
 from labkit.server.bridge import Delta, Feed
 from labkit.server.errors import ApiError, clean, engine_dead, of_value, overloaded
 from labkit.server.http import NOTE
@@ -73,6 +74,11 @@ class Call:
             for piece in self.take(await self.feed.read()):
                 found[piece.nth] += piece.text
         return found
+
+    async def shown(self, body: Sampling) -> list[dict[str, Any]]:
+        """What each answer has besides, for `edit` and `capture`."""
+        handles = [one.handle for one in self.answers]
+        return await apart(lambda: shown(handles, body), body.capture is not None)
 
     def counts(self) -> tuple[int, int]:
         prompt = sum(len(answer.handle.prompt) for answer in self.answers[:: self.n])
@@ -202,8 +208,10 @@ async def admit(
     grammar: Any = await compile_form(service, body)
     if grammar is not None and wrap is not None:
         grammar = wrap(grammar)
+    lengths = [(len(ids), most) for ids, most in zip(prompts, each, strict=True)]
+    change = {**(change or {}), **asked_of(body, service.settings, service.engine.runner, lengths)}
     try:
-        made = {most: _params(body, most, defaults, grammar, change or {}) for most in set(each)}
+        made = {most: _params(body, most, defaults, grammar, change) for most in set(each)}
         id, names = _names(request, body, prefix, len(prompts))
         own = [made[most] for most in each]
         with service.traced(names, request.headers):
@@ -212,7 +220,13 @@ async def admit(
                 adapter=service.adapter_of(model), images=images, **body.of_session(),
             )  # fmt: skip
     except ValueError as error:
-        names_of = {"prompt": param, "parent": "session_parent", "hint": "session_hint", "unknown": "session_hint"}
+        names_of = {
+            "prompt": param,
+            "positions": "edit",
+            "parent": "session_parent",
+            "hint": "session_hint",
+            "unknown": "session_hint",
+        }
         raise of_value(error, type(body).model_fields, names_of) from None
     except RuntimeError as error:
         raise engine_dead(clean(str(error))) from None

@@ -313,7 +313,8 @@ class Writer:
     async def whole(self) -> dict[str, Any]:
         call, body = self.call, self.body
         texts = await call.texts()
-        choices = [self._choice(i, text) for i, text in enumerate(texts)]
+        shown = await call.shown(body)
+        choices = [self._choice(i, text) | shown[i] for i, text in enumerate(texts)]
         found = {**self._head("chat.completion"), "choices": choices, "usage": self.usage(), **call.more()}
         found |= {"prompt_logprobs": None, "prompt_token_ids": None}
         if body.prompt_logprobs is not None:

@@ -126,7 +126,8 @@ class Writer:
         order = range(len(texts))
         if call.n > n:
             order = [i for at in range(0, len(texts), call.n) for i in self._best(at)[:n]]  # type: ignore[assignment]
-        choices = [self._choice(place, i, texts[i]) for place, i in enumerate(order)]
+        shown = await call.shown(self.body)
+        choices = [self._choice(place, i, texts[i]) | shown[i] for place, i in enumerate(order)]
         return {**self.head, "choices": choices, "usage": call.usage(), **call.more()}
 
     def _best(self, at: int) -> list[int]:

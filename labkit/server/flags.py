@@ -154,6 +154,8 @@ FLAGS: tuple[Flag, ...] = (
     _server("otlp-traces-endpoint", "str", "OTLP over HTTP: a span for each request is sent there (labkit[otel])"),
     _server("enable-admin", "bool", "routes that pause, sleep and show events (also VLLM_SERVER_DEV_MODE=1)"),
     _server("admin-key", "list", "keys that these routes need"),
+    _server("enable-activations", "bool", "requests may change and read activations (`edit`, `capture`)"),
+    _server("edit-vectors", "str", "a file of safetensors: vectors that `edit` may name"),
     _server("enable-log-requests", "bool", "a line of log for each request (on by default)", "log_requests"),
     _process("disable-log-requests", "bool", "no line of log for each request"),
     # -- accepted, and without effect here

@@ -74,6 +74,7 @@ class ResponsesRequest(Sampling):
         "prompt": "prompts are not kept here",
         "max_tokens": "max_output_tokens is the field here",
         "prompt_logprobs": "/v1/completions has them",
+        "capture": "completions and chats answer activations",
     }
 
     input: Text | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]

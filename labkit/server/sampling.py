@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from labkit.core.params import FORMS, MOST_LOGPROBS, MOST_SAMPLES, MOST_STOPS, SamplingParams
+from labkit.server.activations import Capture, Edits
 from labkit.server.errors import ApiError
 
 MOST_TOKENS = 2**31 - 1
@@ -130,6 +131,8 @@ class Sampling(BaseModel):
     session: SessionName | None = None
     session_parent: SessionName | None = None
     session_hint: SessionHint | None = None
+    edit: Edits | None = None
+    capture: Capture | None = None
     request_id: Annotated[str, Field(max_length=128)] | None = None
     vllm_xargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
     user: Annotated[str, Field(max_length=4096)] | None = None

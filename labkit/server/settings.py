@@ -10,6 +10,7 @@ from typing import Any
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.params import MOST_LOGPROBS
 from labkit.images import ImageUrls
+from labkit.server.activations import read_vectors
 from labkit.server.pooling import check_pooling
 from labkit.text.reasoning import REASONING
 from labkit.text.tools import PARSERS
@@ -32,7 +33,9 @@ class Settings:
     OpenTelemetry collector. `chat_template` replaces the model's. `tool_call_parser` reads tool calls as one family of
     models writes them, if `enable_auto_tool_choice` lets models call; `reasoning_parser` splits reasoning off. At most
     `max_stored_responses` of /v1/responses are kept. `pooler_config` says how embeddings are made. Images may come
-    from files below `allowed_local_media_path` and from hosts in `allowed_media_domains`, besides data: URLs.
+    from files below `allowed_local_media_path` and from hosts in `allowed_media_domains`, besides data: URLs. With
+    `enable_activations` requests may change and read the model's states; `edit_vectors`, a mapping or a file of
+    safetensors, holds vectors that they may name.
     """
 
     served_model_name: tuple[str, ...] | list[str] | str = ()
@@ -70,6 +73,8 @@ class Settings:
     allow_credentials: bool = False
     root_path: str = ""
     otlp_traces_endpoint: str | None = None
+    enable_activations: bool = False
+    edit_vectors: Mapping[str, Any] | str = field(default_factory=dict, repr=False)
     enable_admin: bool = False
     admin_key: tuple[str, ...] | list[str] | str = field(default=(), repr=False)
 
@@ -93,7 +98,7 @@ class Settings:
         for name in (
             "log_requests", "allow_credentials", "return_tokens_as_token_ids", "force_include_usage",
             "per_request_metrics", "tokenizer_info", "request_id_headers", "enable_admin", "enable_auto_tool_choice",
-            "exclude_tools_when_tool_choice_none",
+            "enable_activations", "exclude_tools_when_tool_choice_none",
         ):  # fmt: skip
             flag(name, getattr(self, name))
         for name in ("default_sampling", "default_chat_template_kwargs", "pooler_config"):
@@ -108,6 +113,9 @@ class Settings:
                 choose(name, given, known)
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise ValueError("enable_auto_tool_choice needs tool_call_parser")
+        object.__setattr__(self, "edit_vectors", read_vectors(self.edit_vectors))
+        if self.edit_vectors and not self.enable_activations:
+            raise ValueError("edit_vectors needs enable_activations")
         check_pooling(self.pooler_config)
         ImageUrls(local_path=self.allowed_local_media_path, domains=self.allowed_media_domains)  # an error names it
         whole("max_stored_responses", self.max_stored_responses, least=0, most=2**20)
