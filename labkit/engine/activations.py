@@ -43,7 +43,7 @@ class Activations:
     >>> eng = lk.Engine(num_blocks=64)
     >>> params = lk.SamplingParams(max_tokens=4, temperature=0, capture={"hidden": [2], "mlp_output": [0, 1]})
     >>> eng.generate("import os", params).activations
-    Activations(6 tokens of request 'r1': hidden of layers 2, mlp_output of layers 0, 1)
+    Activations(5 tokens of request 'r1': hidden of layers 2, mlp_output of layers 0, 1)
     """
 
     def __init__(
@@ -92,8 +92,9 @@ class Activations:
             if value is None:
                 raise_missing(f"request {self.requests[lines[0]]!r}", what, layer)
             if out is None:
-                out = torch.empty((len(self), *value.shape[1:]), dtype=value.dtype)
-            out[torch.from_numpy(lines)] = value[torch.from_numpy(self._places[lines, 1])]
+                dtype = torch.float32 if value.is_floating_point() else value.dtype
+                out = torch.empty((len(self), *value.shape[1:]), dtype=dtype)
+            out[torch.from_numpy(lines)] = value[torch.from_numpy(self._places[lines, 1])].to(out.dtype)
         if out is None:
             raise_missing("this request", what, layer)
         return out
@@ -183,6 +184,7 @@ class Shards:
         names = list(dict.fromkeys(id for id, _, _ in parts))
         number = {id: i for i, id in enumerate(names)}
         tensors = {f"{what}.{i}": torch.cat([one.values[what, i] for _, one, _ in parts]) for what, i in keys}
+        tensors = {name: each.float() if each.is_floating_point() else each for name, each in tensors.items()}
         index = {
             "positions": np.concatenate([one.positions for _, one, _ in parts]),
             "tokens": np.concatenate([tokens for _, _, tokens in parts]),
@@ -195,6 +197,17 @@ class Shards:
         save_file(tensors, unfinished, {"requests": json.dumps(names), "run": self.run})
         unfinished.replace(path)  # a reader never sees half a file
         self.num_files += 1
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tensors of a file of safetensors, by name."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"cannot read {str(path)!r} as safetensors: {error}") from None
 
 
 def read_activations(folder: str | os.PathLike[str], run: str | None = None) -> Activations:

@@ -3,7 +3,7 @@ how many tokens they have.
 
 Handing out takes 10 us of Python for each row and step, a fifth of a step of a small model. So steps wait, and the
 lines of many are handed out at once, when they are read or when there are enough: two copies of a request's lines for
-each kind and layer, and no request keeps memory of another's.
+each kind and layer, in the model's dtype, and no request keeps memory of another's.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _lines_of(steps: Sequence[Waiting]) -> Iterator[tuple[Reader, Captured]]:
     order = order[positions[order] < known[owner[order]]]
     bounds = np.searchsorted(owner[order], np.arange(len(readers) + 1))
     values = {key: [one.step.values[key] for one in steps] for key in steps[0].step.values}
-    wholes = {key: _float(several[0] if len(several) == 1 else torch.cat(several)) for key, several in values.items()}
+    wholes = {key: several[0] if len(several) == 1 else torch.cat(several) for key, several in values.items()}
     for i, reader in enumerate(readers):
         mine = order[bounds[i] : bounds[i + 1]]
         if reader is None or not len(mine):
@@ -121,7 +121,3 @@ def _lines_of(steps: Sequence[Waiting]) -> Iterator[tuple[Reader, Captured]]:
             if steps[0].readers[at] is reader:
                 found |= {key: value[:, : len(mine)] for key, value in weights.items()}
         yield reader, Captured(step_of[mine], positions[mine], found)
-
-
-def _float(values: Any) -> Any:
-    return values.float() if values.is_floating_point() else values

@@ -221,7 +221,8 @@ class Loop:
 
     def _take_captured(self, step: CapturedStep) -> None:
         """Lines for a folder are written as they come; others wait until there are more of them."""
-        handles = [self._handle(id) for id in step.requests]
+        live = self.scheduler.requests
+        handles = [one if isinstance(one := live.get(id), Handle) else self._handle(id) for id in step.requests]
         if not any(handle and "folder" in handle.params.capture for handle in handles):  # type: ignore[operator]
             self.backlog.add(step, handles)
             return

@@ -72,7 +72,7 @@ def test_lines_of_many_steps_are_those_of_each_by_itself(seed, monkeypatch):
         for (step, at, lines), (step_, at_, lines_) in zip(found, expected[reader.name], strict=True):
             assert (step, at) == (step_, at_) and lines.keys() == lines_.keys()
             for key, value in lines.items():
-                assert torch.equal(value, lines_[key].float() if key[0] == "hidden" else lines_[key])
+                assert torch.equal(value, lines_[key])
 
 
 def test_a_request_keeps_no_memory_of_others_and_little_waits(monkeypatch):
@@ -88,8 +88,9 @@ def test_a_request_keeps_no_memory_of_others_and_little_waits(monkeypatch):
         for part in handle.captures:
             for value in part.values.values():
                 held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        layers = len(handle.params.capture["hidden"])
-        assert sum(held.values()) == lines * layers * eng.runner.hidden_size * 4
+        layers, dtype = handle.params.capture["hidden"], eng.runner.model.dtype
+        assert sum(held.values()) == lines * len(layers) * eng.runner.hidden_size * dtype.itemsize
+        assert handle.captured("hidden", layers[0]).dtype == torch.float32
     eng.close()
 
 
