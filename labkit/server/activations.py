@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from labkit.core import edits
 from labkit.core.captures import keys_of
+from labkit.engine.activations import read_tensors
 from labkit.engine.handle import Handle
 from labkit.server.errors import ApiError, clean
 
@@ -97,12 +98,10 @@ class Asking(Protocol):
 def read_vectors(given: Any) -> dict[str, Any]:
     """Names to vectors: of a mapping, or of a file of safetensors."""
     if isinstance(given, str):
-        from safetensors.torch import load_file
-
         try:
-            given = load_file(given)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"edit_vectors: cannot read {given!r} as safetensors: {error}") from None
+            given = read_tensors(given)
+        except ValueError as error:
+            raise ValueError(f"edit_vectors: {error}") from None
     if not isinstance(given, Mapping):
         raise ValueError(f"edit_vectors maps names to vectors, or is a file of safetensors; got {given!r}")
     found = {str(name): edits.vector_of(f"edit_vectors[{name!r}]", vector) for name, vector in given.items()}

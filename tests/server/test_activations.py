@@ -151,6 +151,7 @@ def test_a_server_that_was_not_opened_refuses_both(http):
         ({"edit_vectors": {"a": [[1.0]]}, "enable_activations": True}, r"edit_vectors\['a'\] is a vector"),
         ({"edit_vectors": {"a": [float("nan")]}, "enable_activations": True}, "holds nan"),
         ({"edit_vectors": "/no/such/file", "enable_activations": True}, "cannot read '/no/such/file'"),
+        ({"edit_vectors": __file__, "enable_activations": True}, "cannot read '.*' as safetensors"),
         ({"edit_vectors": 3, "enable_activations": True}, "maps names to vectors"),
         ({"enable_activations": 2}, "enable_activations"),
     ],
