@@ -36,6 +36,7 @@ from labkit.engine.intake import make_handle
 from labkit.engine.rollouts import Rollouts
 from labkit.engine.settings import apply, checked
 from labkit.engine.snapshot import Snapshot, copy_engine, restore_engine, take_snapshot
+from labkit.engine.trace import Trace
 from labkit.engine.wakeup import Wakeup, has_news
 from labkit.engine.worker import Worker
 from labkit.runner.base import Layout, Runner
@@ -232,6 +233,17 @@ class Engine(Rollouts, Hinting, Shown):
                     self.abort(member)
             raise
         return handles[0] if single else handles
+
+    def trace(self, prompt: Prompt, params: SamplingParams | None = None, **options: Any) -> Trace:
+        """A request whose states are read and changed within a block, in the manner of nnsight; it runs when the block
+        ends. Without `params` it draws one token.
+
+        >>> with engine.trace("import os") as t:
+        ...     t.layers[2].output += vector
+        ...     states = t.layers[5].output.save()
+        >>> states.value.shape
+        """
+        return Trace(self, prompt, params, getattr(self.runner, "num_layers", 0), options)
 
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, tools: Any = None, **options: Any
