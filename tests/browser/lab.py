@@ -88,14 +88,12 @@ class Page:
 
     def __init__(self, page: Any, address: str, folder: Path) -> None:
         self.page, self.address, self.folder = page, address, folder
-        self.name = ""  # of the notebook that is open
         self.errors: list[str] = []
         self.strayed: list[str] = []
         page.on("console", lambda message: self.errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.errors.append(str(error)))
 
     def open(self, name: str) -> None:
-        self.name = name
         self.page.goto("about:blank")  # the page before may still complain
         self.errors.clear()
         self.strayed.clear()

@@ -39,18 +39,6 @@ def page(tmp_path_factory):
         yield found
 
 
-def with_batching(page):
-    """Notebook 03 up to its dashboard, with more requests than are served meanwhile; as a test before left it, if it
-    is open."""
-    if page.name == "03_continuous_batching.ipynb":
-        return
-    page.open("03_continuous_batching.ipynb")
-    page.run_until("live.play()")  # everything before it: clicks arrive, as no cell is busy
-    page.page.wait_for_selector(lab.FIGURE, timeout=60_000)
-    page.wait_for(lambda: page.state() == "paused")
-    page.time_cell("live.player.change_load(num=100_000)")  # however slow the machine is, it is not done too soon
-
-
 def fine(page):
     """Nothing was said on the console, nothing was asked of another machine, no widget failed."""
     assert not page.errors and not page.strayed
@@ -81,7 +69,11 @@ def test_the_quickstart_runs_and_its_picture_grows_and_stays(page):
 
 
 def test_continuous_batching_pauses_steps_and_stops_by_click_while_cells_answer(page):
-    with_batching(page)
+    page.open("03_continuous_batching.ipynb")
+    page.run_until("live.play()")  # everything before it: clicks arrive, as no cell is busy
+    page.page.wait_for_selector(lab.FIGURE, timeout=60_000)
+    page.wait_for(lambda: page.state() == "paused")
+    page.time_cell("live.player.change_load(num=100_000)")  # however slow the machine is, it is not done too soon
     page.watch()
     page.click("play")
     page.seen_growing(times=3)
@@ -112,10 +104,13 @@ def test_continuous_batching_pauses_steps_and_stops_by_click_while_cells_answer(
 
 
 def test_a_page_that_is_loaded_again_shows_what_is_so_now(page):
-    with_batching(page)
-    at = page.step()
+    page.open("03_continuous_batching.ipynb")
+    page.run_until("live.play()")
+    page.page.wait_for_selector(lab.FIGURE, timeout=60_000)
+    page.wait_for(lambda: page.state() == "paused")
+    page.time_cell("live.player.change_load(num=100_000)")
     page.click("play")
-    page.wait_for(lambda: page.step() > at + 50)
+    page.wait_for(lambda: page.step() > 50)
     page.click("stop")
     page.wait_for(lambda: page.state() == "stopped")
     page.wait_for(page.is_still)
