@@ -118,8 +118,9 @@ class Loop:
         except Exception as error:  # a request that arrives later has no caller to raise to
             if not quiet:
                 raise
+            told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             for member in (handle, *handle.samples):
-                member.status, member.finish_reason, member.error = Status.REJECTED, "error", str(error)
+                member.status, member.finish_reason, member.error = Status.REJECTED, "error", told
             self.wakeup.ring()
             return
         if handle.params.stop:

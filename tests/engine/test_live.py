@@ -29,6 +29,13 @@ def wall_engine(**options) -> lk.Engine:
     return lk.Engine(scheduler=sched, runner=lk.FakeRunner(seed=1, vocab_size=50))
 
 
+def test_whoever_waits_is_told_which_error_an_order_raised():
+    with wall_engine(order=lambda request, now: {}["deadline"]).start() as eng:
+        handle = eng.submit([1, 2], params(3))
+        with pytest.raises(lk.RequestError, match="KeyError: 'deadline'"):
+            handle.wait(10)
+
+
 # -- handles without a thread --------------------------------------------------------------------------------------
 
 
