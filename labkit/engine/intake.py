@@ -194,11 +194,9 @@ def _check_routing(engine: Server, spans: Sequence[Span]) -> None:
     for span in spans:
         if span.routing is None:
             continue
-        known: dict[int, tuple[int, int]] = getattr(getattr(engine.runner, "model", None), "experts", {})
+        known: dict[int, tuple[int, int]] = getattr(getattr(engine.runner, "model", engine.runner), "experts", {})
         if not known:
-            raise ValueError(
-                f"routing is for the experts of a native decoder in this process: {engine.runner!r} has none"
-            )
+            raise ValueError(f"routing is for the experts of a native decoder: {engine.runner!r} has none")
         for layer, experts in span.routing.items():
             if layer not in known:
                 raise ValueError(f"routing names layer {layer}: layers with experts are {', '.join(map(str, known))}")

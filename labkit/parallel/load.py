@@ -136,5 +136,5 @@ def facts_of(runner: Any) -> dict[str, Any]:
         "bytes_per_token": runner.bytes_per_block(1), "embedding_size": runner.embedding_size,
         "largest_input": runner.largest_input,
         "draft": about, "weight_bytes": sum(_weight_bytes(one) for one in (model, draft) if one is not None),
-        "layer_bytes": _layer_bytes(model),
+        "layer_bytes": _layer_bytes(model), "experts": getattr(model, "experts", {}),
     }  # fmt: skip

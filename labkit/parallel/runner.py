@@ -66,6 +66,7 @@ class ParallelRunner:
         self.vocab_size: int = first["vocab_size"]
         self.eos_token_ids: tuple[int, ...] = tuple(first["eos_token_ids"])
         self.windows: tuple[int | None, ...] = tuple(first["windows"])
+        self.experts = {layer: tuple(found) for facts in self.facts for layer, found in facts["experts"].items()}
         self.num_layers = sum(facts["num_layers"] for facts in self.facts[:: self.workers.ranks.tensor])
         self.hidden_size: int = first["hidden_size"]
         self.embedding_size: int | None = first["embedding_size"]
@@ -121,7 +122,7 @@ class ParallelRunner:
         check_edits(params.edit)
         if self.workers.ranks.stages > 1 and (params.capture or params.edit):
             raise ValueError("capture and edit are not served by a model in stages: use tensor_parallel_size instead")
-        if split := layers_of(params.capture).keys() - {"hidden", "attention"}:
+        if split := layers_of(params.capture).keys() - {"hidden", "attention", "router", "router_weights"}:
             raise ValueError(f"capture of {sorted(split)[0]!r} is not served by several ranks: each has a part of it")
 
     # -- a step --------------------------------------------------------------------------------------------------

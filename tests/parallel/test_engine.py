@@ -222,6 +222,33 @@ def test_logprobs_captured_layers_and_embeddings_are_those_of_one_process(folder
         torch.testing.assert_close(two.captured(*what), one.captured(*what), rtol=1e-4, atol=1e-4)
 
 
+def test_experts_are_captured_and_given_on_ranks_as_in_one_process(folders, workers):
+    prompt, found = [3, 1, 4, 1, 5, 9, 2], []
+    capture = {"router": [0, 1], "router_weights": [1], "positions": "all"}
+    for ranks in ({}, {"workers": workers}):
+        eng = engine(folders("mixtral"), **ranks)
+        made = eng.generate(prompt, lk.SamplingParams(max_tokens=3, logprobs=0, capture=capture, **PARAMS))
+        own = {layer: made.activations["router", layer] for layer in (0, 1)}
+        other = {layer: (experts + 1) % 4 for layer, experts in own.items()}
+        scores = eng.score([made, made, made], routing=[None, own, other])
+        found.append((own, made.activations["router_weights", 1], [one.logprobs for one in scores]))
+        with pytest.raises(ValueError, match="names layer 7: layers with experts are 0, 1"):
+            eng.score(made, routing={7: own[0]})
+        eng.check()
+        assert eng.close().ok
+    (own, weights, scores), (theirs, their_weights, their_scores) = found
+    assert all(torch.equal(own[layer], theirs[layer]) and len(own[layer]) == 9 for layer in own)
+    torch.testing.assert_close(weights, their_weights, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(scores, their_scores, atol=1e-4)
+    assert scores[2] != pytest.approx(scores[0], abs=1e-2)
+    with ThreadWorkers(stages=2) as stages:  # each has a layer with experts
+        eng = engine(folders("mixtral"), workers=stages)
+        pair = (made.prompt.tolist(), made.output_ids)
+        other = {layer: (experts + 1) % 4 for layer, experts in own.items()}
+        np.testing.assert_allclose(eng.score(pair, routing=other).logprobs, scores[2], atol=1e-4)
+        assert eng.close().ok
+
+
 def test_a_grammar_is_followed_on_all_ranks(workers):
     pytest.importorskip("llguidance")
     params = lk.SamplingParams(max_tokens=12, structured_outputs={"regex": "[a-c]{3,8}"}, seed=1)
