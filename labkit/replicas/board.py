@@ -256,12 +256,12 @@ class Board(Shown):
             if (known := self.requests.get(id)) is not None:
                 self._hand_out(known, logprobs, of_prompt, captured)
         ended = []
-        for id, status, reason, error, num_output, num_cached, preemptions, *times in news.ended:
+        for id, status, reason, error, num_output, num_cached, preemptions, edited, *times in news.ended:
             link.live.pop(id, None)
             handle = self.requests.get(id)
             if handle is None or self.link_of.get(id) is not link:
                 continue
-            handle.num_cached, handle.num_preemptions = num_cached, preemptions
+            handle.num_cached, handle.num_preemptions, handle.num_edited = num_cached, preemptions, edited
             handle.output = handle.output[:num_output]
             handle.admitted_at, handle.first_token_at, end = (
                 None if time is None else time + link.offset for time in times

@@ -243,13 +243,13 @@ def _memory(runner: Any, blocks: Any) -> tuple[int, int]:
 
 
 def _end(id: str, status: Status, reason: str | None, error: str | None = None) -> list[Any]:
-    return [id, str(status), reason, error, 0, 0, 0, None, None, None]
+    return [id, str(status), reason, error, 0, 0, 0, 0, None, None, None]
 
 
 def _end_of(handle: Handle) -> list[Any]:
     return [
         handle.id, str(handle.status), handle.finish_reason, handle.error, handle.num_output, handle.num_cached,
-        handle.num_preemptions, handle.admitted_at, handle.first_token_at, handle.finished_at,
+        handle.num_preemptions, handle.num_edited, handle.admitted_at, handle.first_token_at, handle.finished_at,
     ]  # fmt: skip
 
 

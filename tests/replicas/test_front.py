@@ -7,6 +7,7 @@ import pytest
 
 import labkit as lk
 from labkit.core.request import Status
+from labkit.runner.base import Done
 from tests.replicas.threads import Threads, replicas, wait_until
 
 PARAMS = lk.SamplingParams(max_tokens=8, temperature=0)
@@ -184,3 +185,26 @@ def test_event_loops_stream_and_wait():
 
 async def _collect(handle):
     return [token async for token in handle]
+
+
+class Editing(Threads):
+    """Replicas whose runners say that they made two edits of each row in each step."""
+
+    def __call__(self, index: int):
+        started = super().__call__(index)
+        runner = self.made[index].engine.runner
+        launch = runner.launch
+
+        def edited(plan):
+            result = launch(plan).result()
+            counts = {runner.rows.joins[row].request: 2 for row in plan.rows.tolist()}
+            return Done(result._replace(edited=counts))
+
+        runner.launch = edited
+        return started
+
+
+def test_edits_are_counted_for_the_front():
+    with replicas(2, Editing()) as engine:
+        for handle in engine.generate([[i, 2, 3, i + 1, 5] for i in range(4)], PARAMS):
+            assert handle.num_edited == 2 * 8
