@@ -2,7 +2,8 @@
 
 Seconds are processor time of this process, the least of several repeats, so that other work on the machine counts less.
 Chat traffic as in docs/simulator.md: 256 rows, prompts of 200 tokens, answers of 100 to 300, 8,192 blocks. What makes
-the requests is part of the time. `--million` serves a million of them and shows that memory does not grow.
+the requests is part of the time. `--policies` compares the examples of `lk.policies` with first come, first served, in
+C++ and in Python, in turns. `--million` serves a million of them and shows that memory does not grow.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from labkit.study.simulation import Simulator
 from labkit.study.steps.native import ENDLESS
 from labkit.study.traces.trace import Columns
 
+HOW = ("C++", "FastForward", "step by step")
 LINEAR = LinearCost(constant=2e-3, per_token=1e-5, per_context=1e-8)
 
 
@@ -39,18 +41,56 @@ def chats(num: int, rate: float, seed: int = 0) -> Iterator[Incoming]:
                 yield Incoming(time_of, i, prompt, output)
 
 
-def simulated(num: int, rate: float, caching: bool, cost: object, how: str = "C++") -> float:
+def policies() -> dict[str, dict[str, object]]:
+    """Settings by name; the objects are new for each call."""
+    p = lk.policies
+    vtc, shortest, length, deadline = p.VTC(), p.ResidualShortestPrefill(), p.PredictedLength(), p.EarliestDeadline()
+    return {
+        "fcfs": {},
+        "DecodesFirst": {"step_budget": p.DecodesFirst()},
+        "EarliestDeadline": {"order": deadline, "victim": deadline.victim},
+        "PredictedLength": {"order": length, "victim": length.victim},
+        "ResidualShortestPrefill": {"order": shortest, "chunk": shortest.chunk},
+        "SessionAffinity": {"order": p.SessionAffinity()},
+        "VTC": {"order": vtc, "victim": vtc.victim},
+    }
+
+
+def told(num: int, rate: float) -> Iterator[Incoming]:
+    """Chats that tell policies what these ask for."""
+    for one in chats(num, rate, seed=1):
+        i = one.index
+        extra = {"tenant": i % 3, "session": i % 97, "kind": "ab"[i % 2], "deadline": 0.5 + i % 5}
+        yield one._replace(extra=extra)
+
+
+def simulated(num: int, rate: float, caching: bool, cost: object, how: str = "C++", policy: str = "") -> float:
     """Requests a second."""
     runner = lk.SimRunner(cost=cost)
     blocks = lk.BlockManager(num_blocks=8192, prefix_caching=caching)
-    scheduler = lk.Scheduler(blocks, log=NoLog(), max_num_seqs=256, max_num_batched_tokens=8192)
+    scheduler = lk.Scheduler(
+        blocks, log=NoLog(), max_num_seqs=256, max_num_batched_tokens=8192, **(policies()[policy] if policy else {})
+    )
     simulator = Simulator(scheduler, runner, Served(False))
     if how == "step by step":
         simulator.forward.step = lambda now: None
     begin = time.process_time()
-    simulator.run(Arrivals(chats(num, rate)), ENDLESS if how == "C++" else 0)
+    simulator.run(Arrivals(told(num, rate) if policy else chats(num, rate)), ENDLESS if how == "C++" else 0)
     assert simulator.served.num == num
     return num / (time.process_time() - begin)
+
+
+def compare_policies(num: int, repeats: int) -> None:
+    print(f"{'requests/s, the best of ' + str(repeats):44}{'C++':>10}{'FastForward':>13}{'step by step':>14}")
+    simulated(100, 120, True, LINEAR, "C++", "VTC")  # builds and imports
+    for rate in (120, 200):  # with and without a queue that grows; its length is part of what a dynamic order costs
+        for name in policies():
+            rates = [
+                [simulated(num, rate, True, LINEAR, how, name) for how in HOW]
+                for _ in range(repeats)
+            ]
+            cpp, ahead, steps = (max(one) for one in zip(*rates, strict=True))
+            print(f"{f'{name}, {rate}/s':44}{cpp:>10,.0f}{ahead:>13,.0f}{steps:>14,.0f}", flush=True)
 
 
 def touches(policy: object, num: int = 40_000, capacity: int = 10_000) -> tuple[float, float]:
@@ -80,8 +120,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=20_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--policies", action="store_true", help="only the examples of lk.policies")
     parser.add_argument("--million", action="store_true", help="also serve a million requests, and show the memory")
     asked = parser.parse_args()
+    if asked.policies:
+        return compare_policies(asked.requests, asked.repeats)
     h100 = lk.study.AnalyticCost.of("llama-3.1-8b", "H100")
     begin = time.process_time()
     for _ in chats(asked.requests, 800):

@@ -29,7 +29,7 @@ from labkit.study.incoming import Arrivals, Incoming
 from labkit.study.machines import Efficiency
 from labkit.study.served import Served
 from labkit.study.settings import NUM_BLOCKS, OF_BLOCKS, OF_SCHEDULER, SHORT
-from labkit.study.steps.native import AWAITED, DONE, ENDLESS, NEED, STOPPED, NativeSteps
+from labkit.study.steps.native import AWAITED, DONE, ENDLESS, IDLE, NEED, STOPPED, NativeSteps
 from labkit.study.study import Run, Study
 from labkit.study.traces.trace import Trace
 from labkit.widgets import charts, style
@@ -121,16 +121,20 @@ class Simulator:
     def run(self, arrivals: Arrivals, most_native: int = ENDLESS) -> None:
         """Serve all of them: in C++ where it can, and after `most_native` steps in Python."""
         served = self.served
+        fed: dict[tuple[bool, int], Incoming] = {}
         try:
-            if most_native and (native := NativeSteps.of(self.scheduler, self.runner, LOOK_EVERY)) is not None:
-                self._run_native(native, arrivals, most_native)
+            is_over = False
+            if most_native:
+                native = NativeSteps.of(self.scheduler, self.runner, LOOK_EVERY, lambda i: self._fed(fed, i))
+                is_over = native is not None and self._run_native(native, arrivals, most_native, fed)
             while True:
                 upcoming = arrivals.next_time()
                 while upcoming is not None and round(upcoming * 1e9) <= self.now:
                     self._inject(arrivals.pop())
                     upcoming = arrivals.next_time()
                 before = self.now
-                found = self.forward.step(before) or self.forward.usual(before)
+                found = None if is_over else self.forward.step(before) or self.forward.usual(before)
+                is_over = False
                 if found is None and upcoming is None:
                     found = self.forward.usual(before, last=True)
                 if found is None:
@@ -154,14 +158,17 @@ class Simulator:
         finally:
             served.close()
 
-    def _run_native(self, native: NativeSteps, arrivals: Arrivals, most_steps: int) -> None:
-        """Steps in C++, and what they found in `served` and `history`."""
-        fed: dict[tuple[bool, int], Incoming] = {}  # what may not have arrived yet, by (is it a turn, its index)
+    def _run_native(
+        self, native: NativeSteps, arrivals: Arrivals, most_steps: int, fed: dict[tuple[bool, int], Incoming]
+    ) -> bool:
+        """Steps in C++, and what they found in `served` and `history`. `fed` is what may not have arrived yet, by (is
+        it a turn, its index). Returns whether nothing was left to compute."""
         num_fed, code = 0, NEED
         while True:
             if code == NEED:
                 given = arrivals.take(TAKEN)
-                fed = {(turn, index): one for (turn, index), one in fed.items() if turn}
+                for gone in [key for key in fed if not key[0]]:
+                    del fed[gone]
                 fed |= {(False, one.index): one for one in given}
                 self._feed(native, arrivals, given, num_fed, exhausted=len(given) < TAKEN)
                 num_fed += len(given)
@@ -175,7 +182,7 @@ class Simulator:
                     turns = arrivals.turns(int(ended[i, 0]), tokens, int(ended[i, 4]))
                     self._feed(native, arrivals, turns)
                     fed |= {(True, one.index): one for one in turns}
-            if code in (DONE, STOPPED):
+            if code in (DONE, STOPPED, IDLE):
                 break
         handover = native.hand_over()
         handover.apply(self._params_of)
@@ -187,6 +194,11 @@ class Simulator:
         late = [(turn, fed[turn, index]) for index, turn in handover.upcoming]
         arrivals.give_back([one for turn, one in late if not turn], [one for turn, one in late if turn])
         self.check()
+        return code in (DONE, IDLE)
+
+    def _fed(self, fed: dict[tuple[bool, int], Incoming], index: int) -> Request:
+        given = fed.get((False, index)) or fed[True, index]
+        return self._request(given)
 
     def _feed(
         self, native: NativeSteps, arrivals: Arrivals, given: list[Incoming], first: int | None = None,
@@ -207,23 +219,24 @@ class Simulator:
 
     def _inject(self, given: Incoming | None) -> None:
         assert given is not None
-        params = self._params_of(given.num_output)
-        if given.extra:
-            params = replace(params, extra_args=given.extra)
-        id = f"r{given.index}"
-        arrival = max(round(given.arrival * 1e9), 0)
+        request = self._request(given)
         self.num_injected += 1
         self.num_prompt += len(given.prompt)
-        session, parent, hint = given.turn or (None, None, None)
-        request = Request(
-            id, given.prompt, params, arrival=arrival, priority=given.priority, session=session, parent_session=parent,
-            hint=hint,
-        )  # fmt: skip
         try:
             self.scheduler.submit(request, self.now)
         except RejectedError:
             return
-        self.index_of[id] = given.index
+        self.index_of[request.id] = given.index
+
+    def _request(self, given: Incoming) -> Request:
+        params = self._params_of(given.num_output)
+        if given.extra:
+            params = replace(params, extra_args=given.extra)
+        session, parent, hint = given.turn or (None, None, None)
+        return Request(
+            f"r{given.index}", given.prompt, params, arrival=max(round(given.arrival * 1e9), 0),
+            priority=given.priority, session=session, parent_session=parent, hint=hint,
+        )  # fmt: skip
 
     def _look(self, seconds: float) -> None:
         scheduler = self.scheduler

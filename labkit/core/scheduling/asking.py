@@ -4,10 +4,11 @@ there are any."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from labkit.core.blocks.tables import Ints
 from labkit.core.options import whole
 from labkit.core.plan import Outputs, Plan
 from labkit.core.request import Request
@@ -15,6 +16,8 @@ from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.decisions import OF_STEP, IdleError
 from labkit.core.scheduling.state import SchedulerState
 from labkit.core.scheduling.views import Progress, ReadOnlyError, RequestView
+
+T = TypeVar("T")
 
 
 class StepView:
@@ -119,63 +122,61 @@ class StepView:
 
 
 def ask_admission(s: SchedulerState, builder: PlanBuilder, request: Request, left: int) -> bool:
-    decision = s.admission
-    assert decision is not None
-    try:
-        answer = decision(request, StepView(s, builder, left))
+    def yes_or_no(answer: Any) -> bool:
         if not isinstance(answer, (bool, np.bool_)):
             raise TypeError(f"it gave {answer!r} for {request.id!r}: an admission policy says True or False")
-    except Exception as error:  # a user's function may raise anything, and the step must go on
-        decision.overruled(error, "the request is admitted as if there were none")
-        return True
-    return bool(answer)
+        return bool(answer)
+
+    given = request, StepView(s, builder, left)
+    return _ask(s.admission, given, yes_or_no, True, "the request is admitted as if there were none")
 
 
 def ask_chunk(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, usual: int) -> int:
     """How many tokens of a prefill are computed; `usual` is what it would be without a policy."""
-    decision = s.chunk
-    assert decision is not None
-    try:
-        return whole("a chunk", decision(request, StepView(s, builder, left)), least=0)
-    except Exception as error:  # a user's function may raise anything, and the step must go on
-        decision.overruled(error, "the default chunk is computed")
-        return usual
+    given = request, StepView(s, builder, left)
+    return _ask(
+        s.chunk, given, lambda answer: whole("a chunk", answer, least=0), usual, "the default chunk is computed"
+    )
 
 
 def ask_budget(s: SchedulerState, builder: PlanBuilder) -> int:
-    decision, most = s.step_budget, s.max_num_batched_tokens
-    assert decision is not None
+    def bounded(answer: Any) -> int:
+        return min(whole("a step's budget", answer, least=0), most)
+
+    most = s.max_num_batched_tokens
+    return _ask(s.step_budget, (StepView(s, builder, most),), bounded, most, "the budget is max_num_batched_tokens")
+
+
+def _ask(decision: Any, given: tuple[Any, ...], read: Callable[[Any], T], usual: T, instead: str) -> T:
+    """What a policy answers, or `usual` if it raises, or if `read` does not take its answer."""
     try:
-        return min(whole("a step's budget", decision(StepView(s, builder, most)), least=0), most)
+        return read(decision(*given))
     except Exception as error:  # a user's function may raise anything, and the step must go on
-        decision.overruled(error, "the budget is max_num_batched_tokens")
-        return most
+        decision.overruled(error, instead)
+        return usual
 
 
 def settle_head(s: SchedulerState, now: int) -> None:
     """The next of the queue by its key of now."""
-    try:
-        s.queue.settle(now)
-    except Exception as error:  # a user's function may raise anything, and the step must go on
-        keep_keys(s, error)
+    _keyed(s, lambda: s.queue.settle(now))
 
 
 def refresh_keys(s: SchedulerState, stale: list[Request], now: int) -> None:
     """All keys of a dynamic order, or of the `stale` requests if it goes by their matches alone."""
+    if getattr(s.queue.order, "by_match", False):
+        _keyed(s, lambda: s.queue.rekey(stale, now))
+    else:
+        _keyed(s, lambda: s.queue.reorder(now))
+
+
+def _keyed(s: SchedulerState, compute: Callable[[], None]) -> None:
     try:
-        if getattr(s.queue.order, "by_match", False):
-            s.queue.rekey(stale, now)
-        else:
-            s.queue.reorder(now)
+        compute()
     except Exception as error:  # a user's function may raise anything, and the step must go on
-        keep_keys(s, error)
-
-
-def keep_keys(s: SchedulerState, error: Exception) -> None:
-    order = s.policies.decisions.get("order")
-    if order is None:
-        raise error
-    order.overruled(error, "the queue keeps the keys it has")
+        order = s.policies.decisions.get("order")
+        if order is None:
+            raise
+        order.overruled(error, "the queue keeps the keys it has")
 
 
 def note_passed(s: SchedulerState, passed: list[Request]) -> None:
@@ -208,16 +209,18 @@ def overrule(s: SchedulerState, schedule: Callable[[], Plan | None]) -> Plan | N
     return plan
 
 
-def tell_progress(s: SchedulerState, plan: Plan, outputs: Outputs) -> None:
+def report_progress(s: SchedulerState, plan: Plan, outputs: Outputs) -> None:
     """Once a step: what it computed, by request."""
     prompt = plan.count.copy()
     prompt[: plan.num_decode] = 0
     serials, at = np.unique(np.concatenate((s.serial[plan.rows], outputs.serials)), return_inverse=True)
     num = len(plan.rows)
-    progress = Progress(
-        plan.step, outputs.now, serials,
-        np.bincount(at[:num], prompt, len(serials)).astype(np.int64), np.bincount(at[num:], minlength=len(serials)),
-        tuple(map(RequestView, s.policies.ended)),
-    )  # fmt: skip
+    computed = np.bincount(at[:num], prompt, len(serials)).astype(np.int64)
+    tell_progress(s, plan.step, outputs.now, (serials, computed, np.bincount(at[num:], minlength=len(serials))))
+
+
+def tell_progress(s: SchedulerState, step: int, now: int, computed: tuple[Ints, Ints, Ints]) -> None:
+    """`computed` are serials in order, and the prompt and output tokens of each."""
+    progress = Progress(step, now, *computed, tuple(map(RequestView, s.policies.ended)))
     s.policies.ended.clear()
     s.policies.tell("progress", progress)

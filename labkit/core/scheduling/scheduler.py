@@ -411,7 +411,7 @@ class Scheduler(SchedulerState, Shown):
         else:
             outputs = committing.apply(self, plan, result, now)  # type: ignore[arg-type]
             if self.policies.heard["progress"]:
-                asking.tell_progress(self, plan, outputs)
+                asking.report_progress(self, plan, outputs)
         if self.draining:
             committing.drain(self, plan)
         self.release_host_blocks(plan.step)

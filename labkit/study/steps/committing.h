@@ -11,7 +11,7 @@ class Steps : public Planning {
     void commit() {
         full.clear();
         for (size_t i = 0; i < num_decode; i++) {
-            i64 row = decoding[i];
+            i64 row = planned[i];
             a.num_computed[row] = a.scheduled[row];
             if (a.scheduled[row] >= a.next_full[row]) full.push_back(row);
         }
@@ -28,6 +28,7 @@ class Steps : public Planning {
         settle_prefills();
         draw();
         finish();
+        if (s.asks & OF_PROGRESS) report();
     }
 
     void store(i64 row) {
@@ -47,12 +48,16 @@ class Steps : public Planning {
         for (const Chunk& chunk : chunks)
             settle_pending(chunk.row, a.num_tokens[chunk.row] / s.block_size - a.num_computed[chunk.row] / s.block_size);
         for (i64 row : done)
-            if (rows[row].request->first < 0) rows[row].request->first = now;
+            if (rows[row].request->first < 0) {
+                rows[row].request->first = now;
+                if (s.asks) ask(FIRST, row);
+            }
     }
 
     // What a SimRunner draws: a hash of the request's key and the token's position.
     void draw() {
-        for (i64 row : decoding) {
+        planned.insert(planned.end(), done.begin(), done.end());
+        for (i64 row : planned) {
             u64 x = a.keys[row] + (u64)a.num_tokens[row] * MIX[2];
             x = (x ^ (x >> 30)) * MIX[0];
             x = (x ^ (x >> 27)) * MIX[1];
@@ -74,6 +79,7 @@ class Steps : public Planning {
                 answers.emplace_back(all, all + a.num_tokens[row]);
                 answered.push_back(ended.size() - 1);
             }
+            if (s.asks) ask(END, row);
             num_finished++;
             num_output += num;
             forget_pending(row);
@@ -83,6 +89,19 @@ class Steps : public Planning {
             any = true;
         }
         if (any) decoding.erase(std::remove(decoding.begin(), decoding.end(), -1), decoding.end());
+    }
+
+    // What the step computed, by request.
+    void report() {
+        i64 size = 0;
+        of_step.resize(3 * (planned.size() + chunks.size()));
+        auto add = [&](i64 row, i64 prompt, i64 output) {
+            i64* one = &of_step[3 * size++];
+            one[0] = a.serial[row], one[1] = prompt, one[2] = output;
+        };
+        for (size_t i = 0; i < num_decode; i++) add(planned[i], 0, 1);
+        for (const Chunk& chunk : chunks) add(chunk.row, chunk.count, chunk.count == chunk.gap);
+        ask(PROGRESS, (i64)of_step.data(), size);
     }
 
     // -- what a simulation looks at ------------------------------------------------------------------------------------

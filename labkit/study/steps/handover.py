@@ -12,7 +12,7 @@ from labkit.core.params import SamplingParams
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.scheduler import Scheduler
 
-LIMITS = ("", "budget", "blocks", "rows")
+LIMITS = ("", "budget", "blocks", "rows", "prefix pending", "policy")
 
 
 class Live(NamedTuple):
@@ -56,7 +56,8 @@ class Handover:
         found = [self._read_row(row, params) for row in [*s.decoding.tolist(), *s.prefilling]]
         for _ in range(self._one()):
             request = self._waiting(params)
-            s.queue.push(request)
+            if request not in s.queue:
+                s.queue.push(request)
             found.append(request)
         for _ in range(self._one()):
             request = self._waiting(params)
@@ -107,17 +108,20 @@ class Handover:
     def _request(self, live: Live, tokens: Any, params: Callable[[int], SamplingParams]) -> Request:
         tokens = np.array(tokens, np.int32)
         prompt = tokens[: live.num_prompt]
-        request = Request(
-            f"r{live.index}", prompt, params(live.limit - live.num_prompt), arrival=live.arrival, priority=live.priority
-        )
-        request.serial, request.tables = live.serial, self.scheduler.tables
+        queue = self.scheduler.queue
+        request = self.scheduler.requests.get(f"r{live.index}")  # there already if policies see requests
+        if request is None:
+            request = Request(
+                f"r{live.index}", prompt, params(live.limit - live.num_prompt), arrival=live.arrival,
+                priority=live.priority,
+            )  # fmt: skip
+            request.serial, request.tables = live.serial, self.scheduler.tables
+            queue.set_key(request, queue.key(request, 0))  # static orders: the same as when it was submitted
         request.output = tokens[live.num_prompt :]
         request.num_cached, request.num_preemptions = live.num_cached, live.preemptions
         request.admitted_at = None if live.admitted < 0 else live.admitted
         request.first_token_at = None if live.first < 0 else live.first
         request.status = Status.WAITING
-        queue = self.scheduler.queue
-        queue.set_key(request, queue.key(request, 0))  # static orders: the same as when it was submitted
         self.index_of[request.id] = live.index
         return request
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,16 +16,18 @@ from numpy.typing import NDArray
 from labkit.core.blocks.eviction import LRU
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.blocks.prefix import DIGEST
-from labkit.core.scheduling.policy import fcfs, latest, priority, sjf
+from labkit.core.request import Request
+from labkit.core.scheduling.policy import priority, sjf
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.runner.cost import LinearCost, StepWork
 from labkit.runner.sim import SimRunner
 from labkit.study.incoming import Incoming
 from labkit.study.steps.handover import Handover
+from labkit.study.steps.policies import ANSWER, Answers, asked
 
 SETTINGS = (
     "num_blocks", "block_size", "num_rows", "first_row", "max_seqs", "budget", "max_chunk", "chunked", "watermark",
-    "prefix_hold", "caching", "vocab", "room", "max_waiting", "look_every", "by_priority", "by_size",
+    "prefix_hold", "caching", "vocab", "room", "max_waiting", "look_every", "by_priority", "by_size", "asks",
 )  # fmt: skip
 NUMBERS = (
     "now", "step", "num_submitted", "num_finished", "num_rejected", "num_preempted", "num_queries", "num_hit_queries",
@@ -36,9 +38,8 @@ ENDED = (
     "index", "arrival", "admitted", "first", "end", "num_prompt", "num_cached", "num_output", "preemptions",
 )  # fmt: skip
 POINT = ("now", "step", "queried", "hit", "output", "used", "waiting", "running")
-DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN = range(7)  # why `run` returned
+DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN, IDLE = range(8)  # why `run` returned
 PRICES = ("constant", "per_token", "per_context", "per_block", "per_row", "per_pair", "per_join", "per_prefill")
-ORDERS = (fcfs, priority, sjf)
 ENDLESS = 2**62
 
 
@@ -71,6 +72,7 @@ def _library() -> Any:
         "steps_new": (pointer, pointer, ctypes.c_char_p, ctypes.c_char_p, pointer),
         "steps_free": (pointer,),
         "steps_prices": (pointer, pointer, pointer),
+        "steps_asks": (pointer, ANSWER, pointer),
         "steps_tables": (pointer, pointer, number, pointer, number),
         "steps_add": (pointer, number, pointer, pointer, pointer, number),
         "steps_run": (pointer, number),
@@ -96,12 +98,6 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "a class of its own"
     if s.log.records:
         return "a log"
-    if s.queue.order not in ORDERS:
-        return "the order"
-    if s.policies.of_step:
-        return "a policy that takes part in steps"
-    if s.victim is not latest:
-        return "the victim policy"
     if type(blocks.eviction) is not LRU:
         return "the eviction policy"
     if blocks.offload is not None or blocks.windows != (None,):
@@ -112,8 +108,8 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "drafts"
     if s.slots is not None:
         return "adapters"
-    if s.pipeline_stages > 1 or s.max_num_seqs > s.max_num_batched_tokens:
-        return "rows that take turns"
+    if s.pipeline_stages > 1:
+        return "pipeline stages"
     used = s.num_submitted or s.step or blocks.num_used or len(blocks.prefix) or blocks.pins or s.in_flight
     if used or blocks.tables.row_of or s.free_rows != list(range(s.num_rows - 1, s.num_rows - s.width - 1, -1)):
         return "a scheduler that was used before"
@@ -131,15 +127,21 @@ class NativeSteps:
     """
 
     @classmethod
-    def of(cls, scheduler: Scheduler, runner: SimRunner, look_every: int) -> NativeSteps | None:
-        """None where Python must take the steps."""
+    def of(
+        cls, scheduler: Scheduler, runner: SimRunner, look_every: int, make: Callable[[int], Request]
+    ) -> NativeSteps | None:
+        """None where Python must take the steps. `make` gives the request of an index, for policies."""
         if why_not(scheduler, runner) is not None:
             return None
         library = _library()
-        return None if library is None else cls(library, scheduler, runner, look_every)
+        return None if library is None else cls(library, scheduler, runner, look_every, make)
 
-    def __init__(self, library: Any, scheduler: Scheduler, runner: SimRunner, look_every: int) -> None:
+    def __init__(
+        self, library: Any, scheduler: Scheduler, runner: SimRunner, look_every: int, make: Callable[[int], Request]
+    ) -> None:
         self.library, self.scheduler, self.runner = library, scheduler, runner
+        self.asks = asked(scheduler)
+        self.answers = Answers(scheduler, make)
         self.error: BaseException | None = None
         self._handle = ctypes.c_void_p()
         s, blocks, prefix = scheduler, scheduler.blocks, scheduler.blocks.prefix
@@ -149,7 +151,7 @@ class NativeSteps:
             s.max_num_batched_tokens, s.max_prefill_chunk or 0, s.chunked_prefill,
             int(s.watermark * blocks.num_blocks), s.prefix_hold, blocks.prefix_caching, runner.vocab_size,
             s.room_for(0), -1 if s.max_waiting is None else s.max_waiting, look_every, order is priority, order is sjf,
-            s.prefill_share,
+            self.asks, s.prefill_share,
         )  # fmt: skip
         ctypes.memmove(ctypes.addressof(settings) + Settings.root.offset, prefix.root(None, None), 32)
         tables = blocks.tables
@@ -166,6 +168,8 @@ class NativeSteps:
         library.steps_new(
             ctypes.byref(settings), pointers.ctypes.data, before.encode(), behind.encode(), ctypes.byref(self._handle)
         )
+        if self.asks:
+            library.steps_asks(self._handle, self.answers.callback, ctypes.addressof(self.answers.seen.board))
         self._tables()
         self._prices()
 
@@ -226,12 +230,18 @@ class NativeSteps:
         """Take steps, until requests are needed, or there is something to `take`."""
         while True:
             code: int = self.library.steps_run(self._handle, most_steps)
+            while self.scheduler.warnings:
+                warnings.warn(self.scheduler.warnings.pop(), stacklevel=4)
             if code == WIDEN:
                 self.scheduler.tables.make_width(self.numbers()["width"])
                 self._tables()
                 continue
             if code == BROKEN:
-                raise self.error or AssertionError(f"requests are missing, or a step takes no time: {self.numbers()}")
+                raise (
+                    self.error
+                    or self.answers.error
+                    or AssertionError(f"requests are missing, or a step takes no time: {self.numbers()}")
+                )
             return code
 
     def numbers(self) -> dict[str, Any]:

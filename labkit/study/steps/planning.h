@@ -16,9 +16,12 @@ class Planning : public State {
         cut.clear();
         done.clear();
         preempted = false;
+        budget = s.budget;
+        if ((s.asks & DYNAMIC) && !queue.empty() && !free_rows.empty() && blocks.available()) refresh();
+        if (s.asks & OF_STEP) budget = ask(STEP);
         plan_decodes();
-        i64 left = s.budget - (i64)decoding.size();
-        num_decode = decoding.size();
+        num_decode = planned.size();
+        i64 left = budget - (i64)num_decode;
         num_joined = 0;
         if (!prefilling.empty()) left = plan_prefills(left);
         if (!queue.empty()) left = admit(left);
@@ -30,24 +33,62 @@ class Planning : public State {
         return true;
     }
 
+    // What an order of now needs to know: how much of each waiting prompt is cached. Python hears of what has changed.
+    void refresh() {
+        scratch.clear();
+        for (auto& entry : queue) {
+            Request* request = entry.second;
+            const std::vector<Digest>& hashes = hashes_of(request);
+            blocks.find(hashes, std::max((i64)request->tokens.size() - 1, (i64)0) / s.block_size, hit);
+            i64 cached = (i64)hit.size() * s.block_size;
+            if (cached == request->cached) continue;
+            request->cached = cached;
+            scratch.push_back(request->serial);
+            scratch.push_back(cached);
+        }
+        head = ask(REFRESH, (i64)scratch.data(), (i64)scratch.size() / 2);
+    }
+
     void plan_decodes() {
         std::vector<i64>& entering = scratch;
         while (true) {
-            entering.clear();
-            for (i64 row : decoding)
-                if (a.scheduled[row] >= a.room[row]) entering.push_back(row);
-            if ((i64)entering.size() <= blocks.available()) break;
-            preempt(victim());
-            preempted = true;
-        }
-        if (!entering.empty()) {
+            planned = decoding;
+            if ((i64)planned.size() > budget) take_turns();
+            find_entering();
+            if (entering.empty()) break;
+            size_t num_before = decoding.size();
+            while ((i64)entering.size() > blocks.available()) {
+                i64 row = victim();
+                preempt(row);
+                preempted = true;
+                planned.erase(std::remove(planned.begin(), planned.end(), row), planned.end());
+                find_entering();
+            }
             auto& taken = blocks.take((i64)entering.size(), [&](i64 i) { return rows[entering[i]].request->index; });
             for (size_t i = 0; i < entering.size(); i++) append(entering[i], taken[i]);
+            if (!planned.empty() || decoding.size() == num_before) break;
         }
-        for (i64 row : decoding) {
+        for (i64 row : planned) {
             a.scheduled[row]++;
             a.last_plan[row] = step;
+            rows[row].held = NOTHING;
         }
+    }
+
+    void find_entering() {
+        scratch.clear();
+        for (i64 row : planned)
+            if (a.scheduled[row] >= a.room[row]) scratch.push_back(row);
+    }
+
+    // More decode rows than budget: those that waited longest run.
+    void take_turns() {
+        std::vector<i64> longest = planned;
+        std::stable_sort(longest.begin(), longest.end(), [&](i64 x, i64 y) { return a.last_plan[x] < a.last_plan[y]; });
+        for (size_t i = budget; i < longest.size(); i++) rows[longest[i]].held = BUDGET;
+        longest.resize(budget);
+        auto waits = [&](i64 row) { return std::find(longest.begin(), longest.end(), row) == longest.end(); };
+        planned.erase(std::remove_if(planned.begin(), planned.end(), waits), planned.end());
     }
 
     i64 chunk_size(i64 gap, i64 left, bool contended) const {
@@ -69,13 +110,21 @@ class Planning : public State {
                 continue;
             }
             i64 start = a.scheduled[row], gap = a.num_tokens[row] - start;
-            i64 count = chunk_size(gap, left, contenders > 0), fitting = make_fit(row, start, count);
+            i64 count = chunk_size(gap, left, contenders > 0);
+            if (s.asks & OF_CHUNK) {
+                count = std::min({ask(CHUNK, rows[row].request->serial, left, count), gap, left});
+                if (!count) {
+                    rows[row].held = POLICY;
+                    continue;
+                }
+            }
+            i64 fitting = make_fit(row, start, count);
             if (!fitting) {
                 rows[row].held = BLOCKS;
                 continue;
             }
             chunks.push_back({row, start, fitting, gap});
-            if (fitting == count && count < gap) cut.push_back(chunks.size() - 1);
+            if (fitting == count && count < gap && !(s.asks & OF_CHUNK)) cut.push_back(chunks.size() - 1);
             left -= fitting;
         }
         return left;
@@ -90,14 +139,14 @@ class Planning : public State {
     i64 make_fit(i64 row, i64 start, i64 count) {
         i64 room = a.room[row];
         while (blocks.available() < blocks.blocks_for(start + count) - room / s.block_size) {
-            i64 last = -1;
+            std::vector<i64> others;  // less senior, and not in this step yet
             for (i64 other : prefilling) {
-                bool planned = false;
-                for (const Chunk& chunk : chunks) planned |= chunk.row == other;
-                if (!planned && senior(row, other) && (last < 0 || senior(last, other))) last = other;
+                bool is_in = false;
+                for (const Chunk& chunk : chunks) is_in |= chunk.row == other;
+                if (!is_in && senior(row, other)) others.push_back(other);
             }
-            if (last < 0) break;
-            preempt(last);
+            if (others.empty()) break;
+            preempt(victim_of(others));
             preempted = true;
         }
         count = std::min(count, room + blocks.available() * s.block_size - start);
@@ -141,11 +190,19 @@ class Planning : public State {
 
     i64 admit(i64 left) {
         i64 promised = 0;
+        std::vector<Request*> passed;
         for (i64 row : prefilling) promised += blocks.blocks_for(a.num_tokens[row]) - a.num_blocks[row];
         while (!queue.empty()) {
-            Request* request = queue.begin()->second;
+            if (s.asks & GROWING) head = ask(SETTLE);
+            Request* request = next();
             i64 used = 0, limit = try_admit(request, left, promised, used);
             if (limit == PENDING) continue;
+            if (limit == POLICY) {
+                passed.push_back(request);
+                pop(request);
+                head = ask(PASS);
+                continue;
+            }
             if (limit) {
                 head_index = request->index;
                 head_limit = limit;
@@ -154,6 +211,11 @@ class Planning : public State {
             left -= used;
             promised += blocks.blocks_for(a.num_tokens[request->row]) - a.num_blocks[request->row];
         }
+        if (!passed.empty() || passed_before) {
+            for (Request* request : passed) queue[place_of(request)] = request;
+            head = ask(PASSED);
+        }
+        passed_before = !passed.empty();
         return left;
     }
 
@@ -161,18 +223,11 @@ class Planning : public State {
         if (left <= 0) return BUDGET;
         if (preempted) return BLOCKS;
         if (free_rows.empty() || num_running() >= s.max_seqs) return ROWS;
+        if ((s.asks & OF_ADMISSION) && !ask(ADMISSION, request->serial, left)) return POLICY;
         bool alone = !num_running();
         if (!alone && still_blocked(request)) return BLOCKS;
         i64 known = request->tokens.size(), usable = std::max(known - 1, (i64)0) / s.block_size;
-        if (s.caching && !request->hashed) {
-            request->hashes.resize(known / s.block_size);
-            for (size_t i = 0; i < request->hashes.size(); i++)
-                request->hashes[i] =
-                    blocks.hash(i ? request->hashes[i - 1] : s.root, request->tokens.data() + i * s.block_size);
-            request->hashed = true;
-            placed = 1;
-        }
-        const std::vector<Digest>& hashes = request->hashes;
+        const std::vector<Digest>& hashes = hashes_of(request);
         blocks.find(hashes, usable, hit);
         i64 num_hit = hit.size(), revived = 0;
         if (!hashes.empty() && s.prefix_hold && num_hit < usable) {
@@ -186,9 +241,10 @@ class Planning : public State {
                     else
                         high = middle - 1;
                 }
-                queue.erase(queue.begin());
+                pop(request);
                 parked[hashes[low]].push_back(request);
                 num_parked++;
+                if (s.asks) head = ask(PARK);
                 return PENDING;
             }
         }
@@ -201,9 +257,15 @@ class Planning : public State {
             if (blocked_missing) blocked_hash = hashes[num_hit];
             return BLOCKS;
         }
-        if (!s.chunked && left < std::min(known - num_hit * s.block_size, s.budget)) return BUDGET;
-        queue.erase(queue.begin());
-        used = place(request, left);
+        i64 gap = known - num_hit * s.block_size, most = -1;
+        if (!s.chunked && left < std::min(gap, s.budget)) return BUDGET;
+        if (s.asks & OF_CHUNK) {
+            bool contended = s.chunked && queue.size() > 1 && free_rows.size() > 1;
+            most = std::min({ask(CHUNK, request->serial, left, chunk_size(gap, left, contended)), gap, left});
+            if (!most) return POLICY;
+        }
+        pop(request);
+        used = place(request, left, most);
         return NOTHING;
     }
 
@@ -212,7 +274,8 @@ class Planning : public State {
                !(blocked_missing && blocks.block_of.get(blocked_hash) >= 0);
     }
 
-    i64 place(Request* request, i64 left) {
+    // `most` tokens are computed first, if a policy said how many; -1: none did
+    i64 place(Request* request, i64 left, i64 most) {
         i64 row = free_rows.back(), known = request->tokens.size(), num_hit = hit.size();
         free_rows.pop_back();
         placed = 1;
@@ -245,12 +308,13 @@ class Planning : public State {
         a.no_stop_before[row] = request->num_prompt;
         a.keys[row] = request->key;
         i64 start = a.num_computed[row], gap = known - start;
-        i64 count = chunk_size(gap, left, s.chunked && !queue.empty() && !free_rows.empty());
+        i64 count = most >= 0 ? most : chunk_size(gap, left, s.chunked && !queue.empty() && !free_rows.empty());
         grow(row, start + count);
         a.scheduled[row] = start;
         chunks.push_back({row, start, count, gap});
-        if (count < gap) cut.push_back(chunks.size() - 1);
+        if (count < gap && most < 0) cut.push_back(chunks.size() - 1);
         prefilling.push_back(row);
+        if (s.asks) head = ask(ADMIT, row, num_hit * s.block_size);
         one.pending.clear();
         one.stored = 0;
         if (s.prefix_hold)

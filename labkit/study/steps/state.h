@@ -8,14 +8,15 @@
 #include <string>
 #include <tuple>
 
+#include "asking.h"
 #include "blocks.h"
 
-enum Limit : i64 { NOTHING, BUDGET, BLOCKS, ROWS, PENDING };
+enum Limit : i64 { NOTHING, BUDGET, BLOCKS, ROWS, PENDING, POLICY };
 constexpr i64 NEVER = INT64_MAX;
 
 struct Settings {  // in the order of `SETTINGS` in native.py
     i64 num_blocks, block_size, num_rows, first_row, max_seqs, budget, max_chunk, chunked, watermark, prefix_hold, caching, vocab,
-        room, max_waiting, look_every, by_priority, by_size;
+        room, max_waiting, look_every, by_priority, by_size, asks;
     double prefill_share;
     Digest root;
 };
@@ -27,8 +28,8 @@ struct Request {
     u64 key = 0;
     std::vector<i32> tokens;  // while it waits
     std::vector<Digest> hashes;
+    i64 cached = 0;  // tokens that would hit, when an order asked last
     bool hashed = false;
-
 
     Request(double at, const i64* c)
         : at(at), due(c[0]), order(c[1]), arrival(c[2]), index(c[3]), num_prompt(c[4]), limit(c[5]), priority(c[6]),
@@ -61,9 +62,10 @@ struct Later {
     }
 };
 
+using Place = std::tuple<i64, i64, i64>;
 const u64 MIX[3] = {0xBF58476D1CE4E5B9ull, 0x94D049BB133111EBull, 0x9E3779B97F4A7C15ull};
 
-class State {
+class State : public Asking {
   public:
     Settings s;
     Blocks blocks;
@@ -74,18 +76,18 @@ class State {
 
     std::vector<Row> rows;
     std::vector<i64> free_rows, decoding, prefilling, leaves;
-    std::map<std::tuple<i64, i64, i64>, Request*> queue;
+    std::map<Place, Request*> queue;  // with policies by serial, and Python knows the order
     std::set<Request*, Later> upcoming;
     Map pending_row;
     std::unordered_map<Digest, std::vector<Request*>, DigestHash> parked;
     i64 stream = 0, exhausted = 0;  // requests of the stream among `upcoming`; whether no more will come
 
-    i64 now = 0, step = 0, num_parked = 0, num_submitted = 0, num_finished = 0, num_rejected = 0, num_preempted = 0;
+    i64 now = 0, step = 0, head = -1, budget = 0, num_parked = 0, num_submitted = 0, num_finished = 0, num_rejected = 0, num_preempted = 0;
     i64 num_queries = 0, num_hit_queries = 0, queried = 0, hit_tokens = 0, num_output = 0, num_prompt = 0, marked = 0, num_rows = 0;
     i64 most_used = 0, placed = 0, head_index = -1, head_limit = NOTHING, blocked_serial = -1, blocked_available = 0, blocked_missing = 0;
     Digest blocked_hash{};
     double busy = 0, used_time = 0, waiting_time = 0;
-    bool preempted = false;
+    bool preempted = false, passed_before = false;
 
     std::vector<Chunk> chunks;
     std::vector<size_t> cut;
@@ -108,15 +110,22 @@ class State {
         for (Row& row : rows) delete row.request;
     }
 
+    void show() override {
+        *board = {now, step, budget, (i64)decoding.size(), (i64)prefilling.size(), (i64)free_rows.size(),
+                  blocks.available(), num_waiting(), (i64)decoding.data(), (i64)prefilling.data()};
+    }
+
     i64 num_running() const { return (i64)(decoding.size() + prefilling.size()); }
     i64 num_waiting() const { return (i64)queue.size() + num_parked; }
 
     // -- requests -----------------------------------------------------------------------------------------------------
 
     void submit(Request* request) {
+        bool rejected = request->limit > s.room || (s.max_waiting >= 0 && num_waiting() + 1 > s.max_waiting);
+        if (s.asks) head = ask(SUBMIT, request->index, rejected);
         request->serial = ++num_submitted;
         num_prompt += request->num_prompt;
-        if (request->limit > s.room || (s.max_waiting >= 0 && num_waiting() + 1 > s.max_waiting)) {
+        if (rejected) {
             num_rejected++;
             delete request;
             return;
@@ -126,11 +135,34 @@ class State {
         u64 key = 1469598103934665603ull;
         for (unsigned char byte : before + std::to_string(request->index) + behind) key = (key ^ byte) * 1099511628211ull;
         request->key = key;
-        push(request);
+        queue[place_of(request)] = request;
         widen(request->num_prompt);
     }
 
-    void push(Request* request) { queue[{request->key_a, request->key_b, request->serial}] = request; }
+    Place place_of(const Request* r) const { return s.asks ? Place{0, 0, r->serial} : Place{r->key_a, r->key_b, r->serial}; }
+
+    void push(Request* request) {
+        queue[place_of(request)] = request;
+        if (s.asks) head = ask(PUSH, request->serial);
+    }
+
+    Request* next() { return s.asks ? queue.at({0, 0, head}) : queue.begin()->second; }
+
+    // The next of the queue leaves it; Python takes it off its queue when it is told where to.
+    void pop(const Request* request) { queue.erase(place_of(request)); }
+
+    // Hashes of its full blocks, computed once and kept until it has a row
+    const std::vector<Digest>& hashes_of(Request* request) {
+        if (s.caching && !request->hashed) {
+            request->hashes.resize(request->tokens.size() / s.block_size);
+            for (size_t i = 0; i < request->hashes.size(); i++)
+                request->hashes[i] =
+                    blocks.hash(i ? request->hashes[i - 1] : s.root, request->tokens.data() + i * s.block_size);
+            request->hashed = true;
+            placed = 1;
+        }
+        return request->hashes;
+    }
 
     void widen(i64 length) {
         if (length + 2 > needed_width) needed_width = length + 2;
@@ -150,17 +182,21 @@ class State {
         return false;
     }
 
-    i64 victim() const {
-        i64 found = -1;
-        for (i64 row : decoding)
-            if (found < 0 || senior(found, row)) found = row;
-        for (i64 row : prefilling)
-            if (found < 0 || senior(found, row)) found = row;
-        return found;
+    i64 victim() {
+        std::vector<i64> all = decoding;
+        all.insert(all.end(), prefilling.begin(), prefilling.end());
+        return victim_of(all);
+    }
+
+    // The row to preempt, of these
+    i64 victim_of(const std::vector<i64>& all) {
+        if (s.asks & OF_VICTIM) return ask(VICTIM, (i64)all.data(), (i64)all.size());
+        return *std::max_element(all.begin(), all.end(), [&](i64 one, i64 other) { return senior(one, other); });
     }
 
     void preempt(i64 row) {
         Request* request = rows[row].request;
+        if (s.asks) ask(PREEMPT, row);
         request->preemptions++;
         num_preempted++;
         remove_row(row);
@@ -215,7 +251,7 @@ class State {
 
     // -- of the step under way ----------------------------------------------------------------------------------------
 
-    std::vector<i64> scratch, full;
+    std::vector<i64> scratch, full, of_step, planned;  // `planned`: decode rows that compute a token in this step
     std::vector<i32> hit;
     size_t num_decode = 0;
     i64 num_joined = 0;

@@ -11,7 +11,7 @@
 
 namespace {
 
-enum Code : i64 { DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN };
+enum Code : i64 { DONE, NEED, WIDEN, FULL, AWAITED, STOPPED, BROKEN, IDLE };
 constexpr size_t MOST = 1024;  // ended requests and points kept until Python takes them
 
 struct Prices {  // of a LinearCost, in the order of its fields
@@ -40,7 +40,7 @@ struct Simulation {
     // The fields of StepWork: decodes, prefill, context, prefill_context, pairs, chunks, sampled, joins, moved
     double seconds() const {
         i64 work[9] = {(i64)steps.num_decode, 0, 0, 0, 0, (i64)steps.chunks.size(), 0, steps.num_joined, 0};
-        for (size_t i = 0; i < steps.num_decode; i++) work[2] += steps.a.scheduled[steps.decoding[i]];
+        for (size_t i = 0; i < steps.num_decode; i++) work[2] += steps.a.scheduled[steps.planned[i]];
         for (const Chunk& chunk : steps.chunks) {
             work[1] += chunk.count;
             work[3] += chunk.start + chunk.count;
@@ -82,7 +82,8 @@ struct Simulation {
             if (s.width() > s.tokens_width || s.width() > s.table_width * s.s.block_size) return WIDEN;
             taken++;
             if (!s.schedule()) {
-                if (s.upcoming.empty()) return DONE;
+                bool held = (s.s.asks & (OF_ADMISSION | OF_CHUNK | OF_STEP)) && s.num_running() + s.num_waiting();
+                if (s.upcoming.empty()) return held ? IDLE : DONE;
                 s.now = std::max(s.now, (*s.upcoming.begin())->arrival);
                 continue;
             }
@@ -203,7 +204,18 @@ void steps_add(Simulation* one, i64 num, const double* at, const i64* columns, c
     if (exhausted) s.exhausted = 1;
 }
 
-i64 steps_run(Simulation* one, i64 most_steps) { return one->run(most_steps); }
+i64 steps_run(Simulation* one, i64 most_steps) {
+    try {
+        return one->run(most_steps);
+    } catch (const AskingFailed&) {
+        return BROKEN;
+    }
+}
+
+void steps_asks(Simulation* one, i64 (*answer)(i64, i64, i64, i64), Board* board) {
+    one->steps.answer = answer;
+    one->steps.board = board;
+}
 
 // In the order of `NUMBERS` in native.py
 void steps_numbers(Simulation* one, i64* numbers, double* times) {
