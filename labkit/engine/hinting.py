@@ -24,7 +24,8 @@ class Hinting(Sleeping):
         or until another hint), "prefetch" or "none". Returns what is known of the session.
 
         A hint is advice to an eviction policy that reads it, such as "hinted"; under any other it is kept, and has no
-        effect. "prefetch" reads blocks from disk into host memory, whatever the policy.
+        effect. "prefetch" brings what was offloaded back, whatever the policy: from disk into host memory, and on to
+        the device while nobody waits, into blocks that are free or that the policy says are worth less.
 
         >>> eng.hint("agent 7", "waits", seconds=30)
         """

@@ -351,11 +351,92 @@ def test_prefetch_reads_a_session_from_disk_before_its_request_comes():
     eng.check()
 
 
-def test_prefetch_without_a_disk_reads_nothing():
+def test_prefetch_brings_a_session_from_host_memory_to_the_device():
     eng = tiered(host=8, disk=0)
     state = turn(eng, 0, 20, session="a")
     eng.submit([40] * 24, TOKENS).wait()
     assert eng.blocks.lookup([*state, 1]).num_host > 0
     eng.hint("a", "prefetch")
-    assert list(eng.sessions.named["a"].below) and eng.step() is None
+    eng.run()
     eng.check()
+    whole = len(state) // 4 * 4
+    assert eng.blocks.lookup([*state, 1]).num_hit == whole and eng.blocks.offload.num_prefetched > 0
+    assert not eng.sessions.named["a"].below and eng.sessions["a"].num_states == 1
+    handle = eng.submit([*state, 1, 2], TOKENS, session="a").wait()
+    assert handle.num_cached == whole and not eng.log.events("Loaded"), "nothing was left to load"
+    eng.check()
+
+
+def below_and_others(eviction, hint):
+    """Session "a" in host memory, a device full of the state of "b", which got this hint."""
+    bm = lk.BlockManager(8, 4, eviction=eviction, num_host_blocks=20, kv_offloading=True)
+    scheduler = lk.Scheduler(bm, watermark=0.0, kv_loading="load")
+    eng = lk.Engine(scheduler=scheduler, runner=lk.FakeRunner(seed=1, vocab_size=50), clock=lk.VirtualClock())
+    mine = turn(eng, 0, 20, session="a")
+    theirs = turn(eng, 20, 28, session="b", hint=hint)
+    assert eng.blocks.num_free <= 1 and eng.blocks.lookup([*mine, 1]).num_host > 0
+    eng.hint("a", "prefetch")
+    before = eng.blocks.lookup([*theirs, 1]).num_hit
+    eng.run()
+    eng.check()
+    return eng, eng.blocks.lookup([*mine, 1]).num_hit, before - eng.blocks.lookup([*theirs, 1]).num_hit
+
+
+@pytest.mark.parametrize(
+    ("eviction", "hint", "brings"),
+    [
+        ("hinted", "finished", True),
+        ("hinted", {"waits": 60}, True),
+        ("hinted", "pin", False),
+        ("lru", "finished", False),
+    ],
+)
+def test_prefetch_evicts_only_what_is_worth_less(eviction, hint, brings):
+    eng, num_hit, lost = below_and_others(eviction, hint)
+    assert (lost > 0) is brings
+    assert num_hit >= 20 if brings else num_hit <= 4, "one block is free"
+    assert eng.blocks.offload.num_prefetched == num_hit // 4
+
+
+def test_prefetch_yields_to_requests_that_wait_and_ends_when_its_session_goes_on():
+    eng = tiered(host=8, disk=0)
+    state = turn(eng, 0, 20, session="a")
+    eng.submit([40] * 24, TOKENS).wait()
+    first = eng.submit([41] * 20, lk.SamplingParams(max_tokens=12))
+    second = eng.submit([42] * 20, lk.SamplingParams(max_tokens=12))
+    eng.step()
+    assert eng.scheduler.num_waiting == 1
+    eng.hint("a", "prefetch")
+    while not second.ended:
+        fetches = eng.blocks.offload.num_prefetched
+        waits = eng.scheduler.num_waiting
+        eng.step()
+        assert not waits or eng.blocks.offload.num_prefetched == fetches
+        eng.check()
+    assert first.num_preemptions == second.num_preemptions == 0
+    eng.submit([*state, 1], TOKENS, session="a").wait()
+    eng.step()
+    assert "a" not in eng.blocks.offload.wanted
+    eng.check()
+
+
+@pytest.mark.parametrize(
+    ("hints", "kept"),
+    [
+        ({"a": "soon", "b": {"waits": 60}}, "a"),
+        ({"a": "finished", "b": "soon"}, "b"),
+        ({"a": {"pin": 9}, "b": "none"}, "a"),
+    ],
+)
+def test_host_memory_drops_the_state_that_goes_on_the_latest(hints, kept):
+    eng = tiered(host=10, disk=0)
+    states = {"a": turn(eng, 0, 12, session="a"), "b": turn(eng, 20, 20, session="b")}
+    eng.submit([40] * 28, TOKENS).wait()
+    host = {name: eng.blocks.lookup([*state, 1]).num_host for name, state in states.items()}
+    assert min(host.values()) > 0
+    for name, hint in hints.items():
+        eng.hint(name, hint)
+    eng.submit([41] * 28, TOKENS).wait()
+    eng.check()
+    left = {name: eng.blocks.lookup([*state, 1]).num_host for name, state in states.items()}
+    assert left[kept] > 0 and sum(left.values()) == left[kept], left

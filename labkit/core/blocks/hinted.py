@@ -106,6 +106,15 @@ class Hinted(Shown):
                 return block
         return None
 
+    def next_is_worth_less(self, expected: int | None) -> bool:
+        """Would a block be evicted now that goes before one which is expected at this time?"""
+        now = self.cache.now
+        block = self._next({})
+        if block is None or expected is None:
+            return False
+        rank, time = self._entries[block][:2]
+        return rank == GONE or (rank == EXPECTED and abs(time - now) > abs(expected - now))
+
     def _choose(self, now: int) -> Entry | None:
         entries, soonest, latest, pins = self._entries, self._soonest, self._latest, self._pins
         while pins and (pins[0][1] <= now or entries.get(pins[0][3]) is not pins[0]):
@@ -154,6 +163,8 @@ class Hinted(Shown):
         if pins := [s.expected for s in ending if s.is_pinned(now)]:
             return PINNED, max(FOREVER if until is None else until for until in pins)
         times = []
+        if not sessions.sees_uses:
+            released = min(released, max(session.used for session in ending))
         others = block in sessions.shared
         for session in ending:
             if session.kind != "finished":

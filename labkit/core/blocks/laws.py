@@ -57,6 +57,8 @@ def check(blocks: Blocks) -> None:
         assert tables.num_computed[row] <= tables.room[row], f"row {row}: more computed than there is room for"
     for pin in blocks.pins:
         np.add.at(counted, list(pin.blocks), 1)
+    if blocks.offload is not None:
+        np.add.at(counted, list(blocks.offload.fetches), 1)
     assert (counted == pool.count).all(), f"counts are wrong: {np.flatnonzero(counted != pool.count)[:8]}"
     candidates = blocks.eviction.candidates()
     assert len(candidates) == len(blocks.eviction), "the eviction policy miscounts its candidates"

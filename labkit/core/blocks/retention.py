@@ -29,9 +29,10 @@ class Blocks(Protocol):
 
 def begin(blocks: Blocks, session: str, parent: str | None, hit: Hit, now: int) -> None:
     """A request of the session got a row and holds what it hit."""
-    count = blocks.pool.count
+    count, sessions = blocks.pool.count, blocks.prefix.sessions
     held = [block for block in hit.held if block]
-    _tell(blocks, blocks.prefix.sessions.begin(session, parent, held, blocks.prefix, lambda b: count[b] > 0, now))
+    below = list(sessions.named[session].below) if session in sessions else []
+    _tell(blocks, sessions.begin(session, parent, held, blocks.prefix, lambda b: count[b] > 0, now), below)
 
 
 def settle(blocks: Blocks, row: int, session: str, parent: str | None, hint: Hint | None, now: int) -> None:
@@ -55,9 +56,10 @@ def hint(blocks: Blocks, session: str, given: Hint, now: int) -> SessionInfo:
             f"hint 'prefetch' for session {session!r}: nothing was offloaded that could be fetched; give the engine "
             "kv_offloading, or say 'soon'"
         )
-    _tell(blocks, sessions.hint(session, given, now))
-    if given.kind == "prefetch":
+    _tell(blocks, sessions.hint(session, given, now), sessions.named[session].below)
+    if given.kind == "prefetch" and blocks.offload is not None:
         prefetch(blocks, session)
+        blocks.offload.wanted[session] = None
     return sessions[session]
 
 
@@ -81,7 +83,12 @@ def reads_sessions(policy: EvictionPolicy) -> bool:
     return hasattr(policy, "rescore")
 
 
-def _tell(blocks: Blocks, changed: Sequence[int]) -> None:
-    """The policy scores these blocks again, if it scores at all."""
+def _tell(blocks: Blocks, changed: Sequence[int], below: Sequence[bytes] = ()) -> None:
+    """The policies of the device and of host memory score these blocks again, if they score at all."""
     if changed and (rescore := getattr(blocks.eviction, "rescore", None)) is not None:
         rescore([block for block in changed if not blocks.pool.count[block]])
+    if below and blocks.offload is not None:
+        host = blocks.offload.host
+        if (rescore := getattr(host.eviction, "rescore", None)) is not None:
+            places = [host.prefix.block_of[digest] for digest in below if digest in host]
+            rescore([place for place in places if not host.pool.count[place]])

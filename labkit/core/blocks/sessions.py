@@ -26,7 +26,7 @@ KINDS = {
     "soon": "goes on now",
     "finished": "does not go on",
     "pin": "evicted last; {'pin': 60} for so many seconds",
-    "prefetch": "goes on now: what was offloaded to disk is read into host memory",
+    "prefetch": "goes on now: what was offloaded is brought back, to the device as far as there is room",
     "none": "as if nothing had been said",
 }
 
@@ -174,6 +174,8 @@ class Sessions(Shown):
     `shared` are blocks where a further session went its own way: they are worth more than any one session.
     """
 
+    sees_uses = True  # a block is released by whoever used it
+
     def __init__(self, most: int = MOST_SESSIONS) -> None:
         self.most = most
         self.named: OrderedDict[str, Session] = OrderedDict()  # the longest unused first
@@ -183,6 +185,8 @@ class Sessions(Shown):
         self.num_forgotten = 0
         self.keeps_below = False  # something below the device may have what leaves it
         self.num_below = 0
+        self.whose: dict[bytes, list[Session]] = {}  # hash of a block that has left the device -> who has it `below`
+        self.superseded_below: set[bytes] = set()
 
     def __repr__(self) -> str:
         forgotten = f", {self.num_forgotten:,} forgotten" if self.num_forgotten else ""
@@ -317,11 +321,16 @@ class Sessions(Shown):
 
     def climb(self, block: int, parent: int, cache: Cache) -> None:
         """`block` leaves the cache: states that ended there end in `parent`, the block before (0: nothing is left)."""
+        if self.keeps_below:
+            digest = cache.hash_of(block)
+            (self.superseded_below.add if block in self.superseded else self.superseded_below.discard)(digest)
+            if len(self.superseded_below) > MOST_BELOW:
+                self.superseded_below.clear()
         self.superseded.discard(block)
         self.shared.discard(block)
         for session in self.at.pop(block, ()):
             if self.keeps_below:
-                self._sink(session, cache.hash_of(block))
+                self._sink(session, digest)
             at = session.places.index(block)
             if parent and parent not in session.places and not (session.kind == "finished" and parent in self.shared):
                 session.places[at] = parent
@@ -340,13 +349,35 @@ class Sessions(Shown):
         if self.num_below >= MOST_BELOW:
             for other in self.named.values():
                 other.below.clear()
+            self.whose.clear()
             self.num_below = 0
         session.below.append(digest)
+        self.whose.setdefault(digest, []).append(session)
         self.num_below += 1
 
+    def rise(self, session: Session, block: int, parent: int) -> None:
+        """The next block of a state below the device is back, behind `parent` (0: it is the first): it ends here."""
+        self._raise_last(session)
+        if block in session.places:
+            return
+        if parent in session.places:
+            self._leave(session, parent)
+            session.places[session.places.index(parent)] = block
+        else:
+            session.places.append(block)
+        self.at.setdefault(block, []).append(session)
+        self.superseded.discard(block)
+
     def _rise(self, session: Session) -> None:
-        self.num_below -= len(session.below)
-        session.below.clear()
+        while session.below:
+            self._raise_last(session)
+
+    def _raise_last(self, session: Session) -> None:
+        digest = session.below.pop()
+        self.num_below -= 1
+        self.whose[digest].remove(session)
+        if not self.whose[digest]:
+            del self.whose[digest]
 
     def clear(self) -> None:
         """Nothing is cached any more."""
@@ -354,6 +385,8 @@ class Sessions(Shown):
             session.places.clear()
             session.below.clear()
         self.num_below = 0
+        self.whose.clear()
+        self.superseded_below.clear()
         self.at.clear()
         self.superseded.clear()
         self.shared.clear()
@@ -363,7 +396,11 @@ class Sessions(Shown):
         listed = {(session.name, place) for session in self.named.values() for place in session.places}
         found = [(session.name, place) for place, there in self.at.items() for session in there]
         assert sorted(listed) == sorted(found), "sessions and their places disagree"
-        assert self.num_below == sum(len(session.below) for session in self.named.values()), "hashes are miscounted"
+        below = [(digest, session.name) for session in self.named.values() for digest in session.below]
+        assert sorted(below) == sorted((d, session.name) for d, some in self.whose.items() for session in some), (
+            "sessions and what they have below the device disagree"
+        )
+        assert self.num_below == len(below), "hashes are miscounted"
         assert len(self.named) <= self.most, "more sessions than are kept"
         for what, blocks in (("place", self.at), ("superseded", self.superseded), ("shared", self.shared)):
             for block in blocks:

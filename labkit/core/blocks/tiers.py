@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from labkit.core.blocks.below import Below
 from labkit.core.blocks.eviction import EvictionChoice, eviction_policy
 from labkit.core.blocks.prefix import EventSink, PrefixCache
 from labkit.core.blocks.tables import BlockPool, Tokens
@@ -50,13 +51,26 @@ class DiskMoves(NamedTuple):
 NO_MOVES = DiskMoves()
 
 
+class Fetch(NamedTuple):
+    """A device block that plan `step` fills from host memory for a session. Without a stub it was forgotten since."""
+
+    step: int
+    stub: Stub | None
+    session: str
+
+
 class Tier(Shown):
     """Cached blocks in one medium below the device. A place is free, or it stores a block, or it is held: by a transfer
     or, in host memory, by a swapped request, which shares the pool and goes first."""
 
-    def __init__(self, medium: str, pool: BlockPool, block_size: int, eviction: EvictionChoice = "lru") -> None:
+    def __init__(
+        self, medium: str, pool: BlockPool, block_size: int, eviction: EvictionChoice = "lru",
+        sessions: Below | None = None,
+    ) -> None:  # fmt: skip
         self.medium, self.pool = medium, pool
         self.prefix = PrefixCache(pool.num_blocks, block_size, holders=pool.count, medium=medium)
+        if sessions is not None:
+            self.prefix.sessions = sessions  # type: ignore[assignment]  # it stands for them
         self.eviction = eviction_policy(eviction)
         self.eviction.attach(self.prefix)
         self.step_of = np.full(pool.num_blocks + 1, -1, np.int64)  # place -> the plan that fills it; -1: in none yet
@@ -161,7 +175,8 @@ class Offloading(Shown):
         self.device = device
         host.offload = self
         device.sessions.keeps_below = True
-        self.host = Tier("cpu", host, device.block_size, eviction)
+        below = Below(device.sessions, lambda place: self.host.prefix.hash_of(place))
+        self.host = Tier("cpu", host, device.block_size, eviction, below)
         self.disk = Tier("disk", BlockPool(num_disk_blocks), device.block_size) if num_disk_blocks else None
         self.out: dict[int, int] = {}  # host block -> device block, to be copied by the next plan
         self.writes: dict[bytes, DiskWrite] = {}
@@ -169,9 +184,11 @@ class Offloading(Shown):
         self.drops: list[bytes] = []
         self.reading: dict[bytes, tuple[int, Stub]] = {}  # asked for and not yet there: hash -> (host block, block)
         self.stale: set[bytes] = set()  # being read, and forgotten meanwhile
+        self.wanted: dict[str, None] = {}  # sessions whose state is to be brought to the device, the first one first
+        self.fetches: dict[int, Fetch] = {}  # device blocks that a plan in flight fills for them
         self.step = 0
         self.num_offloaded = self.num_loaded = self.num_written = self.num_read = self.num_missing = 0
-        self.num_host_hit_tokens = self.num_disk_hit_tokens = 0
+        self.num_host_hit_tokens = self.num_disk_hit_tokens = self.num_prefetched = 0
 
     def __repr__(self) -> str:
         tiers = [f"{len(tier)} of {tier.pool.num_blocks} blocks in {where}" for tier, where in self._named()]
@@ -357,6 +374,7 @@ class Offloading(Shown):
                     self._drop(tier.prefix.hash_of(place))
             if gone:
                 tier.forget(gone, self.step)
+        self._forget_fetches()
         lost, self.reads = list(self.reading), {}
         for place, _ in self.reading.values():
             self.host.pool.count[place] = 0
@@ -365,11 +383,17 @@ class Offloading(Shown):
         self.stale.clear()
         return lost
 
+    def _forget_fetches(self) -> None:
+        """What is being brought to the device is not to be used; its blocks are free once their plans are committed."""
+        self.wanted.clear()
+        self.fetches = {block: fetch._replace(stub=None) for block, fetch in self.fetches.items()}
+
     # -- everything ----------------------------------------------------------------------------------------------
 
     def clear(self, emit: EventSink | None, on_disk: bool) -> None:
         """Forget everything, `on_disk` also the files. Reads that are under way are dropped when they are done."""
         self.out.clear()
+        self._forget_fetches()
         self.host.clear(emit)
         self.stale |= self.reading.keys()
         disk = self.disk

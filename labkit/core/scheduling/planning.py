@@ -122,9 +122,10 @@ def copy_if_shared(s: SchedulerState, builder: PlanBuilder, row: int, start: int
 
 
 def _num_coming_back(s: SchedulerState) -> int:
-    """Blocks that only draining rows hold; they are freed when the plans that name them are committed."""
-    count, tables = s.blocks.pool.count, s.tables
-    return sum(int((count[tables.held(row)] == 1).sum()) for row in s.draining)
+    """Blocks that only draining rows or prefetches hold; they are freed when the plans that name them are committed."""
+    count, tables, offload = s.blocks.pool.count, s.tables, s.blocks.offload
+    flying = 0 if offload is None else len(offload.fetches)
+    return flying + sum(int((count[tables.held(row)] == 1).sum()) for row in s.draining)
 
 
 def _hold_those_without(s: SchedulerState, rows: Ints, short: Ints, copies: list[int]) -> Ints:

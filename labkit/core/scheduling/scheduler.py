@@ -26,6 +26,7 @@ from labkit.core.scheduling import (
     loading,
     planning,
     preempt,
+    prefetching,
     sessions,
     spans,
 )
@@ -326,7 +327,9 @@ class Scheduler(SchedulerState, Shown):
             left = planning.give_back(self, builder, left)
         if guesses and left > 0:
             planning.plan_drafts(self, builder, rows, left, guesses)
-        nothing = not len(rows) and not builder.chunks and not builder.copies and not builder.compactions
+        if blocks.offload is not None and blocks.offload.wanted:
+            prefetching.plan_fetches(self, builder, left)
+        nothing = not (len(rows) or builder.chunks or builder.copies or builder.compactions or builder.swap_in)
         if nothing and not self.swap_out and not self._must_read():
             self.log.flush(self.step, now)
             return None
@@ -415,6 +418,8 @@ class Scheduler(SchedulerState, Shown):
         if self.draining:
             committing.drain(self, plan)
         self.release_host_blocks(plan.step)
+        if self.blocks.offload is not None and self.blocks.offload.fetches:
+            prefetching.arrived(self, plan.step)
         if isinstance(result, Result) and result.read and plan.step > self.void_until:
             loading.arrived(self, result.read)
         try:
