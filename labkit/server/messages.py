@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -13,12 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message as Received
 
+from labkit.core.blocks.sessions import LONGEST_NAME
 from labkit.server import chat
 from labkit.server.bridge import Delta
 from labkit.server.errors import ApiError, of_validation
 from labkit.server.http import EventStream, answer, read_body
 from labkit.server.routes import Route
-from labkit.server.sampling import MOST_TOKENS, Text, Word
+from labkit.server.sampling import MOST_TOKENS, SessionHint, SessionName, Text, Word
 from labkit.server.service import Service
 from labkit.server.tools import dumped
 
@@ -67,6 +68,22 @@ class OutputConfig(BaseModel):
     format: OutputFormat | None = None
 
 
+class Metadata(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    user_id: Annotated[str, Field(max_length=4096)] | None = None
+
+    def session(self) -> str | None:
+        """The session that `user_id` names, as coding agents write it: `user_..._account_..._session_<id>`, or JSON
+        with a `session_id`. Another `user_id` names a user, who may have several conversations at once."""
+        given = self.user_id or ""
+        found: Any = given.rpartition("_session_")[2] if "_session_" in given else None
+        if given.startswith("{"):
+            with suppress(ValueError):
+                found = json.loads(given).get("session_id")
+        return found if isinstance(found, str) and 0 < len(found) <= LONGEST_NAME else None
+
+
 class MessagesRequest(CountRequest):
     """A call as Anthropic's clients write it."""
 
@@ -77,6 +94,10 @@ class MessagesRequest(CountRequest):
     top_k: Annotated[int, Field(ge=0, le=MOST_TOKENS)] | None = None
     stream: bool | None = False
     output_config: OutputConfig | None = None
+    metadata: Metadata | None = None
+    session: SessionName | None = None
+    session_parent: SessionName | None = None
+    session_hint: SessionHint | None = None
 
 
 async def messages(service: Service, request: Request) -> Response:
@@ -137,6 +158,11 @@ def _chat_of(body: MessagesRequest) -> dict[str, Any]:
     for name in ("temperature", "top_p", "top_k"):
         if (value := getattr(body, name)) is not None:
             found[name] = value
+    for name in ("session", "session_parent", "session_hint"):
+        if (value := getattr(body, name)) is not None:
+            found[name] = value
+    if body.session is None and body.metadata is not None:
+        found["session"] = body.metadata.session()
     if body.stop_sequences:
         found["stop"] = body.stop_sequences
     if body.output_config is not None and body.output_config.format is not None:

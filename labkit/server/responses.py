@@ -155,6 +155,8 @@ async def create(service: Service, request: Request) -> Response:
             raise ApiError("an answer with this request_id is stored already", param="request_id")
     items = input_items(body.input)
     earlier = _earlier(service, body)
+    if body.session is None and body.previous_response_id is not None:
+        body.session = _entry(service, body.previous_response_id, "previous_response_id").session
     messages = [*earlier, *messages_of(items)]
     calling = body.calling(service)
     ids, images = await _prompt(
@@ -285,7 +287,7 @@ class Writer:
         """Store the answer, with the conversation up to its end."""
         if self.body.store is not False:
             messages = [*self.messages, *messages_of(self.output.messages())]
-            self.call.service.stored.add(response, self.items, messages)
+            self.call.service.stored.add(response, self.items, messages, self.body.session)
         return response
 
     def response(self, status: str, error: dict[str, str] | None = None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ class Entry(NamedTuple):
     input_items: list[dict[str, Any]]
     messages: list[dict[str, Any]]  # the conversation up to and with this answer, without instructions
     size: int
+    session: str  # of those that continue it
 
 
 class Stored:
@@ -38,10 +39,14 @@ class Stored:
     def get(self, id: str) -> Entry | None:
         return self.entries.get(id)
 
-    def add(self, response: dict[str, Any], input_items: list[dict[str, Any]], messages: list[dict[str, Any]]) -> None:
+    def add(
+        self, response: dict[str, Any], input_items: list[dict[str, Any]], messages: list[dict[str, Any]],
+        session: str | None = None,
+    ) -> None:  # fmt: skip
+        """Its `session` is its own id, if nobody has named one."""
         size = len(json.dumps([response, input_items, messages]))
         self.remove(response["id"])
-        self.entries[response["id"]] = Entry(response, input_items, messages, size)
+        self.entries[response["id"]] = Entry(response, input_items, messages, size, session or response["id"])
         self.num_characters += size
         while self.entries and (len(self.entries) > self.most or self.num_characters > self.most_characters):
             self.remove(next(iter(self.entries)))

@@ -367,6 +367,20 @@ def test_prefetch_brings_a_session_from_host_memory_to_the_device():
     eng.check()
 
 
+def test_a_scoring_function_sees_the_sessions_of_host_memory():
+    seen = set()
+
+    def score(block):
+        seen.update(info.name for info in block.sessions)
+        return block.freed_at
+
+    bm = lk.BlockManager(8, 4, num_host_blocks=20, kv_offloading=True, host_eviction=score)
+    eng = lk.Engine(scheduler=lk.Scheduler(bm), runner=lk.FakeRunner(seed=1, vocab_size=50), clock=lk.VirtualClock())
+    turn(eng, 0, 20, session="a")
+    eng.submit([40] * 24, TOKENS).wait()
+    assert seen == {"a"}
+
+
 def below_and_others(eviction, hint):
     """Session "a" in host memory, a device full of the state of "b", which got this hint."""
     bm = lk.BlockManager(8, 4, eviction=eviction, num_host_blocks=20, kv_offloading=True)

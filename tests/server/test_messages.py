@@ -211,3 +211,30 @@ def test_a_stream_that_fails_ends_as_anthropics_do(steps):
         assert "200 OK" in head and f"event: error\ndata: {json.dumps({'type': 'error', 'error': told})}\n\n" in text
     else:
         assert " 503 " in head and json.loads(text) == {"type": "error", "error": told}
+
+
+@pytest.mark.parametrize(
+    ("user_id", "session"),
+    [
+        ("user_0a1b_account__session_9f3c-11", "9f3c-11"),
+        ('{"device_id": "d", "account_uuid": "", "session_id": "9f3c-12"}', "9f3c-12"),
+        ("user_0a1b", None), ('{"session_id": 3}', None), ("{no json", None), ("a_session_", None), (None, None),
+    ],
+)  # fmt: skip
+def test_a_session_is_named_as_coding_agents_name_it(user_id, session):
+    body = MessagesRequest(**BODY, metadata={"user_id": user_id})
+    assert _chat_of(body).get("session") == session
+
+
+def test_a_call_belongs_to_a_session(http, server):
+    metadata = {"user_id": "user_1_account_2_session_agent-a"}
+    assert http.post("/v1/messages", json={**BODY, "metadata": metadata}).status_code == 200
+    own = {"session": "agent-b", "session_parent": "agent-a", "session_hint": {"waits": 9}}
+    assert http.post("/v1/messages", json={**BODY, "metadata": metadata, **own}).status_code == 200
+    assert "agent-a" in server.engine.sessions and server.engine.sessions["agent-b"][:3] == (
+        "agent-b",
+        "agent-a",
+        "waits",
+    )
+    refused = http.post("/v1/messages", json={**BODY, "session": "x", "session_hint": "son"})
+    assert refused.status_code == 400 and "unknown hint 'son'" in refused.json()["error"]["message"]

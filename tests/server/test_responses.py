@@ -92,6 +92,18 @@ def test_a_stored_answer_is_continued_read_and_deleted(http, server):
     assert http.get(f"/v1/responses/{ask(http, store=False)['id']}").status_code == 404
 
 
+def test_answers_that_go_on_from_another_are_one_session(http, server):
+    first = ask(http, input="What does join do?")
+    assert first["id"] not in server.engine.sessions, "nobody goes on with most answers"
+    second = ask(http, input="And split?", previous_response_id=first["id"])
+    assert first["id"] in server.engine.sessions
+    ask(http, input="And strip?", previous_response_id=second["id"])
+    assert second["id"] not in server.engine.sessions
+    named = ask(http, input="And len?", previous_response_id=second["id"], session="mine")
+    ask(http, input="So?", previous_response_id=named["id"], session_hint="finished")
+    assert server.engine.sessions["mine"].hint == "finished" and named["id"] not in server.engine.sessions
+
+
 def test_the_store_is_bounded():
     stored = Stored(most=2, most_characters=200)
     for id in "abc":

@@ -321,16 +321,15 @@ class Sessions(Shown):
 
     def climb(self, block: int, parent: int, cache: Cache) -> None:
         """`block` leaves the cache: states that ended there end in `parent`, the block before (0: nothing is left)."""
-        if self.keeps_below:
-            digest = cache.hash_of(block)
-            (self.superseded_below.add if block in self.superseded else self.superseded_below.discard)(digest)
-            if len(self.superseded_below) > MOST_BELOW:
+        if self.keeps_below and block in self.superseded:
+            if len(self.superseded_below) >= MOST_BELOW:
                 self.superseded_below.clear()
+            self.superseded_below.add(cache.hash_of(block))
         self.superseded.discard(block)
         self.shared.discard(block)
         for session in self.at.pop(block, ()):
             if self.keeps_below:
-                self._sink(session, digest)
+                self._sink(session, cache.hash_of(block))
             at = session.places.index(block)
             if parent and parent not in session.places and not (session.kind == "finished" and parent in self.shared):
                 session.places[at] = parent

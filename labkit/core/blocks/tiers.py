@@ -210,6 +210,8 @@ class Offloading(Shown):
     def evicted(self, blocks: list[int]) -> None:
         """The device is about to forget these blocks: keep what has no other copy there."""
         device, host = self.device, self.host
+        if device.sessions:  # before host memory's policy scores these blocks
+            device.sessions.removed(blocks, [device.has_parent(block) for block in blocks], device)
         for block in blocks:
             digest = device.hash_of(block)
             if digest in device.spares or digest in self.reading:
@@ -287,6 +289,8 @@ class Offloading(Shown):
         self.host.hold(places)
         self.host.prefix.hits[places] += 1
         self.num_loaded += len(places)
+        if superseded := self.device.sessions.superseded_below:
+            superseded.difference_update(map(self.host.prefix.hash_of, places))
         size = self.device.block_size
         self.num_disk_hit_tokens += min(num_read, len(places)) * size
         self.num_host_hit_tokens += max(len(places) - num_read, 0) * size

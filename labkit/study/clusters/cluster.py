@@ -205,9 +205,10 @@ class Cluster:
         ask = self._workload.asks[place]
         self.num_injected += 1
         block_size = self.replicas[0].blocks.block_size
+        session = self._session[place] if ask.turn is None else ask.turn.session
         incoming = Incoming(
-            f"r{self.num_injected}", prompt, self._session[place], ask.num_output, self.now / 1e9, ask.priority,
-            block_size,
+            f"r{self.num_injected}", prompt, session, ask.num_output, self.now / 1e9, ask.priority, block_size,
+            ask.turn, ask.extra,
         )  # fmt: skip
         replica = self.entry.choose(incoming, self.now)
         request = self._request(incoming, prompt, 1 if self.placement else ask.num_output)
@@ -239,8 +240,15 @@ class Cluster:
         return True
 
     def _request(self, incoming: Incoming, tokens: Any, num_output: int) -> Request:
-        params = SamplingParams(max_tokens=num_output, temperature=0, ignore_eos=True, detokenize=False)
-        request = Request(incoming.id, tokens, params, arrival=self.now, priority=incoming.priority)
+        extra = None if incoming.extra is None else dict(incoming.extra)
+        params = SamplingParams(
+            max_tokens=num_output, temperature=0, ignore_eos=True, detokenize=False, extra_args=extra
+        )
+        session, parent, hint = incoming.turn or (None, None, None)
+        request = Request(
+            incoming.id, tokens, params, arrival=self.now, priority=incoming.priority, session=session,
+            parent_session=parent, hint=hint,
+        )  # fmt: skip
         blocks = self.replicas[0].blocks
         if blocks.prefix_caching and len(tokens) // blocks.block_size == len(incoming.hashes):
             request.hashes = list(incoming.hashes)  # the scheduler would compute the same

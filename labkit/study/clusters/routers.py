@@ -99,7 +99,7 @@ class Sticky(_Seeded):
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
-        self._home: dict[int, int] = {}
+        self._home: dict[int | str, int] = {}
 
     def __call__(self, request: Incoming, views: Views, now: float) -> int:
         home = self._home.get(request.session)

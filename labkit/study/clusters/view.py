@@ -4,12 +4,13 @@ logs; never touches a scheduler."""
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 from labkit.core.blocks.prefix import hash_blocks, root_hash
+from labkit.core.blocks.sessions import Turn
 from labkit.core.blocks.tables import Tokens
 from labkit.core.events.log import EventLog
 from labkit.core.events.types import NAMES, Batch
@@ -21,16 +22,19 @@ _USED, _CACHED, _FREE = (_STEP[name] for name in ("used_blocks", "cached_blocks"
 
 @dataclass(frozen=True)
 class Incoming:
-    """A request on its way to a replica. `session` is the same for all turns of a conversation. `num_output` is how
-    long the answer will be: a real router cannot know it."""
+    """A request on its way to a replica. `session` is the same for all turns of a conversation: the session that the
+    request names, else a number. `turn` and `extra` are what it says of its session, and to policies. `num_output` is
+    how long the answer will be: a real router cannot know it."""
 
     id: str
     prompt: Tokens
-    session: int
+    session: int | str
     num_output: int
     arrival: float  # seconds
     priority: int
     block_size: int
+    turn: Turn | None = None
+    extra: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def num_prompt(self) -> int:

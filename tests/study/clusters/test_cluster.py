@@ -6,8 +6,9 @@ import random
 import pytest
 
 import labkit as lk
+from labkit.core.blocks.sessions import Turn
 from labkit.study.clusters.compare import cluster as compare
-from labkit.study.clusters.results import columns_of
+from labkit.study.clusters.results import columns_of, metrics_of
 from labkit.study.clusters.routers import ROUTERS
 from labkit.study.serving import serve
 
@@ -216,3 +217,35 @@ def test_the_face_of_the_study_package_is_lazy_and_complete():
         assert getattr(lk.study, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'clusterr'"):
         lk.study.clusterr  # noqa: B018
+
+
+def test_sessions_and_hints_reach_the_replicas():
+    """Hints help where a router keeps sessions together."""
+    agents = lk.workloads.agent_sessions(8, scale=1 / 128, rate=0.05, turns=12, seed=1)
+    rates = {}
+    for eviction in ("lru", "hinted"):
+        options = {"num_blocks": 120, "eviction": eviction, "max_num_batched_tokens": 256}
+        cluster = lk.study.Cluster(2, router="sticky", runner=lk.SimRunner(per_token=1e-3), **options)
+        cluster.serve(agents)
+        cluster.check()
+        known = [set(replica.blocks.prefix.sessions.named) for replica in cluster.replicas]
+        assert known[0] | known[1] == {ask.turn.session for ask in agents.asks} and not known[0] & known[1]
+        first = cluster.replicas[0].log.events("Hinted")
+        assert {event.session for event in first} <= known[0] and first
+        rates[eviction] = metrics_of(cluster, {"ttft": 1.0, "tpot": 0.1})["hit_rate"]
+    assert rates["hinted"] > rates["lru"], rates
+
+
+def test_policies_see_sessions_and_what_requests_say_to_them():
+    seen = []
+
+    def by_tenant(request, now):
+        seen.append((request.session, request.extra.get("tenant")))
+        return request.arrival
+
+    asks = tuple(
+        lk.workloads.Ask((1, 2, 3), 4, 0.1 * i, extra={"tenant": "ab"[i % 2]}, turn=Turn(f"s{i}")) for i in range(4)
+    )
+    cluster = lk.study.Cluster(2, router="round_robin", order=by_tenant)
+    cluster.serve(lk.workloads.Workload("told", asks))
+    assert seen == [(f"s{i}", "ab"[i % 2]) for i in range(4)]
