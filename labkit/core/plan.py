@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.stubs import NO_MOVES, DiskMoves
 from labkit.core.blocks.tables import Ints, Tokens
-from labkit.core.blocks.tiers import NO_MOVES, DiskMoves
 from labkit.core.captures import CapturedStep
 from labkit.core.params import SamplingParams
 from labkit.core.request import Request

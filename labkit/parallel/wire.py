@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from labkit.core.blocks.prefix import Span
-from labkit.core.blocks.tiers import DiskMoves, DiskWrite, Stub
+from labkit.core.blocks.stubs import DiskMoves, DiskWrite, Stub
 from labkit.core.captures import Captured, CapturedStep
 from labkit.core.edits import Add, Clamp, Edit, Function, Project, Replace
 from labkit.core.messagepack import pack, unpack

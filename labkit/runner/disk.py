@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labkit.core.blocks.tiers import DiskWrite, Stub
+from labkit.core.blocks.stubs import DiskWrite, Stub
 from labkit.core.plan import Plan
 from labkit.core.shown import Shown
 from labkit.models.base import Model

@@ -7,7 +7,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from labkit.core.blocks.tiers import Stub
+from labkit.core.blocks.stubs import Stub
 from labkit.core.options import duration, named_options, whole
 from labkit.core.plan import Plan, Result
 from labkit.core.smaller import Compaction, Keys, SmallerKV, chosen

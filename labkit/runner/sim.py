@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from labkit.core.blocks.tiers import NO_MOVES, Stub
+from labkit.core.blocks.stubs import NO_MOVES, Stub
 from labkit.core.options import named_options, real, whole
 from labkit.core.plan import Join, Plan, Result
 from labkit.core.scheduling.builder import Chunk

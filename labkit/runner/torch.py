@@ -17,7 +17,7 @@ from labkit_kernels import copy_blocks, generation
 from labkit_kernels import sample as sample_op
 from torch import Tensor
 
-from labkit.core.blocks.tiers import Stub
+from labkit.core.blocks.stubs import Stub
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Extras, Plan

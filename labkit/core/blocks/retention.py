@@ -10,8 +10,9 @@ from labkit.core.blocks.eviction import EvictionPolicy
 from labkit.core.blocks.prefix import PrefixCache
 from labkit.core.blocks.rows import Hit
 from labkit.core.blocks.sessions import Hint, SessionInfo
+from labkit.core.blocks.stubs import Stub
 from labkit.core.blocks.tables import BlockPool, BlockTables
-from labkit.core.blocks.tiers import Offloading, Stub
+from labkit.core.blocks.tiers import Offloading
 
 
 class Blocks(Protocol):

@@ -7,56 +7,15 @@ in several tiers at once, once in each: a copy stays where it was when it is bro
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from labkit.core.blocks.below import Below
 from labkit.core.blocks.eviction import EvictionChoice, eviction_policy
 from labkit.core.blocks.prefix import EventSink, PrefixCache
-from labkit.core.blocks.tables import BlockPool, Tokens
+from labkit.core.blocks.stubs import NO_MOVES, DiskMoves, DiskWrite, Fetch, Stub, stub_of
+from labkit.core.blocks.tables import BlockPool
 from labkit.core.shown import Shown
-
-
-class Stub(NamedTuple):
-    """A full block without its keys and values: what it is found by, and what it holds."""
-
-    digest: bytes
-    parent: bytes
-    depth: int
-    tokens: Tokens  # [block_size]
-
-    def __repr__(self) -> str:
-        return f"Stub({self.digest.hex()[:12]}: {len(self.tokens)} tokens, depth {self.depth})"
-
-
-class DiskWrite(NamedTuple):
-    """Write a host block to disk."""
-
-    host_block: int
-    stub: Stub
-
-
-class DiskMoves(NamedTuple):
-    """What a plan does on disk. A runner may read later than the step: its result then says which reads are done."""
-
-    drops: tuple[bytes, ...] = ()
-    writes: tuple[DiskWrite, ...] = ()
-    reads: tuple[tuple[bytes, int], ...] = ()  # (hash, host block)
-
-    def __repr__(self) -> str:
-        return f"DiskMoves({len(self.drops)} drops, {len(self.writes)} writes, {len(self.reads)} reads)"
-
-
-NO_MOVES = DiskMoves()
-
-
-class Fetch(NamedTuple):
-    """A device block that plan `step` fills from host memory for a session. Without a stub it was forgotten since."""
-
-    step: int
-    stub: Stub | None
-    session: str
 
 
 class Tier(Shown):
@@ -450,9 +409,3 @@ class Offloading(Shown):
         if self.disk is not None:
             assert not self.disk.pool.count.any(), "a disk block is held"
             assert self.writes.keys() <= self.disk.prefix.block_of.keys(), "a write of a block that is not stored"
-
-
-def stub_of(prefix: PrefixCache, block: int) -> Stub:
-    return Stub(
-        prefix.hash_of(block), prefix.parent_hash_of(block), int(prefix.depth_of[block]), prefix.tokens_of[block].copy()
-    )

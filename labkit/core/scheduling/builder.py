@@ -43,6 +43,11 @@ class PlanBuilder:
     preempted: bool = False
     encoded: int = 0  # inputs of images that the step begins to compute
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute or to move, decode rows aside."""
+        return not (self.chunks or self.copies or self.compactions or self.swap_in)
+
     def join(self, request: Request, row: int, slot: int | None) -> None:
         """Tells the runner that `request` has this row from here on, and in which slot its adapter is."""
         self.joins.append(

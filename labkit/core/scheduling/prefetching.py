@@ -7,7 +7,8 @@ held until its plan is committed, and is an ordinary cached block from then on. 
 from __future__ import annotations
 
 from labkit.core.blocks.sessions import Session
-from labkit.core.blocks.tiers import Fetch, Offloading
+from labkit.core.blocks.stubs import Fetch
+from labkit.core.blocks.tiers import Offloading
 from labkit.core.scheduling.builder import PlanBuilder
 from labkit.core.scheduling.state import SchedulerState
 
@@ -15,7 +16,7 @@ from labkit.core.scheduling.state import SchedulerState
 def plan_fetches(s: SchedulerState, builder: PlanBuilder, left: int) -> None:
     """Copies into this plan: at most as many blocks as `left` tokens fill, so that no step becomes long."""
     blocks, offload = s.blocks, s.blocks.offload
-    if offload is None or s.queue or builder.preempted or s.kv_loading == "recompute":
+    if offload is None or not offload.wanted or s.queue or builder.preempted or s.kv_loading == "recompute":
         return
     promised = sum(blocks.blocks_for(int(s.tables.num_tokens[r])) - int(s.tables.num_blocks[r]) for r in s.prefilling)
     reserve = promised + s.num_running + int(s.watermark * blocks.num_blocks)
@@ -86,7 +87,8 @@ def _take(s: SchedulerState, session: Session) -> int | None:
 def arrived(s: SchedulerState, step: int) -> None:
     """Plan `step` is committed: what it brought is cached. What was computed or forgotten meanwhile is given up."""
     blocks, offload = s.blocks, s.blocks.offload
-    assert offload is not None
+    if offload is None or not offload.fetches:
+        return
     prefix, sessions = blocks.prefix, blocks.prefix.sessions
     fresh: dict[str, list[int]] = {}
     for block in [block for block, fetch in offload.fetches.items() if fetch.step <= step]:

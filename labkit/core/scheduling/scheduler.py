@@ -327,10 +327,8 @@ class Scheduler(SchedulerState, Shown):
             left = planning.give_back(self, builder, left)
         if guesses and left > 0:
             planning.plan_drafts(self, builder, rows, left, guesses)
-        if blocks.offload is not None and blocks.offload.wanted:
-            prefetching.plan_fetches(self, builder, left)
-        nothing = not (len(rows) or builder.chunks or builder.copies or builder.compactions or builder.swap_in)
-        if nothing and not self.swap_out and not self._must_read():
+        prefetching.plan_fetches(self, builder, left)
+        if builder.is_empty and not (len(rows) or self.swap_out or self._must_read()):
             self.log.flush(self.step, now)
             return None
         plan = planning.build(self, builder, rows, start)
@@ -418,8 +416,7 @@ class Scheduler(SchedulerState, Shown):
         if self.draining:
             committing.drain(self, plan)
         self.release_host_blocks(plan.step)
-        if self.blocks.offload is not None and self.blocks.offload.fetches:
-            prefetching.arrived(self, plan.step)
+        prefetching.arrived(self, plan.step)
         if isinstance(result, Result) and result.read and plan.step > self.void_until:
             loading.arrived(self, result.read)
         try:
