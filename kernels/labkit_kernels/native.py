@@ -28,7 +28,7 @@ from .recording import Library
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-SECONDS = 120
+SECONDS = 300  # for one source: it takes 10 alone, and many times that beside others
 CODES = {torch.float32: 0, torch.bfloat16: 1}  # how a source is told a dtype
 
 _warned: set[str] = set()

@@ -158,7 +158,11 @@ def _both_ways(plan: Plan, rows: Rows, query_start: np.ndarray) -> tuple[tuple[i
 
 
 def _embeddings(
-    plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device, dtype: torch.dtype,
+    plan: Plan,
+    rows: Rows,
+    query_start: np.ndarray,
+    device: torch.device,
+    dtype: torch.dtype,
     features: Features | Elsewhere | None,
 ) -> tuple[tuple[Tensor, Tensor] | None, dict[int, str]]:
     """Inputs of this step that a request brings along: which of the step's tokens they are for, and they; and the rows

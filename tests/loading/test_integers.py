@@ -25,9 +25,7 @@ from tests.models.configs import config, reference_model
 from tests.models.test_decoder import paged_logits
 
 BF16 = torch.bfloat16
-here = pytest.mark.skipif(
-    not integers.available(), reason="this machine has no AVX2, or no compiler"
-)
+here = pytest.mark.skipif(not integers.available(), reason="this machine has no AVX2, or no compiler")
 
 
 def grouped(out, inputs, bits=4, group=32, *, zeros=False, act_order=False, bias=False, seed=0):
