@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections import deque
@@ -93,7 +94,10 @@ class Workers(Shown):
         self.lost: str | None = None
         self.num_starts = 0
         self.is_closed = False
-        self.user: Callable[[], Any] | None = None  # a reference to the runner that uses them, if one does
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()  # the runner that uses them, and its forks
+        self.serving: Callable[[], Any] | None = None  # a reference to the one of them that they serve at present
+        self.num_forks = 0
+        self.lock = threading.RLock()  # engines that share the ranks may have threads of their own
         self._folder: str | None = None  # of torch's store
         self._start()
 
@@ -141,7 +145,7 @@ class Workers(Shown):
         if self.segment is None:
             self.segment = Segment(self.ranks)
         self.segment.clear()
-        self.lost = None
+        self.lost = self.serving = None
         self.num_starts += 1
         if self.backend in ("gloo", "nccl"):
             self._folder = tempfile.mkdtemp(prefix="labkit-")
@@ -232,8 +236,9 @@ class Workers(Shown):
         """Call `do_<name>` of every rank; their values by rank."""
         from labkit.parallel.wire import pack_any
 
-        self.send("C", pack([name, {key: pack_any(value) for key, value in given.items()}]))
-        messages = [self._receive(rank, SECONDS_CALL) for rank in range(self.ranks.num)]
+        with self.lock:
+            self.send("C", pack([name, {key: pack_any(value) for key, value in given.items()}]))
+            messages = [self._receive(rank, SECONDS_CALL) for rank in range(self.ranks.num)]
         return [self._value(rank, message) for rank, message in enumerate(messages)]
 
     def _receive(self, rank: int, timeout: float) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import weakref
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from labkit.core.captures import layers_of
+from labkit.core.messagepack import pack
 from labkit.core.options import real
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result
@@ -38,9 +40,11 @@ class ParallelRunner:
     """See `labkit.runner.base.Runner`. `facts` are what all ranks say of the model."""
 
     def __init__(self, workers: Workers, options: Mapping[str, Any], owns_workers: bool = True) -> None:
-        if workers.user is not None and workers.user() is not None:
+        if len(workers.users):
             raise ValueError(f"{workers!r} already serve an engine: close it, or make others")
         self.workers, self.options, self.owns_workers = workers, dict(options), owns_workers
+        self.number = 0  # of the ranks' runners; forks have others
+        self.num_starts = workers.num_starts  # of the processes that have it
         self.layout: Layout | None = None
         self.sent: deque[int] = deque()  # steps without an answer, in order
         self.results: deque[Reported] = deque()  # of the rank that answers
@@ -58,10 +62,36 @@ class ParallelRunner:
         self._load()
         room = options["adapter_room"]
         self.adapters = RemoteSlots(workers, room[0], self.dtype_name, self.name) if room is not None else None
-        workers.user = weakref.ref(self)
+        workers.users.add(self)
+
+    def _call(self, name: str, /, **given: Any) -> list[Any]:
+        with self.workers.lock:
+            self._take_turn()
+            return self.workers.call(name, **given)
+
+    def _take_turn(self) -> None:
+        """From here on the ranks serve this runner. What another one has in flight is waited for."""
+        workers = self.workers
+        before = workers.serving
+        if before is not None:
+            if (other := before()) is self:
+                return
+            workers.call("ping")  # is answered after all plans
+            if other is not None:
+                other._read(0.0)
+            for answers in workers.answers:
+                answers.clear()
+        workers.send("F", pack(self.number))
+        workers.serving = weakref.ref(self)
+
+    def _check_alive(self) -> None:
+        if self.workers.lost is not None:
+            raise Lost(self.workers.lost)
+        if self.num_starts != self.workers.num_starts:
+            raise Lost("the ranks that held what was computed have ended, and others have taken their place")
 
     def _load(self) -> None:
-        self.facts = self.workers.call("load", **self.options)
+        self.facts = self._call("load", **self.options)
         first = self.facts[self.workers.ranks.answering]
         self.vocab_size: int = first["vocab_size"]
         self.eos_token_ids: tuple[int, ...] = tuple(first["eos_token_ids"])
@@ -92,7 +122,7 @@ class ParallelRunner:
         """As many as fit on the rank where fewest do."""
         real("gpu_memory_utilization", utilization, least=0.0, most=1.0, open_left=True)
         if self.device != "cpu":
-            found = self.workers.call(
+            found = self._call(
                 "fitting_blocks", block_size=block_size, utilization=utilization, most_tokens=most_tokens,
                 most_rows=most_rows,
             )  # fmt: skip
@@ -108,12 +138,12 @@ class ParallelRunner:
     def open(self, layout: Layout) -> None:
         if self.layout is not None:
             raise ValueError("this ParallelRunner already serves an engine: close that one, or make another runner")
-        self.workers.call("open", layout=layout)
+        self._call("open", layout=layout)
         self.layout = layout
-        self.held_bytes = [(found["weights"], found["kv"]) for found in self.workers.call("memory")]
+        self.held_bytes = [(found["weights"], found["kv"]) for found in self._call("memory")]
 
     def capture_all(self, most_tokens: int) -> None:
-        self.workers.call("capture_all", most_tokens=most_tokens)
+        self._call("capture_all", most_tokens=most_tokens)
 
     def check_params(self, params: SamplingParams) -> None:
         """Refuse what cannot be sent."""
@@ -128,10 +158,18 @@ class ParallelRunner:
     # -- a step --------------------------------------------------------------------------------------------------
 
     def launch(self, plan: Plan) -> Waiting:
-        if self.workers.ensure():
+        with self.workers.lock:
+            return self._launch(plan)
+
+    def _launch(self, plan: Plan) -> Waiting:
+        if self.sent and not plan.reset:  # what is in flight may be lost
+            self._check_alive()
+        self.workers.ensure()
+        if self.num_starts != self.workers.num_starts:
             self._begin_again()
             if self.adapters is not None:
                 plan = plan._replace(adapters=(*self.adapters.begin_again(), *plan.adapters))
+        self._take_turn()
         if self.adapters is not None:
             self.adapters.in_slot |= dict(plan.adapters)
         if plan.reset:  # whatever is in flight was rolled back
@@ -148,14 +186,17 @@ class ParallelRunner:
 
     def _begin_again(self) -> None:
         """Other processes have taken the place of those that were lost."""
+        if self.number:
+            raise Lost("the ranks that held this fork have ended, and others have taken their place: fork again")
         self._forget()
+        self.num_starts = self.workers.num_starts
         layout, self.layout = self.layout, None
         self.num_steps = self.plan_bytes = 0
         self._load()
         assert layout is not None
         self.open(layout)
         if self.weights is not None:
-            self.workers.call("replace_weights", folder=self.weights)
+            self._call("replace_weights", folder=self.weights)
 
     def _forget(self) -> None:
         self.sent.clear()
@@ -166,8 +207,11 @@ class ParallelRunner:
 
     def result(self, step: int) -> Result:
         """Wait for the answer to the oldest plan."""
-        if self.workers.lost is not None:
-            raise Lost(self.workers.lost)
+        with self.workers.lock:
+            return self._result(step)
+
+    def _result(self, step: int) -> Result:
+        self._check_alive()
         if not self.sent or self.sent[0] != step:
             raise RuntimeError(f"step {step} is not the oldest that was launched")
         end = time.monotonic() + self.workers.step_timeout
@@ -237,13 +281,12 @@ class ParallelRunner:
     def shards(self) -> list[dict[str, tuple[slice, slice]]]:
         """What each rank holds of the checkpoint's linear layers: outputs and inputs, by name."""
         return [
-            {name: (slice(*cut[:2]), slice(*cut[2:])) for name, cut in found.items()}
-            for found in self.workers.call("shards")
+            {name: (slice(*cut[:2]), slice(*cut[2:])) for name, cut in found.items()} for found in self._call("shards")
         ]
 
     def balance(self) -> Balance:
         """Each rank's memory, and where its time went since the model was loaded."""
-        memory, ranks = self.workers.call("memory"), self.workers.ranks
+        memory, ranks = self._call("memory"), self.workers.ranks
         return Balance(
             [
                 RankLoad(
@@ -261,19 +304,19 @@ class ParallelRunner:
         if not isinstance(weights, (str, PathLike)):
             raise ValueError("ranks read their weights themselves: save them, and give the folder of safetensors")
         folder = str(Path(weights).expanduser().absolute())
-        self.workers.call("check_weights", folder=folder)
-        done = self.workers.call("replace_weights", folder=folder)
+        self._call("check_weights", folder=folder)
+        done = self._call("replace_weights", folder=folder)
         self.weights = folder
         return done[0][0], sum(num_bytes for _, num_bytes in done)
 
     def sleep(self) -> tuple[int, int]:
         """Each rank frees its own memory: bytes freed, and moved to host memory, of all."""
-        freed = self.workers.call("sleep")
+        freed = self._call("sleep")
         return sum(kv for kv, _ in freed), sum(moved for _, moved in freed)
 
     def wake_up(self) -> None:
         if self.workers.lost is None:  # else others take the place of the ranks, and are awake
-            self.workers.call("wake_up")
+            self._call("wake_up")
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -282,26 +325,48 @@ class ParallelRunner:
         return []
 
     def close(self) -> None:
-        self.workers.user = None
-        if self.workers.lost is None and not self.workers.is_closed and self.layout is not None:
-            with suppress(Lost):
-                log.info("%r", self.balance())
-        if self.owns_workers:
-            self.workers.close()
-        elif self.workers.lost is None and not self.workers.is_closed:
-            self.workers.call("close")
+        """The last of an engine and its forks ends the processes."""
+        workers = self.workers
+        with workers.lock:
+            workers.users.discard(self)
+            is_alive = workers.lost is None and not workers.is_closed and self.num_starts == workers.num_starts
+            if is_alive and self.layout is not None:
+                with suppress(Lost):
+                    log.info("%r", self.balance())
+            if self.owns_workers and not len(workers.users):
+                workers.close()
+            elif is_alive:
+                self._call("close")
+                workers.serving = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise ValueError("a fork would need processes of its own: take a snapshot() instead, or use one rank")
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelRunner:
+        """Each rank copies its keys and values; the weights, and the processes, are shared."""
+        workers = self.workers
+        with workers.lock:
+            self._check_alive()
+            workers.num_forks += 1
+            self._call("fork", number=workers.num_forks)
+        other = object.__new__(ParallelRunner)
+        vars(other).update(vars(self))
+        other.number = workers.num_forks
+        other.sent, other.results, other.firsts = deque(), deque(), deque()
+        other.errors = [deque() for _ in self.errors]
+        other.busy, other.waited, other._dropped = list(self.busy), list(self.waited), []
+        if self.adapters is not None:
+            other.adapters = copy.copy(self.adapters)
+            other.adapters.in_slot = dict(self.adapters.in_slot)
+        workers.users.add(other)
+        memo[id(self)] = other
+        return other
 
     # -- snapshots: each rank keeps its own part ---------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         if self._dropped:
             numbers, self._dropped = self._dropped, []
-            self.workers.call("drop", numbers=numbers)
+            self._call("drop", numbers=numbers)
         self._num_saved += 1
-        self.workers.call("save", number=self._num_saved)
+        self._call("save", number=self._num_saved)
         slots = {} if self.adapters is None else dict(self.adapters.in_slot)
         saved = Saved(self._num_saved, self.workers.num_starts, slots)
         weakref.finalize(saved, _drop, weakref.ref(self), saved.number)
@@ -311,7 +376,7 @@ class ParallelRunner:
         saved: Saved = state["saved"]
         if saved.num_starts != self.workers.num_starts or self.workers.lost is not None:
             raise ValueError("the ranks that held their parts of this snapshot have ended")
-        self.workers.call("restore", number=saved.number)
+        self._call("restore", number=saved.number)
         for answers in self.workers.answers:
             answers.clear()
         self._void_until = -1

@@ -41,13 +41,18 @@ class Worker:
         if settings["version"] != __version__:
             raise ValueError(f"this process runs labkit {__version__}, the engine's runs {settings['version']}")
         self.peers = connect(settings)
-        self.runner: Any = None
-        self.saved: dict[int, Any] = {}  # parts of snapshots
+        self.runners: dict[int, Any] = {}  # of one model: the engine's, and those of its forks
+        self.number = 0  # of the one that is served at present
+        self.saved: dict[tuple[int, int], Any] = {}  # parts of snapshots, by runner
         self.options: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.answers = self.rank == self.ranks.answering
         self._busy = self._before = 0.0  # seconds: computing; waiting, before the model was loaded
         self._sent = (0, 0)  # exchanges and bytes, before
+
+    @property
+    def runner(self) -> Any:
+        return self.runners.get(self.number)
 
     # -- messages ------------------------------------------------------------------------------------------------
 
@@ -57,6 +62,8 @@ class Worker:
             awake = SECONDS_AWAKE if message.kind == "P" else 0.0
             if message.kind == "P":
                 self._step(message.data)
+            elif message.kind == "F":
+                self.number = unpack(message.data)
             elif message.kind == "Q":
                 return
             else:
@@ -117,7 +124,7 @@ class Worker:
     def do_load(self, **options: Any) -> dict[str, Any]:
         from labkit.parallel.load import facts_of, load
 
-        self.runner = None
+        self.runners.clear()
         self.saved.clear()
         self.options, self.tokenizer = options, None
         self._busy, self._before, self._sent = 0.0, self.peers.waited, self.peers.traffic
@@ -127,8 +134,11 @@ class Worker:
             options["source"] = AutoConfig.for_model(**options["source"])
         if self.peers.backend == "nccl":
             options["device"] = f"cuda:{self.settings['gpu']}"
-        self.runner = load(options, self.peers.place)
+        self.runners[self.number] = load(options, self.peers.place)
         return facts_of(self.runner)
+
+    def do_fork(self, number: int) -> None:
+        self.runners[number] = copy.deepcopy(self.runner)
 
     def do_open(self, layout: Any) -> None:
         self.runner.open(layout)
@@ -191,14 +201,14 @@ class Worker:
 
     def do_save(self, number: int) -> None:
         """Keep this rank's part of a snapshot."""
-        self.saved[number] = copy.deepcopy(self.runner.__getstate__())
+        self.saved[self.number, number] = copy.deepcopy(self.runner.__getstate__())
 
     def do_restore(self, number: int) -> None:
-        self.runner.__setstate__(copy.deepcopy(self.saved[number]))
+        self.runner.__setstate__(copy.deepcopy(self.saved[self.number, number]))
 
     def do_drop(self, numbers: list[int]) -> None:
         for number in numbers:
-            self.saved.pop(number, None)
+            self.saved.pop((self.number, number), None)
 
     def do_check_weights(self, folder: str) -> None:
         self.runner.check_weights(folder).close()
@@ -217,9 +227,14 @@ class Worker:
 
     def do_close(self) -> None:
         if self.runner is not None:
-            memory = [weakref.ref(tensor) for _, tensor in self.runner.memory_parts()]
-            self.runner.close()
-            self.runner = None
+            runner = self.runners.pop(self.number)
+            parts = runner.memory_parts()  # others still have the weights
+            memory = [weakref.ref(tensor) for what, tensor in parts if what == "kv" or not self.runners]
+            del parts
+            runner.close()
+            del runner
+            self.saved = {at: part for at, part in self.saved.items() if at[0] != self.number}
+            self.number = min(self.runners, default=0)
             if any(tensor() is not None for tensor in memory):
                 gc.collect()  # of all of a process's objects, which takes 0.2 s: only for what a cycle may hold
 
@@ -235,7 +250,8 @@ class Worker:
 
     def close(self) -> None:
         """Leave nothing in a process that goes on."""
-        self.do_close()
+        while self.runner is not None:
+            self.do_close()
         self.peers.close()
         self.channel.close()
 

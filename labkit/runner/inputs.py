@@ -164,7 +164,7 @@ def _embeddings(
     device: torch.device,
     dtype: torch.dtype,
     features: Features | Elsewhere | None,
-) -> tuple[tuple[Tensor, Tensor] | None, dict[int, str]]:
+) -> tuple[tuple[Tensor, Tensor] | None, dict[int, str]]:  # fmt: skip
     """Inputs of this step that a request brings along: which of the step's tokens they are for, and they; and the rows
     whose images failed."""
     if isinstance(features, Elsewhere):

@@ -2,12 +2,14 @@
 pair of workers, in threads, serves most cases of this file; where a process matters, there is one."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 
 import labkit as lk
+from labkit.parallel.ranks import Lost
 from tests import adapters
 from tests.models.configs import VOCAB, config, reference_model
 from tests.parallel.threads import ThreadWorkers
@@ -289,14 +291,81 @@ def test_ranks_sleep_and_wake_to_the_same_answers(folders, workers):
     eng.close()
 
 
-def test_functions_and_forks_are_refused(folders, workers):
+def test_functions_are_refused(folders, workers):
     eng = engine(folders("llama"), workers=workers)
     with pytest.raises(ValueError, match="logits_processors are functions of this process"):
         eng.submit([1, 2], lk.SamplingParams(logits_processors=[lambda prompt, output, logits: logits]))
-    with pytest.raises(ValueError, match=r"a fork would need processes of its own: take a snapshot\(\) instead"):
-        eng.fork()
     assert len(tokens_of(eng, [[1, 2, 3]])[0]) == 12
     eng.close()
+
+
+@pytest.mark.parametrize("ranks", [(2, 1), (1, 2)], ids=["shards", "stages"])
+def test_a_fork_goes_on_by_itself_on_the_same_ranks(ranks, folders):
+    """Both take steps in turn while plans of the other are in flight; the engine is closed first."""
+    params = lk.SamplingParams(max_tokens=12, seed=3, ignore_eos=True)
+    after, expected = prompts_of(6, 2), []
+    eng = engine(folders("llama"))
+    expected = [tokens_of(eng, prompts_of(4, 4), max_tokens=12, temperature=1.0, seed=3), tokens_of(eng, after)]
+    eng.close()
+    with ThreadWorkers(*ranks) as own:
+        eng = engine(folders("llama"), workers=own, num_blocks=24, preemption="recompute", max_num_batched_tokens=9)
+        handles = [eng.submit(prompt, params) for prompt in prompts_of(4, 4)]
+        for _ in range(9):
+            eng.step()
+        fork = eng.fork()
+        snapshot = fork.snapshot()
+        copies = [fork.request(handle.id) for handle in handles]
+        going = [eng, fork]
+        while going:
+            going = [one for one in going if one.step() is not None]
+        found = [[list(handle.output_ids) for handle in several] for several in (handles, copies)]
+        assert found == [expected[0], expected[0]]
+        fork.restore(snapshot)
+        assert tokens_of(eng, after) == expected[1]
+        fork.run()
+        assert [list(handle.output_ids) for handle in copies] == expected[0]
+        with pytest.raises(ValueError, match="already serve an engine"):
+            engine(folders("llama"), workers=own)
+        eng.close()
+        assert tokens_of(fork, after) == expected[1] and len(fork.balance().ranks) == 2
+        fork.close()
+        other = engine(folders("llama"), workers=own)
+        assert tokens_of(other, after) == expected[1]
+        other.close()
+
+
+def test_an_engine_and_its_fork_may_run_in_threads_at_once(folders, workers):
+    eng = engine(folders("llama"), workers=workers)
+    fork, prompts = eng.fork(), [prompts_of(seed, 3) for seed in (1, 2)]
+    expected = [tokens_of(eng, several) for several in prompts]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            found = list(pool.map(lambda pair: tokens_of(*pair), zip((fork, eng), prompts, strict=True)))
+            assert found == expected
+    fork.close()
+    assert tokens_of(eng, prompts[0]) == expected[0]
+    eng.close()
+
+
+def test_a_fork_ends_with_its_ranks_and_the_engine_goes_on_with_others(folders):
+    with ThreadWorkers(2, restart=True) as own:
+        eng = engine(folders("llama"), workers=own)
+        expected, fork = tokens_of(eng, [[1, 2, 3]]), eng.fork()
+        handle = eng.submit([1, 2, 3], lk.SamplingParams(max_tokens=12, **PARAMS))
+        fork.submit([1, 2, 3])
+        eng.step(), fork.step(), eng.step()
+        own.lose("a rank was ended")
+        for one in (eng, fork):
+            with pytest.raises(Lost, match="a rank was ended"):
+                for _ in range(3):
+                    one.step()
+            assert own.lost is not None
+        with pytest.raises(Lost, match=r"the ranks that held this fork have ended.*fork again"):
+            fork.step()
+        eng.run()
+        assert [list(handle.output_ids)] == expected
+        assert tokens_of(eng.fork(), [[1, 2, 3]]) == expected
+        fork.close(), eng.close()
 
 
 def test_a_step_that_fails_on_all_ranks_is_rolled_back_and_taken_again(folders, workers):
