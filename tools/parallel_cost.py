@@ -2,6 +2,7 @@
 
     python tools/parallel_cost.py overhead    # one rank in a process of its own, against none
     python tools/parallel_cost.py ranks       # two ranks, two stages and one process with two threads, 0.5B shape
+    python tools/parallel_cost.py stages      # how even two stages are in time: equal layers beside those dealt
     python tools/parallel_cost.py exchange    # all-reduce through shared memory and Gloo
     python tools/parallel_cost.py study       # steps of ranks beside what the cost model predicts, embedded model
     python tools/parallel_cost.py memory      # a model twice as large as a rank may hold: refused by one, served by two
@@ -12,8 +13,10 @@ Turns alternate, and of each the fastest counts. Needs a quiet machine with two 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -109,6 +112,48 @@ def throughput(engine: lk.Engine, rows: int, prompt: int = 128, tokens: int = 24
     return (rows * tokens - given) / (end - first), rows * prompt / (first - begin)
 
 
+def stages(args: argparse.Namespace) -> None:
+    """Busy wall time and processor time of two stages of the 0.5B shape, in turn. Processor time includes a little
+    waiting; wall time depends on what else the machine does."""
+    options = {
+        "load_format": "dummy", "dtype": args.dtype, "num_blocks": 512, "prefix_caching": False, "num_threads": 1,
+        "pipeline_parallel_size": 2,
+    }  # fmt: skip
+    half = f"{args.layers // 2},{args.layers - args.layers // 2}"
+    engines = {
+        "equal": lk.Engine(shape(args.layers), pp_layer_partition=half, **options),
+        "dealt": lk.Engine(shape(args.layers), **options),
+    }
+    spent: dict[tuple[Any, str], list[tuple[float, float]]] = {}
+    for _ in range(args.rounds):
+        for case in ((24, 16, 48), (8, 128, 24)):
+            for name, engine in engines.items():
+                before = _seconds(engine)
+                throughput(engine, *case)
+                more = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(before, _seconds(engine), strict=True)]
+                known = spent.get((case, name), [(0.0, 0.0)] * 2)
+                spent[case, name] = [(a[0] + b[0], a[1] + b[1]) for a, b in zip(known, more, strict=True)]
+    for ((rows, prompt, tokens), name), each in spent.items():
+        balance = engines[name].balance()
+        layers = ",".join(str(rank.layers) for rank in balance.ranks)
+        busy, processor = (max(times) / (sum(times) / 2) - 1 for times in zip(*each, strict=True))
+        print(
+            f"{rows} rows, {prompt} tokens in and {tokens} out, layers {layers} ({name}): busy time within {busy:.1%} "
+            f"of the mean, processor time within {processor:.1%}, memory within {balance.memory_spread:.1%}"
+        )
+    for engine in engines.values():
+        engine.close()
+
+
+def _seconds(engine: lk.Engine) -> list[tuple[float, float]]:
+    """Of each rank: busy, and of a processor."""
+    found = []
+    for rank in engine.balance().ranks:
+        fields = Path(f"/proc/{rank.pid}/stat").read_text().rpartition(")")[2].split()
+        found.append((rank.busy, sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")))
+    return found
+
+
 def exchange(args: argparse.Namespace) -> None:
     """Microseconds of an all-reduce between two ranks, the lower quartile of many."""
     for backend in ("shared", "gloo"):
@@ -154,16 +199,20 @@ def memory(args: argparse.Namespace) -> None:
         print(engine.balance())
 
 
+DOES = {
+    "overhead": overhead, "ranks": ranks, "stages": stages, "exchange": exchange, "study": study, "memory": memory,
+}  # fmt: skip
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "ranks", "exchange", "study", "memory"])
+    parser.add_argument("what", choices=list(DOES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 48])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args(argv)
-    does = {"overhead": overhead, "ranks": ranks, "exchange": exchange, "study": study, "memory": memory}
-    does[args.what](args)
+    DOES[args.what](args)
     return 0
 
 
