@@ -209,7 +209,8 @@ class Decoder:
     """Embeddings, layers, a norm and a head; see `labkit.models.base.Model`."""
 
     adapters: Slots | None = None
-    vision: Any = None  # the tower of a model that sees: `labkit.models.vision.Tower`
+    sees = False
+    vision: Any = None  # the tower of a model that sees, on the first stage: `labkit.models.vision.Tower`
     _routed = False  # whether the latest step's experts were given
     axis_of: Tensor | None = None  # by frequency of a rotary embedding with several axes
 

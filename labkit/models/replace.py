@@ -61,6 +61,8 @@ def check_weights(model: Decoder, given: Any) -> Checkpoint | StateDict | Replac
     source: Any = source_of(given)
     if model.vision is not None:
         source = model.vision.replacement(source)
+    elif model.sees:  # behind the first stage
+        source = Replacement(source, None)
     _check_names(model, source)
     weights = Weights(source, model.dtype, META, Dense(), model.place.shard)
     weights.check()

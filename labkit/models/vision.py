@@ -46,6 +46,7 @@ def load_seeing(
     text = language_config(config, source)
     decoder = Decoder(text, Language(source), dtype, device, max_model_len, deterministic, quantization, place)
     decoder.name = config.architectures[0] if config.architectures else config.model_type
+    decoder.sees = True
     if place.is_first:
         _check_first_stage(config, len(decoder.layers))
         decoder.vision = Tower(config, source, dtype, device)

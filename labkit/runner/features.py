@@ -20,6 +20,9 @@ class Elsewhere:
 
     most_bytes = 0
 
+    def forget(self) -> None:
+        """Nothing is kept here."""
+
 
 class Features:
     """Features by a span's key. What a step needs is computed together, for all its requests; a request that is

@@ -1,6 +1,7 @@
 """Models with images on stages, with ranks as threads: the first stage has the tower, and tokens are transformers'."""
 
 import pytest
+import torch
 
 pytest.importorskip("PIL")
 
@@ -40,6 +41,19 @@ def test_the_first_stage_sees_for_all(name, workers, tmp_path, monkeypatch):
             assert [list(handle.output_ids) for handle in handles] == [their.answer(*case, 8) for case in cases]
             eng.check()
     assert len(towers) == 1 and towers[0].num_forwards
+
+
+def test_all_stages_take_other_weights(workers, tmp_path):
+    their = theirs("llava", tmp_path / "first")
+    with lk.Engine(their.folder, workers=workers, dtype="float32", num_blocks=256, block_size=4) as eng:
+        before = list(eng.generate(prompt(*CASES[0]), PARAMS).output_ids)
+        with torch.no_grad():
+            for value in their.model.parameters():
+                value.mul_(1.2)
+        their.model.save_pretrained(tmp_path / "second")
+        eng.load_weights(tmp_path / "second")
+        after = list(eng.generate(prompt(*CASES[0]), PARAMS).output_ids)
+    assert after == their.answer(*CASES[0], 8) != before
 
 
 def test_an_image_that_the_first_stage_refuses_fails_its_own_request_alone(workers, tmp_path, monkeypatch):
