@@ -92,3 +92,11 @@ class Features:
     def check(self) -> None:
         held = sum(kept.numel() * kept.element_size() for kept in self.kept.values())
         assert held == self.num_bytes <= self.most_bytes, f"{held} bytes are kept, {self.num_bytes} counted"
+
+
+def features_of(model: Any, most_bytes: int) -> Features | Elsewhere | None:
+    """Those of images; None: the model does not see."""
+    if not getattr(model, "is_first", True):
+        return Elsewhere()
+    tower = getattr(model, "vision", None)
+    return None if tower is None else Features(tower, most_bytes)

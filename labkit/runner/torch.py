@@ -32,7 +32,7 @@ from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.edits import Edits
 from labkit.runner.extras import capture_of, captured, check_shown, extras_of, wanted_of
-from labkit.runner.features import MOST_BYTES, Elsewhere, Features
+from labkit.runner.features import MOST_BYTES, features_of
 from labkit.runner.graphs import Graphs
 from labkit.runner.groups import groups_of_model, one_group
 from labkit.runner.heads import HeadDrafter
@@ -101,9 +101,7 @@ class TorchRunner(Sleeps, Replaces):
         self._wants_graphs = (
             model.capturable
             and not several
-            and not isinstance(
-                draft_model, EagleHead
-            )  # it reads hidden states, which captured steps keep to themselves
+            and not isinstance(draft_model, EagleHead)  # it reads hidden states, which captured steps keep
             and (model.device.type == "cuda" if graphs is None else bool(graphs))
         )
         self._wants_repeats = (
@@ -115,10 +113,7 @@ class TorchRunner(Sleeps, Replaces):
         self.embedding_size = getattr(model, "embedding_size", None)
         self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
         self.dtype_name = str(model.dtype)[6:]
-        tower = getattr(model, "vision", None)
-        self.features: Features | Elsewhere | None = None if tower is None else Features(tower, most_feature_bytes)
-        if not getattr(model, "is_first", True):
-            self.features = Elsewhere()
+        self.features = features_of(model, most_feature_bytes)
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
         self.kv_disk_path, self.capture = kv_disk_path, capture
@@ -146,9 +141,8 @@ class TorchRunner(Sleeps, Replaces):
 
     def bytes_per_block(self, block_size: int) -> int:
         """Bytes per block: keys and values of all layers in a group, with their scales."""
-        return bytes_per_block(self.model, self.groups, self.kv_dtype, block_size) + draft_bytes(
-            self.draft_model, block_size
-        )
+        own = bytes_per_block(self.model, self.groups, self.kv_dtype, block_size)
+        return own + draft_bytes(self.draft_model, block_size)
 
     def held(self, block_size: int) -> list[tuple[int, int]]:
         """Bytes of weights and of a block, by process: there is one."""
