@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch  # must load its OpenMP runtime first, so that ours shares it
 
-from .recording import Library
+from .calls import Library
 
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.

@@ -9,7 +9,6 @@ each give up the interpreter's lock, and wait up to 5 ms for it while another th
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from itertools import groupby
@@ -19,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from labkit_kernels import native
+from labkit_kernels.calls import Call, here
 
 ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 VIEW = {"split", "split_with_sizes", "unflatten", "flatten", "view", "narrow", "unsqueeze", "squeeze", "transpose",
@@ -34,7 +36,7 @@ class Recording:
     recording with one cannot be repeated."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self.calls: list[Call] = []
         self.tensors: list[Tensor] = []
         self.other: str | None = None
         self.parts: list[Callable[[], None]] = []  # what a repetition calls
@@ -80,29 +82,6 @@ class Arena:
         return found
 
 
-class Function:
-    """A C++ function. While a recording is made, its calls are added to it. `with_words` is its form of repeat.h."""
-
-    def __init__(self, function: Any, with_words: Any = None) -> None:
-        self.function, self.with_words = function, with_words
-
-    def __call__(self, *args: Any) -> None:
-        if _here.recording is not None:
-            _here.recording.calls.append((self, args))
-        self.function(*args)
-
-    def words(self, args: tuple[Any, ...]) -> ctypes.Array[ctypes.c_int64]:
-        """The arguments as C++ reads them, each at the front of 8 bytes. They point into what `args` holds."""
-        found = (ctypes.c_int64 * len(args))()
-        for i, (kind, arg) in enumerate(zip(self.function.argtypes, args, strict=True)):
-            if isinstance(arg, ctypes.Structure | ctypes.Array):
-                value = ctypes.c_void_p(ctypes.addressof(arg))
-            else:
-                value = arg if isinstance(arg, kind) else kind(arg)
-            ctypes.memmove(ctypes.addressof(found) + 8 * i, ctypes.addressof(value), ctypes.sizeof(value))
-        return found
-
-
 class _Call(ctypes.Structure):
     """`Call` in repeat.cpp."""
 
@@ -112,14 +91,12 @@ class _Call(ctypes.Structure):
 @lru_cache
 def _repeat() -> Any:
     """The function of repeat.cpp; None where it cannot be built."""
-    from labkit_kernels import native
-
     kinds = {"repeat": [ctypes.POINTER(_Call), ctypes.c_int64]}
     library = native.load(Path(__file__).with_name("repeat.cpp"), kinds)
     return None if library is None else library.repeat.function
 
 
-def _joined(calls: list[tuple[Callable[..., None], tuple[Any, ...]]]) -> Iterator[Callable[[], None]]:
+def _joined(calls: list[Call]) -> Iterator[Callable[[], None]]:
     for in_words, group in groupby(calls, lambda call: getattr(call[0], "with_words", None) is not None):
         if in_words and (repeat := _repeat()) is not None:
             yield _one_call(repeat, [(function.with_words, function.words(args), args) for function, args in group])  # type: ignore[attr-defined]
@@ -132,39 +109,6 @@ def _one_call(repeat: Any, given: list[tuple[Any, Any, Any]]) -> Callable[[], No
     array = (_Call * len(given))(*calls)
     array.given = given  # what it points to
     return partial(repeat, array, len(given))
-
-
-def between(function: Callable[..., None], *args: Any) -> None:
-    """Call Python code here, in every repetition too. What it does is not recorded; it may change tensors among its
-    arguments in place."""
-    recording, _here.recording = _here.recording, None
-    if recording is not None:
-        recording.calls.append((function, args))
-    try:
-        with torch._C.DisableTorchFunction():
-            function(*args)
-    finally:
-        _here.recording = recording
-
-
-class Library:
-    """A shared library's functions by name."""
-
-    def __init__(self, library: ctypes.CDLL, functions: list[str]) -> None:
-        for name in functions:
-            setattr(self, name, Function(getattr(library, name), getattr(library, f"{name}_with", None)))
-
-    def __getattr__(self, name: str) -> Function:
-        raise AttributeError(f"the library has no function {name!r}")
-
-
-class _Here(threading.local):
-    """What the calling thread records."""
-
-    recording: Recording | None = None
-
-
-_here = _Here()
 
 
 class _Watch(TorchFunctionMode):
@@ -198,7 +142,8 @@ def _is_view(out: Any, of: Tensor) -> bool:
 def record(function: Callable[[], Any], arena: Arena | None = None) -> tuple[Any, Recording]:
     """The function's result, and what it called in this thread. Recordings with the same arena overwrite each other's
     tensors."""
-    recording = _here.recording = Recording()
+    recording = Recording()
+    here.calls = recording.calls
     arena = arena or Arena()
     arena.begin()
     try:
@@ -207,4 +152,4 @@ def record(function: Callable[[], Any], arena: Arena | None = None) -> tuple[Any
         recording.close()
         return found, recording
     finally:
-        _here.recording = None
+        here.calls = None

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from labkit.core.options import whole
 from labkit.core.shown import mimebundle
-from labkit.engine.background import Background
+from labkit.engine.waiting import Waiting
 
 
 class Slept(NamedTuple):
@@ -28,7 +28,7 @@ class Slept(NamedTuple):
         return mimebundle(self)
 
 
-class Sleeping(Background):
+class Sleeping(Waiting):
     """A loop that can sleep."""
 
     asleep: Slept | None = None

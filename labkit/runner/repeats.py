@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
-from labkit_kernels.recording import Arena, Recording, between, record
+from labkit_kernels.calls import between
+from labkit_kernels.recording import Arena, Recording, record
 from labkit_kernels.registry import is_plain
 from torch import Tensor
 

@@ -104,9 +104,8 @@ class TorchRunner(Sleeps, Replaces):
             and not isinstance(draft_model, EagleHead)  # it reads hidden states, which captured steps keep
             and (model.device.type == "cuda" if graphs is None else bool(graphs))
         )
-        self._wants_repeats = (
-            graphs is None and self.device.type == "cpu" and model.capturable and hasattr(model, "through")
-        )
+        wants = graphs is None and model.capturable and hasattr(model, "through")
+        self._wants_repeats = wants and self.device.type == "cpu"
         self.vocab_size, self.hidden_size = model.vocab_size, model.hidden_size
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
@@ -421,18 +420,16 @@ class TorchRunner(Sleeps, Replaces):
             pairs = put(plan.copies, self.device)
             self.store.touched[plan.copies[:, 1]] = True
             copy_blocks(self.store.flat, pairs)
-        if self.disk is not None:
-            for digest, host_block in plan.disk.reads:
-                self.host.touched[host_block] = True
-                self.disk.read(digest, host_block)
+        for digest, host_block in plan.disk.reads:
+            self.host.touched[host_block] = True
+            self.disk.read(digest, host_block)  # type: ignore[union-attr]
         if len(plan.swap_in):
             self.host.copy_to(self.store, plan.swap_in)
 
     def _compact(self, plan: Plan) -> None:
         """Keep some of the keys of requests with `kv=`."""
         if self.compactor is None and any(join.params.kv is not None for join in plan.joins):
-            assert self.layout is not None
-            self.compactor = Compactor(self.model, self.layout.block_size, self.groups.group_of)
+            self.compactor = Compactor(self.model, self.layout.block_size, self.groups.group_of)  # type: ignore[union-attr]
         if self.compactor is not None:
             self.compactor.follow(plan)
             self.compactor.compact(plan, self.caches, rope_tables(self.model))

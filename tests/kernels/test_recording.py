@@ -7,7 +7,8 @@ import labkit_kernels
 import pytest
 import torch
 from labkit_kernels import native
-from labkit_kernels.recording import between, record
+from labkit_kernels.calls import between
+from labkit_kernels.recording import record
 
 MIX = """
 #include "{repeat}"

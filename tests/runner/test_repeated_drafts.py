@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from labkit_kernels.recording import Function
+from labkit_kernels.calls import Function
 
 import labkit as lk
 from labkit.loading import dense

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from labkit.core.blocks.eviction import EvictionChoice
-from labkit.core.blocks.prefix import Explanation, Lookup, Span, hash_blocks, root_hash, span_keys
-from labkit.core.blocks.rows import Hit, OutOfBlocksError, RowBlocks
+from labkit.core.blocks.prefix import Explanation, Hit, Lookup, Span, hash_blocks, root_hash, span_keys
+from labkit.core.blocks.rows import OutOfBlocksError, RowBlocks
 from labkit.core.blocks.stats import BlockStats, filled_places, tier_counts
 from labkit.core.blocks.table import BlockTable, Pin
 from labkit.core.options import duration, flag, named_arguments, named_options, text, whole

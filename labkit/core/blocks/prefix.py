@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +104,21 @@ class Changes:
     def __init__(self) -> None:
         self.stored: set[bytes] = set()
         self.removed: set[bytes] = set()
+
+
+class Hit(NamedTuple):
+    """The cached blocks a prompt can start with, one list per group; 0 stands for a block outside the group's
+    window."""
+
+    num_blocks: int  # in each list
+    blocks: list[list[int]]
+
+    @property
+    def held(self) -> list[int]:
+        """All of them as one list."""
+        if len(self.blocks) == 1:
+            return self.blocks[0]
+        return [block for group in self.blocks for block in group]
 
 
 class PrefixCache(Shown):

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from labkit.core.blocks.eviction import EvictionPolicy
-from labkit.core.blocks.prefix import PrefixCache
-from labkit.core.blocks.rows import Hit
+from labkit.core.blocks.prefix import Hit, PrefixCache
 from labkit.core.blocks.sessions import Hint, SessionInfo
 from labkit.core.blocks.stubs import Stub
 from labkit.core.blocks.tables import BlockPool, BlockTables

@@ -9,7 +9,6 @@ are set to block 0, the scratch block. So are entries at the front where a group
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from labkit.core.blocks.eviction import EvictionChoice, EvictionPolicy, eviction_policy
 from labkit.core.blocks.full import FullBlocks
 from labkit.core.blocks.laws import check
-from labkit.core.blocks.prefix import EventSink, PrefixCache, Span, group_key
+from labkit.core.blocks.prefix import EventSink, Hit, PrefixCache, Span, group_key
 from labkit.core.blocks.table import Pin
 from labkit.core.blocks.tables import NEVER, BlockPool, BlockTables, Ints, Tokens
 from labkit.core.blocks.tiers import HostPool, Offloading
@@ -26,21 +25,6 @@ from labkit.core.options import whole
 
 class OutOfBlocksError(RuntimeError):
     """More blocks were requested than are free or evictable. Nothing was changed."""
-
-
-class Hit(NamedTuple):
-    """The cached blocks a prompt can start with, one list per group; 0 stands for a block outside the group's
-    window."""
-
-    num_blocks: int  # in each list
-    blocks: list[list[int]]
-
-    @property
-    def held(self) -> list[int]:
-        """All of them as one list."""
-        if len(self.blocks) == 1:
-            return self.blocks[0]
-        return [block for group in self.blocks for block in group]
 
 
 class RowBlocks:

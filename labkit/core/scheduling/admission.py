@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from labkit.core.blocks import retention
-from labkit.core.blocks.prefix import hash_blocks, span_keys
-from labkit.core.blocks.rows import Hit
+from labkit.core.blocks.prefix import Hit, hash_blocks, span_keys
 from labkit.core.captures import needs_all
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import asking, loading, planning, spans

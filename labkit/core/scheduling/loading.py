@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from labkit.core.blocks.rows import Hit
+from labkit.core.blocks.prefix import Hit
 from labkit.core.blocks.stubs import Stub
 from labkit.core.request import Request, Status
 from labkit.core.scheduling.builder import PlanBuilder
