@@ -46,10 +46,12 @@ def test_scores_are_generations_to_the_bit():
     seed = random.randrange(10**6)
     print("seed", seed)
     rng, seen = random.Random(seed), Counter()
-    for kind in rng.sample(KINDS, 3):
-        model = model_of(kind, rng.choice(["float32", "bfloat16"]))
-        for _ in range(5):
-            seen.update(check_setting(model, rng))
+    for i in range(100):  # one in ten preempts
+        if i % 5 == 0:
+            if i >= 15 and seen["preempted"] and seen["hit tokens"]:
+                break
+            model = model_of(rng.choice(KINDS), rng.choice(["float32", "bfloat16"]))
+        seen.update(check_setting(model, rng))
     assert seen["preempted"] and seen["hit tokens"], f"{seen}, seed {seed}: too tame to show anything"
 
 
