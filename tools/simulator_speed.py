@@ -85,10 +85,7 @@ def compare_policies(num: int, repeats: int) -> None:
     simulated(100, 120, True, LINEAR, "C++", "VTC")  # builds and imports
     for rate in (120, 200):  # with and without a queue that grows; its length is part of what a dynamic order costs
         for name in policies():
-            rates = [
-                [simulated(num, rate, True, LINEAR, how, name) for how in HOW]
-                for _ in range(repeats)
-            ]
+            rates = [[simulated(num, rate, True, LINEAR, how, name) for how in HOW] for _ in range(repeats)]
             cpp, ahead, steps = (max(one) for one in zip(*rates, strict=True))
             print(f"{f'{name}, {rate}/s':44}{cpp:>10,.0f}{ahead:>13,.0f}{steps:>14,.0f}", flush=True)
 

@@ -14,11 +14,12 @@ from labkit.loading.integers import IntegerLinear
 GATES = {"silu": "silu", "gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
 
 
-def gated_mlp(up: Linear, down: Linear, activation: str) -> Callable[..., Tensor] | None:
-    """One call f(x, norm, residual) for a whole gated MLP, where there is one for these layers."""
+def gated_mlp(up: Linear, down: Linear, activation: str, deterministic: bool = False) -> Callable[..., Tensor] | None:
+    """One call f(x, norm, residual) for a whole gated MLP, where there is one for these layers; if `deterministic`,
+    one that gives the bits of its products one after the other, as ranks compute them."""
     if activation not in GATES or up.bias is not None or down.bias is not None or down.shape[0] % 16:
         return None  # a vector holds sixteen gates
-    if isinstance(up, TiledLinear) and isinstance(down, TiledLinear):
+    if isinstance(up, TiledLinear) and isinstance(down, TiledLinear) and not deterministic:
         return _call("mlp", up.packed, down.packed, GATES[activation])
     if isinstance(up, IntegerLinear) and isinstance(down, IntegerLinear):
         return _call("integer_mlp", up.weight, down.weight, GATES[activation])

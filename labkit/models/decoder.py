@@ -28,7 +28,7 @@ from labkit.models.lora import Slots
 from labkit.models.mlp import MLP
 from labkit.models.norms import Norm
 from labkit.models.ops import Ops
-from labkit.models.place import WHOLE, Collectives, Place, add, check_ranks
+from labkit.models.place import WHOLE, Collectives, Ending, Place, check_ranks, joined
 from labkit.models.rotary import rope_table, with_axes
 from labkit.models.shape import Shape
 from labkit.models.stages import numbers_of, stage_of
@@ -57,14 +57,16 @@ class Attention:
         separate = {f"{name}.{part}_proj": (units,) for part, units in zip("qkv", (q, kv, kv), strict=True)}
         stored = {fused: (q, kv, kv)} if weights.has_layer(fused) else separate
         self.qkv = weights.linear(stored, inputs or hidden, "column")
-        self.out = weights.linear({f"{name}.o_proj": (hidden,)}, q, "row")
+        self.end = Ending(f"{name}.o_proj", shape.hidden_size, weights.shard, group, ops.deterministic)
+        self.out = weights.linear({f"{name}.o_proj": (self.end.units,)}, q, self.end.split)
         self.sizes = [weights.shard.size(name, units) for units in (q, kv, kv)]
         self.q_norm = Norm(weights, f"{name}.q_norm", shape, ops) if weights.has(f"{name}.q_norm.weight") else None
         self.k_norm = Norm(weights, f"{name}.k_norm", shape, ops) if self.q_norm else None
         self.per_head = self.q_norm is not None and len(self.q_norm.weight) == shape.head_size
         if group is not None and self.q_norm is not None and self.k_norm is not None and not self.per_head:
-            for norm, units in ((self.q_norm, q), (self.k_norm, kv)):
-                norm.weight = norm.weight[weights.shard.part(name, units)].clone()
+            self.parts = [weights.shard.part(name, units) for units in (q, kv)]
+            for norm, part in zip((self.q_norm, self.k_norm), self.parts, strict=True):
+                norm.weight = norm.weight if self.end.exact else norm.weight[part].clone()
 
     def __call__(
         self, x: Tensor, norm: Norm | None, residual: Tensor | None, batch: Batch, cache: KVCache,
@@ -107,9 +109,7 @@ class Attention:
             tree_attention(seen, batch.trees, q, *cache, *where, **options)
         if batch.both_ways:
             see_both_ways(seen, q, cache, where, batch.both_ways, **options)
-        if self.group is None:
-            return self.out(seen.flatten(1), None, residual)
-        return add(self.group, self.out(seen.flatten(1)), residual)
+        return self.end(self.out, self.end.inputs(seen.flatten(1)), residual)
 
     def _norms_over_heads(self, q: Tensor, k: Tensor, q_norm: Norm, k_norm: Norm) -> tuple[Tensor, Tensor]:
         """Norms over all heads, of which this rank has some: one sum of squares goes round for both."""
@@ -117,6 +117,10 @@ class Attention:
             return q_norm(q), k_norm(k)
         shape, wide = self.shape, (q.float(), k.float())
         copies = max(1, self.group.ranks // shape.num_kv_heads)  # ranks that hold the same key heads
+        if self.end.exact:
+            every = joined(self.group, q), joined(self.group, k).unflatten(-1, (-1, k.shape[1]))[:, ::copies].flatten(1)
+            q, k = (norm(x)[:, part] for norm, x, part in zip((q_norm, k_norm), every, self.parts, strict=True))
+            return q, k
         squares = [part.square().sum(-1) for part in wide]
         mean = self.group.all_reduce(torch.stack((squares[0], squares[1] / copies), -1))  # [tokens, 2]
         mean /= torch.tensor([shape.num_heads, shape.num_kv_heads], device=q.device) * shape.head_size

@@ -31,14 +31,16 @@ class Experts:
     def __init__(
         self, weights: Weights, name: str, shape: ExpertsShape, ops: Ops, group: Collectives | None = None
     ) -> None:
-        self.shape, self.group, self.deterministic = shape, group, ops.deterministic
+        self.shape, self.deterministic = shape, ops.deterministic
+        self.group = None if ops.deterministic else group
         self.given: Tensor | None = None  # [tokens, chosen] of this step, in place of the router's choice; -1: free
         hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
         self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
-        self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops) for i in range(num)]
+        inner = group if ops.deterministic else None  # their sums may then not be added up among ranks
+        self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops, inner) for i in range(num)]
         self.shared = self.shared_gate = None
         if weights.has(f"{name}.shared_expert_gate.weight"):
-            self.shared = MLP(weights, f"{name}.shared_expert", shape, ops)
+            self.shared = MLP(weights, f"{name}.shared_expert", shape, ops, inner)
             self.shared_gate = weights.linear({f"{name}.shared_expert_gate": (Units(1),)}, hidden)
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:

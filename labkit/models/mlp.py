@@ -12,7 +12,7 @@ from labkit.loading.format import RMSNorm, Units
 from labkit.loading.gated import gated_mlp
 from labkit.loading.weights import Weights
 from labkit.models.ops import Ops
-from labkit.models.place import Collectives, add
+from labkit.models.place import Collectives, Ending, add
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
 LLAMA, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
@@ -35,12 +35,13 @@ class MLP:
         self, weights: Weights, name: str, shape: MLPShape, ops: Ops, group: Collectives | None = None
     ) -> None:
         self.ops, self.activation, self.group = ops, shape.activation, group
-        hidden = Units(shape.hidden_size)
+        self.hidden_size = shape.hidden_size
+        hidden = Units(self.hidden_size)
         self.gated = not weights.has_layer(f"{name}.c_fc")
         if not self.gated:
             inner = Units(weights.outputs(f"{name}.c_fc"))
             self.up = weights.linear({f"{name}.c_fc": (inner,)}, hidden, "column")
-            self.down = weights.linear({f"{name}.c_proj": (hidden,)}, inner, "row")
+            self._end(weights, f"{name}.c_proj", inner)
             self.whole = None
             return
         if weights.has_layer(f"{name}.gate_up_proj"):
@@ -53,25 +54,25 @@ class MLP:
             inner = Units(weights.outputs(gate))
             stored = {gate: (inner,), up: (inner,)}
         self.up = weights.linear(stored, hidden, "column")
-        self.down = weights.linear({down: (hidden,)}, inner, "row")
-        self.whole = gated_mlp(self.up, self.down, self.activation)
+        self._end(weights, down, inner)
+        self.whole = None if self.end.exact else gated_mlp(self.up, self.down, self.activation, ops.deterministic)
+
+    def _end(self, weights: Weights, name: str, inner: Units) -> None:
+        self.end = Ending(name, self.hidden_size, weights.shard, self.group, self.ops.deterministic)
+        self.down = weights.linear({name: (self.end.units,)}, inner, self.end.split)
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
-        if self.group is None:
-            return self._compute(x, norm, residual)
-        return add(self.group, self._compute(x, norm, None), residual)
-
-    def _compute(self, x: Tensor, norm: RMSNorm | None, residual: Tensor | None) -> Tensor:
         if self.whole is not None and not (self.up.adapted or self.down.adapted):
-            return self.whole(x, norm, residual)
+            if self.group is None:
+                return self.whole(x, norm, residual)
+            return add(self.group, self.whole(x, norm, None), residual)
         x = self.up(x, norm)
-        if self.gated:
-            x = gate(self.ops, self.activation, x)
-        elif self.ops.deterministic and len(x):  # torch treats the last few of a tensor's elements in another way
+        x = self.end.inputs(gate(self.ops, self.activation, x) if self.gated else x)
+        if not self.gated and self.ops.deterministic and len(x):  # torch treats a tensor's last elements in another way
             x = torch.stack([plain(self.activation, row) for row in x])
-        else:
+        elif not self.gated:
             x = plain(self.activation, x)
-        return self.down(x, None, residual)
+        return self.end(self.down, x, residual)
 
     def tensors(self) -> list[Tensor]:
         return [*self.up.tensors(), *self.down.tensors()]

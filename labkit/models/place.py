@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from labkit.loading.format import Shard
+from labkit.loading.format import Linear, Shard, Split, Units
 
 
 class Collectives(Protocol):
@@ -82,6 +82,37 @@ def add(group: Collectives | None, x: Tensor, residual: Tensor | None) -> Tensor
     if group is not None:
         return group.all_reduce(x, residual)
     return x if residual is None else residual + x
+
+
+def joined(group: Collectives, x: Tensor) -> Tensor:
+    """The features of all ranks side by side, [tokens, features of one] -> [tokens, features]."""
+    return group.all_gather(x.contiguous()).transpose(0, 1).flatten(1)
+
+
+class Ending:
+    """How the product that ends attention or an MLP is shared. Its inputs are spread over the ranks: each multiplies
+    its own, and the products are added up. But a sum's last bit depends on how it is divided, so in deterministic mode
+    (`exact`) each rank is told all inputs and computes some of the outputs."""
+
+    def __init__(self, name: str, outputs: int, shard: Shard, group: Collectives | None, exact: bool) -> None:
+        self.group, self.exact = group, exact and group is not None
+        eight = outputs % (8 * shard.ranks) == 0  # which AWQ packs into a word
+        self.units = Units(outputs // 8, 8) if eight else Units(outputs)
+        self.split: Split = "column" if self.exact else "row"
+        self.part = shard.part(name, self.units) if self.exact else slice(0, outputs)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the layer multiplies on this rank, of inputs that each rank has some of."""
+        return joined(self.group, x) if self.exact and self.group is not None else x
+
+    def __call__(self, layer: Linear, x: Tensor, residual: Tensor | None) -> Tensor:
+        """layer(x) + residual, the same on all ranks, where x are the layer's `inputs`."""
+        if self.group is None:
+            return layer(x, None, residual)
+        if not self.exact:
+            return add(self.group, layer(x), residual)
+        mine = None if residual is None else residual[:, self.part].contiguous()
+        return joined(self.group, layer(x, None, mine))
 
 
 def check_ranks(ranks: int, heads: int, kv_heads: int, widths: Iterable[int], name: str) -> None:

@@ -204,7 +204,7 @@ linear_invariant = Op(
     flops=lambda x, weight, *rest: 2 * x.numel() * len(weight),
     sized=_product,
     home=__name__,
-    sources={"cuda": ("triton",)},
+    sources={"cpu": ("rows",), "cuda": ("triton",)},
 )
 linear_argmax = Op(
     "linear_argmax",
