@@ -26,7 +26,7 @@ CLOSED = "this server neither changes nor shows activations: start it with --ena
 Layer = Annotated[int, Field(ge=-1, le=2**16)]
 Layers = Literal["all"] | Annotated[list[Layer], Field(min_length=1, max_length=2**12)]
 Real = Annotated[float, Field(allow_inf_nan=False, ge=-LARGEST, le=LARGEST)]
-Position = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Position = Annotated[int, Field(ge=-(2**31), le=2**31 - 1)]
 
 
 class Edit(BaseModel):
