@@ -21,8 +21,9 @@ from labkit.loading.format import Linear, Units
 from labkit.loading.formats import format_of
 from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
-from labkit.models.decoder import Attention, Norm
+from labkit.models.layer import Attention
 from labkit.models.mlp import MLP
+from labkit.models.norms import Norm
 from labkit.models.ops import Ops
 from labkit.models.rotary import rope_table
 from labkit.models.shape import Shape

@@ -18,9 +18,11 @@ from labkit.loading.format import Linear, LinearSpec, Split, Units
 from labkit.loading.online import Online
 from labkit.loading.state_dict import StateDict, source_of
 from labkit.loading.weights import Weights
-from labkit.models.decoder import EMBEDDING, Decoder, Layer, Norm
+from labkit.models.decoder import EMBEDDING, Decoder
 from labkit.models.experts import Experts
+from labkit.models.layer import Layer
 from labkit.models.mlp import MLP
+from labkit.models.norms import Norm
 from labkit.models.vision import Replacement
 
 META = torch.device("meta")  # shapes without memory

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from labkit.loading.rounding import Groups, dequantized, nearest, range_of, round_groups
-from labkit.models.decoder import MLP, Norm
+from labkit.models.mlp import MLP
+from labkit.models.norms import Norm
 from labkit.quantization.methods import AWQ
 from labkit.quantization.moments import Change, Moments, lost
 from labkit.quantization.stack import Slot, Stack

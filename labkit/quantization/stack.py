@@ -20,7 +20,8 @@ from labkit.loading.dense import DenseLinear
 from labkit.loading.format import Linear, RMSNorm
 from labkit.models import load_model
 from labkit.models.base import Batch, Capture, KVCache, KVSpec, Model
-from labkit.models.decoder import MLP, Decoder
+from labkit.models.decoder import Decoder
+from labkit.models.mlp import MLP
 from labkit.quantization.folder import DenseModel
 from labkit.runner.memory import available_memory
 

@@ -9,7 +9,10 @@ from labkit.loading.dense import Dense
 from labkit.loading.format import Shard, Units
 from labkit.loading.weights import Weights
 from labkit.models import load_model
-from labkit.models.decoder import MLP, Attention, Decoder, Experts
+from labkit.models.decoder import Decoder
+from labkit.models.experts import Experts
+from labkit.models.layer import Attention
+from labkit.models.mlp import MLP
 from labkit.models.ops import Ops
 from labkit.models.shape import Shape
 from tests.models.configs import config, reference_model
