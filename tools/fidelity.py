@@ -4,8 +4,9 @@ Each workload has an engine of its own. Time is the processor time of the engine
 every 0.2 s of it, so that other work on the machine slows all of them alike (--wall: real time, one after the other, on
 a machine that is otherwise idle). With --fastest-of N each forward is computed N times, which changes nothing, and the
 fastest counts: what neighbours take from the caches and the memory is then neither in the log that is fitted nor in the
-figures that are predicted. The rates follow the speed of the machine, measured first. The table has the median error of
-the rounds, and how far the real figures of the rounds are apart.
+figures that are predicted. The rates follow the speed of the machine, measured first. Each round draws its workloads
+anew: which requests meet in a step is luck, and one drawing's longest waits would repeat it in every round. The table
+has the median error of the rounds, and how far the real figures of the rounds are apart.
 """
 
 import argparse
@@ -41,10 +42,11 @@ def workloads(seed: int, speed: float) -> dict[str, lk.Workload]:
             chats(24, rate=8, think=0.3, output=(16, 64), seed=seed), poisson(80, rate=15, output=(16, 96), seed=seed)
         ),
         "chats and requests": mixed(
-            chats(20, rate=8, think=0.3, output=(16, 64)), poisson(40, rate=12, output=(16, 64))
+            chats(20, rate=8, think=0.3, output=(16, 64), seed=seed + 100),
+            poisson(40, rate=12, output=(16, 64), seed=seed + 100),
         ),
-        "requests, 25 a second": poisson(150, rate=25, prompt=(16, 200), output=(16, 64), seed=3),
-        "shared prefixes": lk.workloads.shared_prefixes(100, prefixes=4, prefix=256, rate=20, seed=2),
+        "requests, 25 a second": poisson(150, rate=25, prompt=(16, 200), output=(16, 64), seed=seed + 200),
+        "shared prefixes": lk.workloads.shared_prefixes(100, prefixes=4, prefix=256, rate=20, seed=seed + 300),
     }
     return {
         name: lk.Workload(name, tuple(replace(ask, arrival=ask.arrival / speed) for ask in workload.asks))
