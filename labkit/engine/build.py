@@ -247,6 +247,14 @@ LOADING = (
 OF_DRAFT = ("dtype", "load_format", "seed", "trust_remote_code", "deterministic")
 
 
+def is_quantized(runner: Any) -> bool:
+    """Whether its model's weights are stored in fewer bits; unknown of ranks in other processes."""
+    from labkit.loading.dense import Dense
+
+    format = getattr(getattr(runner, "model", None), "format", None)
+    return format is not None and not isinstance(format, Dense)
+
+
 def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts:
     """Load the model, size the cache, make the scheduler. None is the embedded model."""
     options = Options(**settings)
@@ -287,6 +295,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     length: int = runner.max_model_len
     if device.type == "cpu" and runner.dtype_name == "float16":
         log.warning('float16 is slow on CPUs: dtype="bfloat16" is as small and faster')
+    if device.type == "cpu" and runner.dtype_name == "float32" and is_quantized(runner):
+        log.warning('float32 on a CPU dequantizes quantized weights for each product: dtype="bfloat16" is much faster')
     size = options.block_size or default_block_size(runner.head_size, device)
     blocks = BlockManager(
         num_blocks(runner, options, size, length),

@@ -448,3 +448,13 @@ def test_plans_read_aloud():
     ]
     assert repr(eng).startswith("Engine(0 running, 0 waiting, step 2, VirtualClock(0.002000 s)")
     assert isinstance(runner.plans[0].rows, np.ndarray)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"dtype": "float32", "quantization": "int8"}, "dequantizes"), ({"dtype": "float16"}, "float16 is slow"),
+     ({"dtype": "float32"}, ""), ({"quantization": "int8"}, "")],
+)  # fmt: skip
+def test_a_dtype_without_fast_products_is_named(options, said, caplog):
+    lk.Engine(num_blocks=8, device="cpu", **options).close()
+    assert (said in caplog.text) if said else not caplog.text
