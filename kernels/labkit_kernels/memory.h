@@ -1,8 +1,10 @@
-// Working memory of linear layers, and how their columns are grouped.
+// Working memory of linear layers, how their columns are grouped, and where their rows are.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
+
+#include "simd.h"
 
 namespace labkit {
 
@@ -27,5 +29,9 @@ struct Buffer {
         return reinterpret_cast<T*>(at);
     }
 };
+
+inline const bf16* row_of(const void* from, int64_t row, int64_t stride) {
+    return from ? static_cast<const bf16*>(from) + row * stride : nullptr;
+}
 
 }  // namespace labkit

@@ -111,8 +111,4 @@ inline Largest largest_of(const Largest* found, int64_t count, int64_t stride, i
     return best.column < columns ? best : Largest{0, NAN};
 }
 
-inline const bf16* row_of(const void* from, int64_t row, int64_t stride) {
-    return from ? static_cast<const bf16*>(from) + row * stride : nullptr;
-}
-
 }  // namespace labkit

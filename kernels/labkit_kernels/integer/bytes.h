@@ -24,7 +24,7 @@ struct Room {
 };
 thread_local Room room;
 
-Rows rows_for(const Weight& w, int64_t rows) {
+Rows rows_for(const Weight& w, int64_t rows, bool) {
     const int64_t deep = w.groups * w.group;
     return {deep, w.groups, room.values.fit<int8_t>(rows * deep), room.scales.fit<float>(rows * w.groups),
             room.sums.fit<float>(rows * w.groups), room.counts.fit<int32_t>(rows * w.groups)};
@@ -133,9 +133,8 @@ inline void half_byte_dots(const int8_t* const (&from)[Count], int64_t begin, in
 #endif
 
 inline bool from_minus_eight(const Weight& w) {
-    for (int i = 0; i < 16; i++)
-        if (w.table[i] != i - 8) return false;
-    return true;
+    static constexpr int8_t ALL[] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    return std::memcmp(w.table, ALL, sizeof ALL) == 0;
 }
 
 // Rows [row, row + Count) times a tile of columns, to 16 of the PANEL sums that each row has.
@@ -188,61 +187,51 @@ void some_rows(int64_t rows, const Rows& a, int64_t row, const Weight& w, int64_
     }
 }
 
-// write(sums of 32 columns, row, panel) for this thread's panels; panel p has tiles p * step and p * step + second.
+// The two tiles of columns that make up a panel: p * step and p * step + second.
+struct Panels {
+    const Weight& w;
+    int64_t step, second;
+};
+
+// write(sums of 32 columns, row, panel) for this thread's share of `count` panels.
 template <class Write>
-void product(const Rows& a, int64_t rows, const Weight& w, int64_t step, int64_t second, int64_t panels,
-             const Write& write) {
+void product(const Rows& a, int64_t rows, const Panels& panels, int64_t count, const Write& write) {
+    const Weight& w = panels.w;
     const int64_t id = omp_get_thread_num(), team = omp_get_num_threads();
     float* sums = room.products.fit<float>(rows * PANEL);
-    for (int64_t panel = panels * id / team; panel < panels * (id + 1) / team; panel++) {
+    for (int64_t panel = count * id / team; panel < count * (id + 1) / team; panel++) {
         for (int half = 0; half < 2; half++)
             for (int64_t r = 0; r < rows; r += MOST_AT_ONCE) {
                 auto some = w.bits == 4 ? some_rows<4> : some_rows<8>;
-                some(std::min<int64_t>(rows - r, MOST_AT_ONCE), a, r, w, panel * step + half * second,
+                some(std::min<int64_t>(rows - r, MOST_AT_ONCE), a, r, w, panel * panels.step + half * panels.second,
                      sums + r * PANEL + half * TILE);
             }
         for (int64_t r = 0; r < rows; r++) write(sums + r * PANEL, r, panel);
     }
 }
 
+// Rows lie one after the other, however many there are.
+bool in_tiles(int64_t) { return false; }
+
 // f(first row, rows) for at most MOST_ROWS rows at a time, split evenly.
 template <class F>
-void in_parts(int64_t rows, const F& f) {
+void in_parts(int64_t rows, int64_t, const F& f) {
     const int64_t count = parts(rows, MOST_ROWS), each = parts(parts(rows, count), MOST_AT_ONCE) * MOST_AT_ONCE;
     for (int64_t row = 0; row < rows; row += each) f(row, std::min(each, rows - row));
-}
-
-void linear(const Linear& call) {
-    const Weight& w = *call.weight;
-    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
-    in_parts(call.rows, [&](int64_t row, int64_t rows) {
-        const Rows a = rows_for(w, rows);
-#pragma omp parallel num_threads(call.num_threads)
-        {
-            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
-            auto run = [&](auto* out) {
-                product(a, rows, w, 2, 1, parts(w.columns, PANEL),
-                        Plain<std::remove_pointer_t<decltype(out)>>{
-                            static_cast<const bf16*>(call.bias), row_of(call.residual, row, call.residual_row),
-                            out + row * call.out_row, w.columns, call.residual_row, call.out_row});
-            };
-            call.out_dtype == 0 ? run(static_cast<float*>(call.out)) : run(static_cast<bf16*>(call.out));
-        }
-    });
 }
 
 // The largest of each row's sums and its column, the first of equals; column 0 and NaN if every sum is NaN.
 void argmax(const Linear& call, int64_t* columns_out, float* sums_out) {
     const Weight& w = *call.weight;
     const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
-    in_parts(call.rows, [&](int64_t row, int64_t rows) {
-        const Rows a = rows_for(w, rows);
+    in_parts(call.rows, w.groups * w.group, [&](int64_t row, int64_t rows) {
+        const Rows a = rows_for(w, rows, in_tiles(rows));
         Largest* found = room.found.fit<Largest>(call.num_threads * rows);
         for (int64_t i = 0; i < call.num_threads * rows; i++) found[i] = {w.columns, -INFINITY};
 #pragma omp parallel num_threads(call.num_threads)
         {
             quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, w, a);
-            product(a, rows, w, 2, 1, parts(w.columns, PANEL),
+            product(a, rows, Panels{w, 2, 1}, parts(w.columns, PANEL),
                     Best{found + omp_get_thread_num() * rows, static_cast<const bf16*>(call.bias), w.columns});
         }
         for (int64_t r = 0; r < rows; r++) {
@@ -264,27 +253,3 @@ struct GatedRows {
         for (int c = 0; c < TILE; c += W) store(at + c, Act::of(load(sums + c)) * load(sums + TILE + c));
     }
 };
-
-template <class Act>
-void mlp(const Mlp& call) {
-    const Weight &up = *call.up, &down = *call.down;
-    const Norm norm{call.norm, call.norm_dtype, static_cast<float>(call.eps)};
-    const int64_t inner = down.depth, gates = inner / TILE;
-    in_parts(call.rows, [&](int64_t row, int64_t rows) {
-        // Both products use one working memory, the larger of the two: the first is through when the second begins.
-        rows_for(down, rows);
-        const Rows a = rows_for(up, rows), b = rows_for(down, rows);
-        bf16* between = room.inner.fit<bf16>(rows * inner);
-#pragma omp parallel num_threads(call.num_threads)
-        {
-            quantize_all(row_of(call.x, row, call.x_row), call.x_row, rows, norm, up, a);
-            product(a, rows, up, 1, gates, gates, GatedRows<Act>{between, inner});
-#pragma omp barrier
-            quantize_all(between, inner, rows, Norm{}, down, b);
-            product(b, rows, down, 2, 1, parts(down.columns, PANEL),
-                    Plain<bf16>{nullptr, row_of(call.residual, row, call.residual_row),
-                                static_cast<bf16*>(call.out) + row * call.out_row, down.columns, call.residual_row,
-                                call.out_row});
-        }
-    });
-}

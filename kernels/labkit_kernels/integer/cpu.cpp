@@ -101,6 +101,7 @@ using namespace labkit;
 #else
 #include "bytes.h"
 #endif
+#include "layers.h"
 
 }  // namespace
 #endif

@@ -179,9 +179,7 @@ void linear(const Linear& call) {
     const Columns columns{static_cast<const bf16*>(call.weight), deep, 2, 1};
     in_parts(call.rows, [&](int64_t row, int64_t rows) {
         bf16* tiles = packed.fit<bf16>(whole_rows(rows) * deep * DEPTH);
-        const bf16* x = static_cast<const bf16*>(call.x) + row * call.x_row;
-        const bf16* residual =
-            call.residual ? static_cast<const bf16*>(call.residual) + row * call.residual_row : nullptr;
+        const bf16 *x = row_of(call.x, row, call.x_row), *residual = row_of(call.residual, row, call.residual_row);
 #pragma omp parallel num_threads(call.num_threads)
         {
             [[maybe_unused]] typename Unit::Scope scope;
@@ -243,9 +241,7 @@ void mlp(const Mlp& call) {
         const int64_t all = whole_rows(rows);
         bf16* tiles = packed.fit<bf16>(all * deep * DEPTH);
         bf16* inner = between.fit<bf16>(all * inner_deep * DEPTH);
-        const bf16* x = static_cast<const bf16*>(call.x) + row * call.x_row;
-        const bf16* residual =
-            call.residual ? static_cast<const bf16*>(call.residual) + row * call.residual_row : nullptr;
+        const bf16 *x = row_of(call.x, row, call.x_row), *residual = row_of(call.residual, row, call.residual_row);
         if (gates % 2)  // half of the last tile is never written
             for (int64_t r = 0; r < all; r += TILE)
                 std::memset(inner + (r / TILE * inner_deep + inner_deep - 1) * SIZE, 0, SIZE * sizeof(bf16));
