@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.core.blocks.prefix import Span
+from labkit.core.blocks.states import StateMoves
 from labkit.core.blocks.stubs import NO_MOVES, DiskMoves
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.captures import CapturedStep
@@ -23,6 +24,7 @@ Pairs = NDArray[np.int64]
 
 NO_INTS: Ints = np.zeros(0, np.int64)
 NO_PAIRS: Pairs = np.zeros((0, 2), np.int64)
+NO_STATES = StateMoves()
 NO_INTS.flags.writeable = False
 NO_PAIRS.flags.writeable = False
 
@@ -97,6 +99,7 @@ class Plan(NamedTuple):
         int, ...
     ] = ()  # of trees it makes: how many candidates for each token to come; empty: it makes chains
     compactions: tuple[Compaction, ...] = ()
+    states: StateMoves = NO_STATES
     parents: Ints = NO_INTS  # of trees: the draft of its row that each one continues, -1: the row's own token
 
     @property

@@ -14,7 +14,7 @@ from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
 from labkit.engine.images import Images, load_images, sees
-from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, partition, pool_of
+from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, num_states, partition, pool_of
 from labkit.engine.speculation import check_on_ranks, draft_on_ranks, load_draft, speculation
 from labkit.images import ImageUrls
 from labkit.parallel.ranks import job
@@ -92,6 +92,7 @@ class Options:
     host_eviction: Any = "lru"
     kv_disk_path: Any = None
     kv_disk_size: float = 10.0
+    num_states: int | None = None
     prefix_caching: bool = True
     eviction: Any = "lru"
     max_num_seqs: int = 256
@@ -160,6 +161,8 @@ class Options:
         speculation(self.speculative_config, self.draft)
         self._check_parallel()
         real("kv_disk_size", self.kv_disk_size, least=0.0, open_left=True)
+        if self.num_states is not None:
+            whole("num_states", self.num_states, least=0)
         real("mm_processor_cache_gb", self.mm_processor_cache_gb, least=0.0)
         real("mm_encoder_cache_gb", self.mm_encoder_cache_gb, least=0.0)
         if self.max_waiting_image_gb is not None:
@@ -298,6 +301,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     if device.type == "cpu" and runner.dtype_name == "float32" and is_quantized(runner):
         log.warning('float32 on a CPU dequantizes quantized weights for each product: dtype="bfloat16" is much faster')
     size = options.block_size or default_block_size(runner.head_size, device)
+    states = num_states(runner, options)
     blocks = BlockManager(
         num_blocks(runner, options, size, length),
         size,
@@ -308,6 +312,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         kv_offloading=options.offloads,
         host_eviction=options.host_eviction,
         num_disk_blocks=num_disk_blocks(runner, options, size),
+        num_states=states,
     )
     scheduling = {name: getattr(options, name) for name in SCHEDULING}
     scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1

@@ -12,6 +12,7 @@ from labkit.clock import ProcessClock, WallClock
 from labkit.core.blocks.manager import BlockManager
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.handle import Handle
+from labkit.runner.base import Layout
 
 
 class Names(Protocol):
@@ -37,7 +38,17 @@ def check_parts(scheduler: Any, runner: Any, clock: Any, tokenizer: Any) -> None
         raise ValueError(f"tokenizer must have decode(ids) -> str, got {tokenizer!r}")
 
 
-def num_disk_blocks_of(blocks: BlockManager, runner: Any) -> int:
+def layout_of(scheduler: Scheduler, runner: Any) -> Layout:
+    """What a runner must allocate for this scheduler."""
+    blocks = scheduler.blocks
+    return Layout(
+        blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
+        _num_disk_blocks(blocks, runner), 0 if scheduler.slots is None else scheduler.slots.num_slots,
+        None if blocks.states is None else blocks.states.num_slots,
+    )  # fmt: skip
+
+
+def _num_disk_blocks(blocks: BlockManager, runner: Any) -> int:
     if blocks.offload is None or blocks.offload.disk is None:
         return 0
     if not hasattr(runner, "on_disk"):

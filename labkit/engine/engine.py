@@ -25,7 +25,7 @@ from labkit.engine.adapters import Adapters
 from labkit.engine.adapters import checked as checked_adapters
 from labkit.engine.build import Options, build
 from labkit.engine.chat_images import chat_prompt
-from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, num_disk_blocks_of
+from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, layout_of
 from labkit.engine.closing import LeakReport
 from labkit.engine.handle import Handle
 from labkit.engine.hinting import Hinting
@@ -37,7 +37,7 @@ from labkit.engine.snapshot import Snapshot, copy_engine, restore_engine, take_s
 from labkit.engine.trace import Trace
 from labkit.engine.wakeup import Wakeup
 from labkit.engine.worker import Worker
-from labkit.runner.base import Layout, Runner
+from labkit.runner.base import Runner
 from labkit.text.tokenizer import Decoder, Message
 
 Prompt: TypeAlias = "str | TokenIds | Mapping[str, Any]"
@@ -106,10 +106,7 @@ class Engine(Rollouts, Hinting, Shown):
         scheduler.policies.meter = time.perf_counter_ns
         connect_draft(scheduler, runner, self.clock)
         blocks = scheduler.blocks
-        layout = Layout(
-            blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
-            num_disk_blocks_of(blocks, runner), 0 if scheduler.slots is None else scheduler.slots.num_slots,
-        )  # fmt: skip
+        layout = layout_of(scheduler, runner)
         self._call(lambda: runner.open(layout))
         blocks.attach()
         if layout.num_disk_blocks:

@@ -43,10 +43,26 @@ def pool_of(options: Any, device: Any, num_ranks: int) -> tuple[int | None, int,
     return None, options.max_num_seqs, int(_memory(options, device, num_ranks))
 
 
+def num_states(runner: Any, options: Any) -> int | None:
+    """How many states of recurrent layers are kept: as many as were asked for, else two a row, if these and the rows'
+    own take no more than half of the memory."""
+    each: int = getattr(runner, "state_bytes", 0)
+    rows: int = options.max_num_seqs
+    if not each:
+        if options.num_states is not None:
+            raise ValueError(f"num_states is for models with recurrent layers, and {runner!r} has none")
+        return None
+    kept = options.num_states
+    if kept is None:
+        kept = min(2 * rows, max(0, int(_memory(options, runner.device, 1) / 2 // each) - rows))
+    runner.state_room = (rows + kept) * each
+    return int(kept)
+
+
 def _memory(options: Any, device: Any, num_ranks: int) -> float:
     if options.memory_size is not None:
         return float(options.memory_size * GIB * num_ranks)
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
         import torch
 
         return float(torch.cuda.mem_get_info()[1] * options.gpu_memory_utilization * num_ranks)

@@ -79,7 +79,7 @@ def _parts(engine: Stateful) -> list[object]:
     below = [] if offload is None else [offload, *_of_tier(offload.host)]
     return [
         engine, s, s.queue, s.pending, blocks, blocks.pool, blocks.host, blocks.tables, blocks.prefix, blocks.eviction,
-        *below, engine.runner, engine.clock,
+        *below, *([] if blocks.states is None else [blocks.states]), engine.runner, engine.clock,
     ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@ text."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,40 @@ class KVSpec(NamedTuple):
     key_size: int
     value_size: int
     window: int | None = None  # how many of the last tokens it attends to; None: all of them
+
+
+class StateSpec(NamedTuple):
+    """One state of a recurrent layer: what a row has of it, and every kept copy."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Piece(NamedTuple):
+    """Tokens of one sequence that a recurrent layer computes at once, in the order of a step's pieces."""
+
+    first: int  # token of the batch
+    count: int
+    row: int  # whose state is read and written
+    is_fresh: bool  # begins with zeros instead
+    slot: int | None  # where the state is copied to behind the last token
+
+
+@dataclass(frozen=True)
+class StateBatch:
+    """How a step's tokens go through recurrent layers. `tensors[i]` [rows and slots, ...] holds state i of
+    `Model.states`. `tokens` are those of rows that compute one and have a state, all at once: None means all tokens,
+    in order. Then the pieces follow, one by one."""
+
+    tensors: list[Tensor]
+    tokens: Tensor | None  # [n] int64
+    rows: Tensor  # [n] int64
+    saved: tuple[Tensor, Tensor] | None  # of these rows: which ones are copied, and to which slots
+    pieces: tuple[Piece, ...]
 
 
 class Watch(Protocol):
@@ -55,6 +90,7 @@ class Batch:
     # (sequence, [queries, queries]: which of its queries each one sees), where these are not a chain
     trees: tuple[tuple[int, Tensor], ...] = ()
     mass: Watch | None = None  # sums the attention that some sequences' keys get; None: nobody asks
+    states: StateBatch | None = None  # of recurrent layers, if there are any
     routing: Mapping[int, Tensor] | None = None  # layer -> [tokens, experts a token] that are given; -1: free
 
     def places(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,7 +142,7 @@ class Model(Protocol):
     hidden_size: int
     embedding_size: int | None  # of an input embedding; None: inputs are token ids only
     max_model_len: int  # positions it was made for
-    kv: tuple[KVSpec, ...]  # one a layer
+    kv: tuple[KVSpec, ...]  # one a layer with attention
     dtype: torch.dtype
     device: torch.device
     folder: Path | None  # whose checkpoint it was loaded from
@@ -141,3 +177,14 @@ class Model(Protocol):
         """Each row's argmax and largest logit without writing all logits; None if there is no faster way than the
         logits."""
         ...
+
+
+def states_of(model: Any) -> tuple[StateSpec, ...]:
+    """What its recurrent layers keep for each row; most models have none."""
+    found: tuple[StateSpec, ...] = getattr(model, "states", ())
+    return found
+
+
+def num_layers_of(model: Any) -> int:
+    found: int = getattr(model, "num_layers", len(model.kv))
+    return found

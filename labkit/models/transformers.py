@@ -24,13 +24,14 @@ from labkit.loading.formats import declared
 from labkit.loading.online import Online
 from labkit.models import hf
 from labkit.models.adapters import adapt
-from labkit.models.base import Batch, Capture, KVCache, KVSpec
+from labkit.models.base import Batch, Capture, KVCache, KVSpec, StateSpec
 from labkit.models.lora import Slots
 from labkit.models.modules import ModulePlace, is_linear
 from labkit.models.ops import Ops
 from labkit.models.place import WHOLE, Place
 from labkit.models.planned import Planned, planned
 from labkit.models.quantized import OF_EXPERTS, empty, load_quantized
+from labkit.models.recurrent import Recurrent
 from labkit.models.rotary import rope_parameters
 from labkit.models.watching import Layers
 
@@ -121,6 +122,16 @@ class _Given(nn.Module):
 
     hidden: Tensor
 
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        vars(self)["body"] = body  # not a part of this module
+
+    def __getattr__(self, name: str) -> Any:  # factors that a head reads from the body
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(vars(self)["body"], name)
+
     @property
     def decoder(self) -> _Given:  # opt's head reads model.decoder
         return self
@@ -152,7 +163,7 @@ class TransformersModel:
         prefix = self.causal.base_model_prefix
         self.body = getattr(self.causal, prefix)
         self.head = copy.copy(self.causal)
-        self.head._modules = {**self.causal._modules, prefix: _Given()}
+        self.head._modules = {**self.causal._modules, prefix: _Given(self.body)}
         self.given: _Given = self.head._modules[prefix]  # type: ignore[assignment]
         head = self.causal.get_output_embeddings()
         self.vocab_size = int(head.weight.shape[0]) if self.split is None else self.split.vocab_size
@@ -162,8 +173,11 @@ class TransformersModel:
         self.ops = Ops(device, dtype)
         if self.split is not None:
             self.split.connect(self.causal)
+        self.recurrent = Recurrent(self.body)
         self.kv = self._probe()
-        self.layers = Layers(self.body, len(self.kv))
+        self.states: tuple[StateSpec, ...] = tuple(self.recurrent.specs)
+        self.num_layers = int(getattr(config, "num_hidden_layers", len(self.kv)))
+        self.layers = Layers(self.body, self.num_layers)
         if self.split is not None:
             self.split.group.open = True
         self.hidden_size = int(self._hidden_size)
@@ -222,7 +236,7 @@ class TransformersModel:
         """One forward without a cache, to learn what each layer stores and that every layer uses the interface."""
         _step.seen = seen = []
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.recurrent.probing():
                 ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
                 at = torch.arange(2, device=self.device)[None]
                 out = self.body(input_ids=ids, position_ids=at, use_cache=False)
@@ -232,7 +246,7 @@ class TransformersModel:
         finally:
             _step.seen = None
         layers = getattr(self.config, "num_hidden_layers", None)
-        if len(seen) != layers:
+        if len(seen) != layers and not (self.recurrent and len(seen) + len(self.recurrent) >= _num_mixing(self.config)):
             raise ValueError(
                 f"{self.config.model_type!r} is not supported: of its {layers} layers {len(seen)} go through "
                 f"transformers' attention interface"
@@ -241,7 +255,7 @@ class TransformersModel:
 
     def __repr__(self) -> str:
         size = sum(tensor.numel() for tensor in self.tensors())
-        return f"TransformersModel({self.name}: {size / 1e6:.1f}M parameters, {len(self.kv)} layers)"
+        return f"TransformersModel({self.name}: {size / 1e6:.1f}M parameters, {self.num_layers} layers)"
 
     def tensors(self) -> Iterator[Tensor]:
         yield from (parameter for parameter in self.causal.parameters() if any(parameter.stride()))
@@ -283,12 +297,12 @@ class TransformersModel:
         step.batch, step.caches, step.ops, step.capture, step.layer = batch, caches, self.ops, capture, 0
         step.split = self.split
         try:
-            with self.layers.watched(capture):
+            with self.layers.watched(capture), self.recurrent.using(batch.states):
                 out = self.body(**self._inputs(batch), position_ids=batch.positions[None], use_cache=False)
         finally:
             step.batch = step.caches = step.ops = step.capture = step.split = None
         hidden: Tensor = out[0][0]
-        return hidden if capture is None else capture.after(len(self.kv), hidden)  # after the final norm
+        return hidden if capture is None else capture.after(self.num_layers, hidden)  # after the final norm
 
     def why_no_capture(self, kind: str, layer: int) -> str | None:
         return self.layers.why_no_capture(kind, layer)
@@ -315,6 +329,12 @@ class TransformersModel:
 
     def greedy(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         return None if self.split is None else self.split.best(lambda: self.logits(hidden))
+
+
+def _num_mixing(config: Any) -> int:
+    """How many layers mix tokens; some models have layers that are an MLP alone."""
+    kinds = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None)
+    return sum(kind not in ("mlp", "moe") for kind in kinds) if kinds else int(config.num_hidden_layers)
 
 
 def _refuse_lengths(config: Any, max_model_len: int) -> None:

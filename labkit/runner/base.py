@@ -26,6 +26,7 @@ class Layout(NamedTuple):
     windows: tuple[int | None, ...] = (None,)  # by group of layers: the last tokens they attend to, None: all
     num_disk_blocks: int = 0  # blocks that may be kept on disk
     num_adapters: int = 0  # that the device holds at a time
+    num_states: int | None = None  # kept states of recurrent layers, besides one a row; None: there are no such layers
 
 
 class Pending(Protocol):

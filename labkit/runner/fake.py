@@ -23,6 +23,11 @@ def next_token(seed: int, sample_seed: int, context: np.ndarray, vocab_size: int
     return int.from_bytes(digest, "little") % vocab_size
 
 
+def state_after(state: bytes, token: int) -> bytes:
+    """The fake model's recurrent layer."""
+    return blake2b(state + token.to_bytes(4, "little", signed=True), digest_size=8).digest()
+
+
 @named_options
 class FakeRunner:
     """Tokens from a hash of the whole context, read through the block tables.
@@ -58,6 +63,8 @@ class FakeRunner:
         self.positions: dict[int, list[np.ndarray]] = {}  # by row, by group: of keys that were moved
         self.memory = np.full((layout.num_blocks + 1, layout.block_size), -1, np.int32)
         self.host = np.full((layout.num_host_blocks + 1, layout.block_size), -1, np.int32)
+        self.states: dict[int, bytes] = {}  # by row, of its recurrent layers: a hash of all tokens so far
+        self.kept: dict[int, bytes] = {}  # by slot
 
     def launch(self, plan: Plan) -> Done:
         rows, memory, host = self.rows, self.memory, self.host
@@ -74,8 +81,14 @@ class FakeRunner:
         read = self._read(plan)
         for host_block, block in plan.swap_in:
             memory[block] = host[host_block]
+        for slot, row in plan.states.loads:
+            self.states[row] = self.kept[slot]
         for entry in range(len(plan.rows)):
             self._write(plan, entry)
+            if self.layout is not None and self.layout.num_states is not None:
+                self._go_on(plan, entry)
+        for parent, child in plan.states.forks:
+            self.states[child] = self.states[parent]
         drawn = self._sample(plan)
         stands, indptr = plan.verify(drawn)
         return Done(Result(drawn[stands], self.seconds, errors or None, indptr=indptr, read=read))
@@ -135,6 +148,17 @@ class FakeRunner:
             assert blocks.all(), f"row {plan.rows[entry]} writes tokens {places[0]}.. into the scratch block"
             self.memory[blocks, places % size] = tokens
 
+    def _go_on(self, plan: Plan, entry: int) -> None:
+        """The row's state takes in the step's tokens, and is kept where the plan says."""
+        row, end = int(plan.rows[entry]), int(plan.start[entry])
+        state = self.states[row] if end else b""
+        slots = {save.end: save.slot for save in plan.states.saves if save.row == row}
+        for token in self.rows.inputs(plan, entry).tolist():
+            state, end = state_after(state, token), end + 1
+            if end in slots:
+                self.kept[slots[end]] = state
+        self.states[row] = state
+
     def _sample(self, plan: Plan) -> np.ndarray:
         assert self.layout is not None
         ends = np.cumsum(plan.count)
@@ -146,6 +170,8 @@ class FakeRunner:
             length = int(plan.start[entry] + plan.count[entry] - (ends[entry] - 1 - query[i]))
             length -= int(self.rows.dropped[plan.rows[entry]])
             context = self._context(int(plan.rows[entry]), length)
+            if self.layout.num_states is not None and not self._is_state_of(context, int(plan.rows[entry])):
+                context = np.append(context, -1)  # another state, another token
             join = self.rows.joins[row]
             assert join is not None, f"row {row} samples but never joined"
             adapter = None if join.slot is None else self.rows.adapters[join.slot]
@@ -153,6 +179,15 @@ class FakeRunner:
             tokens[i] = next_token(self.seed, seed, context, self.vocab_size, adapter)
         self.rows.latest[rows] = tokens
         return tokens
+
+    def _is_state_of(self, context: np.ndarray, row: int) -> bool:
+        assert self.layout is not None
+        if None not in self.layout.windows:
+            return True  # the context is not all there is
+        state = b""
+        for token in context.tolist():
+            state = state_after(state, token)
+        return self.states[row] == state
 
     def _context(self, row: int, length: int) -> np.ndarray:
         """The tokens that the row's layers see: all if a group keeps them, else those in the widest window. Every group

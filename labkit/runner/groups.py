@@ -17,7 +17,7 @@ class Groups(NamedTuple):
     @property
     def size(self) -> int:
         """Number of layers in the largest group; a block has room for that many."""
-        return max(self.place_of) + 1
+        return max(self.place_of, default=-1) + 1
 
 
 def one_group(kv: Sequence[KVSpec]) -> Groups:

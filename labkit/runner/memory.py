@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from labkit.core.options import choose
 from labkit.models.base import Batch, KVCache, KVSpec, Model
 from labkit.runner.base import KV_CACHE_DTYPES
 from labkit.runner.groups import Groups, one_group
+from labkit.runner.states import scratch_of
 
 
 class SavedBlocks(NamedTuple):
@@ -30,10 +32,10 @@ class SavedBlocks(NamedTuple):
 class BlockStore:
     """Keys and values of all layers, and which blocks were ever written; a copy holds only those."""
 
-    def __init__(self, caches: list[KVCache]) -> None:
+    def __init__(self, caches: list[KVCache], num_blocks: int = 0) -> None:
         self.caches = caches
         self.flat = [tensor for pair in caches for tensor in pair]
-        self.touched = np.zeros(len(self.flat[0]) if caches else 0, bool)
+        self.touched = np.zeros(num_blocks, bool)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavedBlocks:
         index = self.touched.nonzero()[0]
@@ -89,6 +91,31 @@ def bytes_per_block(model: Model, groups: Groups, dtype: torch.dtype, block_size
     return each * block_size * dtype.itemsize
 
 
+def memory_for_blocks(
+    model: Model, dtype: torch.dtype, utilization: float, most_tokens: Sequence[int], most_rows: int
+) -> float:
+    """Bytes: on a GPU what steps of these sizes leave of `utilization` of its memory, on a CPU that share of what is
+    free."""
+    if model.device.type != "cuda":
+        return utilization * available_memory()
+    free, total = torch.cuda.mem_get_info(model.device)
+    peak = sum(peak_of_step(model, dtype, most, most_rows) for most in most_tokens)
+    return float(free - (1 - utilization) * total - peak)
+
+
+def blocks_in(budget: float, each: int, utilization: float, most_tokens: int) -> int:
+    """How many blocks of `each` bytes. A model without attention stores nothing in them."""
+    if not each and budget > 0:
+        return 2**31 - 2
+    blocks = int(budget // each) if each else 0
+    if blocks < 1:
+        raise ValueError(
+            f"no memory is left for keys and values: {utilization:.0%} of it are used up by the weights and a step "
+            f"of {most_tokens} tokens; raise gpu_memory_utilization or lower max_num_batched_tokens"
+        )
+    return blocks
+
+
 def make_caches(
     model: Model, groups: Groups, dtype: torch.dtype, num_blocks: int, block_size: int, device: torch.device,
     pinned: bool = False,
@@ -124,7 +151,7 @@ def peak_of_step(model: Model, dtype: torch.dtype, most_tokens: int, most_rows: 
     ids = torch.zeros(most_tokens, dtype=torch.int64, device=device)
     each = torch.ones(most_tokens, dtype=torch.int32, device=device)
     starts = torch.arange(most_tokens + 1, dtype=torch.int32, device=device)
-    batch = Batch(ids, ids, ids, each[:, None] * 0, starts, each, 1, 1)
+    batch = Batch(ids, ids, ids, each[:, None] * 0, starts, each, 1, 1, states=scratch_of(model, most_tokens))
     with torch.inference_mode():
         hidden = model.forward(batch, caches)
         model.logits(hidden[:most_rows])

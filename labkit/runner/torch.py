@@ -22,7 +22,7 @@ from labkit.core.options import flag, named_options, real, whole
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Extras, Plan
 from labkit.core.smaller import SmallerKV
-from labkit.models.base import Batch, Capture, KVCache, Model
+from labkit.models.base import Batch, Capture, KVCache, Model, num_layers_of, states_of
 from labkit.models.eagle import EagleHead
 from labkit.runner.asleep import Sleeps
 from labkit.runner.base import Done, Layout, Pending
@@ -37,10 +37,11 @@ from labkit.runner.graphs import Graphs
 from labkit.runner.groups import groups_of_model, one_group
 from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
-from labkit.runner.memory import BlockStore, available_memory, bytes_per_block, kv_dtype, make_caches, peak_of_step
+from labkit.runner.memory import BlockStore, blocks_in, bytes_per_block, kv_dtype, make_caches, memory_for_blocks
 from labkit.runner.repeats import Repeats
 from labkit.runner.replay import can_replay, replay
 from labkit.runner.rows import Rows
+from labkit.runner.states import StateStore, store_of
 from labkit.runner.steps import MOST_TOKENS, Steps
 from labkit.runner.trees import TreeDrafter, move_accepted
 from labkit.runner.weights import Replaces, runners_of
@@ -110,7 +111,7 @@ class TorchRunner(Sleeps, Replaces):
         self.eos_token_ids = tuple(whole("eos_token_ids", i, least=0, most=model.vocab_size - 1) for i in eos_token_ids)
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
-        self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size
+        self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size if model.kv else 0
         self.dtype_name = str(model.dtype)[6:]
         self.features = features_of(model, most_feature_bytes)
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
@@ -120,6 +121,9 @@ class TorchRunner(Sleeps, Replaces):
         self.compactor: Compactor | None = None  # once a request with kv= has come
         self.layout: Layout | None = None
         self.store = self.host = BlockStore([])
+        self.state_bytes = sum(spec.num_bytes for spec in states_of(model))  # of a row; and of each kept state
+        self.states: StateStore | None = None
+        self.state_room = 0  # bytes that `fitting_blocks` leaves to states
         self._generation = -1
         self._num_made = 0  # steps captured or recorded so far
         self._version = 0  # of the model's adapters
@@ -156,21 +160,11 @@ class TorchRunner(Sleeps, Replaces):
     def fitting_blocks(self, block_size: int, utilization: float, most_tokens: int, most_rows: int) -> int:
         """How many blocks fit into `utilization` of the memory, besides the weights and a step of `most_tokens`."""
         real("gpu_memory_utilization", utilization, least=0.0, most=1.0, open_left=True)
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            peak = peak_of_step(self.model, self.kv_dtype, most_tokens, most_rows)
-            if self._kind is Steps and self._wants_graphs:  # captured steps have memory of their own
-                peak += peak_of_step(self.model, self.kv_dtype, min(most_tokens, MOST_TOKENS), most_rows)
-            budget = free - (1 - utilization) * total - peak - (self.features.most_bytes if self.features else 0)
-        else:
-            budget = utilization * available_memory()
-        blocks = int(budget // self.bytes_per_block(block_size))
-        if blocks < 1:
-            raise ValueError(
-                f"no memory is left for keys and values: {utilization:.0%} of it are used up by the weights and a step "
-                f"of {most_tokens} tokens; raise gpu_memory_utilization or lower max_num_batched_tokens"
-            )
-        return blocks
+        captured = self._kind is Steps and self._wants_graphs  # such steps have memory of their own
+        most = [most_tokens, min(most_tokens, MOST_TOKENS)] if captured else [most_tokens]
+        kept = self.state_room + (self.features.most_bytes if self.features and self.device.type == "cuda" else 0)
+        budget = memory_for_blocks(self.model, self.kv_dtype, utilization, most, most_rows) - kept
+        return blocks_in(budget, self.bytes_per_block(block_size), utilization, most_tokens)
 
     def open(self, layout: Layout) -> None:
         if self.layout is not None:
@@ -188,6 +182,7 @@ class TorchRunner(Sleeps, Replaces):
         self.layout = layout
         self.rows = Rows(layout)
         self.store, self.host = self._stores(layout)
+        self.states = store_of(self.model, layout, self.device)
         self.sampler = Sampler(self.vocab_size, layout.num_rows, self.eos_token_ids, self.seed, self.device)
         self.latest = torch.zeros(layout.num_rows + 1, dtype=torch.int64, device=self.device)  # and one for padding
         if layout.num_disk_blocks:
@@ -244,7 +239,7 @@ class TorchRunner(Sleeps, Replaces):
             kinds.append((self.draft_model, one_group(self.draft_model.kv), self.draft_model.dtype))
 
         def stored(num: int, *where: Any) -> BlockStore:
-            return BlockStore([cache for kind in kinds for cache in make_caches(*kind, num + 1, size, *where)])
+            return BlockStore([c for kind in kinds for c in make_caches(*kind, num + 1, size, *where)], num + 1)
 
         host = stored(layout.num_host_blocks, cpu, pinned) if layout.num_host_blocks else BlockStore([])
         return stored(layout.num_blocks, self.device), host
@@ -256,11 +251,12 @@ class TorchRunner(Sleeps, Replaces):
 
     @property
     def num_layers(self) -> int:
-        return len(self.model.kv)
+        return num_layers_of(self.model)
 
     def memory_parts(self) -> list[tuple[str, Tensor]]:
         """Every tensor that must be freed by closing."""
-        kv = [("kv", tensor) for tensor in (*self.store.flat, *self.host.flat)]
+        states = () if self.states is None else self.states.tensors
+        kv = [("kv", tensor) for tensor in (*self.store.flat, *self.host.flat, *states)]
         draft = () if self.draft_model is None else self.draft_model.tensors()
         return [*kv, *(("weights", tensor) for tensor in (*self.model.tensors(), *draft))]
 
@@ -269,7 +265,7 @@ class TorchRunner(Sleeps, Replaces):
         if self.disk is not None:
             self.disk.close()
             self.disk = None
-        self.store, self.host, self.layout = BlockStore([]), BlockStore([]), None
+        self.store, self.host, self.layout, self.states = BlockStore([]), BlockStore([]), None, None
         self.graphs = self.repeats = self.drafter = self.draft_model = self.features = None
         for name in ("model", "sampler", "rows", "latest", "edits"):
             vars(self).pop(name, None)
@@ -327,11 +323,15 @@ class TorchRunner(Sleeps, Replaces):
             return self._pending(Computed(plan, out, None, {}, [], begin, self.device).showing(*shown))
         mass = None if self.compactor is None else self.compactor.watch(plan, self.rows, self.device)
         inputs = inputs_of(plan, self.rows, self.latest, self.groups, self.model.dtype, self.features, mass)
+        if self.states is not None:
+            inputs = inputs._replace(batch=self.states.enter(plan, inputs.query_start, inputs.batch))
         asked = bool(self.rows.asking[plan.rows].any())
         wanted = wanted_of(plan, inputs.query_start, self.rows) if asked else None
         edits = self.edits.of(plan, inputs.query_start)
         capture = capture_of(wanted, () if self.drafter is None else self.drafter.layers, edits.by_layer())
         hidden = self._forward(inputs.batch, capture)  # [tokens, hidden size]
+        if self.states is not None:
+            self.states.fork(plan)
         if self.drafter is not None:
             self.drafter.keep(plan, inputs.query_start, hidden, capture, self.rows.tables[0])
         failed = inputs.failed | edits.failed

@@ -19,8 +19,7 @@ from labkit.core.params import SamplingParams
 from labkit.core.request import Request
 from labkit.core.scheduling.ahead import FastForward
 from labkit.core.scheduling.scheduler import RejectedError, Scheduler
-from labkit.engine.checks import num_disk_blocks_of
-from labkit.runner.base import Layout
+from labkit.engine.checks import layout_of
 from labkit.runner.cost import StepCost
 from labkit.runner.sim import SimRunner
 from labkit.study.analytic import AnalyticCost
@@ -110,12 +109,7 @@ class Simulator:
         self._params: dict[int, SamplingParams] = {}
         self._mark = (0, 0, 0, 0)  # prompt, cached and output tokens and the step, when the last point was drawn
         blocks = scheduler.blocks
-        runner.open(
-            Layout(
-                blocks.num_blocks, blocks.block_size, scheduler.num_rows, blocks.host.num_blocks, blocks.windows,
-                num_disk_blocks_of(blocks, runner), 0 if scheduler.slots is None else scheduler.slots.num_slots,
-            )
-        )  # fmt: skip
+        runner.open(layout_of(scheduler, runner))
         blocks.attach()
 
     def run(self, arrivals: Arrivals, most_native: int = ENDLESS) -> None:

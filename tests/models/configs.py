@@ -73,6 +73,47 @@ OTHERS = {
 }  # fmt: skip
 
 
+MAMBA2 = {
+    "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+}  # fmt: skip
+DELTA = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+ZAMBA = {"mamba_d_state": 8, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2}
+RECURRENT = {
+    "mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
+    "falcon_mamba": {"state_size": 8, "expand": 2, "time_step_rank": 4},
+    "mamba2": {"n_groups": 2, "num_heads": 6, "head_dim": 16, "state_size": 8, "expand": 2, "chunk_size": 16},
+    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "num_experts": 4, "num_experts_per_tok": 2, "mamba_d_state": 8, "mamba_dt_rank": 4},
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 96, "head_dim": 8, "lm_head_multiplier": 0.7},
+    "granitemoehybrid": {**MAMBA2, "layer_types": ["mamba", "attention"], "num_local_experts": 4,
+                         "num_experts_per_tok": 2, "shared_intermediate_size": 40},
+    "nemotron_h": {"mamba_num_heads": 6, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 16,
+                   "num_hidden_layers": 3, "layers_block_type": ["mamba", "mlp", "attention"], "head_dim": 8},
+    "qwen3_next": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "head_dim": 16},
+    "qwen3_5_text": {**DELTA, "head_dim": 16},
+    "qwen3_5_moe_text": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 40, "head_dim": 16},
+    "olmo_hybrid": {**DELTA, "linear_num_key_heads": 4},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"], "linear_head_dim": 8, "linear_num_heads": 4,
+                    "num_key_value_heads": 6, "kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16,
+                    "qk_rope_head_dim": 8, "v_head_dim": 12, "mlp_layer_types": ["dense", "dense"]},
+    "bailing_hybrid": {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4,
+                       "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_group": 1, "topk_group": 1,
+                       "num_key_value_heads": 6, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 16,
+                       "qk_rope_head_dim": 8, "v_head_dim": 12, "head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_multiple_of": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "num_experts": 4,
+                 "num_experts_per_tok": 2, "moe_intermediate_size": 40, "num_dense_layers": 1},
+    "zamba": {**ZAMBA, "n_mamba_heads": 2, "mamba_dt_rank": 4, "attention_hidden_size": 96, "attention_head_dim": 16},
+    "zamba2": {**ZAMBA, "mamba_headdim": 16, "n_mamba_heads": 6, "mamba_ngroups": 2, "chunk_size": 16,
+               "hybrid_layer_ids": [1, 3], "adapter_rank": 4, "num_mem_blocks": 1},
+}  # fmt: skip
+
+
 def config(kind: str, seed: int = 0):
     """A small config of this architecture; the seed also draws a shape."""
     rng = random.Random(f"{kind}:{seed}")
@@ -81,7 +122,7 @@ def config(kind: str, seed: int = 0):
         heads = rng.choice([2, 4, 6])
         shape |= {"hidden_size": 16 * heads, "num_attention_heads": heads, "num_key_value_heads": rng.choice([1, 2])}
         shape["intermediate_size"] = rng.choice([40, 64, 100])
-    options = {**COMMON, **shape, **(NATIVE | OTHERS)[kind]}
+    options = {**COMMON, **shape, **(NATIVE | OTHERS | RECURRENT)[kind]}
     if options.get("head_dim") == 0:
         options["head_dim"] = options["hidden_size"] // options["num_attention_heads"]
     heads, keys = options["num_attention_heads"], options["num_key_value_heads"]

@@ -68,7 +68,7 @@ def test_both_paths_capture_the_states_after_the_final_norm():
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("mamba", "of its 2 layers 0 go through transformers' attention interface"),
+        ("recurrent_gemma", "of its 2 layers 0 go through transformers' attention interface"),
         ("llama4_text", "'llama4_text' is not supported: its chunked attention"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 
 from labkit.core.blocks.eviction import EvictionPolicy
 from labkit.core.blocks.prefix import PrefixCache
+from labkit.core.blocks.states import States
 from labkit.core.blocks.table import Pin
 from labkit.core.blocks.tables import BlockPool, BlockTables
 from labkit.core.blocks.tiers import Offloading
@@ -25,6 +26,7 @@ class Blocks(Protocol):
     prefix: PrefixCache
     pins: list[Pin]
     offload: Offloading | None
+    states: States | None
 
     @property
     def eviction(self) -> EvictionPolicy: ...
@@ -69,6 +71,8 @@ def check(blocks: Blocks) -> None:
     assert blocks.prefix.stored[candidates].all(), "a candidate for eviction is not stored"
     assert not blocks.prefix.stored[pool.free].any(), "a free block still has a hash"
     blocks.prefix.check()
+    if blocks.states is not None:
+        blocks.states.check()
     host = blocks.host
     if blocks.offload is not None:
         return blocks.offload.check()

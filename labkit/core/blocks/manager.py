@@ -30,6 +30,9 @@ class BlockManager(RowBlocks, Shown):
     chooses the next to go, and then in `num_disk_blocks` files if the runner has a folder for them. Swapped requests
     use the same host blocks, and go first.
 
+    `num_states`, for models with recurrent layers: how many copies of their states are kept, so that prefixes can be
+    continued; a prefix is hit up to the last block whose state is there. None: the model has no such layers.
+
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> bm.allocate("a", list(range(40)))
     BlockTable('a': 40 tokens in blocks 1 2 3)
@@ -49,12 +52,15 @@ class BlockManager(RowBlocks, Shown):
         kv_offloading: bool = False,
         host_eviction: EvictionChoice = "lru",
         num_disk_blocks: int = 0,
+        num_states: int | None = None,
     ) -> None:
         whole("num_disk_blocks", num_disk_blocks, least=0, most=2**31 - 2)
         if flag("kv_offloading", kv_offloading) and not num_host_blocks:
             raise ValueError("kv_offloading keeps evicted blocks in host memory: give it num_host_blocks")
         if num_disk_blocks and not kv_offloading:
             raise ValueError("blocks go to disk through host memory: num_disk_blocks needs kv_offloading=True")
+        if num_states is not None and kv_offloading:
+            raise ValueError("kv_offloading moves blocks, not the states of recurrent layers: leave it out")
         super().__init__(
             whole("num_blocks", num_blocks, least=1, most=2**31 - 2),
             whole("block_size", block_size, least=1, most=2**20),
@@ -63,6 +69,7 @@ class BlockManager(RowBlocks, Shown):
             flag("prefix_caching", prefix_caching),
             windows,
             (host_eviction, num_disk_blocks) if kv_offloading else None,
+            None if num_states is None else whole("num_states", num_states, least=0, most=2**20),
         )
         self.taken: Callable[[str], bool] = _nobody  # whether a request has this name
 
@@ -205,9 +212,14 @@ class BlockManager(RowBlocks, Shown):
             return Explanation(len(ids), 0, "off", "prefix caching is off")
         usable = self.usable_blocks(len(ids), spans, len(ids))
         found = self.prefix.explain(ids, usable, salt, adapter, spans)
-        if self.offload is None:
+        if self.offload is None and self.states is None:
             return found
         look = self.lookup(ids, salt=salt, adapter=adapter, spans=spans)
+        if self.states is not None:
+            if look.num_hit == found.num_hit:
+                return found
+            detail = f"{found.num_hit} tokens are stored, the state of recurrent layers only after {look.num_hit}"
+            return Explanation(found.num_tokens, look.num_hit, "no state", detail)
         parts = [(look.num_host, "in host memory"), (look.num_disk, "on disk")]
         where = " and ".join(f"{number} {there}" for number, there in parts if number)
         if not where:

@@ -17,6 +17,7 @@ from labkit.core.blocks.eviction import EvictionChoice, EvictionPolicy, eviction
 from labkit.core.blocks.full import FullBlocks
 from labkit.core.blocks.laws import check
 from labkit.core.blocks.prefix import EventSink, Hit, PrefixCache, Span, group_key
+from labkit.core.blocks.states import States
 from labkit.core.blocks.table import Pin
 from labkit.core.blocks.tables import NEVER, BlockPool, BlockTables, Ints, Tokens
 from labkit.core.blocks.tiers import HostPool, Offloading
@@ -34,6 +35,7 @@ class RowBlocks:
         self, num_blocks: int, block_size: int, num_host_blocks: int, eviction: EvictionChoice, prefix_caching: bool,
         windows: Sequence[int | None],
         offload: tuple[EvictionChoice, int] | None = None,  # host memory's eviction policy, blocks on disk
+        num_states: int | None = None,
     ) -> None:  # fmt: skip
         self.num_blocks, self.block_size = num_blocks, block_size
         self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
@@ -55,6 +57,7 @@ class RowBlocks:
                     "leave out hybrid_kv and kv_groups, or kv_offloading"
                 )
             self.offload = Offloading(self.prefix, self.host, *offload)
+        self.states = None if num_states is None else States(num_states)
         self.prefix_caching = prefix_caching
         self.attached = False  # a runner computes these blocks: store only what it computed
         self.pins: list[Pin] = []
@@ -119,10 +122,10 @@ class RowBlocks:
         self, hashes: list[bytes], num_tokens: int, spans: Sequence[Span] = (), windows: Sequence[int | None] = ()
     ) -> Hit:
         """The cached blocks a prompt can start with: the longest prefix for which every group has the blocks in its
-        window. Changes nothing."""
+        window, and whose state was kept where layers are recurrent. Changes nothing."""
         windows = windows or self.windows
         usable = max(num_tokens - 1, 0) // self.block_size
-        if windows == (None,):
+        if windows == (None,) and self.states is None:
             found = self.prefix.find(hashes[:usable])
             if spans:
                 found = found[: self.usable_blocks(len(found) * self.block_size, spans, num_tokens)]
@@ -132,6 +135,8 @@ class RowBlocks:
         get = self.prefix.block_of.get
         stored = [[get(group_key(digest, group), 0) for digest in hashes[:usable]] for group in range(len(windows))]
         for end in range(min(usable, len(hashes)), 0, -1):
+            if self.states is not None and hashes[end - 1] not in self.states.slot_of:
+                continue
             first = [0 if window is None else max(0, end - self.blocks_for(window)) for window in windows]
             if (not spans or self.usable_blocks(end * self.block_size, spans, num_tokens) == end) and all(
                 all(blocks[begin:end]) for blocks, begin in zip(stored, first, strict=True)
@@ -432,6 +437,8 @@ class RowBlocks:
         self.prefix.clear()
         if self.offload is not None:
             self.offload.clear(self.prefix.emit, on_disk)
+        if self.states is not None:
+            self.states.clear()
         self.pool.free += cached
         self.tables.next_full[self.tables.num_computed > 0] = NEVER
 

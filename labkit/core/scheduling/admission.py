@@ -93,7 +93,7 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
     wanted = findable(s, request, hashes)
     if wanted and s.prefix_hold and (digest := s.pending.last_shared(wanted, hit.num_blocks)) and reads_cache(request):
         usable = max(len(tokens) - 1, 0) // blocks.block_size
-        if hit.num_blocks < usable and request.status is not Status.SWAPPED:
+        if hit.num_blocks < usable and request.status is not Status.SWAPPED and _worth_waiting(s, wanted, digest):
             s.queue.pop()
             s.pending.park(request, digest)
             s.log.add(("Held", request.id, "prefix pending", False))
@@ -128,6 +128,31 @@ def _try(s: SchedulerState, builder: PlanBuilder, request: Request, left: int, p
             return "budget", 0
     s.queue.pop()
     return None, _place(s, builder, request, hashes, hit, left, loads, most)
+
+
+def _worth_waiting(s: SchedulerState, hashes: list[bytes], digest: bytes) -> bool:
+    """Will the row that computes this block leave what continues it? Its state, too, where layers are recurrent: unless
+    the row is past the block, it is told to."""
+    states = s.blocks.states
+    if states is None:
+        return True
+    row, end = s.pending.row_of[digest], (hashes.index(digest) + 1) * s.blocks.block_size
+    if int(s.scheduled[row]) < end:
+        states.want(row, end)
+        return True
+    return states.is_saving(row, end)
+
+
+def _continue_states(s: SchedulerState, request: Request, row: int, hashes: list[bytes], hit: Hit) -> None:
+    """Continue from the state behind the hit. Keep the states where others are likely to go on: after the last full
+    block, and where the prompt leaves the blocks that are stored."""
+    states, size = s.blocks.states, s.blocks.block_size
+    assert states is not None
+    if hit.num_blocks:
+        states.load(hashes[hit.num_blocks - 1], row)
+    usable = (request.num_tokens - 1) // size
+    ends = usable, len(s.blocks.prefix.find(hashes[:usable]))
+    states.want(row, *(end * size for end in ends if end > hit.num_blocks))
 
 
 def _contended(s: SchedulerState) -> bool:
@@ -202,6 +227,8 @@ def _place(
     root = blocks.prefix.root(request.salt, request.adapter_key)
     blocks.open(request.id, root, hashes or None, span_keys(request.spans, size), row)
     blocks.join(row, tokens, hit)
+    if blocks.states is not None and hashes:
+        _continue_states(s, request, row, hashes, hit)
     if request.session is not None:
         retention.begin(blocks, request.session, request.parent_session, hit, builder.now)
     if fresh and blocks.prefix_caching and reads_cache(request):

@@ -211,7 +211,7 @@ class FastForward:
         if (
             s.in_flight or s.draining or s.forks or s.forked or s.reset_runner or s.matches.active
             or s.drafting is not None or hasattr(blocks.eviction, "expired") or blocks.windows != (None,)
-            or blocks.offload is not None or s.slots is not None or s.pipeline_stages > 1
+            or blocks.offload is not None or blocks.states is not None or s.slots is not None or s.pipeline_stages > 1
             or s.policies.of_step or s.compact_at
         ):  # fmt: skip
             return False

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from labkit.core.blocks.tables import Ints, Tokens
-from labkit.core.plan import Failure, Outputs, Plan, Result
+from labkit.core.plan import NO_INTS, Failure, Outputs, Plan, Result
 from labkit.core.request import Request, Status
 from labkit.core.scheduling import loading, preempt
 from labkit.core.scheduling.state import SchedulerState
@@ -25,6 +25,8 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
         void[list(errors)] = True
         rows, end = rows[~void[rows]], end[~void[rows]]
     s.blocks.commit(rows, end)
+    if s.blocks.states is not None:
+        s.blocks.states.commit(plan.step, void, tables, s.blocks.prefix)
     if plan.step in s.forks:
         void = s.dropped.copy() if void is None else void
         void[_fork(s, s.forks.pop(plan.step), errors, plan.step)] = True
@@ -46,6 +48,15 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
         if void is not None:
             tokens, sampled = tokens[~void[sampled]], sampled[~void[sampled]]
     return Outputs(plan.step, now, sampled, s.serial[sampled], tokens, tuple(ended))
+
+
+def void(s: SchedulerState, plan: Plan, now: int) -> Outputs:
+    """The plan failed, or was launched on top of one that did."""
+    for _, child_row, child in s.forks.pop(plan.step, ()):
+        break_promise(s, child_row, child)
+    if s.blocks.states is not None:
+        s.blocks.states.void(plan.step)
+    return Outputs(plan.step, now, NO_INTS, NO_INTS, NO_INTS.astype(np.int32))
 
 
 def is_over(s: SchedulerState, rows: Ints, tokens: Tokens, known: Ints) -> NDArray[np.bool_]:

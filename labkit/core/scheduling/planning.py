@@ -313,6 +313,10 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
     plan = builder.plan(s, rows, start)
     if builder.forks:
         s.forks[s.step] = builder.forks
+    if s.blocks.states is not None:
+        forks = [(row, child) for row, child, _ in builder.forks]
+        moves = s.blocks.states.moves(s.step, s.tables, plan.rows, plan.start, plan.count, plan.num_decode, forks)
+        plan = plan._replace(states=moves)
     if s.blocks.offload is not None:
         out, disk = s.blocks.offload.moves(s.step)
         s.swap_out += out

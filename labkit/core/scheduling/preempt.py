@@ -47,6 +47,8 @@ def preempt(s: SchedulerState, row: int, needed_by: str, how: str | None = None)
     assert request is not None
     if request.params.kv is not None:
         how = "recompute"  # what was chosen from would be lost: computed again, the same keys are dropped
+    if s.blocks.states is not None:
+        how = "recompute"  # a swap moves blocks; its latest kept state is where it goes on
     how = how or cheaper(s, int(s.tables.num_computed[row]))
     request.num_preemptions += 1
     s.num_preempted += 1

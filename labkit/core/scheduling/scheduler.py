@@ -146,6 +146,8 @@ class Scheduler(SchedulerState, Shown):
         guesser = draft_of(draft)
         if guesser is not None and self.max_in_flight:
             raise ValueError("a draft continues tokens that are known: it needs max_in_flight=0")
+        if guesser is not None and blocks.states is not None:
+            raise ValueError("recurrent layers cannot take back a wrong draft: leave out the draft")
         self.slots = None if max_adapters is None else AdapterSlots(max_adapters)
         if log is not None and not isinstance(log, EventLog):
             raise ValueError(f"log must be an EventLog, got {log!r}")
@@ -364,7 +366,7 @@ class Scheduler(SchedulerState, Shown):
 
     def _refresh_order(self, now: int) -> None:
         """Compute a dynamic order's keys before any decision; the queue keeps its old ones if the function raises."""
-        if self.blocks.num_groups == 1 and self.blocks.prefix_caching:
+        if self.blocks.num_groups == 1 and self.blocks.prefix_caching and self.blocks.states is None:
             stale = self.matches.refresh(self.queue, self._measure)
         else:  # measured anew each time, so that what was kept up before is out of date
             if self.matches.active:
@@ -406,9 +408,7 @@ class Scheduler(SchedulerState, Shown):
         if isinstance(result, Failure):
             committing.roll_back(self, plan, result)
         if plan.step <= self.void_until:
-            for _, child_row, child in self.forks.pop(plan.step, ()):
-                committing.break_promise(self, child_row, child)
-            outputs = Outputs(plan.step, now, NO_INTS, NO_INTS, NO_INTS.astype(np.int32))
+            outputs = committing.void(self, plan, now)
         else:
             outputs = committing.apply(self, plan, result, now)  # type: ignore[arg-type]
             if self.policies.heard["progress"]:

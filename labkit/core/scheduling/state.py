@@ -240,6 +240,8 @@ class SchedulerState:
             hint = request.hint if request.ended else None  # preempted ones go on
             now = max(request.finished_at or 0, self.blocks.now)
             retention.settle(self.blocks, row, request.session, request.parent_session, hint, now)
+        if self.blocks.states is not None:
+            self.blocks.states.close(row)
         self.blocks.close(request.id, reserved=True)
         self.row_request[row] = None
         self.dropped[row] = False

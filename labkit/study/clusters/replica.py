@@ -12,7 +12,7 @@ from labkit.core.options import check_names
 from labkit.core.plan import Outputs, Plan, Result
 from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
-from labkit.runner.base import Layout
+from labkit.engine.checks import layout_of
 from labkit.runner.sim import SimRunner
 from labkit.study.settings import NUM_BLOCKS, OF_BLOCKS, OF_SCHEDULER, SHORT
 
@@ -35,12 +35,7 @@ class Replica:
         self.blocks = BlockManager(**{name: given.pop(name) for name in OF_BLOCKS if name in given})
         self.scheduler = Scheduler(self.blocks, log=EventLog(keep=KEPT_EVENTS), **given)
         self.scheduler.vocab_size = self.runner.vocab_size
-        blocks = self.blocks
-        self.runner.open(
-            Layout(
-                blocks.num_blocks, blocks.block_size, self.scheduler.num_rows, blocks.host.num_blocks, blocks.windows
-            )
-        )
+        self.runner.open(layout_of(self.scheduler, self.runner))
         self.busy = 0  # ns spent in steps
         self._flying: tuple[Plan, Result] | None = None
 

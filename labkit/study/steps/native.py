@@ -102,6 +102,8 @@ def why_not(s: Scheduler, runner: SimRunner) -> str | None:
         return "the eviction policy"
     if blocks.offload is not None or blocks.windows != (None,):
         return "offloading or windows"
+    if blocks.states is not None:
+        return "states of recurrent layers"
     if blocks.host.num_blocks and s.preemption != "recompute":
         return "swapping"
     if s.drafting is not None:

@@ -1,0 +1,164 @@
+"""Which states of recurrent layers are kept, and in which slots. Knows block hashes, no tensors.
+
+A recurrent layer has one state a row, which every token changes, so blocks alone do not continue a prefix: the state
+after its last token is needed, too. A runner keeps each row's own state; beside these there are slots for copies, made
+while the row passes the end of a block. A prefix is hit up to the last block whose state was kept.
+
+Three states are worth a slot: after the last full block of a prompt, for those who ask the same again; where a prompt
+leaves the blocks that are stored, for those who share that much with both; and after the latest full block of a row
+that decodes, for the next turn of its conversation and for a row that is preempted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from labkit.core.blocks.prefix import PrefixCache
+from labkit.core.blocks.tables import NEVER, BlockTables, Ints
+from labkit.core.shown import Shown
+
+
+class Save(NamedTuple):
+    """Copy `row`'s state to `slot` once its first `end` tokens are computed."""
+
+    row: int
+    end: int
+    slot: int
+
+
+class StateMoves(NamedTuple):
+    """What a plan does with states. `loads` (slot, row) come before the computation, `saves` in its course, `forks`
+    (row, row) behind it. A row that computes its first token starts from zeros."""
+
+    loads: tuple[tuple[int, int], ...] = ()
+    saves: tuple[Save, ...] = ()
+    forks: tuple[tuple[int, int], ...] = ()
+
+    def __repr__(self) -> str:
+        return f"StateMoves({len(self.loads)} loads, {len(self.saves)} saves, {len(self.forks)} forks)"
+
+
+class States(Shown):
+    """hash of a block -> slot with the state after it; the least recently used one goes when a slot is needed.
+
+    >>> States(8)
+    States(0 of 8 slots, 0 evicted)
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.free = list(range(num_slots))[::-1]
+        self.slot_of: OrderedDict[bytes, int] = OrderedDict()
+        self.loads: list[tuple[int, int]] = []  # for the next plan
+        self.saving: dict[int, tuple[list[Save], int]] = {}  # plan -> what it saves, how many of these for decode rows
+        self.wanted: dict[int, list[int]] = {}  # row -> numbers of tokens after which its state is to be kept
+        self.latest: dict[int, bytes] = {}  # decoding row -> its latest state, which the next one replaces
+        self.shared: set[bytes] = set()  # kept states that were loaded since
+        self.num_evicted = 0
+
+    def __repr__(self) -> str:
+        return f"States({len(self.slot_of)} of {self.num_slots} slots, {self.num_evicted} evicted)"
+
+    def load(self, digest: bytes, row: int) -> None:
+        """The row continues from this kept state."""
+        self.slot_of.move_to_end(digest)
+        self.shared.add(digest)
+        self.loads.append((self.slot_of[digest], row))
+
+    def want(self, row: int, *ends: int) -> None:
+        """Keep the row's state after so many tokens, which it is yet to compute."""
+        if ends:
+            self.wanted[row] = sorted({*self.wanted.get(row, ()), *ends})
+
+    def is_saving(self, row: int, end: int) -> bool:
+        """Does a plan in flight keep the row's state after so many tokens?"""
+        return any(save[:2] == (row, end) for saves, _ in self.saving.values() for save in saves)
+
+    def moves(
+        self, step: int, tables: BlockTables, rows: Ints, start: Ints, count: Ints, num_decode: int,
+        forks: Sequence[tuple[int, int]],
+    ) -> StateMoves:  # fmt: skip
+        """What the plan of this step does; `forks` are pairs of rows."""
+        size, end = tables.block_size, start + count
+        at_border = (end[:num_decode] % size == 0) & (tables.next_full[rows[:num_decode]] != NEVER)
+        saves = [self._save(int(rows[i]), int(end[i])) for i in at_border.nonzero()[0].tolist()]
+        made = [save for save in saves if save is not None]
+        num_decoding = len(made)
+        if self.wanted:
+            for row, last in zip(rows[num_decode:].tolist(), end[num_decode:].tolist(), strict=True):
+                ends = self.wanted.get(row, [])
+                while ends and ends[0] <= last:
+                    if (save := self._save(row, ends.pop(0))) is not None:
+                        made.append(save)
+                if not ends:
+                    self.wanted.pop(row, None)
+        if made:
+            self.saving[step] = made, num_decoding
+        loads, self.loads = tuple(self.loads), []
+        return StateMoves(loads, tuple(made), tuple(forks))
+
+    def _save(self, row: int, end: int) -> Save | None:
+        if not self.free:
+            if not self.slot_of:
+                return None  # all are being written
+            digest, slot = self.slot_of.popitem(last=False)
+            self.shared.discard(digest)
+            self.free.append(slot)
+            self.num_evicted += 1
+        return Save(row, end, self.free.pop())
+
+    def commit(self, step: int, void: NDArray[np.bool_] | None, tables: BlockTables, prefix: PrefixCache) -> None:
+        """The plan was computed, and its blocks are stored: its states can be found from here on. Rows in `void`
+        stored nothing."""
+        saves, num_decoding = self.saving.pop(step, ([], 0))
+        for i, (row, end, slot) in enumerate(saves):
+            block = int(tables.blocks[0, row, end // tables.block_size - 1])
+            if (void is not None and void[row]) or not prefix.stored[block]:
+                self.free.append(slot)
+                continue
+            digest = prefix.hash_of(block)
+            self._drop(digest)
+            self.slot_of[digest] = slot
+            if i < num_decoding:
+                self._replace(row, digest)
+
+    def _replace(self, row: int, digest: bytes) -> None:
+        """This state of the row stands for the one before, unless others use that."""
+        before = self.latest.get(row)
+        if before is not None and before not in self.shared:
+            self._drop(before)
+        self.latest[row] = digest
+
+    def _drop(self, digest: bytes) -> None:
+        slot = self.slot_of.pop(digest, None)
+        if slot is not None:
+            self.free.append(slot)
+            self.shared.discard(digest)
+
+    def void(self, step: int) -> None:
+        """The plan came to nothing."""
+        self.free += [save.slot for save in self.saving.pop(step, ([], 0))[0]]
+
+    def close(self, row: int) -> None:
+        """The row's request has left it."""
+        self.wanted.pop(row, None)
+        self.latest.pop(row, None)
+
+    def clear(self) -> None:
+        """Forget every kept state."""
+        self.free += self.slot_of.values()
+        self.slot_of.clear()
+        self.shared.clear()
+        self.latest.clear()
+
+    def check(self) -> None:
+        """Every slot is free, kept under one hash, or being written by one plan."""
+        being = [save.slot for saves, _ in self.saving.values() for save in saves]
+        slots = sorted([*self.free, *self.slot_of.values(), *being])
+        assert slots == list(range(self.num_slots)), f"slots of states are missing or counted twice: {slots}"
+        assert self.shared <= self.slot_of.keys(), "a state that is gone counts as shared"
