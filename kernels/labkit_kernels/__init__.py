@@ -12,6 +12,7 @@ from .lora import lora_expand, lora_shrink
 from .mass import attention_mass
 from .norm import layer_norm, rms_norm
 from .quantized import Grouped, Scaled, linear_grouped, linear_scaled, quantize_rows
+from .recurrent import Sequences, causal_conv, gated_delta, ssd
 from .registry import OPS, Op, Variant, generation, get, watched
 from .rotary import rope, rope_kv
 from .sampling import sample
@@ -25,12 +26,15 @@ __all__ = [
     "Packed",
     "Report",
     "Scaled",
+    "Sequences",
     "Tolerance",
     "Variant",
     "attention_mass",
     "bench",
+    "causal_conv",
     "check",
     "copy_blocks",
+    "gated_delta",
     "gelu_mul",
     "generation",
     "get",
@@ -55,6 +59,7 @@ __all__ = [
     "rope_kv",
     "sample",
     "silu_mul",
+    "ssd",
     "step_inputs",
     "store_kv",
     "swap_blocks",

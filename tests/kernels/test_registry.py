@@ -17,6 +17,8 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
     expected = {"rms_norm", "layer_norm", "rope", "silu_mul", "gelu_mul", "store_kv", "copy_blocks", "swap_blocks"}
     assert expected | {
         "attention_mass",
+        "causal_conv",
+        "gated_delta",
         "integer_argmax",
         "integer_linear",
         "integer_mlp",
@@ -34,6 +36,7 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
         "quantize_rows",
         "rope_kv",
         "sample",
+        "ssd",
         "step_inputs",
     } == set(OPS)
     for name, op in OPS.items():
