@@ -160,6 +160,9 @@ class Dense:
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return linear(weight, bias, deterministic=self.deterministic)
 
+    def matrix(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Tensor:
+        return self.read(tensors, spec, shard)[0]
+
     def read(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> tuple[Tensor, Tensor | None]:
         """The shard's weight and bias."""
         shape, dtype, device = spec.shape(shard), tensors.dtype, tensors.device

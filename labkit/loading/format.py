@@ -282,6 +282,10 @@ class Format(Protocol):
         """This rank's shard of the layer; reads no more of the checkpoint than that."""
         ...
 
+    def matrix(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Tensor:
+        """The shard's weight [outputs, inputs] of one stored layer without a bias, dequantized."""
+        ...
+
     def check(self, tensors: Tensors) -> None:
         """Raises ValueError for layers that cannot be read or that disagree with the config. Looks at names, shapes and
         dtypes only, so that nothing large is read before."""

@@ -37,6 +37,9 @@ class GGUFBlocks:
     def check(self, tensors: Tensors) -> None:
         """Its header was checked when the file was opened."""
 
+    def matrix(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Tensor:
+        return self.dense.matrix(tensors, spec, shard)
+
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return self.dense.layer(weight, bias)
 

@@ -75,6 +75,9 @@ class Online:
             return self.layer(weight, bias)
         return self.dense.layer(weight, bias) if spec.split is None else self.round(weight, bias)
 
+    def matrix(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Tensor:
+        return self.dense.matrix(tensors, spec, shard)
+
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         """The head: a layer of 8 bits."""
         return self.dense.layer(weight, bias) if self.method == "fp8" else self._int8(weight, bias)

@@ -63,6 +63,12 @@ class Stored:
             layers[-1].name = name
         return join(layers, self.deterministic)
 
+    def matrix(self, tensors: Tensors, spec: LinearSpec, shard: Shard) -> Tensor:
+        (piece,) = spec.pieces(shard)
+        if not self.is_quantized(tensors, piece.name):
+            return Dense(self.deterministic).matrix(tensors, spec, shard)
+        return self._read(tensors, piece, spec, shard).dense(tensors.dtype)
+
     def layer(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
         return Dense(self.deterministic).layer(weight, bias)
 

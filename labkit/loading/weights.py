@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -106,8 +107,24 @@ class Weights:
         """Another rank reads this tensor."""
         self.taken.add(name)
 
-    def linear(self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None) -> Linear:
-        """One linear layer of several stored ones: see `LinearSpec`."""
+    def matrix(self, name: str, outputs: Units, inputs: Units) -> Tensor:
+        """This rank's outputs of a stored layer's weight, in full precision whatever it is stored as."""
+        before, spec = self.num_parameters, LinearSpec({name: (outputs,)}, inputs, "column")
+        found = self.format.matrix(self, spec, self.shard)
+        self.num_parameters = before + found.numel()
+        return found
+
+    def linear(
+        self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Linear:  # fmt: skip
+        """One linear layer of several stored ones: see `LinearSpec`. `dtype`: where it is not the model's."""
+        if dtype not in (None, self.dtype):
+            other = copy.copy(self)
+            other.dtype = dtype
+            layer = other.linear(outputs, inputs, split)
+            self.num_parameters = other.num_parameters
+            return layer
         before = self.num_parameters
         spec = LinearSpec(outputs, inputs, split)
         layer = self.format.linear(self, spec, self.shard)

@@ -18,6 +18,12 @@ from torch import Tensor
 KVCache = tuple[Tensor, Tensor]
 
 
+def own(cache: KVCache) -> tuple[Tensor, ...]:
+    """The tensors of a cache that have memory of their own: values that are a part of the keys have none."""
+    keys, values = cache
+    return (keys,) if keys.numel() and values.data_ptr() == keys.data_ptr() else (keys, values)
+
+
 class KVSpec(NamedTuple):
     """What one layer stores per token."""
 
@@ -25,6 +31,7 @@ class KVSpec(NamedTuple):
     key_size: int
     value_size: int
     window: int | None = None  # how many of the last tokens it attends to; None: all of them
+    joined: bool = False  # a value is the first numbers of its key, and has no memory of its own
 
 
 class StateSpec(NamedTuple):

@@ -22,6 +22,7 @@ from labkit.loading.integers import IntegerLinear
 from labkit.loading.weights import Weights
 from labkit.models.base import Batch, Capture, KVCache, KVSpec
 from labkit.models.experts import Experts
+from labkit.models.latent import FAMILIES as LATENT
 from labkit.models.layer import Layer
 from labkit.models.lora import Slots
 from labkit.models.norms import Norm
@@ -34,7 +35,7 @@ from labkit.models.vocabulary import Vocabulary
 
 FAMILIES = {
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
-    "olmo2", "starcoder2", "granite", "smollm3",
+    "olmo2", "starcoder2", "granite", "smollm3", *LATENT,
 }  # fmt: skip
 
 
@@ -71,15 +72,16 @@ class Decoder:
         weights.check()
         self.format = format
         self.numbers = self._numbers(weights, config)
-        kv_heads = Units(shape.num_kv_heads, shared=True)
-        held = place.shard.size("the key heads", kv_heads)
-        self.kv = tuple(KVSpec(held, shape.head_size, shape.head_size, shape.windows[i] or None) for i in self.numbers)
+        held = place.shard.size("the key heads", Units(shape.num_kv_heads, shared=True))
+        self.kv = tuple(self._stored(i, held) for i in self.numbers)
         self.tied = config.tie_word_embeddings or not weights.has_layer("lm_head")
         needed = place.is_first or (self.tied and place.is_last)
         embedding = self.make_embedding(weights) if needed else None
         self.tables = self._tables(config, shape)
         self.layers = [self.make_layer(weights, i) for i in range(len(self.numbers))]
         self.capturable = not any(isinstance(layer.mlp, Experts) for layer in self.layers)  # they count on the host
+        if shape.latent is not None and device.type == "cpu":  # products of torch's in between, which are not recorded
+            self.capturable = False
         self.norm = Norm(weights, "model.norm", shape, self.ops) if place.is_last else None
         self.head = self.make_head(weights, embedding) if place.is_last else None
         if self.tied and isinstance(self.head, IntegerLinear):
@@ -87,6 +89,7 @@ class Decoder:
         self.embedding: Tensor | Linear | None = embedding if place.is_first else None
         self.vocabulary = Vocabulary(self.vocab_size, place)
         self.num_parameters = weights.num_parameters
+        self.skip_further(weights)
         check_taken(source, weights.taken, repr(source))
         self.stored = {name: shape for name, shape in source.shapes.items() if name in weights.taken}
 
@@ -103,6 +106,13 @@ class Decoder:
             self.tables[shape.layer_types[number]] if shape.ropes[number] else None, self.ops, self.place.group,
         )  # fmt: skip
 
+    def _stored(self, number: int, heads: int) -> KVSpec:
+        """What a layer keeps of a token."""
+        shape, latent = self.shape, self.shape.latent
+        if latent is not None:
+            return KVSpec(heads, latent.key_size, latent.rank, joined=True)
+        return KVSpec(heads, shape.head_size, shape.head_size, shape.windows[number] or None)
+
     def make_head(self, weights: Weights, embedding: Tensor | Linear | None) -> Linear | None:
         """A tied head is the embedding's."""
         if self.tied:
@@ -110,6 +120,13 @@ class Decoder:
         group = self.place.group
         units = Units(self.vocab_size, uneven=group is not None)
         return weights.linear({"lm_head": (units,)}, Units(self.hidden_size), "column" if group else None)
+
+    def skip_further(self, weights: Weights) -> None:
+        """Layers behind the last one guess further tokens (multi-token prediction), and are not computed."""
+        if self.shape.latent is not None:
+            for name, number in numbers_of(weights.names(), "model.layers.").items():
+                if number >= self.shape.num_layers:
+                    weights.skip(name)
 
     def _numbers(self, weights: Weights, config: Any) -> range:
         """The layers of this stage. What other stages read is marked as read."""
@@ -121,7 +138,8 @@ class Decoder:
         for name, number in layer_of.items():
             if number < num:
                 sizes[number] += weights.num_bytes(name)
-        each = 2 * self.shape.num_kv_heads * self.shape.head_size * self.dtype.itemsize
+        kept = self._stored(0, self.shape.num_kv_heads)
+        each = kept.num_heads * (kept.key_size + (0 if kept.joined else kept.value_size)) * self.dtype.itemsize
         table = weights.num_bytes(f"{EMBEDDING}.weight") if weights.has(f"{EMBEDDING}.weight") else 0.0
         head = weights.num_bytes("lm_head.weight") if weights.has("lm_head.weight") else table
         mine = stage_of(place, sizes, [each] * num, table, head, self.max_model_len, self.device.type)
@@ -170,7 +188,7 @@ class Decoder:
             if isinstance(layer.mlp, Experts):
                 mlp = layer.mlp
                 mlps = [(mlp, "router"), (mlp, "shared_gate"), (mlp.shared, "up"), (mlp.shared, "down")]
-            for owner, name in ((layer.attention, "qkv"), (layer.attention, "out"), *mlps):
+            for owner, name in (*((layer.attention, name) for name, _ in layer.attention.linears()), *mlps):
                 if owner is not None and (linear := getattr(owner, name)) is not None:
                     yield owner, name, linear.pieces, False
         if self.head is not None:
@@ -246,12 +264,14 @@ class Decoder:
     def why_no_capture(self, kind: str, layer: int) -> str | None:
         if kind in ("router", "router_weights") and not isinstance(self.layers[layer].mlp, Experts):
             return "it has no experts"
+        if kind in ("q", "k", "v") and self.shape.latent is not None:
+            return "all its heads share a latent, and none has keys or values of its own"
         return None
 
     @property
     def experts(self) -> dict[int, tuple[int, int]]:
         """By layer of the whole model: how many experts there are, and how many a token goes through."""
-        each = self.shape.num_experts_per_tok
+        each = self.shape.routing.per_token
         found = zip(self.numbers, (layer.mlp for layer in self.layers), strict=True)
         return {number: (len(mlp.experts), each) for number, mlp in found if isinstance(mlp, Experts)}
 

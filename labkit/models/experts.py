@@ -12,16 +12,14 @@ from labkit.loading.weights import Weights
 from labkit.models.mlp import MLP, MLPShape
 from labkit.models.ops import Ops
 from labkit.models.place import Collectives, add
+from labkit.models.routing import Routing
 
 
 class ExpertsShape(MLPShape, Protocol):
     """What experts read of a model's shape."""
 
     @property
-    def num_experts_per_tok(self) -> int: ...
-
-    @property
-    def norm_topk(self) -> bool: ...
+    def routing(self) -> Routing: ...
 
 
 class Experts:
@@ -35,13 +33,18 @@ class Experts:
         self.group = None if ops.deterministic else group
         self.given: Tensor | None = None  # [tokens, chosen] of this step, in place of the router's choice; -1: free
         hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
-        self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden)
+        self.wide = torch.float32 if shape.routing.wide else None
+        self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden, dtype=self.wide)
+        bias = f"{name}.gate.e_score_correction_bias"
+        self.bias = weights.raw(bias, num).float() if weights.has(bias) else None
         inner = group if ops.deterministic else None  # their sums may then not be added up among ranks
         self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops, inner) for i in range(num)]
         self.shared = self.shared_gate = None
         if weights.has(f"{name}.shared_expert_gate.weight"):
             self.shared = MLP(weights, f"{name}.shared_expert", shape, ops, inner)
             self.shared_gate = weights.linear({f"{name}.shared_expert_gate": (Units(1),)}, hidden)
+        elif weights.has_layer(f"{name}.shared_experts.gate_proj"):
+            self.shared = MLP(weights, f"{name}.shared_experts", shape, ops, inner)
 
     def __call__(self, x: Tensor, norm: RMSNorm | None = None, residual: Tensor | None = None) -> Tensor:
         x = x if norm is None else norm(x)
@@ -56,8 +59,9 @@ class Experts:
                 run = slice(at, at + count)
                 out.index_add_(0, token[run], mlp(x[token[run]]) * weight[run])
                 at += count
-        if self.shared is not None and self.shared_gate is not None:
-            out = out + self._open(self.shared_gate(x)) * self.shared(x)
+        if self.shared is not None:
+            always = self.shared(x)
+            out = out + (always if self.shared_gate is None else self._open(self.shared_gate(x)) * always)
         return add(self.group, out, residual)
 
     def _open(self, gate: Tensor) -> Tensor:
@@ -68,15 +72,10 @@ class Experts:
 
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts, the best one first, and their weights: (weights, experts) [tokens, chosen]."""
-        chances = self.router(x).float().softmax(-1)
-        share, expert = chances.topk(self.shape.num_experts_per_tok, -1)
-        if self.given is not None:
-            expert = torch.where(self.given >= 0, self.given, expert)
-            share = chances.gather(-1, expert)
-        if self.shape.norm_topk:
-            share = share / share.sum(-1, keepdim=True)
-        return share, expert
+        scores = self.router(x if self.wide is None else x.to(self.wide))
+        return self.shape.routing.choose(scores, self.bias, self.given)
 
     def tensors(self) -> list[Tensor]:
-        shared = [*self.shared.tensors(), *self.shared_gate.tensors()] if self.shared and self.shared_gate else []
-        return [*self.router.tensors(), *(tensor for mlp in self.experts for tensor in mlp.tensors()), *shared]
+        parts = [part for part in (self.router, *self.experts, self.shared, self.shared_gate) if part is not None]
+        found = [tensor for part in parts for tensor in part.tensors()]
+        return found if self.bias is None else [*found, self.bias]

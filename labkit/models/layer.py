@@ -8,11 +8,12 @@ import torch
 from labkit_kernels.attention.reference import attention_weights, tree_attention
 from torch import Tensor
 
-from labkit.loading.format import Units
+from labkit.loading.format import Linear, Units
 from labkit.loading.weights import Weights
 from labkit.models.attending import see_both_ways
 from labkit.models.base import Batch, Capture, KVCache
 from labkit.models.experts import Experts
+from labkit.models.latent_attention import LatentAttention
 from labkit.models.mlp import MLP
 from labkit.models.norms import Norm
 from labkit.models.ops import Ops
@@ -107,6 +108,14 @@ class Attention:
         q, k = ((part * norm.weight.float()).to(q.dtype) for part, norm in zip(found, norms, strict=True))
         return q, k
 
+    def parts(self) -> dict[str, Any]:
+        """What is read from a checkpoint: tensors, norms and linear layers."""
+        return {"qkv_proj": self.qkv, "o_proj": self.out, "q_norm": self.q_norm, "k_norm": self.k_norm}
+
+    def linears(self) -> list[tuple[str, Linear]]:
+        """Where adapters can be, by attribute."""
+        return [("qkv", self.qkv), ("out", self.out)]
+
     def tensors(self) -> list[Tensor]:
         norms = [norm for norm in (self.q_norm, self.k_norm) if norm is not None]
         return [tensor for part in (self.qkv, self.out, *norms) for tensor in part.tensors()]
@@ -123,7 +132,12 @@ class Layer:
             return Norm(weights, f"{name}.{part}", shape, ops) if weights.has(f"{name}.{part}.weight") else None
 
         self.scale = shape.residual_scale
-        self.attention = Attention(weights, f"{name}.self_attn", index, shape, window, table, ops, group)
+        self.attention: Attention | LatentAttention
+        if shape.latent is None:
+            self.attention = Attention(weights, f"{name}.self_attn", index, shape, window, table, ops, group)
+        else:
+            assert table is not None
+            self.attention = LatentAttention(weights, f"{name}.self_attn", index, shape, table, ops, group)
         mlp = f"{name}.block_sparse_moe" if weights.has(f"{name}.block_sparse_moe.gate.weight") else f"{name}.mlp"
         self.mlp = (Experts if weights.has(f"{mlp}.gate.weight") else MLP)(weights, mlp, shape, ops, group)
         self.before_attention = norm("input_layernorm")
@@ -134,9 +148,22 @@ class Layer:
             self.after_mlp = norm("post_feedforward_layernorm")
         else:
             self.before_mlp = norm("post_attention_layernorm")
-            self.after_attention = self.after_mlp = None
+            self.after_attention = None
+            self.after_mlp = self._after_experts(weights, name, shape, ops)
         if self.before_mlp is None and self.after_mlp is None:
             raise ValueError(f"{weights.source!r} lacks the norms of {name}")
+
+    def _after_experts(self, weights: Weights, name: str, shape: Shape, ops: Ops) -> Norm | None:
+        """Checkpoints have this norm in every layer, and models use it behind experts only."""
+        places = (f"{name}.post_mlp_layernorm", f"{name}.mlp.post_mlp_layernorm")
+        found = [place for place in places if weights.has(f"{place}.weight")]
+        if not found:
+            return None
+        (name,) = found
+        if isinstance(self.mlp, Experts):
+            return Norm(weights, name, shape, ops)
+        weights.skip(f"{name}.weight")
+        return None
 
     def __call__(self, x: Tensor, batch: Batch, cache: KVCache, capture: Capture | None) -> Tensor:
         if capture is not None and capture.others:
@@ -145,7 +172,12 @@ class Layer:
         return self._add(x, self.mlp, self.before_mlp, self.after_mlp)
 
     def _add(
-        self, x: Tensor, part: Attention | MLP | Experts, before: Norm | None, after: Norm | None, *more: Any
+        self,
+        x: Tensor,
+        part: Attention | LatentAttention | MLP | Experts,
+        before: Norm | None,
+        after: Norm | None,
+        *more: Any,
     ) -> Tensor:
         """x + scale * after(part(before(x))): norm and sum inside the part's own products where they can be."""
         if after is None and self.scale == 1.0:

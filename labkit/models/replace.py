@@ -76,6 +76,7 @@ def check_weights(model: Decoder, given: Any) -> Checkpoint | StateDict | Replac
                     f"{source!r} does not fit {model.name}: {had.name or gets.name} has {had.describe()}, "
                     f"the new weights give it {gets.describe()}"
                 )
+    model.skip_further(weights)
     check_taken(source, weights.taken, repr(source))
     return source
 
@@ -116,7 +117,12 @@ class Rewriting(Weights):
         self.head = bases[-1]
         self.layers = {layer.name: layer for layer in bases if isinstance(layer, Linear)}
 
-    def linear(self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None) -> Linear:
+    def linear(
+        self, outputs: Mapping[str, Sequence[Units]], inputs: Units, split: Split | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Linear:  # fmt: skip
+        if dtype not in (None, self.dtype):
+            return super().linear(outputs, inputs, split, dtype)
         layer, format = self._old(self.layers.get(", ".join(outputs))), self.format
         if layer is None or not isinstance(format, Dense):
             return super().linear(outputs, inputs, split)
@@ -184,26 +190,27 @@ def _of_norm(name: str, norm: Any) -> list[Piece]:
 
 def _of_layer(name: str, layer: Layer) -> Iterator[Piece]:
     attention = layer.attention
-    yield Piece(f"{name}.self_attn.qkv_proj", attention.qkv)
-    yield Piece(f"{name}.self_attn.o_proj", attention.out)
     norms = {
-        "self_attn.q_norm": attention.q_norm, "self_attn.k_norm": attention.k_norm,
         "before attention": layer.before_attention, "after attention": layer.after_attention,
         "before mlp": layer.before_mlp, "after mlp": layer.after_mlp,
     }  # fmt: skip
     for part, norm in norms.items():
         yield from _of_norm(f"{name}.{part}", norm)
+    for part, what in attention.parts().items():
+        full = f"{name}.self_attn.{part}"
+        yield from _of_norm(full, what) if isinstance(what, Norm) else [Piece(full, what)]
     mlp = layer.mlp
     if isinstance(mlp, MLP):
         yield from _of_mlp(f"{name}.mlp", mlp)
         return
     assert isinstance(mlp, Experts)
     yield Piece(f"{name}.mlp.gate", mlp.router)
+    yield Piece(f"{name}.mlp.gate.e_score_correction_bias", mlp.bias)
     for i, expert in enumerate(mlp.experts):
         yield from _of_mlp(f"{name}.mlp.experts.{i}", expert)
     if mlp.shared is not None:
         yield Piece(f"{name}.mlp.shared_expert_gate", mlp.shared_gate)
-        yield from _of_mlp(f"{name}.mlp.shared_expert", mlp.shared)
+        yield from _of_mlp(f"{name}.mlp.shared experts", mlp.shared)
 
 
 def _of_mlp(name: str, mlp: MLP) -> Iterator[Piece]:

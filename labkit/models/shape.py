@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from labkit.models.latent import Latent
+from labkit.models.routing import Routing
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -28,8 +31,8 @@ class Shape:
     windows: tuple[int, ...]  # by layer; 0: sees everything
     layer_types: tuple[str, ...]
     ropes: tuple[bool, ...]
-    num_experts_per_tok: int
-    norm_topk: bool
+    routing: Routing
+    latent: Latent | None  # then `head_size` is what rope tables are made for
 
     @classmethod
     def of(cls, config: Any) -> Shape:
@@ -39,9 +42,11 @@ class Shape:
 
         layers, heads = config.num_hidden_layers, config.num_attention_heads
         head_size = get("head_dim", default=config.hidden_size // heads)
-        gemma = config.model_type.startswith("gemma")
-        scale = get("attention_multiplier")
-        if scale is None:
+        gemma, minicpm = config.model_type.startswith("gemma"), config.model_type == "minicpm3"
+        scale, latent = get("attention_multiplier"), Latent.of(config)
+        if latent is not None:
+            scale = latent.scale(config)
+        elif scale is None:
             scale = get("query_pre_attn_scalar", default=head_size) ** -0.5
         types = tuple(get("layer_types", default=["sliding_attention"] * layers))
         window = get("sliding_window", default=0) if get("use_sliding_window", default=True) else 0
@@ -49,21 +54,21 @@ class Shape:
             hidden_size=config.hidden_size,
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=get("num_key_value_heads", default=heads),
+            num_kv_heads=get("num_key_value_heads", default=heads) if latent is None else 1,
             head_size=head_size,
             eps=get("rms_norm_eps", "norm_epsilon", "layer_norm_eps", default=1e-6),
             activation=get("hidden_activation", "hidden_act", default="silu") if gemma else config.hidden_act,
             scale=scale,
             softcap=get("attn_logit_softcapping", default=0.0),
             logit_softcap=get("final_logit_softcapping", default=0.0),
-            embed_scale=config.hidden_size**0.5 if gemma else get("embedding_multiplier", default=1.0),
-            scales_inputs=not gemma,
-            residual_scale=get("residual_multiplier", default=1.0),
+            embed_scale=config.hidden_size**0.5 if gemma else get("embedding_multiplier", "scale_emb", default=1.0),
+            scales_inputs=not (gemma or minicpm),
+            residual_scale=config.scale_depth / layers**0.5 if minicpm else get("residual_multiplier", default=1.0),
             logit_divisor=get("logits_scaling", default=1.0),
             norm_offset=1.0 if gemma else 0.0,
             windows=tuple(window if kind == "sliding_attention" else 0 for kind in types),
             layer_types=types,
             ropes=tuple(bool(use) for use in get("no_rope_layers", default=[1] * layers)),
-            num_experts_per_tok=get("num_experts_per_tok", default=0),
-            norm_topk=config.model_type == "mixtral" or bool(get("norm_topk_prob", default=False)),
+            routing=Routing.of(config),
+            latent=latent,
         )

@@ -67,6 +67,11 @@ class Stack:
             )
         model = load_model(source.folder, dtype="float32", device=device, path="native", max_model_len=length)
         assert isinstance(model, Decoder)
+        if model.shape.latent is not None:
+            raise ValueError(
+                f"{model.name} attends to latents, whose projections gptq and awq do not know here: int4, int8, fp8 "
+                f"and nf4 need no calibration"
+            )
         self.model, self.layers = model, model.layers
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -170,6 +175,8 @@ def cache_of(spec: KVSpec, ids: Tensor, dtype: torch.dtype) -> KVCache:
     """Keys and values for what `batch_of(ids)` names."""
     blocks = len(ids) * -(-ids.shape[1] // BLOCK)
     keys = torch.zeros(blocks, spec.num_heads, BLOCK, spec.key_size, dtype=dtype, device=ids.device)
+    if spec.joined:
+        return keys, keys[..., : spec.value_size]
     values = torch.zeros(blocks, spec.num_heads, BLOCK, spec.value_size, dtype=dtype, device=ids.device)
     return keys, values
 

@@ -174,6 +174,8 @@ def refuse(kv: SmallerKV, model: Model, draft_model: Any, kv_dtype: torch.dtype)
     """Refuse what cannot be combined with `kv=`, by name."""
     if draft_model is not None:
         raise ValueError("kv= cannot be combined with a draft_model, which keeps keys of its own by position")
+    if any(spec.joined for spec in model.kv):
+        raise ValueError(f"kv= needs keys and values of each head; {model.name} keeps latents, which are small already")
     if any(spec.window is not None for spec in model.kv):
         raise ValueError(f"kv= needs layers that attend to the whole context; {model.name} has sliding windows")
     if kv.positions == "cache":

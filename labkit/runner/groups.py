@@ -46,7 +46,7 @@ def in_order(kv: Sequence[KVSpec], num: int) -> Groups:
 
 
 def _check_one_shape(option: str, kv: Sequence[KVSpec]) -> None:
-    shapes = {(spec.num_heads, spec.key_size, spec.value_size) for spec in kv}
+    shapes = {(spec.num_heads, spec.key_size, spec.value_size, spec.joined) for spec in kv}
     if len(shapes) > 1:
         raise ValueError(f"{option} needs layers whose keys and values have one shape, this model has {len(shapes)}")
 

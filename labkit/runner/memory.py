@@ -13,7 +13,7 @@ from labkit_kernels.cache.codes import SCALE_BYTES, width
 from torch import Tensor
 
 from labkit.core.options import choose
-from labkit.models.base import Batch, KVCache, KVSpec, Model
+from labkit.models.base import Batch, KVCache, KVSpec, Model, own
 from labkit.runner.base import KV_CACHE_DTYPES
 from labkit.runner.groups import Groups, one_group
 from labkit.runner.states import scratch_of
@@ -34,7 +34,7 @@ class BlockStore:
 
     def __init__(self, caches: list[KVCache], num_blocks: int = 0) -> None:
         self.caches = caches
-        self.flat = [tensor for pair in caches for tensor in pair]
+        self.flat = [tensor for pair in caches for tensor in own(pair)]
         self.touched = np.zeros(num_blocks, bool)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SavedBlocks:
@@ -69,6 +69,11 @@ def kv_dtype(model: Model, name: str) -> torch.dtype:
     if chosen is None:
         return model.dtype
     for spec in model.kv:
+        if spec.joined:
+            raise ValueError(
+                f"kv_cache_dtype={name!r} is not there for {model.name}, which caches latents: "
+                f"use kv_cache_dtype='auto'"
+            )
         for size in (spec.key_size, spec.value_size):
             if size % SCALE_BYTES:
                 raise ValueError(
@@ -87,8 +92,13 @@ def group_specs(model: Model, groups: Groups) -> list[KVSpec]:
 def bytes_per_block(model: Model, groups: Groups, dtype: torch.dtype, block_size: int) -> int:
     """Keys and values of all layers in a group, with their scales."""
     specs = group_specs(model, groups)
-    each = sum(spec.num_heads * (width(spec.key_size, dtype) + width(spec.value_size, dtype)) for spec in specs)
-    return each * block_size * dtype.itemsize
+    return sum(numbers_of(spec, dtype) for spec in specs) * block_size * dtype.itemsize
+
+
+def numbers_of(spec: KVSpec, dtype: torch.dtype) -> int:
+    """Of a token, with scales in units of the dtype."""
+    values = 0 if spec.joined else width(spec.value_size, dtype)
+    return spec.num_heads * (width(spec.key_size, dtype) + values)
 
 
 def memory_for_blocks(
@@ -129,7 +139,11 @@ def make_caches(
             return torch.zeros(shape, dtype=dtype, device=device, pin_memory=pinned)
         return pages.zeros(shape, dtype)
 
-    return [(zeros(spec, spec.key_size), zeros(spec, spec.value_size)) for spec in group_specs(model, groups)]
+    def cache_of(spec: KVSpec) -> KVCache:
+        keys = zeros(spec, spec.key_size)
+        return keys, keys[..., : spec.value_size] if spec.joined else zeros(spec, spec.value_size)
+
+    return [cache_of(spec) for spec in group_specs(model, groups)]
 
 
 def available_memory() -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.plan import Plan
-from labkit.models.base import KVCache
+from labkit.models.base import KVCache, own
 from labkit.runner.drafter import Drafter
 from labkit.transfer import put
 
@@ -60,7 +60,7 @@ def move_accepted(
         (tables[row, at // block_size], at % block_size) for at in map(np.concatenate, (sources, targets))
     )
     for cache in caches:
-        for tensor in cache:  # [blocks, heads, block size, size]
+        for tensor in own(cache):  # [blocks, heads, block size, size]
             tensor[to_block, :, to_place] = tensor[from_block, :, from_place]
 
 

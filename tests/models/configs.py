@@ -15,6 +15,25 @@ LLAMA_LIKE = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
 
+LATENT_SIZES = {"num_key_value_heads": 0, "kv_lora_rank": 20, "q_lora_rank": 24, "qk_nope_head_dim": 14,
+                "qk_rope_head_dim": 8, "v_head_dim": 12}  # fmt: skip
+GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "moe_intermediate_size": 24,
+           "n_shared_experts": 2, "routed_scaling_factor": 1.7, "num_hidden_layers": 3}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7,
+        "mscale_all_dim": 0.9}  # fmt: skip
+LATENT = {
+    "axk1": {**LATENT_SIZES, **GROUPED, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "deepseek_v2": {**LATENT_SIZES, **GROUPED, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy",
+                    "rope_parameters": YARN, "attention_bias": True},
+    "deepseek_v3": {**LATENT_SIZES, **GROUPED, "first_k_dense_replace": 1, "rope_parameters": YARN},
+    "glm4_moe_lite": {**LATENT_SIZES, **GROUPED, "n_group": 1, "topk_group": 1, "rope_interleave": False},
+    "minicpm3": {**LATENT_SIZES, "dim_model_base": 31, "scale_emb": 3, "tie_word_embeddings": True},
+    "mistral4": {**LATENT_SIZES, **GROUPED, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3,
+                 "original_max_position_embeddings": 7, "partial_rotary_factor": 8 / 22}},
+    "sarvam_mla": {**LATENT_SIZES, **GROUPED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "youtu": {**LATENT_SIZES, "q_lora_rank": None},
+}  # fmt: skip
+
 NATIVE = {
     "llama": {"attention_bias": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0,
               "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
@@ -40,6 +59,7 @@ NATIVE = {
                 "attention_multiplier": 0.3, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4,
                 "factor": 2.0}},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "layer_types": None},
+    **LATENT,
 }  # fmt: skip
 
 
@@ -61,9 +81,6 @@ OTHERS = {
     "exaone4": {"sliding_window": 9},
     "helium": {"head_dim": 0},
     "gpt_bigcode": {**GPT_LIKE, "multi_query": True},
-    "deepseek_v3": {"num_key_value_heads": 6, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
-                    "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "kv_lora_rank": 16,
-                    "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9, "head_dim": 16,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "bloom": {"n_layer": 2, "n_head": 6},
@@ -126,21 +143,27 @@ def config(kind: str, seed: int = 0):
     if options.get("head_dim") == 0:
         options["head_dim"] = options["hidden_size"] // options["num_attention_heads"]
     heads, keys = options["num_attention_heads"], options["num_key_value_heads"]
-    if keys is not None:
+    if keys == 0:  # as many as query heads
+        options["num_key_value_heads"] = heads
+    elif keys is not None:
         options["num_key_value_heads"] = next(n for n in range(min(keys, heads), 0, -1) if heads % n == 0)
     return CONFIG_MAPPING[kind](**{name: value for name, value in options.items() if value is not None})
 
 
 def reference_model(config, seed: int = 0):
     """transformers' own model with random weights; norms and biases are random too."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, Mistral4ForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    build = AutoModelForCausalLM.from_config if config.model_type != "mistral4" else Mistral4ForCausalLM._from_config
+    model = build(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, value in model.named_parameters():
             if value.ndim == 1:
                 value += 0.1 * torch.randn_like(value)
             if "experts" in name or "gate.weight" in name:
+                value.normal_(0.0, 0.3)
+        for name, value in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
                 value.normal_(0.0, 0.3)
     return model

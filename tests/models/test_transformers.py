@@ -40,7 +40,7 @@ def test_swapped_linears_give_what_transformers_gives_in_bfloat16(kind, tmp_path
         assert (found - expected).abs().mean() <= slack * expected.abs().mean(), f"{kind}: {len(model.linears)} swapped"
 
 
-@pytest.mark.parametrize("kind", sorted(NATIVE))
+@pytest.mark.parametrize("kind", sorted(NATIVE.keys() - {"mistral4"}))  # which AutoModelForCausalLM does not know
 def test_native_and_transformers_paths_agree_on_the_same_weights(kind):
     settings = config(kind)
     paths = [

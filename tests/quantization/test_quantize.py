@@ -17,7 +17,7 @@ from labkit.quantization import quantize as module
 from labkit.quantization.folder import DenseModel
 from labkit.quantization.methods import AWQ, GPTQ, METHODS, method_of
 from labkit.quantization.stack import Stack, last_hidden
-from tests.models.configs import NATIVE, config, reference_model
+from tests.models.configs import LATENT, NATIVE, config, reference_model
 
 TINY = lk.assets.path("tiny")
 READ = [name for name in METHODS if name != "nf4" or "bitsandbytes" in BY_METHOD]  # by labkit's loaders
@@ -189,7 +189,7 @@ def test_transformers_reads_the_folder(method, tmp_path, chosen):
 # -- calibrated methods -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", sorted(NATIVE))
+@pytest.mark.parametrize("kind", sorted(NATIVE.keys() - LATENT.keys()))
 def test_scales_change_nothing_before_weights_are_rounded(kind, tmp_path):
     """AWQ multiplies columns and divides what comes before: for every family the model stays the same."""
     seed = draw_seed()
@@ -209,6 +209,11 @@ def test_scales_change_nothing_before_weights_are_rounded(kind, tmp_path):
         x = stack.run(layer, x, 64)
     torch.testing.assert_close(stack.logits(last_hidden(stack.model, ids)), expected, rtol=2e-3, atol=2e-3)
     assert scaled >= (1 if kind == "olmo2" else 2)
+
+
+def test_calibration_is_refused_where_heads_share_a_latent(tmp_path):
+    with pytest.raises(ValueError, match="int4, int8, fp8 and nf4 need no calibration"):
+        Stack(DenseModel(dense_folder("youtu", tmp_path, draw_seed())), 64)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
