@@ -91,7 +91,7 @@ def num_blocks(runner: Any, options: Any, size: int, max_model_len: int) -> int:
 
 def _fitting(held: Sequence[tuple[int, int]], most: float) -> int:
     """How many blocks every process has room for. `held`: its bytes of weights, and those of a block."""
-    fit = min(int((most - weights) // each) - 1 for weights, each in held)  # one more is scratch
+    fit = min(int((most - weights) // max(each, 1)) - 1 for weights, each in held)  # one more is scratch
     if fit < 1:
         weights, each = max(held)
         raise ValueError(

@@ -99,15 +99,21 @@ class Recurrent:
         self.specs: list[StateSpec] = []
         self.places: dict[str, dict[Key, int]] = {}  # by layer: where each of its states is in `specs`
         self.continues: dict[str, bool] = {}  # by layer: whether several tokens at once go on from a state
+        self.parts: set[nn.Module] = set()
         self._now = _Now()
         for name, module in body.named_modules():
             if (argument := _argument(module)) is not None:
                 self.places[name] = {}
+                self.parts.update(module.modules())
                 layer = partial(self._forward, name, module.forward, argument)
                 module.forward = layer  # type: ignore[method-assign]
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def has(self, part: nn.Module) -> bool:
+        """Is this a part of a recurrent layer? It is then given other tokens than the whole step's."""
+        return part in self.parts
 
     @contextmanager
     def probing(self) -> Iterator[None]:

@@ -174,6 +174,8 @@ class TransformersModel:
         if self.split is not None:
             self.split.connect(self.causal)
         self.recurrent = Recurrent(self.body)
+        if self.recurrent and self.split is not None:
+            raise ValueError(f"{kind!r} has recurrent layers, which one process computes: leave out tensor_parallel_size")
         self.kv = self._probe()
         self.states: tuple[StateSpec, ...] = tuple(self.recurrent.specs)
         self.num_layers = int(getattr(config, "num_hidden_layers", len(self.kv)))
@@ -277,7 +279,7 @@ class TransformersModel:
         """Where adapters can be: see `Decoder.linear_places`."""
         head = self.causal.get_output_embeddings()
         for name, module in self.causal.named_modules():
-            if is_linear(module) and OF_EXPERTS not in f".{name}.":
+            if is_linear(module) and OF_EXPERTS not in f".{name}." and not self.recurrent.has(module):
                 place = ModulePlace(module)
                 inner, out = place.layer.shape
                 whole = [Piece(name, (out, inner), slice(0, out), slice(0, inner))]

@@ -36,6 +36,8 @@ def in_order(kv: Sequence[KVSpec], num: int) -> Groups:
     """`num` groups of as many layers each, the first layers first, so that they may keep different numbers of keys."""
     if num == 1:
         return one_group(kv)
+    if not kv:
+        raise ValueError("kv_groups is for layers with attention, and this model has none: leave it out")
     _check_one_shape("kv_groups", kv)
     if len(kv) % num:
         possible = ", ".join(str(n) for n in range(1, len(kv) + 1) if len(kv) % n == 0)
@@ -55,6 +57,8 @@ def by_window(kv: Sequence[KVSpec]) -> Groups:
     """Groups of layers with the same window, full attention first; larger kinds are split to the size of the
     smallest."""
     _check_one_shape("hybrid_kv", kv)
+    if not kv:
+        raise ValueError("hybrid_kv is for layers with attention, and this model has none: leave it out")
     kinds: dict[int | None, list[int]] = {}
     for layer, spec in enumerate(kv):
         kinds.setdefault(spec.window, []).append(layer)

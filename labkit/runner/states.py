@@ -25,6 +25,10 @@ class StateStore:
             torch.zeros((num_rows + num_slots, *spec.shape), dtype=spec.dtype, device=device) for spec in specs
         ]
 
+    def __repr__(self) -> str:
+        size = sum(tensor.nbytes for tensor in self.tensors) / 2**20
+        return f"{size:.0f} MiB of states"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> StateStore:
         other = object.__new__(StateStore)
         vars(other).update(vars(self), tensors=[tensor.clone() for tensor in self.tensors])

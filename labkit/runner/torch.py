@@ -137,6 +137,7 @@ class TorchRunner(Sleeps, Replaces):
             num, size = self.layout.num_blocks, self.layout.block_size
             where = f"{num}x{size}, {num * self.bytes_per_block(size) / 2**20:.0f} MiB of keys and values"
             where += "" if self.kv_dtype == self.model.dtype else f" in {str(self.kv_dtype)[6:]}"
+            where += "" if self.states is None else f", {self.states!r}"
             where += "" if self.graphs is None else f", {self.graphs!r}"
         return f"TorchRunner({self.model.name} on {self.device}, {str(self.model.dtype)[6:]}, {where})"
 
@@ -148,9 +149,9 @@ class TorchRunner(Sleeps, Replaces):
         return own + draft_bytes(self.draft_model, block_size)
 
     def held(self, block_size: int) -> list[tuple[int, int]]:
-        """Bytes of weights and of a block, by process: there is one."""
+        """Bytes of weights and states, and of a block, by process: there is one."""
         tensors = (*self.model.tensors(), *(self.draft_model.tensors() if self.draft_model is not None else ()))
-        return [(sum(tensor.nbytes for tensor in tensors), self.bytes_per_block(block_size))]
+        return [(sum(tensor.nbytes for tensor in tensors) + self.state_room, self.bytes_per_block(block_size))]
 
     @property
     def windows(self) -> tuple[int | None, ...]:
