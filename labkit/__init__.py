@@ -49,6 +49,9 @@ _HOME = {
     "Load": "notebook.play",
     "Player": "notebook.play",
     "Engine": "engine.engine",
+    "Blocks": "core.blocks.exported",
+    "Transferred": "engine.handing",
+    "transfer_blocks": "engine.handing",
     "StalledError": "engine.loop",
     "LLM": "llm",
     "LoRARequest": "llm",
@@ -113,6 +116,7 @@ if TYPE_CHECKING:
     from .bench.workload import Workload
     from .clock import VirtualClock, WallClock
     from .core.blocks.eviction import FIFO, LFU, LRU, TTL, CostAware
+    from .core.blocks.exported import Blocks
     from .core.blocks.hinted import Hinted
     from .core.blocks.manager import BlockManager, OutOfBlocksError
     from .core.blocks.prefix import Span
@@ -129,6 +133,7 @@ if TYPE_CHECKING:
     from .engine.beams import BeamSearchParams, beam_search
     from .engine.block_events import BlockEventPublisher, BlockEventSubscriber
     from .engine.engine import Engine
+    from .engine.handing import Transferred, transfer_blocks
     from .engine.handle import Handle, RequestError
     from .engine.loop import StalledError
     from .lab.divergence import divergence

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from labkit.core.blocks.prefix import Span
 from labkit.core.blocks.states import StateMoves
-from labkit.core.blocks.stubs import NO_MOVES, DiskMoves
+from labkit.core.blocks.stubs import NO_MOVES, Arrival, DiskMoves
 from labkit.core.blocks.tables import Ints, Tokens
 from labkit.core.captures import CapturedStep
 from labkit.core.params import SamplingParams
@@ -63,7 +63,7 @@ NO_CHANGES = TableChanges(NO_INTS, NO_INTS, NO_INTS, NO_INTS)
 
 class Plan(NamedTuple):
     """One step. Applied in this order: reset, leaves, load adapters, joins, table changes, drop from and write to disk,
-    swap out, compact, copy, read from disk, swap in, compute.
+    swap out, compact, copy, read from disk, write arrivals, swap in, compute.
 
     Entry i computes tokens `start[i] .. start[i] + count[i]` of `rows[i]`; the first `num_decode` entries are decode
     rows, one token each and `drafts[i]` draft tokens after it. Entry i's ids are `tokens[indptr[i]:indptr[i + 1]]`. For
@@ -101,6 +101,7 @@ class Plan(NamedTuple):
     compactions: tuple[Compaction, ...] = ()
     states: StateMoves = NO_STATES
     parents: Ints = NO_INTS  # of trees: the draft of its row that each one continues, -1: the row's own token
+    arrivals: tuple[Arrival, ...] = ()  # blocks of other engines, into host memory
 
     @property
     def num_tokens(self) -> int:
@@ -199,6 +200,7 @@ class Plan(NamedTuple):
         parts += [f"{len(self.adapters)} adapters to load"] * bool(self.adapters)
         parts += [f"{len(self.disk.writes)} to disk"] * bool(self.disk.writes)
         parts += [f"{len(self.disk.reads)} from disk"] * bool(self.disk.reads)
+        parts += [f"{len(self.arrivals)} from other engines"] * bool(self.arrivals)
         return f"Plan({self.step}: {', '.join(parts)})"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:

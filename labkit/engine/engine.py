@@ -27,8 +27,8 @@ from labkit.engine.build import Options, build
 from labkit.engine.chat_images import chat_prompt
 from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, layout_of
 from labkit.engine.closing import LeakReport
+from labkit.engine.handing import Handing
 from labkit.engine.handle import Handle
-from labkit.engine.hinting import Hinting
 from labkit.engine.images import Images
 from labkit.engine.intake import make_handle
 from labkit.engine.rollouts import Rollouts
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from labkit.widgets.dashboard import Dashboard
 
 
-class Engine(Rollouts, Hinting, Shown):
+class Engine(Rollouts, Handing, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see

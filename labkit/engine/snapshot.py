@@ -53,6 +53,7 @@ KEPT = frozenset(
         "shards",
         "backlog",
         "weights_version",
+        "_form",
     }
 )  # attributes of the engine itself that a restore keeps
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from labkit.core.blocks.prefix import Span
-from labkit.core.blocks.stubs import DiskMoves, DiskWrite, Stub
+from labkit.core.blocks.stubs import Arrival, DiskMoves, DiskWrite, Stub
 from labkit.core.captures import Captured, CapturedStep
 from labkit.core.edits import Add, Clamp, Edit, Function, Project, Replace
 from labkit.core.messagepack import pack, unpack
@@ -30,7 +30,7 @@ EMPTY = Plan(0, 0, *(_NONE,) * 3, 0, *(_NONE,) * 5)
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Add, Captured, CapturedStep, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, Project, Replace,
+        Add, Arrival, Captured, CapturedStep, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, Project, Replace,
         SamplingParams, Span, Stub, TableChanges, TokenLogprobs,
     )
 }  # fmt: skip

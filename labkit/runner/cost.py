@@ -45,7 +45,7 @@ class StepWork(NamedTuple):
         count, end = plan.count, plan.start + plan.count
         decodes = num + plan.num_drafts if len(plan.drafts) else num
         context = int(end[:num].sum())
-        moved = len(plan.swap_out) + len(plan.swap_in) + len(plan.copies)
+        moved = len(plan.swap_out) + len(plan.swap_in) + len(plan.copies) + len(plan.arrivals)
         if num == len(plan.rows):
             return cls(decodes, 0, context, 0, 0, 0, len(plan.sample_row), len(plan.joins), moved)
         start, count, end = plan.start[num:], count[num:], end[num:]

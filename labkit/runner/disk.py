@@ -247,7 +247,9 @@ def fingerprint(model: Model, dtype: torch.dtype, block_size: int) -> str:
     if hasattr(config, "to_dict"):
         kept = {name: value for name, value in config.to_dict().items() if name not in _NOT_THE_MODEL}
         found.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    for tensor in model.tensors():
+    slots = getattr(model, "adapters", None)
+    of_adapters = set(map(id, slots.tensors())) if slots is not None else set()  # blocks name theirs in their hashes
+    for tensor in (tensor for tensor in model.tensors() if id(tensor) not in of_adapters):
         found.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         if tensor.is_contiguous() and tensor.numel():
             flat = tensor.detach().reshape(-1).view(torch.uint8)

@@ -64,6 +64,8 @@ class Drafter:
             self.filled[plan.copies[:, 1]] = self.filled[plan.copies[:, 0]]
         if plan.disk.reads:
             self.host_filled[[block for _, block in plan.disk.reads]] = 0
+        if plan.arrivals:
+            self.host_filled[[arrival.host_block for arrival in plan.arrivals]] = 0
         if len(plan.swap_in):
             self.filled[plan.swap_in[:, 1]] = self.host_filled[plan.swap_in[:, 0]]
         rows, start, num, size = plan.rows, plan.start, plan.num_decode, self.layout.block_size

@@ -3,10 +3,12 @@ block tables, so a wrong copy, swap, table or input shows as a wrong token."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
 
 import numpy as np
 
+from labkit.core.blocks.exported import Form
 from labkit.core.blocks.stubs import Stub
 from labkit.core.options import duration, named_options, whole
 from labkit.core.plan import Plan, Result
@@ -79,6 +81,8 @@ class FakeRunner:
         for source, copy in plan.copies:
             memory[copy] = memory[source]
         read = self._read(plan)
+        for host_block, data in plan.arrivals:
+            host[host_block] = data.view(np.int32)
         for host_block, block in plan.swap_in:
             memory[block] = host[host_block]
         for slot, row in plan.states.loads:
@@ -124,6 +128,17 @@ class FakeRunner:
             places = np.arange(keep)
             self.memory[blocks[places // size], places % size] = kept
             self.positions[row].append(positions[which])
+
+    def block_form(self) -> Form:
+        """What must be the same in engines that hand blocks to each other."""
+        assert self.layout is not None
+        size = self.layout.block_size
+        return Form(size, "int32", f"[{size}]", f"fake:{self.seed}:{self.vocab_size}", 4 * size)
+
+    def read_blocks(self, blocks: Sequence[int], *, in_host: bool = False) -> np.ndarray:
+        """The bytes of these blocks [blocks, bytes], of the device or of host memory."""
+        found = (self.host if in_host else self.memory)[list(blocks)]
+        return found.view(np.uint8).reshape(len(blocks), -1)
 
     def on_disk(self) -> list[Stub]:
         return [stub for stub, _ in self.disk.values()]

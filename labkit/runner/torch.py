@@ -35,6 +35,7 @@ from labkit.runner.extras import capture_of, captured, check_shown, extras_of, w
 from labkit.runner.features import MOST_BYTES, features_of
 from labkit.runner.graphs import Graphs
 from labkit.runner.groups import groups_of_model, one_group
+from labkit.runner.handing import Hands
 from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, blocks_in, bytes_per_block, kv_dtype, make_caches, memory_for_blocks
@@ -50,7 +51,7 @@ from labkit.transfer import put
 
 
 @named_options
-class TorchRunner(Sleeps, Replaces):
+class TorchRunner(Sleeps, Replaces, Hands):
     """Runs plans on a model.
 
     >>> import labkit as lk
@@ -424,6 +425,7 @@ class TorchRunner(Sleeps, Replaces):
         for digest, host_block in plan.disk.reads:
             self.host.touched[host_block] = True
             self.disk.read(digest, host_block)  # type: ignore[union-attr]
+        self.write_arrivals(plan)
         if len(plan.swap_in):
             self.host.copy_to(self.store, plan.swap_in)
 

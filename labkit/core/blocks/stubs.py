@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from labkit.core.blocks.prefix import PrefixCache
 from labkit.core.blocks.tables import Tokens
@@ -25,6 +28,16 @@ class DiskWrite(NamedTuple):
 
     host_block: int
     stub: Stub
+
+
+BlockBytes: TypeAlias = NDArray[np.uint8]  # a block's keys and values, as `read_blocks` of a runner gives them
+
+
+class Arrival(NamedTuple):
+    """A block of another engine, to be written to a host block."""
+
+    host_block: int
+    data: BlockBytes
 
 
 class DiskMoves(NamedTuple):

@@ -13,7 +13,7 @@ import numpy as np
 from labkit.core.blocks.below import Below
 from labkit.core.blocks.eviction import EvictionChoice, eviction_policy
 from labkit.core.blocks.prefix import EventSink, PrefixCache
-from labkit.core.blocks.stubs import NO_MOVES, DiskMoves, DiskWrite, Fetch, Stub, stub_of
+from labkit.core.blocks.stubs import NO_MOVES, Arrival, BlockBytes, DiskMoves, DiskWrite, Fetch, Stub, stub_of
 from labkit.core.blocks.tables import BlockPool
 from labkit.core.shown import Shown
 
@@ -137,7 +137,9 @@ class Offloading(Shown):
         below = Below(device.sessions, lambda place: self.host.prefix.hash_of(place))
         self.host = Tier("cpu", host, device.block_size, eviction, below)
         self.disk = Tier("disk", BlockPool(num_disk_blocks), device.block_size) if num_disk_blocks else None
-        self.out: dict[int, int] = {}  # host block -> device block, to be copied by the next plan
+        self.out: dict[
+            int, int | BlockBytes
+        ] = {}  # host block -> the device block, or bytes, that the next plan copies
         self.writes: dict[bytes, DiskWrite] = {}
         self.reads: dict[bytes, int] = {}  # hash -> host block, to be read by the next plan
         self.drops: list[bytes] = []
@@ -147,7 +149,7 @@ class Offloading(Shown):
         self.fetches: dict[int, Fetch] = {}  # device blocks that a plan in flight fills for them
         self.step = 0
         self.num_offloaded = self.num_loaded = self.num_written = self.num_read = self.num_missing = 0
-        self.num_host_hit_tokens = self.num_disk_hit_tokens = self.num_prefetched = 0
+        self.num_host_hit_tokens = self.num_disk_hit_tokens = self.num_prefetched = self.num_received = 0
 
     def __repr__(self) -> str:
         tiers = [f"{len(tier)} of {tier.pool.num_blocks} blocks in {where}" for tier, where in self._named()]
@@ -225,6 +227,27 @@ class Offloading(Shown):
     def _drop(self, digest: bytes) -> None:
         if self.writes.pop(digest, None) is None:
             self.drops.append(digest)
+
+    # -- from other engines --------------------------------------------------------------------------------------
+
+    def receive(self, chain: Sequence[bytes], stubs: Sequence[Stub], data: Sequence[BlockBytes], oldest: int) -> int:
+        """Blocks of another engine: they are found from here on, and the next plan copies their bytes into host memory.
+        `chain` are the hashes of their prompt; plans from `oldest` on are not committed. Returns how many there was
+        room for, the first ones."""
+        host = self.host
+        kept = [place for digest in chain if (place := host.prefix.block_of.get(digest)) is not None]
+        host.hold(kept)  # what is there of this prompt does not give way to the rest
+        taken = self.take(len(stubs))
+        places = [place for place in taken if host.step_of[place] < oldest]  # into others a copy may be under way
+        host.pool.free += [place for place in taken if host.step_of[place] >= oldest]
+        for place, stub, bytes_ in zip(places, stubs, data, strict=False):
+            host.prefix.store_one(place, stub.digest, stub.parent, 0, stub.depth, stub.tokens)
+            host.pool.count[place] = 1
+            host.step_of[place] = -1
+            self.out[place] = bytes_
+        host.release([*kept, *places])
+        self.num_received += len(places)
+        return len(places)
 
     # -- up ------------------------------------------------------------------------------------------------------
 
@@ -309,21 +332,24 @@ class Offloading(Shown):
 
     @property
     def must_plan(self) -> bool:
-        """A read has not been asked for yet."""
-        return bool(self.reads)
+        """A read has not been asked for yet, or bytes of another engine wait."""
+        return bool(self.reads) or any(not isinstance(what, int) for what in self.out.values())
 
-    def moves(self, step: int) -> tuple[list[tuple[int, int]], DiskMoves]:
-        """What plan `step` carries: (device block, host block) copies, and what it does on disk."""
+    def moves(self, step: int) -> tuple[list[tuple[int, int]], tuple[Arrival, ...], DiskMoves]:
+        """What plan `step` carries: (device block, host block) copies, blocks of other engines, and what it does on
+        disk."""
         out, self.out = self.out, {}
+        copies = [(what, place) for place, what in out.items() if isinstance(what, int)]
+        arrivals = tuple(Arrival(place, what) for place, what in out.items() if not isinstance(what, int))
         if out:
             self.host.step_of[list(out)] = step
         if self.disk is None:
-            return [(block, place) for place, block in out.items()], NO_MOVES
+            return copies, arrivals, NO_MOVES
         for digest in self.writes:
             self.disk.step_of[self.disk.prefix.block_of[digest]] = step
         found = DiskMoves(tuple(self.drops), tuple(self.writes.values()), tuple(self.reads.items()))
         self.drops, self.writes, self.reads = [], {}, {}
-        return [(block, place) for place, block in out.items()], found
+        return copies, arrivals, found
 
     def roll_back(self, step: int) -> list[bytes]:
         """Plan `step` and all later ones failed: what they copied, wrote or read is unknown. Returns the reads that

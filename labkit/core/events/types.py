@@ -132,6 +132,24 @@ class Loaded(Event):
 
 
 @dataclass(frozen=True)
+class Exported(Event):
+    """Blocks went to another engine: `peer` names it, None is one in this process or not known."""
+
+    num_blocks: int
+    num_bytes: int
+    peer: str | None
+
+
+@dataclass(frozen=True)
+class Imported(Event):
+    """Blocks of another engine came into host memory, where prefixes are found."""
+
+    num_blocks: int
+    num_bytes: int
+    peer: str | None
+
+
+@dataclass(frozen=True)
 class AdapterLoaded(Event):
     """This plan brings the adapter's weights into this slot of the device, in place of what is there."""
 
@@ -275,8 +293,8 @@ EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
         Submitted, Spanned, InSession, Hinted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded,
-        AdapterLoaded, Copied, Forked, Preempted, Compacted, SwappedOut, SwappedIn, Resumed, Finished, Aborted,
-        Rejected, Control, Overruled, Failed, RankLoad, Rewound, Step,
+        Exported, Imported, AdapterLoaded, Copied, Forked, Preempted, Compacted, SwappedOut, SwappedIn, Resumed,
+        Finished, Aborted, Rejected, Control, Overruled, Failed, RankLoad, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}

@@ -318,9 +318,9 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
         moves = s.blocks.states.moves(s.step, s.tables, plan.rows, plan.start, plan.count, plan.num_decode, forks)
         plan = plan._replace(states=moves)
     if s.blocks.offload is not None:
-        out, disk = s.blocks.offload.moves(s.step)
+        out, arrivals, disk = s.blocks.offload.moves(s.step)
         s.swap_out += out
-        plan = plan._replace(disk=disk)
+        plan = plan._replace(disk=disk, arrivals=arrivals)
     if s.slots is not None and s.slots.loads:
         plan = plan._replace(adapters=tuple(s.slots.loads))
         for slot, key in s.slots.loads:

@@ -345,9 +345,9 @@ class Scheduler(SchedulerState, Shown):
         return asking.overrule(self, lambda: self.schedule(now))
 
     def _must_read(self) -> bool:
-        """Whether a plan without rows is needed: to read from disk, or to wait for it because nothing else runs."""
+        """Whether a plan without rows is needed: for the disk, or for what came from another engine."""
         offload = self.blocks.offload
-        return offload is not None and (bool(offload.reads) or (bool(offload.reading) and not self.in_flight))
+        return offload is not None and (offload.must_plan or (bool(offload.reading) and not self.in_flight))
 
     def spill(self, cached: list[int], now: int) -> Plan:
         """A plan that moves these device blocks to host memory, and what that displaces to disk; without blocks, all of
