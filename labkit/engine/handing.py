@@ -182,6 +182,10 @@ class Handing(Hinting):
         return data
 
     def _check_groups(self) -> None:
+        if self.blocks.states is not None:
+            raise ValueError(
+                "blocks alone do not continue a prefix of a model with recurrent layers: their states stay"
+            )
         if self.blocks.windows != (None,):
             raise ValueError(
                 f"blocks go to other engines if all layers keep the whole context, windows is {self.blocks.windows}: "
