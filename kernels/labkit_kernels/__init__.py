@@ -12,7 +12,7 @@ from .lora import lora_expand, lora_shrink
 from .mass import attention_mass
 from .norm import layer_norm, rms_norm
 from .quantized import Grouped, Scaled, linear_grouped, linear_scaled, quantize_rows
-from .recurrent import Sequences, causal_conv, gated_delta, ssd
+from .recurrent import Sequences, causal_conv, gated_delta, selective_scan, ssd
 from .registry import OPS, Op, Variant, generation, get, watched
 from .rotary import rope, rope_kv
 from .sampling import sample
@@ -58,6 +58,7 @@ __all__ = [
     "rope",
     "rope_kv",
     "sample",
+    "selective_scan",
     "silu_mul",
     "ssd",
     "step_inputs",

@@ -1,11 +1,13 @@
 """Recurrent layers: the references against transformers' own torch code, each variant against the reference, and a
 sequence in one piece against the same in several."""
 
+import importlib
+
 import pytest
 import torch
-from labkit_kernels import Sequences, causal_conv, check, gated_delta, ssd
+from labkit_kernels import Sequences, causal_conv, check, gated_delta, selective_scan, ssd
 
-OPS = [causal_conv, gated_delta, ssd]
+OPS = [causal_conv, gated_delta, selective_scan, ssd]
 by_name = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 SEED = 11
 
@@ -43,16 +45,19 @@ def ssd_inputs(tokens):
     return (torch.randn(tokens, 4, 24), torch.randn(tokens, 4), -torch.rand(4), b, c), extra
 
 
-INPUTS = {"causal_conv": conv_inputs, "gated_delta": delta_inputs, "ssd": ssd_inputs}
-PER_TOKEN = {"causal_conv": 1, "gated_delta": 5, "ssd": 2}  # how many of the first arguments are cut with the tokens
-STATE = {"causal_conv": (3, 24), "gated_delta": (4, 16, 24), "ssd": (4, 24, 16)}
+def scan_inputs(tokens):
+    x, dt, b, c = torch.randn(tokens, 24), torch.randn(tokens, 24), torch.randn(tokens, 16), torch.randn(tokens, 16)
+    extra = {"d": torch.randn(24), "dt_bias": torch.randn(24)}
+    return (x, dt, -torch.rand(24, 16), b, c), extra
+
+
+INPUTS = {"causal_conv": conv_inputs, "gated_delta": delta_inputs, "selective_scan": scan_inputs, "ssd": ssd_inputs}
+STATE = {"causal_conv": (3, 24), "gated_delta": (4, 16, 24), "selective_scan": (24, 16), "ssd": (4, 24, 16)}
+OF_MODELS = {"causal_conv": (1, 2), "gated_delta": (), "selective_scan": (2,), "ssd": (2,)}  # arguments without tokens
 
 
 def rows_of(name, args, rows):
-    if name == "ssd":
-        x, dt, a, b, c = args
-        return x[rows], dt[rows], a, b[rows], c[rows]
-    return tuple(arg[rows] if i < PER_TOKEN[name] else arg for i, arg in enumerate(args))
+    return tuple(arg if i in OF_MODELS[name] else arg[rows] for i, arg in enumerate(args))
 
 
 @pytest.mark.parametrize("variant", ["reference", "cpu"])
@@ -144,8 +149,6 @@ def test_the_gated_delta_rule_by_channel_is_transformers():
 
 @pytest.mark.parametrize("family", ["mamba2", "bamba", "nemotron_h"])
 def test_the_scan_is_transformers(family):
-    import importlib
-
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     (x, dt, a, b, c), extra = ssd_inputs(2 * 21)
     limits, state = (0.1, 1.5), torch.randn(2, *STATE["ssd"])
@@ -165,6 +168,28 @@ def test_the_scan_is_transformers(family):
     expected = module.mamba2_selective_state_update(
         last, row[0], row[1][..., None].expand(-1, -1, 24), a_wide, row[2], row[3], wide[0], dt_bias=wide[1],
         dt_softplus=True,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
+def test_the_selective_scan_is_transformers(family):
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    (x, dt, a, b, c), extra = scan_inputs(2 * 13)
+    gate, state = torch.randn(2 * 13, 24), torch.zeros(2, *STATE["selective_scan"])
+    found = selective_scan.reference(x, dt, a, b, c, state, whole(2, 13), gate=gate, **extra)
+    x2, dt2, b2, c2, gate2 = (y.unflatten(0, (2, 13)).transpose(1, 2) for y in (x, dt, b, c, gate))
+    expected, last = module.mamba_selective_scan(
+        x2, dt2, a, b2, c2, D=extra["d"], z=gate2, delta_bias=extra["dt_bias"], delta_softplus=True,
+        return_last_state=True,
+    )  # fmt: skip
+    torch.testing.assert_close(found, expected.transpose(1, 2).flatten(0, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)
+    row = [y[:2] for y in (x, dt, b, c, gate)]
+    found = selective_scan.reference(*row[:2], a, *row[2:4], state, going_on(2, 1), gate=row[4], **extra)
+    expected = module.mamba_selective_state_update(
+        last, *row[:2], a, *row[2:4], extra["d"], dt_bias=extra["dt_bias"], z=row[4], dt_softplus=True
     )  # fmt: skip
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(state, last, rtol=1e-5, atol=1e-5)

@@ -36,6 +36,7 @@ def test_every_op_is_registered_and_has_what_a_check_needs():
         "quantize_rows",
         "rope_kv",
         "sample",
+        "selective_scan",
         "ssd",
         "step_inputs",
     } == set(OPS)

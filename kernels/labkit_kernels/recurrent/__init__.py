@@ -19,7 +19,7 @@ from labkit_kernels.tolerances import ROUNDING, rounded_once
 from . import cases, reference
 from .sequences import Sequences
 
-__all__ = ["Sequences", "causal_conv", "gated_delta", "ssd"]
+__all__ = ["Sequences", "causal_conv", "gated_delta", "selective_scan", "ssd"]
 
 
 def _summed(dtype: torch.dtype) -> Tolerance:
@@ -56,6 +56,14 @@ def _ssd_cases() -> Iterator[Case]:
         yield cases.ssd_case(name, 8, 128, 64, 128)
 
 
+def _scan_cases() -> Iterator[Case]:
+    shapes = [(16, 16), (40, 8), (33, 7), (65, 16), (24, 24)]
+    for i, (name, shape) in enumerate(zip(cases.MIXES, shapes, strict=True)):
+        yield cases.scan_case(name, *shape, plain=i == 2)
+    for name in cases.TIMED:
+        yield cases.scan_case(name, 8192, 16)
+
+
 def _states(state: Tensor, sequences: Sequences) -> int:
     """Bytes of the states that are read and written."""
     num = sum((slot >= 0) * (2 - fresh) for _, _, slot, fresh in sequences.each())
@@ -89,6 +97,16 @@ def _ssd_flops(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) 
     return 4 * x.numel() * b.shape[-1]
 
 
+def _scan_traffic(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, sequences: Sequences,
+                  *, gate: Tensor | None = None, **_: Any) -> int:  # fmt: skip
+    given = sum(y.numel() * y.element_size() for y in (x, x, dt, a, b, c, *([] if gate is None else [gate])))
+    return given + _states(state, sequences)
+
+
+def _scan_flops(x: Tensor, dt: Tensor, a: Tensor, *_: Any, **__: Any) -> int:
+    return 6 * x.numel() * a.shape[-1]
+
+
 causal_conv = Op(
     "causal_conv",
     reference=reference.causal_conv,
@@ -116,6 +134,16 @@ ssd = Op(
     tolerance=_summed,
     traffic=_ssd_traffic,
     flops=_ssd_flops,
+    home=__name__,
+    sources={"cpu": ("scan",)},
+)
+selective_scan = Op(
+    "selective_scan",
+    reference=reference.selective_scan,
+    cases=_scan_cases,
+    tolerance=_summed,
+    traffic=_scan_traffic,
+    flops=_scan_flops,
     home=__name__,
     sources={"cpu": ("scan",)},
 )

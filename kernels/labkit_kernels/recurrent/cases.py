@@ -89,3 +89,20 @@ def ssd_case(name: str, groups: int, heads: int, size: int, states: int, plain: 
 
     said = f"{name}, {groups}/{heads} heads of {size}x{states}{', plain' if plain else ''}"
     return Case(said, make, timed=name in TIMED)
+
+
+def scan_case(name: str, channels: int, states: int, plain: bool = False) -> Case:
+    """`plain`: no skip, no bias, no gate, no softplus."""
+
+    def make(device, dtype, generator):
+        which, slots, tokens = _sequences(name, device)
+        x, gate, dt = randn(generator, tokens, 3 * channels, dtype=dtype).chunk(3, -1)
+        b, c = randn(generator, tokens, 2 * states, dtype=dtype).chunk(2, -1)
+        a = -randn(generator, channels, states).exp()
+        state = randn(generator, slots, channels, states)
+        if plain:
+            return (x, 0.2 * dt.float().abs(), a, b, c, state, which), {"softplus": False}
+        extra = {"d": randn(generator, channels), "dt_bias": randn(generator, channels) - 3, "gate": gate}
+        return (x, dt, a, b, c, state, which), extra
+
+    return Case(f"{name}, {channels} channels of {states}{', plain' if plain else ''}", make, timed=name in TIMED)

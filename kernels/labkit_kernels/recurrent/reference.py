@@ -99,6 +99,33 @@ def ssd(
     return out
 
 
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, sequences: Sequences,
+    *, d: Tensor | None = None, dt_bias: Tensor | None = None, gate: Tensor | None = None, softplus: bool = True,
+) -> Tensor:  # fmt: skip
+    """The scan of Mamba 1: every number of a channel's state s decays by itself.
+
+        s = exp(a dt) s + dt x b;  out = s c + d x, times silu(gate)
+
+    x, dt, gate and the result: [tokens, channels]; a: [channels, state size]; b, c: [tokens, state size]; d, dt_bias:
+    [channels], the bias is added to dt before softplus; state: [slots, channels, state size], changed in place.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, b, c = x.float(), b.float(), c.float()
+    dt = step_size(dt.float(), dt_bias, softplus)
+    for begin, end, slot, fresh in sequences.each():
+        s = torch.zeros_like(state[0]) if fresh else state[slot].clone()
+        for t in range(begin, end):
+            s = (dt[t][:, None] * a.float()).exp() * s + (dt[t] * x[t])[:, None] * b[t]
+            y = s @ c[t]
+            if d is not None:
+                y = y + d.float() * x[t]
+            out[t] = (y if gate is None else y * F.silu(gate[t].float())).to(out.dtype)
+        if slot >= 0:
+            state[slot] = s
+    return out
+
+
 def step_size(dt: Tensor, dt_bias: Tensor | None, softplus: bool) -> Tensor:
     if dt_bias is not None:
         dt = dt + dt_bias.float()

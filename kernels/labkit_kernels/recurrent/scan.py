@@ -1,4 +1,5 @@
-"""The scan of Mamba 2 in C++. This module passes pointers and strides; the arithmetic is in ssd.cpp."""
+"""The scans of Mamba 1 and 2 in C++. This module passes pointers and strides; the arithmetic is in scan.cpp and
+ssd.cpp."""
 
 from __future__ import annotations
 
@@ -10,12 +11,16 @@ from torch import Tensor
 
 from labkit_kernels import native
 from labkit_kernels.layout import dense_like
-from labkit_kernels.recurrent import reference, ssd
-from labkit_kernels.recurrent.sequences import Sequences, ssd_shapes
+from labkit_kernels.recurrent import reference, selective_scan, ssd
+from labkit_kernels.recurrent.sequences import Sequences, scan_shapes, ssd_shapes
 
 library = native.load(
     Path(__file__).with_name("ssd.cpp"),
     {"ssd": [c_void_p] * 12 + [c_int64] * 12 + [c_double] * 2 + [c_int] * 3},
+)
+first = native.load(
+    Path(__file__).with_name("scan.cpp"),
+    {"selective_scan": [c_void_p] * 13 + [c_int64] * 8 + [c_int] * 3},
 )
 
 
@@ -53,3 +58,33 @@ if library is not None:
             *limits, softplus, native.CODES[x.dtype], native.num_threads(),
         )  # fmt: skip
         return out
+
+
+if first is not None:
+    _selective_scan = first.selective_scan
+
+    @selective_scan.variant("cpu", device="cpu", dtypes=tuple(native.CODES), picked=True)
+    def selective_scan_cpu(
+        x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor, sequences: Sequences,
+        *, d: Tensor | None = None, dt_bias: Tensor | None = None, gate: Tensor | None = None, softplus: bool = True,
+    ) -> Tensor:  # fmt: skip
+        scan_shapes(x, dt, a, b, c, state, d, dt_bias, gate)
+        query_start, slot, fresh = sequences = sequences.checked()
+        same = x.dtype == b.dtype == c.dtype == (x if gate is None else gate).dtype
+        if not state.is_contiguous() or state.dtype != torch.float32 or not same:
+            options = {"d": d, "dt_bias": dt_bias, "gate": gate, "softplus": softplus}
+            return reference.selective_scan(x, dt, a, b, c, state, sequences, **options)  # type: ignore[arg-type]
+        x, dt, b, c = (_rows(y) for y in (x, dt.float(), b, c))
+        gate = None if gate is None else _rows(gate)
+        a, d, dt_bias, out = a.float().contiguous(), _floats(d), _floats(dt_bias), dense_like(x)
+        _, channels, states = state.shape
+        _selective_scan(
+            x.data_ptr(), dt.data_ptr(), a.data_ptr(), b.data_ptr(), c.data_ptr(), _pointer(d), _pointer(dt_bias),
+            _pointer(gate), state.data_ptr(), out.data_ptr(), query_start.data_ptr(), slot.data_ptr(), _pointer(fresh),
+            len(slot), x.stride(0), dt.stride(0), b.stride(0), c.stride(0), 0 if gate is None else gate.stride(0),
+            channels, states, softplus, native.CODES[x.dtype], native.num_threads(),
+        )  # fmt: skip
+        return out
+
+    def _rows(x: Tensor) -> Tensor:
+        return x if x.stride(-1) == 1 else x.contiguous()

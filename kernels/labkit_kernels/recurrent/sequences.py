@@ -80,3 +80,21 @@ def ssd_shapes(
         dt_bias=(dt_bias, (heads,)),
         state=(state, (len(state), heads, size, states)),
     )
+
+
+def scan_shapes(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, state: Tensor,
+    d: Tensor | None, dt_bias: Tensor | None, gate: Tensor | None,
+) -> None:  # fmt: skip
+    tokens, channels = x.shape
+    states = a.shape[-1]
+    shaped(
+        dt=(dt, (tokens, channels)),
+        a=(a, (channels, states)),
+        b=(b, (tokens, states)),
+        c=(c, (tokens, states)),
+        d=(d, (channels,)),
+        dt_bias=(dt_bias, (channels,)),
+        gate=(gate, (tokens, channels)),
+        state=(state, (len(state), channels, states)),
+    )
