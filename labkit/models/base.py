@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from labkit_kernels.lora import Groups
+from labkit_kernels.recurrent import Sequences
 from torch import Tensor
 
 # Keys and values of a layer: [blocks, key heads, block size, size]. In 8 bits the last is size + 4: scales are in the
@@ -55,13 +56,23 @@ class Piece(NamedTuple):
     slot: int | None  # where the state is copied to behind the last token
 
 
+class Wave(NamedTuple):
+    """Sequences that recurrent ops compute in one call. A sequence whose state is kept in its midst has its further
+    tokens in a later wave."""
+
+    tokens: Tensor | None  # [n] int64: of the step, in the order of `sequences`; None: all of them
+    sequences: Sequences
+    saved: tuple[Tensor, Tensor] | None  # rows whose states are then copied, and to which slots
+
+
 @dataclass(frozen=True)
 class StateBatch:
     """How a step's tokens go through recurrent layers. `tensors[i]` [rows and slots, ...] holds state i of
-    `Model.states`. `tokens` are those of rows that compute one and have a state, all at once: None means all tokens,
-    in order. Then the pieces follow, one by one."""
+    `states_of(model)`. `tokens` are those of rows that compute one and have a state, all at once: None means all
+    tokens, in order. Then the pieces follow, one by one. `waves` are the same for ops that take many sequences."""
 
     tensors: list[Tensor]
+    waves: tuple[Wave, ...]
     tokens: Tensor | None  # [n] int64
     rows: Tensor  # [n] int64
     saved: tuple[Tensor, Tensor] | None  # of these rows: which ones are copied, and to which slots

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from labkit.models.base import StateBatch, StateSpec
+from labkit.models.mixers import Mixer, fast
 
 NAMES = ("cache", "cache_params", "past_key_values")  # of the argument, by version of transformers
 WRITES = ("update_conv_state", "update_recurrent_state")
@@ -95,8 +96,10 @@ class _Now(threading.local):
 class Recurrent:
     """The recurrent layers of a model's body, whose forwards are replaced."""
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.specs: list[StateSpec] = []
+        self.mixers: dict[str, Mixer] = {}  # layers that labkit's ops compute
         self.places: dict[str, dict[Key, int]] = {}  # by layer: where each of its states is in `specs`
         self.continues: dict[str, bool] = {}  # by layer: whether several tokens at once go on from a state
         self.parts: set[nn.Module] = set()
@@ -105,7 +108,7 @@ class Recurrent:
             if (argument := _argument(module)) is not None:
                 self.places[name] = {}
                 self.parts.update(module.modules())
-                layer = partial(self._forward, name, module.forward, argument)
+                layer = partial(self._forward, name, module, module.forward, argument)
                 module.forward = layer  # type: ignore[method-assign]
 
     def __len__(self) -> int:
@@ -114,6 +117,11 @@ class Recurrent:
     def has(self, part: nn.Module) -> bool:
         """Is this a part of a recurrent layer? It is then given other tokens than the whole step's."""
         return part in self.parts
+
+    def pick(self) -> None:
+        """Pick ops again."""
+        for mixer in self.mixers.values():
+            mixer.pick()
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -132,12 +140,20 @@ class Recurrent:
         finally:
             self._now.states = None
 
-    def _forward(self, name: str, inner: Any, argument: str, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
+    def _forward(
+        self, name: str, module: nn.Module, inner: Any, argument: str, hidden_states: Tensor, *args: Any, **options: Any
+    ) -> Any:
         """`inner` is the layer's own forward: [1, tokens, size] -> [1, tokens, size]."""
         assert not args, f"{name} is called with arguments that have no names"
         options.pop(argument, None)
         options["attention_mask"] = None
         if self._now.is_probing:
+            own = partial(inner, **options)
+            if (mixer := fast(module, own, hidden_states.shape[-1], self.dtype)) is not None:
+                self.mixers[name] = mixer
+                self.places[name] = {("mixer", i): len(self.specs) + i for i in range(len(mixer.specs))}
+                self.specs += mixer.specs
+                return own(hidden_states)
             seen = Seen()
             out = inner(hidden_states, **options, **{argument: seen})
             self.places[name] = {key: len(self.specs) + i for i, key in enumerate(seen.specs)}
@@ -149,6 +165,8 @@ class Recurrent:
         batch = self._now.states
         assert batch is not None, "a step of a model with recurrent layers has no states"
         tensors = {key: batch.tensors[place] for key, place in self.places[name].items()}
+        if name in self.mixers:
+            return _mix(self.mixers[name], hidden_states[0], list(tensors.values()), batch)[None]
         if batch.tokens is None:
             return _decode(inner, argument, hidden_states, options, tensors, batch)
         out = torch.empty_like(hidden_states)
@@ -165,6 +183,24 @@ class Recurrent:
                 for tensor in tensors.values():
                     tensor[slot] = tensor[row]
         return out
+
+
+def _mix(mixer: Mixer, x: Tensor, states: list[Tensor], batch: StateBatch) -> Tensor:
+    """A step's tokens through a layer: [tokens, size] -> [tokens, size]."""
+    parts, out = mixer.before(x), None
+    for wave in batch.waves:
+        y = mixer.mix(parts if wave.tokens is None else [p[wave.tokens] for p in parts], wave.sequences, states)
+        if wave.saved is not None:
+            rows, slots = wave.saved
+            for state in states:
+                state[slots] = state[rows]
+        if wave.tokens is None:
+            out = y
+        else:
+            out = y.new_empty((len(x), *y.shape[1:])) if out is None else out
+            out[wave.tokens] = y
+    assert out is not None
+    return mixer.after(out, parts)
 
 
 def _decode(

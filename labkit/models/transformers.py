@@ -173,9 +173,11 @@ class TransformersModel:
         self.ops = Ops(device, dtype)
         if self.split is not None:
             self.split.connect(self.causal)
-        self.recurrent = Recurrent(self.body)
+        self.recurrent = Recurrent(self.body, dtype)
         if self.recurrent and self.split is not None:
-            raise ValueError(f"{kind!r} has recurrent layers, which one process computes: leave out tensor_parallel_size")
+            raise ValueError(
+                f"{kind!r} has recurrent layers, which one process computes: leave out tensor_parallel_size"
+            )
         self.kv = self._probe()
         self.states: tuple[StateSpec, ...] = tuple(self.recurrent.specs)
         self.num_layers = int(getattr(config, "num_hidden_layers", len(self.kv)))
@@ -291,6 +293,7 @@ class TransformersModel:
 
     def refresh_ops(self) -> None:
         self.ops.pick()
+        self.recurrent.pick()
 
     def forward(self, batch: Batch, caches: list[KVCache], capture: Capture | None = None) -> Tensor:
         step = _step

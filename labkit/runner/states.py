@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from labkit_kernels.recurrent import Sequences
 from torch import Tensor
 
 from labkit.core.plan import Plan
-from labkit.models.base import Batch, Model, Piece, StateBatch, StateSpec, states_of
+from labkit.models.base import Batch, Model, Piece, StateBatch, StateSpec, Wave, states_of
 from labkit.runner.base import Layout
 from labkit.transfer import put
 
@@ -53,24 +54,55 @@ class StateStore:
 
     def _batch(self, plan: Plan, query_start: np.ndarray) -> StateBatch:
         """The plan's entries as recurrent layers compute them."""
-        single = (plan.count == 1) & (plan.start > 0)
         ends: dict[int, list[tuple[int, int]]] = {}
         for row, end, slot in plan.states.saves:
             ends.setdefault(row, []).append((end, slot + self.num_rows))
+        last = plan.start + plan.count
+        single = (plan.count == 1) & (plan.start > 0)
+        cut = {i: _pieces(plan, query_start, i, ends) for i in (~single).nonzero()[0].tolist()}
         rows = plan.rows[single]
-        saved = [(row, ends[row][0][1]) for row in rows.tolist() if row in ends]
-        pieces = [piece for i in (~single).nonzero()[0].tolist() for piece in _pieces(plan, query_start, i, ends)]
+        pairs = [(row, ends[row][0][1]) for row in rows.tolist() if row in ends]
+        if all(len(pieces) == 1 for pieces in cut.values()):
+            saved = self._pairs(pairs + [(one.row, one.slot) for (one,) in cut.values() if one.slot is not None])
+            waves = [self._wave(None, query_start, plan.rows, last == plan.count, saved)]
+        else:
+            whole = {i: [Piece(int(query_start[i]), 1, int(plan.rows[i]), False, None)] for i in single.nonzero()[0]}
+            most = max(len(pieces) for pieces in cut.values())
+            waves = [
+                self._wave_of([pieces[n] for pieces in (cut | whole).values() if len(pieces) > n], () if n else pairs)
+                for n in range(most)
+            ]
+        pieces = tuple(piece for pieces in cut.values() for piece in pieces)
         return StateBatch(
             tensors=self.tensors,
-            tokens=None if not pieces else put(query_start[:-1][single], self.device),
+            waves=tuple(waves),
+            tokens=put(query_start[:-1][single], self.device) if pieces else None,
             rows=put(rows, self.device),
-            saved=None if not saved else (_column(saved, 0, self.device), _column(saved, 1, self.device)),
-            pieces=tuple(pieces),
+            saved=self._pairs(pairs),
+            pieces=pieces,
         )
 
+    def _wave_of(self, pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]) -> Wave:
+        counts = [piece.count for piece in pieces]
+        tokens = np.concatenate([np.arange(piece.first, piece.first + piece.count) for piece in pieces])
+        saved = self._pairs([*pairs, *((piece.row, piece.slot) for piece in pieces if piece.slot is not None)])
+        rows, fresh = (np.array([getattr(piece, name) for piece in pieces]) for name in ("row", "is_fresh"))
+        return self._wave(tokens, np.concatenate(([0], np.cumsum(counts))), rows, fresh, saved)
 
-def _column(pairs: list[tuple[int, int]], which: int, device: torch.device) -> Tensor:
-    return put(np.array([pair[which] for pair in pairs], np.int64), device)
+    def _wave(
+        self, tokens: np.ndarray | None, starts: np.ndarray, rows: np.ndarray, fresh: np.ndarray,
+        saved: tuple[Tensor, Tensor] | None,
+    ) -> Wave:  # fmt: skip
+        columns = (put(starts, self.device, np.int32), put(rows, self.device, np.int32))
+        sequences = Sequences(*columns, put(fresh, self.device) if fresh.any() else None)
+        return Wave(None if tokens is None else put(tokens, self.device), sequences, saved)
+
+    def _pairs(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor] | None:
+        """Rows, and the slots that their states are copied to."""
+        if not pairs:
+            return None
+        rows, slots = np.array(pairs, np.int64).T
+        return put(rows, self.device), put(slots, self.device)
 
 
 def _pieces(plan: Plan, query_start: np.ndarray, entry: int, ends: dict[int, list[tuple[int, int]]]) -> list[Piece]:
@@ -101,4 +133,6 @@ def scratch_of(model: Model, num_tokens: int) -> StateBatch | None:
     if not (specs := states_of(model)):
         return None
     store, nobody = StateStore(specs, 1, 0, model.device), put(np.zeros(0, np.int64), model.device)
-    return StateBatch(store.tensors, nobody, nobody, None, (Piece(0, num_tokens, 0, True, None),))
+    sequences = (np.array([0, num_tokens]), np.zeros(1, np.int64), np.ones(1, bool))
+    wave, piece = store._wave(None, *sequences, None), Piece(0, num_tokens, 0, True, None)
+    return StateBatch(store.tensors, (wave,), nobody, nobody, None, (piece,))
