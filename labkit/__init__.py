@@ -30,6 +30,7 @@ _HOME = {
     "EagleDraft": "sampling.drafts",
     "ModelDraft": "sampling.drafts",
     "TreeDraft": "sampling.drafts",
+    "PoolingParams": "core.pooling",
     "SamplingParams": "core.params",
     "StreamingLLM": "smaller",
     "H2O": "smaller",
@@ -127,6 +128,7 @@ if TYPE_CHECKING:
     from .core.events.log import EventLog
     from .core.params import RequestOutputKind, SamplingParams
     from .core.plan import Failure, Outputs, Plan, Result
+    from .core.pooling import PoolingParams
     from .core.request import Request
     from .core.scheduling.scheduler import RejectedError, Scheduler
     from .engine.activations import Activations, read_activations

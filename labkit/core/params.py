@@ -10,6 +10,7 @@ from typing import Any
 from labkit.core.captures import check_capture
 from labkit.core.edits import edits_of
 from labkit.core.options import choose, flag, named_options, real, whole
+from labkit.core.pooling import PoolingParams
 from labkit.core.smaller import SmallerKV, check_kv
 
 MOST_SAMPLES = 1024
@@ -76,6 +77,7 @@ class SamplingParams:
     `structured_outputs` constrains the text: {"json": schema}, {"json_object": True}, {"regex": "..."},
     {"choice": ["yes", "no"]} or {"grammar": "start: ..."}.
     `kv=lk.SnapKV(budget=0.5)` keeps some of the request's keys and values only, see docs/smaller.md.
+    `pooling` makes something of the prompt's states and draws no token: see `PoolingParams`, which `submit` takes, too.
     `extra_args` is free for your own order or policy: `lambda request, now: request.params.extra_args["tenant"]`.
 
     >>> SamplingParams(max_tokens=20, stop_token_ids=[2])
@@ -111,6 +113,7 @@ class SamplingParams:
     capture: Mapping[str, Any] | None = None
     edit: Mapping[int, Any] | None = None
     kv: SmallerKV | None = None
+    pooling: PoolingParams | None = None
     extra_args: Mapping[str, Any] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
     flat_logprobs: bool = False  # of vLLM; here they are always lists
@@ -119,7 +122,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         whole("n", self.n, least=1, most=MOST_SAMPLES)
         if self.max_tokens is not None:
-            whole("max_tokens", self.max_tokens, least=1)
+            whole("max_tokens", self.max_tokens, least=1 if self.pooling is None else 0)
         whole("min_tokens", self.min_tokens, least=0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")

@@ -246,6 +246,7 @@ class Result(NamedTuple):
     once: bool = False
     captured: CapturedStep | None = None
     edited: dict[str, int] | None = None
+    pooled: dict[str, Any] | None = None  # by request id: what its states were pooled to, an array
 
     @property
     def num_samples(self) -> int:

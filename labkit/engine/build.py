@@ -13,6 +13,7 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
+from labkit.engine.encoders import scheduler_of
 from labkit.engine.images import Images, load_images, sees
 from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, num_states, partition, pool_of
 from labkit.engine.speculation import check_on_ranks, draft_on_ranks, load_draft, speculation
@@ -300,6 +301,9 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         log.warning('float16 is slow on CPUs: dtype="bfloat16" is as small and faster')
     if device.type == "cpu" and runner.dtype_name == "float32" and is_quantized(runner):
         log.warning('float32 on a CPU dequantizes quantized weights for each product: dtype="bfloat16" is much faster')
+    scheduling = {name: getattr(options, name) for name in SCHEDULING}
+    if getattr(runner, "keeps_nothing", False):
+        return Parts(scheduler_of(runner, options, scheduling), runner, tokenizer)
     size = options.block_size or default_block_size(runner.head_size, device)
     states = num_states(runner, options)
     blocks = BlockManager(
@@ -314,7 +318,6 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         num_disk_blocks=num_disk_blocks(runner, options, size),
         num_states=states,
     )
-    scheduling = {name: getattr(options, name) for name in SCHEDULING}
     scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1
     if options.max_in_flight is None:
         apart = device.type == "cuda" or options.has_workers  # this process is free while a step is computed

@@ -17,6 +17,7 @@ from labkit.clock import Clock, WallClock
 from labkit.core.blocks.prefix import Span
 from labkit.core.options import check_names, named_arguments, whole
 from labkit.core.params import SamplingParams
+from labkit.core.pooling import PoolingParams
 from labkit.core.request import Request
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.core.shown import Shown
@@ -27,6 +28,7 @@ from labkit.engine.build import Options, build
 from labkit.engine.chat_images import chat_prompt
 from labkit.engine.checks import Taken, check_parts, connect_draft, is_ids, layout_of
 from labkit.engine.closing import LeakReport
+from labkit.engine.encoding import Encoding
 from labkit.engine.handing import Handing
 from labkit.engine.handle import Handle
 from labkit.engine.images import Images
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from labkit.widgets.dashboard import Dashboard
 
 
-class Engine(Rollouts, Handing, Shown):
+class Engine(Rollouts, Handing, Encoding, Shown):
     """Steps a scheduler and a runner until there is nothing left to do.
 
     `Engine()` serves the embedded model, `Engine("folder or name", ...)` any other. For the options see
@@ -125,7 +127,7 @@ class Engine(Rollouts, Handing, Shown):
 
     @named_arguments
     def submit(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, id: str | None = None,
+        self, prompt: Prompt, params: SamplingParams | PoolingParams | None = None, *, id: str | None = None,
         arrival: float | None = None, priority: int = 0, salt: str | None = None, adapter: str | None = None,
         spans: Sequence[Span] = (), session: str | None = None, parent: str | None = None, hint: Any = None,
     ) -> Handle:  # fmt: skip
@@ -133,7 +135,8 @@ class Engine(Rollouts, Handing, Shown):
         change nothing.
 
         A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}, and with images also
-        "multi_modal_data": {"image": [..]}. `adapter` names one of `engine.adapters`. `session` names what the request
+        "multi_modal_data": {"image": [..]}. `PoolingParams` ask for a vector, classes or a score of it instead of an
+        answer: the handle's `pooled`. `adapter` names one of `engine.adapters`. `session` names what the request
         is a turn of, `parent` the session that this one works for, and `hint` says what the session does after the
         answer: {"waits": seconds}, "soon", "finished", "pin" or "none"; see `hint()`. While the engine runs in the
         background, the request is handled between two steps: if the queue is full by then, its status is `rejected`.

@@ -47,6 +47,7 @@ class Handle(Request):
         "engine",
         "logprobs",
         "num_edited",
+        "pooled",
         "prompt_logprobs",
         "prompt_text",
         "shards",
@@ -61,6 +62,7 @@ class Handle(Request):
         self.prompt_logprobs: dict[int, TokenLogprobs] = {}
         self._captures: list[Captured] = []
         self.shards: Shards | None = None  # where captures go instead
+        self.pooled: Any = None  # of a request that pools: an array, once it has ended
         self.num_edited = 0  # edits made, times tokens; also on tokens that were computed again
         self.versions: list[tuple[int, int]] = []  # (first output token, version of the weights it was drawn from)
         self._text: Text | None = None

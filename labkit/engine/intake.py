@@ -17,6 +17,7 @@ from labkit.core.captures import fitted
 from labkit.core.edits import first_of, span_of
 from labkit.core.options import check_names, duration, text, whole
 from labkit.core.params import SamplingParams
+from labkit.core.pooling import PoolingParams
 from labkit.core.request import Request
 from labkit.core.scheduling import compacting
 from labkit.core.scheduling.scheduler import Scheduler
@@ -24,6 +25,7 @@ from labkit.core.tokens import as_tokens
 from labkit.engine.adapters import Adapters
 from labkit.engine.handle import Handle, Owner
 from labkit.engine.images import Images
+from labkit.engine.pools import cut, most_tokens, sampling_of, whole_span
 from labkit.runner.base import Runner
 
 
@@ -45,7 +47,7 @@ class Server(Owner, Protocol):
 def make_handle(
     engine: Server,
     prompt: Any,
-    params: SamplingParams | None,
+    params: SamplingParams | PoolingParams | None,
     *,
     id: str | None,
     arrival: float | None,
@@ -58,10 +60,8 @@ def make_handle(
     hint: Any = None,
 ) -> Handle:
     """A handle for the prompt, with its further samples in `.samples`; a ValueError names what is wrong."""
-    params = SamplingParams() if params is None else params
-    if not isinstance(params, SamplingParams):
-        raise ValueError(f"params must be SamplingParams, got {params!r}")
-    tokens, prompt_text, images = read_prompt(engine, prompt)
+    params = sampling_of(engine, params)
+    tokens, prompt_text, images = read_prompt(engine, prompt, params.pooling)
     params = _fitting(engine, params, len(tokens))
     whole("priority", priority, least=-(2**31), most=2**31)
     if id is not None:
@@ -70,6 +70,8 @@ def make_handle(
         if value is not None:
             text(name, value, may_be_empty=True)
     spans = (*_spans(spans), *images)
+    if params.pooling is not None:
+        spans = (*spans, *whole_span(engine, params.pooling, len(tokens)))
     for span in spans:
         if not isinstance(span, Span):
             raise ValueError(f"spans must be Span(start, length, key), got {span!r}")
@@ -131,7 +133,9 @@ def prompt_ids(engine: Server, prompt: Any) -> tuple[Tokens, str | None]:
     return read_prompt(engine, prompt)[:2]
 
 
-def read_prompt(engine: Server, prompt: Any) -> tuple[Tokens, str | None, tuple[Span, ...]]:
+def read_prompt(
+    engine: Server, prompt: Any, pooling: PoolingParams | None = None
+) -> tuple[Tokens, str | None, tuple[Span, ...]]:
     """A prompt's token ids, its text if it was given as text, and where its images lie."""
     written, given, kwargs = None, None, None
     if isinstance(prompt, Mapping):
@@ -152,8 +156,12 @@ def read_prompt(engine: Server, prompt: Any) -> tuple[Tokens, str | None, tuple[
     elif kwargs:
         raise ValueError("mm_processor_kwargs are for the images of a prompt, and it has no multi_modal_data")
     if isinstance(prompt, str):
-        prompt, written = _encoder(encode)(text("prompt", prompt, may_be_empty=True)), prompt
+        given_text = text("prompt", prompt, may_be_empty=True)
+        prompt = _encoder(encode)(given_text) if pooling is None else encode_for(engine, given_text, pooling)
+        written = given_text
     tokens = as_tokens(prompt)
+    if pooling is not None:
+        tokens = cut(tokens, engine, pooling)
     if not len(tokens):
         raise ValueError("prompt is empty: a request needs at least one token")
     vocab_size = engine.runner.vocab_size
@@ -161,6 +169,15 @@ def read_prompt(engine: Server, prompt: Any) -> tuple[Tokens, str | None, tuple[
         at = int(np.argmax(tokens >= vocab_size))
         raise ValueError(f"prompt[{at}] is {tokens[at]}, out of vocabulary: the last id is {vocab_size - 1}")
     return tokens, written, spans
+
+
+def encode_for(engine: Server, given: str, pooling: PoolingParams) -> list[int]:
+    """A text's token ids, no more of them than the request wants; special tokens around it stay."""
+    most, within = most_tokens(engine, pooling), getattr(engine.tokenizer, "encode_within", None)
+    if most is not None and within is not None:
+        found: list[int] = within(given, most, pooling.truncation_side)
+        return found
+    return _encoder(getattr(engine.tokenizer, "encode", None))(given)
 
 
 def _encoder(encode: Callable[[str], list[int]] | None) -> Callable[[str], list[int]]:

@@ -192,6 +192,9 @@ class Loop:
             self._fail(plan, error)
             raise
         self.clock.advance(result.seconds)
+        for id, array in (result.pooled or {}).items():  # before anyone sees that the request has ended
+            if (handle := self._handle(id)) is not None:
+                handle.pooled = array
         if self._notes is not None:
             for event in self._notes():
                 self.log.add(event)

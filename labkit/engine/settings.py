@@ -56,10 +56,11 @@ def apply(scheduler: Scheduler, settings: dict[str, Any], values: dict[str, Any]
 def _check_budget(scheduler: Scheduler, budget: int) -> None:
     """A live request may have to compute all of its prompt again, and an image that one step computes must fit."""
     for request in scheduler.requests.values():
-        longest = max((span.length for span in request.spans if span.bidirectional), default=0)
+        longest = max((span.length for span in request.spans if span.in_one_step), default=0)
         if longest > budget:
+            what = "a prompt" if any(span.whole for span in request.spans) else "an image"
             raise ValueError(
-                f"budget={budget} is too small: request {request.id!r} has an image of {longest} tokens, which one "
+                f"budget={budget} is too small: request {request.id!r} has {what} of {longest} tokens, which one "
                 f"step computes: use budget={longest} or more, or wait until it has ended"
             )
 

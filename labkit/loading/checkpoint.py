@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.options import closest
+from labkit.loading.encoders import auto_class, has_classes, is_encoder
 
 
 class Source(Protocol):
@@ -267,6 +268,8 @@ class Dummy:
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         kind = AutoModelForCausalLM if getattr(config, "vision_config", None) is None else AutoModelForImageTextToText
+        if is_encoder(config) or has_classes(config):
+            kind = auto_class(config)
         with torch.device("meta"):
             model = kind.from_config(config, trust_remote_code=trust_remote_code)
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

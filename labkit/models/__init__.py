@@ -40,7 +40,10 @@ def load_model(
     """
     import torch
 
+    from labkit.loading.bodies import body_of
     from labkit.loading.checkpoint import Dummy, resolve
+    from labkit.loading.encoders import is_encoder
+    from labkit.models.pooler import causal_pooler
 
     choose("load_format", load_format, LOAD_FORMATS)
     choose("path", path, PATHS)
@@ -62,9 +65,14 @@ def load_model(
             raise ValueError('load_format="dummy" makes dense weights, and the config has a quantization_config')
         weights = Dummy(config, seed, trust_remote_code=trust_remote_code)
     try:
-        return _build(
-            config, weights, dtype, device, length, path, trust_remote_code, deterministic, quantization, place
+        if is_encoder(config):
+            most = None if max_model_len is None else length
+            return _encoder(config, weights, dtype, device, most, deterministic, quantization, trust_remote_code, place)
+        model = _build(
+            config, body_of(weights), dtype, device, length, path, trust_remote_code, deterministic, quantization, place
         )
+        model.pooler = causal_pooler(model, config, weights)  # type: ignore[attr-defined]
+        return model
     finally:
         weights.close()
 
@@ -113,6 +121,23 @@ def _build(
     return TransformersModel(
         config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code,
         quantization=quantization, place=place or WHOLE,
+    )  # fmt: skip
+
+
+def _encoder(
+    config: Any, weights: Any, dtype: Any, device: Any, length: int | None, deterministic: bool, quantization: Any,
+    trust_remote_code: bool, place: Place | None,
+) -> Any:  # fmt: skip
+    from labkit.models.encoder import Encoder
+
+    if place is not None:
+        raise ValueError(f"{config.model_type!r} sees its prompts in both directions: one process computes it")
+    if deterministic:
+        raise ValueError(f"deterministic=True needs a native decoder, and {config.model_type!r} has none")
+    folder = getattr(weights, "folder", None)
+    return Encoder(
+        config, weights, dtype, device, length, folder=folder, trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )  # fmt: skip
 
 

@@ -42,6 +42,7 @@ def parts(module: nn.Module, *names: str) -> None:
 AttentionInterface = member("transformers", "AttentionInterface")
 AutoModelForCausalLM = member("transformers", "AutoModelForCausalLM")
 BaseModelOutputWithPast = member("transformers.modeling_outputs", "BaseModelOutputWithPast")
+BaseModelOutputWithPooling = member("transformers.modeling_outputs", "BaseModelOutputWithPooling")
 ROPE_INIT_FUNCTIONS = member("transformers.modeling_rope_utils", "ROPE_INIT_FUNCTIONS")
 for _owner, _name in (
     (AttentionInterface, "register"),

@@ -17,8 +17,8 @@ SMALL = 64 * 2**20  # below this many bytes of weights one core is as fast as tw
 def load(
     options: Mapping[str, Any], place: Place | None = None, with_draft: Callable[[Any], Any] = lambda model: None
 ) -> Any:
-    """A `TorchRunner` that is not open yet. `options["source"]` is a folder, or a transformers config. `with_draft`
-    gives a model its draft model."""
+    """A `TorchRunner`, or an `EncoderRunner`, that is not open yet. `options["source"]` is a folder, or a transformers
+    config. `with_draft` gives a model its draft model."""
     from labkit.models import load_model
     from labkit.runner.torch import TorchRunner
 
@@ -29,12 +29,17 @@ def load(
         place = replace(place, layers=options["layers"], pool=Pool(*options["pool"]))
     model: Any = load_model(source, place=place, **{name: options[name] for name in names})
     _check_held(model, options["memory_size"], 1 if place is None else place.shard.ranks * place.stages)
-    if options["adapter_room"] is not None:
+    keeps_nothing = getattr(model, "keeps_nothing", False)
+    if options["adapter_room"] is not None and not keeps_nothing:
         from labkit.models.lora import make_room
 
         make_room(model, *options["adapter_room"])
     if model.device.type == "cpu":
         _choose_threads(model, options["num_threads"])
+    if keeps_nothing:
+        from labkit.runner.encoder import EncoderRunner
+
+        return EncoderRunner(model)
     folder = Path(source) if isinstance(source, (str, Path)) else None
     in_parts = place is not None and (place.shard.ranks > 1 or place.stages > 1)
     graphs = False if in_parts and model.device.type == "cpu" else options["graphs"]  # ranks meet in between
@@ -134,7 +139,7 @@ def facts_of(runner: Any) -> dict[str, Any]:
         "num_parameters": model.num_parameters,
         "vocab_size": runner.vocab_size, "eos_token_ids": runner.eos_token_ids, "windows": runner.windows,
         "bytes_per_token": runner.bytes_per_block(1), "embedding_size": runner.embedding_size,
-        "largest_input": runner.largest_input,
+        "largest_input": runner.largest_input, "pooling": None if runner.pooler is None else runner.pooler.spec,
         "draft": about, "weight_bytes": sum(_weight_bytes(one) for one in (model, draft) if one is not None),
         "layer_bytes": _layer_bytes(model), "experts": getattr(model, "experts", {}),
     }  # fmt: skip

@@ -18,6 +18,7 @@ from labkit.core.messagepack import pack
 from labkit.core.options import real
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Plan, Result
+from labkit.core.pooling import PoolingSpec
 from labkit.parallel.adapters import RemoteSlots
 from labkit.parallel.balance import Balance, RankLoad
 from labkit.parallel.processes import SECONDS_OTHERS, Workers, error_of, step_of
@@ -101,6 +102,7 @@ class ParallelRunner:
         self.hidden_size: int = first["hidden_size"]
         self.embedding_size: int | None = first["embedding_size"]
         self.largest_input: float = first["largest_input"]
+        self.pooling: PoolingSpec | None = first["pooling"]
         self.max_model_len: int = first["max_model_len"]
         self.head_size: int = first["head_size"]
         self.device, self.name, self.dtype_name = self.workers.device, first["name"], first["dtype"]

@@ -17,6 +17,7 @@ from labkit.core.edits import Add, Clamp, Edit, Function, Project, Replace
 from labkit.core.messagepack import pack, unpack
 from labkit.core.params import SamplingParams
 from labkit.core.plan import Extras, Join, Plan, Result, TableChanges, TokenLogprobs
+from labkit.core.pooling import PoolingParams, PoolingSpec
 from labkit.runner.base import Layout
 
 # A plan's columns that nearly every step has, packed without names; all others follow by name where they are not empty.
@@ -30,12 +31,12 @@ EMPTY = Plan(0, 0, *(_NONE,) * 3, 0, *(_NONE,) * 5)
 KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Add, Arrival, Captured, CapturedStep, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, Project, Replace,
-        SamplingParams, Span, Stub, TableChanges, TokenLogprobs,
+        Add, Arrival, Captured, CapturedStep, Clamp, DiskMoves, DiskWrite, Extras, Join, Layout, PoolingParams,
+        PoolingSpec, Project, Replace, SamplingParams, Span, Stub, TableChanges, TokenLogprobs,
     )
 }  # fmt: skip
 NOT_SENT = {"extra_args", "logits_processors", "output_kind", "structured_outputs"}  # of SamplingParams
-OF_RESULT = ("errors", "extras", "read", "once", "captured", "edited")  # sent where it is there
+OF_RESULT = ("errors", "extras", "read", "once", "captured", "edited", "pooled")  # sent where it is there
 _INT = np.dtype("<i8")
 
 

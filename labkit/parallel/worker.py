@@ -93,7 +93,7 @@ class Worker:
             result = self.runner.launch(plan).result()
             if not self.answers:
                 errors = result.errors if self.rank == 0 else None  # the first stage has the inputs, which may fail
-                nothing = dict.fromkeys(("extras", "indptr", "captured", "edited"))
+                nothing = dict.fromkeys(("extras", "indptr", "captured", "edited", "pooled"))
                 result = result._replace(tokens=result.tokens[:0], errors=errors, **nothing)
             waited = self.peers.waited - before
             self._busy += time.perf_counter() - begin - waited

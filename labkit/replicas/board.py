@@ -136,7 +136,7 @@ class Board(Shown):
         return int(self.room) - num_prompt
 
     def why_never(self, request: Request) -> str | None:
-        most = request.params.max_tokens or 1
+        most = 1 if request.params.max_tokens is None else request.params.max_tokens
         if request.num_prompt + most <= self.room:
             return None
         what = f"{request.num_prompt} prompt tokens and max_tokens={most}"
@@ -252,9 +252,10 @@ class Board(Shown):
             serials.append(handle.serial)
             tokens.append(token)
             rows.append(self._row.get(handle.id, 0))
-        for id, logprobs, of_prompt, captured in news.extras:
+        for id, logprobs, of_prompt, captured, pooled in news.extras:
             if (known := self.requests.get(id)) is not None:
                 self._hand_out(known, logprobs, of_prompt, captured)
+                known.pooled = unpack_any(pooled)
         ended = []
         for id, status, reason, error, num_output, num_cached, preemptions, edited, *times in news.ended:
             link.live.pop(id, None)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from labkit.core.params import SamplingParams
-from labkit.parallel.wire import check_edits, form_of
+from labkit.core.pooling import PoolingSpec
+from labkit.parallel.wire import check_edits, form_of, unpack_any
 
 Ask = Callable[..., list[Any]]  # (name, **given): what each replica answers
 
@@ -25,6 +26,7 @@ class Model:
         self.hidden_size: int | None = facts["hidden_size"]
         self.embedding_size: int | None = facts["embedding_size"]
         self.largest_input: float = facts["largest_input"]
+        self.pooling: PoolingSpec | None = unpack_any(facts["pooling"])
         self.device: str = facts["device"]
         self.dtype_name: str = facts["dtype"]
         self.kv_dtype: str = facts["kv_dtype"]

@@ -27,6 +27,7 @@ from labkit.core.scheduling.scheduler import RejectedError
 from labkit.core.version import __version__
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
+from labkit.engine.pools import spec_of
 from labkit.parallel.channel import Channel, Closed
 from labkit.parallel.wire import pack_any, unpack_any
 from labkit.parallel.worker import error_bytes, watch
@@ -196,13 +197,13 @@ class Serving:
             new = handle.logprobs[num:]
             of_prompt = handle.prompt_logprobs if len(handle.prompt_logprobs) > num_prompt else None
             if new or of_prompt:
-                found.append([id, pack_any(new), pack_any(of_prompt), None])
+                found.append([id, pack_any(new), pack_any(of_prompt), None, None])
                 self._watched[id] = (num + len(new), len(handle.prompt_logprobs))
         for id, *_ in ended:
             self._watched.pop(id, None)
             handle_of = self.engine.scheduler.ended.get(id)
-            if isinstance(handle_of, Handle) and handle_of.captures:
-                found.append([id, None, None, pack_any(handle_of.captures)])
+            if isinstance(handle_of, Handle) and (handle_of.captures or handle_of.pooled is not None):
+                found.append([id, None, None, pack_any(handle_of.captures or None), pack_any(handle_of.pooled)])
         return found
 
     def facts(self) -> dict[str, Any]:
@@ -216,7 +217,7 @@ class Serving:
             "zero": time.perf_counter_ns() - engine.clock.now(), "runner": repr(runner),
             "vocab_size": runner.vocab_size, "eos_token_ids": list(runner.eos_token_ids),
             "num_layers": getattr(runner, "num_layers", 0), "embedding_size": getattr(runner, "embedding_size", None),
-            "largest_input": float(getattr(runner, "largest_input", np.inf)),
+            "largest_input": float(getattr(runner, "largest_input", np.inf)), "pooling": pack_any(spec_of(engine)),
             "hidden_size": getattr(model, "hidden_size", None),
             "folder": None if getattr(model, "folder", None) is None else str(model.folder),
             "is_model": model is not None or hasattr(runner, "workers"),

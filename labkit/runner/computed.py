@@ -11,6 +11,7 @@ from torch import Tensor
 
 from labkit.core.captures import CapturedStep
 from labkit.core.plan import Extras, Plan, Result
+from labkit.runner.pooling import Pooled
 from labkit.sampling.sampler import Drawn
 from labkit.transfer import fetch
 
@@ -34,15 +35,16 @@ class Computed:
         self.once = False  # it captured or recorded a step
         self.failed: dict[int, str] = {}  # rows whose inputs could not be made, or whose edits failed
         self.captured: CapturedStep | None = None
+        self.pooled: Pooled | None = None
         self.edited: dict[str, int] = {}  # request -> edits made, times tokens
         self.event: torch.cuda.Event | None = None
         if device.type == "cuda":
             self.event = torch.cuda.Event()
             self.event.record()
 
-    def showing(self, captured: CapturedStep | None, edited: dict[str, int]) -> Computed:
-        """With what was captured, and the number of edits that were made."""
-        self.captured, self.edited = captured, edited
+    def showing(self, captured: CapturedStep | None, edited: dict[str, int], pooled: Pooled | None = None) -> Computed:
+        """With what was captured and pooled, and the number of edits that were made."""
+        self.captured, self.edited, self.pooled = captured, edited, pooled
         return self
 
     def result(self) -> Result:
@@ -86,5 +88,5 @@ class Computed:
     ) -> Result:
         return Result(
             tokens, time.perf_counter() - self.begin, errors or None, extras or None, indptr, self.read or None,
-            self.once, self.captured, self.edited or None,
+            self.once, self.captured, self.edited or None, None if self.pooled is None else self.pooled.arrays(),
         )  # fmt: skip

@@ -28,6 +28,7 @@ class Rows:
         self.shown: list[tuple[tuple[str, int], ...]] = [()] * layout.num_rows  # (kind, layer) that are captured
         self.shown_from = np.full(layout.num_rows, NEVER)  # the first position that is
         self.prompting = np.zeros(layout.num_rows, bool)  # rows with prompt logprobs
+        self.pooling = np.zeros(layout.num_rows, bool)  # rows that draw nothing
         self.embedded = np.zeros(layout.num_rows, np.int64)  # positions before it may have embeddings
         self.shift = np.zeros(layout.num_rows, np.int64)  # of positions behind its images, where they have several axes
         self.has_axes = np.zeros(layout.num_rows, bool)
@@ -54,9 +55,12 @@ class Rows:
             self.joins[join.row] = join
             self.tables[:, join.row] = 0
             params = join.params
-            self.asking[join.row] = bool(params.capture or params.edit) or params.prompt_logprobs is not None
+            self.asking[join.row] = bool(params.capture or params.edit or params.pooling) or (
+                params.prompt_logprobs is not None
+            )
             self.eager[join.row] = self.asking[join.row] and needs_eager(params)
             self.prompting[join.row] = params.prompt_logprobs is not None
+            self.pooling[join.row] = params.pooling is not None
             self._show(join)
             ends = (span.end for span in join.spans if span.num_inputs)
             self.embedded[join.row] = max(ends, default=0)
@@ -154,7 +158,9 @@ def needs_eager(params: SamplingParams) -> bool:
         [edit for edit in several if isinstance(edit.positions, str)] for several in (params.edit or {}).values()
     )
     own = any(len(edits) > 1 or any(edit.parts() is None for edit in edits) for edits in lasting)
-    return own or params.prompt_logprobs is not None or "attention" in (params.capture or {})
+    return (
+        own or params.pooling is not None or params.prompt_logprobs is not None or "attention" in (params.capture or {})
+    )
 
 
 def shift_of(span: Span) -> int:

@@ -39,6 +39,7 @@ from labkit.runner.handing import Hands
 from labkit.runner.heads import HeadDrafter
 from labkit.runner.inputs import draw, draw_from, draws_of, inputs_of
 from labkit.runner.memory import BlockStore, blocks_in, bytes_per_block, kv_dtype, make_caches, memory_for_blocks
+from labkit.runner.pooling import pooled_step
 from labkit.runner.repeats import Repeats
 from labkit.runner.replay import can_replay, replay
 from labkit.runner.rows import Rows
@@ -113,7 +114,7 @@ class TorchRunner(Sleeps, Replaces, Hands):
         self.seed = whole("seed", seed, least=0)
         self.embedding_size = getattr(model, "embedding_size", None)
         self.max_model_len, self.head_size = model.max_model_len, model.kv[0].key_size if model.kv else 0
-        self.dtype_name = str(model.dtype)[6:]
+        self.dtype_name, self.pooler = str(model.dtype)[6:], getattr(model, "pooler", None)
         self.features = features_of(model, most_feature_bytes)
         self.draws = getattr(model, "is_last", True)  # stages before the last one compute, and draw nothing
         self.largest_input = torch.finfo(model.dtype).max
@@ -341,11 +342,10 @@ class TorchRunner(Sleeps, Replaces, Hands):
             return self._pending(Computed(plan, None, None, {}, [], begin, self.device), failed)
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
         extras = extras_of(self.model, plan, inputs.query_start, hidden, self.rows) if asked else {}
-        shown = None
-        if wanted is not None and capture is not None:
-            shown = captured(plan, self.rows, inputs.query_start, wanted, capture)
+        shown = captured(plan, self.rows, inputs.query_start, wanted, capture) if wanted and capture else None
+        pooled = pooled_step(plan, self.rows, inputs.query_start, hidden, self.pooler) if asked else None
         computed = self._drawn(plan, drawn, extras, begin)
-        return self._pending(computed.showing(shown, edits.counts), failed)
+        return self._pending(computed.showing(shown, edits.counts, pooled), failed)
 
     def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Computed:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []

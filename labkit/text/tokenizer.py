@@ -81,9 +81,12 @@ class Tokenizer:
             from tokenizers import Tokenizer as Backend
 
             try:
-                return cls(Backend.from_file(str(folder / "tokenizer.json")), config, template)
+                read: Any = Backend.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # tokenizers raises bare Exception
                 raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+            read.no_padding()  # sentence models have both in their files
+            read.no_truncation()
+            return cls(read, config, template)
         from transformers import AutoTokenizer
 
         try:
@@ -92,7 +95,7 @@ class Tokenizer:
             raise ValueError(
                 f"{folder} holds no tokenizer that can be read: {error} (skip_tokenizer_init=True goes without one)"
             ) from error
-        backend = getattr(slow, "backend_tokenizer", None)
+        backend: Any = getattr(slow, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"{folder} has only a slow tokenizer: save a fast one (tokenizer.json) there")
         return cls(backend, config, template or slow.chat_template)
@@ -114,6 +117,26 @@ class Tokenizer:
             raise ValueError(f"text must be a string, got {type(text).__name__}")
         ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def encode_within(self, text: str, most: int, side: str = "right") -> list[int]:
+        """At most so many tokens: text is cut off at this side, the special tokens around it stay."""
+        found = self.backend.encode(text, add_special_tokens=False)
+        found.truncate(max(most - self.backend.num_special_tokens_to_add(False), 0), direction=side)
+        ids: list[int] = self.backend.post_process(found).ids
+        return ids
+
+    def encode_pair(
+        self, first: str, second: str, most: int | None = None, side: str = "right"
+    ) -> tuple[list[int], int | None]:
+        """Two texts as a cross-encoder reads them, and where the second begins if the tokenizer gives the two token
+        types. With `most`, the longer one is cut."""
+        pair = [self.backend.encode(text, add_special_tokens=False) for text in (first, second)]
+        if most is not None:
+            room = max(most - self.backend.num_special_tokens_to_add(True), 0)
+            for one, length in zip(pair, _shared(len(pair[0]), len(pair[1]), room), strict=True):
+                one.truncate(length, direction=side)
+        found = self.backend.post_process(*pair)
+        return found.ids, found.type_ids.index(1) if 1 in found.type_ids else None
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -160,6 +183,17 @@ class Tokenizer:
             return render(self._compiled, given | specials | more)
         except TemplateError as error:
             raise ValueError(f"the chat template does not take these messages: {error}") from error
+
+
+def _shared(first: int, second: int, room: int) -> tuple[int, int]:
+    """Lengths of two texts in this room. The longer one is cut first, then both."""
+    if first + second <= room:
+        return first, second
+    shorter = min(first, second)
+    longer = max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room - room // 2
+    return (shorter, longer) if first <= second else (longer, shorter)
 
 
 def unfinished(text: str, content: str) -> str:

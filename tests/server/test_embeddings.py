@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import labkit as lk
-from labkit.server.pooling import of_folder
+from labkit.loading.sentence import Sentence, read_sentence
 from tests.server.talk import gated, in_process
 
 TEXTS = ["def f(x):", "import os", "x"]
@@ -71,7 +71,7 @@ def test_texts_token_ids_and_base64_mean_the_same(http, server):
 def test_nothing_of_a_request_is_kept(http, server):
     vectors(http)
     ended = [r for r in server.engine.scheduler.ended.values() if r.id.startswith("embd")]
-    assert ended and not any(request.captures for request in ended)
+    assert ended and all(request.pooled is None and not request.num_output for request in ended)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,20 @@ def test_dimensions_where_the_model_allows_them(server):
 
 
 def test_what_a_sentence_models_files_say(tmp_path):
-    assert of_folder(None) == of_folder(tmp_path) == ("LAST", True, ())
+    assert read_sentence(None) == read_sentence(tmp_path) == Sentence()
     (tmp_path / "config.json").write_text(json.dumps({"is_matryoshka": True}))
     kinds = ("Transformer", "Pooling", "Normalize")
     modules = [{"path": f"{i}_{kind}", "type": f"sentence_transformers.models.{kind}"} for i, kind in enumerate(kinds)]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "1_Pooling").mkdir()
     (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_lasttoken": True}))
-    assert of_folder(tmp_path) == ("LAST", True, None)
+    assert read_sentence(tmp_path) == Sentence("LAST", True, None)
     (tmp_path / "modules.json").write_text(json.dumps(modules[:2]))
     (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
-    assert of_folder(tmp_path) == ("MEAN", False, None)
+    assert read_sentence(tmp_path) == Sentence("MEAN", False, None)
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ValueError, match="several kinds of pooling"):
+        read_sentence(tmp_path)
 
 
 def test_settings_of_the_pooler_are_checked():

@@ -18,7 +18,7 @@ from labkit.core.options import whole
 class Span:
     """Tokens that belong together, such as an image's. `key` (the content hash) is part of the hash of every block the
     span touches. A prefix hit never ends inside an `atomic` span. The tokens of a `bidirectional` one see each other,
-    so that one step computes them all.
+    so that one step computes them all; so it does with a `whole` one.
 
     `embeddings` [length, size], an array or a tensor, are the model's inputs at these positions, instead of the
     embeddings of the token ids (as transformers' `inputs_embeds`). Without a `key` the embeddings are hashed.
@@ -37,6 +37,7 @@ class Span:
     embeddings: Any = field(default=None, compare=False, repr=False)
     atomic: bool = field(default=True, repr=False)
     bidirectional: bool = field(default=False, repr=False)
+    whole: bool = field(default=False, repr=False)
     pixels: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     places: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
     axes: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
@@ -68,9 +69,15 @@ class Span:
         return self.start + self.length
 
     @property
+    def in_one_step(self) -> bool:
+        return self.bidirectional or self.whole
+
+    @property
     def kind(self) -> str:
         if self.routing is not None:
             return "routing"
+        if self.whole:
+            return "whole"
         return "image" if self.pixels is not None else "span" if self.embeddings is None else "embeddings"
 
     @property

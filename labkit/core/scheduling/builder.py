@@ -97,7 +97,7 @@ class PlanBuilder:
                 end += chunk.count
                 indptr.append(end)
                 queries.append(query)
-            done = [i for i, chunk in enumerate(chunks) if chunk.count == chunk.gap]
+            done = [i for i, chunk in enumerate(chunks) if chunk.count == chunk.gap and s.draws(chunk.row)]
             rows = np.concatenate((decodes, [chunk.row for chunk in chunks]))
             start = np.concatenate((start, [chunk.start for chunk in chunks]))
             count = np.concatenate((count, [chunk.count for chunk in chunks]))

@@ -11,13 +11,15 @@ from labkit.core.request import Request, Status
 from labkit.core.scheduling import loading, preempt
 from labkit.core.scheduling.state import SchedulerState
 
+NO_ROWS: list[int] = []
+
 
 def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
     tables = s.tables
     rows, end = plan.rows, plan.start + plan.count
     sampled, tokens = plan.sample_row, np.asarray(result.tokens, np.int32)
     errors = result.errors or {}
-    several = None
+    several, over = None, NO_ROWS
     if result.indptr is not None or len(plan.drafts):
         tokens, several = _accept(s, plan, tokens, result.counts(), end)
     void = s.dropped.copy() if s.draining or errors else None
@@ -36,13 +38,14 @@ def apply(s: SchedulerState, plan: Plan, result: Result, now: int) -> Outputs:
     if plan.num_decode < len(plan.rows):
         first = plan.num_decode
         settle_prefills(s, plan.rows[first:].tolist(), plan.sample_row[first:].tolist(), now)
+        over = rows[end >= s.limit[rows]].tolist()  # they draw nothing
     tables.flat_tokens[tables.token_base[sampled] + known] = tokens
     known = known + 1
     tables.num_tokens[sampled] = known
     done = is_over(s, sampled, tokens, known).nonzero()[0]
-    ended: list[Request] = []
+    ended = end_rows(s, over, now) if over else []
     if len(done) or errors:
-        ended = finish(s, sampled[done].tolist(), tokens[done].tolist(), errors, now)
+        ended += finish(s, sampled[done].tolist(), tokens[done].tolist(), errors, now)
     if several is not None:
         sampled, tokens = several
         if void is not None:
@@ -151,6 +154,20 @@ def finish(s: SchedulerState, rows: list[int], tokens: list[int], errors: dict[i
         ended.append(request)
         rows = [*rows, row]
         s.end_row(row, Status.FINISHED, "error")
+    s.remove_rows(rows)
+    return ended
+
+
+def end_rows(s: SchedulerState, rows: list[int], now: int) -> list[Request]:
+    """These have computed their prompts, which is all they were to do."""
+    ended: list[Request] = []
+    for row in rows:
+        request = s.row_request[row]
+        if request is None or request.row != row:
+            continue  # it ended meanwhile
+        request.finished_at = now
+        ended.append(request)
+        s.end_row(row, Status.FINISHED, "length")
     s.remove_rows(rows)
     return ended
 

@@ -334,7 +334,8 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
 
 
 def settle_chunks(s: SchedulerState, builder: PlanBuilder) -> None:
-    """Rows whose chunk reaches their last known token sample a token now and decode from the next step on."""
+    """Rows whose chunk reaches their last known token sample a token now and decode from the next step on. One that
+    draws none is with them until this step is committed."""
     done = []
     for chunk in builder.chunks:
         row, count = chunk.row, chunk.count

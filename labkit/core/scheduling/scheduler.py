@@ -172,7 +172,7 @@ class Scheduler(SchedulerState, Shown):
     def why_never(self, request: Request) -> str | None:
         """Why this request can never be served here, or None if it can."""
         bm, num_prompt = self.blocks, request.num_prompt
-        most = request.params.max_tokens or 1  # None means all the room there is, but at least one
+        most = 1 if request.params.max_tokens is None else request.params.max_tokens  # None: all the room there is
         keys = compacting.num_keys(request, num_prompt + most)
         by_slot = request.params.kv is not None and request.params.kv.positions == "cache"
         if self.max_model_len is not None and (keys if by_slot else num_prompt + most) > self.max_model_len:
@@ -219,7 +219,7 @@ class Scheduler(SchedulerState, Shown):
             )  # fmt: skip
             if member.session is not None:
                 sessions.note(self, member, now)
-            for span in member.spans if parent is None else ():
+            for span in (span for span in member.spans if parent is None and not span.whole):
                 self.log.add(("Spanned", member.id, span.kind, span.start, span.length, span.short))
             if reason is not None:
                 self.end_unplaced(member, Status.REJECTED, reason)

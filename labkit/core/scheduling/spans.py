@@ -10,11 +10,11 @@ from labkit.core.request import Request
 
 
 def fit(spans: Sequence[Span], start: int, count: int, most: int) -> int:
-    """`count` tokens from `start` on, or up to `most`, so that the end splits no bidirectional span; 0 if the first
+    """`count` tokens from `start` on, or up to `most`, so that the end splits no span of one step; 0 if the first
     token's span has no room."""
     end = start + count
     for span in spans:
-        if span.bidirectional and span.start < end < span.end:
+        if span.in_one_step and span.start < end < span.end:
             return span.end - start if span.end - start <= most else max(span.start - start, 0)
     return count
 
@@ -38,9 +38,10 @@ def begun(spans: Sequence[Span], start: int, count: int) -> int:
 
 def too_long(spans: Sequence[Span], most: int) -> str | None:
     """Why a step of `most` tokens can never hold one of these spans."""
-    longest = max((span.length for span in spans if span.bidirectional), default=0)
-    if longest > most:
-        return f"an image of {longest} tokens is computed in one step: raise max_num_batched_tokens ({most}) to that"
+    longest = max((span for span in spans if span.in_one_step), key=lambda span: span.length, default=None)
+    if longest is not None and longest.length > most:
+        what = f"{'a prompt' if longest.whole else 'an image'} of {longest.length} tokens"
+        return f"{what} is computed in one step: raise max_num_batched_tokens ({most}) to that"
     return None
 
 

@@ -309,6 +309,10 @@ class SchedulerState:
         del self.held[row]
         self.log.add(("Scheduled", self.id_of(row), count))
 
+    def draws(self, row: int) -> bool:
+        """Whether the row may get another token."""
+        return bool(self.tables.num_tokens[row] < self.limit[row])
+
     def id_of(self, row: int) -> str:
         request = self.row_request[row]
         assert request is not None
