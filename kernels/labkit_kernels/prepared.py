@@ -27,7 +27,7 @@ from torch import Tensor
 MOST = 4096  # classes of calls that a launcher remembers
 ALIGNED = 15  # addresses are multiples of 16, as the compiled kernel assumes
 
-Ready = Callable[..., bool]  # launches with these tensors; False if it cannot
+Ready = Callable[..., bool]  # launches with these tensors, or addresses; False if it cannot
 
 _all: list[Launches] = []
 _paused = 0
@@ -55,7 +55,7 @@ class Launches:
             self._found[key] = value
 
     def launch(
-        self, key: Hashable | None, kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...],
+        self, key: Hashable | None, kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...],
         numbers: tuple[Any, ...], **options: Any,
     ) -> None:  # fmt: skip
         """Launch through Triton, and keep it for this class of calls, unless the key is None."""
@@ -68,24 +68,26 @@ class Launches:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: tuple[Tensor, ...], numbers: tuple[Any, ...], **options: Any
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], numbers: tuple[Any, ...], **options: Any
 ) -> Ready | None:
     """Launch through Triton: the kernel's first parameters are pointers (`tensors`), then come `numbers`, the rest is
-    in `options`. What repeats the launch; None if it must go through Triton again, as it does in the interpreter."""
+    in `options`. What repeats the launch; None if it must go through Triton again, as it does in the interpreter.
+    Tensor descriptors among the tensors come before all else, as the kernel's first parameters."""
     compiled = kernel[grid](*tensors, *numbers, **options)
     if compiled is None or _paused or not hasattr(compiled, "packed_metadata") or getattr(kernel, "pre_run_hooks", ()):
         return None
-    if any(tensor.data_ptr() & ALIGNED for tensor in tensors):
+    described = sum(not isinstance(tensor, Tensor) for tensor in tensors)
+    if any(tensor.data_ptr() & ALIGNED for tensor in tensors[described:]):
         return None
     names = list(kernel.arg_names)
     given = dict(zip(names, (*tensors, *numbers), strict=False)) | options
     if any(name not in given for name in names):
         return None  # a default
     tail = tuple(given[name] for name in names[len(tensors) :])
-    return _repeated(compiled, (*grid, 1, 1)[:3], tail)
+    return _repeated(compiled, (*grid, 1, 1)[:3], described, tail)
 
 
-def _repeated(compiled: Any, grid: tuple[int, ...], tail: tuple[Any, ...]) -> Ready | None:
+def _repeated(compiled: Any, grid: tuple[int, ...], described: int, tail: tuple[Any, ...]) -> Ready:
     from triton.runtime import driver
 
     active = driver.active
@@ -94,14 +96,14 @@ def _repeated(compiled: Any, grid: tuple[int, ...], tail: tuple[Any, ...]) -> Re
     x, y, z = grid
     hooks = _hooks()
 
-    def ready(*tensors: Tensor) -> bool:
-        addresses = [tensor.data_ptr() for tensor in tensors]
+    def ready(*tensors: Any) -> bool:
+        addresses = [tensor if tensor.__class__ is int else tensor.data_ptr() for tensor in tensors[described:]]
         together = 0
         for address in addresses:
             together |= address
         if together & ALIGNED or hooks:
             return False
-        run(x, y, z, stream_of(device), function, metadata, None, None, None, *addresses, *tail)
+        run(x, y, z, stream_of(device), function, metadata, None, None, None, *tensors[:described], *addresses, *tail)
         return True
 
     return ready

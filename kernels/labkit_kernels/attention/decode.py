@@ -14,9 +14,9 @@ from .prefill import LOG2E, through
 
 @triton.jit
 def decode(
-    q,
     k_tiles,
     v_tiles,
+    q,
     k,
     v,
     out,  # [tokens, heads, D], dense

@@ -10,20 +10,24 @@ Not measured yet: `labkit kernels tune paged_attention` measures it beside the o
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from labkit_kernels.config import Config
+from labkit_kernels.prepared import Launches, Ready, launch
 from labkit_kernels.tune import Choice, chosen
 
 from .decode import decode
 from .prefill import prefill
 
 OP = "paged_attention"
+launches = Launches()  # of all kernels of this op
+Again = Callable[..., "Tensor | None"]  # repeats a class of calls
 DTYPES = (torch.float16, torch.bfloat16)
 SIZES = (64, 128)
 DECODE_ROWS = 64  # query tokens x heads of a key head that one program serves
@@ -118,12 +122,15 @@ def attend_pages(
     max_query_len: int = 0,
     max_seq_len: int = 0,
     splits: int | None = None,
+    key: Hashable | None = None,  # of this class of calls, to keep the launches for
     **_: Any,
 ) -> Tensor:
     """Whatever `why_not` lets pass."""
     num_tokens, num_heads, size = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
     num_seqs, group = seq_len.shape[0], num_heads // kv_heads
+    if not (query_start.is_contiguous() and seq_len.is_contiguous()):
+        key = None
     query_start, seq_len = query_start.contiguous(), seq_len.contiguous()
     out = q.new_empty(num_tokens, num_heads, size)
     if num_tokens == 0 or num_seqs == 0:
@@ -134,18 +141,20 @@ def attend_pages(
     facts: dict[str, Any] = {"GROUP": group, "KV_HEADS": kv_heads, "D": size, "BLOCK_SIZE": block_size}
     facts |= {"WINDOW": window, "SINKS": sinks is not None}
     sinks = out if sinks is None else sinks
+    made: list[_Made] = []
     if max_query_len > short:
         tile = chosen(
             OP, tile_key("prefill", size, q.dtype, block_size), prefill_tile(size, block_size, major), q.device
         )
         rows, keys = tile["rows"], tile["keys"]
         blocks = num_tokens // rows + num_seqs
-        prefill[(blocks * num_heads,)](
-            q, *_tiles(k_cache, v_cache, tile), k_cache, v_cache, out, block_table, query_start, seq_len, sinks,
-            num_seqs, num_heads, scale, *strides, **facts, BLOCK_M=rows, BLOCK_N=keys, MASKED_N=min(keys, 64),
-            SHORT=short, TMA=bool(tile["tma"]), num_warps=tile["num_warps"],
-            num_stages=tile["num_stages"],
+        ready = launch(
+            prefill, (blocks * num_heads,),
+            (*_tiles(k_cache, v_cache, tile), q, k_cache, v_cache, out, block_table, query_start, seq_len, sinks),
+            (num_seqs, num_heads, scale, *strides), **facts, BLOCK_M=rows, BLOCK_N=keys, MASKED_N=min(keys, 64),
+            SHORT=short, TMA=bool(tile["tma"]), num_warps=tile["num_warps"], num_stages=tile["num_stages"],
         )  # fmt: skip
+        made.append(_Made(ready, _without_base(k_cache, v_cache, tile)))
     if short:
         tile = chosen(OP, tile_key("decode", size, q.dtype, block_size), decode_tile(size), q.device)
         rows = max(16, triton.next_power_of_2(short * group))
@@ -161,13 +170,56 @@ def attend_pages(
             parts = q.new_empty(num_seqs * kv_heads, splits, rows, size, dtype=torch.float32)
             stats = q.new_empty(num_seqs * kv_heads, splits, 2, rows, dtype=torch.float32)
             arrived = _arrivals(q.device)
-        decode[(num_seqs * kv_heads, splits)](
-            q, *_tiles(k_cache, v_cache, tile), k_cache, v_cache, out, parts, stats, arrived, block_table, query_start,
-            seq_len, sinks, scale, *strides, **facts, BLOCK_Q=short, BLOCK_M=rows, BLOCK_N=tile["keys"],
+        ready = launch(
+            decode, (num_seqs * kv_heads, splits),
+            (*_tiles(k_cache, v_cache, tile), q, k_cache, v_cache, out, parts, stats, arrived, block_table, query_start,
+             seq_len, sinks),
+            (scale, *strides), **facts, BLOCK_Q=short, BLOCK_M=rows, BLOCK_N=tile["keys"],
             SPLITS=triton.next_power_of_2(splits), TMA=bool(tile["tma"]),
             num_warps=tile["num_warps"] if rows <= 16 else 8, num_stages=tile["num_stages"],
         )  # fmt: skip
+        made.append(
+            _Made(
+                ready, _without_base(k_cache, v_cache, tile), True, (parts.shape, stats.shape) if splits > 1 else None
+            )
+        )
+    if key is not None and all(one.ready is not None for one in made):
+        launches.keep(key, _again(made, out.shape))
     return out
+
+
+class _Made(NamedTuple):
+    """One of the launches of a class of calls."""
+
+    ready: Ready | None
+    described: Any  # a descriptor of a cache's tiles, or None
+    decodes: bool = False
+    parts: tuple[torch.Size, torch.Size] | None = None  # shapes of parts and their maxima and sums, if keys are split
+
+
+def _again(made: list[_Made], shape: torch.Size) -> Again:
+    """With new tensors it gives the output, or None if it cannot."""
+
+    def again(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_start: Tensor, seq_len: Tensor,
+        sinks: Tensor | None, alibi: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        out = q.new_empty(shape)
+        where = (block_table, query_start, seq_len, out if sinks is None else sinks)
+        for ready, described, decodes, parts in made:
+            some: tuple[Tensor, ...] = ()
+            if parts is not None:
+                some = *(q.new_empty(part, dtype=torch.float32) for part in parts), _arrivals(q.device)
+            elif decodes:
+                some = out, out, out
+            tiles: tuple[Any, Any] = k_cache, v_cache
+            if described is not None:
+                tiles = _of(described, k_cache), _of(described, v_cache)
+            if ready is None or not ready(*tiles, q, k_cache, v_cache, out, *some, *where):
+                return None
+        return out
+
+    return again
 
 
 def _tiles(k_cache: Tensor, v_cache: Tensor, tile: Choice) -> tuple[Any, Any]:
@@ -181,6 +233,23 @@ def _tiles(k_cache: Tensor, v_cache: Tensor, tile: Choice) -> tuple[Any, Any]:
         TensorDescriptor(cache, [cache.numel() // size, size], [size, 1], [tile["keys"], size])
         for cache in (k_cache, v_cache)
     )
+
+
+def _without_base(k_cache: Tensor, v_cache: Tensor, tile: Choice) -> Any:
+    """A descriptor that serves any cache of this shape, and keeps none of them in memory."""
+    if not tile["tma"]:
+        return None
+    found, _ = _tiles(k_cache, v_cache, tile)
+    found.base = None
+    return found
+
+
+def _of(described: Any, cache: Tensor) -> Any:
+    """The same tiles of another cache. Triton checks a descriptor whenever one is made, which takes 8 us."""
+    made = object.__new__(described.__class__)
+    made.__dict__.update(described.__dict__)
+    made.base = cache
+    return made
 
 
 _POINTERS = dict.fromkeys(("table", "query_start", "seq_len"), "*i32")

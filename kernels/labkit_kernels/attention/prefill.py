@@ -100,9 +100,9 @@ def through(
 
 @triton.jit(do_not_specialize=["num_seqs"])
 def prefill(
-    q,
     k_tiles,
     v_tiles,
+    q,
     k,
     v,
     out,  # [tokens, heads, D], dense

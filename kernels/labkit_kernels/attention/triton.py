@@ -14,25 +14,25 @@ works. If a tile lies within one block, the block number is read once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from labkit_kernels.cache.codes import split
+from labkit_kernels.cache.codes import scales_after, split
 from labkit_kernels.config import MOST_SHARED, Config
-from labkit_kernels.prepared import Launches, Ready, launch
+from labkit_kernels.prepared import Ready, launch
 from labkit_kernels.tune import chosen
 
 from . import library, pages
 from . import paged_attention as op
+from .pages import Again, launches
 from .programs import attend, combine
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}  # of codes
-_launches = Launches()
 MOST_HEADS = 64  # of a group, in one program
 WAVES = {"waves": 4}  # decode programs per multiprocessor: as many as it holds, to keep memory busy
 DECODE_ROWS = 64  # a sequence with at most this many query tokens x heads is one block of rows
@@ -114,13 +114,14 @@ def attend_rows(
     captured with."""
     kind = KINDS.get(k_cache.dtype, "")
     k_scales, v_scales = k_cache, v_cache
+    scales_at = (scales_after(k_cache), scales_after(v_cache)) if kind else (0, 0)
     if kind:
         (k_cache, k_scales), (v_cache, v_scales) = split(k_cache), split(v_cache)
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     num_tokens, num_heads, size = q.shape
     _, kv_heads, block_size, value_size = v_cache.shape
     num_seqs = seq_len.shape[0]
-    if kind or not (query_start.is_contiguous() and seq_len.is_contiguous()):
+    if not (query_start.is_contiguous() and seq_len.is_contiguous()):
         key = None
     query_start, seq_len = query_start.contiguous(), seq_len.contiguous()
     out = q.new_empty(num_tokens, num_heads, value_size)
@@ -174,15 +175,16 @@ def attend_rows(
             DV=value_wide, SPLITS=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
     if key is not None and first is not None and (second is not None or splits == 1):
-        _launches.keep(key, _again(first, second, out.shape, parts.shape, stats.shape))
+        launches.keep(key, _again(first, second, out.shape, parts.shape, stats.shape, scales_at))
     return out
 
 
-Again = Callable[..., "Tensor | None"]
-
-
-def _again(first: Ready, second: Ready | None, shape: torch.Size, parts: torch.Size, stats: torch.Size) -> Again:
+def _again(
+    first: Ready, second: Ready | None, shape: torch.Size, parts: torch.Size, stats: torch.Size,
+    scales_at: tuple[int, int],
+) -> Again:  # fmt: skip
     """Both launches of a class of calls: with new tensors it gives the output, or None if it cannot."""
+    k_scales_at, v_scales_at = scales_at
 
     def again(
         q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, query_start: Tensor, seq_len: Tensor,
@@ -193,7 +195,11 @@ def _again(first: Ready, second: Ready | None, shape: torch.Size, parts: torch.S
         if second is not None:
             sums, some = q.new_empty(parts, dtype=torch.float32), q.new_empty(stats, dtype=torch.float32)
         others = out if sinks is None else sinks, out if alibi is None else alibi
-        done = first(q, k_cache, v_cache, k_cache, v_cache, out, sums, some, block_table, query_start, seq_len, *others)
+        keys, values = k_cache.data_ptr(), v_cache.data_ptr()
+        done = first(
+            q, keys, values, keys + k_scales_at, values + v_scales_at, out, sums, some, block_table, query_start,
+            seq_len, *others,
+        )  # fmt: skip
         return out if done and (second is None or second(sums, some, out)) else None
 
     return again
@@ -216,47 +222,61 @@ def class_of(q: Tensor, k_cache: Tensor, v_cache: Tensor, where: Sequence[Tensor
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: Tensor, **options: Any) -> Tensor:
     """By the kernel that `labkit kernels tune` found fastest on this device for such a call; unmeasured: `rows`."""
     key = class_of(q, k_cache, v_cache, where, options)
-    if (again := _launches.get(key)) is not None:
+    if (again := launches.get(key)) is not None:
         out: Tensor | None = again(q, k_cache, v_cache, *where, options.get("sinks"), options.get("alibi"))
         if out is not None:
             return out
     kernel = chosen(op.name, kernel_key(q, k_cache, options), ROWS, q.device)["kernel"]
-    if kernel == "rows":
-        return attend_rows(q, k_cache, v_cache, *where, **options, key=key)
-    return KERNELS[kernel](q, k_cache, v_cache, *where, **options)
+    return KERNELS[kernel](q, k_cache, v_cache, *where, **options, key=key)
 
 
 @op.variant("pages", device="cuda", dtypes=DTYPES)
 def paged_attention_pages(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: Tensor, **options: Any) -> Tensor:
     """By `decode.py` and `prefill.py`; what they do not serve goes to `rows`."""
+    key = ("pages", class_of(q, k_cache, v_cache, where, options))
+    if (again := launches.get(key)) is not None:
+        out: Tensor | None = again(q, k_cache, v_cache, *where, options.get("sinks"), options.get("alibi"))
+        if out is not None:
+            return out
+    return _by_pages(q, k_cache, v_cache, *where, **options, key=key)
+
+
+def _by_pages(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: Tensor, key: Hashable, **options: Any) -> Tensor:
     served = pages.why_not(q, k_cache, v_cache, options) is None
-    return (pages.attend_pages if served else attend_rows)(q, k_cache, v_cache, *where, **options)
+    return (pages.attend_pages if served else attend_rows)(q, k_cache, v_cache, *where, **options, key=key)
 
 
 @op.variant("sdpa", device="cuda", dtypes=DTYPES)
 def paged_attention_sdpa(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, *,
+    key: Hashable | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
     """Whole prompts without a past by torch's cuDNN backend; all else as `pages` does it."""
     if library.is_whole_prompt(q, k_cache, seq_len, options):
         return library.attend_whole(q, k_cache, v_cache, table, scale=options["scale"])
-    return paged_attention_pages(q, k_cache, v_cache, table, start, seq_len, **options)
+    return _or_pages(key)(q, k_cache, v_cache, table, start, seq_len, **options)
 
 
 @op.variant("cudnn", device="cuda", dtypes=DTYPES, accepts=library.why_no_frontend)
 def paged_attention_cudnn(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, **options: Any
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, start: Tensor, seq_len: Tensor, *,
+    key: Hashable | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
     """By cuDNN's frontend; options that it lacks, and caches in 8 bits, whose scales are of tokens, as `pages` does."""
     if library.plain(q, k_cache, options) and options.get("max_query_len", 0) > 0 and len(q):
         bounds = {"scale": options["scale"], "max_query_len": options["max_query_len"]}
         return library.attend_frontend(q, k_cache, v_cache, table, start, seq_len, **bounds)
-    return paged_attention_pages(q, k_cache, v_cache, table, start, seq_len, **options)
+    return _or_pages(key)(q, k_cache, v_cache, table, start, seq_len, **options)
 
 
+def _or_pages(key: Hashable | None) -> Callable[..., Tensor]:
+    return paged_attention_pages if key is None else partial(_by_pages, key=key)
+
+
+# By the name that `tune` keeps. Each is given the class of the call, to keep its launches for.
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "rows": attend_rows,
-    "pages": paged_attention_pages,
+    "pages": _by_pages,
     "sdpa": paged_attention_sdpa,
     "cudnn": paged_attention_cudnn,
 }

@@ -49,6 +49,11 @@ def split(cache: Tensor) -> tuple[Tensor, Tensor]:
     return codes, flat[..., length:].view(torch.float32)
 
 
+def scales_after(cache: Tensor) -> int:
+    """Bytes from the start of an 8-bit cache to its first scale."""
+    return cache.shape[2] * vector_size(cache)
+
+
 def encode(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes of vectors along the last dimension, and each one's scale, without that dimension. A nan gives a nan for
     its scale."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from labkit_kernels.config import Config
 from labkit_kernels.linear import linear_invariant
-from labkit_kernels.prepared import Launches
+from labkit_kernels.prepared import Launches, launch
 from labkit_kernels.tune import Choice, Tune, chosen
 
 DEPTH, STAGES = 64, 4
@@ -103,31 +103,35 @@ def linear_invariant_triton(
     out = x.new_empty(len(x), columns)
     if not len(x):
         return out
+    tensors = x, weight, out if bias is None else bias, out if residual is None else residual, out
+    others = tuple(None if y is None else (y.dtype, y.stride()) for y in (bias, residual))
+    key = (x.get_device(), x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), *others)
+    if (kept := _launches.get(key)) is not None:
+        ready, shape = kept
+        if ready(*tensors, *_room(out, shape)):
+            return out
     tile = chosen(linear_invariant.name, "wide tile", TILE, x.device) if columns >= WIDE else TILE
     tiles = triton.cdiv(columns, tile["columns"]) * triton.cdiv(len(x), tile["rows"])
     span = span_of(columns, depth, chosen(linear_invariant.name, "span", UNSPLIT, x.device)["least"])
     apart = span < depth and tiles <= MOST_APART
     num_parts = triton.cdiv(depth, span) if apart else 1
-    parts = arrived = out
-    if apart:
-        parts = x.new_empty(tiles, num_parts, tile["rows"], tile["columns"], dtype=torch.float32)
-        arrived = _arrivals(x.device)
-    tensors = (
-        x, weight, out if bias is None else bias, out if residual is None else residual, out, parts, arrived
+    shape = (tiles, num_parts, tile["rows"], tile["columns"]) if apart else None
+    found = launch(
+        _multiply, (tiles, num_parts), (*tensors, *_room(out, shape)),
+        (len(x), columns, depth, span, x.stride(0), weight.stride(0), out.stride(0) if residual is None
+         else residual.stride(0)),
+        ROWS=tile["rows"], COLUMNS=tile["columns"], DEPTH=DEPTH, TOGETHER=TOGETHER, BIAS=bias is not None,
+        RESIDUAL=residual is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        SPLIT=span < depth, APART=apart, num_warps=tile["num_warps"], num_stages=STAGES,
     )  # fmt: skip
-    others = tuple(None if y is None else (y.dtype, y.stride()) for y in (bias, residual))
-    key = (x.get_device(), x.dtype, x.shape, x.stride(), weight.dtype, weight.shape, weight.stride(), *others)
-    ready = _launches.get(key)
-    if ready is None or not ready(*tensors):
-        _launches.launch(
-            key, _multiply, (tiles, num_parts), tensors,
-            (len(x), columns, depth, span, x.stride(0), weight.stride(0), out.stride(0) if residual is None
-             else residual.stride(0)),
-            ROWS=tile["rows"], COLUMNS=tile["columns"], DEPTH=DEPTH, TOGETHER=TOGETHER, BIAS=bias is not None,
-            RESIDUAL=residual is not None, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            SPLIT=span < depth, APART=apart, num_warps=tile["num_warps"], num_stages=STAGES,
-        )  # fmt: skip
+    if found is not None:
+        _launches.keep(key, (found, shape))
     return out
+
+
+def _room(out: Tensor, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """For the parts of the sums, and the counters of those that arrived; the output where nothing is cut."""
+    return (out, out) if shape is None else (out.new_empty(shape, dtype=torch.float32), _arrivals(out.device))
 
 
 def span_of(columns: int, depth: int, least: int) -> int:

@@ -18,7 +18,9 @@ from torch import Tensor
 from labkit_kernels.config import Config
 from labkit_kernels.lora import TILE, lora_expand, lora_shrink
 from labkit_kernels.lora.groups import Groups
+from labkit_kernels.prepared import Launches
 
+_launches = Launches()
 DEPTH = 128  # inputs that a program of the shrinking kernel multiplies at a time
 COLUMNS = 128  # outputs that a program of the expanding kernel computes
 
@@ -126,6 +128,10 @@ def _expand(
         tl.store(where, (before + total).to(out.dtype.element_ty), mask=seen)
 
 
+def kinds_of(ranks: Tensor, groups: Groups) -> tuple[torch.dtype, ...]:
+    return ranks.dtype, groups.tokens.dtype, groups.tiles.dtype
+
+
 def block_of(rank: int, exact: bool) -> int:
     """Columns of t that a program takes at a time: a divisor of the rank, which is a multiple of 16. In float32 64
     columns spill."""
@@ -137,15 +143,30 @@ def lora_shrink_triton(
     x: Tensor, a: Tensor, ranks: Tensor, parts: int, groups: Groups, splits: int = 1
 ) -> Tensor:  # fmt: skip
     num, (_, width, inputs) = len(groups.tokens), a.shape
-    out = torch.empty(splits, num, width, dtype=torch.float32, device=x.device)
+    out = x.new_empty((splits, num, width), dtype=torch.float32)
+    tensors = x, a, ranks, groups.tokens, groups.tiles, out
+    key = (
+        x.get_device(),
+        x.dtype,
+        x.stride(0),
+        a.dtype,
+        a.shape,
+        parts,
+        len(groups.tiles),
+        num,
+        splits,
+        *kinds_of(ranks, groups),
+    )
+    if (ready := _launches.get(key)) is not None and ready(*tensors):
+        return out
     rank = width // parts
     exact = x.dtype == torch.float32
     block = block_of(rank, exact)
     share = triton.cdiv(triton.cdiv(inputs, splits), DEPTH) * DEPTH
     if len(groups.tiles):
-        _shrink[(len(groups.tiles), width // block, splits)](
-            x, a, ranks, groups.tokens, groups.tiles, out, num, x.stride(0), inputs, share, RANK=rank, WIDTH=width,
-            TILE=TILE, BLOCK=block, DEPTH=DEPTH, EXACT=exact, num_warps=4, num_stages=3,
+        _launches.launch(
+            key, _shrink, (len(groups.tiles), width // block, splits), tensors, (num, x.stride(0), inputs, share),
+            RANK=rank, WIDTH=width, TILE=TILE, BLOCK=block, DEPTH=DEPTH, EXACT=exact, num_warps=4, num_stages=3,
         )  # fmt: skip
     return out
 
@@ -155,11 +176,25 @@ def lora_expand_triton(
     out: Tensor, t: Tensor, b: Tensor, ranks: Tensor, sizes: Sequence[int], groups: Groups
 ) -> Tensor:  # fmt: skip
     _, rank, outputs = b.shape
+    tensors = out, t, b, ranks, groups.tokens, groups.tiles
+    key = (
+        out.get_device(),
+        out.dtype,
+        out.stride(0),
+        t.shape,
+        b.dtype,
+        b.shape,
+        *sizes,
+        len(groups.tiles),
+        *kinds_of(ranks, groups),
+    )
+    if (ready := _launches.get(key)) is not None and ready(*tensors):
+        return out
     blocks = sum(triton.cdiv(size, COLUMNS) for size in sizes)
     ends, exact = [sizes[0], sum(sizes[:2])], b.dtype == torch.float32
     if len(groups.tiles):
-        _expand[(len(groups.tiles), blocks)](
-            out, t, b, ranks, groups.tokens, groups.tiles, t.shape[1], out.stride(0), outputs, *ends, RANK=rank,
+        _launches.launch(
+            key, _expand, (len(groups.tiles), blocks), tensors, (t.shape[1], out.stride(0), outputs, *ends), RANK=rank,
             PARTS=len(sizes), SPLITS=len(t), TILE=TILE, BLOCK=block_of(rank, exact), COLUMNS=COLUMNS,
             EXACT=exact, num_warps=4, num_stages=2,
         )  # fmt: skip

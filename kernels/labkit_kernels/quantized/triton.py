@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 
 from labkit_kernels.config import ARCHS, Config
+from labkit_kernels.prepared import Launches, launch
 from labkit_kernels.tune import Choice, Tune, chosen
 
 from . import example, linear_grouped, linear_scaled, quantize_rows, reference
@@ -27,6 +28,7 @@ from .programs import dequantize, multiply_grouped, multiply_scaled, quantize
 from .weights import BLOCK, MOST_ROW_TILES, Grouped, Scaled, tile_depth
 
 DTYPES = (torch.float16, torch.bfloat16)
+_launches = Launches()
 SCRATCH = 64 << 20  # bytes of a dequantised part
 LEAST_TILES = 4  # of depths, that a program multiplies when depths are split
 MOST_SPLITS = 16
@@ -84,8 +86,8 @@ def num_splits(programs: int, row_tiles: int, tiles: int, wanted: int) -> int:
 
 def _launch(
     op: str, kind: str, table: dict[int, Choice], x: Tensor, columns: int, tiles: int, most_rows: int = 128
-) -> tuple[tuple[int, int], dict[str, int], Tensor]:
-    """(grid, constants, room for the parts)."""
+) -> tuple[tuple[int, int], dict[str, int], int]:
+    """(grid, constants, numbers of the parts)."""
     rows = row_tile(len(x), most_rows)
     how = dict(chosen(op, f"{kind} {rows} rows", table[rows], x.device))
     row_tiles = triton.cdiv(len(x), rows)
@@ -93,7 +95,7 @@ def _launch(
     splits = num_splits(programs, row_tiles, tiles, how.pop("waves") * _facts(x.device)[0])
     size = programs * splits * how["columns"] * rows if splits > 1 else 1
     constants = {"ROWS": rows, "COLUMNS": how.pop("columns"), "SPLIT": splits > 1, **how}
-    return (programs, splits), constants, x.new_empty(size, dtype=torch.float32)
+    return (programs, splits), constants, size
 
 
 def _rows_of(x: Tensor) -> Tensor:
@@ -109,20 +111,32 @@ def linear_grouped_triton(
     out = x.new_empty(len(x), weight.columns)
     if not len(x):
         return out
+    kinds = None if bias is None else bias.dtype, None if residual is None else (residual.dtype, residual.stride(0))
+    key = ("grouped", x.get_device(), x.dtype, x.shape, x.stride(0), weight.layout, *kinds)
+    tensors = (
+        x, weight.words, *_scales(weight), out if bias is None else bias, out if residual is None else residual, out
+    )  # fmt: skip
+    if (kept := _launches.get(key)) is not None:
+        ready, size = kept
+        if ready(*tensors, x.new_empty(size, dtype=torch.float32), weight.arrived):
+            return out
     table, in_kernel = grouped_tiles(_facts(x.device)[1])
     if len(x) > chosen(linear_grouped.name, f"{weight.kind} in the kernel", in_kernel, x.device)["rows"]:
         return _by_library(x, weight, bias, residual, out)
     tiles = weight.words.shape[1]
     # Offsets take a second sum, of the inputs: with more than 32 rows in a tile the compiler spills.
     most = max(table) if weight.offsets is None else 32
-    grid, constants, parts = _launch(linear_grouped.name, weight.kind, table, x, weight.columns, tiles, most)
-    multiply_grouped[grid](
-        x, weight.words, *_scales(weight), out if bias is None else bias, out if residual is None else residual, out,
-        parts, weight.arrived, len(x), weight.columns, weight.scales.shape[1], weight.depth, tiles, x.stride(0),
-        0 if residual is None else residual.stride(0), KIND=weight.kind, GROUP=_group(weight),
-        ZEROS=weight.zeros is not None, OFFSETS=weight.offsets is not None, BIAS=bias is not None,
-        RESIDUAL=residual is not None, EVEN=weight.depth % tile_depth(weight.kind) == 0, **constants,
+    grid, constants, size = _launch(linear_grouped.name, weight.kind, table, x, weight.columns, tiles, most)
+    found = launch(
+        multiply_grouped, grid, (*tensors, x.new_empty(size, dtype=torch.float32), weight.arrived),
+        (len(x), weight.columns, weight.scales.shape[1], weight.depth, tiles, x.stride(0),
+         0 if residual is None else residual.stride(0)),
+        KIND=weight.kind, GROUP=_group(weight), ZEROS=weight.zeros is not None, OFFSETS=weight.offsets is not None,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EVEN=weight.depth % tile_depth(weight.kind) == 0,
+        **constants,
     )  # fmt: skip
+    if found is not None:
+        _launches.keep(key, (found, size))
     return out
 
 
@@ -139,12 +153,17 @@ def dense_columns(weight: Grouped, first: int, count: int, dtype: torch.dtype) -
     """`count` columns of the weight in a 16-bit dtype, from `first` on, which is a multiple of 128."""
     blocks = triton.cdiv(count, BLOCK)
     tiles = weight.words.shape[1]
-    out = torch.empty(blocks * BLOCK, weight.depth, dtype=dtype, device=weight.words.device)
-    dequantize[(tiles, 2 * blocks)](
-        weight.words[first // BLOCK :], *(scales[:, first:] for scales in _scales(weight)), out,
-        weight.scales.shape[1], weight.depth, tiles, KIND=weight.kind, GROUP=_group(weight),
-        ZEROS=weight.zeros is not None, OFFSETS=weight.offsets is not None, COLUMNS=64, num_warps=4,
-    )  # fmt: skip
+    out = weight.words.new_empty((blocks * BLOCK, weight.depth), dtype=dtype)
+    tensors = (weight.words, *_scales(weight))
+    if first:
+        tensors = (weight.words[first // BLOCK :], *(scales[:, first:] for scales in _scales(weight)))
+    key = ("dense", out.get_device(), dtype, weight.layout, blocks)
+    if (ready := _launches.get(key)) is None or not ready(*tensors, out):
+        _launches.launch(
+            key, dequantize, (tiles, 2 * blocks), (*tensors, out), (weight.scales.shape[1], weight.depth, tiles),
+            KIND=weight.kind, GROUP=_group(weight), ZEROS=weight.zeros is not None,
+            OFFSETS=weight.offsets is not None, COLUMNS=64, num_warps=4,
+        )  # fmt: skip
     return out[:count]
 
 
@@ -180,21 +199,37 @@ def quantize_rows_triton(
     x: Tensor, dtype: torch.dtype, group: int = 0, *, norm: Tensor | None = None, eps: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     rows, size = x.shape
+    key = (
+        "quantize", x.get_device(), x.dtype, x.shape, x.stride(), dtype, group,
+        norm is not None and (norm.dtype, norm.stride()), eps,
+    )  # fmt: skip
+    if (ready := _launches.get(key)) is not None:
+        values, scales = _room(x, dtype, group)
+        if ready(x, x if norm is None else norm, values, scales):
+            return values, scales
     block = max(group, triton.next_power_of_2(size))
     if block > LONGEST or (group and block % group):
         return reference.quantize_rows(x, dtype, group, norm=norm, eps=eps)
     if dtype == torch.float8_e4m3fn:
         _need_float8(x.device, "quantize_rows")
+    lies = x.stride(1) == 1 and (norm is None or norm.is_contiguous())
     x = _rows_of(x)
-    values = torch.empty(rows, size, dtype=dtype, device=x.device)
-    scales = torch.empty(rows, triton.cdiv(size, group) if group else 1, dtype=torch.float32, device=x.device)
+    values, scales = _room(x, dtype, group)
     if rows:
-        quantize[(rows,)](
-            x, x if norm is None else norm.contiguous(), values, scales, x.stride(0), eps,
-            SIZE=size, BLOCK=block, GROUP=group or block, NORM=norm is not None, LARGEST=reference.LARGEST[dtype],
-            num_warps=_warps(block),
+        _launches.launch(
+            key if lies else None, quantize, (rows,), (x, x if norm is None else norm.contiguous(), values, scales),
+            (x.stride(0), eps), SIZE=size, BLOCK=block, GROUP=group or block, NORM=norm is not None,
+            LARGEST=reference.LARGEST[dtype], num_warps=_warps(block),
         )  # fmt: skip
     return values, scales
+
+
+def _room(x: Tensor, dtype: torch.dtype, group: int) -> tuple[Tensor, Tensor]:
+    """For the numbers of 8 bits, and their scales."""
+    rows, size = x.shape
+    return x.new_empty((rows, size), dtype=dtype), x.new_empty(
+        (rows, -(-size // group) if group else 1), dtype=torch.float32
+    )
 
 
 def _warps(block: int) -> int:
@@ -225,15 +260,26 @@ def linear_scaled_triton(
             values, weight.values.T, scale_a=scales, scale_b=weight.scales[None], bias=bias, out_dtype=x.dtype
         )
         return found if residual is None else found.add_(residual)
+    kinds = None if bias is None else bias.dtype, None if residual is None else (residual.dtype, residual.stride(0))
+    key = ("scaled", x.get_device(), x.dtype, len(x), weight.layout, *kinds)
+    tensors = (
+        values, scales, weight.values, weight.scales, out if bias is None else bias,
+        out if residual is None else residual, out,
+    )  # fmt: skip
+    if (kept := _launches.get(key)) is not None:
+        ready, size = kept
+        if ready(*tensors, x.new_empty(size, dtype=torch.float32), weight.arrived):
+            return out
     tiles = triton.cdiv(depth, 128)
     name = "blocks" if weight.blocks else str(kind)[6:]
-    grid, constants, parts = _launch(linear_scaled.name, name, SCALED, x, columns, tiles)
-    multiply_scaled[grid](
-        values, scales, weight.values, weight.scales, out if bias is None else bias,
-        out if residual is None else residual, out, parts, weight.arrived, len(x), columns, depth,
-        0 if residual is None else residual.stride(0), BLOCKS=weight.blocks, BIAS=bias is not None,
-        RESIDUAL=residual is not None, EVEN=depth % 128 == 0, **constants,
+    grid, constants, size = _launch(linear_scaled.name, name, SCALED, x, columns, tiles)
+    found = launch(
+        multiply_scaled, grid, (*tensors, x.new_empty(size, dtype=torch.float32), weight.arrived),
+        (len(x), columns, depth, 0 if residual is None else residual.stride(0)), BLOCKS=weight.blocks,
+        BIAS=bias is not None, RESIDUAL=residual is not None, EVEN=depth % 128 == 0, DEPTH=128, **constants,
     )  # fmt: skip
+    if found is not None:
+        _launches.keep(key, (found, size))
     return out
 
 

@@ -13,8 +13,9 @@ points. `Scaled` is for products of 8-bit operands (W8A8), which tensor cores re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -35,6 +36,12 @@ def tile_depth(kind: Kind) -> int:
 def counters(columns: int, device: torch.device) -> Tensor:
     """One for each tile of the result that programs may share. They are zero between calls."""
     return torch.zeros(MOST_ROW_TILES * -(-columns // 64), dtype=torch.int32, device=device)
+
+
+@cache
+def _layout(*parts: Hashable) -> object:
+    """One object for equal parts: a launch compares it faster than it hashes nested shapes."""
+    return object()
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,13 @@ class Grouped:
             out = out + of_columns(self.offsets)
         return out.reshape(self.columns, self.depth)
 
+    @cached_property
+    def layout(self) -> object:
+        """What decides how a product with it is launched, but for the inputs."""
+        kinds = [x is not None and x.dtype for x in (self.zeros, self.offsets)]
+        shapes = self.words.shape, self.scales.shape, self.scales.dtype
+        return _layout(self.kind, self.group, self.depth, self.columns, *shapes, *kinds)
+
     def tensors(self) -> list[Tensor]:
         kept = (self.words, self.scales, self.zeros, self.offsets, self.arrived)
         return [tensor for tensor in kept if tensor is not None]
@@ -162,6 +176,11 @@ class Scaled:
     def blocks(self) -> bool:
         """Is there a scale for each block of 128 x 128?"""
         return self.scales.dim() == 2
+
+    @cached_property
+    def layout(self) -> object:
+        """What decides how a product with it is launched, but for the inputs."""
+        return _layout(self.values.dtype, self.values.shape, self.scales.shape)
 
     def dense(self) -> Tensor:
         """The weight [columns, depth] in float32."""
