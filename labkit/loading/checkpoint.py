@@ -5,6 +5,7 @@ One shard is open at a time, so memory holds no more than the weights made so fa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -271,7 +272,7 @@ class Dummy:
         if is_encoder(config) or has_classes(config):
             kind = auto_class(config)
         with torch.device("meta"):
-            model = kind.from_config(config, trust_remote_code=trust_remote_code)
+            model = kind.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         self.seed, self.scale = seed, float(getattr(config, "initializer_range", 0.02) or 0.02)
 

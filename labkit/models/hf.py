@@ -40,6 +40,7 @@ def parts(module: nn.Module, *names: str) -> None:
 
 
 AttentionInterface = member("transformers", "AttentionInterface")
+AttentionMaskInterface = member("transformers", "AttentionMaskInterface")
 AutoModelForCausalLM = member("transformers", "AutoModelForCausalLM")
 BaseModelOutputWithPast = member("transformers.modeling_outputs", "BaseModelOutputWithPast")
 BaseModelOutputWithPooling = member("transformers.modeling_outputs", "BaseModelOutputWithPooling")
@@ -47,6 +48,7 @@ ROPE_INIT_FUNCTIONS = member("transformers.modeling_rope_utils", "ROPE_INIT_FUNC
 for _owner, _name in (
     (AttentionInterface, "register"),
     (AttentionInterface, "__getitem__"),
+    (AttentionMaskInterface, "register"),
     (member("transformers", "PreTrainedModel"), "set_attn_implementation"),
     (member("transformers", "PreTrainedModel"), "get_output_embeddings"),
 ):

@@ -24,19 +24,22 @@ from labkit.loading.formats import declared
 from labkit.loading.online import Online
 from labkit.models import hf
 from labkit.models.adapters import adapt
-from labkit.models.base import Batch, Capture, KVCache, KVSpec, StateSpec
+from labkit.models.base import Batch, Capture, KVCache, StateSpec
+from labkit.models.chunks import Pieces, in_chunks
 from labkit.models.lora import Slots
 from labkit.models.modules import ModulePlace, is_linear
 from labkit.models.ops import Ops
 from labkit.models.place import WHOLE, Place
 from labkit.models.planned import Planned, planned
+from labkit.models.probing import Asked, Probe, Unknown, check_alone
 from labkit.models.quantized import OF_EXPERTS, empty, load_quantized
 from labkit.models.recurrent import Recurrent
 from labkit.models.rotary import rope_parameters
 from labkit.models.watching import Layers
 
 NAME = "labkit_paged"
-WRONG = {"llama4": "its chunked attention", "llama4_text": "its chunked attention"}  # not passed to the interface
+COMPRESSES = ("deepseek_v4",)  # once there are as many tokens as are made one
+PROBE = "labkit_probe"  # the same, and masks are described
 BY_LENGTH = {"dynamic": "max_position_embeddings", "longrope": "original_max_position_embeddings"}
 
 
@@ -49,7 +52,9 @@ class _Step(threading.local):
     capture: Capture | None = None
     split: Planned | None = None
     layer = 0  # layers call in order, once each
-    seen: list[KVSpec] | None = None  # while probing
+    asked: Sequence[Asked] = ()  # by layer
+    pieces: dict[tuple[int, int], Pieces] | None = None  # by group and size of chunks
+    probe: Probe | None = None
 
 
 _step = _Step()
@@ -60,7 +65,7 @@ def _attention(
     q: Tensor,  # [1, query heads, tokens, size]
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    attention_mask: Tensor | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -69,11 +74,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Called by transformers in each layer; keys and values are already rotated and not repeated."""
     step = _step
-    if step.seen is not None:
-        if s_aux is not None and len(s_aux) != q.shape[1]:
-            raise RuntimeError(f"{len(s_aux)} sinks for {q.shape[1]} query heads")
-        step.seen.append(KVSpec(k.shape[1], k.shape[3], v.shape[3], sliding_window))
-        return v.new_zeros(1, q.shape[2], q.shape[1], v.shape[3]), None
+    if step.probe is not None:
+        return step.probe.attend(module, q, k, v, attention_mask, sliding_window, s_aux, others)
     assert step.batch is not None and step.caches is not None and step.ops is not None
     layer, step.layer = step.layer, step.layer + 1
     cache, batch = step.caches[layer], step.batch
@@ -82,11 +84,18 @@ def _attention(
         for kind, part in (("q", q), ("k", k), ("v", v)):
             step.capture.keep(kind, layer, part)
     slots, block_table, seq_len = batch.places(layer)
+    if len(k) != len(slots):
+        raise ValueError(f"layer {layer} of {type(module).__name__} has {len(k)} keys for {len(slots)} tokens")
     step.ops.store_kv(k, v, *cache, slots)
     where = (block_table, batch.query_start, seq_len)
+    most = (batch.max_query_len, batch.max_seq_len)
+    asked = step.asked[layer]
+    if asked.chunk:
+        pieces = _pieces(step, layer, cache, asked.chunk)
+        where, most = pieces[:3], pieces[3:]
     options: dict[str, Any] = {
         "scale": scaling if scaling is not None else q.shape[-1] ** -0.5,
-        "window": sliding_window or 0,
+        "window": asked.kv.window or 0,
         "softcap": softcap or 0.0,
         "sinks": s_aux,
         "alibi": others.get("labkit_alibi"),
@@ -98,15 +107,39 @@ def _attention(
         step.capture.attention[layer] = found
     if batch.mass is not None:
         batch.mass.add(layer, q, cache[0], options)
-    out = step.ops.paged_attention(
-        q, *cache, *where, **options, max_query_len=batch.max_query_len, max_seq_len=batch.max_seq_len
-    )
+    out = step.ops.paged_attention(q, *cache, *where, **options, max_query_len=most[0], max_seq_len=most[1])
     if batch.trees:
         tree_attention(out, batch.trees, q, *cache, *where, **options)
     return out[None], None
 
 
+def _pieces(step: _Step, layer: int, cache: KVCache, chunk: int) -> Pieces:
+    """The step's sequences, each within a chunk; computed once for all layers with the same blocks."""
+    batch = step.batch
+    assert batch is not None and step.pieces is not None
+    if batch.trees or batch.mass is not None or (step.capture and layer in step.capture.attention_layers):
+        raise ValueError(
+            f"layer {layer} attends within chunks of {chunk} tokens, for which draft trees, policies that sum "
+            f"attention (kv=) and captured attention are not known"
+        )
+    _, block_table, seq_len = batch.places(layer)
+    key = (batch.group_of[layer] if batch.group_of else 0, chunk)
+    if key not in step.pieces:
+        step.pieces[key] = in_chunks(block_table, batch.query_start, seq_len, chunk, cache[0].shape[2])
+    return step.pieces[key]
+
+
+def _mask(
+    batch_size: int = 1, mask_function: Any = None, local_size: int | None = None, device: Any = None,
+    q_length: int = 0, **others: Any,
+) -> Tensor | None:  # fmt: skip
+    """Called by transformers for each kind of mask."""
+    return None if _step.probe is None else _step.probe.mask(mask_function, local_size, device, q_length)
+
+
 hf.AttentionInterface.register(NAME, _attention)  # and no mask of that name, so that none is made
+hf.AttentionInterface.register(PROBE, _attention)
+hf.AttentionMaskInterface.register(PROBE, _mask)
 
 
 class _Hidden(hf.BaseModelOutputWithPast):  # type: ignore[name-defined, misc]
@@ -150,9 +183,10 @@ class TransformersModel:
         self, config: Any, source: Source, dtype: torch.dtype, device: torch.device, max_model_len: int, *,
         folder: Any = None, trust_remote_code: bool = False, quantization: Any = None, place: Place = WHOLE,
     ) -> None:  # fmt: skip
-        kind = config.model_type
-        if kind in WRONG:
-            raise ValueError(f"{kind!r} is not supported: {WRONG[kind]} is not passed through the attention interface")
+        if config.model_type in COMPRESSES:
+            raise ValueError(f"{config.model_type!r} is not supported: its layers attend to compressed keys")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{config.model_type!r} is not supported: it has an encoder beside its decoder")
         _refuse_lengths(config, max_model_len)
         self.config, self.dtype, self.device, self.max_model_len = config, dtype, device, max_model_len
         self.quantized: dict[str, Linear] = {}
@@ -161,6 +195,8 @@ class TransformersModel:
         self.causal = self._load(config, source, folder, trust_remote_code)
         self.name = type(self.causal).__name__
         prefix = self.causal.base_model_prefix
+        if not hasattr(self.causal, prefix):
+            prefix = "model"
         self.body = getattr(self.causal, prefix)
         self.head = copy.copy(self.causal)
         self.head._modules = {**self.causal._modules, prefix: _Given(self.body)}
@@ -176,15 +212,17 @@ class TransformersModel:
         self.recurrent = Recurrent(self.body, dtype)
         if self.recurrent and self.split is not None:
             raise ValueError(
-                f"{kind!r} has recurrent layers, which one process computes: leave out tensor_parallel_size"
+                f"{config.model_type!r} has recurrent layers, which one process computes: leave out "
+                f"tensor_parallel_size"
             )
-        self.kv = self._probe()
+        self.asked = self._probe()
+        self.kv = tuple(one.kv for one in self.asked)
         self.states: tuple[StateSpec, ...] = tuple(self.recurrent.specs)
         self.num_layers = int(getattr(config, "num_hidden_layers", len(self.kv)))
         self.layers = Layers(self.body, self.num_layers)
         if self.split is not None:
             self.split.group.open = True
-        self.hidden_size = int(self._hidden_size)
+        self.hidden_size = self._hidden_size
         self.embedding_size = None
         if "inputs_embeds" in inspect.signature(self.body.forward).parameters:
             self.embedding_size = int(self.body.get_input_embeddings().weight.shape[1])
@@ -223,39 +261,47 @@ class TransformersModel:
             model, self.quantized = load_quantized(model, config, source, self.dtype, self.device)
         model = model.to(self.device).eval().requires_grad_(False)
         if folder is None and not is_quantized and self.split is None:
-            tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+            tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
             with torch.no_grad():
                 for name, value in model.state_dict().items():
                     if name not in tied:
                         value.copy_(source.read(name, value.dtype, self.device))
-        if adapt(model):
-            model.config._attn_implementation = NAME  # so that no mask is made
-        else:
-            model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise ValueError(f"{config.model_type!r} is not supported: transformers keeps its own attention for it")
+        self.adapted = adapt(model)
         return model
 
-    def _probe(self) -> tuple[KVSpec, ...]:
-        """One forward without a cache, to learn what each layer stores and that every layer uses the interface."""
-        _step.seen = seen = []
+    def _probe(self) -> Sequence[Asked]:
+        """By layer, what it asks of attention, all of which must go through transformers' interface."""
+        kind = self.config.model_type
+        self._attend_by(PROBE)
+        _step.probe = probe = Probe()
         try:
             with torch.inference_mode(), self.recurrent.probing():
-                ids = torch.zeros(1, 2, dtype=torch.int64, device=self.device)
-                at = torch.arange(2, device=self.device)[None]
-                out = self.body(input_ids=ids, position_ids=at, use_cache=False)
-                self._hidden_size = out[0].shape[-1]
-        except (TypeError, RuntimeError, AttributeError) as error:
-            raise ValueError(f"{self.config.model_type!r} is not supported: its forward failed ({error})") from error
+                self._hidden_size = check_alone(self.body, self.device, probe, once=bool(self.recurrent))
+        except Unknown as error:
+            raise ValueError(f"{kind!r} is not supported: {error}") from error
+        except (TypeError, RuntimeError, AttributeError, ValueError, IndexError) as error:
+            raise ValueError(f"{kind!r} is not supported: its forward failed ({error})") from error
         finally:
-            _step.seen = None
+            _step.probe = None
+        self._attend_by(NAME)
         layers = getattr(self.config, "num_hidden_layers", None)
-        if len(seen) != layers and not (self.recurrent and len(seen) + len(self.recurrent) >= _num_mixing(self.config)):
+        found = len(probe.layers)
+        if found != layers and not (self.recurrent and found + len(self.recurrent) >= _num_mixing(self.config)):
             raise ValueError(
-                f"{self.config.model_type!r} is not supported: of its {layers} layers {len(seen)} go through "
-                f"transformers' attention interface"
+                f"{kind!r} is not supported: of its {layers} layers {found} go through transformers' attention "
+                f"interface"
             )
-        return tuple(seen)
+        return probe.layers
+
+    def _attend_by(self, name: str) -> None:
+        if self.adapted:
+            self.causal.config._attn_implementation = name
+        else:
+            self.causal.set_attn_implementation(name)
+        if self.causal.config._attn_implementation != name:
+            raise ValueError(
+                f"{self.config.model_type!r} is not supported: transformers keeps its own attention for it"
+            )
 
     def __repr__(self) -> str:
         size = sum(tensor.numel() for tensor in self.tensors())
@@ -300,12 +346,12 @@ class TransformersModel:
         if self.adapters is not None:
             self.adapters.use(batch.adapters)
         step.batch, step.caches, step.ops, step.capture, step.layer = batch, caches, self.ops, capture, 0
-        step.split = self.split
+        step.split, step.asked, step.pieces = self.split, self.asked, {}
         try:
             with self.layers.watched(capture), self.recurrent.using(batch.states):
                 out = self.body(**self._inputs(batch), position_ids=batch.positions[None], use_cache=False)
         finally:
-            step.batch = step.caches = step.ops = step.capture = step.split = None
+            step.batch = step.caches = step.ops = step.capture = step.split = step.pieces = None
         hidden: Tensor = out[0][0]
         return hidden if capture is None else capture.after(self.num_layers, hidden)  # after the final norm
 

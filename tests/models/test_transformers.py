@@ -5,12 +5,13 @@ import random
 import pytest
 import torch
 from labkit_kernels import native
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import AutoConfig
 
 from labkit.models import load_model
 from labkit.models.base import Capture
 from tests.models.configs import NATIVE, OTHERS, config, reference_model
 from tests.models.test_decoder import paged_logits, prompts_of
+from tests.models.tiny import tiny_config
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -65,20 +66,23 @@ def test_both_paths_capture_the_states_after_the_final_norm():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
+WHOLE = {"bert": {"is_decoder": False}, "bart": {"is_encoder_decoder": True}}  # as checkpoints have it
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("recurrent_gemma", "of its 2 layers 0 go through transformers' attention interface"),
-        ("llama4_text", "'llama4_text' is not supported: its chunked attention"),
+        ("recurrent_gemma", "of its 4 layers 1 go through transformers' attention interface"),
+        ("bert", "'bert' is not supported: it attends to later tokens, as encoders do"),
+        ("doge", "'doge' is not supported: it makes an attention mask of its own"),
+        ("inkling_text", "'inkling_text' is not supported: it gives 'position_bias' to attention"),
+        ("deepseek_v4", "'deepseek_v4' is not supported: its layers attend to compressed keys"),
+        ("camembert", "'camembert' is not supported: it does not number positions from 0"),
+        ("bart", "'bart' is not supported: it has an encoder beside its decoder"),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(kind, message):
-    settings = CONFIG_MAPPING[kind]()
-    for name, value in {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "n_embd": 32, "n_layer": 2,
-                        "n_head": 4, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-                        "rotary_dim": 4, "pad_token_id": 0, "eos_token_id": 0, "bos_token_id": 0}.items():  # fmt: skip
-        if hasattr(settings, name):
-            setattr(settings, name, value)
+    settings = tiny_config(kind, **(WHOLE.get(kind, {})))
     with pytest.raises(ValueError, match=message):
         load_model(settings, load_format="dummy", path="transformers")
 
