@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +27,9 @@ class Computed:
 
     def __init__(
         self, plan: Plan, host: Tensor | None, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None],
-        begin: float, device: torch.device, accepted: Callable[[Plan, np.ndarray], None] | None = None,
+        begin: float, device: torch.device, accepted: Callable[[Plan, np.ndarray, Any], None] | None = None,
     ) -> None:  # fmt: skip
-        """`accepted` is told which draws stand, in a step whose drafts are trees."""
+        """`accepted` is told which draws stand, in a step with drafts."""
         self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
         self.begin, self.accepted = begin, accepted
         self.read: dict[bytes, bool] | None = None  # disk reads that have ended
@@ -57,8 +58,8 @@ class Computed:
         draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
         if len(plan.drafts):
             stands, indptr = plan.verify(tokens)
-            if len(plan.parents) and self.accepted is not None:
-                self.accepted(plan, stands)
+            if self.accepted is not None:
+                self.accepted(plan, stands, indptr)
             draws, tokens, chosen = stands.nonzero()[0], tokens[stands], chosen[stands]
             rows = rows[plan.draws()[0][stands]]
         row_of: dict[int, int] = {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from labkit.core.plan import Plan
-from labkit.models.base import Batch, Capture, KVCache, Model
+from labkit.models.base import Batch, Capture, KVCache, Model, states_of
 from labkit.runner.base import Layout
 from labkit.runner.groups import one_group
 from labkit.runner.memory import bytes_per_block
@@ -221,6 +221,8 @@ def check_draft(draft: Model | None, model: Model, has_groups: bool, kv_disk_pat
         return None
     if draft.device != model.device:
         raise ValueError(f"the draft model is on {draft.device}, the model on {model.device}: load both on one device")
+    if states_of(draft):
+        raise ValueError(f"{draft.name} has recurrent layers, and a draft model's states are not kept: choose another")
     if has_groups:
         raise ValueError(
             "a draft model keeps its keys and values in the model's own blocks: leave out hybrid_kv and kv_groups"

@@ -67,6 +67,7 @@ class FakeRunner:
         self.host = np.full((layout.num_host_blocks + 1, layout.block_size), -1, np.int32)
         self.states: dict[int, bytes] = {}  # by row, of its recurrent layers: a hash of all tokens so far
         self.kept: dict[int, bytes] = {}  # by slot
+        self.path: dict[int, list[bytes]] = {}  # by row: after each of the step's tokens
 
     def launch(self, plan: Plan) -> Done:
         rows, memory, host = self.rows, self.memory, self.host
@@ -91,10 +92,10 @@ class FakeRunner:
             self._write(plan, entry)
             if self.layout is not None and self.layout.num_states is not None:
                 self._go_on(plan, entry)
-        for parent, child in plan.states.forks:
-            self.states[child] = self.states[parent]
         drawn = self._sample(plan)
         stands, indptr = plan.verify(drawn)
+        if self.layout is not None and self.layout.num_states is not None:
+            self._settle_states(plan, indptr)
         return Done(Result(drawn[stands], self.seconds, errors or None, indptr=indptr, read=read))
 
     def check_kv(self, kv: SmallerKV) -> None:
@@ -164,15 +165,26 @@ class FakeRunner:
             self.memory[blocks, places % size] = tokens
 
     def _go_on(self, plan: Plan, entry: int) -> None:
-        """The row's state takes in the step's tokens, and is kept where the plan says."""
-        row, end = int(plan.rows[entry]), int(plan.start[entry])
-        state = self.states[row] if end else b""
-        slots = {save.end: save.slot for save in plan.states.saves if save.row == row}
+        """The row's state takes in the step's tokens."""
+        row = int(plan.rows[entry])
+        state = self.states[row] if plan.start[entry] else b""
+        self.path[row] = []
         for token in self.rows.inputs(plan, entry).tolist():
-            state, end = state_after(state, token), end + 1
-            if end in slots:
-                self.kept[slots[end]] = state
-        self.states[row] = state
+            state = state_after(state, token)
+            self.path[row].append(state)
+
+    def _settle_states(self, plan: Plan, indptr: np.ndarray | None) -> None:
+        """States behind the tokens that stand; those of wrong drafts are dropped."""
+        right = plan.count.copy()
+        if indptr is not None:
+            right[: plan.num_decode] = np.diff(indptr)[: plan.num_decode]
+        for row, start, count in zip(plan.rows.tolist(), plan.start.tolist(), right.tolist(), strict=True):
+            self.states[row] = self.path[row][count - 1]
+            for save in plan.states.saves:
+                if save.row == row and save.end <= start + count:
+                    self.kept[save.slot] = self.path[row][save.end - start - 1]
+        for parent, child in plan.states.forks:
+            self.states[child] = self.states[parent]
 
     def _sample(self, plan: Plan) -> np.ndarray:
         assert self.layout is not None
@@ -185,7 +197,9 @@ class FakeRunner:
             length = int(plan.start[entry] + plan.count[entry] - (ends[entry] - 1 - query[i]))
             length -= int(self.rows.dropped[plan.rows[entry]])
             context = self._context(int(plan.rows[entry]), length)
-            if self.layout.num_states is not None and not self._is_state_of(context, int(plan.rows[entry])):
+            if self.layout.num_states is not None and not self._is_state_of(
+                context, self.path[int(plan.rows[entry])][length - int(plan.start[entry]) - 1]
+            ):
                 context = np.append(context, -1)  # another state, another token
             join = self.rows.joins[row]
             assert join is not None, f"row {row} samples but never joined"
@@ -195,14 +209,14 @@ class FakeRunner:
         self.rows.latest[rows] = tokens
         return tokens
 
-    def _is_state_of(self, context: np.ndarray, row: int) -> bool:
+    def _is_state_of(self, context: np.ndarray, found: bytes) -> bool:
         assert self.layout is not None
         if None not in self.layout.windows:
             return True  # the context is not all there is
         state = b""
         for token in context.tolist():
             state = state_after(state, token)
-        return self.states[row] == state
+        return found == state
 
     def _context(self, row: int, length: int) -> np.ndarray:
         """The tokens that the row's layers see: all if a group keeps them, else those in the widest window. Every group

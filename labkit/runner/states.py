@@ -21,7 +21,7 @@ class StateStore:
     """`tensors[i]` [rows and slots, ...]; slot s comes behind the rows."""
 
     def __init__(self, specs: Sequence[StateSpec], num_rows: int, num_slots: int, device: torch.device) -> None:
-        self.num_rows, self.device = num_rows, device
+        self.num_rows, self.num_slots, self.device = num_rows, num_slots, device
         self.tensors = [
             torch.zeros((num_rows + num_slots, *spec.shape), dtype=spec.dtype, device=device) for spec in specs
         ]
@@ -60,6 +60,9 @@ class StateStore:
         last = plan.start + plan.count
         single = (plan.count == 1) & (plan.start > 0)
         cut = {i: _pieces(plan, query_start, i, ends) for i in (~single).nonzero()[0].tolist()}
+        for i, first in self._drafting(plan):  # any of their tokens may be the last that is right
+            row, token = int(plan.rows[i]), int(query_start[i])
+            cut[i] = [Piece(token + n, 1, row, False, first + n) for n in range(int(plan.count[i]))]
         rows = plan.rows[single]
         pairs = [(row, ends[row][0][1]) for row in rows.tolist() if row in ends]
         if all(len(pieces) == 1 for pieces in cut.values()):
@@ -81,6 +84,31 @@ class StateStore:
             saved=self._pairs(pairs),
             pieces=pieces,
         )
+
+    def _drafting(self, plan: Plan) -> list[tuple[int, int]]:
+        """Entries with drafts, and where the states after each of their tokens go: behind all slots."""
+        if not len(plan.drafts):
+            return []
+        entries = plan.drafts.nonzero()[0]
+        counts = plan.count[entries]
+        first = self.num_rows + self.num_slots
+        more = first + int(counts.sum()) - len(self.tensors[0])
+        if more > 0:
+            self.tensors = [torch.cat((tensor, tensor.new_zeros(more, *tensor.shape[1:]))) for tensor in self.tensors]
+        return list(zip(entries.tolist(), (first + np.cumsum(counts) - counts).tolist(), strict=True))
+
+    def accept(self, plan: Plan, indptr: np.ndarray) -> None:
+        """Rows with wrong drafts go back to the state behind the last right one. `indptr`: see `Result`."""
+        pairs = []
+        for i, first in self._drafting(plan):
+            row, start, right = int(plan.rows[i]), int(plan.start[i]), int(indptr[i + 1] - indptr[i])
+            pairs.append((first + right - 1, row))
+            pairs += [
+                (first + save.end - start - 1, self.num_rows + save.slot)
+                for save in plan.states.saves
+                if save.row == row and save.end <= start + right
+            ]
+        self._copy(*np.array(pairs, np.int64).T)
 
     def _wave_of(self, pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]) -> Wave:
         counts = [piece.count for piece in pieces]

@@ -45,7 +45,7 @@ from labkit.runner.replay import can_replay, replay
 from labkit.runner.rows import Rows
 from labkit.runner.states import StateStore, store_of
 from labkit.runner.steps import MOST_TOKENS, Steps
-from labkit.runner.trees import TreeDrafter, move_accepted
+from labkit.runner.trees import TreeDrafter, settle_trees
 from labkit.runner.weights import Replaces, runners_of
 from labkit.sampling.sampler import Drawn, Sampler
 from labkit.transfer import put
@@ -352,13 +352,11 @@ class TorchRunner(Sleeps, Replaces, Hands):
         return Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device, self._accepted)
 
     @torch.inference_mode()
-    def _accepted(self, plan: Plan, stands: np.ndarray) -> None:
-        """Of a step whose drafts are trees."""
-        assert self.layout is not None
-        tables = self.rows.tables[0]
-        move_accepted(plan, stands, tables, self.caches, self.layout.block_size)
-        if isinstance(self.drafter, TreeDrafter):
-            self.drafter.accepted(plan, stands, tables)
+    def _accepted(self, plan: Plan, stands: np.ndarray, indptr: np.ndarray) -> None:
+        if self.states is not None:
+            self.states.accept(plan, indptr)
+        if len(plan.parents):
+            settle_trees(plan, stands, self.rows, self.caches, self.drafter)
 
     def _run_captured(self, steps: Steps, plan: Plan, begin: float) -> Pending:
         tokens, hidden = steps.run(plan, self._sample)

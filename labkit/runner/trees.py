@@ -8,6 +8,7 @@ belong. It is an experiment: attention over a tree is computed in plain torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from labkit.core.plan import Plan
 from labkit.models.base import KVCache, own
 from labkit.runner.drafter import Drafter
+from labkit.runner.rows import Rows
 from labkit.transfer import put
 
 
@@ -140,3 +142,11 @@ class TreeDrafter(Drafter):
                 index, place = divmod(begin + int(other[0]), self.layout.block_size)
                 self.done[row] = min(self.done[row], begin + int(other[0]))
                 self.filled[tables[row, index]] = min(self.filled[tables[row, index]], place)
+
+
+def settle_trees(plan: Plan, stands: np.ndarray, rows: Rows, caches: Sequence[KVCache], drafter: Any) -> None:
+    """Of a step whose drafts are trees: those that are right lie apart."""
+    tables = rows.tables[0]
+    move_accepted(plan, stands, tables, caches, rows.layout.block_size)
+    if isinstance(drafter, TreeDrafter):
+        drafter.accepted(plan, stands, tables)

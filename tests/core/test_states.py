@@ -7,6 +7,7 @@ import random
 import pytest
 
 import labkit as lk
+from tests.core.test_soak import guess
 from tests.harness import Flaky, assert_right, params, run
 
 
@@ -121,10 +122,25 @@ def test_a_snapshot_has_the_states_too():
 def test_what_moves_blocks_alone_is_refused():
     with pytest.raises(ValueError, match="kv_offloading moves blocks, not the states of recurrent layers"):
         lk.BlockManager(8, 4, num_host_blocks=4, kv_offloading=True, num_states=2)
-    with pytest.raises(ValueError, match="recurrent layers cannot take back a wrong draft"):
-        lk.Scheduler(lk.BlockManager(8, 4, num_states=2), draft=lk.NGramDraft(2))
+    with pytest.raises(ValueError, match=r"recurrent layers follow one line of drafts, and .* makes trees"):
+        lk.Scheduler(lk.BlockManager(8, 4, num_states=2), draft=lk.TreeDraft((2, 1)))
     with pytest.raises(ValueError, match="num_states must be at least 0, got -1"):
         lk.BlockManager(8, 4, num_states=-1)
+
+
+@pytest.mark.parametrize("drafts", [[], [0], [0, 0, 0, 0], "right"])
+def test_wrong_drafts_leave_no_trace_in_states(drafts):
+    plain = served(engine(), range(18), max_tokens=14)[0].output_ids
+    text = [*range(18), *plain]
+
+    def guess(tokens):
+        return text[len(tokens) : len(tokens) + 5] if drafts == "right" else drafts
+
+    eng = engine(draft=guess)
+    (handle,) = served(eng, range(18), max_tokens=14)
+    assert handle.output_ids == plain
+    (turn,) = served(eng, [*text, 1, 2])
+    assert turn.num_cached == 28
 
 
 @pytest.mark.parametrize("lag", [0, 1, 2])
@@ -141,7 +157,8 @@ def test_random_days(lag):
             runner=Flaky(rng, rng.choice([0.0, 0.01]), seed=seed % 1000, vocab_size=5, eos_token_id=3),
             max_num_seqs=rng.choice([2, 6]), max_num_batched_tokens=rng.choice([3, 8, 32]),
             prefix_hold=rng.random() < 0.7, max_in_flight=lag, windows=rng.choice([(None,), (None,), (None, 5)]),
-            order=rng.choice(["fcfs", "priority", "lpm"]), eviction=rng.choice(["lru", "lfu", "s3-fifo"]),
+            draft=None if lag else rng.choice([None, guess]), order=rng.choice(["fcfs", "priority", "lpm"]),
+            eviction=rng.choice(["lru", "lfu", "s3-fifo"]),
         )  # fmt: skip
         texts = [[rng.randrange(5) for _ in range(rng.randrange(1, 18))] for _ in range(3)]
         live, done = [], []

@@ -49,4 +49,16 @@ def test_tokens_are_those_of_transformers(kind, tmp_path):
     for handle in handles + turn:
         assert_right(reference, handle)
     eng.check()
+    texts = [[*handle.prompt.tolist(), *handle.output_ids] for handle in handles]
+
+    def guess(tokens):
+        """Two right ones and a wrong one."""
+        text = next(text for text in texts if text[: len(tokens)] == tokens.tolist())
+        return [*text[len(tokens) : len(tokens) + 2], 3]
+
+    drafting = lk.Engine(tmp_path, skip_tokenizer_init=True, draft=guess, **OPTIONS)
+    for handle in drafting.generate(prompts, lk.SamplingParams(max_tokens=16, **GREEDY)):
+        assert_right(reference, handle)
+    assert sum(event.num_accepted for event in drafting.log.events("Drafted")) > 20
+    drafting.close()
     assert repr(eng.close()).startswith("LeakReport(nothing left")

@@ -24,7 +24,7 @@ from labkit.core.shown import Shown
 
 
 class Save(NamedTuple):
-    """Copy `row`'s state to `slot` once its first `end` tokens are computed."""
+    """Copy `row`'s state to `slot` once its first `end` tokens are computed, if these turn out to be its tokens."""
 
     row: int
     end: int
@@ -85,8 +85,9 @@ class States(Shown):
     ) -> StateMoves:  # fmt: skip
         """What the plan of this step does; `forks` are pairs of rows."""
         size, end = tables.block_size, start + count
-        at_border = (end[:num_decode] % size == 0) & (tables.next_full[rows[:num_decode]] != NEVER)
-        saves = [self._save(int(rows[i]), int(end[i])) for i in at_border.nonzero()[0].tolist()]
+        border = (start[:num_decode] // size + 1) * size  # drafts may pass it, if they are right
+        at_border = (border <= end[:num_decode]) & (tables.next_full[rows[:num_decode]] != NEVER)
+        saves = [self._save(int(rows[i]), int(border[i])) for i in at_border.nonzero()[0].tolist()]
         made = [save for save in saves if save is not None]
         num_decoding = len(made)
         if self.wanted:

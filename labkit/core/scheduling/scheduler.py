@@ -146,8 +146,8 @@ class Scheduler(SchedulerState, Shown):
         guesser = draft_of(draft)
         if guesser is not None and self.max_in_flight:
             raise ValueError("a draft continues tokens that are known: it needs max_in_flight=0")
-        if guesser is not None and blocks.states is not None:
-            raise ValueError("recurrent layers cannot take back a wrong draft: leave out the draft")
+        if guesser is not None and blocks.states is not None and getattr(guesser, "widths", None):
+            raise ValueError(f"recurrent layers follow one line of drafts, and {guesser!r} makes trees")
         self.slots = None if max_adapters is None else AdapterSlots(max_adapters)
         if log is not None and not isinstance(log, EventLog):
             raise ValueError(f"log must be an EventLog, got {log!r}")
