@@ -28,6 +28,9 @@ from .calls import Library
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+# GCC for AMD's processors leaves some sums of products in two roundings, and decides so loop by loop: the same sum would
+# then differ between blocks of several rows and of one.
+FUSED = "--param=avoid-fma-max-bits=0"
 SECONDS = 300  # for one source: it takes 10 alone, and many times that beside others
 CODES = {torch.float32: 0, torch.bfloat16: 1}  # how a source is told a dtype
 
@@ -100,10 +103,11 @@ def _targets(path: str) -> tuple[tuple[str, ...], ...]:
     openmp = ("-fopenmp",) if openmp_runtime() and _takes(path, "-fopenmp", "int main() {}") else ()
     if openmp and not _takes(path, "-fopenmp", _PARALLEL, link=True):
         openmp = ()  # clang with GNU's runtime: clang would link its own
+    fused = (FUSED,) if _takes(path, FUSED, "int main() {}") else ()
     for native in ("-march=native", "-mcpu=native"):
         if _takes(path, native, "int main() {}"):
-            return ((native, *openmp), openmp)
-    return (openmp,)
+            return ((native, *openmp, *fused), (*openmp, *fused))
+    return ((*openmp, *fused),)
 
 
 _PARALLEL = 'extern "C" void f(float* x) {\n#pragma omp parallel for\nfor (int i = 0; i < 9; i++) x[i] = i;\n}'
@@ -133,7 +137,7 @@ def build(source: str | Path) -> Path:
     source, path = Path(source), compiler()
     headers = sorted({*source.parent.glob("*.h"), *source.parent.parent.glob("*.h")})
     key = hashlib.sha256(b"".join(file.read_bytes() for file in (source, *headers)))
-    key.update(repr((FLAGS, path, _identity(path), openmp_runtime())).encode())
+    key.update(repr((FLAGS, FUSED, path, _identity(path), openmp_runtime())).encode())
     library = cache_folder() / f"{source.parent.name}-{source.stem}-{key.hexdigest()[:16]}.so"
     if library.exists():
         return library
