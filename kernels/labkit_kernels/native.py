@@ -28,8 +28,8 @@ from .calls import Library
 COMPILERS = ("c++", "g++", "clang++")
 # No -ffast-math, because masks use minus infinity. Only errno and floating point traps are switched off.
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-# GCC for AMD's processors leaves some sums of products in two roundings, and decides so loop by loop: the same sum would
-# then differ between blocks of several rows and of one.
+# GCC for AMD's processors leaves some sums of products in two roundings, and decides so loop by loop: the same sum
+# would then differ between blocks of several rows and of one.
 FUSED = "--param=avoid-fma-max-bits=0"
 SECONDS = 300  # for one source: it takes 10 alone, and many times that beside others
 CODES = {torch.float32: 0, torch.bfloat16: 1}  # how a source is told a dtype

@@ -27,7 +27,7 @@ def packed_products() -> None:
 
 def invariant_products() -> None:
     """Sums in float32 are rounded alike in blocks of four rows and of one."""
-    product = get("linear_invariant").variants["cpu"].function
+    product = get("linear_invariant").pick("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     for depth in (16, 50, 72):
         x, weight = torch.randn(37, depth, generator=generator), torch.randn(23, depth, generator=generator)
