@@ -58,9 +58,8 @@ def with_axes(batch: Batch, table: Tensor, axis_of: Tensor) -> Batch:
     """The batch with a rope table of its own, a line a token: of image tokens, each frequency turns with its axis."""
     assert batch.axes is not None
     where, axes = batch.axes
-    axis = axis_of.to(table.device)
-    half = torch.arange(len(axis), device=table.device)
-    at = axes.to(table.device)[axis]  # [frequencies, image tokens]
-    mixed = torch.cat((table[at, half[:, None]], table[at, len(axis) + half[:, None]])).T
+    half = torch.arange(len(axis_of), device=table.device)
+    at = axes[axis_of]  # [frequencies, image tokens]
+    mixed = torch.cat((table[at, half[:, None]], table[at, len(axis_of) + half[:, None]])).T
     rope = table[batch.positions].index_copy(0, where, mixed)
     return replace(batch, rope=rope, positions=torch.arange(len(rope), device=table.device), axes=None)

@@ -50,7 +50,8 @@ def load_seeing(
     if place.is_first:
         _check_first_stage(config, len(decoder.layers))
         decoder.vision = Tower(config, source, dtype, device)
-    decoder.axis_of = axes_of(text, decoder.shape.head_size)
+    axis_of = axes_of(text, decoder.shape.head_size)
+    decoder.axis_of = None if axis_of is None else axis_of.to(decoder.device)  # a captured step cannot copy it
     return decoder
 
 

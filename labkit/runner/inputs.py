@@ -56,7 +56,7 @@ def inputs_of(
         positions = start[entry] + plan.offsets()
     blocks = rows.tables[:, entries[entry], index]  # [groups, tokens]
     slots = blocks * size + place
-    positions, axes = _axes(plan, rows, positions, entry, query_start, device)
+    positions, axes = rotary_positions(plan, rows, positions, entry, query_start)
     tables, lengths = rows.read(entries, seq_len)
     ids = np.zeros(total, np.int64)
     feed = plan.feed
@@ -69,7 +69,7 @@ def inputs_of(
     token_ids = put(ids, device)
     if len(feed):
         token_ids[put(query_start[feed], device)] = latest[put(entries[feed], device)]
-    embeddings, failed = _embeddings(plan, rows, query_start, device, dtype, features)
+    given, failed = given_inputs(plan, rows, query_start, device, dtype, features)
     batch = Batch(
         token_ids=token_ids,
         positions=put(positions, device),
@@ -83,8 +83,8 @@ def inputs_of(
         other_groups=tuple(
             (put(slots[i], device), put(tables[i], device), put(lengths[i], device)) for i in range(1, len(tables))
         ),
-        embeddings=embeddings,
-        axes=axes,
+        embeddings=None if given is None else (put(given[0], device), given[1]),
+        axes=None if axes is None else (put(axes[0], device), put(axes[1], device)),
         both_ways=_both_ways(plan, rows, query_start),
         adapters=groups_of(plan, rows, device),
         trees=masks_of(plan, device),
@@ -94,11 +94,11 @@ def inputs_of(
     return Inputs(batch, query_start, failed)
 
 
-def _axes(
-    plan: Plan, rows: Rows, positions: np.ndarray, entry: Any, query_start: np.ndarray, device: torch.device
-) -> tuple[np.ndarray, tuple[Tensor, Tensor] | None]:
+def rotary_positions(
+    plan: Plan, rows: Rows, positions: np.ndarray, entry: Any, query_start: np.ndarray
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
     """Rotary positions, where images have several axes: those behind an image are shifted, those of its own tokens
-    given by axis."""
+    given by axis: (which tokens, positions [3, n])."""
     if not rows.has_axes[plan.rows].any():
         return positions, None
     places, values = [], []
@@ -120,7 +120,7 @@ def _axes(
         positions[at : at + len(mine)] = mine
     if not places:
         return positions, None
-    return positions, (put(np.concatenate(places), device), put(np.concatenate(values, 1), device))
+    return positions, (np.concatenate(places), np.concatenate(values, 1))
 
 
 def _routing(plan: Plan, rows: Rows, query_start: np.ndarray, device: torch.device) -> dict[int, Tensor] | None:
@@ -157,14 +157,14 @@ def _both_ways(plan: Plan, rows: Rows, query_start: np.ndarray) -> tuple[tuple[i
     return tuple(found)
 
 
-def _embeddings(
+def given_inputs(
     plan: Plan,
     rows: Rows,
     query_start: np.ndarray,
     device: torch.device,
     dtype: torch.dtype,
     features: Features | Elsewhere | None,
-) -> tuple[tuple[Tensor, Tensor] | None, dict[int, str]]:  # fmt: skip
+) -> tuple[tuple[np.ndarray, Tensor] | None, dict[int, str]]:  # fmt: skip
     """Inputs of this step that a request brings along: which of the step's tokens they are for, and they; and the rows
     whose images failed."""
     if isinstance(features, Elsewhere):
@@ -195,7 +195,7 @@ def _embeddings(
             continue
         places.append(at)
         values.append(value.to(dtype))
-    return ((put(np.concatenate(places), device), torch.cat(values)) if places else None), failed
+    return ((np.concatenate(places), torch.cat(values)) if places else None), failed
 
 
 def draws_of(plan: Plan, query_start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

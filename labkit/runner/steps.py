@@ -3,7 +3,9 @@
 A step's numbers of tokens, sequences and samples are padded to the next size, so few graphs serve all steps. Block
 tables are kept on the device and changed by each plan's changes, and positions, slots and random keys are computed
 there (`step_inputs`): the host sends one packed buffer a step, with a token id or a mark for each token and a few
-numbers for each sequence. The attention kernel reads the lengths of sequences from the device. Padding is tokens behind
+numbers for each sequence. Steps with adapters, with inputs that are not embeddings of tokens, or with images that have
+several axes, have graphs of their own, which read more such lines: any tokens may go through any slot, and any may be
+given. The attention kernel reads the lengths of sequences from the device. Padding is tokens behind
 the last sequence, which write to the scratch block, and sequences without queries.
 
 A graph ends with the samples of its rows. Where a row needs more than its logits (penalties, masks, logprobs, a
@@ -21,13 +23,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from labkit_kernels import step_inputs
+from labkit_kernels.lora import grouped
 from torch import Tensor
 
 from labkit.core.plan import Plan
 from labkit.models.base import Batch, KVCache, Model
-from labkit.runner.graphs import LEAST_WIDTH, SIZES, TURNS, capture, sampled
-from labkit.runner.inputs import draws_of
+from labkit.runner.features import Elsewhere, Features
+from labkit.runner.graphs import LEAST_WIDTH, SIZES, capture, sampled
+from labkit.runner.inputs import draws_of, given_inputs, rotary_positions
 from labkit.runner.rows import Rows
+from labkit.runner.staging import Lines, Size, Staging, up
 from labkit.sampling.sampler import Sampler
 from labkit.transfer import put
 
@@ -39,94 +44,50 @@ MOST_NOTED = 64  # plans whose changes wait for the next captured step
 Sample = Callable[..., Tensor]
 
 
-class Size(NamedTuple):
-    """What one graph serves: at most so many tokens, sequences and so on."""
-
-    tokens: int
-    seqs: int
-    samples: int
-    queries: int  # of a sequence
-    width: int  # blocks of a sequence
-    draws: bool  # ends with tokens, not with hidden states
-
-
-class Lines(NamedTuple):
-    """The parts of the packed buffer, int32 each."""
-
-    ids: Any  # [tokens]: a token id, or -1: the row's latest sample
-    rows: Any  # [sequences]
-    start: Any  # [sequences]: the first query's position
-    query_start: Any  # [sequences + 1]
-    sample_query: Any  # [samples]: the token it is drawn from
-    sample_row: Any  # [samples]
-    sample_place: Any  # [samples]: where its token goes in the output
-    change_at: Any  # [changes]: places in the flattened block tables
-    change_to: Any  # [changes]: the blocks that they now hold
-
-
-def up(count: int) -> int:
-    """The next of four sizes an octave: 64, 80, 96, 112, 128, 160 .."""
-    step = 1 << max(0, (max(count, 1) - 1).bit_length() - 3)
-    return -(-count // step) * step
-
-
 def _is_decode(plan: Plan) -> bool:
     """Whether every row has one token, its latest."""
     return plan.num_decode == len(plan.rows) and not len(plan.drafts)
 
 
-def lines_of(flat: Any, size: Size, changes: int) -> Lines:
-    """Views of one int32 array or tensor, each aligned to 16 bytes, because kernels read them."""
-    at, found = 0, []
-    for count in _counts(size, changes):
-        found.append(flat[at : at + count])
-        at += -(-count // 4) * 4
-    return Lines(*found)
+class Extras(NamedTuple):
+    """What some steps have beside tokens, by token in the plan's order."""
+
+    num_slots: int = 0
+    slots: np.ndarray | None = None  # [entries]: of their adapters
+    inputs: tuple[np.ndarray, Tensor] | None = None  # (which tokens, the inputs given for them [n, width])
+    positions: np.ndarray | None = None  # [tokens]: rotary ones
+    axes: tuple[np.ndarray, np.ndarray] | None = None  # (which tokens, their positions by axis [3, n])
+    failed: dict[int, str] | None = None  # rows whose images have no features
+
+    @property
+    def width(self) -> int:
+        return 0 if self.inputs is None else self.inputs[1].shape[1]
+
+    @property
+    def rotary(self) -> int:
+        return 0 if self.positions is None else 1 if self.axes is None else 2
+
+    def fill(self, at: Lines, size: Size, plan: Plan, order: np.ndarray | None) -> None:
+        """Write it. `order`: of the entries, where each has one token and they are sorted."""
+        tokens = plan.num_tokens
+        if self.slots is not None:
+            slots = np.repeat(self.slots, plan.count) if order is None else self.slots[order]
+            by_slot, tiles = grouped(slots, size.slots)
+            at.group_slots[:tokens], at.group_slots[tokens:] = slots, size.slots
+            for line, values in ((at.group_tokens, by_slot), (at.group_tiles, tiles.reshape(-1))):
+                line[: len(values)], line[len(values) :] = values, 0
+        if self.positions is not None:
+            at.rotary[:tokens], at.rotary[tokens:] = self.positions if order is None else self.positions[order], 0
+        if self.inputs is not None:
+            num = len(self.inputs[0])
+            at.input_at[:num], at.input_at[num:] = self.inputs[0], size.tokens - 1
+        if self.axes is not None:
+            num, axes = len(self.axes[0]), at.axes.reshape(3, -1)
+            at.axes_at[:num], at.axes_at[num:] = self.axes[0], size.tokens - 1
+            axes[:, :num], axes[:, num:] = self.axes[1], 0
 
 
-def _counts(size: Size, changes: int) -> tuple[int, ...]:
-    tokens, seqs, samples = size[:3]
-    return tokens, seqs, seqs, seqs + 1, samples, samples, samples, changes, changes
-
-
-class Staging:
-    """One graph's input buffer, the pinned memory it is filled from in turns, and its outputs."""
-
-    def __init__(self, size: Size, changes: int, device: torch.device) -> None:
-        self.size, self.changes = size, changes
-        total = sum(-(-count // 4) * 4 for count in _counts(size, changes))
-        self.flat = torch.zeros(total, dtype=torch.int32, device=device)
-        self.lines = lines_of(self.flat, size, changes)
-        self.out = torch.zeros(2, size.samples, dtype=torch.float64, device=device)  # tokens, and their logits
-        self.hidden: Tensor | None = None  # [samples, hidden size], of a graph that ends with them
-        pinned = device.type == "cuda"
-        self._turn = 0
-        self._staged = [torch.zeros(total, dtype=torch.int32, pin_memory=pinned) for _ in range(TURNS)]
-        self._filled = [lines_of(staged.numpy(), size, changes) for staged in self._staged]
-        self._out = [torch.zeros(2, size.samples, dtype=torch.float64, pin_memory=pinned) for _ in range(TURNS)]
-        self._free = [torch.cuda.Event() for _ in range(TURNS)] if pinned else None
-
-    def next(self) -> Lines:
-        """The host's lines to fill for the next step. They hold what was filled in three steps ago."""
-        self._turn = (self._turn + 1) % TURNS
-        if self._free is not None:
-            self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
-        return self._filled[self._turn]
-
-    def send(self) -> None:
-        self.flat.copy_(self._staged[self._turn], non_blocking=True)
-
-    def sent(self) -> None:
-        """The step is launched: its turn is free again once the device has got here."""
-        if self._free is not None:
-            self._free[self._turn].record()
-
-    def read(self) -> Tensor:
-        """This step's outputs, valid once an event recorded now has completed."""
-        out = self._out[self._turn]
-        out.copy_(self.out, non_blocking=True)
-        self.sent()
-        return out
+NOTHING = Extras()
 
 
 class Steps:
@@ -141,6 +102,7 @@ class Steps:
         self._sizes = [size for size in SIZES if size < self.num_rows] + [self.num_rows]
         self._coarse = [size for size in (4, 16, 64, 256) if size < self.num_rows] + [self.num_rows]
         self._made: dict[Size, tuple[Staging, Callable[[], Any]]] = {}
+        self._given: Tensor | None = None
         self._pool: Any = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._arange = np.arange(self.num_rows, dtype=np.int32)
@@ -186,21 +148,25 @@ class Steps:
             and (_is_decode(plan) or plan.num_tokens <= MOST_TOKENS)
             and not len(plan.parents)
             and not rows.asking[plan.rows].any()
-            and not rows.is_adapted(plan.rows)
-            and not (plan.start < rows.embedded[plan.rows]).any()
-            and not rows.shift[plan.rows].any()
+            and not (rows.both_ways[plan.rows] & (plan.start < rows.embedded[plan.rows])).any()
         )
 
-    def size_of(self, plan: Plan) -> Size:
+    def size_of(self, plan: Plan, extras: Extras = NOTHING) -> Size:
         """The size of the graph that serves this plan."""
+        size = self._plain_size(plan, 1 if extras.inputs is not None or extras.axes is not None else 0)
+        return size._replace(slots=extras.num_slots, inputs=extras.width, rotary=extras.rotary)
+
+    def _plain_size(self, plan: Plan, spare: int) -> Size:
+        """With so many tokens of padding at least."""
         seqs, samples = len(plan.rows), len(plan.sample_row)
         draws = bool(self.sampler.plain[plan.sample_row].all())
-        if _is_decode(plan):
+        if _is_decode(plan) and not spare:
             queries = 1 if samples == seqs and (plan.sample_row == plan.rows).all() else 2  # 2: samples are looked up
             return self._size(seqs, seqs, samples, True, queries, int(plan.start.max()) + 1, draws)
         longest, queries = int((plan.start + plan.count).max()), int(plan.count.max())
         samples += plan.num_drafts
-        return self._size(seqs, plan.num_tokens, samples, plan.num_decode == seqs, queries, longest, draws)
+        decode = plan.num_decode == seqs and not spare
+        return self._size(seqs, plan.num_tokens + spare, samples, decode, queries, longest, draws)
 
     def _size(
         self, seqs: int, tokens: int, samples: int, decode: bool, queries: int, longest: int, draws: bool
@@ -228,25 +194,55 @@ class Steps:
 
     # -- running ---------------------------------------------------------------------------------------------------
 
-    def run(self, plan: Plan, sample: Sample) -> tuple[Tensor | None, Tensor | None]:
+    def run(
+        self, plan: Plan, sample: Sample, features: Features | Elsewhere | None = None
+    ) -> tuple[Tensor | None, Tensor | None, dict[int, str]]:
         """Launch a step. Tokens and logits [2, samples], on the host once the stream has got there; or the hidden
-        states that samples are to be drawn from [samples, hidden size], which the next step overwrites."""
-        size = self.size_of(plan)
+        states that samples are to be drawn from [samples, hidden size], which the next step overwrites. And the rows
+        that failed, because their images have no features."""
+        extras = self._extras(plan, features)
+        size = self.size_of(plan, extras)
         staging, replay = self._graph(size, sample)
-        num = self._fill(staging, plan)
+        num = self._fill(staging, plan, extras)
         staging.send()
+        if extras.inputs is not None and staging.given is not None:
+            staging.given[: len(extras.inputs[1])].copy_(extras.inputs[1])
         replay()
         if size.draws:
-            return staging.read()[:, :num], None
+            return staging.read()[:, :num], None, extras.failed or {}
         staging.sent()
         assert staging.hidden is not None
-        return None, staging.hidden[:num]
+        if self.model.adapters is not None:  # for the head, which comes after the graph
+            self.model.adapters.use(staging.groups)
+            self.model.adapters.select(staging.lines.sample_query[:num].long())
+        return None, staging.hidden[:num], extras.failed or {}
 
-    def _fill(self, staging: Staging, plan: Plan) -> int:
+    def _extras(self, plan: Plan, features: Features | Elsewhere | None) -> Extras:
+        """What this step has beside tokens."""
+        rows = self.rows
+        found = NOTHING
+        if rows.is_adapted(plan.rows):
+            found = found._replace(slots=rows.slot_of[plan.rows], num_slots=self.model.adapters.num_slots)
+        embedded = bool((plan.start < rows.embedded[plan.rows]).any())
+        shifted = rows.has_axes[plan.rows].any()
+        if not embedded and not shifted:
+            return found
+        query_start = np.concatenate(([0], np.cumsum(plan.count)))
+        if shifted:
+            entry = np.repeat(np.arange(len(plan.rows)), plan.count)
+            places = np.arange(query_start[-1]) - query_start[:-1][entry] + plan.start[entry]
+            positions, axes = rotary_positions(plan, rows, places, entry, query_start)
+            found = found._replace(positions=positions, axes=axes)
+        if embedded:
+            inputs, failed = given_inputs(plan, rows, query_start, self.device, self.model.dtype, features)
+            found = found._replace(inputs=inputs, failed=failed)
+        return found
+
+    def _fill(self, staging: Staging, plan: Plan, extras: Extras = NOTHING) -> int:
         """Write this step's numbers, and padding behind them; the number of samples."""
         rows, start, count = plan.rows, plan.start, plan.count
         size, at = staging.size, staging.next()
-        num = len(rows)
+        num, order = len(rows), None
         if size.queries == 1:
             order = self._longest_first(rows, start) if size.draws else self._arange[:num]
             samples = tokens = num
@@ -282,6 +278,8 @@ class Steps:
         places = samples if size.queries == 1 else 0
         at.sample_place[places:] = np.arange(places, size.samples)
         self._fill_changes(at)
+        if extras is not NOTHING:
+            extras.fill(at, size, plan, order)
         return samples
 
     def _longest_first(self, rows: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -336,6 +334,7 @@ class Steps:
         if self._stream is not None:
             torch.cuda.synchronize(self.device)  # a running graph must not be destroyed
         self._made.clear()
+        self._given = None
         self._pool = None  # a memory pool is freed with its last graph
         self.memory = 0
         self._inputs = step_inputs.pick(self.device, torch.float32)
@@ -344,9 +343,9 @@ class Steps:
         if size not in self._made:
             begin = time.perf_counter()
             changes = max(LEAST_CHANGES, size.seqs + size.tokens // self.block_size)
-            staging = Staging(size, changes, self.device)
-            if self._stream is not None:  # warm-up and capture must not write to any request's blocks
-                self._fill_padding(staging)
+            staging = Staging(size, changes, self.device, self._room_for_inputs(size))
+            if self._stream is not None:
+                staging.fill_padding(self.num_rows, self.num_rows * self.tables.shape[1])
             replay, self._pool, taken = capture(
                 lambda: self._step(staging, sample), self._stream, self._pool, self.device
             )
@@ -355,13 +354,16 @@ class Steps:
             self._made[size] = staging, replay
         return self._made[size]
 
-    def _fill_padding(self, staging: Staging) -> None:
-        at = staging.next()
-        for line, value in zip(at, (0, self.num_rows, 0, 0, 0, self.num_rows, 0, 0, 0), strict=True):
-            line[:] = value
-        at.sample_place[:] = np.arange(len(at.sample_place))
-        at.change_at[:] = self.num_rows * self.tables.shape[1]
-        staging.send()
+    def _room_for_inputs(self, size: Size) -> Tensor | None:
+        """Memory for the inputs that a step is given. Graphs share it, as one runs at a time; a graph that was captured
+        with a smaller one keeps that."""
+        if not size.inputs:
+            return None
+        have = self._given
+        if have is None or len(have) < size.tokens or have.shape[1] != size.inputs:
+            room = 1 << (size.tokens - 1).bit_length()
+            have = self._given = torch.zeros(room, size.inputs, dtype=self.model.dtype, device=self.device)
+        return have[: size.tokens]
 
     def _step(self, staging: Staging, sample: Sample) -> None:
         """The work that a graph captures."""
@@ -373,16 +375,21 @@ class Steps:
         )  # fmt: skip
         batch = Batch(
             token_ids=token_ids,
-            positions=positions,
+            positions=at.rotary.long() if size.rotary else positions,
             slots=slots,
             block_table=self.tables[:, : size.width].index_select(0, at.rows),
             query_start=at.query_start,
             seq_len=seq_len,
             max_query_len=size.queries,
             max_seq_len=size.width * self.block_size,
+            adapters=staging.groups,
+            embeddings=None if staging.given is None else (at.input_at.long(), staging.given),
+            axes=(at.axes_at.long(), at.axes.view(3, -1).long()) if size.rotary == 2 else None,
         )
         hidden = self.model.forward(batch, self.caches)
         hidden = hidden.index_select(0, at.sample_query)  # of padding: the first token's, which is finite
+        if size.slots and size.draws:
+            self.model.adapters.select(at.sample_query.long())
         if not size.draws:
             staging.hidden = hidden
             return

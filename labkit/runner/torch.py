@@ -359,13 +359,13 @@ class TorchRunner(Sleeps, Replaces, Hands):
             settle_trees(plan, stands, self.rows, self.caches, self.drafter)
 
     def _run_captured(self, steps: Steps, plan: Plan, begin: float) -> Pending:
-        tokens, hidden = steps.run(plan, self._sample)
+        tokens, hidden, failed = steps.run(plan, self._sample, self.features)
         if hidden is None:
             tokens = tokens if len(plan.sample_row) else None
-            return self._pending(Computed(plan, tokens, None, {}, [], begin, self.device))
+            return self._pending(Computed(plan, tokens, None, {}, [], begin, self.device), failed)
         rows, _, known = draws_of(plan, np.concatenate(([0], np.cumsum(plan.count))))
         drawn = draw_from(plan, hidden, rows, known, self.model, self.sampler, self.latest, self._sample)
-        return self._pending(self._drawn(plan, drawn, {}, begin))
+        return self._pending(self._drawn(plan, drawn, {}, begin), failed)
 
     def _pending(self, computed: Computed, failed: dict[int, str] | None = None) -> Pending:
         computed.failed = failed or {}

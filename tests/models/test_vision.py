@@ -45,6 +45,7 @@ def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
     for options in (
         {"max_num_batched_tokens": 7, "max_num_seqs": 4},
         {"watermark": 0.0, "max_num_seqs": 4, "graphs": True},
+        {"watermark": 0.0, "max_num_seqs": 3, "max_num_batched_tokens": 24, "graphs": "all"},
     ):
         few = {"num_blocks": -(-longest // 4) + 2} if longest else {"num_blocks": 200}
         eng = lk.Engine(tmp_path, dtype="float32", block_size=4, **few, **options)
@@ -52,6 +53,10 @@ def test_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
             handles = eng.generate(given, PARAMS)
             assert [handle.output_ids for handle in handles] == answers, options
         eng.check()
+        if options.get("graphs") == "all":
+            sizes = set(eng.runner.graphs._made)
+            assert any(size.inputs for size in sizes) == (family != "gemma3"), "its image tokens see each other"
+            assert {size.rotary for size in sizes} >= ({1, 2} if family.startswith("qwen") else {0})
         assert eng.runner.features.num_encoded == 4
         assert bool(eng.scheduler.num_preempted) == bool(longest)
         longest = max(handle.num_tokens for handle in handles)

@@ -11,7 +11,8 @@ import labkit as lk
 from labkit.models import load_model
 from labkit.runner.base import Layout
 from labkit.runner.rows import Rows
-from labkit.runner.steps import LEAST_CHANGES, LEAST_TOKENS, Staging, Steps, up
+from labkit.runner.staging import Staging, up
+from labkit.runner.steps import LEAST_CHANGES, LEAST_TOKENS, Steps
 from labkit.sampling.sampler import Sampler
 from tests.models.configs import VOCAB, config
 from tests.runner.test_graphs import asked

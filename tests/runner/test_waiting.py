@@ -16,7 +16,7 @@ import labkit as lk
 from labkit.models import load_model
 from labkit.runner.computed import Computed
 from labkit.runner.graphs import Buffers
-from labkit.runner.steps import Staging
+from labkit.runner.staging import Staging
 from labkit.sampling.sampler import Sampler
 from tests.models.configs import VOCAB, config
 
