@@ -50,9 +50,6 @@ _HOME = {
     "Load": "notebook.play",
     "Player": "notebook.play",
     "Engine": "engine.engine",
-    "Blocks": "core.blocks.exported",
-    "Transferred": "engine.handing",
-    "transfer_blocks": "engine.handing",
     "StalledError": "engine.loop",
     "LLM": "llm",
     "LoRARequest": "llm",
@@ -98,6 +95,10 @@ _HOME = {
     "Workload": "bench.workload",
     "WallClock": "clock",
     "VirtualClock": "clock",
+    "Blocks": "core.blocks.exported",
+    "Transferred": "engine.handing",
+    "KVConnector": "engine.kv_connector",
+    "transfer_blocks": "engine.handing",
 }
 
 _MODULES = {
@@ -137,6 +138,7 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .engine.handing import Transferred, transfer_blocks
     from .engine.handle import Handle, RequestError
+    from .engine.kv_connector import KVConnector
     from .engine.loop import StalledError
     from .lab.divergence import divergence
     from .lab.kernel_lab import kernel_lab

@@ -387,7 +387,17 @@ class Engine(Rollouts, Handing, Encoding, Shown):
         other = object.__new__(Engine)
         memo[id(self)] = other
         for name, value in vars(self).items():
-            if name not in ("worker", "listeners", "wakeup", "lock", "_finalizer", "tokenizer", "adapters", "images"):
+            if name not in (
+                "worker",
+                "listeners",
+                "wakeup",
+                "lock",
+                "_finalizer",
+                "tokenizer",
+                "adapters",
+                "images",
+                "kv_connector",
+            ):
                 setattr(other, name, copy.deepcopy(value, memo))
         other.worker, other.listeners, other.tokenizer, other.images = None, [], self.tokenizer, self.images
         other.wakeup, other.lock = Wakeup(), threading.Lock()

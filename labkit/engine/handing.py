@@ -54,9 +54,6 @@ class Chain(NamedTuple):
     adapter: str | None
     keys: dict[int, bytes]
 
-    def __len__(self) -> int:
-        return len(self.hashes)
-
     def blocks(self, form: Form, first: int, data: np.ndarray) -> Blocks:
         end = first + len(data)
         keys = {index: key for index, key in self.keys.items() if index < end}
@@ -68,6 +65,7 @@ class Handing(Hinting):
     """A loop that gives computed blocks to others and takes theirs."""
 
     _form: tuple[int, Form] | None = None
+    kv_connector: Any = None  # to engines in other processes, if there is one
 
     @property
     def block_form(self) -> Form:
@@ -131,7 +129,7 @@ class Handing(Hinting):
         step = max(1, PIECE // max(form.num_bytes, 1))
         pin = self._call(lambda: self._hold(chain.hashes[first:]))
         try:
-            for at in range(first, len(chain), step):
+            for at in range(first, len(chain.hashes), step):
                 hashes = chain.hashes[at : at + step]
                 data = self._call(lambda hashes=hashes: self._copy_out(hashes))  # type: ignore[misc]
                 if len(data):
@@ -259,12 +257,16 @@ class Handing(Hinting):
     def note_transfer(self, kind: str, num_blocks: int, num_bytes: int, peer: str | None) -> None:
         """Write to the log what went out or came in."""
 
-        def note() -> None:
-            self.log.add((kind, num_blocks, num_bytes, peer))
-            self.log.flush(self.scheduler.step, self.clock.now())
-            self.log.post()
+        self._call(lambda: self._note((kind, num_blocks, num_bytes, peer)))
 
-        self._call(note)
+    def note_failure(self, request: str, peer: str | None, reason: str) -> None:
+        """Write to the log that blocks did not come, so that the request computes its prompt."""
+        self._call(lambda: self._note(("TransferFailed", request, peer, reason)))
+
+    def _note(self, event: tuple[object, ...]) -> None:
+        self.log.add(event)
+        self.log.flush(self.scheduler.step, self.clock.now())
+        self.log.post()
 
 
 @named_arguments
@@ -292,7 +294,7 @@ def transfer_blocks(
         fresh, had, left = target.take_in(piece, 0, len(piece))
         new, known = new + fresh, known + had
         if left:
-            left = len(chain) - known - new
+            left = len(chain.hashes) - known - new
             break
     num_bytes = new * source.block_form.num_bytes
     source.note_transfer("Exported", new, num_bytes, None)

@@ -54,6 +54,7 @@ KEPT = frozenset(
         "backlog",
         "weights_version",
         "_form",
+        "kv_connector",
     }
 )  # attributes of the engine itself that a restore keeps
 

@@ -19,6 +19,7 @@ from labkit.engine.handle import Handle
 from labkit.server.activations import asked_of, shown
 from labkit.server.bridge import Delta, Feed
 from labkit.server.errors import ApiError, clean, engine_dead, of_value, overloaded
+from labkit.server.handing import prepare
 from labkit.server.http import NOTE
 from labkit.server.pieces import Growing
 from labkit.server.sampling import Sampling
@@ -46,8 +47,12 @@ class Piece(NamedTuple):
 class Call:
     """The answers of one call; `n` for each prompt, in order."""
 
-    def __init__(self, service: Service, feed: Feed, id: str, model: str, n: int, note: dict[str, Any]) -> None:
+    def __init__(
+        self, service: Service, feed: Feed, id: str, model: str, n: int, note: dict[str, Any], holder: Any = None
+    ) -> None:  # fmt: skip
+        """`holder` is the connector that holds the blocks for another server."""
         self.service, self.feed, self.id, self.model, self.n, self.note = service, feed, id, model, n, note
+        self.holder = holder
         self.answers = [Growing(member.handle, service.tokenizer) for member in feed.members]
 
     def parent(self, index: int) -> Handle:
@@ -85,8 +90,10 @@ class Call:
         return prompt, sum(len(answer.token_ids) for answer in self.answers)
 
     def more(self) -> dict[str, Any]:
-        """With `per_request_metrics`, times of the first prompt's first answer."""
-        return {"metrics": _times(self.answers[0].handle)} if self.service.settings.per_request_metrics else {}
+        """With `per_request_metrics`, times of the first prompt's first answer; where its blocks are held."""
+        handle = self.answers[0].handle
+        held = {} if self.holder is None else {"kv_transfer_params": self.holder.params_of(handle.id)}
+        return held | ({"metrics": _times(handle)} if self.service.settings.per_request_metrics else {})
 
     def usage(self, at_start: bool = False) -> dict[str, Any]:
         prompt, output = self.counts()
@@ -210,9 +217,10 @@ async def admit(
         grammar = wrap(grammar)
     lengths = [(len(ids), most) for ids, most in zip(prompts, each, strict=True)]
     change = {**(change or {}), **asked_of(body, service.settings, service.engine.runner, lengths)}
+    id, names = _names(request, body, prefix, len(prompts))
+    holder = await prepare(service, body, prompts, names, service.adapter_of(model), images)
     try:
         made = {most: _params(body, most, defaults, grammar, change) for most in set(each)}
-        id, names = _names(request, body, prefix, len(prompts))
         own = [made[most] for most in each]
         with service.traced(names, request.headers):
             feed = service.submit(
@@ -232,7 +240,7 @@ async def admit(
         raise engine_dead(clean(str(error))) from None
     note = request.scope[NOTE]
     note["id"] = id
-    return Call(service, feed, id, model, feed_samples(made), note)
+    return Call(service, feed, id, model, feed_samples(made), note, holder)
 
 
 def feed_samples(made: Mapping[int, SamplingParams]) -> int:

@@ -80,11 +80,20 @@ def _load(arguments: Arguments, service: Service) -> Any:
     if "models" in arguments.process or service.settings.model_root:
         if "kv_events_config" in arguments.process:
             raise ValueError("--kv-events-config is served for one model at a time")
+        if "kv_transfer_config" in arguments.process:
+            raise ValueError("--kv-transfer-config is served for one model at a time")
         if {"data_parallel_size", "router"} & arguments.engine.keys():
             raise ValueError("--data-parallel-size is served for one model at a time")
         return _load_several(arguments)
     log.info("loading %s", model or "the embedded model")
+    transfer = arguments.process.get("kv_transfer_config")
+    if transfer is not None:
+        from labkit.engine.kv_connector import connector_of, engine_options
+
+        arguments.engine |= engine_options(transfer, arguments.engine)
     engine = make_engine(model, **arguments.engine)
+    if transfer is not None:
+        log.info("blocks of prompts: %r", connector_of(engine, transfer))
     service.defaults = sampling_defaults(model, arguments.process.get("generation_config", "auto"))
     if (config := arguments.process.get("kv_events_config")) is not None:
         from labkit.engine.block_events import publisher_of

@@ -255,6 +255,17 @@ class Counts:
         self.totals["accepted_tokens"] += num_accepted
         self.drafts[num_accepted] += 1
 
+    def _exported(self, _batch: Batch, num_blocks: int, num_bytes: int, _peer: str | None) -> None:
+        self.totals["exported_blocks"] += num_blocks
+        self.totals["exported_bytes"] += num_bytes
+
+    def _imported(self, _batch: Batch, num_blocks: int, num_bytes: int, _peer: str | None) -> None:
+        self.totals["imported_blocks"] += num_blocks
+        self.totals["imported_bytes"] += num_bytes
+
+    def _transfer_failed(self, _batch: Batch, *_: Any) -> None:
+        self.totals["failed_transfers"] += 1
+
     def _failed(self, batch: Batch, *_: Any) -> None:
         self.totals["failed_steps"] += 1
 
@@ -334,6 +345,9 @@ _HANDLERS: dict[str, Callable[..., None]] = {
     "Preempted": Counts._preempted,
     "Drafted": Counts._drafted,
     "Failed": Counts._failed,
+    "Exported": Counts._exported,
+    "Imported": Counts._imported,
+    "TransferFailed": Counts._transfer_failed,
     "Finished": Counts._finished,
     "Aborted": Counts._aborted,
     "Rejected": Counts._rejected,

@@ -150,6 +150,7 @@ FLAGS: tuple[Flag, ...] = (
     _server("allowed-methods", "json", "methods that these pages may use"),
     _server("allowed-headers", "json", "headers that these pages may send"),
     _server("allow-credentials", "bool", "whether these pages may send cookies"),
+    _process("kv-transfer-config", "json", "prefill and decode apart, with vLLM's keys (docs/deployment.md)"),
     _process("kv-events-config", "json", "publish prefix cache events over ZMQ, with vLLM's keys (labkit[events])"),
     _server("otlp-traces-endpoint", "str", "OTLP over HTTP: a span for each request is sent there (labkit[otel])"),
     _server("enable-admin", "bool", "routes that pause, sleep and show events (also VLLM_SERVER_DEV_MODE=1)"),
@@ -196,7 +197,7 @@ FLAGS: tuple[Flag, ...] = (
     *_refused("hf-token", "is not read; HF_TOKEN holds the token"),
     *_refused("enable-sleep-mode trust-request-chat-template enable-ssl-refresh", kind="bool"),
     *_refused("middleware logits-processors log-config-file ssl-cert-reqs "
-              "collect-detailed-traces kv-transfer-config kv-cache-memory-bytes convert "
+              "collect-detailed-traces kv-cache-memory-bytes convert "
               "logits-processor-pattern scheduler-cls worker-cls worker-extension-cls num-lookahead-slots "
               "model-loader-extra-config additional-config"),
 )  # fmt: skip

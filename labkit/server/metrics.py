@@ -62,6 +62,11 @@ COUNTERS = {  # name without _total -> (a total of Counts, help)
     "labkit:steps": ("steps", "Steps of the engine."),
     "labkit:failed_steps": ("failed_steps", "Steps that failed and were rolled back."),
     "labkit:requests_rejected": ("rejected", "Requests that the engine rejected."),
+    "labkit:kv_blocks_exported": ("exported_blocks", "Blocks that went to other engines."),
+    "labkit:kv_bytes_exported": ("exported_bytes", "Their bytes."),
+    "labkit:kv_blocks_imported": ("imported_blocks", "Blocks that came from other engines."),
+    "labkit:kv_bytes_imported": ("imported_bytes", "Their bytes."),
+    "labkit:kv_transfers_failed": ("failed_transfers", "Prompts computed, at least in part, as blocks did not come."),
 }
 OF_IMAGES: tuple[tuple[str, str, Callable[[Any, Any], float]], ...] = (  # of the processor, and of what the tower made
     ("vllm:mm_cache_queries", "Images that were looked up among processed ones.",

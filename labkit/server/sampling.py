@@ -66,11 +66,20 @@ class StructuredOutputs(BaseModel):
 
 
 class KVTransfer(BaseModel):
-    """Of another server's prefill only the prompt's token ids are taken; keys and values are not transferred."""
+    """With do_remote_decode the answer says where the prompt's blocks are held; with do_remote_prefill and what that
+    answer said, they are pulled from there. prompt_token_ids stand for a chat's messages."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=2**22)] | None = None
+    do_remote_decode: bool | None = False
+    do_remote_prefill: bool | None = False
+    remote_engine_id: Annotated[str, Field(max_length=256)] | None = None
+    remote_request_id: Annotated[str, Field(max_length=512)] | None = None
+    remote_block_ids: Annotated[list[Annotated[int, Field(ge=0, le=2**31)]], Field(max_length=2**22)] | None = None
+    remote_host: Annotated[str, Field(max_length=256)] | None = None
+    remote_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    tp_size: Annotated[int, Field(ge=1, le=4096)] | None = None
 
 
 SessionName = Annotated[str, Field(min_length=1, max_length=256)]

@@ -150,6 +150,15 @@ class Imported(Event):
 
 
 @dataclass(frozen=True)
+class TransferFailed(Event):
+    """Blocks of another engine did not come, or not all: the request computes the rest. `request` may be empty."""
+
+    request: str
+    peer: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
 class AdapterLoaded(Event):
     """This plan brings the adapter's weights into this slot of the device, in place of what is there."""
 
@@ -293,8 +302,8 @@ EVENTS: dict[str, type[Event]] = {
     cls.__name__: cls
     for cls in (
         Submitted, Spanned, InSession, Hinted, Admitted, Scheduled, Drafted, Held, Stored, Removed, Cleared, Loaded,
-        Exported, Imported, AdapterLoaded, Copied, Forked, Preempted, Compacted, SwappedOut, SwappedIn, Resumed,
-        Finished, Aborted, Rejected, Control, Overruled, Failed, RankLoad, Rewound, Step,
+        Exported, Imported, TransferFailed, AdapterLoaded, Copied, Forked, Preempted, Compacted, SwappedOut, SwappedIn,
+        Resumed, Finished, Aborted, Rejected, Control, Overruled, Failed, RankLoad, Rewound, Step,
     )
 }  # fmt: skip
 NAMES = {name: [f.name for f in fields(cls)] for name, cls in EVENTS.items()}
