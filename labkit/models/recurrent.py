@@ -102,21 +102,21 @@ class Recurrent:
         self.mixers: dict[str, Mixer] = {}  # layers that labkit's ops compute
         self.places: dict[str, dict[Key, int]] = {}  # by layer: where each of its states is in `specs`
         self.continues: dict[str, bool] = {}  # by layer: whether several tokens at once go on from a state
-        self.parts: set[nn.Module] = set()
+        self.parts: dict[nn.Module, str] = {}  # by module: which layer it is a part of
         self._now = _Now()
         for name, module in body.named_modules():
             if (argument := _argument(module)) is not None:
                 self.places[name] = {}
-                self.parts.update(module.modules())
+                self.parts.update(dict.fromkeys(module.modules(), name))
                 layer = partial(self._forward, name, module, module.forward, argument)
                 module.forward = layer  # type: ignore[method-assign]
 
     def __len__(self) -> int:
         return len(self.places)
 
-    def has(self, part: nn.Module) -> bool:
-        """Is this a part of a recurrent layer? It is then given other tokens than the whole step's."""
-        return part in self.parts
+    def cuts(self, part: nn.Module) -> bool:
+        """Is this a part of a layer that is given a step's tokens piece by piece?"""
+        return part in self.parts and self.parts[part] not in self.mixers
 
     def pick(self) -> None:
         """Pick ops again."""

@@ -327,7 +327,7 @@ class TransformersModel:
         """Where adapters can be: see `Decoder.linear_places`."""
         head = self.causal.get_output_embeddings()
         for name, module in self.causal.named_modules():
-            if is_linear(module) and OF_EXPERTS not in f".{name}." and not self.recurrent.has(module):
+            if is_linear(module) and OF_EXPERTS not in f".{name}." and not self.recurrent.cuts(module):
                 place = ModulePlace(module)
                 inner, out = place.layer.shape
                 whole = [Piece(name, (out, inner), slice(0, out), slice(0, inner))]

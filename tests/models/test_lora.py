@@ -26,7 +26,22 @@ def prompt(rng: random.Random) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(rng.choice([3, 9, 21]))]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "phi3", "starcoder2", "qwen2_moe", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "llama",
+        "qwen2",
+        "gemma2",
+        "phi3",
+        "starcoder2",
+        "qwen2_moe",
+        "gpt2",
+        "gpt_neox",
+        "lfm2",
+        "granitemoehybrid",
+        "qwen3_next",
+    ],
+)
 def test_a_batch_of_eight_adapters_and_none_equals_the_merged_models(kind, tmp_path):
     seed = 5
     rng = random.Random(seed)
