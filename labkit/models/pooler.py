@@ -162,7 +162,8 @@ def causal_pooler(model: Any, config: Any, source: Any) -> Pooler | None:
         return None
     size, device = int(model.hidden_size), model.device
     if not has_classes(config):
-        generates = not architecture(config).endswith("Model")
+        name = architecture(config)
+        generates = not name.endswith("Model") or name.endswith("LMHeadModel")
         return embedder(size, read_sentence(model.folder), device, generates=generates)
     if "score.weight" not in source.shapes:
         raise ValueError(f"{source!r} lacks tensor 'score.weight', the classifier of {architecture(config)}")
