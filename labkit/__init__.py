@@ -10,6 +10,7 @@ from .core.version import __version__
 
 _HOME = {
     "BlockManager": "core.blocks.manager",
+    "Kept": "core.blocks.states",
     "BlockTable": "core.blocks.table",
     "OutOfBlocksError": "core.blocks.manager",
     "Span": "core.blocks.prefix",

@@ -94,6 +94,8 @@ class Options:
     kv_disk_path: Any = None
     kv_disk_size: float = 10.0
     num_states: int | None = None
+    state_score: Any = None
+    state_every: int | None = None
     prefix_caching: bool = True
     eviction: Any = "lru"
     max_num_seqs: int = 256
@@ -317,6 +319,8 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
         host_eviction=options.host_eviction,
         num_disk_blocks=num_disk_blocks(runner, options, size),
         num_states=states,
+        state_score=options.state_score,
+        state_every=options.state_every,
     )
     scheduling["pipeline_stages"] = stages = runner.workers.ranks.stages if options.has_workers else 1
     if options.max_in_flight is None:

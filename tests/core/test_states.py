@@ -12,8 +12,8 @@ from tests.harness import Flaky, assert_right, params, run
 
 
 def engine(*, blocks=64, size=4, states=8, runner=None, vocab=50, **options):
-    for_blocks = {name: options.pop(name) for name in ("eviction", "prefix_caching", "windows") if name in options}
-    bm = lk.BlockManager(blocks, size, num_states=states, **for_blocks)
+    of_blocks = ("eviction", "prefix_caching", "windows", "state_score", "state_every")
+    bm = lk.BlockManager(blocks, size, num_states=states, **{n: options.pop(n) for n in of_blocks if n in options})
     sched = lk.Scheduler(bm, watermark=0.0, **options)
     runner = runner if runner is not None else lk.FakeRunner(seed=1, vocab_size=vocab)
     return lk.Engine(scheduler=sched, runner=runner, clock=lk.VirtualClock())
@@ -70,7 +70,7 @@ def test_blocks_without_a_state_are_not_hit_and_explained():
 def test_a_row_that_decodes_keeps_one_state():
     eng = engine(states=8)
     served(eng, range(6), max_tokens=40)
-    assert len(eng.blocks.states.slot_of) == 2  # behind the prompt's full block, and the latest
+    assert len(eng.blocks.states.kept) == 2  # behind the prompt's full block, and the latest
 
 
 def test_the_least_recently_used_state_goes():
@@ -79,6 +79,26 @@ def test_the_least_recently_used_state_goes():
         served(eng, range(first, first + 9), max_tokens=1)
     assert eng.blocks.states.num_evicted == 1
     assert [eng.blocks.lookup(list(range(first, first + 9))).num_hit for first in (0, 10, 20)] == [0, 8, 8]
+
+
+def test_a_score_says_which_state_goes():
+    eng = engine(states=2, state_score=lambda kept: kept.num_tokens)
+    for length in (21, 9, 13):  # the shortest goes
+        served(eng, range(length, 2 * length), max_tokens=1)
+    assert [eng.blocks.lookup(list(range(n, 2 * n))).num_hit for n in (21, 9, 13)] == [20, 0, 12]
+    eng = engine(states=2, state_score=lambda kept: 1 / 0)
+    with pytest.warns(UserWarning, match="state_score failed: ZeroDivisionError.*least recently used"):
+        for first in (0, 10, 20):
+            served(eng, range(first, first + 9), max_tokens=1)
+    assert eng.blocks.lookup(list(range(9))).num_hit == 0
+
+
+def test_states_at_regular_distances():
+    eng = engine(states=8, state_every=8)
+    served(eng, range(30), max_tokens=1)
+    assert sorted(kept.num_tokens for kept in eng.blocks.states.kept.values()) == [8, 16, 24, 28]
+    (other,) = served(eng, [*range(19), 49, 48])  # the first to leave the prompt in the middle
+    assert other.num_cached == 16
 
 
 def test_a_preempted_row_goes_on_from_its_latest_state():
@@ -100,7 +120,7 @@ def test_clearing_prefixes_forgets_states():
     eng = engine()
     served(eng, range(18))
     eng.blocks.reset()
-    assert not eng.blocks.states.slot_of
+    assert not eng.blocks.states.kept
     (again,) = served(eng, range(18))
     assert again.num_cached == 0
 
@@ -126,6 +146,10 @@ def test_what_moves_blocks_alone_is_refused():
         lk.Scheduler(lk.BlockManager(8, 4, num_states=2), draft=lk.TreeDraft((2, 1)))
     with pytest.raises(ValueError, match="num_states must be at least 0, got -1"):
         lk.BlockManager(8, 4, num_states=-1)
+    with pytest.raises(ValueError, match="state_every must be a multiple of block_size=4, got 6"):
+        lk.BlockManager(8, 4, num_states=2, state_every=6)
+    with pytest.raises(ValueError, match="state_score and state_every are for kept states"):
+        lk.BlockManager(8, 4, state_every=8)
 
 
 @pytest.mark.parametrize("drafts", [[], [0], [0, 0, 0, 0], "right"])
@@ -156,7 +180,8 @@ def test_random_days(lag):
             blocks=rng.randrange(12, 40) * max(1, 4 // size), size=size, states=rng.choice([0, 1, 3, 12]),
             runner=Flaky(rng, rng.choice([0.0, 0.01]), seed=seed % 1000, vocab_size=5, eos_token_id=3),
             max_num_seqs=rng.choice([2, 6]), max_num_batched_tokens=rng.choice([3, 8, 32]),
-            prefix_hold=rng.random() < 0.7, max_in_flight=lag, windows=rng.choice([(None,), (None,), (None, 5)]),
+            prefix_hold=rng.random() < 0.7, max_in_flight=lag, state_every=rng.choice([None, None, 4]),
+            windows=rng.choice([(None,), (None,), (None, 5)]),
             draft=None if lag else rng.choice([None, guess]), order=rng.choice(["fcfs", "priority", "lpm"]),
             eviction=rng.choice(["lru", "lfu", "s3-fifo"]),
         )  # fmt: skip

@@ -210,7 +210,7 @@ KNOWN = {
     },
     lk.BlockManager: {
         "num_blocks", "block_size", "num_host_blocks", "eviction", "prefix_caching", "windows", "kv_offloading",
-        "host_eviction", "num_disk_blocks", "num_states",
+        "host_eviction", "num_disk_blocks", "num_states", "state_score", "state_every",
     },
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import numpy as np
 from labkit.core.blocks.eviction import EvictionChoice
 from labkit.core.blocks.prefix import Explanation, Hit, Lookup, Span, hash_blocks, root_hash, span_keys
 from labkit.core.blocks.rows import OutOfBlocksError, RowBlocks
+from labkit.core.blocks.states import States, StateScore
 from labkit.core.blocks.stats import BlockStats, filled_places, tier_counts
 from labkit.core.blocks.table import BlockTable, Pin
 from labkit.core.options import duration, flag, named_arguments, named_options, text, whole
@@ -31,7 +32,9 @@ class BlockManager(RowBlocks, Shown):
     use the same host blocks, and go first.
 
     `num_states`, for models with recurrent layers: how many copies of their states are kept, so that prefixes can be
-    continued; a prefix is hit up to the last block whose state is there. None: the model has no such layers.
+    continued; a prefix is hit up to the last block whose state is there. None: the model has no such layers. If there
+    is no room for a new one, the state with the lowest `state_score` goes, a function of a `lk.Kept`, or without one
+    the least recently used. With `state_every` prompts leave a state after every so many tokens, too.
 
     >>> bm = BlockManager(num_blocks=64, block_size=16)
     >>> bm.allocate("a", list(range(40)))
@@ -53,6 +56,8 @@ class BlockManager(RowBlocks, Shown):
         host_eviction: EvictionChoice = "lru",
         num_disk_blocks: int = 0,
         num_states: int | None = None,
+        state_score: StateScore | None = None,
+        state_every: int | None = None,
     ) -> None:
         whole("num_disk_blocks", num_disk_blocks, least=0, most=2**31 - 2)
         if flag("kv_offloading", kv_offloading) and not num_host_blocks:
@@ -69,7 +74,7 @@ class BlockManager(RowBlocks, Shown):
             flag("prefix_caching", prefix_caching),
             windows,
             (host_eviction, num_disk_blocks) if kv_offloading else None,
-            None if num_states is None else whole("num_states", num_states, least=0, most=2**20),
+            _states(num_states, state_score, state_every, block_size),
         )
         self.taken: Callable[[str], bool] = _nobody  # whether a request has this name
 
@@ -304,6 +309,18 @@ class BlockManager(RowBlocks, Shown):
                 f"table {name!r} needs {wanted} more blocks of {self.block_size} tokens, "
                 f"{available} of {self.num_blocks} are available"
             )
+
+
+def _states(num_states: int | None, score: StateScore | None, every: int | None, block_size: int) -> States | None:
+    if num_states is None:
+        if score is not None or every is not None:
+            raise ValueError("state_score and state_every are for kept states of recurrent layers: give num_states")
+        return None
+    if score is not None and not callable(score):
+        raise ValueError(f"state_score must be a function of a kept state, got {score!r}")
+    if every is not None and whole("state_every", every, least=1) % block_size:
+        raise ValueError(f"state_every must be a multiple of block_size={block_size}, got {every}")
+    return States(whole("num_states", num_states, least=0, most=2**20), score, every)
 
 
 def _nobody(name: str) -> bool:

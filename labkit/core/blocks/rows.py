@@ -35,7 +35,7 @@ class RowBlocks:
         self, num_blocks: int, block_size: int, num_host_blocks: int, eviction: EvictionChoice, prefix_caching: bool,
         windows: Sequence[int | None],
         offload: tuple[EvictionChoice, int] | None = None,  # host memory's eviction policy, blocks on disk
-        num_states: int | None = None,
+        states: States | None = None,
     ) -> None:  # fmt: skip
         self.num_blocks, self.block_size = num_blocks, block_size
         self.windows = tuple(None if w is None else whole("a window", w, least=1) for w in windows)
@@ -57,7 +57,7 @@ class RowBlocks:
                     "leave out hybrid_kv and kv_groups, or kv_offloading"
                 )
             self.offload = Offloading(self.prefix, self.host, *offload)
-        self.states = None if num_states is None else States(num_states)
+        self.states = states
         self.prefix_caching = prefix_caching
         self.attached = False  # a runner computes these blocks: store only what it computed
         self.pins: list[Pin] = []
@@ -135,7 +135,7 @@ class RowBlocks:
         get = self.prefix.block_of.get
         stored = [[get(group_key(digest, group), 0) for digest in hashes[:usable]] for group in range(len(windows))]
         for end in range(min(usable, len(hashes)), 0, -1):
-            if self.states is not None and hashes[end - 1] not in self.states.slot_of:
+            if self.states is not None and hashes[end - 1] not in self.states.kept:
                 continue
             first = [0 if window is None else max(0, end - self.blocks_for(window)) for window in windows]
             if (not spans or self.usable_blocks(end * self.block_size, spans, num_tokens) == end) and all(

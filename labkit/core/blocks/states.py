@@ -11,8 +11,10 @@ that decodes, for the next turn of its conversation and for a row that is preemp
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +33,18 @@ class Save(NamedTuple):
     slot: int
 
 
+@dataclass(slots=True)
+class Kept:
+    """A kept state, as `state_score` sees it. Times count saves and loads."""
+
+    slot: int
+    num_tokens: int  # that it stands for
+    decoding: bool  # kept while its row decoded, not by a prompt
+    kept_at: int
+    used_at: int
+    hits: int = 0
+
+
 class StateMoves(NamedTuple):
     """What a plan does with states. `loads` (slot, row) come before the computation, `saves` in its course, `forks`
     (row, row) behind it. A row that computes its first token starts from zeros."""
@@ -43,32 +57,44 @@ class StateMoves(NamedTuple):
         return f"StateMoves({len(self.loads)} loads, {len(self.saves)} saves, {len(self.forks)} forks)"
 
 
+StateScore = Callable[[Kept], float]
+
+
 class States(Shown):
-    """hash of a block -> slot with the state after it; the least recently used one goes when a slot is needed.
+    """hash of a block -> the kept state after it. When a slot is needed, the state with the lowest `score` goes, or the
+    least recently used one. Prompts also leave a state after `every` so many tokens.
 
     >>> States(8)
     States(0 of 8 slots, 0 evicted)
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
+    def __init__(self, num_slots: int, score: StateScore | None = None, every: int | None = None) -> None:
+        self.num_slots, self.score, self.every = num_slots, score, every
         self.free = list(range(num_slots))[::-1]
-        self.slot_of: OrderedDict[bytes, int] = OrderedDict()
+        self.kept: OrderedDict[bytes, Kept] = OrderedDict()  # the least recently used first
         self.loads: list[tuple[int, int]] = []  # for the next plan
         self.saving: dict[int, tuple[list[Save], int]] = {}  # plan -> what it saves, how many of these for decode rows
         self.wanted: dict[int, list[int]] = {}  # row -> numbers of tokens after which its state is to be kept
         self.latest: dict[int, bytes] = {}  # decoding row -> its latest state, which the next one replaces
-        self.shared: set[bytes] = set()  # kept states that were loaded since
-        self.num_evicted = 0
+        self.num_evicted = self.now = 0
 
     def __repr__(self) -> str:
-        return f"States({len(self.slot_of)} of {self.num_slots} slots, {self.num_evicted} evicted)"
+        return f"States({len(self.kept)} of {self.num_slots} slots, {self.num_evicted} evicted)"
 
     def load(self, digest: bytes, row: int) -> None:
         """The row continues from this kept state."""
-        self.slot_of.move_to_end(digest)
-        self.shared.add(digest)
-        self.loads.append((self.slot_of[digest], row))
+        kept = self.kept[digest]
+        self.kept.move_to_end(digest)
+        self.now += 1
+        kept.used_at, kept.hits = self.now, kept.hits + 1
+        self.loads.append((kept.slot, row))
+
+    def expect(self, row: int, start: int, *ends: int) -> None:
+        """The row is to compute its prompt from `start` on: keep its states after so many tokens, and at regular
+        distances if that was asked for."""
+        if (every := self.every) is not None:
+            ends = (*ends, *range((start // every + 1) * every, max(ends, default=0), every))
+        self.want(row, *(end for end in ends if end > start))
 
     def want(self, row: int, *ends: int) -> None:
         """Keep the row's state after so many tokens, which it is yet to compute."""
@@ -105,13 +131,20 @@ class States(Shown):
 
     def _save(self, row: int, end: int) -> Save | None:
         if not self.free:
-            if not self.slot_of:
+            if not self.kept:
                 return None  # all are being written
-            digest, slot = self.slot_of.popitem(last=False)
-            self.shared.discard(digest)
-            self.free.append(slot)
+            self._drop(self._least())
             self.num_evicted += 1
         return Save(row, end, self.free.pop())
+
+    def _least(self) -> bytes:
+        """What goes next: the lowest score, else what was not used for longest."""
+        if self.score is not None:
+            try:
+                return min(self.kept, key=lambda digest: self.score(self.kept[digest]))  # type: ignore[misc]
+            except Exception as error:  # a user's function may raise anything, and the step must go on
+                warnings.warn(f"state_score failed: {error!r}; the least recently used state goes", stacklevel=2)
+        return next(iter(self.kept))
 
     def commit(self, step: int, void: NDArray[np.bool_] | None, tables: BlockTables, prefix: PrefixCache) -> None:
         """The plan was computed, and its blocks are stored: its states can be found from here on. Rows in `void`
@@ -124,22 +157,22 @@ class States(Shown):
                 continue
             digest = prefix.hash_of(block)
             self._drop(digest)
-            self.slot_of[digest] = slot
+            self.now += 1
+            self.kept[digest] = Kept(slot, end, i < num_decoding, self.now, self.now)
             if i < num_decoding:
                 self._replace(row, digest)
 
     def _replace(self, row: int, digest: bytes) -> None:
         """This state of the row stands for the one before, unless others use that."""
         before = self.latest.get(row)
-        if before is not None and before not in self.shared:
+        if before is not None and before in self.kept and not self.kept[before].hits:
             self._drop(before)
         self.latest[row] = digest
 
     def _drop(self, digest: bytes) -> None:
-        slot = self.slot_of.pop(digest, None)
-        if slot is not None:
-            self.free.append(slot)
-            self.shared.discard(digest)
+        kept = self.kept.pop(digest, None)
+        if kept is not None:
+            self.free.append(kept.slot)
 
     def void(self, step: int) -> None:
         """The plan came to nothing."""
@@ -152,14 +185,12 @@ class States(Shown):
 
     def clear(self) -> None:
         """Forget every kept state."""
-        self.free += self.slot_of.values()
-        self.slot_of.clear()
-        self.shared.clear()
+        self.free += [kept.slot for kept in self.kept.values()]
+        self.kept.clear()
         self.latest.clear()
 
     def check(self) -> None:
         """Every slot is free, kept under one hash, or being written by one plan."""
         being = [save.slot for saves, _ in self.saving.values() for save in saves]
-        slots = sorted([*self.free, *self.slot_of.values(), *being])
+        slots = sorted([*self.free, *(kept.slot for kept in self.kept.values()), *being])
         assert slots == list(range(self.num_slots)), f"slots of states are missing or counted twice: {slots}"
-        assert self.shared <= self.slot_of.keys(), "a state that is gone counts as shared"

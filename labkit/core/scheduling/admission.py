@@ -152,7 +152,7 @@ def _continue_states(s: SchedulerState, request: Request, row: int, hashes: list
         states.load(hashes[hit.num_blocks - 1], row)
     usable = (request.num_tokens - 1) // size
     ends = usable, len(s.blocks.prefix.find(hashes[:usable]))
-    states.want(row, *(end * size for end in ends if end > hit.num_blocks))
+    states.expect(row, hit.num_blocks * size, *(end * size for end in ends))
 
 
 def _contended(s: SchedulerState) -> bool:
