@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "text": {"core", "files", "text"},
     "sampling": {"core", "sampling", "transfer"},
     "loading": {"core", "files", "loading"},
-    "models": {"core", "models", "loading"},
+    "models": {"core", "models", "loading", "transfer"},
     "runner": {"core", "runner", "models", "sampling", "transfer"},
     "smaller": {"core", "smaller"},
     "parallel": {"core", "loading", "models", "parallel", "runner", "text"},

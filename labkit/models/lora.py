@@ -296,9 +296,8 @@ class AdaptedLinear(Linear):
         if not self.used:
             return
         room = self.slots.rank
-        if rank:
-            self.a[slot].zero_()
-            self.b[slot].zero_()
+        self.a[slot].zero_()  # also of an adapter that leaves this layer alone, in place of one that did not
+        self.b[slot].zero_()
         self.ranks[slot] = rank
         for i, (part, delta) in enumerate(zip(self.parts, deltas, strict=True)):
             if delta is not None:
@@ -395,9 +394,9 @@ class AdaptedEmbedding:
             self.b = torch.zeros(num, rank, self.shape[1], **place)
             self.slots.version += 1
         self.ranks[slot] = 0 if delta is None else delta.rank
+        self.a[slot].zero_()
+        self.b[slot].zero_()
         if delta is not None:
-            self.a[slot].zero_()
-            self.b[slot].zero_()
             self.a[slot, :, : delta.rank], self.b[slot, : delta.rank] = delta.a.T, delta.b.T
 
     def add(self, x: Tensor, token_ids: Tensor) -> Tensor:

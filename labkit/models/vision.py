@@ -21,6 +21,7 @@ from labkit.loading.formats import declared
 from labkit.loading.internvl import Renamed
 from labkit.loading.stored import FLOATS
 from labkit.models.decoder import FAMILIES, Decoder
+from labkit.transfer import put
 
 SEEING = (
     "internvl", "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3",
@@ -222,7 +223,7 @@ class Tower:
         return features
 
     def _put(self, array: Tensor) -> Tensor:
-        return array.to(self.device, self.dtype if array.is_floating_point() else None)
+        return put(array.numpy(), self.device).to(self.dtype if array.is_floating_point() else array.dtype)
 
 
 class Replacement(Language):

@@ -149,8 +149,8 @@ class Compactor:
         votes = None if mass is None else mass.clone()
         copies = [part.clone() for part in plain]
         view = Keys(layer, keys.num_prompt, compaction.num_tokens, num, positions.clone(), votes, *copies)
-        which = torch.from_numpy(chosen(keys.kv, view, keep, self.heads[layer]))
-        heads = which.to(device).expand(self.heads[layer], -1)  # [heads, keep]
+        found = chosen(keys.kv, view, keep, self.heads[layer])
+        which, heads = torch.from_numpy(found), put(found, device).expand(self.heads[layer], -1)  # [heads, keep]
         lines = torch.arange(len(heads), device=device)[:, None]
         kept = [part[lines, heads] for part in stored]
         if keys.kv.positions == "cache" and ropes is not None and (table := ropes[layer]) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from labkit.core.captures import CapturedStep
 from labkit.core.plan import Extras, Plan, Result
 from labkit.runner.pooling import Pooled
-from labkit.sampling.sampler import Drawn
+from labkit.sampling.sampler import Drawn, LogprobBatch
 from labkit.transfer import fetch
 
 
@@ -26,11 +27,12 @@ class Computed:
     """A launched step. On a GPU its tokens are copied to the host while the next step is prepared."""
 
     def __init__(
-        self, plan: Plan, host: Tensor | None, drawn: Drawn | None, extras: dict[str, Extras], names: list[str | None],
-        begin: float, device: torch.device, accepted: Callable[[Plan, np.ndarray, Any], None] | None = None,
+        self, plan: Plan, host: Tensor | None, drawn: Drawn | None, prompts: dict[str, list[LogprobBatch]],
+        names: list[str | None], begin: float, device: torch.device,
+        accepted: Callable[[Plan, np.ndarray, Any], None] | None = None,
     ) -> None:  # fmt: skip
-        """`accepted` is told which draws stand, in a step with drafts."""
-        self.plan, self.host, self.drawn, self.extras, self.names = plan, host, drawn, extras, names
+        """`prompts` are prompt logprobs by request. `accepted` is told which draws stand, in a step with drafts."""
+        self.plan, self.host, self.drawn, self.prompts, self.names = plan, host, drawn, prompts, names
         self.begin, self.accepted = begin, accepted
         self.read: dict[bytes, bool] | None = None  # disk reads that have ended
         self.once = False  # it captured or recorded a step
@@ -51,8 +53,12 @@ class Computed:
     def result(self) -> Result:
         if self.event is not None:
             self.event.synchronize()
+        extras = {
+            request: Extras((), dict(chain.from_iterable(batch.by_row().items() for batch in batches)))
+            for request, batches in self.prompts.items()
+        }
         if self.host is None:
-            return self._result(np.zeros(0, np.int32), self.failed, self.extras)
+            return self._result(np.zeros(0, np.int32), self.failed, extras)
         plan = self.plan
         tokens, chosen = self.host.numpy()
         draws, indptr, rows = np.arange(len(tokens)), None, plan.sample_row
@@ -74,7 +80,6 @@ class Computed:
                 errors.setdefault(row, "every token is forbidden: masks, bias or a logits processor left none")
             elif value != value:
                 errors.setdefault(row, "the model gave nan for its next token")
-        extras = dict(self.extras)
         if self.drawn is not None and self.drawn.logprobs is not None:
             for draw, logprobs in sorted(self.drawn.logprobs.by_row().items()):
                 if draw in row_of:

@@ -132,8 +132,8 @@ class DiskStore(Shown):
             self.forget_reads()
         for digest in plan.disk.drops:
             self.drop(digest)
-        if plan.disk.writes and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # these copies may still be under way
+        if (plan.disk.writes or plan.disk.reads) and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # copies to and from host blocks may still be under way
         for move in plan.disk.writes:
             self.write(move)
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from labkit.core.captures import CapturedStep, keys_of
 from labkit.core.params import SamplingParams
-from labkit.core.plan import Extras, Plan, TokenLogprobs
+from labkit.core.plan import Plan
 from labkit.models.base import Capture, Model
 from labkit.runner.rows import Rows
-from labkit.sampling.sampler import logprobs_of
+from labkit.sampling.sampler import LogprobBatch, logprobs_of
 from labkit.transfer import fetch, put
 
 NO_EDITS: Mapping[int, Callable[[Tensor], Tensor]] = MappingProxyType({})
@@ -91,7 +91,7 @@ def captured(
     ):
         layers = [layer for kind, layer in rows.shown[plan.rows[entry]] if kind == "attention"]
         if layers:
-            attention[request] = {("attention", i): capture.attention[i][entry][:, -num:].cpu() for i in layers}
+            attention[request] = {("attention", i): fetch(capture.attention[i][entry][:, -num:]) for i in layers}
     return CapturedStep(plan.step, requests, wanted.starts, wanted.counts, values, attention)
 
 
@@ -102,26 +102,27 @@ def wants_prompt(plan: Plan, entry: int, join: Any) -> bool:
     return start + int(plan.count[entry]) >= params.prompt_logprobs_start
 
 
-def extras_of(model: Model, plan: Plan, query_start: np.ndarray, hidden: Tensor, rows: Rows) -> dict[str, Extras]:
-    """The prompt logprobs that rows want of this step, by request."""
-    found: dict[str, Extras] = {}
+def prompts_of(
+    model: Model, plan: Plan, query_start: np.ndarray, hidden: Tensor, rows: Rows
+) -> dict[str, list[LogprobBatch]]:
+    """The prompt logprobs that rows want of this step, by request, on their way to the host."""
+    found: dict[str, list[LogprobBatch]] = {}
     for entry in rows.prompting[plan.rows].nonzero()[0].tolist():
         join = rows.joins[plan.rows[entry]]
         if join is not None and wants_prompt(plan, entry, join):
             begin, end = int(query_start[entry]), int(query_start[entry + 1])
-            prompt = prompt_logprobs(model, hidden[begin:end], begin, int(plan.start[entry]), join)
-            found[join.request] = Extras((), prompt)
+            found[join.request] = prompt_logprobs(model, hidden[begin:end], begin, int(plan.start[entry]), join)
     return found
 
 
-def prompt_logprobs(model: Model, hidden: Tensor, at: int, start: int, join: Any) -> dict[int, TokenLogprobs]:
+def prompt_logprobs(model: Model, hidden: Tensor, at: int, start: int, join: Any) -> list[LogprobBatch]:
     """Logprobs of the prompt tokens that follow positions start .. start + len(hidden), which are the batch's tokens
     from `at` on, as far as they are wanted."""
     end = min(start + len(hidden), join.num_prompt - 1)
     skipped = max(0, join.params.prompt_logprobs_start - 1 - start)
     hidden, at, start = hidden[skipped:], at + skipped, start + skipped
-    targets = torch.from_numpy(join.tokens[start + 1 : end + 1].astype(np.int64)).to(model.device)
-    wanted, found = join.params.prompt_logprobs, {}
+    targets = put(join.tokens[start + 1 : end + 1], model.device, np.int64)
+    wanted, found = join.params.prompt_logprobs, []
     piece = max(1, MOST_LOGITS // model.vocab_size)
     for first in range(0, end - start, piece):
         of = targets[first : first + piece]
@@ -129,5 +130,5 @@ def prompt_logprobs(model: Model, hidden: Tensor, at: int, start: int, join: Any
             model.adapters.select(torch.arange(at + first, at + first + len(of), device=model.device))
         logits = model.logits(hidden[first : first + len(of)])
         lines = list(range(start + 1 + first, start + 1 + first + len(of)))
-        found |= logprobs_of(logits, of, [wanted] * len(of), lines).by_row()
+        found.append(logprobs_of(logits, of, [wanted] * len(of), lines).fetched())
     return found

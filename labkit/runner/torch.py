@@ -20,7 +20,7 @@ from torch import Tensor
 from labkit.core.blocks.stubs import Stub
 from labkit.core.options import flag, named_options, real, whole
 from labkit.core.params import SamplingParams
-from labkit.core.plan import Extras, Plan
+from labkit.core.plan import Plan
 from labkit.core.smaller import SmallerKV
 from labkit.models.base import Batch, Capture, KVCache, Model, num_layers_of, states_of
 from labkit.models.eagle import EagleHead
@@ -31,7 +31,7 @@ from labkit.runner.computed import Computed, on_its_way
 from labkit.runner.disk import DiskStore, fingerprint
 from labkit.runner.drafter import Drafter, check_draft, draft_bytes
 from labkit.runner.edits import Edits
-from labkit.runner.extras import capture_of, captured, check_shown, extras_of, wanted_of
+from labkit.runner.extras import capture_of, captured, check_shown, prompts_of, wanted_of
 from labkit.runner.features import MOST_BYTES, features_of
 from labkit.runner.graphs import Graphs
 from labkit.runner.groups import groups_of_model, one_group
@@ -47,7 +47,7 @@ from labkit.runner.states import StateStore, store_of
 from labkit.runner.steps import MOST_TOKENS, Steps
 from labkit.runner.trees import TreeDrafter, settle_trees
 from labkit.runner.weights import Replaces, runners_of
-from labkit.sampling.sampler import Drawn, Sampler
+from labkit.sampling.sampler import Drawn, LogprobBatch, Sampler
 from labkit.transfer import put
 
 
@@ -341,15 +341,15 @@ class TorchRunner(Sleeps, Replaces, Hands):
         if not self.draws:
             return self._pending(Computed(plan, None, None, {}, [], begin, self.device), failed)
         drawn = draw(plan, inputs.query_start, hidden, self.model, self.sampler, self.latest, self._sample)
-        extras = extras_of(self.model, plan, inputs.query_start, hidden, self.rows) if asked else {}
+        prompts = prompts_of(self.model, plan, inputs.query_start, hidden, self.rows) if asked else {}
         shown = captured(plan, self.rows, inputs.query_start, wanted, capture) if wanted and capture else None
         pooled = pooled_step(plan, self.rows, inputs.query_start, hidden, self.pooler) if asked else None
-        computed = self._drawn(plan, drawn, extras, begin)
+        computed = self._drawn(plan, drawn, prompts, begin)
         return self._pending(computed.showing(shown, edits.counts, pooled), failed)
 
-    def _drawn(self, plan: Plan, drawn: Drawn | None, extras: dict[str, Extras], begin: float) -> Computed:
+    def _drawn(self, plan: Plan, drawn: Drawn | None, prompts: dict[str, list[LogprobBatch]], begin: float) -> Computed:
         names = [join and join.request for join in self.rows.joins] if drawn and drawn.logprobs else []
-        return Computed(plan, on_its_way(drawn), drawn, extras, names, begin, self.device, self._accepted)
+        return Computed(plan, on_its_way(drawn), drawn, prompts, names, begin, self.device, self._accepted)
 
     @torch.inference_mode()
     def _accepted(self, plan: Plan, stands: np.ndarray, indptr: np.ndarray) -> None:

@@ -29,7 +29,7 @@ def masks_of(plan: Plan, device: torch.device) -> tuple[tuple[int, Tensor], ...]
         mask[:, 0] = True
         for i, parent in enumerate(parents.tolist()):
             mask[i + 1] |= mask[parent + 1]
-        found.append((entry, torch.from_numpy(mask).to(device)))
+        found.append((entry, put(mask, device)))
     return tuple(found)
 
 

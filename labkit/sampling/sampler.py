@@ -102,7 +102,7 @@ class Special:
         for word in params.bad_word_ids:
             *before, last = word
             if not before or output[-len(before) :] == before:
-                logits[last] = -torch.inf
+                logits[last].fill_(-torch.inf)  # an assignment to one element would copy the number from the host
         if known - self.num_prompt < params.min_tokens:
             logits[self.stop_ids] = -torch.inf
         if self.bias is not None:
@@ -306,7 +306,7 @@ class Sampler:
                 self._owe(tokens, waiting)
         elif self.penalized or waiting:  # only tokens that stand count
             stands = guessed.stands(tokens)
-            self._count(tokens[torch.from_numpy(stands).to(self.device)], rows[stands])
+            self._count(tokens[put(stands.nonzero()[0], self.device)], rows[stands])
             self._owe(tokens, [(i, special) for i, special in waiting if stands[i]])
         batch = None
         if raw is not None:
@@ -340,20 +340,21 @@ class Sampler:
         """What each row's next draw hashes: its seed and its number of tokens."""
         return _keys(self.base[rows], known)
 
-    def _where_penalized(self, rows: np.ndarray) -> tuple[Tensor, Tensor] | None:
+    def _where_penalized(self, rows: np.ndarray) -> tuple[Tensor, Tensor, list[int]] | None:
+        """Which lines have penalties, their places in the counts, and the lines once more on the host."""
         lines = [(i, self.penalized[row]) for i, row in enumerate(rows.tolist()) if row in self.penalized]
         if not lines:
             return None
         pairs = put(lines, self.device, np.int64)
-        return pairs[:, 0], pairs[:, 1]
+        return pairs[:, 0], pairs[:, 1], [i for i, _ in lines]
 
     def _apply_penalties(self, logits: Tensor, rows: np.ndarray, guessed: Guessed | None) -> None:
         if (where := self._where_penalized(rows)) is None:
             return
-        lines, places = where
+        lines, places, known = where
         count, wide = self.count[places], logits[lines]
         if guessed is not None:
-            assumed = [(at, id) for at, i in enumerate(lines.tolist()) for id in guessed.before(i)]
+            assumed = [(at, id) for at, i in enumerate(known) for id in guessed.before(i)]
             if assumed:
                 pairs = put(assumed, self.device, np.int64)
                 count.index_put_((pairs[:, 0], pairs[:, 1]), count.new_ones(len(assumed)), accumulate=True)
@@ -366,7 +367,7 @@ class Sampler:
 
     def _count(self, tokens: Tensor, rows: np.ndarray) -> None:
         if (where := self._where_penalized(rows)) is not None:
-            lines, places = where
+            lines, places, _ = where
             self.count.index_put_((places, tokens[lines]), self.count.new_ones(len(lines)), accumulate=True)
 
 

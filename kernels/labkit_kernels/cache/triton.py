@@ -6,7 +6,7 @@ projection and cast to the cache's dtype, or rounded to codes of 8 bits with a s
 cache in one launch, using a table of their addresses that is built once and kept on the device.
 
 `swap_blocks` has no kernel. It is bound by the bus between host and device (tens of GB/s, device memory has thousands),
-and torch's indexing with one large copy per cache already reaches that.
+and copies by the driver reach that: see copies.py.
 """
 
 from __future__ import annotations
