@@ -56,9 +56,7 @@ class BlockStore:
     def copy_to(self, other: BlockStore, pairs: np.ndarray) -> None:
         """Copy blocks to another store: rows of `pairs` are (from, to). Between a GPU and the host nothing waits."""
         other.touched[pairs[:, 1]] = True
-        tensors = (*self.flat[:1], *other.flat[:1])
-        device = next((tensor.device for tensor in tensors if tensor.is_cuda), torch.device("cpu"))
-        swap_blocks.pick(device, self.flat[0].dtype)(self.flat, other.flat, torch.from_numpy(pairs))
+        swap_blocks(self.flat, other.flat, torch.from_numpy(pairs))
 
 
 def _said(tensor: Tensor) -> str:

@@ -25,9 +25,15 @@ def test_the_cpu_variant_passes_its_check(op):
     assert op.picked("cpu", torch.float16).name == "cpu"  # bytes are moved: any dtype
 
 
-def test_swapping_has_a_reference_only_and_says_so():
+def test_swapping_has_no_kernel_and_copies_blocks_side_by_side_together():
     assert not swap_blocks.has("triton") and not swap_blocks.has("cpu")
-    assert check(swap_blocks).ok
+    assert swap_blocks.picked("cpu", torch.float32).name == "copies" == swap_blocks.picked("cuda", torch.int8).name
+    report = check(swap_blocks)
+    assert report.ok and report.count("ok") == len(report.rows), str(report)
+    from labkit_kernels.cache.copies import runs
+
+    pairs = [[1, 5], [2, 6], [3, 7], [5, 8], [6, 9], [7, 2]]
+    assert list(runs(pairs)) == [(1, 5, 3), (5, 8, 2), (7, 2, 1)] and not list(runs([]))
 
 
 @needs_cpu

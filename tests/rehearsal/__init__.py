@@ -202,8 +202,9 @@ def _triton(device: Device) -> Iterator[None]:
     def launch(kernel: Any, grid: Any, tensors: Any, numbers: Any, **options: Any) -> Any:
         kernel[grid](*tensors, *numbers, **options)
 
-        def again(*given: torch.Tensor) -> bool:
-            assert [one.dtype for one in given] == [one.dtype for one in tensors], "other dtypes than at first"
+        def again(*given: Any) -> bool:
+            for one, other in zip(given, tensors, strict=True):
+                assert getattr(one, "dtype", None) == getattr(other, "dtype", None), "other dtypes than at first"
             kernel[grid](*given, *numbers, **options)
             return True
 

@@ -120,5 +120,5 @@ swap_blocks = Op(
     tolerance=exact,
     traffic=_move_traffic,
     home=__name__,
-    sources={"cuda": ("copies",)},
+    sources={"cpu": ("copies",), "cuda": ("copies",)},
 )

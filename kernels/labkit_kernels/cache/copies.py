@@ -1,4 +1,5 @@
-"""Blocks between a GPU and pinned host memory: copies that the host does not wait for, ordered like launches.
+"""Blocks between two pools: copies that the host does not wait for between a GPU and pinned memory, ordered like
+launches.
 
 A block is one piece of memory in each cache, so nothing has to be gathered. Blocks that lie side by side in both places
 are one copy. What arrives in host memory is valid once an event recorded afterwards has completed.
@@ -13,7 +14,7 @@ from torch import Tensor
 from . import swap_blocks
 
 
-@swap_blocks.variant("copies", device="cuda", picked=True)
+@swap_blocks.variant("copies", picked=True)
 def swap_blocks_copies(sources: Sequence[Tensor], targets: Sequence[Tensor], pairs: Tensor) -> None:
     for source, target, count in runs(sorted(pairs.tolist())):
         for one, other in zip(sources, targets, strict=True):
