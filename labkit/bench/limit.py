@@ -51,16 +51,23 @@ class Cost:
         shape = Shape.of(config)
         hidden, size, heads, keys = shape.hidden_size, shape.head_size, shape.num_heads, shape.num_kv_heads
         inner = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-        active = shape.num_experts_per_tok or 1
+        active = shape.routing.per_token or 1
         gated = 2 if config.model_type == "starcoder2" else 3
-        layer = hidden * size * (heads + 2 * keys) + heads * size * hidden + gated * hidden * inner * active
+        layer = hidden * size * (heads + 2 * keys) + heads * size * hidden
         kept = kv_dtype or dtype
+        numbers, scored = 2 * keys * width(size, kept), 2 * size
+        if (latent := shape.latent) is not None:
+            values = heads * latent.value_size
+            queries = heads * latent.head_size * (latent.query_rank or hidden) + hidden * (latent.query_rank or 0)
+            layer = queries + hidden * latent.key_size + heads * latent.rank * (latent.plain + latent.value_size)
+            layer += values * hidden
+            numbers, scored = latent.key_size, latent.key_size + latent.rank
         return cls(
-            layers=shape.num_layers * layer,
+            layers=shape.num_layers * (layer + gated * hidden * inner * active),
             head=hidden * config.vocab_size,
             bytes_a_weight=dtype.itemsize,
-            kv_bytes=2 * shape.num_layers * keys * width(size, kept) * kept.itemsize,
-            attention=4 * shape.num_layers * heads * size,
+            kv_bytes=shape.num_layers * numbers * kept.itemsize,
+            attention=2 * shape.num_layers * heads * scored,
         )
 
     def rounded(self, quantization: str) -> Cost:

@@ -73,7 +73,7 @@ class Experts:
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's experts, the best one first, and their weights: (weights, experts) [tokens, chosen]."""
         scores = self.router(x if self.wide is None else x.to(self.wide))
-        return self.shape.routing.choose(scores, self.bias, self.given)
+        return self.shape.routing.choose(scores, self.bias, self.given, self.deterministic)
 
     def tensors(self) -> list[Tensor]:
         parts = [part for part in (self.router, *self.experts, self.shared, self.shared_gate) if part is not None]

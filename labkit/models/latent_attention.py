@@ -54,6 +54,11 @@ class LatentAttention:
             self.qkv = weights.linear({f"{name}.q_a_proj": (compressed,), **stored}, hidden, "column")
             self.q_norm = _norm(weights, f"{name}.q_a_layernorm", shape, ops)
             self.query = weights.linear({f"{name}.q_b_proj": (heads,)}, Units(latent.query_rank), "column")
+        self.growth: Tensor | None = None  # of queries, by position
+        if latent.growth is not None:
+            beta, length = latent.growth
+            times = torch.arange(len(table), device=table.device) // length
+            self.growth = (1 + beta * torch.log(1 + times.float()))[:, None, None]
         self.kv_norm = _norm(weights, f"{name}.kv_a_layernorm", shape, ops)
         pairs, rank = Units(shape.num_heads, latent.plain + latent.value_size), Units(latent.rank)
         both = weights.matrix(f"{name}.kv_b_proj", pairs, rank).unflatten(0, (-1, pairs.size))
@@ -87,8 +92,8 @@ class LatentAttention:
         slots, block_table, seq_len = batch.places(self.index)
         k = torch.cat((kept[:, None], turned), -1)  # [tokens, 1, rank + rotated]
         ops.store_kv(k, k[..., : latent.rank], *cache, slots)  # values are a part of the keys' memory
-        if latent.growth is not None:
-            growth = self._growth(batch.positions).to(q.dtype)
+        if self.growth is not None:
+            growth = self.growth[batch.positions].to(q.dtype)  # [tokens, 1, 1]
             plain, rotated = plain * growth, rotated * growth
         where = (block_table, batch.query_start, seq_len)
         shows = capture is not None and self.index in capture.attention_layers
@@ -186,12 +191,6 @@ class LatentAttention:
             return torch.bmm(x.transpose(0, 1).to(weight.dtype), weight).transpose(0, 1).to(x.dtype)
         heads = zip(x.unbind(1), weight, strict=True)
         return torch.stack([InvariantLinear(one.T).multiply(rows.contiguous()) for rows, one in heads], 1)
-
-    def _growth(self, positions: Tensor) -> Tensor:
-        """[tokens, 1, 1]."""
-        assert self.latent.growth is not None
-        beta, length = self.latent.growth
-        return (1 + beta * torch.log(1 + torch.floor(positions / length)))[:, None, None]
 
     def parts(self) -> Mapping[str, Any]:
         """What is read from a checkpoint: tensors, norms and linear layers."""

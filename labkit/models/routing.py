@@ -41,10 +41,15 @@ class Routing:
             wide=kind in SIGMOID or kind == "deepseek_v2",
         )
 
-    def choose(self, scores: Tensor, bias: Tensor | None, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def choose(
+        self, scores: Tensor, bias: Tensor | None = None, given: Tensor | None = None, by_row: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(weights, experts) [tokens, chosen], the best one first. `bias` [experts] takes part in the choice only;
-        `given` [tokens, chosen] are experts in place of the chosen ones, where they are not negative."""
-        chances = scores.float().sigmoid() if self.sigmoid else scores.float().softmax(-1)
+        `given` [tokens, chosen] are experts in place of the chosen ones, where they are not negative. `by_row`: no
+        row's bits depend on others, as torch treats the last few of a tensor's elements in another way."""
+        chances = scores.float() if self.sigmoid else scores.float().softmax(-1)
+        if self.sigmoid:
+            chances = torch.stack([row.sigmoid() for row in chances]) if by_row and len(scores) else chances.sigmoid()
         wanted = chances if bias is None else chances + bias
         if self.groups > self.groups_per_token:
             wanted = self._limited(wanted)

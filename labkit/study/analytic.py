@@ -291,7 +291,9 @@ class AnalyticCost:
 
     @property
     def _query_width(self) -> float:
-        return self.model.num_heads * self.model.head_size / self.tp
+        latent = self.model.latent
+        size = self.model.head_size if latent is None else latent.rank + latent.rotated / 2  # of a key and its value
+        return self.model.num_heads * size / self.tp
 
     @property
     def _key_width(self) -> int:
@@ -301,7 +303,8 @@ class AnalyticCost:
     @property
     def _kv_bytes(self) -> float:
         """Keys and values of a token in one layer on one machine."""
-        return 2 * self._key_width * BYTES[self.model.kv_dtype]
+        kept = 2 * self._key_width if self.model.latent is None else self.model.num_kept  # latents are not split
+        return kept * BYTES[self.model.kv_dtype]
 
     def _attention(self, work: StepWork, share: float) -> Any:
         return self._decode_attention(work.context * share, work.decodes * share) + self._prefill_attention(

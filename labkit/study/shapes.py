@@ -18,6 +18,34 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: what is cached of a token is one vector of `rank`, of which all heads' keys and
+    values are products, and one part of a key that turns with its position."""
+
+    rank: int
+    rotated: int
+    plain: int  # of a head's query and key, what does not turn
+    value_size: int
+    query_rank: int | None = None
+
+    @property
+    def key_size(self) -> int:
+        return self.rank + self.rotated
+
+    @property
+    def head_size(self) -> int:
+        return self.plain + self.rotated
+
+    def weights(self, hidden: int, heads: int) -> int:
+        """Of one layer's attention."""
+        queries = heads * self.head_size
+        queries *= hidden if self.query_rank is None else self.query_rank
+        queries += hidden * (self.query_rank or 0)
+        pairs = heads * self.rank * (self.plain + self.value_size)
+        return queries + hidden * self.key_size + pairs + heads * self.value_size * hidden
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The sizes of a decoder. `dtype` is that of its weights, `kv_dtype` of its keys and values.
 
@@ -43,6 +71,7 @@ class ModelShape:
     dtype: str = "bfloat16"
     kv_dtype: str = "bfloat16"
     max_model_len: int | None = None
+    latent: Latent | None = None  # of models whose heads share one
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size"):
@@ -87,6 +116,8 @@ class ModelShape:
     @property
     def attention_weights(self) -> int:
         """Of one layer: query, key, value and output."""
+        if self.latent is not None:
+            return self.latent.weights(self.hidden_size, self.num_heads)
         return self.hidden_size * self.head_size * (2 * self.num_heads + 2 * self.num_kv_heads)
 
     @property
@@ -130,7 +161,8 @@ class ModelShape:
         '7.59e+11 for 1000 tokens, 1.6e+12 for 2000'
         """
         looked_at = num_tokens * (num_tokens + 1) / 2
-        attended = 4.0 * self.num_layers * self.num_heads * self.head_size * looked_at
+        sizes = 2 * self.head_size if self.latent is None else self.latent.head_size + self.latent.value_size
+        attended = 2.0 * self.num_layers * self.num_heads * sizes * looked_at
         flops: Number = 2.0 * self.params_per_token * num_tokens + attended
         return flops
 
@@ -143,7 +175,12 @@ class ModelShape:
     @property
     def kv_bytes(self) -> int:
         """Of keys and values: a token, all layers."""
-        return int(2 * self.num_layers * self.num_kv_heads * self.head_size * BYTES[self.kv_dtype])
+        return int(self.num_layers * self.num_kept * BYTES[self.kv_dtype])
+
+    @property
+    def num_kept(self) -> int:
+        """Numbers that a layer keeps of a token."""
+        return 2 * self.num_kv_heads * self.head_size if self.latent is None else self.latent.key_size
 
 
 def _billions(number: int) -> str:
@@ -184,7 +221,11 @@ def _from_config(config: Any, name: str | None = None) -> ModelShape:
         num_experts_per_tok=get("num_experts_per_tok", default=1) if experts else 0,
         num_shared_experts=get("n_shared_experts", default=0) if experts else 0,
         max_model_len=get("max_position_embeddings"),
-    )
+        latent=None if get("kv_lora_rank") is None else Latent(
+            get("kv_lora_rank"), get("qk_rope_head_dim"), get("qk_nope_head_dim"),
+            get("v_head_dim", default=get("hidden_size") // heads), get("q_lora_rank"),
+        ),
+    )  # fmt: skip
 
 
 class _Attributes:

@@ -279,6 +279,7 @@ def test_triton_splits_agree_in_the_interpreter():
     script = """
         import sys, torch
         from labkit_kernels.attention import make_batch, reference
+        from labkit_kernels.attention.latent import why_not
         from labkit_kernels.attention.triton import num_splits, paged_attention
         for seed, (lengths, splits, wanted) in enumerate([
             ([(1, 700)], 4, ()), ([(1, 3), (0, 9), (1, 130)], 3, ("sinks",)), ([(2, 131), (3, 66)], 2, ("window",)),
@@ -289,6 +290,15 @@ def test_triton_splits_agree_in_the_interpreter():
             found = paged_attention(*args, **options, splits=splits)
             error = (found - reference.paged_attention(*args, **options)).abs().max().item()
             assert error < 2e-6, (lengths, splits, error)
+        for seed, (heads, splits) in enumerate([(5, 2), (20, 3)]):  # heads on one latent
+            generator, lengths = torch.Generator().manual_seed(seed), [(1, 131), (0, 3), (2, 40), (1, 0)]
+            given = (lengths, heads, 1, 40, 32, 16, ("joined",))
+            args, options = make_batch(torch.device("cpu"), torch.float32, generator, *given)
+            found = paged_attention(*args, **options, splits=splits)
+            error = (found - reference.paged_attention(*args, **options)).abs().max().item()
+            assert error < 2e-6, (heads, splits, error)
+        args, options = make_batch(torch.device("cpu"), torch.float32, generator, [(1, 9)], 2, 1, 40, 32, 16)
+        assert "first numbers" in why_not(*args[:3], options)
         assert num_splits(2, 8192, 528) == 32 and num_splits(512, 8192, 528) == 1 and num_splits(1, 300, 528) == 1
         assert num_splits(256, 8192, 528) == 2 and num_splits(600, 8192, 528) == 1
     """

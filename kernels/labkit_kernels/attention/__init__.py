@@ -40,6 +40,10 @@ CASES: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
     ("a few queries", [(4, 77), (4, 4), (3, 130)], 8, 4, 64, 64, 16, ()),
     ("a short head", [(1, 9), (6, 9)], 3, 3, 20, 12, 7, ()),
     ("all at once", [(1, 70), (17, 40)], 8, 2, 128, 128, 16, EXTRAS),
+    ("latents, decode", [(1, 70), (1, 3), (1, 16)], 16, 1, 80, 64, 16, ("joined",)),
+    ("latents, mixed", [(1, 40), (7, 19), (0, 9), (1, 0), (11, 11)], 6, 1, 44, 32, 3, ("joined",)),
+    ("latents, long", [(1, 263), (2, 70)], 20, 1, 40, 32, 64, ("joined",)),
+    ("latents, an odd size", [(1, 40), (5, 29)], 5, 1, 28, 20, 16, ("joined",)),
     ("int8, mixed", [(1, 40), (13, 29), (1, 1), (33, 33), (0, 9)], 14, 2, 64, 64, 16, ("int8",)),
     ("int8, values of another size", [(9, 21), (1, 21)], 4, 4, 192, 128, 16, ("int8",)),
     ("int8, blocks of 1", [(1, 7), (2, 67)], 4, 4, 32, 32, 1, ("int8", "window")),
@@ -64,6 +68,7 @@ TIMED: list[tuple[str, list[tuple[int, int]], int, int, int, int, int, tuple[str
     ("decode 48 x 1024, 14/2 heads of 64, fp8_e4m3", [(1, 1024)] * 48, 14, 2, 64, 64, 16, ("fp8_e4m3",)),
     ("decode 64 x 1024, 16/8 heads of 128, int8", [(1, 1024)] * 64, 16, 8, 128, 128, 16, ("int8",)),
     ("decode 64 x 1024, 16/8 heads of 128, fp8_e4m3", [(1, 1024)] * 64, 16, 8, 128, 128, 16, ("fp8_e4m3",)),
+    ("decode 32 x 1024, 16 heads on latents of 512 + 64", [(1, 1024)] * 32, 16, 1, 576, 512, 16, ("joined",)),
     ("prefill 2048, 14/2 heads of 64", [(2048, 2048)], 14, 2, 64, 64, 16, ()),
     ("prefill 2048, 16/8 heads of 128", [(2048, 2048)], 16, 8, 128, 128, 16, ()),
 ]
@@ -94,6 +99,8 @@ def make_batch(
     q = torch.randn(queries, heads * size + 8, **like)[:, : heads * size].unflatten(-1, (heads, size))
     k_cache = torch.randn(total, key_heads, block, size, **like)
     v_cache = torch.randn(total, key_heads, block, value_size, **like)
+    if "joined" in wanted:  # values are the first numbers of their keys, as of latents
+        v_cache = k_cache[..., :value_size]
     counts = torch.tensor([0, *(count for count, _ in lengths)])
     query_start = counts.cumsum(0).to(device=device, dtype=torch.int32)
     seq_len = torch.tensor([keys for _, keys in lengths], dtype=torch.int32, device=device)

@@ -26,7 +26,7 @@ from labkit_kernels.config import MOST_SHARED, Config
 from labkit_kernels.prepared import Ready, launch
 from labkit_kernels.tune import chosen
 
-from . import library, pages
+from . import latent, library, pages
 from . import paged_attention as op
 from .pages import Again, launches
 from .programs import attend, combine
@@ -226,6 +226,9 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, *where: Tensor,
         out: Tensor | None = again(q, k_cache, v_cache, *where, options.get("sinks"), options.get("alibi"))
         if out is not None:
             return out
+    if v_cache.data_ptr() == k_cache.data_ptr() and latent.why_not(q, k_cache, v_cache, options) is None:
+        processors = device_facts(q.device.index or 0)[0] if q.is_cuda else 1
+        return latent.attend_latent(q, k_cache, v_cache, *where, **options, processors=processors, key=key)
     kernel = chosen(op.name, kernel_key(q, k_cache, options), ROWS, q.device)["kernel"]
     return KERNELS[kernel](q, k_cache, v_cache, *where, **options, key=key)
 
@@ -355,5 +358,6 @@ AOT = [
         {"VALUE_SIZE": 128, "DV": 128, "SPLITS": 64},
     ),
     *pages.AOT,
+    *latent.AOT,
 ]
-MORE = pages.MORE
+MORE = [*pages.MORE, *latent.MORE]
