@@ -89,6 +89,7 @@ THIRD_PARTY = {  # pandas inside functions only; everything else: numpy
     "replicas": {"torch", "numpy", "transformers"},
     "sampling": {"torch", "numpy"},
     "transfer": {"torch", "numpy"},
+    "llm": {"numpy", "torch"},
     "images": {"PIL", "numpy"},
     "text": {"numpy", "tokenizers", "transformers", "jinja2", "torch", "llguidance"},
     "assets": {"PIL", "torch", "numpy", "tokenizers", "transformers"},

@@ -26,15 +26,21 @@ from labkit.llm import (
     BeamSearchOutput,
     BeamSearchParams,
     BeamSearchSequence,
+    ClassificationOutput,
     CompletionOutput,
+    EmbeddingOutput,
     EngineArgs,
     LLMEngine,
     Logprob,
     LoRARequest,
+    PoolingOutput,
+    PoolingParams,
+    PoolingRequestOutput,
     RequestMetrics,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    ScoringOutput,
     StructuredOutputsParams,
     TextPrompt,
     TokensPrompt,
@@ -47,13 +53,19 @@ def random_uuid() -> str:
 
 
 AsyncLLM = AsyncLLMEngine
+EmbeddingRequestOutput = ClassificationRequestOutput = ScoringRequestOutput = PoolingRequestOutput
 _HERE = sys.modules[__name__]
 _ENGINES = ("LLM", "LLMEngine", "AsyncLLMEngine", "EngineArgs", "AsyncEngineArgs")
 _PARAMS = ("SamplingParams", "BeamSearchParams", "RequestOutputKind", "StructuredOutputsParams")
-_OUTPUTS = ("RequestOutput", "CompletionOutput", "RequestMetrics")
+_POOLED = (
+    "PoolingRequestOutput", "EmbeddingRequestOutput", "ClassificationRequestOutput", "ScoringRequestOutput",
+    "PoolingOutput", "EmbeddingOutput", "ClassificationOutput", "ScoringOutput",
+)  # fmt: skip
+_OUTPUTS = ("RequestOutput", "CompletionOutput", "RequestMetrics", *_POOLED)
 _PROMPTS = ("TextPrompt", "TokensPrompt")
 MODULES: dict[str, tuple[str, ...]] = {
-    "vllm": (*_ENGINES, *_PARAMS, *_OUTPUTS, *_PROMPTS, "__version__"),
+    "vllm": (*_ENGINES, *_PARAMS, *_OUTPUTS, *_PROMPTS, "PoolingParams", "__version__"),
+    "vllm.pooling_params": ("PoolingParams",),
     "vllm.sampling_params": _PARAMS,
     "vllm.outputs": _OUTPUTS,
     "vllm.inputs": _PROMPTS,
@@ -108,8 +120,34 @@ if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
     sys.meta_path.append(_Finder())
 
 __all__ = [
-    "LLM", "AsyncEngineArgs", "AsyncLLM", "AsyncLLMEngine", "BeamSearchOutput", "BeamSearchParams",
-    "BeamSearchSequence", "CompletionOutput", "EngineArgs", "LLMEngine", "LoRARequest", "Logprob", "RequestMetrics",
-    "RequestOutput", "RequestOutputKind", "SamplingParams", "StructuredOutputsParams", "TextPrompt", "TokensPrompt",
-    "__version__", "random_uuid",
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "AsyncLLMEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
+    "ClassificationOutput",
+    "ClassificationRequestOutput",
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
+    "EngineArgs",
+    "LLMEngine",
+    "LoRARequest",
+    "Logprob",
+    "PoolingOutput",
+    "PoolingParams",
+    "PoolingRequestOutput",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "ScoringOutput",
+    "ScoringRequestOutput",
+    "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+    "random_uuid",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from labkit.core.blocks.manager import BlockManager
 from labkit.core.options import choose, flag, named_options, real, whole
 from labkit.core.scheduling.scheduler import Scheduler
 from labkit.engine.adapters import checked
-from labkit.engine.encoders import scheduler_of
+from labkit.engine.encoders import scheduler_of, token_ids
 from labkit.engine.images import Images, load_images, sees
 from labkit.engine.room import num_blocks, num_disk_blocks, num_host_blocks, num_states, partition, pool_of
 from labkit.engine.speculation import check_on_ranks, draft_on_ranks, load_draft, speculation
@@ -71,6 +71,8 @@ class Options:
     A request is rejected if with it the processed images of all requests that have not ended would take more than
     `max_waiting_image_gb` GiB. Images of chats may be files below `allowed_local_media_path` and come from hosts in
     `allowed_media_domains`, besides data: URLs.
+    `classifier_from_token` makes a reranker of a causal model: tokens whose logits behind a prompt are its classes. Of
+    two, such as ["no", "yes"], the second one's probability is the score.
     All other options go to `BlockManager` and `Scheduler`.
     """
 
@@ -146,6 +148,7 @@ class Options:
     max_waiting_image_gb: float | None = 4.0
     allowed_local_media_path: str | None = None
     allowed_media_domains: Any = None
+    classifier_from_token: Any = None
     log: Any = None
 
     def __post_init__(self) -> None:
@@ -281,6 +284,7 @@ def build(model: Any = None, *, tokenizer: Any = None, **settings: Any) -> Parts
     loading |= {
         "source": folder if folder is not None else source, "device": device,
         "eos_token_id": getattr(tokenizer, "eos_token_id", None), "adapter_room": _adapter_room(options),
+        "classifier_from_token": token_ids(options.classifier_from_token, tokenizer),
         "capture": options.max_num_batched_tokens if options.capture_at_start else None,
     }  # fmt: skip
     ranks = getattr(options.workers, "ranks", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from labkit.core.blocks.manager import BlockManager
+from labkit.core.options import whole
 from labkit.core.scheduling.scheduler import Scheduler
 
 USUAL_BUDGET = 2048  # that of `Options`
@@ -26,3 +27,23 @@ def scheduler_of(runner: Any, options: Any, scheduling: dict[str, Any]) -> Sched
     if own["max_in_flight"] is None:
         own["max_in_flight"] = int(runner.device.type == "cuda")
     return Scheduler(blocks, max_model_len=max(length, 2), **{**scheduling, **own})
+
+
+def token_ids(given: Any, tokenizer: Any) -> tuple[tuple[int, str], ...] | None:
+    """Tokens, as text or ids, as (id, text)."""
+    if given is None:
+        return None
+    if isinstance(given, (str, int)) or not given:
+        raise ValueError(f"classifier_from_token is a list of tokens, got {given!r}")
+    found = []
+    for token in given:
+        id = token
+        if isinstance(token, str):
+            if not hasattr(tokenizer, "encode"):
+                raise ValueError(f"classifier_from_token: {token!r} needs a tokenizer: give token ids")
+            ids = tokenizer.encode(token, add_special_tokens=False)
+            if len(ids) != 1:
+                raise ValueError(f"classifier_from_token: {token!r} is {len(ids)} tokens for this model, not one")
+            id = ids[0]
+        found.append((whole("classifier_from_token", id, least=0), str(token)))
+    return tuple(found)

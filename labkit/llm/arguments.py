@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from labkit.engine import lora_names
 from labkit.engine.build import Options
+from labkit.llm.pooling import pooler_settings
 
 if TYPE_CHECKING:
     from labkit.engine.block_events import BlockEventPublisher
@@ -76,9 +77,9 @@ FIXED: dict[str, Fits] = {
     **_all(
         "enable_expert_parallel enable_eplb enable_dbo enable_sleep_mode enable_prompt_embeds cpu_offload_gb "
         "kv_cache_memory_bytes kv_transfer_config worker_cls worker_extension_cls "
-        "scheduler_cls logits_processors logits_processor_pattern pooler_config override_pooler_config "
+        "scheduler_cls logits_processors logits_processor_pattern "
         "additional_config model_loader_extra_config ignore_patterns otlp_traces_endpoint collect_detailed_traces "
-        "reasoning_parser hf_overrides rope_scaling rope_theta disable_sliding_window quantization_config "
+        "reasoning_parser rope_scaling rope_theta disable_sliding_window quantization_config "
         "return_sampling_mask enable_return_routed_experts enable_trace_replay",
         _NO,
     ),
@@ -92,8 +93,23 @@ FIXED: dict[str, Fits] = {
     "tokenizer_mode": Fits((None, "auto", "hf", "fast"), "cannot be chosen; the checkpoint's tokenizer is read"),
     "config_format": Fits((None, "auto", "hf"), "cannot be chosen; config.json is read"),
     "model_impl": Fits((None, "auto", "hf"), "is not an option here; path= chooses it (see lk.Engine)"),
-    **_all("runner task", Fits((None, "auto", "generate"), "generates text only")),
-    "convert": Fits((None, "auto", "none"), "generates text only"),
+    "runner": Fits((None, "auto", "generate", "pooling"), "is not known"),
+    "task": Fits(
+        (
+            None,
+            "auto",
+            "generate",
+            "embed",
+            "embedding",
+            "classify",
+            "score",
+            "reward",
+            "token_embed",
+            "token_classify",
+        ),
+        "is not known",
+    ),
+    "convert": Fits((None, "auto", "none", "embed", "classify"), "is not known"),
     "logprobs_mode": Fits((None, "raw_logprobs"), "cannot be chosen; they are raw_logprobs"),
 }
 HERE = (
@@ -104,6 +120,9 @@ HERE = (
     "chat_template",
     "load_format",
     "kv_events_config",
+    "pooler_config",
+    "override_pooler_config",
+    "hf_overrides",
 )
 
 
@@ -115,6 +134,7 @@ class Asked(NamedTuple):
     generation_config: str = "auto"
     override_generation_config: Mapping[str, Any] = {}
     chat_template: str | None = None
+    pooler_settings: Mapping[str, Any] = {}
     kv_events_config: Any = None  # a dict, vLLM's object with these fields, or JSON
 
     def publisher(self, engine: Any) -> BlockEventPublisher | None:
@@ -158,8 +178,24 @@ def _here(name: str, value: Any, engine: dict[str, Any], own: dict[str, Any]) ->
             engine["graphs"] = False
     elif name == "load_format":
         engine[name] = "auto" if value in (None, "hf", "safetensors") else value
+    elif name in ("pooler_config", "override_pooler_config"):
+        if value is not None:
+            own["pooler_settings"] = pooler_settings(value)
+    elif name == "hf_overrides":
+        _overrides(value or {}, engine)
     elif value is not None:
         own[name] = value
+
+
+def _overrides(given: Any, engine: dict[str, Any]) -> None:
+    """Of a model's config only what makes a reranker of a causal model: the tokens whose logits are its classes."""
+    known = {"architectures", "classifier_from_token", "is_original_qwen3_reranker", "method", "num_labels"}
+    if not isinstance(given, Mapping) or not set(given) <= known:
+        raise ValueError(f"hf_overrides={given!r}: hf_overrides holds classifier_from_token, or nothing")
+    if given and "classifier_from_token" not in given:
+        raise ValueError("hf_overrides: classifier_from_token names the tokens whose logits are classes")
+    if given:
+        engine["classifier_from_token"] = given["classifier_from_token"]
 
 
 def _option(name: str, value: Any, engine: dict[str, Any]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from labkit.core.params import SamplingParams
+from labkit.core.pooling import PoolingParams
 from labkit.engine.block_events import BlockEventPublisher
 from labkit.engine.closing import LeakReport
 from labkit.engine.engine import Engine
@@ -14,6 +16,7 @@ from labkit.llm.arguments import EngineArgs, read
 from labkit.llm.inputs import job
 from labkit.llm.lora import adapter_of
 from labkit.llm.outputs import Reader, RequestOutput
+from labkit.llm.pooling import PoolingOutput, PoolingRequestOutput, pooled_output
 from labkit.llm.stepwise import reset_prefix_cache
 from labkit.replicas.front import make_engine
 from labkit.text.huggingface import as_transformers
@@ -77,6 +80,33 @@ class AsyncLLMEngine:
         finally:
             self._readers.pop(handle.id, None)
             self._abort(reader)
+
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: PoolingParams | None = None,
+        request_id: str | None = None,
+        *,
+        lora_request: Any = None,
+        priority: int = 0,
+        trace_headers: Any = None,
+        tokenization_kwargs: Any = None,
+    ) -> AsyncIterator[PoolingRequestOutput[PoolingOutput]]:
+        """One output: what the prompt was pooled to. Leaving the loop early aborts the request."""
+        adapter = None
+        if lora_request is not None:
+            adapter = await asyncio.to_thread(adapter_of, self.engine, lora_request)
+        if not self.engine.is_running:
+            self.engine.start()
+        params = PoolingParams() if pooling_params is None else pooling_params
+        params = replace(params, **(tokenization_kwargs or {}))
+        handle = self.engine.submit(prompt, params, id=request_id, priority=priority, adapter=adapter)
+        try:
+            await handle
+            yield pooled_output(handle)
+        finally:
+            if not self.engine.is_closed and not handle.ended:
+                self.engine.abort(handle)
 
     async def _outputs(self, reader: Reader) -> AsyncIterator[RequestOutput]:
         seen = 0

@@ -1,4 +1,4 @@
-"""`LLM`: offline generation with vLLM's arguments and outputs."""
+"""`LLM`: offline generation and pooling with vLLM's arguments and outputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from labkit.llm.arguments import read
 from labkit.llm.inputs import Job, each, job, several
 from labkit.llm.lora import LoRARequest, adapter_of
 from labkit.llm.outputs import BeamSearchOutput, RequestOutput, beam_of, output_of
+from labkit.llm.pooling import Pooling
 from labkit.llm.stepwise import LLMEngine
 from labkit.replicas.front import make_engine
 from labkit.text.huggingface import as_transformers, with_template
 
 
-class LLM:
+class LLM(Pooling):
     """Offline generation, as in vLLM.
 
     >>> import labkit as lk
@@ -37,9 +38,9 @@ class LLM:
     def __init__(self, model: Any = None, **options: Any) -> None:
         asked = read(options)
         asked.engine.setdefault("max_waiting_image_gb", None)  # a call's prompts all wait together
-        self.engine = make_engine(model, **asked.engine)
+        self.engine: Engine = make_engine(model, **asked.engine)
         self.block_events = asked.publisher(self.engine)
-        self.max_logprobs = asked.max_logprobs
+        self.max_logprobs, self.pooler_settings = asked.max_logprobs, asked.pooler_settings
         self._defaults = {**sampling_defaults(self.engine.model_name, asked.generation_config),
                           **asked.override_generation_config}  # fmt: skip
         if asked.chat_template is not None:

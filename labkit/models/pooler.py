@@ -128,7 +128,11 @@ def class_activation(config: Any, num: int) -> Callable[[Tensor], Tensor]:
         return ACTIVATIONS["Identity"]
     if problem == "multi_label_classification" or num == 1:
         return torch.sigmoid
-    return lambda logits: logits.softmax(-1)
+    return _softmax
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(-1)
 
 
 def labels_of(config: Any, num: int) -> tuple[str, ...]:
@@ -174,3 +178,22 @@ def causal_pooler(model: Any, config: Any, source: Any) -> Pooler | None:
         return F.linear(states.to(weight.dtype), weight, bias)
 
     return classifier(size, config, head, len(weight))
+
+
+def token_classifier(model: Any, tokens: Sequence[tuple[int, str]]) -> Pooler | None:
+    """Classes of a model that draws tokens: the logits of these (id, text) behind the prompt. Of two there is one
+    class, the second one's probability."""
+    if not getattr(model, "is_last", True):
+        return None
+    ids, names = [id for id, _ in tokens], [name for _, name in tokens]
+    if max(ids) >= model.vocab_size:
+        raise ValueError(f"classifier_from_token: the last id is {model.vocab_size - 1}, got {max(ids)}")
+
+    def head(states: Tensor) -> Tensor:
+        logits: Tensor = model.logits(states)[:, ids]
+        return logits[:, 1:] - logits[:, :1] if len(ids) == 2 else logits
+
+    labels = tuple(names[1:] if len(ids) == 2 else names)
+    active = torch.sigmoid if len(labels) == 1 else _softmax
+    spec = PoolingSpec(int(model.hidden_size), labels=labels, generates=True)
+    return Pooler(spec, classes=Classes(head, labels, active))

@@ -20,6 +20,7 @@ def load(
     """A `TorchRunner`, or an `EncoderRunner`, that is not open yet. `options["source"]` is a folder, or a transformers
     config. `with_draft` gives a model its draft model."""
     from labkit.models import load_model
+    from labkit.models.pooler import token_classifier
     from labkit.runner.torch import TorchRunner
 
     source = options["source"]
@@ -30,6 +31,10 @@ def load(
     model: Any = load_model(source, place=place, **{name: options[name] for name in names})
     _check_held(model, options["memory_size"], 1 if place is None else place.shard.ranks * place.stages)
     keeps_nothing = getattr(model, "keeps_nothing", False)
+    if (tokens := options.get("classifier_from_token")) is not None:
+        if keeps_nothing:
+            raise ValueError("classifier_from_token is for a causal model: this one has no logits of tokens")
+        model.pooler = token_classifier(model, tokens)
     if options["adapter_room"] is not None and not keeps_nothing:
         from labkit.models.lora import make_room
 

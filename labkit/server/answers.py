@@ -134,6 +134,21 @@ EMBEDDINGS = _object(
     usage=_object(prompt_tokens=COUNT, total_tokens=COUNT),
 )
 
+_POOLED_USAGE = _object(prompt_tokens=COUNT, total_tokens=COUNT)
+_POOLED = {"id": TEXT, "object": {"const": "list"}, "created": COUNT, "model": TEXT, "usage": _POOLED_USAGE}
+POOLING = _object(
+    **_POOLED,
+    data=_list(_object(index=COUNT, object={"const": "pooling"}, data={"anyOf": [{"type": "array"}, TEXT]})),
+)
+CLASSIFY = _object(**_POOLED, data=_list(_object(index=COUNT, label=TEXT, probs=_list(NUMBER), num_classes=COUNT)))
+SCORE = _object(**_POOLED, data=_list(_object(index=COUNT, object={"const": "score"}, score=NUMBER)))
+RERANK = _object(
+    id=TEXT,
+    model=TEXT,
+    usage=_POOLED_USAGE,
+    results=_list(_object({"document": _object(text=TEXT)}, index=COUNT, relevance_score=NUMBER)),
+)
+
 MESSAGE = _object(
     {"stop_sequence": _or_null(TEXT)},
     id=TEXT,
@@ -161,9 +176,13 @@ ANSWERS: dict[str, Schema] = {
     "/v1/responses/{id}/cancel": RESPONSE,
     "/v1/responses/{id}/input_items": _object(object={"const": "list"}, data=_list(ITEM)),
     "/v1/embeddings": EMBEDDINGS,
+    "/pooling": POOLING,
+    "/classify": CLASSIFY,
+    **dict.fromkeys(("/score", "/v1/score"), SCORE),
+    **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), RERANK),
     "/v1/messages": MESSAGE,
     "/v1/messages/count_tokens": _object(input_tokens=COUNT),
-    "/invocations": {"anyOf": [COMPLETION, CHAT, EMBEDDINGS]},
+    "/invocations": {"anyOf": [COMPLETION, CHAT, EMBEDDINGS, RERANK, SCORE]},
     "/tokenizer_info": {"type": "object", "minProperties": 1},
     "/v1/load_model": {"type": "object", "minProperties": 1},
     "/v1/unload_model": {"type": "object", "minProperties": 1},

@@ -17,6 +17,7 @@ from labkit.server import (
     adapters,
     admin,
     chat,
+    classes,
     completions,
     embeddings,
     health,
@@ -25,6 +26,7 @@ from labkit.server import (
     messages,
     metrics,
     responses,
+    scores,
     tokens,
 )
 from labkit.server.errors import ApiError
@@ -35,7 +37,8 @@ from labkit.server.routes import Route
 from labkit.server.service import Service
 
 FAMILIES = (
-    completions, chat, responses, messages, embeddings, invocations, tokens, health, metrics, loading, adapters
+    completions, chat, responses, messages, embeddings, classes, scores,
+    invocations, tokens, health, metrics, loading, adapters
 )  # fmt: skip
 
 
@@ -72,6 +75,8 @@ def _route(service: Service, route: Route) -> StarletteRoute:
         request.scope[NOTE]["route"] = route.path
         try:
             chosen = await service.chosen(request) if route.body is not None and route.of_model else service
+            if route.draws:
+                chosen.check_draws()
             return await route.endpoint(chosen, request)
         except Exception as error:  # an ApiError as it is, anything else as status 500 and into the log
             return failed(error)

@@ -429,5 +429,5 @@ def service_role(service: Service, body: Conversation) -> str:
 
 
 ROUTES = [
-    Route("POST", "/v1/chat/completions", chat, ChatRequest, "Answer a conversation", streams=True),
+    Route("POST", "/v1/chat/completions", chat, ChatRequest, "Answer a conversation", streams=True, draws=True),
 ]

@@ -241,5 +241,5 @@ def _now() -> int:
 
 
 ROUTES = [
-    Route("POST", "/v1/completions", completions, CompletionRequest, "Continue a prompt", streams=True),
+    Route("POST", "/v1/completions", completions, CompletionRequest, "Continue a prompt", streams=True, draws=True),
 ]

@@ -7,12 +7,13 @@ import json
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from labkit.server import chat, completions, embeddings
+from labkit.server import chat, completions, embeddings, scores
 from labkit.server.errors import ApiError, ClientGone
 from labkit.server.routes import Endpoint, Route
 from labkit.server.service import Service
 
-KINDS: dict[str, Endpoint] = {"messages": chat.chat, "prompt": completions.completions, "input": embeddings.embed}
+KINDS: dict[str, Endpoint] = {"messages": chat.chat, "prompt": completions.completions, "input": embeddings.embed,
+         "query": scores.rerank, "text_1": scores.score}  # fmt: skip
 
 
 async def invocations(service: Service, request: Request) -> Response:
@@ -26,7 +27,10 @@ async def invocations(service: Service, request: Request) -> Response:
         raise ApiError("the body must be a JSON object")
     for field, endpoint in KINDS.items():
         if field in body:
-            return await endpoint(await service.chosen(request), request)
+            chosen = await service.chosen(request)
+            if field in ("messages", "prompt"):
+                chosen.check_draws()
+            return await endpoint(chosen, request)
     raise ApiError(f"a body has one of {', '.join(KINDS)}", param=next(iter(KINDS)))
 
 

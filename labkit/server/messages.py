@@ -388,7 +388,7 @@ def _event(kind: str, **content: Any) -> bytes:
 ROUTES = [
     Route(
         "POST", "/v1/messages", messages, MessagesRequest, "A conversation in Anthropic's form",
-        streams=True, form=_failure,
+        streams=True, draws=True, form=_failure,
     ),
     Route(
         "POST", "/v1/messages/count_tokens", count_tokens, CountRequest, "How many tokens a conversation has",

@@ -413,7 +413,7 @@ async def list_input(service: Service, request: Request) -> Response:
 
 
 ROUTES = [
-    Route("POST", "/v1/responses", create, ResponsesRequest, "Answer text or items", streams=True),
+    Route("POST", "/v1/responses", create, ResponsesRequest, "Answer text or items", streams=True, draws=True),
     Route("GET", "/v1/responses/{id}", retrieve, None, "A stored answer"),
     Route("POST", "/v1/responses/{id}/cancel", cancel, None, "End an answer that is made in the background"),
     Route("DELETE", "/v1/responses/{id}", remove, None, "Delete a stored answer"),

@@ -25,5 +25,6 @@ class Route(NamedTuple):
     body: type[BaseModel] | None
     summary: str
     streams: bool = False  # may answer with server-sent events
+    draws: bool = False  # answers with tokens that a model draws
     of_model: bool = True  # a body's `model` says which of several models answers
     form: Callable[[ApiError], dict[str, Any]] | None = None  # of errors; None is OpenAI's

@@ -149,6 +149,13 @@ class Service:
             )
         return name
 
+    def check_draws(self) -> None:
+        """Refuse a call for text of a model that only pools."""
+        spec = self.engine.pooling
+        if spec is not None and not spec.generates:
+            routes = "/classify, /score and /rerank" if spec.labels else "/v1/embeddings"
+            raise ApiError(f"this model draws no tokens: it serves {routes} and /pooling", param="model")
+
     @property
     def adapters(self) -> Adapters:
         """The adapters of the engine, which are models to clients."""

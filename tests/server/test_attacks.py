@@ -25,6 +25,9 @@ SCHEMAS = {  # of every route with a body, and a body that is right
     "/v1/chat/completions": ("ChatRequest", {"messages": TURNS}),
     "/v1/responses": ("ResponsesRequest", {"input": "x"}),
     "/v1/embeddings": ("EmbeddingRequest", {"input": "x"}),
+    "/pooling": ("PoolingRequest", {"input": "x"}),
+    "/score": ("ScoreRequest", {"text_1": "x", "text_2": "x"}),
+    "/rerank": ("RerankRequest", {"query": "x", "documents": ["x"]}),
     "/v1/messages": ("MessagesRequest", {"messages": TURNS, "max_tokens": 1}),
     "/tokenize": ("TokenizeRequest", {"prompt": "x"}),
     "/detokenize": ("DetokenizeRequest", {"tokens": [1]}),
@@ -236,7 +239,8 @@ def test_every_route_with_a_body_is_tried(http):
     bodies = {path for path, methods in described.items() if "requestBody" in methods.get("post", {})}
     loading = {"/v1/load_model", "/v1/unload_model"}  # names and paths: see test_several.py and test_adapters.py
     loading |= {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
-    assert bodies - loading == {*SCHEMAS, "/v1/messages/count_tokens"}
+    same = {"/v1/score", "/v1/rerank", "/v2/rerank"}
+    assert bodies - loading - same == {*SCHEMAS, "/v1/messages/count_tokens", "/classify"}  # that needs classes
 
 
 @pytest.mark.parametrize("path", SCHEMAS)
@@ -255,6 +259,7 @@ def test_an_oversized_number_in_any_field_is_refused_by_name(http, schemas, path
             told = answer.json()["error"]
             assert told["message"].startswith(field) and told.get("param", field).split(".")[0] == field
     wanted = {"/v1/completions": 15, "/v1/chat/completions": 15, "/v1/responses": 15, "/v1/embeddings": 3,
+              "/pooling": 3, "/score": 2, "/rerank": 3,
               "/v1/messages": 4, "/tokenize": 0, "/detokenize": 0}  # fmt: skip
     assert tried >= wanted[path]
 
