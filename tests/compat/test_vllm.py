@@ -18,13 +18,14 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.inputs import TextPrompt, TokensPrompt
 from vllm.utils import random_uuid
 from vllm.lora.request import LoRARequest
+from vllm import EmbeddingRequestOutput, PoolingParams, ScoringRequestOutput
 import vllm, labkit as lk
 assert LLM is lk.LLM and AsyncLLM is AsyncLLMEngine is lk.AsyncLLMEngine and vllm.__version__ == lk.__version__
 assert random_uuid() != random_uuid()
 try:
-    from vllm import PoolingParams
+    from vllm import ModelRegistry
 except ImportError as error:
-    assert "PoolingParams" in str(error)
+    assert "ModelRegistry" in str(error)
 else:
     raise AssertionError
 try:

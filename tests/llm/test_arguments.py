@@ -38,7 +38,7 @@ def test_every_argument_of_tutorials_is_accepted_and_takes_effect():
         ({"default_mm_loras": {"a": "b"}}, "default_mm_loras is not served"),
         ({"tokenizer_mode": "mistral"}, "tokenizer_mode='auto' is accepted"),
         ({"tokenizer": "org/other"}, "tokenizer='org/other' is not read"),
-        ({"task": "embed"}, "generates text only"),
+        ({"task": "transcription"}, "task is not known"),
         ({"cpu_offload_gb": 4}, "cpu_offload_gb is not served"),
         ({"logprobs_mode": "processed_logits"}, "they are raw_logprobs"),
     ],
