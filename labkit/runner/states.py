@@ -38,19 +38,19 @@ class StateStore:
     def enter(self, plan: Plan, query_start: np.ndarray, batch: Batch) -> Batch:
         """The step's batch with its states; rows that go on from a kept one have it."""
         if plan.states.loads:
-            slots, rows = np.array(plan.states.loads).T
-            self._copy(slots + self.num_rows, rows)
+            self._copy([(slot + self.num_rows, row) for slot, row in plan.states.loads])
         return replace(batch, states=self._batch(plan, query_start))
 
     def fork(self, plan: Plan) -> None:
         """Samples begin with the state of their prompt."""
         if plan.states.forks:
-            self._copy(*np.array(plan.states.forks).T)
+            self._copy(plan.states.forks)
 
-    def _copy(self, source: np.ndarray, to: np.ndarray) -> None:
-        from_, at = put(source, self.device), put(to, self.device)
-        for tensor in self.tensors:
-            tensor[at] = tensor[from_]
+    def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """States go from one place to another."""
+        if columns := self._pairs(pairs):
+            for tensor in self.tensors:
+                tensor[columns[1]] = tensor[columns[0]]
 
     def _batch(self, plan: Plan, query_start: np.ndarray) -> StateBatch:
         """The plan's entries as recurrent layers compute them."""
@@ -108,7 +108,7 @@ class StateStore:
                 for save in plan.states.saves
                 if save.row == row and save.end <= start + right
             ]
-        self._copy(*np.array(pairs, np.int64).T)
+        self._copy(pairs)
 
     def _wave_of(self, pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]) -> Wave:
         counts = [piece.count for piece in pieces]
@@ -129,8 +129,9 @@ class StateStore:
         """Rows, and the slots that their states are copied to."""
         if not pairs:
             return None
-        rows, slots = np.array(pairs, np.int64).T
-        return put(rows, self.device), put(slots, self.device)
+        return put([first for first, _ in pairs], self.device, np.int64), put(
+            [last for _, last in pairs], self.device, np.int64
+        )
 
 
 def _pieces(plan: Plan, query_start: np.ndarray, entry: int, ends: dict[int, list[tuple[int, int]]]) -> list[Piece]:

@@ -22,10 +22,12 @@ MIXED = [
 TIGHT = {"blocks": 22, "host": 40}
 
 
-def engine(device: str, kind: str = "llama", *, blocks=60, host=0, graphs=False, runner=None, **options) -> lk.Engine:
+def engine(
+    device: str, kind: str = "llama", *, blocks=60, host=0, graphs=False, runner=None, states=None, **options
+) -> lk.Engine:
     model = load_model(config(kind), load_format="dummy", seed=1, dtype="float32", device=device)
     made = lk.TorchRunner(model, graphs=graphs, **(runner or {}))
-    manager = lk.BlockManager(blocks, 4, num_host_blocks=host, windows=made.windows)
+    manager = lk.BlockManager(blocks, 4, num_host_blocks=host, windows=made.windows, num_states=states)
     limits = {"max_num_seqs": 6, "max_num_batched_tokens": 16, "max_in_flight": 1, "watermark": 0.0}
     return lk.Engine(scheduler=lk.Scheduler(manager, **limits | options), runner=made)
 
@@ -226,3 +228,14 @@ def test_offloaded_blocks_come_back_from_host_memory_and_disk(tmp_path):
     with rehearsal() as device:
         assert run("cuda") == found
     assert not device.waits
+
+
+@pytest.mark.parametrize("draft", [None, lk.NGramDraft(3, lookup_min=1)])
+@pytest.mark.parametrize("kind", ["mamba2", "mamba"])
+def test_states_of_recurrent_layers(kind, draft):
+    asked = [(prompt * (1 + i % 2), more) for i, (prompt, more) in enumerate(zip(prompts(8), MIXED, strict=True))]
+    options = {"states": 12, "blocks": 24, "draft": draft, "max_in_flight": int(draft is None)}
+    expected = answers(engine("cpu", kind, **options), asked)
+    with rehearsal() as device:
+        assert answers(engine("cuda", kind, **options), asked) == expected
+    assert all("recurrent/" in place or "sampler.py" in place for place in device.waits), device.waits
