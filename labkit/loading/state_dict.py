@@ -28,6 +28,8 @@ class StateDict:
                 )
             if tensor.device.type == "meta":
                 raise ValueError(f"weight {name!r} has a shape and no data: it is on the meta device")
+            if not has_numbers(tensor.detach()):
+                raise ValueError(f"weight {name!r} has nan or infinite values: the training that made it has diverged")
         self.tensors = dict(tensors)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -40,6 +42,11 @@ class StateDict:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether all its values are finite. Their sum says so in one pass without memory, unless it overflows."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def source_of(weights: Any) -> Checkpoint | StateDict:

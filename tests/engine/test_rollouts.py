@@ -194,6 +194,7 @@ def test_nothing_changes_when_weights_do_not_fit():
         ({**good, up: good[up].int()}, "dense floating-point"),
         ({**good, up: "text"}, "is no tensor"),
         ({**good, up: good[up].to("meta")}, "meta device"),
+        ({**good, up: good[up].index_fill(1, torch.tensor([3]), float("nan"))}, "has nan or infinite values"),
         (good[up], "pairs"),
         (7, "state_dict"),
         ([*good.items(), (up, good[up])], "there twice"),
