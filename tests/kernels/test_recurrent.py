@@ -6,6 +6,8 @@ import importlib
 import pytest
 import torch
 from labkit_kernels import Sequences, causal_conv, check, gated_delta, selective_scan, ssd
+from labkit_kernels.check import interpret
+from labkit_kernels.compile import compile_ops
 
 OPS = [causal_conv, gated_delta, selective_scan, ssd]
 by_name = pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
@@ -203,6 +205,34 @@ def test_the_cpu_variant_passes_its_check_and_is_picked(op):
     assert report.ok, str(report)
     assert op.picked("cpu", torch.bfloat16).name == "cpu"
     assert op.picked("cpu", torch.float16).name == "reference"
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    pytest.importorskip("triton")
+    return interpret([op.name for op in OPS], dtypes=[torch.bfloat16])
+
+
+@by_name
+def test_the_triton_variant_agrees_with_the_reference_in_the_interpreter(op, interpreted):
+    rows = [row for row in interpreted if row.op == op.name]
+    assert len(rows) == sum(not case.timed for case in op.cases())
+    assert not [row for row in rows if row.status != "ok"], str(interpreted)
+    assert {row.device for row in rows} == {"interpreter"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@by_name
+def test_the_triton_variant_agrees_with_the_reference_on_the_gpu(op):
+    report = check(op, "triton", "cuda")
+    assert report.ok, str(report)
+
+
+@by_name
+def test_the_triton_kernels_compile_without_spills(op):
+    pytest.importorskip("triton")
+    report = compile_ops([op], archs=[90])
+    assert report.ok, str(report)
 
 
 @by_name

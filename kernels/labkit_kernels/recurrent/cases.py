@@ -15,9 +15,9 @@ from .sequences import Sequences
 MIXES = {
     "one token": [1],
     "decode": [1, 1, 1, 1, 1],
-    "a chunk": [37],
+    "a chunk": [33],
     "two, three and none": [2, 0, 3],
-    "decode rows and chunks": [1, 1, 17, 1, 70, 0, 5],
+    "decode rows and chunks": [1, 1, 9, 1, 35, 0, 5],
 }
 TIMED = {"16 rows": [1] * 16, "1024 tokens": [1024]}
 
@@ -78,6 +78,7 @@ def ssd_case(name: str, groups: int, heads: int, size: int, states: int, plain: 
         which, slots, tokens = _sequences(name, device)
         fused = randn(generator, tokens, heads * size + 2 * groups * states, dtype=dtype)
         x, b, c = fused.split([heads * size, groups * states, groups * states], -1)
+        c = c * states**-0.5
         dt = randn(generator, tokens, heads, dtype=dtype)
         a = -randn(generator, heads).exp()
         state = randn(generator, slots, heads, size, states)
