@@ -66,14 +66,13 @@ def test_both_paths_capture_the_states_after_the_final_norm():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
-WHOLE = {"bert": {"is_decoder": False}, "bart": {"is_encoder_decoder": True}}  # as checkpoints have it
+WHOLE = {"bart": {"is_encoder_decoder": True}}  # as checkpoints have it
 
 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
         ("recurrent_gemma", "of its 4 layers 1 go through transformers' attention interface"),
-        ("bert", "'bert' is not supported: it attends to later tokens, as encoders do"),
         ("doge", "'doge' is not supported: it makes an attention mask of its own"),
         ("inkling_text", "'inkling_text' is not supported: it gives 'position_bias' to attention"),
         ("deepseek_v4", "'deepseek_v4' is not supported: its layers attend to compressed keys"),
