@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.models.served import CRASHED, KINDS, NATIVE, REFUSED, UNBUILT, WIDE, WRONG, Outcome, outcome
+from tests.models.served import CRASHED, ENCODER, KINDS, NATIVE, REFUSED, UNBUILT, WIDE, WRONG, Outcome, outcome
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- made by tools/architectures.py -->", "<!-- end -->"
-TITLES = {NATIVE: "Native", WIDE: "Through transformers", REFUSED: "Refused", WRONG: "Wrong", CRASHED: "Crashed",
+TITLES = {NATIVE: "Native", WIDE: "Through transformers", ENCODER: "Encoders", REFUSED: "Refused", WRONG: "Wrong", CRASHED: "Crashed",
           UNBUILT: "Not tried"}  # fmt: skip
 
 

@@ -18,11 +18,13 @@ from transformers.models.auto.modeling_auto import (
 import labkit as lk
 from labkit.models import load_model
 from labkit.models.decoder import Decoder
+from labkit.models.encoder import Encoder
 from labkit.models.vision import SEEING, language_config
 from tests.models.tiny import VOCAB, tiny_config
 
 KINDS = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 NATIVE, WIDE, REFUSED, WRONG, UNBUILT, CRASHED = "native", "transformers", "refused", "WRONG", "not built", "CRASHED"
+ENCODER = "encoder"
 NUM = 8  # tokens that are generated
 SLACK = 5e-3  # of a log-probability
 LENGTHS = (3, 21, 40)
@@ -76,10 +78,11 @@ def outcome(kind: str, seed: int = 0) -> Outcome:
             return Outcome(kind, REFUSED, _said(error).replace(folder, "it"))
         except Exception as error:  # which a user would get
             return Outcome(kind, WRONG, f"raises {_said(error)}")
+    if isinstance(model, Encoder):
+        return Outcome(kind, ENCODER)
     how = NATIVE if isinstance(model, Decoder) else WIDE
-    sched = lk.Scheduler(
-        lk.BlockManager(64, 4), max_model_len=128, max_num_batched_tokens=17, max_prefill_chunk=7, watermark=0.0
-    )
+    blocks = lk.BlockManager(64, 4, num_states=12 if getattr(model, "states", ()) else 0)
+    sched = lk.Scheduler(blocks, max_model_len=128, max_num_batched_tokens=17, max_prefill_chunk=7, watermark=0.0)
     engine = lk.Engine(scheduler=sched, runner=lk.TorchRunner(model))
     try:
         wrong = _difference(engine, theirs, random.Random(seed))
