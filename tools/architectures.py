@@ -20,8 +20,8 @@ from tests.models.served import CRASHED, ENCODER, KINDS, NATIVE, REFUSED, UNBUIL
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- made by tools/architectures.py -->", "<!-- end -->"
-TITLES = {NATIVE: "Native", WIDE: "Through transformers", ENCODER: "Encoders", REFUSED: "Refused", WRONG: "Wrong", CRASHED: "Crashed",
-          UNBUILT: "Not tried"}  # fmt: skip
+TITLES = {NATIVE: "Native", WIDE: "Through transformers", ENCODER: "Encoders", REFUSED: "Refused", WRONG: "Wrong",
+          CRASHED: "Crashed", UNBUILT: "Not tried"}  # fmt: skip
 
 
 def lists(found: Sequence[Outcome]) -> str:

@@ -100,13 +100,16 @@ def _build(
     config: Any, weights: Any, dtype: Any, device: Any, length: int, path: str, trust_remote_code: bool,
     deterministic: bool, quantization: Any, place: Place | None,
 ) -> Model:  # fmt: skip
-    from labkit.models.decoder import FAMILIES, Decoder
+    from labkit.models.decoder import FAMILIES, UNLESS, Decoder, is_native
     from labkit.models.place import WHOLE
     from labkit.models.vision import load_seeing, sees
 
     if sees(config) and path != "transformers":
         return load_seeing(config, weights, dtype, device, length, deterministic, quantization, place or WHOLE)
-    native = config.model_type in FAMILIES
+    native = is_native(config)
+    if path == "native" and config.model_type in FAMILIES and not native:
+        given = ", ".join(f"{name}={value}" for name in UNLESS[config.model_type] if (value := getattr(config, name)))
+        raise ValueError(f"the native decoder computes {config.model_type!r} without {given}")
     if path == "native" and not native:
         raise ValueError(f"{config.model_type!r} has no native decoder; native are {', '.join(sorted(FAMILIES))}")
     if native and path != "transformers":

@@ -35,8 +35,16 @@ from labkit.models.vocabulary import Vocabulary
 
 FAMILIES = {
     "llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "mixtral", "qwen2_moe", "qwen3_moe",
-    "olmo2", "starcoder2", "granite", "smollm3", *LATENT,
+    "olmo2", "starcoder2", "granite", "smollm3", "arcee", "cwm", "dots1", "exaone4", "glm4_moe", "minimax_m2",
+    "ministral", "nemotron", "olmo3", "olmoe", "seed_oss", "stablelm", *LATENT,
 }  # fmt: skip
+UNLESS = {"olmoe": ("clip_qkv",), "stablelm": ("use_parallel_residual", "qk_layernorm")}  # which few checkpoints set
+
+
+def is_native(config: Any) -> bool:
+    """Whether the decoder computes all that this config says."""
+    kind = config.model_type
+    return kind in FAMILIES and not any(getattr(config, name, None) for name in UNLESS.get(kind, ()))
 
 
 EMBEDDING = "model.embed_tokens"
@@ -90,6 +98,7 @@ class Decoder:
         self.vocabulary = Vocabulary(self.vocab_size, place)
         self.num_parameters = weights.num_parameters
         self.skip_further(weights)
+        self._skip_predictors(weights, config)
         check_taken(source, weights.taken, repr(source))
         self.stored = {name: shape for name, shape in source.shapes.items() if name in weights.taken}
 
@@ -149,6 +158,13 @@ class Decoder:
             ):
                 weights.skip(name)
         return mine
+
+    def _skip_predictors(self, weights: Weights, config: Any) -> None:
+        """Layers behind the last one that predict further tokens, which transformers leaves out, too."""
+        first = config.num_hidden_layers
+        for name, number in numbers_of(weights.names(), "model.layers.").items():
+            if first <= number < first + (getattr(config, "num_nextn_predict_layers", None) or 0):
+                weights.skip(name)
 
     def _tables(self, config: Any, shape: Shape) -> dict[str, Tensor]:
         """One rope table a kind of layer; kinds that share their parameters share the table."""

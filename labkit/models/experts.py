@@ -35,8 +35,9 @@ class Experts:
         hidden, num = Units(shape.hidden_size), weights.size(f"{name}.gate.weight")[0]
         self.wide = torch.float32 if shape.routing.wide else None
         self.router = weights.linear({f"{name}.gate": (Units(num),)}, hidden, dtype=self.wide)
-        bias = f"{name}.gate.e_score_correction_bias"
-        self.bias = weights.raw(bias, num).float() if weights.has(bias) else None
+        biases = (f"{name}.gate.e_score_correction_bias", f"{name}.e_score_correction_bias")
+        bias = next((one for one in biases if weights.has(one)), None)
+        self.bias = None if bias is None else weights.raw(bias, num).float()
         inner = group if ops.deterministic else None  # their sums may then not be added up among ranks
         self.experts = [MLP(weights, f"{name}.experts.{i}", shape, ops, inner) for i in range(num)]
         self.shared = self.shared_gate = None

@@ -15,6 +15,8 @@ from labkit.models.ops import Ops
 from labkit.models.place import Collectives, Ending, add
 
 GELU = {"gelu": "none", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_fast": "tanh"}
+GATES = ("gate_proj", "gate_up_proj", "w1")
+PLAIN = (("c_fc", "c_proj"), ("up_proj", "down_proj"), ("fc1", "fc2"))  # without a gate
 LLAMA, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 
 
@@ -37,11 +39,13 @@ class MLP:
         self.ops, self.activation, self.group = ops, shape.activation, group
         self.hidden_size = shape.hidden_size
         hidden = Units(self.hidden_size)
-        self.gated = not weights.has_layer(f"{name}.c_fc")
+        pairs = [pair for pair in PLAIN if weights.has_layer(f"{name}.{pair[0]}")]
+        self.gated = not pairs or any(weights.has_layer(f"{name}.{part}") for part in GATES)
         if not self.gated:
-            inner = Units(weights.outputs(f"{name}.c_fc"))
-            self.up = weights.linear({f"{name}.c_fc": (inner,)}, hidden, "column")
-            self._end(weights, f"{name}.c_proj", inner)
+            up, down = (f"{name}.{part}" for part in pairs[0])
+            inner = Units(weights.outputs(up))
+            self.up = weights.linear({up: (inner,)}, hidden, "column")
+            self._end(weights, down, inner)
             self.whole = None
             return
         if weights.has_layer(f"{name}.gate_up_proj"):
@@ -89,7 +93,9 @@ def gate(ops: Ops, activation: str, x: Tensor) -> Tensor:
 def plain(activation: str, x: Tensor) -> Tensor:
     if activation in GELU:
         return F.gelu(x, approximate=GELU[activation])
+    if activation == "relu2":
+        return F.relu(x).square()
     functions = {"relu": F.relu, "silu": F.silu}
     if activation not in functions:
-        raise ValueError(f"activation {activation!r} is not known; known: relu, silu, {', '.join(GELU)}")
+        raise ValueError(f"activation {activation!r} is not known; known: relu, relu2, silu, {', '.join(GELU)}")
     return functions[activation](x)

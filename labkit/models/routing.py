@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 LEAST = 1e-20  # added to a sum of weights before it divides them, as models with sigmoids were trained
-SIGMOID = {"axk1", "deepseek_v3", "glm4_moe_lite", "sarvam_mla"}
-OF_TWO = {*SIGMOID, "mistral4"}  # a group counts by the sum of its two best experts
+LIKE_DEEPSEEK = {"axk1", "deepseek_v3", "dots1", "glm4_moe", "glm4_moe_lite", "sarvam_mla"}
+SIGMOID = {*LIKE_DEEPSEEK, "minimax_m2"}
+ALWAYS = {"minimax_m2", "mixtral"}  # weights add up to 1, without a word in the config
+OF_TWO = {*LIKE_DEEPSEEK, "mistral4"}  # a group counts by the sum of its two best experts
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class Routing:
         limited = kind in OF_TWO or getattr(config, "topk_method", None) == "group_limited_greedy"
         return cls(
             per_token=getattr(config, "num_experts_per_tok", None) or 0,
-            normalizes=kind == "mixtral" or (kind != "deepseek_v2" and bool(getattr(config, "norm_topk_prob", False))),
+            normalizes=kind in ALWAYS or (kind != "deepseek_v2" and bool(getattr(config, "norm_topk_prob", False))),
             sigmoid=kind in SIGMOID,
             groups=(getattr(config, "n_group", None) or 1) if limited else 1,
             groups_per_token=(getattr(config, "topk_group", None) or 1) if limited else 1,
             counted=2 if kind in OF_TWO else 1,
             factor=getattr(config, "routed_scaling_factor", None) or 1.0,
-            wide=kind in SIGMOID or kind == "deepseek_v2",
+            wide=kind in LIKE_DEEPSEEK or kind == "deepseek_v2",
         )
 
     def choose(

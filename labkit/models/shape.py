@@ -56,7 +56,7 @@ class Shape:
             num_heads=heads,
             num_kv_heads=get("num_key_value_heads", default=heads) if latent is None else 1,
             head_size=head_size,
-            eps=get("rms_norm_eps", "norm_epsilon", "layer_norm_eps", default=1e-6),
+            eps=get("rms_norm_eps", "norm_epsilon", "norm_eps", "layer_norm_eps", default=1e-6),
             activation=get("hidden_activation", "hidden_act", default="silu") if gemma else config.hidden_act,
             scale=scale,
             softcap=get("attn_logit_softcapping", default=0.0),
@@ -65,10 +65,17 @@ class Shape:
             scales_inputs=not (gemma or minicpm),
             residual_scale=config.scale_depth / layers**0.5 if minicpm else get("residual_multiplier", default=1.0),
             logit_divisor=get("logits_scaling", default=1.0),
-            norm_offset=1.0 if gemma else 0.0,
+            norm_offset=1.0 if gemma or config.model_type == "nemotron" else 0.0,
             windows=tuple(window if kind == "sliding_attention" else 0 for kind in types),
             layer_types=types,
-            ropes=tuple(bool(use) for use in get("no_rope_layers", default=[1] * layers)),
+            ropes=_ropes(config, types, window),
             routing=Routing.of(config),
             latent=latent,
         )
+
+
+def _ropes(config: Any, types: tuple[str, ...], window: int) -> tuple[bool, ...]:
+    """By layer: whether its queries and keys are rotated."""
+    if config.model_type in ("exaone4", "exaone_moe") and window:
+        return tuple(kind == "sliding_attention" for kind in types)
+    return tuple(bool(use) for use in getattr(config, "no_rope_layers", None) or [1] * len(types))

@@ -20,7 +20,7 @@ from torch import Tensor
 from labkit.core.options import closest
 from labkit.loading.checkpoint import Checkpoint, is_gguf, load_config, resolve
 from labkit.loading.formats import declared
-from labkit.models.decoder import FAMILIES
+from labkit.models.decoder import FAMILIES, is_native
 
 SHARD_BYTES = 2**30
 LINEAR = re.compile(  # of the families in labkit.models.decoder; experts and routers stay dense
@@ -42,7 +42,7 @@ class DenseModel:
         self.config = load_config(self.folder, plain_if_enough=True)
         if (method := (declared(self.config) or {}).get("quant_method")) is not None:
             raise ValueError(f"{self.folder} is quantized already ({method}): give the folder that it was made from")
-        if self.config.model_type not in FAMILIES:
+        if not is_native(self.config):
             raise ValueError(
                 f"{self.config.model_type!r} has no native decoder, whose linear layers can be quantized; native are "
                 f"{', '.join(sorted(FAMILIES))}"

@@ -33,6 +33,10 @@ LATENT = {
     "sarvam_mla": {**LATENT_SIZES, **GROUPED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "youtu": {**LATENT_SIZES, "q_lora_rank": None},
 }  # fmt: skip
+TURNS = ["sliding_attention", "full_attention"]
+SCORED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+          "moe_intermediate_size": 24, "first_k_dense_replace": 1, "norm_topk_prob": True,
+          "routed_scaling_factor": 1.5}  # fmt: skip
 
 NATIVE = {
     "llama": {"attention_bias": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0,
@@ -59,6 +63,18 @@ NATIVE = {
                 "attention_multiplier": 0.3, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4,
                 "factor": 2.0}},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layer_interval": 2, "layer_types": None},
+    "arcee": {},
+    "cwm": {"head_dim": 16, "sliding_window": 9, "layer_types": TURNS},
+    "dots1": {**SCORED, "sliding_window": 9, "layer_types": TURNS, "head_dim": 16},
+    "exaone4": {"sliding_window": 9, "layer_types": TURNS},
+    "glm4_moe": {**SCORED, "use_qk_norm": True, "head_dim": 16},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    "ministral": {"sliding_window": 9, "layer_types": TURNS, "head_dim": 16},
+    "nemotron": {},
+    "olmo3": {"num_key_value_heads": 3, "sliding_window": 9, "layer_types": TURNS},
+    "olmoe": {"num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True, "num_key_value_heads": 3},
+    "seed_oss": {"head_dim": 16},
+    "stablelm": {"use_qkv_bias": True},
     **LATENT,
 }  # fmt: skip
 
@@ -68,7 +84,6 @@ OTHERS = {
     "gpt2": {**GPT_LIKE, "initializer_range": 0.2},
     "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": None},
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 48},
-    "stablelm": {},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]},
     "phi": {"partial_rotary_factor": 0.5},
@@ -76,9 +91,7 @@ OTHERS = {
     "glm4": {"head_dim": 16},
     "olmo": {},
     "persimmon": {"num_key_value_heads": None},
-    "nemotron": {},
     "biogpt": {"num_key_value_heads": None},
-    "exaone4": {"sliding_window": 9},
     "helium": {"head_dim": 0},
     "gpt_bigcode": {**GPT_LIKE, "multi_query": True},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9, "head_dim": 16,

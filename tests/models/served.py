@@ -81,7 +81,7 @@ def outcome(kind: str, seed: int = 0) -> Outcome:
     if isinstance(model, Encoder):
         return Outcome(kind, ENCODER)
     how = NATIVE if isinstance(model, Decoder) else WIDE
-    blocks = lk.BlockManager(64, 4, num_states=12 if getattr(model, "states", ()) else 0)
+    blocks = lk.BlockManager(64, 4, num_states=12 if getattr(model, "states", ()) else None)
     sched = lk.Scheduler(blocks, max_model_len=128, max_num_batched_tokens=17, max_prefill_chunk=7, watermark=0.0)
     engine = lk.Engine(scheduler=sched, runner=lk.TorchRunner(model))
     try:

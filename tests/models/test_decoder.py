@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 
 from labkit.models import load_model
 from labkit.models.base import Batch, Capture
@@ -118,3 +120,28 @@ def test_a_checkpoint_in_float16_computes_in_bfloat16_on_a_cpu_unless_asked(aske
     asks = config("llama")
     asks.dtype = torch.float16
     assert load_model(asks, load_format="dummy", dtype=asked).dtype == given
+
+
+def test_predictors_behind_the_last_layer_are_left_out(tmp_path):
+    """Checkpoints of GLM-4.5 and DeepSeek-V3 have a layer more, which predicts the token after the next."""
+    settings = config("glm4_moe")
+    settings.num_nextn_predict_layers = 0
+    reference_model(settings).save_pretrained(tmp_path)
+    file = next(tmp_path.glob("*.safetensors"))
+    tensors = load_file(file)
+    more = {name.replace(".layers.1.", ".layers.2."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(more | tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"tensors have no place in this architecture: model\.layers\.2\."):
+        load_model(tmp_path, dtype="float32")
+    settings.num_nextn_predict_layers = 1
+    settings.save_pretrained(tmp_path)
+    assert len(load_model(tmp_path, dtype="float32").layers) == 2
+
+
+@pytest.mark.parametrize(("kind", "option"), [("olmoe", {"clip_qkv": 3.0}), ("stablelm", {"qk_layernorm": True})])
+def test_what_few_checkpoints_set_goes_through_transformers(kind, option):
+    given = CONFIG_MAPPING[kind](**config(kind).to_dict() | option)
+    assert repr(load_model(given, load_format="dummy")).startswith("TransformersModel")
+    (name,) = option
+    with pytest.raises(ValueError, match=f"native decoder computes '{kind}' without {name}="):
+        load_model(given, load_format="dummy", path="native")

@@ -194,7 +194,8 @@ def test_scales_change_nothing_before_weights_are_rounded(kind, tmp_path):
     """AWQ multiplies columns and divides what comes before: for every family the model stays the same."""
     seed = draw_seed()
     source = DenseModel(dense_folder(kind, tmp_path, seed))
-    source.dtype = torch.float32 if kind == "starcoder2" else torch.bfloat16  # scales follow a norm's rounded weight
+    has_biases = kind in ("starcoder2", "nemotron", "stablelm")  # of norms, which are rounded apart from the weight
+    source.dtype = torch.float32 if has_biases else torch.bfloat16  # scales follow a norm's rounded weight
     ids = torch.tensor(texts(seed)).view(4, 64)
     stack, method = Stack(source, 64), AWQ(group=8)
     names, x, scaled = source.layers((), False), stack.embed(ids), 0
@@ -208,7 +209,7 @@ def test_scales_change_nothing_before_weights_are_rounded(kind, tmp_path):
         scaled += sum(float((one.scale - 1).abs().max()) > 0.01 for one in shared)
         x = stack.run(layer, x, 64)
     torch.testing.assert_close(stack.logits(last_hidden(stack.model, ids)), expected, rtol=2e-3, atol=2e-3)
-    assert scaled >= (1 if kind == "olmo2" else 2)
+    assert scaled >= (1 if kind in ("olmo2", "olmo3", "exaone4") else 2)
 
 
 def test_calibration_is_refused_where_heads_share_a_latent(tmp_path):
