@@ -144,7 +144,8 @@ class Recurrent:
         self, name: str, module: nn.Module, inner: Any, argument: str, hidden_states: Tensor, *args: Any, **options: Any
     ) -> Any:
         """`inner` is the layer's own forward: [1, tokens, size] -> [1, tokens, size]."""
-        assert not args, f"{name} is called with arguments that have no names"
+        if args:
+            raise ValueError(f"{name} is called with arguments that have no names")
         options.pop(argument, None)
         options["attention_mask"] = None
         if self._now.is_probing:
