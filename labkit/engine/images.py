@@ -21,6 +21,7 @@ from labkit.core.options import check_names, whole
 from labkit.core.tokens import as_tokens
 from labkit.images import Image, ImageUrls, read_image
 from labkit.images.limits import pillow
+from labkit.loading.towers import TEXT_ALONE
 from labkit.text.huggingface import load_processor
 
 MOST_BYTES = 2**28  # of processed images that are kept
@@ -212,7 +213,7 @@ def sees(folder: Path) -> bool:
         config = json.loads(path.read_text(encoding="utf-8")) if folder.is_dir() and path.exists() else {}
     except ValueError:
         return False  # loading says so
-    return isinstance(config, dict) and "vision_config" in config
+    return isinstance(config, dict) and "vision_config" in config and config.get("model_type") not in TEXT_ALONE
 
 
 def load_images(

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labkit.core.options import choose, whole
+from labkit.loading.towers import TEXT_ALONE
 
 if TYPE_CHECKING:
     from labkit.models.base import Model
     from labkit.models.place import Place
+
+log = logging.getLogger("labkit.models")
 
 LOAD_FORMATS = {"auto": "safetensors", "dummy": "random weights"}
 PATHS = {"auto": None, "native": None, "transformers": None}
@@ -104,6 +108,9 @@ def _build(
     from labkit.models.place import WHOLE
     from labkit.models.vision import load_seeing, sees
 
+    if config.model_type in TEXT_ALONE:
+        log.warning("%r is served without its image tower: prompts are text", config.model_type)
+        config = config.get_text_config()
     if sees(config) and path != "transformers":
         return load_seeing(config, weights, dtype, device, length, deterministic, quantization, place or WHOLE)
     native = is_native(config)

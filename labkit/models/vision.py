@@ -20,6 +20,7 @@ from labkit.loading.checkpoint import Source
 from labkit.loading.formats import declared
 from labkit.loading.internvl import Renamed
 from labkit.loading.stored import FLOATS
+from labkit.loading.towers import TEXT_ALONE
 from labkit.models.decoder import FAMILIES, Decoder
 from labkit.transfer import put
 
@@ -36,7 +37,7 @@ HEADS = ("lm_head.", "language_model.lm_head.", "model.lm_head.")
 
 
 def sees(config: Any) -> bool:
-    return getattr(config, "vision_config", None) is not None
+    return getattr(config, "vision_config", None) is not None and config.model_type not in TEXT_ALONE
 
 
 def load_seeing(

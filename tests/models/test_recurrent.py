@@ -62,3 +62,19 @@ def test_tokens_are_those_of_transformers(kind, tmp_path):
     assert sum(event.num_accepted for event in drafting.log.events("Drafted")) > 20
     drafting.close()
     assert repr(eng.close()).startswith("LeakReport(nothing left")
+
+
+def test_a_checkpoint_that_sees_is_served_as_text(tmp_path, caplog):
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 48}
+    text = config("qwen3_5_text").to_dict()
+    both = CONFIG_MAPPING["qwen3_5"](text_config=text, vision_config=vision | {"patch_size": 4})
+    reference = AutoModelForImageTextToText.from_config(both).eval()
+    reference.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", "labkit.models"):
+        eng = lk.Engine(tmp_path, skip_tokenizer_init=True, **OPTIONS)
+    assert "'qwen3_5' is served without its image tower" in caplog.text
+    (handle,) = eng.generate([[5, 6, 7, 8]], lk.SamplingParams(max_tokens=6, **GREEDY))
+    assert_right(reference, handle)
+    with pytest.raises(ValueError, match="serves a model that takes text only"):
+        eng.submit({"prompt_token_ids": [5], "multi_modal_data": {"image": b""}})
+    eng.close()
