@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import labkit as lk
 from tests.models.configs import RECURRENT, config, reference_model
