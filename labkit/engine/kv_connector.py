@@ -8,7 +8,6 @@ decode engine computes what it did not get. Knows nothing of HTTP.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import threading
 import time
@@ -17,7 +16,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,20 +24,17 @@ from labkit.core.blocks.exported import Form
 from labkit.core.blocks.prefix import hash_blocks, root_hash, span_keys
 from labkit.core.blocks.table import Pin
 from labkit.core.messagepack import pack, unpack
-from labkit.core.options import check_names, choose, named_options, real, text, whole
+from labkit.core.options import choose, named_options, real, text, whole
 from labkit.core.plan import Outputs
 from labkit.core.shown import Shown
 from labkit.engine.handing import PIECE, Chain, Handing
+from labkit.engine.kv_settings import ROLES, read_config, read_key
 from labkit.parallel.sealed import Sealed
 
-ROLES = {"kv_producer": (True, False), "kv_consumer": (False, True), "kv_both": (True, True)}
-KEY_FILE = "~/.cache/labkit/kv-key"
 MOST_ASKED = 32 * 2**20  # bytes of a request for blocks: their hashes
 MOST_AT_ONCE = 16  # connections that a prefill engine serves
 SECONDS_PROOF = 5.0  # for one that has connected
 SECONDS_LOOK = 0.25  # between two looks at what is held too long
-BY_NAME = ("kv_connector", "kv_role", "engine_id", "kv_ip", "kv_port", "kv_buffer_size", "kv_connector_extra_config")
-EXTRA = ("key_file", "timeout", "hold", "peers")
 
 
 class Held(NamedTuple):
@@ -90,6 +85,7 @@ class KVConnector(Shown):
         self.key = read_key(key_file)
         self.num_fetched = self.num_failed = self.num_released = self.num_expired = 0
         self.held: dict[str, Held] = {}
+        engine.own_thread()  # blocks are held and copied there, whoever asks for them
         self.form: Form = engine.block_form
         engine._check_groups()
         if self.consumes:
@@ -380,62 +376,6 @@ def _accept(connector: weakref.ref[KVConnector], listener: socket.socket) -> Non
             else:
                 sock.close()
         del here
-
-
-def read_key(path: str | os.PathLike[str] | None = None) -> bytes:
-    """The key that engines of one deployment share: what is in the file, 16 bytes at least. Without a path it is made
-    once for this user."""
-    file = Path(KEY_FILE if path is None else path).expanduser()
-    if path is None and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with suppress(FileExistsError):
-            made = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
-            made.touch(mode=0o600)
-            made.write_bytes(secrets.token_bytes(32))
-            try:
-                os.link(made, file)  # whole, or not at all; the first one wins
-            finally:
-                made.unlink()
-    try:
-        key = file.read_bytes().strip() if path is not None else file.read_bytes()
-        mode = file.stat().st_mode
-    except OSError as error:
-        raise ValueError(f"key_file {str(file)!r} cannot be read: {error.strerror}") from None
-    if len(key) < 16:
-        raise ValueError(f"key_file {str(file)!r} holds {len(key)} bytes: a key has 16 at least")
-    if mode & 0o077:
-        raise ValueError(f"key_file {str(file)!r} can be read by others: chmod 600 it")
-    return key
-
-
-def read_config(config: Any) -> dict[str, Any]:
-    """vLLM's `--kv-transfer-config` as options of `KVConnector`, with "kv_buffer_size" beside them."""
-    if not isinstance(config, Mapping):
-        raise ValueError(f"kv-transfer-config is a JSON object, got {config!r}")
-    check_names("kv-transfer-config", config, BY_NAME)
-    if (name := config.get("kv_connector")) != "LabkitConnector":
-        raise ValueError(
-            f"kv-transfer-config: kv_connector is LabkitConnector, got {name!r}; its flow is that of NixlConnector, "
-            "between labkit's engines"
-        )
-    extra = config.get("kv_connector_extra_config") or {}
-    if not isinstance(extra, Mapping):
-        raise ValueError(f"kv-transfer-config: kv_connector_extra_config is a JSON object, got {extra!r}")
-    check_names("kv_connector_extra_config", extra, EXTRA)
-    names = {"kv_role": "role", "engine_id": "engine_id", "kv_ip": "host", "kv_port": "port"}
-    found = {names[name]: value for name, value in config.items() if name in names and value is not None}
-    choose("kv_role", found.get("role", "kv_both"), ROLES)
-    size = real("kv_buffer_size", config.get("kv_buffer_size", 1e9), least=0.0, open_left=True)
-    return {**found, **extra, "kv_buffer_size": size}
-
-
-def engine_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What an engine needs besides the options `given`, so that blocks of others can come in: host memory."""
-    found = read_config(config)
-    offloads = given.get("kv_offloading") or given.get("kv_offloading_size")
-    if found.get("role") == "kv_producer" or offloads:
-        return {}
-    return {"kv_offloading_size": found["kv_buffer_size"] / 2**30}
 
 
 def connector_of(engine: Any, config: Any) -> KVConnector:

@@ -88,7 +88,8 @@ def _load(arguments: Arguments, service: Service) -> Any:
     log.info("loading %s", model or "the embedded model")
     transfer = arguments.process.get("kv_transfer_config")
     if transfer is not None:
-        from labkit.engine.kv_connector import connector_of, engine_options
+        from labkit.engine.kv_connector import connector_of
+        from labkit.engine.kv_settings import engine_options
 
         arguments.engine |= engine_options(transfer, arguments.engine)
     engine = make_engine(model, **arguments.engine)

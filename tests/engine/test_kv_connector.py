@@ -9,7 +9,7 @@ import pytest
 
 import labkit as lk
 from labkit.engine import kv_connector
-from labkit.engine.kv_connector import engine_options, read_config, read_key
+from labkit.engine.kv_settings import engine_options, read_config, read_key
 from labkit.parallel.sealed import Broken, Sealed
 from tests.core.test_tiers import offloading
 from tests.harness import assert_right, params
@@ -32,7 +32,6 @@ def pair(key_file):
     def make(decode_key=key_file, seed=1, host=32, **options):
         prefill = offloading(blocks=32, runner=lk.FakeRunner(seed=1, vocab_size=50))
         decode = offloading(blocks=32, host=host, runner=lk.FakeRunner(seed=seed, vocab_size=50))
-        prefill.own_thread(), decode.own_thread()
         producer = lk.KVConnector(prefill, role="kv_producer", key_file=key_file, **options)
         consumer = lk.KVConnector(decode, role="kv_consumer", key_file=decode_key, timeout=options.get("timeout", 5.0))
         made.extend([producer, consumer])
@@ -69,6 +68,7 @@ def test_the_decode_engine_pulls_what_it_lacks_and_the_blocks_are_released(pair)
     assert (went.peer, came.peer) == (consumer.engine_id, producer.engine_id)
     again = consumer.fetch(producer.prefill(PROMPT), decode.chain_of(PROMPT))
     assert again.reason is None and again.num_blocks == 0, "what is there is sent again"
+    assert prefill.fork().kv_connector is None, "a fork has no connection of its own"
     wait(lambda: not producer.held)
     late = consumer.fetch(told, decode.chain_of(PROMPT))
     assert "not held" in late.reason and decode.log.events("TransferFailed")[0].reason == late.reason
