@@ -8,21 +8,20 @@ from labkit_kernels.lora import Groups, grouped, most_tiles
 
 from labkit.core.plan import Plan
 from labkit.runner.rows import Rows
-from labkit.transfer import put
 
 
-def groups_of(plan: Plan, rows: Rows, device: torch.device) -> Groups | None:
-    """None if no token of the step has an adapter."""
+def groups_of(plan: Plan, rows: Rows) -> dict[str, np.ndarray]:
+    """The parts of `Groups` by name; none if no token of the step has an adapter."""
     if not rows.num_adapted:
-        return None
+        return {}
     none = rows.layout.num_adapters
     slots = rows.slot_of[plan.rows]
     if (slots == none).all():
-        return None
+        return {}
     if len(plan.count) != plan.num_tokens:
         slots = np.repeat(slots, plan.count)
     tokens, tiles = grouped(slots, none)
-    return Groups(put(tokens, device), put(tiles, device), put(slots, device))
+    return {"tokens": tokens, "tiles": tiles, "slots": slots}
 
 
 class FixedGroups:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from labkit_kernels.lora import Groups as AdapterGroups
 from torch import Tensor
 
 from labkit.core.plan import Plan
@@ -16,7 +17,7 @@ from labkit.runner.groups import Groups
 from labkit.runner.rows import Rows, shift_of
 from labkit.runner.trees import masks_of
 from labkit.sampling.sampler import Drawn, Sample, Sampler
-from labkit.transfer import put
+from labkit.transfer import put, put_all
 
 
 class Inputs(NamedTuple):
@@ -66,27 +67,36 @@ def inputs_of(
         ids[given] = plan.tokens
     else:
         ids[:] = plan.tokens
-    token_ids = put(ids, device)
-    if len(feed):
-        token_ids[put(query_start[feed], device)] = latest[put(entries[feed], device)]
     given, failed = given_inputs(plan, rows, query_start, device, dtype, features)
+    arrays = {"ids": ids, "positions": positions, "query_start": query_start.astype(np.int32)}
+    for i in range(len(tables)):
+        arrays |= {f"slots {i}": slots[i], f"table {i}": tables[i], f"lengths {i}": lengths[i]}
+    if len(feed):
+        arrays |= {"fed": query_start[feed], "fed from": entries[feed]}
+    if given is not None:
+        arrays["given at"] = given[0]
+    if axes is not None:
+        arrays |= {"axes at": axes[0], "axes": axes[1]}
+    arrays |= (adapted := groups_of(plan, rows))
+    there = put_all(arrays, device)
+    if len(feed):
+        there["ids"][there["fed"]] = latest[there["fed from"]]
+    by_group = [(there[f"slots {i}"], there[f"table {i}"], there[f"lengths {i}"]) for i in range(len(tables))]
     batch = Batch(
-        token_ids=token_ids,
-        positions=put(positions, device),
-        slots=put(slots[0], device),
-        block_table=put(tables[0], device),
-        query_start=put(query_start.astype(np.int32), device),
-        seq_len=put(lengths[0], device),
+        token_ids=there["ids"],
+        positions=there["positions"],
+        slots=by_group[0][0],
+        block_table=by_group[0][1],
+        query_start=there["query_start"],
+        seq_len=by_group[0][2],
         max_query_len=int(count.max()) if len(entries) else 0,
         max_seq_len=int(lengths.max()) if len(entries) else 0,
         group_of=groups.group_of if len(tables) > 1 else (),
-        other_groups=tuple(
-            (put(slots[i], device), put(tables[i], device), put(lengths[i], device)) for i in range(1, len(tables))
-        ),
-        embeddings=None if given is None else (put(given[0], device), given[1]),
-        axes=None if axes is None else (put(axes[0], device), put(axes[1], device)),
+        other_groups=tuple(by_group[1:]),
+        embeddings=None if given is None else (there["given at"], given[1]),
+        axes=None if axes is None else (there["axes at"], there["axes"]),
         both_ways=_both_ways(plan, rows, query_start),
-        adapters=groups_of(plan, rows, device),
+        adapters=AdapterGroups(*(there[name] for name in adapted)) if adapted else None,
         trees=masks_of(plan, device),
         mass=mass,
         routing=_routing(plan, rows, query_start, device),
@@ -213,11 +223,13 @@ def draw(
     if not len(plan.sample_row):
         return None
     rows, queries, known = draws_of(plan, query_start)
-    again = None
+    arrays = {"queries": queries}
     if plan.num_decode < len(plan.rows):  # n samples may share a query
-        queries, inverse = np.unique(queries, return_inverse=True)
-        again = put(inverse, latest.device) if len(inverse) > len(queries) else None
-    at = put(queries, latest.device)
+        arrays["queries"], inverse = np.unique(queries, return_inverse=True)
+        if len(inverse) > len(arrays["queries"]):
+            arrays["again"] = inverse
+    there = put_all(arrays, latest.device)
+    at, again = there["queries"], there.get("again")
     if model.adapters is not None:
         model.adapters.select(at)
     return draw_from(plan, hidden[at], rows, known, model, sampler, latest, sample, again)

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from labkit_kernels import get, lora_expand, lora_shrink, rms_norm
+from labkit_kernels.lora import Groups
 
 import labkit as lk
 from labkit.loading.format import Linear, Piece
@@ -159,4 +160,5 @@ def _groups(slots):
     rows.slot_of[: len(slots)] = slots
     rows.num_adapted = 8
     plan = type("Plan", (), {"rows": list(range(len(slots))), "count": [1] * len(slots), "num_tokens": len(slots)})
-    return groups_of(plan, rows, torch.device("cpu"))
+    found = groups_of(plan, rows)
+    return Groups(*map(torch.from_numpy, found.values())) if found else None
