@@ -42,7 +42,7 @@ class Lines(NamedTuple):
     adapters: Groups | None = None  # arrays or tensors, if rows have adapters
 
 
-# Columns. PLACE is filled here; POSITION is the rotary one, which behind images may be less than LENGTH - 1.
+# Columns. POSITION is the rotary one, which behind images may be less than LENGTH - 1; PLACE is the row's in the plan.
 GIVEN, POSITION, LENGTH, SLOT, ROW, KEY, FED, PLACE = range(8)
 
 
@@ -75,6 +75,19 @@ class Taps(NamedTuple):
     edited: tuple[int, ...]
 
 
+class LongestFirst:
+    """The order of a decode step's rows. Attention ends when its last program ends, so a long sequence should not start
+    last. Rows that decode together grow together: their order stays until one joins or leaves."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[np.ndarray, np.ndarray] | None = None  # rows, and their order
+
+    def of(self, rows: np.ndarray, start: np.ndarray) -> np.ndarray:
+        if self._latest is None or not np.array_equal(self._latest[0], rows):
+            self._latest = rows.copy(), np.argsort(-start, kind="stable")
+        return self._latest[1]
+
+
 class Buffers:
     """For one (size, width): the input buffers, the pinned memory they are filled from in turns, and the outputs. With
     `num_slots`, for steps that have adapters."""
@@ -99,21 +112,19 @@ class Buffers:
         self._free = [torch.cuda.Event() for _ in range(TURNS)] if pinned else None
 
     def fill(self, columns: np.ndarray, tables: np.ndarray, scratch_row: int, slots: np.ndarray | None = None) -> None:
-        """Write this step's rows, the longest first, and padding after them. `slots` are those of their adapters."""
+        """Write this step's rows, and padding after them. `slots` are those of their adapters."""
         self._turn = (self._turn + 1) % TURNS
         if self._free is not None:
             self._free[self._turn].synchronize()  # completed long ago, unless three steps are in flight
         num, wide = tables.shape
-        order = np.argsort(-columns[LENGTH], kind="stable")
         if self.taps is not None:
-            self.place_of = np.argsort(order)
+            self.place_of = np.argsort(columns[PLACE])
         at, table, lengths, adapters = self._filled[self._turn]
-        at[:, :num] = columns[:, order]
-        at[PLACE, :num] = order
+        at[:, :num] = columns
         at[PLACE, num:] = np.arange(num, self.size)
         at[:PLACE, num:] = 0
         at[ROW, num:] = scratch_row
-        table[:num, :wide] = tables[order]
+        table[:num, :wide] = tables
         table[:num, wide:] = 0
         table[num:] = 0
         lengths[:num] = at[LENGTH, :num]
@@ -122,8 +133,8 @@ class Buffers:
             adapters.slots[:] = self.num_slots
             adapters.tiles[:] = 0
             if slots is not None:
-                adapters.slots[:num] = slots[order]
-                tokens, tiles = grouped(slots[order], self.num_slots)
+                adapters.slots[:num] = slots
+                tokens, tiles = grouped(slots, self.num_slots)
                 adapters.tokens[: len(tokens)], adapters.tiles[: len(tiles)] = tokens, tiles
         self.flat.copy_(self._staged[self._turn], non_blocking=True)
 
@@ -151,6 +162,7 @@ class Graphs:
         self.banks: Mapping[int, Bank] = {}  # vectors by layer, of rows that are edited
         self._taps: OrderedDict[Taps, None] = OrderedDict()
         self._made: dict[tuple[Any, ...], tuple[Buffers, Callable[[], Any]]] = {}
+        self.order = LongestFirst()
         self._pool: Any = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -198,8 +210,8 @@ class Graphs:
         taps: Taps | None = None,
     ) -> tuple[Tensor, Buffers]:  # fmt: skip
         """One decode step of `len(tables)` rows; tokens and logits [2, size], on the host once the stream has got
-        there; and the buffers, whose capture the next step overwrites. `slots` are those of the rows' adapters, if any
-        row has one."""
+        there, at the places in `columns[PLACE]`; and the buffers, whose capture the next step overwrites. `slots` are
+        those of the rows' adapters, if any row has one."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(tables))]
         width = LEAST_WIDTH
         while width < tables.shape[1]:

@@ -12,7 +12,7 @@ from labkit.core.captures import CapturedStep
 from labkit.core.plan import Plan
 from labkit.runner.edits import Edits
 from labkit.runner.extras import captured, wanted_of
-from labkit.runner.graphs import FED, GIVEN, KEY, LENGTH, POSITION, ROW, SLOT, Graphs, Taps
+from labkit.runner.graphs import FED, GIVEN, KEY, LENGTH, PLACE, POSITION, ROW, SLOT, Graphs, Taps
 from labkit.runner.rows import Rows
 from labkit.sampling.sampler import Sampler
 
@@ -36,14 +36,20 @@ def replay(
 ) -> tuple[Tensor, CapturedStep | None, dict[str, int]]:
     """Tokens and logits [2, rows], on the host once the stream has got there; what was captured; and the number of
     edits by request."""
-    rows, start = plan.rows, plan.start
+    order = graphs.order.of(plan.rows, plan.start)
+    rows, start = plan.rows[order], plan.start[order]
     index, place = np.divmod(start, mine.layout.block_size)
     columns = np.zeros((8, len(rows)), np.int64)
-    columns[FED, plan.feed] = 1
-    columns[GIVEN, columns[FED] == 0] = plan.tokens
+    if len(plan.feed) < len(rows):
+        fed, given = np.zeros(len(rows), bool), np.zeros(len(rows), np.int64)
+        fed[plan.feed] = True
+        given[~fed] = plan.tokens
+        columns[FED], columns[GIVEN] = fed[order], given[order]
+    else:
+        columns[FED] = 1
     columns[POSITION], columns[LENGTH], columns[ROW] = start + mine.shift[rows], start + 1, rows
     columns[SLOT] = mine.tables[0, rows, index] * mine.layout.block_size + place
-    columns[KEY] = graphs.sampler.keys(rows, start + 1)
+    columns[KEY], columns[PLACE] = graphs.sampler.keys(rows, start + 1), order
     table = mine.tables[0, rows, : int(index.max()) + 1]
     slots = mine.slot_of[rows] if mine.is_adapted(rows) else None
     if not mine.asking[rows].any():

@@ -29,7 +29,7 @@ from torch import Tensor
 from labkit.core.plan import Plan
 from labkit.models.base import Batch, KVCache, Model
 from labkit.runner.features import Elsewhere, Features
-from labkit.runner.graphs import LEAST_WIDTH, SIZES, capture, sampled
+from labkit.runner.graphs import LEAST_WIDTH, SIZES, LongestFirst, capture, sampled
 from labkit.runner.inputs import draws_of, given_inputs, rotary_positions
 from labkit.runner.rows import Rows
 from labkit.runner.staging import Lines, Size, Staging, up
@@ -106,7 +106,7 @@ class Steps:
         self._pool: Any = None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._arange = np.arange(self.num_rows, dtype=np.int32)
-        self._order: tuple[np.ndarray, np.ndarray] | None = None  # of the latest decode step: rows, longest first
+        self._order = LongestFirst()
         self._changed: list[np.ndarray] = []  # places in the host's tables that the device does not have yet
         self._inputs = step_inputs.pick(self.device, torch.float32)
         most = min(rows.layout.num_blocks, -(-model.max_model_len // self.block_size)) + 1
@@ -244,7 +244,7 @@ class Steps:
         size, at = staging.size, staging.next()
         num, order = len(rows), None
         if size.queries == 1:
-            order = self._longest_first(rows, start) if size.draws else self._arange[:num]
+            order = self._order.of(rows, start) if size.draws else self._arange[:num]
             samples = tokens = num
             at.ids[:num] = -1
             if len(plan.feed) < num:
@@ -281,13 +281,6 @@ class Steps:
         if extras is not NOTHING:
             extras.fill(at, size, plan, order)
         return samples
-
-    def _longest_first(self, rows: np.ndarray, start: np.ndarray) -> np.ndarray:
-        """Attention ends when its last program ends, so a long sequence should not start last. Rows that decode
-        together grow together: their order stays until one joins or leaves."""
-        if self._order is None or not np.array_equal(self._order[0], rows):
-            self._order = rows.copy(), np.argsort(-start, kind="stable")
-        return self._order[1]
 
     def _fill_changes(self, at: Lines) -> None:
         places = np.concatenate(self._changed) if self._changed else np.zeros(0, np.int64)
