@@ -31,7 +31,7 @@ LATENT = {
     "mistral4": {**LATENT_SIZES, **GROUPED, "rope_parameters": {**YARN, "llama_4_scaling_beta": 0.3,
                  "original_max_position_embeddings": 7, "partial_rotary_factor": 8 / 22}},
     "sarvam_mla": {**LATENT_SIZES, **GROUPED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
-    "youtu": {**LATENT_SIZES, "q_lora_rank": None},
+    "youtu": {**LATENT_SIZES, "q_lora_rank": 0},
 }  # fmt: skip
 TURNS = ["sliding_attention", "full_attention"]
 SCORED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
@@ -160,7 +160,10 @@ def config(kind: str, seed: int = 0):
         options["num_key_value_heads"] = heads
     elif keys is not None:
         options["num_key_value_heads"] = next(n for n in range(min(keys, heads), 0, -1) if heads % n == 0)
-    return CONFIG_MAPPING[kind](**{name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    if given.get("q_lora_rank") == 0:  # queries are products of the hidden state
+        given["q_lora_rank"] = None
+    return CONFIG_MAPPING[kind](**given)
 
 
 def reference_model(config, seed: int = 0):
