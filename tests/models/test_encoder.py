@@ -152,3 +152,47 @@ def test_a_model_that_mixes_the_prompts_of_a_step_is_refused(tmp_path, monkeypat
     monkeypatch.setattr(modeling_bert.BertOutput, "forward", lambda self, x, y: own(self, x, y) + x.mean(1))
     with pytest.raises(ValueError, match="'bert' is not supported"):
         lk.load_model(str(tmp_path))
+
+
+def test_a_sentence_models_dense_layer_normalization_and_length(tmp_path):
+    import json
+
+    from safetensors.torch import save_file
+
+    model, texts = saved(tmp_path, "bert"), texts_of(10, most=20)
+    kinds = ("Transformer", "Pooling", "Dense", "Normalize")
+    paths = ["", "1_Pooling", "2_Dense", "3_Normalize"]
+    modules = [
+        {"path": path, "type": f"sentence_transformers.models.{kind}"} for path, kind in zip(paths, kinds, strict=True)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20}))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    (tmp_path / "2_Dense").mkdir()
+    options = {"in_features": 32, "out_features": 6, "activation_function": "torch.nn.modules.activation.Tanh"}
+    (tmp_path / "2_Dense/config.json").write_text(json.dumps(options))
+    weight, bias = torch.randn(6, 32), torch.randn(6)
+    save_file({"linear.weight": weight, "linear.bias": bias}, str(tmp_path / "2_Dense/model.safetensors"))
+    with lk.Engine(str(tmp_path), skip_tokenizer_init=True) as engine:
+        found = engine.embed(texts)
+        assert engine.pooling.size == 6 and engine.runner.max_model_len == 20
+    for ids, vector in zip(texts, found, strict=True):
+        expected = torch.tanh(weight @ states_of(model, ids).mean(0) + bias)
+        np.testing.assert_allclose(vector, expected / expected.norm(), rtol=1e-4, atol=1e-5)
+
+
+def test_forks_and_sleep(tmp_path):
+    saved(tmp_path, "bert")
+    engine = lk.Engine(str(tmp_path), skip_tokenizer_init=True)
+    first = engine.embed([[5, 6, 7]])
+    waiting = engine.submit([5, 6, 7])
+    fork = engine.fork()
+    np.testing.assert_allclose(fork.request(waiting.id).wait().pooled, first[0], rtol=1e-5, atol=1e-6)
+    assert waiting.pooled is None
+    np.testing.assert_allclose(waiting.wait().pooled, first[0], rtol=1e-5, atol=1e-6)
+    fork.close()
+    engine.sleep()
+    engine.wake_up()
+    np.testing.assert_allclose(engine.embed([[5, 6, 7]]), first, rtol=1e-5, atol=1e-6)
+    assert engine.close().ok
