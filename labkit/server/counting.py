@@ -242,6 +242,9 @@ class Counts:
     def _first_token(self, life: Life, now: int) -> None:
         life.first = now
         self.histograms["time_to_first_token"].add((now - life.arrival) / 1e9)
+        self._computed(life)
+
+    def _computed(self, life: Life) -> None:
         if life.parent is None:  # a prompt is computed once for all its samples
             self.totals["prompt_tokens"] += life.num_prompt
             self.totals["prompt_tokens_cached"] += life.num_cached
@@ -277,6 +280,8 @@ class Counts:
             return
         if life.first is None and num_output:
             self._first_token(life, batch.now)
+        elif not life.max_tokens and reason != "error":  # it draws no token
+            self._computed(life)
         if reason != "error":
             self._measure(life, batch.now, num_output)
         self._end(life, batch.now, reason, num_output)

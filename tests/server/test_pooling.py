@@ -150,6 +150,22 @@ def test_long_texts_are_cut_around_their_special_tokens_or_refused(made, kind):
     assert wrong.status_code == 400 and "truncate_prompt_tokens" in json.dumps(wrong.json())
 
 
+def test_metrics_count_prompts_and_no_tokens(made):
+    _, _, http = made
+
+    def counts():
+        lines = http.get("/metrics").text.splitlines()
+        return [
+            sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(f"vllm:{name}{{"))
+            for name in ("prompt_tokens_total", "generation_tokens_total", "request_success_total")
+        ]
+
+    before = counts()
+    http.post("/pooling", json={"input": [[5, 6, 7], [5, 6]]})
+    until(lambda: counts()[2] >= before[2] + 2)
+    assert [now - then for now, then in zip(counts(), before, strict=True)] == [5, 0, 2]
+
+
 def test_base64_and_what_is_wrong(made, kind):
     _, _, http = made
     plain, packed = (
