@@ -65,8 +65,16 @@ class Stream:
 
 
 class Generator(torch.Generator):
-    def __new__(cls, device: Any = None) -> Generator:
-        return super().__new__(cls, "cpu")
+    """Draws in host memory, and says otherwise."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls, "cpu")
+        made.given = torch.device(device)
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self.given
 
 
 class Profile:

@@ -202,7 +202,7 @@ def test_adapters_that_take_turns_in_a_slot(tmp_path):
     }
     models = {name: adapters.merged(reference, path) for name, path in paths.items()} | {None: reference}
     options = {"max_adapters": 1, "num_blocks": 64, "block_size": 4, "skip_tokenizer_init": True, "dtype": "float32"}
-    for graphs in (False, True):
+    for graphs in (False, True, "all"):
         with rehearsal():
             eng = lk.Engine(str(tmp_path / "base"), device="cuda", adapters=paths, graphs=graphs, **options)
             params = lk.SamplingParams(max_tokens=5, temperature=0, ignore_eos=True)
@@ -239,3 +239,11 @@ def test_states_of_recurrent_layers(kind, draft):
     with rehearsal() as device:
         assert answers(engine("cuda", kind, **options), asked) == expected
     assert all("recurrent/" in place or "sampler.py" in place for place in device.waits), device.waits
+
+
+def test_tritons_kernels_and_their_repeated_launches():
+    pytest.importorskip("triton")
+    asked = [([5] * 5, {"max_tokens": 4}), ([1, 2, 3, 4], {"max_tokens": 3, "temperature": 0.8, "seed": 1})]
+    found = answers(engine("cpu"), asked)
+    with rehearsal("triton"):
+        assert answers(engine("cuda", graphs=True), asked) == found
