@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.models.served import CRASHED, ENCODER, KINDS, NATIVE, REFUSED, UNBUILT, WIDE, WRONG, Outcome, outcome
+from tests.models.served import CAUSAL, CRASHED, ENCODER, KINDS, NATIVE, REFUSED, UNBUILT, WIDE, WRONG, Outcome, outcome
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 BEGIN, END = "<!-- made by tools/architectures.py -->", "<!-- end -->"
@@ -30,7 +30,7 @@ def lists(found: Sequence[Outcome]) -> str:
     for how, title in TITLES.items():
         why_to_kinds: dict[str, list[str]] = {}
         for one in found:
-            if one.how == how:
+            if one.how == how and one.kind in CAUSAL:
                 why_to_kinds.setdefault(reason(one), []).append(one.kind)
         if not why_to_kinds:
             continue

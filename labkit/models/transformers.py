@@ -185,6 +185,8 @@ class TransformersModel:
     ) -> None:  # fmt: skip
         if config.model_type in COMPRESSES:
             raise ValueError(f"{config.model_type!r} is not supported: its layers attend to compressed keys")
+        if getattr(config, "attn_temperature_tuning", False) and max_model_len >= config.floor_scale:
+            raise ValueError(f"{config.model_type!r} scales late queries: set max_model_len={config.floor_scale - 1}")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{config.model_type!r} is not supported: it has an encoder beside its decoder")
         _refuse_lengths(config, max_model_len)
@@ -194,9 +196,7 @@ class TransformersModel:
         self.split = self._split(config, place, trust_remote_code)
         self.causal = self._load(config, source, folder, trust_remote_code)
         self.name = type(self.causal).__name__
-        prefix = self.causal.base_model_prefix
-        if not hasattr(self.causal, prefix):
-            prefix = "model"
+        prefix = next(name for name in (self.causal.base_model_prefix, "model") if hasattr(self.causal, name))
         self.body = getattr(self.causal, prefix)
         self.head = copy.copy(self.causal)
         self.head._modules = {**self.causal._modules, prefix: _Given(self.body)}

@@ -22,6 +22,7 @@ from labkit.models.encoder import Encoder
 from labkit.models.vision import SEEING, language_config
 from tests.models.tiny import VOCAB, tiny_config
 
+CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 KINDS = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES})
 NATIVE, WIDE, REFUSED, WRONG, UNBUILT, CRASHED = "native", "transformers", "refused", "WRONG", "not built", "CRASHED"
 ENCODER = "encoder"

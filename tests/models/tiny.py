@@ -48,7 +48,7 @@ for _value, _names in BY_VALUE:
 FACTORS: dict[str, Any] = {
     "initializer_range": 0.2, "init_std": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6,
     "logits_scaling": 1.7, "attention_multiplier": 0.3, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0,
-    "query_pre_attn_scalar": 20, "logit_scale": 0.5, "floor_scale": 8, "attn_scale": 0.4,
+    "query_pre_attn_scalar": 20, "logit_scale": 0.5, "floor_scale": 129, "attn_scale": 0.4,
     "routed_scaling_factor": 1.5, "logits_soft_cap": 5.0, "key_multiplier": 1.3, "attention_out_multiplier": 0.7,
 }  # fmt: skip
 SETS_NONE = {"sliding_window", "num_key_value_heads", "q_lora_rank", "intermediate_size", "head_dim",
