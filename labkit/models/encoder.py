@@ -23,7 +23,8 @@ from labkit.loading.online import Online
 from labkit.loading.sentence import read_sentence
 from labkit.models import hf
 from labkit.models.pooler import Classifier, classifier, embedder
-from labkit.models.transformers import _refuse_lengths, swap_linears
+from labkit.models.swaps import swap_linears
+from labkit.models.transformers import _refuse_lengths
 
 NAME = "labkit_packed"
 

@@ -1,4 +1,4 @@
-"""Recurrent layers of transformers' models by labkit's ops: gated delta rules, Mamba 2 and short convolutions.
+"""Recurrent layers of transformers' models by labkit's ops: gated delta rules, Mamba and short convolutions.
 
 Projections are the module's own; what lies between them goes through ops that take a whole step, decode rows and
 prompts alike.
@@ -26,6 +26,7 @@ class Mixer:
 
     specs: tuple[StateSpec, ...]
     ops: tuple[str, ...]
+    inside: tuple[str, ...] = ()  # projections within the recurrence: they may see a part of a step's tokens
 
     def __init__(self, module: Any, conv: Any, dtype: torch.dtype) -> None:
         self.module, self.dtype = module, dtype
@@ -154,10 +155,45 @@ class Mamba2(Mixer):
         return out
 
 
+class Mamba1(Mixer):
+    """The layer of Mamba, Falcon Mamba and Jamba, of which the latter two have norms in between."""
+
+    ops = ("causal_conv", "selective_scan")
+    inside = ("x_proj", "dt_proj")
+    causal_conv: Callable[..., Tensor]
+    selective_scan: Callable[..., Tensor]
+
+    def __init__(self, module: Any, dtype: torch.dtype) -> None:
+        super().__init__(module, module.conv1d, dtype)
+        self.a, self.d = -module.A_log.detach().float().exp(), module.D.detach().float()
+        self.sizes = [module.time_step_rank, module.ssm_state_size, module.ssm_state_size]
+        self.dt_bias = None if module.dt_proj.bias is None else module.dt_proj.bias.detach().float()
+        self.specs = self.window, StateSpec((module.intermediate_size, module.ssm_state_size), torch.float32)
+
+    def before(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Inputs and gates."""
+        parts: tuple[Tensor, ...] = self.module.in_proj(x).chunk(2, -1)
+        return parts
+
+    def mix(self, parts: Sequence[Tensor], sequences: Sequences, states: Sequence[Tensor]) -> Tensor:
+        m, (x, gate) = self.module, parts
+        x = self.causal_conv(x, self.weight, self.bias, states[0], sequences, silu=True)
+        dt, b, c = m.x_proj(x).split(self.sizes, -1)
+        if hasattr(m, "dt_layernorm"):
+            dt, b, c = m.dt_layernorm(dt), m.b_layernorm(b), m.c_layernorm(c)
+        dt = F.linear(dt, m.dt_proj.weight)
+        return self.selective_scan(x, dt, self.a, b, c, states[1], sequences, d=self.d, dt_bias=self.dt_bias, gate=gate)
+
+    def after(self, y: Tensor, parts: Sequence[Tensor]) -> Tensor:
+        out: Tensor = self.module.out_proj(y)
+        return out
+
+
 KINDS: tuple[tuple[type[Mixer], tuple[str, ...]], ...] = (
     (ShortConv, ("conv", "in_proj", "out_proj")),
     (GatedDelta, ("conv1d", "A_log", "dt_bias", "head_k_dim", "num_v_heads", "norm", "in_proj_qkvz")),
     (GatedDelta, ("conv1d", "A_log", "dt_bias", "head_k_dim", "num_v_heads", "norm", "in_proj_qkv")),
+    (Mamba1, ("conv1d", "A_log", "D", "x_proj", "dt_proj", "in_proj", "ssm_state_size", "time_step_rank")),
     (Mamba2, ("conv1d", "A_log", "D", "dt_bias", "n_groups", "ssm_state_size", "in_proj", "time_step_limit")),
 )
 

@@ -102,12 +102,12 @@ class Recurrent:
         self.mixers: dict[str, Mixer] = {}  # layers that labkit's ops compute
         self.places: dict[str, dict[Key, int]] = {}  # by layer: where each of its states is in `specs`
         self.continues: dict[str, bool] = {}  # by layer: whether several tokens at once go on from a state
-        self.parts: dict[nn.Module, str] = {}  # by module: which layer it is a part of
+        self.parts: dict[nn.Module, tuple[str, str]] = {}  # by module: its layer, and its name there
         self._now = _Now()
         for name, module in body.named_modules():
             if (argument := _argument(module)) is not None:
                 self.places[name] = {}
-                self.parts.update(dict.fromkeys(module.modules(), name))
+                self.parts.update({part: (name, own) for own, part in module.named_modules()})
                 layer = partial(self._forward, name, module, module.forward, argument)
                 module.forward = layer  # type: ignore[method-assign]
 
@@ -116,7 +116,8 @@ class Recurrent:
 
     def cuts(self, part: nn.Module) -> bool:
         """Is this a part of a layer that is given a step's tokens piece by piece?"""
-        return part in self.parts and self.parts[part] not in self.mixers
+        name, own = self.parts.get(part, ("", ""))
+        return bool(name) and (name not in self.mixers or own in self.mixers[name].inside)
 
     def pick(self) -> None:
         """Pick ops again."""

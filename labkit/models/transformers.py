@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from labkit_kernels.attention.reference import attention_weights, tree_attention
 from torch import Tensor, nn
 
 from labkit.loading.checkpoint import Source
-from labkit.loading.dense import Dense, DenseLinear
-from labkit.loading.format import Format, Linear, Piece
+from labkit.loading.format import Linear, Piece
 from labkit.loading.formats import declared
 from labkit.loading.online import Online
 from labkit.models import hf
@@ -35,6 +33,7 @@ from labkit.models.probing import Asked, Probe, Unknown, check_alone
 from labkit.models.quantized import OF_EXPERTS, empty, load_quantized
 from labkit.models.recurrent import Recurrent
 from labkit.models.rotary import rope_parameters
+from labkit.models.swaps import swap_linears, swap_quantized
 from labkit.models.watching import Layers
 
 NAME = "labkit_paged"
@@ -403,48 +402,3 @@ def _refuse_lengths(config: Any, max_model_len: int) -> None:
                 f"{config.model_type!r} with {parameters['rope_type']} rope changes its frequencies beyond {most} "
                 f"positions, for a whole batch at once: load it with max_model_len={most}"
             )
-
-
-def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]:
-    """Replace transformers' linear layers by ours where ours are faster, or where the format rounds their weights. A
-    weight that only they used becomes a zero of its shape that takes no memory."""
-    format = format or Dense()
-    head = model.get_output_embeddings() if isinstance(format, Online) else None  # type: ignore[operator]
-    used = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    swapped = []
-    for name, module in model.named_modules():
-        if type(module) is not nn.Linear or "forward" in vars(module):
-            continue  # one with a forward of its own is quantized
-        if module.weight.device.type != "cpu" and not isinstance(format, Online):
-            continue
-        make = format.round if isinstance(format, Online) and module is not head else format.layer
-        ours = make(module.weight.data, None if module.bias is None else module.bias.data)
-        if type(ours) is DenseLinear and not isinstance(format, Online):
-            return []
-        module.forward = _flat(ours)  # type: ignore[method-assign]
-        ours.name = name
-        if used[id(module.weight)] == 1:
-            module.weight = _weightless(module.weight, module.weight.shape)
-        swapped.append(ours)
-    return swapped
-
-
-def swap_quantized(
-    model: nn.Module, layers: dict[str, Linear], dtype: torch.dtype, device: torch.device
-) -> list[Linear]:
-    """Multiply by these layers in place of the model's own of these names, which get a weight without memory."""
-    for name, ours in layers.items():
-        module = model.get_submodule(name)
-        module.forward, ours.name = _flat(ours), name  # type: ignore[method-assign]
-        inner, out = ours.shape
-        module.weight = _weightless(torch.zeros((), dtype=dtype, device=device), (out, inner))
-    return list(layers.values())
-
-
-def _weightless(like: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    """Zeros of this shape that take no memory."""
-    return nn.Parameter(like.new_zeros(()).expand(shape), requires_grad=False)
-
-
-def _flat(ours: Linear) -> Callable[[Tensor], Tensor]:
-    return lambda x: ours.multiply(x.reshape(-1, x.shape[-1])).unflatten(0, x.shape[:-1])

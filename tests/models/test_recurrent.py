@@ -65,6 +65,23 @@ def test_tokens_are_those_of_transformers(kind, tmp_path):
     assert repr(eng.close()).startswith("LeakReport(nothing left")
 
 
+@pytest.mark.parametrize("kind", sorted(RECURRENT))
+def test_packed_layers_in_bfloat16_are_close(kind, tmp_path):
+    """Also those that transformers multiplies by without calling them."""
+    reference = saved(kind, tmp_path).to(torch.bfloat16)
+    eng = lk.Engine(tmp_path, skip_tokenizer_init=True, **{**OPTIONS, "dtype": "bfloat16", "num_blocks": 40})
+    rng = random.Random(1)
+    prompts = [[rng.randrange(3, 97) for _ in range(25)] for _ in range(3)]
+    for handle in eng.generate(prompts, lk.SamplingParams(max_tokens=12, **GREEDY)):
+        ids = torch.tensor([[*handle.prompt.tolist(), *handle.output_ids]])
+        with torch.inference_mode():
+            logprobs = reference(ids).logits[0, handle.num_prompt - 1 : -1].float().log_softmax(-1)
+        expected = logprobs.gather(1, torch.tensor(handle.output_ids)[:, None])[:, 0]
+        found = torch.tensor([entry.logprob for entry in handle.logprobs])
+        assert (found - expected).abs().mean() < 0.15, (kind, found, expected)
+    eng.close()
+
+
 def test_a_checkpoint_that_sees_is_served_as_text(tmp_path, caplog):
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 48}
     text = config("qwen3_5_text").to_dict()
