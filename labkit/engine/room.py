@@ -75,7 +75,7 @@ def num_blocks(runner: Any, options: Any, size: int, max_model_len: int) -> int:
     """As many blocks as fit, but no more than could ever be used."""
     most: int = options.max_num_seqs * -(-max_model_len // size) * len(runner.windows)
     if options.memory_size is not None:
-        fit = min(most, _fitting(runner.held(size), options.memory_size * GIB))
+        fit = min(most, _fitting(runner.held(size), options.memory_size * GIB, getattr(runner, "state_room", 0)))
         if (asked := options.num_blocks) is not None and asked > fit:
             raise ValueError(
                 f"num_blocks={asked} do not fit: with memory_size={options.memory_size:g} GiB a process has room for "
@@ -89,14 +89,16 @@ def num_blocks(runner: Any, options: Any, size: int, max_model_len: int) -> int:
     return min(found, most)
 
 
-def _fitting(held: Sequence[tuple[int, int]], most: float) -> int:
-    """How many blocks every process has room for. `held`: its bytes of weights, and those of a block."""
+def _fitting(held: Sequence[tuple[int, int]], most: float, states: int = 0) -> int:
+    """How many blocks every process has room for. `held`: its bytes of weights and states, and those of a block."""
     fit = min(int((most - weights) // max(each, 1)) - 1 for weights, each in held)  # one more is scratch
     if fit < 1:
         weights, each = max(held)
+        less = "lower max_num_seqs or num_states"
+        more = f", the states of recurrent layers {_mib(states)} MiB: {less}" if states else ""
         raise ValueError(
             f"memory_size leaves no room for keys and values: a process may hold {_mib(most)} MiB, its weights take "
-            f"{_mib(weights)} MiB and a block {_mib(each)} MiB"
+            f"{_mib(weights - states)} MiB and a block {_mib(each)} MiB{more}"
         )
     return fit
 

@@ -9,6 +9,7 @@ from hashlib import blake2b
 import numpy as np
 
 from labkit.core.blocks.exported import Form
+from labkit.core.blocks.states import Save
 from labkit.core.blocks.stubs import Stub
 from labkit.core.options import duration, named_options, whole
 from labkit.core.plan import Plan, Result
@@ -178,10 +179,13 @@ class FakeRunner:
         right = plan.count.copy()
         if indptr is not None:
             right[: plan.num_decode] = np.diff(indptr)[: plan.num_decode]
+        saves: dict[int, list[Save]] = {}
+        for save in plan.states.saves:
+            saves.setdefault(save.row, []).append(save)
         for row, start, count in zip(plan.rows.tolist(), plan.start.tolist(), right.tolist(), strict=True):
             self.states[row] = self.path[row][count - 1]
-            for save in plan.states.saves:
-                if save.row == row and save.end <= start + count:
+            for save in saves.get(row, ()):
+                if save.end <= start + count:
                     self.kept[save.slot] = self.path[row][save.end - start - 1]
         for parent, child in plan.states.forks:
             self.states[child] = self.states[parent]

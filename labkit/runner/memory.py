@@ -113,15 +113,18 @@ def memory_for_blocks(
     return float(free - (1 - utilization) * total - peak)
 
 
-def blocks_in(budget: float, each: int, utilization: float, most_tokens: int) -> int:
-    """How many blocks of `each` bytes. A model without attention stores nothing in them."""
+def blocks_in(budget: float, each: int, utilization: float, most_tokens: int, states: int = 0) -> int:
+    """How many blocks of `each` bytes. A model without attention stores nothing in them. `states`: bytes of recurrent
+    layers' states, which the budget leaves out."""
     if not each and budget > 0:
         return 2**31 - 2
     blocks = int(budget // each) if each else 0
     if blocks < 1:
+        of_states = f", {states / 2**20:.0f} MiB of states of recurrent layers" if states else ""
         raise ValueError(
-            f"no memory is left for keys and values: {utilization:.0%} of it are used up by the weights and a step "
-            f"of {most_tokens} tokens; raise gpu_memory_utilization or lower max_num_batched_tokens"
+            f"no memory is left for keys and values: {utilization:.0%} of it are used up by the weights{of_states} and "
+            f"a step of {most_tokens} tokens; raise gpu_memory_utilization or lower max_num_batched_tokens"
+            f"{', max_num_seqs or num_states' if states else ''}"
         )
     return blocks
 

@@ -99,15 +99,12 @@ class StateStore:
 
     def accept(self, plan: Plan, indptr: np.ndarray) -> None:
         """Rows with wrong drafts go back to the state behind the last right one. `indptr`: see `Result`."""
-        pairs = []
+        pairs, saves = [], {save.row: save for save in plan.states.saves}  # rows that decode have one at most
         for i, first in self._drafting(plan):
             row, start, right = int(plan.rows[i]), int(plan.start[i]), int(indptr[i + 1] - indptr[i])
             pairs.append((first + right - 1, row))
-            pairs += [
-                (first + save.end - start - 1, self.num_rows + save.slot)
-                for save in plan.states.saves
-                if save.row == row and save.end <= start + right
-            ]
+            if (save := saves.get(row)) is not None and save.end <= start + right:
+                pairs.append((first + save.end - start - 1, self.num_rows + save.slot))
         self._copy(pairs)
 
     def _wave_of(self, pieces: Sequence[Piece], pairs: Sequence[tuple[int, int]]) -> Wave:

@@ -167,7 +167,7 @@ class TorchRunner(Sleeps, Replaces, Hands):
         most = [most_tokens, min(most_tokens, MOST_TOKENS)] if captured else [most_tokens]
         kept = self.state_room + (self.features.most_bytes if self.features and self.device.type == "cuda" else 0)
         budget = memory_for_blocks(self.model, self.kv_dtype, utilization, most, most_rows) - kept
-        return blocks_in(budget, self.bytes_per_block(block_size), utilization, most_tokens)
+        return blocks_in(budget, self.bytes_per_block(block_size), utilization, most_tokens, self.state_room)
 
     def open(self, layout: Layout) -> None:
         if self.layout is not None:

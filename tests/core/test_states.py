@@ -152,6 +152,55 @@ def test_what_moves_blocks_alone_is_refused():
         lk.BlockManager(8, 4, state_every=8)
 
 
+def test_without_slots_nobody_waits_for_a_state_that_is_not_kept():
+    eng = engine(states=0, max_num_batched_tokens=64, max_num_seqs=6, blocks=200)
+    handles = served(eng, *([*range(20), *range(30 + i, 36 + i)] for i in range(6)))
+    assert not [event for event in eng.log.events("Held") if event.limit == "prefix pending"]
+    assert max(handle.first_token_at for handle in handles) == 3_000_000  # 64 of their 156 tokens in each step
+
+
+def test_the_last_ends_of_a_prompt_get_the_slots():
+    for budget in (8, 64):
+        eng = engine(states=4, max_num_batched_tokens=budget, state_every=4)
+        served(eng, range(40), max_tokens=1)
+        assert sorted(kept.num_tokens for kept in eng.blocks.states.kept.values()) == [24, 28, 32, 36]
+
+
+@pytest.mark.parametrize("windows", [(5, None), (None, 5), (5, None, 6)])
+def test_a_state_is_kept_where_a_window_has_left_its_block(windows):
+    eng = engine(windows=windows, max_num_batched_tokens=64, blocks=200)
+    served(eng, range(30), max_tokens=1)
+    turns = [served(eng, [*range(20), *range(40 + i, 45 + i)], max_tokens=1)[0].num_cached for i in range(2)]
+    assert turns == [0, 20]
+
+
+def test_the_state_of_a_pinned_prefix_stays():
+    eng = engine(states=2, blocks=200)
+    served(eng, range(21), max_tokens=1)
+    pin = eng.blocks.pin(list(range(21)))
+    for first in range(21, 42, 4):
+        served(eng, range(first, first + 9), max_tokens=6)  # each needs two slots
+    assert pin.num_tokens == 20 == eng.blocks.lookup(list(range(21))).num_hit
+    eng.blocks.unpin(pin)
+    for first in range(2):
+        served(eng, [first] * 9, max_tokens=6)
+    assert eng.blocks.lookup(list(range(21))).num_hit == 0
+    eng = engine(states=1, blocks=200, max_num_batched_tokens=64)
+    served(eng, range(21), max_tokens=1)
+    eng.blocks.pin(list(range(21)))
+    served(eng, *([*range(22, 40), i] for i in range(3)))  # nobody waits, as no slot is left
+    assert not [event for event in eng.log.events("Held") if event.limit == "prefix pending"]
+
+
+def test_a_prompts_state_stays_when_a_row_decodes_past_it():
+    eng = engine(states=12)
+    (first,) = served(eng, range(18), max_tokens=2)
+    text = [*range(18), *first.output_ids]
+    served(eng, [*text, 1], max_tokens=1)  # leaves a state after 20 tokens
+    served(eng, range(18), max_tokens=20)  # so does this one, and goes on
+    assert eng.blocks.lookup([*text, 2]).num_hit == 20
+
+
 @pytest.mark.parametrize("drafts", [[], [0], [0, 0, 0, 0], "right"])
 def test_wrong_drafts_leave_no_trace_in_states(drafts):
     plain = served(engine(), range(18), max_tokens=14)[0].output_ids

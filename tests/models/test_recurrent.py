@@ -8,6 +8,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import labkit as lk
+from labkit.runner.memory import blocks_in
 from tests.models.configs import RECURRENT, config, reference_model
 
 OPTIONS = {"num_blocks": 20, "block_size": 4, "max_num_seqs": 4, "dtype": "float32", "max_model_len": 128}
@@ -96,3 +97,12 @@ def test_a_checkpoint_that_sees_is_served_as_text(tmp_path, caplog):
     with pytest.raises(ValueError, match="serves a model that takes text only"):
         eng.submit({"prompt_token_ids": [5], "multi_modal_data": {"image": b""}})
     eng.close()
+
+
+def test_states_that_leave_no_room_are_named(tmp_path):
+    saved("lfm2", tmp_path)
+    options = {name: value for name, value in OPTIONS.items() if name != "num_blocks"}
+    with pytest.raises(ValueError, match=r"states of recurrent layers 1.5 MiB: lower max_num_seqs or num_states"):
+        lk.Engine(tmp_path, skip_tokenizer_init=True, num_states=4000, memory_size=0.001, **options)
+    with pytest.raises(ValueError, match=r"3 MiB of states of recurrent layers and a step of 9.*or num_states"):
+        blocks_in(-1.0, 64, 0.9, 9, states=3 * 2**20)

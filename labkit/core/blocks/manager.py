@@ -249,8 +249,11 @@ class BlockManager(RowBlocks, Shown):
         hit = self.hit(hashes, len(hashes) * self.block_size + 1)
         blocks = [block for block in hit.held if block]
         self.hold(blocks)
-        pin = Pin(tuple(blocks), hit.num_blocks * self.block_size, expires)
+        digest = hashes[hit.num_blocks - 1] if hit.num_blocks else b""
+        pin = Pin(tuple(blocks), hit.num_blocks * self.block_size, expires, digest)
         self.pins.append(pin)
+        if self.states is not None:
+            self.states.pinned.add(digest)
         return pin
 
     def unpin(self, pin: Pin) -> None:

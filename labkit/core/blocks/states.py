@@ -12,6 +12,7 @@ that decodes, for the next turn of its conversation and for a row that is preemp
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from labkit.core.blocks.prefix import PrefixCache
+from labkit.core.blocks.prefix import PrefixCache, group_key
 from labkit.core.blocks.tables import NEVER, BlockTables, Ints
 from labkit.core.shown import Shown
 
@@ -62,7 +63,7 @@ StateScore = Callable[[Kept], float]
 
 class States(Shown):
     """hash of a block -> the kept state after it. When a slot is needed, the state with the lowest `score` goes, or the
-    least recently used one. Prompts also leave a state after `every` so many tokens.
+    least recently used one, of those that are not `pinned`. Prompts also leave a state after `every` so many tokens.
 
     >>> States(8)
     States(0 of 8 slots, 0 evicted)
@@ -76,10 +77,16 @@ class States(Shown):
         self.saving: dict[int, tuple[list[Save], int]] = {}  # plan -> what it saves, how many of these for decode rows
         self.wanted: dict[int, list[int]] = {}  # row -> numbers of tokens after which its state is to be kept
         self.latest: dict[int, bytes] = {}  # decoding row -> its latest state, which the next one replaces
+        self.pinned: set[bytes] = set()  # of these, none goes
         self.num_evicted = self.now = 0
 
     def __repr__(self) -> str:
         return f"States({len(self.kept)} of {self.num_slots} slots, {self.num_evicted} evicted)"
+
+    @property
+    def can_keep(self) -> bool:
+        """Is there any slot that is not pinned?"""
+        return self.num_slots > len(self.pinned & self.kept.keys())
 
     def load(self, digest: bytes, row: int) -> None:
         """The row continues from this kept state."""
@@ -119,9 +126,10 @@ class States(Shown):
         if self.wanted:
             for row, last in zip(rows[num_decode:].tolist(), end[num_decode:].tolist(), strict=True):
                 ends = self.wanted.get(row, [])
-                while ends and ends[0] <= last:
-                    if (save := self._save(row, ends.pop(0))) is not None:
-                        made.append(save)
+                num = bisect_right(ends, last)
+                due = [self._save(row, each) for each in ends[:num][::-1]]  # if slots are few, the last ones get them
+                made += [save for save in reversed(due) if save is not None]
+                del ends[:num]
                 if not ends:
                     self.wanted.pop(row, None)
         if made:
@@ -131,41 +139,48 @@ class States(Shown):
 
     def _save(self, row: int, end: int) -> Save | None:
         if not self.free:
-            if not self.kept:
-                return None  # all are being written
-            self._drop(self._least())
+            if (least := self._least()) is None:
+                return None
+            self._drop(least)
             self.num_evicted += 1
         return Save(row, end, self.free.pop())
 
-    def _least(self) -> bytes:
-        """What goes next: the lowest score, else what was not used for longest."""
-        if self.score is not None:
+    def _least(self) -> bytes | None:
+        """What goes next: the lowest score, else what was not used for longest; None if all are pinned or being
+        written."""
+        going = (digest for digest in self.kept if digest not in self.pinned)
+        if self.score is not None and (known := list(going)):
             try:
-                return min(self.kept, key=lambda digest: self.score(self.kept[digest]))  # type: ignore[misc]
+                return min(known, key=lambda digest: self.score(self.kept[digest]))  # type: ignore[misc]
             except Exception as error:  # a user's function may raise anything, and the step must go on
                 warnings.warn(f"state_score failed: {error!r}; the least recently used state goes", stacklevel=2)
-        return next(iter(self.kept))
+            return known[0]
+        return next(going, None)
 
     def commit(self, step: int, void: NDArray[np.bool_] | None, tables: BlockTables, prefix: PrefixCache) -> None:
         """The plan was computed, and its blocks are stored: its states can be found from here on. Rows in `void`
         stored nothing."""
         saves, num_decoding = self.saving.pop(step, ([], 0))
         for i, (row, end, slot) in enumerate(saves):
-            block = int(tables.blocks[0, row, end // tables.block_size - 1])
-            if (void is not None and void[row]) or not prefix.stored[block]:
+            digest = None if void is not None and void[row] else _stored(tables, prefix, row, end)
+            if digest is None:
                 self.free.append(slot)
                 continue
-            digest = prefix.hash_of(block)
-            self._drop(digest)
             self.now += 1
-            self.kept[digest] = Kept(slot, end, i < num_decoding, self.now, self.now)
+            if (kept := self.kept.get(digest)) is not None:  # another row left the same
+                self.free.append(slot)
+                self.kept.move_to_end(digest)
+                kept.used_at, kept.decoding = self.now, kept.decoding and i < num_decoding
+            else:
+                self.kept[digest] = Kept(slot, end, i < num_decoding, self.now, self.now)
             if i < num_decoding:
                 self._replace(row, digest)
 
     def _replace(self, row: int, digest: bytes) -> None:
         """This state of the row stands for the one before, unless others use that."""
-        before = self.latest.get(row)
-        if before is not None and before in self.kept and not self.kept[before].hits:
+        before = self.latest.get(row, digest)
+        kept = self.kept.get(before)
+        if kept is not None and kept.decoding and not kept.hits and before != digest and before not in self.pinned:
             self._drop(before)
         self.latest[row] = digest
 
@@ -194,3 +209,12 @@ class States(Shown):
         being = [save.slot for saves, _ in self.saving.values() for save in saves]
         slots = sorted([*self.free, *(kept.slot for kept in self.kept.values()), *being])
         assert slots == list(range(self.num_slots)), f"slots of states are missing or counted twice: {slots}"
+
+
+def _stored(tables: BlockTables, prefix: PrefixCache, row: int, end: int) -> bytes | None:
+    """What the row's first `end` tokens are found by, if they are stored. Groups with a window may have left the block
+    behind, the others have it."""
+    for group, block in enumerate(tables.blocks[:, row, end // tables.block_size - 1].tolist()):
+        if block and prefix.stored[block]:
+            return group_key(prefix.hash_of(block), group)
+    return None

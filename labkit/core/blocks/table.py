@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from labkit.core.blocks.tables import BlockPool, BlockTables
@@ -73,6 +73,7 @@ class Pin:
     blocks: tuple[int, ...]
     num_tokens: int
     expires: int | None
+    digest: bytes = field(default=b"", repr=False)  # of the last block; so is the state after it
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pin:
         return self  # its holder can still unpin it after a restore

@@ -136,6 +136,8 @@ def _worth_waiting(s: SchedulerState, hashes: list[bytes], digest: bytes) -> boo
     states = s.blocks.states
     if states is None:
         return True
+    if not states.can_keep:
+        return False
     row, end = s.pending.row_of[digest], (hashes.index(digest) + 1) * s.blocks.block_size
     if int(s.scheduled[row]) < end:
         states.want(row, end)

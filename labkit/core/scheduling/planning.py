@@ -314,6 +314,7 @@ def build(s: SchedulerState, builder: PlanBuilder, rows: Ints, start: Ints) -> P
     if builder.forks:
         s.forks[s.step] = builder.forks
     if s.blocks.states is not None:
+        s.blocks.states.pinned = {pin.digest for pin in s.blocks.pins}
         forks = [(row, child) for row, child, _ in builder.forks]
         moves = s.blocks.states.moves(s.step, s.tables, plan.rows, plan.start, plan.count, plan.num_decode, forks)
         plan = plan._replace(states=moves)
