@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from labkit.core.pooling import PoolingParams, PoolingSpec
 from labkit.engine.checks import is_ids
+from labkit.engine.handle import Handle, RequestError
 from labkit.engine.pools import most_tokens, spec_of
 
 Vectors = NDArray[np.float32]
@@ -64,16 +65,23 @@ class Encoding:
         embeds it is the cosine of their vectors."""
         params = PoolingParams(use_activation=use_activation, truncate_prompt_tokens=truncate_prompt_tokens)
         prompts, each, finish = scoring(self, [query], list(documents), params)
-        found: Vectors = finish([handle.pooled for handle in self.encode(prompts, each, **options)])
+        found: Vectors = finish([pooled_of(handle) for handle in self.encode(prompts, each, **options)])
         return found
 
     def _stacked(self, prompts: Any, params: PoolingParams, options: dict[str, Any]) -> Vectors:
         single = isinstance(prompts, (str, Mapping)) or is_ids(prompts)
         handles = self.encode([prompts] if single else list(prompts), params, **options)
         if single:
-            found: Vectors = handles[0].pooled
-            return found
-        return np.stack([handle.pooled for handle in handles]) if handles else np.zeros((0, 0), np.float32)
+            return pooled_of(handles[0])
+        return np.stack([pooled_of(handle) for handle in handles]) if handles else np.zeros((0, 0), np.float32)
+
+
+def pooled_of(handle: Handle) -> Vectors:
+    """What a request was pooled to. One that was aborted has nothing."""
+    if handle.pooled is None:
+        raise RequestError(f"request {handle.id!r} was aborted before it was computed")
+    found: Vectors = handle.pooled
+    return found
 
 
 def scoring(engine: Any, first: list[Any], second: list[Any], params: PoolingParams) -> tuple[Any, Any, Any]:

@@ -367,6 +367,7 @@ class Engine(Rollouts, Handing, Encoding, Shown):
         self.drain()
         self.log.post()
         restore_engine(self, snapshot)
+        self.has_older_blocks |= snapshot.weights_version != self.weights_version
         for request in [*self.scheduler.requests.values(), *self.scheduler.ended.values()]:
             if isinstance(request, Handle):
                 request.forget_text()

@@ -114,6 +114,7 @@ class Handing(Hinting):
         """
         self._check_open()
         chain = self.chain_of(prompt, salt=salt, adapter=adapter, spans=spans)
+        self.check_export()
         pieces = list(self.pieces(chain))
         data = [piece.data for piece in pieces]
         form = self.block_form
@@ -121,17 +122,25 @@ class Handing(Hinting):
         self.note_transfer("Exported", len(found), found.num_bytes, None)
         return found
 
+    def check_export(self) -> None:
+        """Refuse to give what the engine that takes it would hold for blocks of these weights."""
+        self._check_groups()
+        if self.has_older_blocks:
+            raise ValueError(
+                "the prefix cache has blocks of other weights, from load_weights(keep_cache=True) or a snapshot before "
+                "it: they stay in this engine until reset_prefix_cache()"
+            )
+
     def pieces(self, chain: Chain, first: int = 0) -> Iterator[Blocks]:
         """The chain's blocks that are here, from block `first` on, a few at a time. Those on the device are held until
         the last one is copied, as long as no request needs their place."""
         form = self.block_form
-        self._check_groups()
         step = max(1, PIECE // max(form.num_bytes, 1))
         pin = self._call(lambda: self._hold(chain.hashes[first:]))
         try:
             for at in range(first, len(chain.hashes), step):
                 hashes = chain.hashes[at : at + step]
-                data = self._call(lambda hashes=hashes: self._copy_out(hashes))  # type: ignore[misc]
+                data = self._call(lambda hashes=hashes: self._copy_out(hashes, form))  # type: ignore[misc]
                 if len(data):
                     yield chain.blocks(form, at, data)
                 if len(data) < len(hashes):
@@ -152,10 +161,11 @@ class Handing(Hinting):
         if any(mine is pin for mine in self.blocks.pins):
             self.blocks.unpin(pin)
 
-    def _copy_out(self, hashes: Sequence[bytes]) -> np.ndarray:
-        """The bytes of the first of these blocks, up to one that is not here."""
+    def _copy_out(self, hashes: Sequence[bytes], form: Form) -> np.ndarray:
+        """The bytes of the first of these blocks, up to one that is not here. Of another form, which comes with other
+        weights, there are none."""
         blocks, offload, runner = self.blocks, self.blocks.offload, self.runner
-        num = self._num_known(hashes)
+        num = self._num_known(hashes) if self.block_form == form and not self.has_older_blocks else 0
         device: dict[int, int] = {}  # place in the result -> block
         host: dict[int, int] = {}
         ready: dict[int, np.ndarray] = {}
@@ -171,7 +181,7 @@ class Handing(Hinting):
                 device[i] = what  # it has left the device, where its bytes are until the next plan
             else:
                 ready[i] = what
-        data = np.zeros((num, self.block_form.num_bytes), np.uint8)
+        data = np.zeros((num, form.num_bytes), np.uint8)
         for there, in_host in ((device, False), (host, True)):
             if there:
                 data[list(there)] = runner.read_blocks(list(there.values()), in_host=in_host)  # type: ignore[attr-defined]
@@ -286,6 +296,7 @@ def transfer_blocks(
     if source is target:
         raise ValueError("source and target are the same engine: it has its own blocks already")
     source._check_open()
+    source.check_export()
     chain = source.chain_of(prompt, salt=salt, adapter=adapter, spans=spans)
     target.check_import(source.block_form, chain.adapter)
     known, new, left = target.num_known(chain), 0, 0

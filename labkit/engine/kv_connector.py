@@ -189,6 +189,7 @@ class KVConnector(Shown):
         link = Sealed(sock, self.key, time.monotonic() + SECONDS_PROOF)
         asked: str | None = None
         try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             link.demand()
             link.deadline = time.monotonic() + self.timeout
             kind, data = link.receive(MOST_ASKED)
@@ -214,6 +215,10 @@ class KVConnector(Shown):
         held = self.held.get(ask["id"])
         if held is None:
             raise Gone("the blocks are not held: they were pulled, or held for too long")
+        try:
+            self.engine.check_export()
+        except ValueError as error:
+            raise Gone(str(error)) from None
         form = self.engine.block_form
         if (reason := Form(*ask["form"]).why_not(form)) is not None:
             raise Gone(reason)
@@ -242,11 +247,12 @@ class KVConnector(Shown):
             raise ValueError(f"remote_host {host[:200]!r} is not among the peers of this engine: name it in peers")
         return host, int(port), id  # type: ignore[arg-type]
 
-    def fetch(self, params: Mapping[str, Any], chain: Chain, request: str = "") -> Fetched:
+    def fetch(self, params: Mapping[str, Any], chain: Chain, request: str = "", since: float | None = None) -> Fetched:
         """Pull the blocks of a prompt from where `kv_transfer_params` say, into host memory, where the request will
-        find them. It does not raise if they do not come: see `reason`."""
+        find them. It does not raise if they do not come: see `reason`. `since` is when they were asked for (of
+        `time.monotonic`; None: now), from which the timeout counts."""
         host, port, id = self.check_params(params)
-        begin = time.monotonic()
+        begin = time.monotonic() if since is None else since
         usable = max(len(chain.tokens) - 1, 0) // self.engine.blocks.block_size
         chain = chain._replace(hashes=chain.hashes[:usable])
         num, reason = 0, None
@@ -272,7 +278,9 @@ class KVConnector(Shown):
         engine, form = self.engine, self.engine.block_form
         first = engine.num_known(chain)
         num = 0
-        sock = socket.create_connection(address, timeout=max(deadline - time.monotonic(), 1e-3))
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError  # it waited for a thread all the time
+        sock = socket.create_connection(address, timeout=left)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link = Sealed(sock, self.key, deadline)
         try:
@@ -362,8 +370,8 @@ def _accept(connector: weakref.ref[KVConnector], listener: socket.socket) -> Non
                 sock, _ = listener.accept()
             except TimeoutError:
                 raise
-            except OSError:
-                return  # closed
+            except OSError:  # closed; or no file descriptors are left, and blocks are released all the same
+                time.sleep(SECONDS_LOOK)
         here = connector()
         if here is None or here._is_over:
             listener.close()
@@ -371,7 +379,6 @@ def _accept(connector: weakref.ref[KVConnector], listener: socket.socket) -> Non
         here._look()
         if sock is not None:
             if here._room.acquire(blocking=False):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=here._serve, args=(sock,), daemon=True).start()
             else:
                 sock.close()

@@ -62,6 +62,7 @@ class Loop:
         self._arrivals: list[tuple[int, int, Handle]] = []  # a heap by time
         self._num_enqueued = 0  # breaks ties in time
         self.weights_version = 0  # how often they were replaced, or the number that was given for them
+        self.has_older_blocks = False  # blocks of other weights may be in the prefix cache
         self._watched: dict[str, Handle] = {}  # requests with stop strings
         self.backlog = Backlog()
         self.shards: dict[str, Shards] = {}  # by folder: what requests write their activations with

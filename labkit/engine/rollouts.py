@@ -99,6 +99,7 @@ class Rollouts(Sleeping):
             gc.collect()  # a fork that nobody has any more may not be gone yet
         num_tensors, num_bytes = replace(weights)
         freed = 0 if keep_cache else self._reset_prefix_cache()
+        self.has_older_blocks = keep_cache
         if not keep_cache:
             preempt.recompute_swapped(self.scheduler)
         self.weights_version = version

@@ -49,6 +49,7 @@ class Sleeping(Waiting):
     def _reset_prefix_cache(self, on_disk: bool = True) -> int:
         num = len(self.blocks.eviction)
         self.blocks.clear_prefixes(on_disk)
+        self.has_older_blocks &= not on_disk
         self.log.flush(self.scheduler.step, self.clock.now())
         self.log.post()
         return num

@@ -28,6 +28,7 @@ class Stateful(Protocol):
     arriving: dict[str, Handle]
     listeners: list[Any]
     shards: dict[str, Any]
+    weights_version: int
 
     @property
     def log(self) -> EventLog: ...
@@ -69,6 +70,7 @@ class Snapshot(Shown):
         self.state = state
         self.mark = mark
         self.step = engine.scheduler.step
+        self.weights_version = engine.weights_version
         self.now = engine.clock.now()
 
     def __repr__(self) -> str:

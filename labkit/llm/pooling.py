@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from labkit.core.options import check_names
 from labkit.core.pooling import PoolingParams
-from labkit.engine.encoding import scoring
+from labkit.engine.encoding import pooled_of, scoring
 from labkit.engine.engine import Engine
 from labkit.engine.handle import Handle
 from labkit.llm.inputs import each, several
@@ -67,7 +67,7 @@ class PoolingRequestOutput(Generic[T]):
 def pooled_output(handle: Handle) -> PoolingRequestOutput[PoolingOutput]:
     import torch
 
-    return _output(handle, PoolingOutput(torch.from_numpy(handle.pooled)))
+    return _output(handle, PoolingOutput(torch.from_numpy(pooled_of(handle))))
 
 
 def _output(handle: Handle, outputs: T) -> PoolingRequestOutput[T]:
@@ -112,7 +112,7 @@ class Pooling:
         """
         return self._pool(
             "embed", prompts, pooling_params, "embed", more,
-            lambda handle: _output(handle, EmbeddingOutput(handle.pooled.tolist())),
+            lambda handle: _output(handle, EmbeddingOutput(pooled_of(handle).tolist())),
         )  # fmt: skip
 
     def classify(
@@ -121,7 +121,7 @@ class Pooling:
         """The probabilities of each prompt's classes."""
         return self._pool(
             "classify", prompts, pooling_params, "classify", more,
-            lambda handle: _output(handle, ClassificationOutput(handle.pooled.tolist())),
+            lambda handle: _output(handle, ClassificationOutput(pooled_of(handle).tolist())),
         )  # fmt: skip
 
     def reward(
@@ -140,7 +140,7 @@ class Pooling:
         params = self._params(pooling_params, None, more)
         prompts, own, finish = scoring(self.engine, first, second, params)
         handles = self._handles(prompts, own, more)
-        scores = finish([handle.pooled for handle in handles])
+        scores = finish([pooled_of(handle) for handle in handles])
         return [
             _output(handle, ScoringOutput(float(value)))
             for handle, value in zip(handles[len(handles) - len(scores) :], scores, strict=True)

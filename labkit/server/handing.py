@@ -4,6 +4,7 @@ pulled before the request begins. If they do not come, it computes its prompt.""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,8 +35,11 @@ async def prepare(
             params = given.model_dump()
             connector.check_params(params)
             chain = service.engine.chain_of(prompts[0], salt=body.cache_salt, adapter=adapter)
+            now = (
+                time.monotonic()
+            )  # also the wait for a thread counts: clients choose how many ask for what never comes
             await asyncio.get_running_loop().run_in_executor(
-                connector.threads, lambda: connector.fetch(params, chain, ids[0])
+                connector.threads, lambda: connector.fetch(params, chain, ids[0], now)
             )
         if given.do_remote_decode:
             connector.expect(ids[0])

@@ -145,6 +145,8 @@ async def pooled(service: Service, request: Request, body: Pooling, prompts: Seq
         for handle, size in zip(handles, sizes, strict=True):
             check_ended(handle)
             array, handle.pooled = handle.pooled, None  # a request that has ended is remembered for a while
+            if array is None:
+                raise ApiError("the request was aborted before it was computed: send it again", status=503)
             own = handle.params.pooling
             assert own is not None
             arrays.append(array if size is None else shortened(array, size, own.use_activation is True))

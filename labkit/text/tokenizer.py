@@ -132,7 +132,11 @@ class Tokenizer:
         types. With `most`, the longer one is cut."""
         pair = [self.backend.encode(text, add_special_tokens=False) for text in (first, second)]
         if most is not None:
-            room = max(most - self.backend.num_special_tokens_to_add(True), 0)
+            room = most - (special := self.backend.num_special_tokens_to_add(True))
+            if room < 0:
+                raise ValueError(
+                    f"truncate_prompt_tokens: two texts have {special} special tokens around them, got {most}"
+                )
             for one, length in zip(pair, _shared(len(pair[0]), len(pair[1]), room), strict=True):
                 one.truncate(length, direction=side)
         found = self.backend.post_process(*pair)

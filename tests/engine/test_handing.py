@@ -111,6 +111,34 @@ def test_what_differs_is_refused_by_name_and_changes_nothing(tmp_path):
     check(source, target)
 
 
+def test_blocks_of_other_weights_never_go_out(monkeypatch):
+    monkeypatch.setattr("labkit.engine.handing.PIECE", 1)  # one block between two steps
+    source, target = pair()
+    given = source.pieces(source.chain_of(PROMPT))
+    assert len(next(given)) == 1
+    weights = state_dict()
+    largest = max(weights, key=lambda name: weights[name].numel())
+    weights[largest] = weights[largest].clone()
+    weights[largest].view(-1)[1001:1003] += 1.0  # a sample of the weights does not notice
+    before = source.snapshot()
+    source.load_weights(weights)
+    source.generate(PROMPT, ONE)
+    assert list(given) == [], "a transfer goes on with the blocks of other weights"
+    assert len(source.export_blocks(PROMPT)) == 6
+    with pytest.raises(ValueError, match="the model or its weights differ"):
+        lk.transfer_blocks(PROMPT, source, target)
+    source.load_weights(state_dict(), keep_cache=True)
+    with pytest.raises(ValueError, match=r"blocks of other weights.*reset_prefix_cache"):
+        lk.transfer_blocks(PROMPT, source, target)
+    source.reset_prefix_cache()
+    source.generate(PROMPT, ONE)
+    assert lk.transfer_blocks(PROMPT, source, target).num_blocks == 6
+    source.restore(before)
+    with pytest.raises(ValueError, match="blocks of other weights"):
+        source.export_blocks(PROMPT)
+    check(source, target)
+
+
 def state_dict():
     from safetensors.torch import load_file
 

@@ -82,6 +82,23 @@ def test_blocks_are_held_for_a_time_only(pair):
     assert not producer.held and producer.engine.blocks.num_used == 0
 
 
+def test_a_producer_without_file_descriptors_releases_blocks_and_listens_again(pair, monkeypatch):
+    producer, consumer = pair(hold=0.3)
+    accept = socket.socket.accept
+
+    def full(sock):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(socket.socket, "accept", full)
+    producer.prefill(PROMPT)
+    wait(lambda: producer.num_expired == 1)
+    monkeypatch.setattr(socket.socket, "accept", accept)
+    producer.hold = 60.0
+    found = consumer.fetch(producer.prefill(PROMPT), consumer.engine.chain_of(PROMPT))
+    assert (found.num_blocks, found.reason) == (11, None)
+    wait(lambda: not producer.held)
+
+
 def fails(consumer, told, reason, num_blocks=0, prompt=PROMPT, **options):
     """The fetch fails for this reason, and the request computes what did not come."""
     decode = consumer.engine
@@ -123,6 +140,8 @@ def test_a_producer_that_has_gone_or_says_nothing_costs_the_timeout_at_most(pair
         begin = time.monotonic()
         fails(consumer, {**told, "remote_port": silent.getsockname()[1]}, "did not come within 0.5 s")
         assert 0.4 < time.monotonic() - begin < 3.0
+    late = consumer.fetch(told, consumer.engine.chain_of([9] * 20), since=time.monotonic() - 0.6)
+    assert "did not come within 0.5 s" in late.reason, "a fetch that waited for its turn waits once more"
     producer.close()
     assert consumer.fetch(told, consumer.engine.chain_of([9] * 20)).reason is not None
 

@@ -84,8 +84,10 @@ def test_bfloat16_is_close(tmp_path):
         assert float(torch.tensor(vector) @ expected / expected.norm()) > 0.999
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "electra", "modernbert", "albert", "xlm-roberta"])
-@pytest.mark.parametrize("num", [1, 3])
+@pytest.mark.parametrize(
+    "kind, num",
+    [("bert", 1), ("roberta", 3), ("distilbert", 3), ("electra", 1), ("modernbert", 3), ("albert", 1)],
+)
 def test_classes_are_those_of_transformers(tmp_path, kind, num):
     model, texts = saved(tmp_path, kind, AutoModelForSequenceClassification, num_labels=num), texts_of(7)
     with lk.Engine(str(tmp_path), skip_tokenizer_init=True) as engine:

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import httpx
 import pytest
 
 import labkit as lk
+from labkit.engine.kv_connector import MOST_AT_ONCE
 from tests.server.talk import until
 
 PROMPT = "import os\nimport sys\n\n\ndef main():\n    for name in os.listdir('.'):\n        print(name)\n" * 2
@@ -110,6 +112,22 @@ def test_what_cannot_be_handed_over_is_refused_by_name(prefill, decode):
     assert "peers" in refused(other, kv_transfer_params=pull)
     assert "remote_host" in refused(other, kv_transfer_params={"do_remote_prefill": True})
     assert "unknown" in refused(other, kv_transfer_params={"unknown": 1})
+
+
+def test_the_wait_for_a_thread_counts_into_the_timeout(prefill, decode, monkeypatch):
+    """So that those who ask for what never comes do not keep others waiting."""
+    other, engine = decode
+    connector, go = engine.kv_connector, threading.Event()
+    monkeypatch.setattr(connector, "timeout", 0.3)
+    for _ in range(MOST_AT_ONCE):
+        connector.threads.submit(go.wait, 20)
+    pull = {"do_remote_prefill": True, "remote_host": "127.0.0.1", "remote_port": 1, "remote_request_id": "x"}
+    timer = threading.Timer(0.8, go.set)
+    timer.start()
+    answer = other.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1, "kv_transfer_params": pull})
+    timer.join()
+    assert answer.status_code == 200
+    assert "did not come within 0.3 s" in engine.log.events("TransferFailed")[-1].reason, "it asked all the same"
 
 
 def test_a_prefill_server_that_is_killed_costs_the_decode_server_a_computation(prefill, decode):

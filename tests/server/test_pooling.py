@@ -2,6 +2,7 @@
 
 import base64
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -48,8 +49,8 @@ def made(kind, tmp_path_factory):
     auto = AutoModel if labels is None else AutoModelForSequenceClassification
     model, tokenizer = saved(folder, auto, **({"id2label": labels, "num_labels": len(labels)} if labels else {}))
     with lk.serve(lk.Engine(str(folder))) as server, httpx.Client(base_url=server.url, timeout=60) as http:
-        yield model, tokenizer, http
-        until(lambda: server.num_open == 0 and not server.engine.scheduler.requests)
+        yield model, tokenizer, http, server.engine
+        until(lambda: server.num_open == 0 and not server.engine.scheduler.requests, 60.0)
         server.engine.scheduler.check_idle()
     assert server.engine.close().ok
 
@@ -67,7 +68,7 @@ def logits_of(model, tokenizer, *texts):
 
 
 def test_what_each_model_serves(made, kind):
-    _, tokenizer, http = made
+    _, tokenizer, http, _ = made
     num = sum(len(tokenizer.encode(text).ids) for text in DOCUMENTS)
     served = {
         "/v1/embeddings": {"input": DOCUMENTS},
@@ -99,7 +100,7 @@ def test_what_each_model_serves(made, kind):
 
 
 def test_numbers_are_those_of_transformers(made, kind):
-    model, tokenizer, http = made
+    model, tokenizer, http, _ = made
     pooled = http.post("/pooling", json={"input": DOCUMENTS}).json()
     assert [one["object"] for one in pooled["data"]] == ["pooling"] * 3 and pooled["id"].startswith("pool-")
     found = np.array([one["data"] for one in pooled["data"]])
@@ -131,7 +132,7 @@ def test_numbers_are_those_of_transformers(made, kind):
 
 
 def test_long_texts_are_cut_around_their_special_tokens_or_refused(made, kind):
-    model, tokenizer, http = made
+    model, tokenizer, http, _ = made
     long = "cat " * 30
     refused = http.post("/pooling", json={"input": long}).json()["error"]
     assert refused["param"] == "input" and "32 tokens, at most 24" in refused["message"]
@@ -145,13 +146,15 @@ def test_long_texts_are_cut_around_their_special_tokens_or_refused(made, kind):
         expected = float(logits_of(model, tokenizer, QUERY, long).sigmoid())
         tokenizer.no_truncation()
         found = http.post("/score", json=body).json()
+        answer = http.post("/score", json={**body, "truncate_prompt_tokens": 2})
+        assert answer.status_code == 400 and "3 special tokens" in answer.json()["error"]["message"]
         assert found["usage"]["prompt_tokens"] == 12 and found["data"][0]["score"] == pytest.approx(expected, abs=1e-5)
     wrong = http.post("/pooling", json={"input": "cat", "truncate_prompt_tokens": 25})
     assert wrong.status_code == 400 and "truncate_prompt_tokens" in json.dumps(wrong.json())
 
 
 def test_metrics_count_prompts_and_no_tokens(made):
-    _, _, http = made
+    _, _, http, _ = made
 
     def counts():
         lines = http.get("/metrics").text.splitlines()
@@ -167,7 +170,7 @@ def test_metrics_count_prompts_and_no_tokens(made):
 
 
 def test_base64_and_what_is_wrong(made, kind):
-    _, _, http = made
+    _, _, http, _ = made
     plain, packed = (
         http.post("/pooling", json={"input": [5, 6], "encoding_format": form}).json()["data"][0]["data"]
         for form in ("float", "base64")
@@ -187,8 +190,21 @@ def test_base64_and_what_is_wrong(made, kind):
         assert kind == "classes" or answer.json()["error"]["param"].startswith(param), answer.text
 
 
+def test_what_is_aborted_is_answered_503_and_served_when_it_is_sent_again(made):
+    _, _, http, engine = made
+    engine.start().pause()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: http.post("/pooling", json={"input": DOCUMENTS}))
+        until(lambda: len(engine.scheduler.requests) + len(engine.arriving) == 3)
+        engine.abort_all()
+        engine.start()
+        answer = asked.result()
+    assert answer.status_code == 503 and "aborted" in answer.json()["error"]["message"]
+    assert http.post("/pooling", json={"input": DOCUMENTS}).status_code == 200
+
+
 def test_a_client_that_leaves_frees_everything(made):
-    _, _, http = made
+    _, _, http, _ = made
     with pytest.raises(httpx.ReadTimeout):
         http.post("/pooling", json={"input": ["the cat sat on a mat"] * 2000}, timeout=0.05)
     assert http.post("/pooling", json={"input": "the"}).status_code == 200  # the fixture checks that nothing is left
