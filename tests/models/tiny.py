@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -116,7 +117,7 @@ def sized(config_class: Any) -> dict[str, Any]:
     options = {name: value for name, value in options.items() if value is not None}
     if "kv_lora_rank" in options:  # each head has keys of its own
         options["num_key_value_heads"] = HEADS
-    return options | OVERRIDES.get(config_class.model_type, {})
+    return options | copy.deepcopy(OVERRIDES.get(config_class.model_type, {}))  # configs change what they are given
 
 
 def _sized_part(config_class: Any, name: str) -> Any:
