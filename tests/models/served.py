@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 import labkit as lk
+from labkit.loading.towers import TEXT_ALONE
 from labkit.models import load_model
 from labkit.models.decoder import Decoder
 from labkit.models.encoder import Encoder
@@ -98,7 +99,7 @@ def outcome(kind: str, seed: int = 0) -> Outcome:
 def _refused_by_type(kind: str) -> str | None:
     """What a model that sees is refused with, where it is by its type alone."""
     config_class = CONFIG_MAPPING[kind]
-    if "vision_config" not in config_class.sub_configs or kind in SEEING:
+    if "vision_config" not in config_class.sub_configs or kind in (*SEEING, *TEXT_ALONE):
         return None
     try:
         config = tiny_config(kind)
