@@ -6,12 +6,17 @@ Everything else in labkit uses transformers' documented interface.
 from __future__ import annotations
 
 import importlib
+import inspect
+import threading
+from functools import lru_cache
 from typing import Any
 
 import transformers
 from torch import nn
 
 TESTED = ("5.17", "5.24")  # the oldest and the newest minor version that the tests passed with
+
+_reading = threading.Lock()
 
 
 def changed(what: str) -> ImportError:
@@ -30,6 +35,17 @@ def member(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise changed(f"{module}.{name}: it no longer exists") from error
+
+
+@lru_cache(maxsize=256)
+def source_of(kind: type) -> str:
+    """The source of a class; nothing where it cannot be read. One at a time: Python's parser fails when several threads
+    load models."""
+    with _reading:
+        try:
+            return inspect.getsource(kind)
+        except (OSError, TypeError):
+            return ""
 
 
 def parts(module: nn.Module, *names: str) -> None:

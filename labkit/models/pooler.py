@@ -167,7 +167,7 @@ def causal_pooler(model: Any, config: Any, source: Any) -> Pooler | None:
     size, device = int(model.hidden_size), model.device
     if not has_classes(config):
         name = architecture(config)
-        generates = not name.endswith("Model") or name.endswith("LMHeadModel")
+        generates = not name.endswith("Model") or name.endswith(("LMHeadModel", "ChatModel"))
         return embedder(size, read_sentence(model.folder), device, generates=generates)
     if "score.weight" not in source.shapes:
         raise ValueError(f"{source!r} lacks tensor 'score.weight', the classifier of {architecture(config)}")

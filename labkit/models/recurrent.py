@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labkit.models import hf
 from labkit.models.base import StateBatch, StateSpec
 from labkit.models.mixers import Mixer, fast
 
@@ -240,8 +241,5 @@ def _argument(module: nn.Module) -> str | None:
     argument = next((name for name in NAMES if name in names), None)
     if argument is None:
         return None
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):
-        return None
+    source = hf.source_of(kind)
     return argument if any(f".{write}(" in source for write in WRITES) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from labkit.loading.dense import Dense, DenseLinear
 from labkit.loading.format import Format, Linear
 from labkit.loading.online import Online
+from labkit.models import hf
 
 
 def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]:
@@ -43,11 +43,7 @@ def swap_linears(model: nn.Module, format: Format | None = None) -> list[Linear]
 def _multiplies_by_weight(model: nn.Module, name: str) -> bool:
     """Whether its owner takes the weight and not the layer, as Mamba does for its step sizes."""
     owner, _, own = name.rpartition(".")
-    try:
-        source = inspect.getsource(type(model.get_submodule(owner)))
-    except (OSError, TypeError):
-        return False
-    return f"self.{own}.weight @" in source
+    return f"self.{own}.weight @" in hf.source_of(type(model.get_submodule(owner)))
 
 
 def swap_quantized(

@@ -180,17 +180,17 @@ def test_layers_that_transformers_does_not_build_as_linear_are_named(tmp_path):
 
 
 def test_missing_and_unknown_tensors_of_transformers_models_are_named(tmp_path):
-    quantize_model(tmp_path, reference_model(config("stablelm")), awq, METHODS["awq"][0])
+    quantize_model(tmp_path, reference_model(config("cohere")), awq, METHODS["awq"][0])
     tensors = load_file(tmp_path / "model.safetensors")
     norm = "model.layers.1.input_layernorm.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != norm}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=rf"lacks 1 tensors of StableLmForCausalLM, '{norm}' first"):
+    with pytest.raises(ValueError, match=rf"lacks 1 tensors of CohereForCausalLM, '{norm}' first"):
         load_model(tmp_path, dtype="float32")
     save_file(tensors | {"surprise": torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="1 tensors have no place in StableLmForCausalLM, 'surprise' first"):
+    with pytest.raises(ValueError, match="1 tensors have no place in CohereForCausalLM, 'surprise' first"):
         load_model(tmp_path, dtype="float32")
     save_file(tensors | {norm: torch.zeros(3)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="its tensors do not fit into StableLmForCausalLM"):
+    with pytest.raises(ValueError, match="its tensors do not fit into CohereForCausalLM"):
         load_model(tmp_path, dtype="float32")
 
 

@@ -133,7 +133,7 @@ def test_memory_follows_from_the_dtype(kept, monkeypatch):
     each = layers * spec.num_heads * (spec.key_size + spec.value_size)
     assert plain.bytes_per_block(16) == 16 * each * 2
     assert small.bytes_per_block(16) == 16 * (each + layers * spec.num_heads * 2 * 4)
-    monkeypatch.setattr("labkit.runner.torch.available_memory", lambda: 2**30)
+    monkeypatch.setattr("labkit.runner.memory.available_memory", lambda: 2**30)
     fit = [runner.fitting_blocks(16, 0.5, 64, 8) for runner in (plain, small)]
     assert fit[1] / fit[0] == pytest.approx(2 / (1 + 4 / spec.key_size), rel=1e-3)
     eng = lk.Engine(num_blocks=64, kv_cache_dtype=kept)
