@@ -223,9 +223,12 @@ def test_other_alignment_hooks_and_forgotten_launches_go_through_triton(found):
 
 
 def test_a_repeated_launch_takes_few_microseconds(found):
-    """12 us is the aim; a busy machine may take three times as long. Through Triton it is 16 to 80."""
+    """12 us is the aim; a busy machine may take three times as long. Through Triton it is 16 to 80. One kernel may
+    have bad luck, so what is saved is asked of all together."""
     for name, us in found["us"].items():
-        assert us["repeated"] < 36 and us["repeated"] < 0.7 * us["through Triton"], f"{name}: {us}"
+        assert us["repeated"] < 36 and us["repeated"] < us["through Triton"], f"{name}: {us}"
+    repeated, through = (sum(us[how] for us in found["us"].values()) for how in ("repeated", "through Triton"))
+    assert repeated < 0.5 * through, found["us"]
 
 
 def test_few_classes_are_kept():
