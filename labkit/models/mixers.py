@@ -202,7 +202,7 @@ def fast(module: nn.Module, own: Callable[[Tensor], Tensor], hidden_size: int, d
     """This layer by labkit's ops, if it is of a known kind and gives what its `own` forward of a sequence does
     ([1, tokens, hidden size] -> the same)."""
     kind = next((kind for kind, names in KINDS if all(hasattr(module, name) for name in names)), None)
-    if kind is None or any(getattr(module, name, "silu") not in ("silu", "swish") for name in ("activation",)):
+    if kind is None or getattr(module, "activation", "silu") not in ("silu", "swish"):
         return None
     mixer = kind(module, dtype)  # type: ignore[call-arg, arg-type]
     device = mixer.weight.device

@@ -2,7 +2,7 @@
 row. It relies on the methods of transformers' caches that such layers call, and on no architecture.
 
 A layer sees one sequence or several of one token at a time, through an object that answers like transformers' cache
-and reads and writes the engine's states. Projections, convolutions and scans are transformers' own.
+and reads and writes the engine's states. Layers of known kinds go through labkit's ops instead (`mixers.py`).
 """
 
 from __future__ import annotations

@@ -126,9 +126,8 @@ class StateStore:
         """Rows, and the slots that their states are copied to."""
         if not pairs:
             return None
-        return put([first for first, _ in pairs], self.device, np.int64), put(
-            [last for _, last in pairs], self.device, np.int64
-        )
+        rows, slots = zip(*pairs, strict=True)
+        return put(rows, self.device, np.int64), put(slots, self.device, np.int64)
 
 
 def _pieces(plan: Plan, query_start: np.ndarray, entry: int, ends: dict[int, list[tuple[int, int]]]) -> list[Piece]:

@@ -18,9 +18,7 @@ using namespace labkit;
 constexpr int VECTORS = 4;                  // of a block's columns
 constexpr int COLUMNS = VECTORS * W;
 constexpr int64_t CHUNK = 32;               // tokens
-constexpr int64_t FEW = 2;                  // tokens up to which the state is changed where it lies
 constexpr float LEAST = 1e-12f;             // the smallest decay within a chunk
-constexpr int64_t LEAST_WORK = 1 << 15;     // numbers of states times tokens for which another thread is woken
 
 struct Call {
     const void *q, *k, *v;
@@ -344,28 +342,6 @@ void in_blocks(const Head<T>& head, int64_t begin, int64_t end, float* state, bo
     });
 }
 
-template <class T>
-void all(const Call& call, int threads) {
-    const Sequences& sequences = call.sequences;
-    const int64_t tokens = sequences.count ? sequences.query_start[sequences.count] : 0;
-    const int64_t each = call.key * call.value, units = sequences.count * call.heads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) \
-    if (threads > 1 && tokens * call.heads * each >= LEAST_WORK)
-    for (int64_t unit = 0; unit < units; unit++) {
-        static thread_local Buffer buffer;
-        const int64_t i = unit / call.heads, begin = sequences.begin(i), count = sequences.tokens(i);
-        if (count <= 0) continue;
-        const Head<T> head{call, unit % call.heads};
-        float* state = sequences.slot[i] < 0 ? nullptr : call.state + (sequences.slot[i] * call.heads + head.head) * each;
-        const bool zeros = sequences.starts_from_zeros(i);
-        if (count > FEW || call.value % W || state == nullptr) {
-            in_blocks(head, begin, begin + count, state, zeros, buffer);
-            continue;
-        }
-        for (int64_t t = 0; t < count; t++) in_place(head, begin + t, state, zeros && t == 0, buffer);
-    }
-}
-
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16; strides in elements, of tokens and heads of q, k and v
@@ -379,7 +355,9 @@ extern "C" void gated_delta(const void* q, const void* k, const void* v, const v
                      static_cast<const uint8_t*>(fresh), count},
                     q_token, q_head, k_token, k_head, v_token, v_head, key_heads, heads, key, value,
                     static_cast<float>(scale), normalize != 0, channels != 0};
-    dtype == 0 ? all<float>(call, threads) : all<bf16>(call, threads);
+    const int64_t each = call.key * call.value;
+    dtype == 0 ? each_head<Head<float>>(call, each, call.value, threads)
+               : each_head<Head<bf16>>(call, each, call.value, threads);
 }
 
 LABKIT_REPEATABLE(gated_delta)

@@ -53,4 +53,31 @@ inline vf softplusv(vf x) {
     return x > 20.f ? x : y;
 }
 
+constexpr int64_t FEW = 2;               // tokens up to which a state is changed where it lies
+constexpr int64_t LEAST_WORK = 1 << 15;  // numbers of states times tokens for which another thread is woken
+
+// Every head of every sequence: a few tokens change the state where it lies, whose rows have `columns` numbers, more go
+// through blocks of it. `each` is the numbers of a head's state. in_place and in_blocks are found by the type of head.
+template <class Head, class Call>
+void each_head(const Call& call, int64_t each, int64_t columns, int threads) {
+    const Sequences& sequences = call.sequences;
+    const int64_t tokens = sequences.count ? sequences.query_start[sequences.count] : 0;
+    const int64_t units = sequences.count * call.heads;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) \
+    if (threads > 1 && tokens * call.heads * each >= LEAST_WORK)
+    for (int64_t unit = 0; unit < units; unit++) {
+        static thread_local Buffer buffer;
+        const int64_t i = unit / call.heads, begin = sequences.begin(i), count = sequences.tokens(i);
+        if (count <= 0) continue;
+        const Head head{call, unit % call.heads};
+        float* state = sequences.slot[i] < 0 ? nullptr : call.state + (sequences.slot[i] * call.heads + head.head) * each;
+        const bool zeros = sequences.starts_from_zeros(i);
+        if (count > FEW || columns % W || state == nullptr) {
+            in_blocks(head, begin, begin + count, state, zeros, buffer);
+            continue;
+        }
+        for (int64_t t = 0; t < count; t++) in_place(head, begin + t, state, zeros && t == 0, buffer);
+    }
+}
+
 }  // namespace labkit

@@ -14,10 +14,8 @@ using namespace labkit;
 constexpr int VECTORS = 2;                  // of a head's numbers that are taken at once
 constexpr int COLUMNS = VECTORS * W;
 constexpr int64_t CHUNK = 32;               // tokens, an even number
-constexpr int64_t FEW = 2;                  // tokens up to which the state is changed where it lies
 constexpr float LEAST = 1e-12f;             // the smallest decay within a chunk
 constexpr int64_t AHEAD = 32;               // rows that are fetched in advance: four rows at once defeat the hardware
-constexpr int64_t LEAST_WORK = 1 << 15;     // numbers of states times tokens for which another thread is woken
 
 struct Call {
     const void *x, *b, *c;
@@ -224,28 +222,6 @@ void in_blocks(const Head<T>& head, int64_t begin, int64_t end, float* state, bo
                 state[p * block + r * states + n] = s[p * block + n * COLUMNS + r] * chunk.running;
 }
 
-template <class T>
-void all(const Call& call, int threads) {
-    const Sequences& sequences = call.sequences;
-    const int64_t tokens = sequences.count ? sequences.query_start[sequences.count] : 0;
-    const int64_t each = call.size * call.states, units = sequences.count * call.heads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) \
-    if (threads > 1 && tokens * call.heads * each >= LEAST_WORK)
-    for (int64_t unit = 0; unit < units; unit++) {
-        static thread_local Buffer buffer;
-        const int64_t i = unit / call.heads, begin = sequences.begin(i), count = sequences.tokens(i);
-        if (count <= 0) continue;
-        const Head<T> head{call, unit % call.heads};
-        float* state = sequences.slot[i] < 0 ? nullptr : call.state + (sequences.slot[i] * call.heads + head.head) * each;
-        const bool zeros = sequences.starts_from_zeros(i);
-        if (count > FEW || call.states % W || state == nullptr) {
-            in_blocks(head, begin, begin + count, state, zeros, buffer);
-            continue;
-        }
-        for (int64_t t = 0; t < count; t++) in_place(head, begin + t, state, zeros && t == 0, buffer);
-    }
-}
-
 }  // namespace
 
 // dtype: 0 float32, 1 bfloat16; strides in elements, of tokens and of heads or groups
@@ -260,7 +236,9 @@ extern "C" void ssd(const void* x, const void* dt, const void* a, const void* b,
                      static_cast<const uint8_t*>(fresh), count},
                     x_token, x_head, dt_token, b_token, b_group, c_token, c_group, groups, heads, size, states,
                     static_cast<float>(least), static_cast<float>(most), softplus != 0};
-    dtype == 0 ? all<float>(call, threads) : all<bf16>(call, threads);
+    const int64_t each = call.size * call.states;
+    dtype == 0 ? each_head<Head<float>>(call, each, call.states, threads)
+               : each_head<Head<bf16>>(call, each, call.states, threads);
 }
 
 LABKIT_REPEATABLE(ssd)
